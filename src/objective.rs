@@ -1,0 +1,351 @@
+//! What is computed: coefficients, selection, target, reduction. Checked once, when it is set.
+
+use crate::{Error, Result};
+
+/// The weight of one term of a token's loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Coefficient {
+    /// The same number for every token.
+    Constant(f64),
+    /// The token's uncertainty UNC = 1 - p(target), a constant for the gradient: with it on DKD, and
+    /// 1 on TKD, the sum is the plain KL divergence (equation 2 of Zhong et al., 2024).
+    Uncertainty,
+}
+
+impl From<f64> for Coefficient {
+    fn from(value: f64) -> Self {
+        Coefficient::Constant(value)
+    }
+}
+
+/// The weights of the two parts of the KL divergence, for one group of tokens.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Coefficients {
+    /// Of the target part, a KL divergence of two Bernoulli distributions.
+    pub tkd: Coefficient,
+    /// Of the diversity part, the KL divergence of the renormalised non-targets.
+    pub dkd: Coefficient,
+}
+
+impl Coefficients {
+    pub fn new(tkd: impl Into<Coefficient>, dkd: impl Into<Coefficient>) -> Self {
+        Self { tkd: tkd.into(), dkd: dkd.into() }
+    }
+}
+
+/// Which token of the vocabulary splits a distribution into target and non-targets. Cross entropy is
+/// of the same token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The label of the token.
+    Label,
+    /// The teacher's most probable token, the lowest index among equals. Labels, where there are any,
+    /// then only say which tokens are ignored.
+    Teacher,
+}
+
+/// How the losses of the tokens become one number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reduction {
+    Sum,
+    /// The mean over the valid tokens; 0 where there are none.
+    Mean,
+    /// The sum over this number: with gradient accumulation, the valid tokens of the whole batch.
+    Denominator(f64),
+}
+
+/// A loss over tokens, always a valid one.
+///
+/// For one token with target part TKD, diversity part DKD and cross entropy CE:
+///
+/// ```text
+/// loss = kd_weight * (c_tkd * TKD + c_dkd * DKD) [* temperature^2] + ce_weight * CE
+/// ```
+///
+/// where (c_tkd, c_dkd) are those of the hard tokens for the `ceil(hard_ratio * valid tokens)` tokens
+/// on which the teacher is least certain, and those of the easy tokens for the rest.
+///
+/// | constructor | easy tokens | hard tokens |
+/// |---|---|---|
+/// | [`atkd`](Self::atkd) | 0, lambda | 1 - lambda, 1 - lambda |
+/// | [`kl`](Self::kl) | 1, UNC | 1, UNC |
+/// | [`tkd`](Self::tkd) | 1, 0 | 1, 0 |
+/// | [`dkd`](Self::dkd) | 0, 1 | 0, 1 |
+/// | [`decoupled`](Self::decoupled) | any | any |
+///
+/// [`Objective::default`] is the paper's ATKD: lambda 0.2, hard ratio 0.5, temperature 1, the label as
+/// target, the mean over valid tokens, no cross entropy.
+///
+/// ```
+/// # use atkd::{Objective, Reduction};
+/// let objective = Objective::atkd(0.3)?
+///     .with_hard_ratio(0.4)?
+///     .with_temperature(2.0)?
+///     .with_ce_weight(0.5)?
+///     .with_reduction(Reduction::Sum)?;
+/// assert!(Objective::atkd(7.0).is_err());
+/// # Ok::<(), atkd::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Objective {
+    easy: Coefficients,
+    hard: Coefficients,
+    hard_ratio: f64,
+    temperature: f64,
+    temperature_squared: bool,
+    target: Target,
+    ignore_index: i64,
+    reduction: Reduction,
+    kd_weight: f64,
+    ce_weight: f64,
+    upstream: f64,
+}
+
+impl Default for Objective {
+    fn default() -> Self {
+        Self::atkd(0.2).expect("the paper's lambda is in [0, 1]")
+    }
+}
+
+fn check(name: &'static str, value: f64, allowed: &'static str, ok: bool) -> Result<f64> {
+    if ok {
+        Ok(value)
+    } else {
+        Err(Error::Setting { name, value, allowed })
+    }
+}
+
+fn unit_interval(name: &'static str, value: f64) -> Result<f64> {
+    check(name, value, "in [0, 1]", (0.0..=1.0).contains(&value))
+}
+
+fn finite(name: &'static str, value: f64) -> Result<f64> {
+    check(name, value, "finite", value.is_finite())
+}
+
+fn weight(name: &'static str, value: f64) -> Result<f64> {
+    check(name, value, "finite and not negative", value.is_finite() && value >= 0.0)
+}
+
+fn positive(name: &'static str, value: f64) -> Result<f64> {
+    check(name, value, "finite and above 0", value.is_finite() && value > 0.0)
+}
+
+impl Objective {
+    /// Adaptive teaching (equations 5 to 7 of the paper): easy tokens learn `lambda * DKD`, hard ones
+    /// `(1 - lambda) * (TKD + DKD)`.
+    ///
+    /// # Errors
+    /// If `lambda` is not in [0, 1].
+    pub fn atkd(lambda: f64) -> Result<Self> {
+        let lambda = unit_interval("lambda", lambda)?;
+        Self::decoupled(
+            Coefficients::new(0.0, lambda),
+            Coefficients::new(1.0 - lambda, 1.0 - lambda),
+        )
+    }
+
+    /// The plain KL divergence of the student from the teacher, TKD + UNC * DKD.
+    pub fn kl() -> Self {
+        Self::uniform(Coefficients::new(1.0, Coefficient::Uncertainty))
+    }
+
+    /// The target part alone.
+    pub fn tkd() -> Self {
+        Self::uniform(Coefficients::new(1.0, 0.0))
+    }
+
+    /// The diversity part alone.
+    pub fn dkd() -> Self {
+        Self::uniform(Coefficients::new(0.0, 1.0))
+    }
+
+    /// Any decoupling: the paper's ablations, or DKD of Zhao et al. (2022) with the same two numbers
+    /// for both groups.
+    ///
+    /// # Errors
+    /// If a coefficient is not finite.
+    pub fn decoupled(easy: Coefficients, hard: Coefficients) -> Result<Self> {
+        for (name, coefficient) in [
+            ("the easy tokens' TKD coefficient", easy.tkd),
+            ("the easy tokens' DKD coefficient", easy.dkd),
+            ("the hard tokens' TKD coefficient", hard.tkd),
+            ("the hard tokens' DKD coefficient", hard.dkd),
+        ] {
+            if let Coefficient::Constant(value) = coefficient {
+                finite(name, value)?;
+            }
+        }
+        Ok(Self { easy, hard, ..Self::uniform(easy) })
+    }
+
+    fn uniform(coefficients: Coefficients) -> Self {
+        Self {
+            easy: coefficients,
+            hard: coefficients,
+            hard_ratio: 0.5,
+            temperature: 1.0,
+            temperature_squared: false,
+            target: Target::Label,
+            ignore_index: -100,
+            reduction: Reduction::Mean,
+            kd_weight: 1.0,
+            ce_weight: 0.0,
+            upstream: 1.0,
+        }
+    }
+
+    /// The share k of the valid tokens that is hard, rounded up to whole tokens. Default 0.5.
+    ///
+    /// # Errors
+    /// If it is not in [0, 1].
+    pub fn with_hard_ratio(mut self, hard_ratio: f64) -> Result<Self> {
+        self.hard_ratio = unit_interval("the hard ratio", hard_ratio)?;
+        Ok(self)
+    }
+
+    /// Both models' logits are divided by it for TKD, DKD and UNC; cross entropy is taken at 1.
+    /// Default 1.
+    ///
+    /// # Errors
+    /// If it is not finite and above 0.
+    pub fn with_temperature(mut self, temperature: f64) -> Result<Self> {
+        self.temperature = positive("the temperature", temperature)?;
+        Ok(self)
+    }
+
+    /// Whether the distillation terms are multiplied by the temperature's square, which keeps their
+    /// gradient's size when the temperature changes (Hinton et al., 2015). Default no.
+    pub fn with_temperature_squared(mut self, yes: bool) -> Self {
+        self.temperature_squared = yes;
+        self
+    }
+
+    /// Default [`Target::Label`].
+    pub fn with_target(mut self, target: Target) -> Self {
+        self.target = target;
+        self
+    }
+
+    /// Tokens with this label are dropped: no loss, a gradient of zeros, not counted. Default -100.
+    pub fn with_ignore_index(mut self, ignore_index: i64) -> Self {
+        self.ignore_index = ignore_index;
+        self
+    }
+
+    /// Default [`Reduction::Mean`].
+    ///
+    /// # Errors
+    /// If a denominator is not finite and above 0.
+    pub fn with_reduction(mut self, reduction: Reduction) -> Result<Self> {
+        if let Reduction::Denominator(denominator) = reduction {
+            positive("the reduction's denominator", denominator)?;
+        }
+        self.reduction = reduction;
+        Ok(self)
+    }
+
+    /// The weight of the distillation terms. Default 1.
+    ///
+    /// # Errors
+    /// If it is negative or not finite.
+    pub fn with_kd_weight(mut self, kd_weight: f64) -> Result<Self> {
+        self.kd_weight = weight("the distillation weight", kd_weight)?;
+        Ok(self)
+    }
+
+    /// The weight of the student's cross entropy at the target, at temperature 1. Default 0.
+    ///
+    /// # Errors
+    /// If it is negative or not finite.
+    pub fn with_ce_weight(mut self, ce_weight: f64) -> Result<Self> {
+        self.ce_weight = weight("the cross-entropy weight", ce_weight)?;
+        Ok(self)
+    }
+
+    /// The gradient of whatever comes after with respect to this loss; the gradient is multiplied by
+    /// it, the loss is not. Default 1.
+    ///
+    /// # Errors
+    /// If it is not finite.
+    pub fn with_upstream_gradient(mut self, upstream: f64) -> Result<Self> {
+        self.upstream = finite("the upstream gradient", upstream)?;
+        Ok(self)
+    }
+
+    /// Coefficients of the easy tokens.
+    pub fn easy(&self) -> Coefficients {
+        self.easy
+    }
+
+    /// Coefficients of the hard tokens.
+    pub fn hard(&self) -> Coefficients {
+        self.hard
+    }
+
+    pub fn hard_ratio(&self) -> f64 {
+        self.hard_ratio
+    }
+
+    pub fn temperature(&self) -> f64 {
+        self.temperature
+    }
+
+    pub fn temperature_squared(&self) -> bool {
+        self.temperature_squared
+    }
+
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
+    pub fn ignore_index(&self) -> i64 {
+        self.ignore_index
+    }
+
+    pub fn reduction(&self) -> Reduction {
+        self.reduction
+    }
+
+    pub fn kd_weight(&self) -> f64 {
+        self.kd_weight
+    }
+
+    pub fn ce_weight(&self) -> f64 {
+        self.ce_weight
+    }
+
+    pub fn upstream_gradient(&self) -> f64 {
+        self.upstream
+    }
+
+    /// What TKD and DKD are multiplied by beside their coefficients: `kd_weight`, or
+    /// `kd_weight * temperature^2`.
+    pub fn distillation_scale(&self) -> f64 {
+        if self.temperature_squared {
+            self.kd_weight * self.temperature * self.temperature
+        } else {
+            self.kd_weight
+        }
+    }
+
+    /// Whether a token's loss depends on its being easy or hard.
+    pub fn depends_on_selection(&self) -> bool {
+        self.easy != self.hard && self.hard_ratio > 0.0 && self.hard_ratio < 1.0
+    }
+
+    /// Hard tokens among `valid` ones: `ceil(hard_ratio * valid)`, in float64.
+    pub fn hard_count(&self, valid: usize) -> usize {
+        ((self.hard_ratio * valid as f64).ceil() as usize).min(valid)
+    }
+
+    /// What the sum of the tokens' losses is multiplied by.
+    pub fn reduction_scale(&self, valid: usize) -> f64 {
+        match self.reduction {
+            Reduction::Sum => 1.0,
+            Reduction::Mean if valid == 0 => 0.0,
+            Reduction::Mean => 1.0 / valid as f64,
+            Reduction::Denominator(denominator) => 1.0 / denominator,
+        }
+    }
+}

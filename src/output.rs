@@ -1,0 +1,91 @@
+//! What comes back: the loss, each token's terms, and a summary of them.
+
+use crate::Objective;
+
+/// The terms of one token, before the reduction. All 0 for an ignored token; NaN for a token with a
+/// NaN or +inf among its logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenTerms {
+    /// The teacher's margin u, the log-odds against the target: UNC = sigmoid(u). Tells tokens apart
+    /// where UNC is 0 or 1 in floating point. -inf for an ignored token.
+    pub margin: f64,
+    /// UNC = 1 - p(target) of the teacher.
+    pub uncertainty: f64,
+    /// KL divergence of the two Bernoulli distributions "the target, or not".
+    pub tkd: f64,
+    /// KL divergence of the renormalised non-target distributions.
+    pub dkd: f64,
+    /// The token's loss: both parts and the cross entropy, weighted as the objective says.
+    pub loss: f64,
+    /// Whether the token counts: its label is not `ignore_index`.
+    pub valid: bool,
+    /// Whether it was among the hard tokens.
+    pub hard: bool,
+}
+
+impl TokenTerms {
+    pub(crate) const IGNORED: Self = Self {
+        margin: f64::NEG_INFINITY,
+        uncertainty: 0.0,
+        tkd: 0.0,
+        dkd: 0.0,
+        loss: 0.0,
+        valid: false,
+        hard: false,
+    };
+}
+
+/// The loss of a batch and the terms of each of its tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// The reduced loss, without the upstream gradient.
+    pub loss: f64,
+    /// One entry a token.
+    pub tokens: Vec<TokenTerms>,
+}
+
+/// Means and counts over an [`Output`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Summary {
+    pub tokens: usize,
+    pub valid_tokens: usize,
+    pub hard_tokens: usize,
+    /// Valid tokens whose loss is NaN or infinite.
+    pub non_finite_tokens: usize,
+    /// The least uncertainty of a hard token; `None` where there is none.
+    pub threshold_uncertainty: Option<f64>,
+    /// Mean over the valid tokens; 0 where there are none. So are the next two.
+    pub mean_uncertainty: f64,
+    pub mean_tkd: f64,
+    pub mean_dkd: f64,
+}
+
+impl Output {
+    /// Adds up in the order of the tokens, so that the sum does not depend on the threads.
+    pub(crate) fn reduce(objective: &Objective, tokens: Vec<TokenTerms>) -> Self {
+        let valid = tokens.iter().filter(|token| token.valid).count();
+        let sum: f64 = tokens.iter().map(|token| token.loss).sum();
+        Self { loss: if valid == 0 { 0.0 } else { sum * objective.reduction_scale(valid) }, tokens }
+    }
+
+    pub fn summary(&self) -> Summary {
+        let valid = || self.tokens.iter().filter(|token| token.valid);
+        let valid_tokens = valid().count();
+        let mean = |term: fn(&TokenTerms) -> f64| {
+            valid().map(term).sum::<f64>() / valid_tokens.max(1) as f64
+        };
+        Summary {
+            tokens: self.tokens.len(),
+            valid_tokens,
+            hard_tokens: valid().filter(|token| token.hard).count(),
+            non_finite_tokens: valid().filter(|token| !token.loss.is_finite()).count(),
+            threshold_uncertainty: valid()
+                .filter(|token| token.hard)
+                .map(|token| token.uncertainty)
+                .min_by(f64::total_cmp),
+            mean_uncertainty: mean(|token| token.uncertainty),
+            mean_tkd: mean(|token| token.tkd),
+            mean_dkd: mean(|token| token.dkd),
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The loss in float64, straight from its definitions: softmax, mask out the target, renormalise, two
+//! KL divergences, and the chain rule for the gradient. Slow, serial, and independent of the fused
+//! form, against which it is the oracle.
+
+use crate::objective::{Coefficient, Target};
+use crate::output::TokenTerms;
+use crate::{Batch, Elements, Logits, Objective, Output, Result};
+
+/// A distribution over the vocabulary and its split at the target, as logarithms: probabilities that
+/// underflow still have one.
+struct Split {
+    /// log p_j
+    log_p: Vec<f64>,
+    /// log (1 - p_g), summed over the others, since 1 - p_g loses every digit near 1.
+    log_rest: f64,
+}
+
+impl Split {
+    fn new(logits: &[f64], target: usize) -> Self {
+        let normaliser = log_sum_exp(logits.iter().copied());
+        let log_p: Vec<f64> = logits.iter().map(|z| z - normaliser).collect();
+        let others = log_p.iter().enumerate().filter(|&(j, _)| j != target);
+        let log_rest = log_sum_exp(others.map(|(_, &l)| l));
+        Self { log_p, log_rest }
+    }
+
+    /// log of p_j renormalised over the non-targets; -inf where p_j is 0.
+    fn log_renormalised(&self, j: usize) -> f64 {
+        if self.log_p[j] == f64::NEG_INFINITY {
+            f64::NEG_INFINITY
+        } else {
+            self.log_p[j] - self.log_rest
+        }
+    }
+}
+
+fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
+    let max = values.clone().fold(f64::NEG_INFINITY, f64::max);
+    if max == f64::NEG_INFINITY {
+        // Nothing but -inf, unless there is a NaN, which `max` passes over.
+        return values.fold(max, |sum, value| if value.is_nan() { value } else { sum });
+    }
+    max + values.map(|value| (value - max).exp()).sum::<f64>().ln()
+}
+
+/// p log(p / q), with the limits: 0 where p is 0, +inf where only q is.
+fn divergence(log_p: f64, log_q: f64) -> f64 {
+    if log_p == f64::NEG_INFINITY {
+        0.0
+    } else if log_q == f64::NEG_INFINITY {
+        f64::INFINITY
+    } else {
+        log_p.exp() * (log_p - log_q)
+    }
+}
+
+fn widen(row: Elements, temperature: f64) -> Vec<f64> {
+    (0..row.len()).map(|j| f64::from(row.get(j)) / temperature).collect()
+}
+
+fn defined(logits: &[f64]) -> bool {
+    logits.iter().all(|z| !z.is_nan() && *z != f64::INFINITY)
+        && logits.iter().any(|z| *z != f64::NEG_INFINITY)
+}
+
+/// The loss, and each token's terms.
+///
+/// # Errors
+/// As [`forward_backward`].
+pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<Output> {
+    compute(objective, batch, student, None)
+}
+
+/// The loss, each token's terms, and the gradient with respect to the student's logits,
+/// `[tokens, vocab]` without gaps, in float64.
+///
+/// # Errors
+/// If the shapes differ, a label is out of range, or labels are needed and missing.
+pub fn forward_backward(
+    objective: &Objective,
+    batch: &Batch,
+    student: Logits,
+) -> Result<(Output, Vec<f64>)> {
+    let mut gradient = vec![0.0; student.tokens() * student.vocab()];
+    let output = compute(objective, batch, student, Some(&mut gradient))?;
+    Ok((output, gradient))
+}
+
+fn compute(
+    objective: &Objective,
+    batch: &Batch,
+    student: Logits,
+    mut gradient: Option<&mut [f64]>,
+) -> Result<Output> {
+    batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
+    let labels = batch.valid_labels(objective)?;
+    let (teacher, vocab, temperature) = (batch.teacher(), student.vocab(), objective.temperature());
+
+    let targets: Vec<Option<usize>> = labels
+        .iter()
+        .enumerate()
+        .map(|(token, label)| {
+            label.map(|label| match objective.target() {
+                Target::Label => label,
+                Target::Teacher => {
+                    let row = teacher.row(token);
+                    (1..vocab).fold(0, |best, j| if row.get(j) > row.get(best) { j } else { best })
+                }
+            })
+        })
+        .collect();
+
+    let margins: Vec<Option<f64>> = targets
+        .iter()
+        .enumerate()
+        .map(|(token, target)| {
+            target.map(|target| {
+                let a = widen(teacher.row(token), temperature);
+                let p = Split::new(&a, target);
+                if defined(&a) { p.log_rest - p.log_p[target] } else { f64::NAN }
+            })
+        })
+        .collect();
+    let hard = select(objective, batch, &margins);
+
+    let valid = labels.iter().flatten().count();
+    let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
+    let mut tokens = vec![TokenTerms::IGNORED; labels.len()];
+    for (token, target) in targets.iter().enumerate() {
+        let Some(target) = *target else { continue };
+        let a = widen(teacher.row(token), temperature);
+        let b = widen(student.row(token), temperature);
+        let b_at_1 = widen(student.row(token), 1.0);
+        let row = gradient.as_deref_mut().map(|g| &mut g[token * vocab..][..vocab]);
+        let margin = margins[token].expect("a token with a target has a margin");
+        tokens[token] =
+            one_token(objective, &a, &b, &b_at_1, target, margin, hard[token], scale, row);
+    }
+    Ok(Output::reduce(objective, tokens))
+}
+
+/// The `ceil(k * valid)` tokens of largest margin within each scope: NaN last, ties by lower index.
+fn select(objective: &Objective, batch: &Batch, margins: &[Option<f64>]) -> Vec<bool> {
+    let mut hard = vec![false; margins.len()];
+    for scope in batch.scopes() {
+        let mut ranked: Vec<(usize, f64)> =
+            scope.filter_map(|token| Some((token, margins[token]?))).collect();
+        ranked.sort_by(|(_, a), (_, b)| match (a.is_nan(), b.is_nan()) {
+            (false, false) => b.partial_cmp(a).expect("neither is NaN"),
+            (a, b) => a.cmp(&b),
+        });
+        for &(token, _) in ranked.iter().take(objective.hard_count(ranked.len())) {
+            hard[token] = true;
+        }
+    }
+    hard
+}
+
+#[expect(clippy::too_many_arguments)]
+fn one_token(
+    objective: &Objective,
+    a: &[f64],
+    b: &[f64],
+    b_at_1: &[f64],
+    target: usize,
+    margin: f64,
+    hard: bool,
+    scale: f64,
+    gradient: Option<&mut [f64]>,
+) -> TokenTerms {
+    if !defined(a) || !defined(b) {
+        if let Some(gradient) = gradient {
+            gradient.fill(f64::NAN);
+        }
+        let nan = f64::NAN;
+        return TokenTerms {
+            margin: nan,
+            uncertainty: nan,
+            tkd: nan,
+            dkd: nan,
+            loss: nan,
+            valid: true,
+            hard,
+        };
+    }
+    let (p, q, q_at_1) =
+        (Split::new(a, target), Split::new(b, target), Split::new(b_at_1, target));
+    let uncertainty = p.log_rest.exp();
+    let tkd = divergence(p.log_p[target], q.log_p[target]) + divergence(p.log_rest, q.log_rest);
+    let others = || (0..a.len()).filter(|&j| j != target);
+    let dkd: f64 =
+        others().map(|j| divergence(p.log_renormalised(j), q.log_renormalised(j))).sum();
+    let ce = -q_at_1.log_p[target];
+
+    let coefficients = if hard { objective.hard() } else { objective.easy() };
+    let number = |coefficient| match coefficient {
+        Coefficient::Constant(value) => value,
+        Coefficient::Uncertainty => uncertainty,
+    } * objective.distillation_scale();
+    let weights = [number(coefficients.tkd), number(coefficients.dkd), objective.ce_weight()];
+    let loss = weights
+        .iter()
+        .zip([tkd, dkd, ce])
+        .filter(|(weight, _)| **weight != 0.0)
+        .map(|(weight, term)| weight * term)
+        .sum();
+
+    if let Some(gradient) = gradient {
+        let [c_tkd, c_dkd, c_ce] = weights;
+        let (p_g, p_rest) = (p.log_p[target].exp(), uncertainty);
+        for (j, out) in gradient.iter_mut().enumerate() {
+            // d log q_g / db_j = [j = g] - q_j and d log q_rest / db_j = [j != g] qhat_j - q_j.
+            let at_target = if j == target { 1.0 } else { 0.0 };
+            let (phat, qhat) = if j == target {
+                (0.0, 0.0)
+            } else {
+                (p.log_renormalised(j).exp(), q.log_renormalised(j).exp())
+            };
+            let q_j = q.log_p[j].exp();
+            let tkd = -p_g * (at_target - q_j) - p_rest * (qhat - q_j);
+            let dkd = if p_rest == 0.0 { 0.0 } else { qhat - phat };
+            let ce = q_at_1.log_p[j].exp() - at_target;
+            *out = scale * ((c_tkd * tkd + c_dkd * dkd) / objective.temperature() + c_ce * ce);
+        }
+    }
+    TokenTerms { margin, uncertainty, tkd, dkd, loss, valid: true, hard }
+}
