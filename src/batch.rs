@@ -137,6 +137,10 @@ impl<'a> Batch<'a> {
 
     pub(crate) fn check_shape(&self, what: &'static str, actual: [usize; 2]) -> Result<()> {
         let expected = [self.teacher.tokens(), self.teacher.vocab()];
-        if actual == expected { Ok(()) } else { Err(Error::ShapeMismatch { what, expected, actual }) }
+        if actual == expected {
+            Ok(())
+        } else {
+            Err(Error::ShapeMismatch { what, expected, actual })
+        }
     }
 }

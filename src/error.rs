@@ -6,11 +6,7 @@ use crate::Dtype;
 pub enum Error {
     /// A setting of the [`Objective`](crate::Objective) outside its domain.
     #[error("{name} is {value}, but must be {allowed}")]
-    Setting {
-        name: &'static str,
-        value: f64,
-        allowed: &'static str,
-    },
+    Setting { name: &'static str, value: f64, allowed: &'static str },
     /// A slice too short, or too long, for the shape that was given with it.
     #[error(
         "{what} needs {expected} elements for {tokens} tokens of {vocab} logits with row stride \
@@ -25,7 +21,9 @@ pub enum Error {
         actual: usize,
     },
     /// A shape that no tensor can have.
-    #[error("{what} has an impossible shape: {tokens} tokens, vocabulary {vocab}, row stride {row_stride}; {reason}")]
+    #[error(
+        "{what} has an impossible shape: {tokens} tokens, vocabulary {vocab}, row stride {row_stride}; {reason}"
+    )]
     Shape {
         what: &'static str,
         tokens: usize,
@@ -35,36 +33,28 @@ pub enum Error {
     },
     /// Teacher, student and gradient must be of one shape.
     #[error("{what} is [{}, {}], but the teacher's logits are [{}, {}]", .actual[0], .actual[1], .expected[0], .expected[1])]
-    ShapeMismatch {
-        what: &'static str,
-        expected: [usize; 2],
-        actual: [usize; 2],
-    },
+    ShapeMismatch { what: &'static str, expected: [usize; 2], actual: [usize; 2] },
     /// The gradient has a dtype that the student's logits do not allow.
-    #[error("the gradient is {actual}, but for {student} student logits it must be {student} or F32")]
+    #[error(
+        "the gradient is {actual}, but for {student} student logits it must be {student} or F32"
+    )]
     GradientDtype { student: Dtype, actual: Dtype },
     /// One label a token, no more and no fewer.
     #[error("{labels} labels were given for {tokens} tokens")]
     LabelCount { labels: usize, tokens: usize },
     /// The objective's target is the label, but the batch has none.
-    #[error("the objective's target is the label of each token, but the batch has no labels; give labels or choose Target::Teacher")]
+    #[error(
+        "the objective's target is the label of each token, but the batch has no labels; give labels or choose Target::Teacher"
+    )]
     NoLabels,
     /// A label that names no token of the vocabulary.
-    #[error("the label of token {token} is {label}, but must be at least 0 and below the vocabulary size {vocab}, or ignore_index {ignore_index}")]
-    LabelOutOfRange {
-        token: usize,
-        label: i64,
-        vocab: usize,
-        ignore_index: i64,
-    },
+    #[error(
+        "the label of token {token} is {label}, but must be at least 0 and below the vocabulary size {vocab}, or ignore_index {ignore_index}"
+    )]
+    LabelOutOfRange { token: usize, label: i64, vocab: usize, ignore_index: i64 },
     /// The row offsets of the sequences do not partition the tokens.
     #[error("sequence offset {index} is {offset}, but {reason} ({tokens} tokens)")]
-    Sequences {
-        index: usize,
-        offset: usize,
-        tokens: usize,
-        reason: &'static str,
-    },
+    Sequences { index: usize, offset: usize, tokens: usize, reason: &'static str },
 }
 
 /// A result with this crate's [`Error`].

@@ -165,10 +165,11 @@ fn span(what: &'static str, tokens: usize, vocab: usize, row_stride: usize) -> R
     }
     match tokens.checked_sub(1) {
         None => Ok(0),
-        Some(last) => last
-            .checked_mul(row_stride)
-            .and_then(|start| start.checked_add(vocab))
-            .ok_or_else(|| impossible("tokens times row stride does not fit into the address space")),
+        Some(last) => {
+            last.checked_mul(row_stride).and_then(|start| start.checked_add(vocab)).ok_or_else(
+                || impossible("tokens times row stride does not fit into the address space"),
+            )
+        }
     }
 }
 

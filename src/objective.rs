@@ -108,11 +108,7 @@ impl Default for Objective {
 }
 
 fn check(name: &'static str, value: f64, allowed: &'static str, ok: bool) -> Result<f64> {
-    if ok {
-        Ok(value)
-    } else {
-        Err(Error::Setting { name, value, allowed })
-    }
+    if ok { Ok(value) } else { Err(Error::Setting { name, value, allowed }) }
 }
 
 fn unit_interval(name: &'static str, value: f64) -> Result<f64> {

@@ -183,13 +183,11 @@ fn one_token(
             hard,
         };
     }
-    let (p, q, q_at_1) =
-        (Split::new(a, target), Split::new(b, target), Split::new(b_at_1, target));
+    let (p, q, q_at_1) = (Split::new(a, target), Split::new(b, target), Split::new(b_at_1, target));
     let uncertainty = p.log_rest.exp();
     let tkd = divergence(p.log_p[target], q.log_p[target]) + divergence(p.log_rest, q.log_rest);
     let others = || (0..a.len()).filter(|&j| j != target);
-    let dkd: f64 =
-        others().map(|j| divergence(p.log_renormalised(j), q.log_renormalised(j))).sum();
+    let dkd: f64 = others().map(|j| divergence(p.log_renormalised(j), q.log_renormalised(j))).sum();
     let ce = -q_at_1.log_p[target];
 
     let coefficients = if hard { objective.hard() } else { objective.easy() };

@@ -1,28 +1,26 @@
-//! The arithmetic on one block of a row, in float32 lanes, compiled once for each instruction set.
+//! The arithmetic on one block of a row, in float32, compiled once for each instruction set.
 //!
-//! Every function here is plain Rust over arrays of [`LANES`] numbers, which the compiler turns into
-//! vector instructions of whatever width the enclosing `#[target_feature]` allows. [`Block`] picks the
-//! widest set the machine has, once.
+//! The loops are written once over a [`Vector`]; [`Instructions`] picks the widest one that the
+//! machine has.
 
 use std::sync::OnceLock;
 
 use half::bf16;
 
-/// Numbers that go through the loops together: one AVX-512 register, two of AVX, four of SSE or NEON.
-const LANES: usize = 16;
+#[cfg(target_arch = "x86_64")]
+use super::vector::{Avx2, Avx512};
+use super::vector::{MAX_LANES, Portable, Vector};
 
-type Lanes = [f32; LANES];
-
-/// Below it e^x is left out (taken as 0): the next lower integer exponent of 2 is subnormal.
+/// Below it a power of 2 is subnormal, and taken as 0.
 const LOWEST_LOG2: f32 = -126.0;
 
 /// log2(e) / T, what a logit difference is multiplied by to become an exponent of 2.
 #[derive(Clone, Copy, Debug)]
 pub struct Exponent {
-    exact: f64,
+    pub(super) exact: f64,
     /// Two parts whose sum is exact enough that the product with any logit difference is.
-    high: f32,
-    low: f32,
+    pub(super) high: f32,
+    pub(super) low: f32,
 }
 
 impl Exponent {
@@ -75,166 +73,168 @@ pub struct Scales {
     pub student_at_1: f32,
 }
 
-#[inline(always)]
-fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FMA { a.mul_add(b, c) } else { a * b + c }
-}
-
 /// e^{x / T} where that is neither subnormal nor overflows, within 1.5 units in the last place; NaN
 /// for NaN.
 #[inline(always)]
-fn exp<const FMA: bool>(x: f32, exponent: Exponent) -> f32 {
+fn exp<V: Vector>(x: V, exponent: Exponent) -> V {
     // Adding 1.5 * 2^23 rounds to an integer and leaves it, plus the exponent's bias, in the low bits.
-    const ROUND: f32 = 12_582_912.0 + 127.0;
-    let shifted = multiply_add::<FMA>(x, exponent.high, ROUND);
-    let integer = shifted - ROUND;
-    let r = if FMA {
-        let r = x.mul_add(exponent.high, -integer);
-        x.mul_add(exponent.low, r)
-    } else {
-        (f64::from(x) * exponent.exact - f64::from(integer)) as f32
-    };
+    let round = V::splat(12_582_912.0 + 127.0);
+    let shifted = x.mul_add(V::splat(exponent.high), round);
+    let r = x.fraction(exponent, shifted.sub(round));
     // 2^r on [-1/2, 1/2], relative error 2e-9 before rounding.
-    let mut p = 1.534_581_2e-4;
+    let mut p = V::splat(1.534_581_2e-4);
     for c in [1.339_993_1e-3, 9.618_489e-3, 5.550_329e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0] {
-        p = multiply_add::<FMA>(p, r, c);
+        p = p.mul_add(r, V::splat(c));
     }
-    p * f32::from_bits(shifted.to_bits() << 23)
+    p.mul(shifted.shift_into_exponent())
 }
 
 /// As [`exp`], and 0 where it would underflow.
 #[inline(always)]
-fn careful_exp<const FMA: bool>(x: f32, exponent: Exponent) -> f32 {
-    let e = exp::<FMA>(x, exponent);
-    // A NaN does not underflow, and stays.
-    if exponent.underflows(x) { 0.0 } else { e }
+fn careful_exp<V: Vector>(x: V, exponent: Exponent) -> V {
+    let log2 = x.mul(V::splat(exponent.high));
+    // A NaN is not below anything, and stays.
+    log2.select_below(LOWEST_LOG2, V::splat(0.0), exp(x, exponent))
 }
 
 #[inline(always)]
-fn exp_if<const FMA: bool, const CAREFUL: bool>(x: f32, exponent: Exponent) -> f32 {
-    if CAREFUL { careful_exp::<FMA>(x, exponent) } else { exp::<FMA>(x, exponent) }
+fn exp_if<V: Vector, const CAREFUL: bool>(x: V, exponent: Exponent) -> V {
+    if CAREFUL { careful_exp(x, exponent) } else { exp(x, exponent) }
+}
+
+/// The whole vectors of `x`, and what is left, padded with -inf.
+#[inline(always)]
+fn split<V: Vector>(x: &[f32]) -> (impl ExactSizeIterator<Item = V>, V, usize) {
+    let chunks = x.chunks_exact(V::LANES);
+    let rest = chunks.remainder();
+    let mut padded = [f32::NEG_INFINITY; MAX_LANES];
+    padded[..rest.len()].copy_from_slice(rest);
+    (chunks.map(V::load), V::load(&padded), rest.len())
 }
 
 /// Smallest and largest, NaN passed over; (+inf, -inf) for nothing.
 #[inline(always)]
-fn min_max(x: &[f32]) -> (f32, f32) {
-    let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            low[i] = if chunk[i] < low[i] { chunk[i] } else { low[i] };
-            high[i] = if chunk[i] > high[i] { chunk[i] } else { high[i] };
-        }
+fn min_max<V: Vector>(x: &[f32]) -> (f32, f32) {
+    let (mut low, mut high) = (V::splat(f32::INFINITY), V::splat(f32::NEG_INFINITY));
+    let (chunks, rest, left) = split::<V>(x);
+    for x in chunks {
+        low = x.min_or(low);
+        high = x.max_or(high);
     }
-    let low = low.iter().chain(rest).fold(f32::INFINITY, |m, &x| if x < m { x } else { m });
-    let high = high.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
-    (low, high)
+    let low = low.fold(f32::min);
+    let high = rest.max_or(high).fold(f32::max);
+    (x[x.len() - left..].iter().copied().fold(low, f32::min), high)
 }
 
 /// sum e^{(x_j - max) / T}
 #[inline(always)]
-fn sum_exp<const FMA: bool, const CAREFUL: bool>(x: &[f32], max: f32, exponent: Exponent) -> f32 {
-    let mut sum = [0.0; LANES];
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            sum[i] += exp_if::<FMA, CAREFUL>(chunk[i] - max, exponent);
-        }
+fn sum_exp<V: Vector, const CAREFUL: bool>(x: &[f32], max: f32, exponent: Exponent) -> f32 {
+    let max = V::splat(max);
+    let (chunks, rest, _) = split::<V>(x);
+    let mut sum = careful_exp(rest.sub(max), exponent);
+    for x in chunks {
+        sum = sum.add(exp_if::<V, CAREFUL>(x.sub(max), exponent));
     }
-    let rest = rest.iter().map(|x| careful_exp::<FMA>(x - max, exponent));
-    sum.into_iter().chain(rest).sum()
+    sum.fold(|a, b| a + b)
 }
 
-/// One running sum a lane.
-#[derive(Default)]
-struct LaneSums {
-    teacher: Lanes,
-    weighted_gap: Lanes,
-    student: Lanes,
-    student_at_1: Lanes,
-    ruled_out: [bool; LANES],
+/// [`Sums`] by lane.
+#[derive(Clone, Copy)]
+struct LaneSums<V> {
+    teacher: V,
+    weighted_gap: V,
+    student: V,
+    student_at_1: V,
+    /// 1 where the student rules out a token that the teacher does not.
+    ruled_out: V,
 }
 
-impl LaneSums {
-    /// Adds one chunk and leaves its exponentials in `p`, `q` and, with `AT_1`, `q_at_1`.
+impl<V: Vector> LaneSums<V> {
+    /// Adds logits `a` of the teacher and `b` of the student, and returns their exponentials: teacher,
+    /// student, and with `AT_1` student at temperature 1.
     #[inline(always)]
-    fn step<const FMA: bool, const CAREFUL: bool, const AT_1: bool>(
-        &mut self,
-        frame: &Frame,
-        (a, b): (&Lanes, &Lanes),
-        (p, q, q_at_1): (&mut Lanes, &mut Lanes, &mut Lanes),
-    ) {
-        for i in 0..LANES {
-            let (da, db) = (a[i] - frame.teacher_max, b[i] - frame.student_max);
-            p[i] = exp_if::<FMA, CAREFUL>(da, frame.exponent);
-            q[i] = exp_if::<FMA, CAREFUL>(db, frame.exponent);
-            let mut gap = da - db;
-            if CAREFUL {
-                let masked = b[i] == f32::NEG_INFINITY;
-                self.ruled_out[i] |= masked & (a[i] > f32::NEG_INFINITY);
-                // Neither 0 * inf, nor a vanishing weight times the distance to a mask of -3e38.
-                gap = if masked | (p[i] == 0.0) { 0.0 } else { gap };
-            }
-            self.teacher[i] += p[i];
-            self.weighted_gap[i] = multiply_add::<FMA>(p[i], gap, self.weighted_gap[i]);
-            self.student[i] += q[i];
-            if AT_1 {
-                q_at_1[i] = exp_if::<FMA, CAREFUL>(db, Exponent::new(1.0));
-                self.student_at_1[i] += q_at_1[i];
-            }
+    fn add<const CAREFUL: bool, const AT_1: bool>(&mut self, frame: &Frame, a: V, b: V) -> [V; 3] {
+        let zero = V::splat(0.0);
+        let da = a.sub(V::splat(frame.teacher_max));
+        let db = b.sub(V::splat(frame.student_max));
+        let p = exp_if::<V, CAREFUL>(da, frame.exponent);
+        let q = exp_if::<V, CAREFUL>(db, frame.exponent);
+        let mut gap = da.sub(db);
+        if CAREFUL {
+            // Neither 0 * inf, nor a vanishing weight times the distance to a mask of -3e38.
+            gap = p.select_below(f32::MIN_POSITIVE, zero, gap);
+            gap = b.select_below(f32::MIN, zero, gap);
+            let ruled_out = a.select_below(f32::MIN, zero, V::splat(1.0));
+            self.ruled_out = b.select_below(f32::MIN, ruled_out, zero).max_or(self.ruled_out);
         }
+        self.teacher = self.teacher.add(p);
+        self.weighted_gap = p.mul_add(gap, self.weighted_gap);
+        self.student = self.student.add(q);
+        let q_at_1 = if AT_1 { exp_if::<V, CAREFUL>(db, Exponent::new(1.0)) } else { zero };
+        if AT_1 {
+            self.student_at_1 = self.student_at_1.add(q_at_1);
+        }
+        [p, q, q_at_1]
     }
 }
 
 #[inline(always)]
-fn accumulate<const FMA: bool, const CAREFUL: bool, const AT_1: bool>(
+fn accumulate<V: Vector, const CAREFUL: bool, const AT_1: bool>(
     teacher: &[f32],
     student: &[f32],
     frame: &Frame,
     out: Exponentials,
 ) -> Sums {
-    let mut sums = LaneSums::default();
-    let mut unused = [0.0; LANES];
-    let (a_chunks, a_rest) = teacher.as_chunks::<LANES>();
-    let (b_chunks, b_rest) = student.as_chunks::<LANES>();
-    let (p_chunks, p_rest) = out.teacher.as_chunks_mut::<LANES>();
-    let (q_chunks, q_rest) = out.student.as_chunks_mut::<LANES>();
-    let (q1_chunks, q1_rest) = out.student_at_1.as_chunks_mut::<LANES>();
-    let chunks = a_chunks.iter().zip(b_chunks).zip(p_chunks.iter_mut().zip(q_chunks)).enumerate();
-    for (k, ((a, b), (p, q))) in chunks {
-        let q1 = if AT_1 { &mut q1_chunks[k] } else { &mut unused };
-        sums.step::<FMA, CAREFUL, AT_1>(frame, (a, b), (p, q, q1));
-    }
-    let n = a_rest.len();
-    if n > 0 {
-        let (mut a, mut b) = ([f32::NEG_INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-        a[..n].copy_from_slice(a_rest);
-        b[..n].copy_from_slice(b_rest);
-        let (mut p, mut q, mut q1) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-        sums.step::<FMA, true, AT_1>(frame, (&a, &b), (&mut p, &mut q, &mut q1));
-        p_rest.copy_from_slice(&p[..n]);
-        q_rest.copy_from_slice(&q[..n]);
-        if AT_1 {
-            q1_rest.copy_from_slice(&q1[..n]);
+    let frame = *frame;
+    let zero = V::splat(0.0);
+    let mut sums = LaneSums {
+        teacher: zero,
+        weighted_gap: zero,
+        student: zero,
+        student_at_1: zero,
+        ruled_out: zero,
+    };
+    let (a_chunks, a_rest, left) = split::<V>(teacher);
+    let (b_chunks, b_rest, _) = split::<V>(student);
+    let mut p_chunks = out.teacher.chunks_exact_mut(V::LANES);
+    let mut q_chunks = out.student.chunks_exact_mut(V::LANES);
+    let mut q1_chunks = out.student_at_1.chunks_exact_mut(V::LANES);
+    for (((a, b), p), q) in a_chunks.zip(b_chunks).zip(&mut p_chunks).zip(&mut q_chunks) {
+        let exponentials = sums.add::<CAREFUL, AT_1>(&frame, a, b);
+        exponentials[0].store(p);
+        exponentials[1].store(q);
+        if AT_1 && let Some(q1) = q1_chunks.next() {
+            exponentials[2].store(q1);
         }
     }
+    if left > 0 {
+        let exponentials = sums.add::<true, AT_1>(&frame, a_rest, b_rest);
+        let rests =
+            [p_chunks.into_remainder(), q_chunks.into_remainder(), q1_chunks.into_remainder()];
+        for (exponentials, rest) in exponentials.into_iter().zip(rests) {
+            let mut padded = [0.0; MAX_LANES];
+            exponentials.store(&mut padded);
+            rest.copy_from_slice(&padded[..rest.len()]);
+        }
+    }
+    let total = |lanes: V| lanes.fold(|a, b| a + b);
     Sums {
-        teacher: sums.teacher.iter().sum(),
-        weighted_gap: sums.weighted_gap.iter().sum(),
-        student: sums.student.iter().sum(),
-        student_at_1: sums.student_at_1.iter().sum(),
-        ruled_out: sums.ruled_out.contains(&true),
+        teacher: total(sums.teacher),
+        weighted_gap: total(sums.weighted_gap),
+        student: total(sums.student),
+        student_at_1: total(sums.student_at_1),
+        ruled_out: sums.ruled_out.fold(f32::max) > 0.0,
     }
 }
 
 #[inline(always)]
-fn combine<const FMA: bool>(from: &Exponentials, scales: Scales, gradient: &mut [f32]) {
+fn combine<V: Vector>(from: &Exponentials, scales: Scales, gradient: &mut [f32]) {
     let exponentials = from.teacher.iter().zip(&*from.student);
     for (out, (p, q)) in gradient.iter_mut().zip(exponentials) {
-        *out = multiply_add::<FMA>(scales.student, *q, -(scales.teacher * p));
+        *out = scales.student * q - scales.teacher * p;
     }
     for (out, q) in gradient.iter_mut().zip(&*from.student_at_1) {
-        *out = multiply_add::<FMA>(scales.student_at_1, *q, *out);
+        *out += scales.student_at_1 * q;
     }
 }
 
@@ -258,37 +258,37 @@ fn narrow_bf16(from: &[f32], to: &mut [bf16]) {
 
 /// Compiles the functions above for one instruction set.
 macro_rules! compile {
-    ($module:ident, $fma:expr, $(#[$features:meta])*) => {
+    ($module:ident, $vector:ty, $(#[$features:meta])*) => {
         mod $module {
             use super::*;
-            const FMA: bool = $fma;
+            type V = $vector;
 
             $(#[$features])*
             pub fn min_max(x: &[f32]) -> (f32, f32) {
-                super::min_max(x)
+                super::min_max::<V>(x)
             }
 
             $(#[$features])*
             pub fn sum_exp(x: &[f32], max: f32, exponent: Exponent, careful: bool) -> f32 {
                 match careful {
-                    false => super::sum_exp::<FMA, false>(x, max, exponent),
-                    true => super::sum_exp::<FMA, true>(x, max, exponent),
+                    false => super::sum_exp::<V, false>(x, max, exponent),
+                    true => super::sum_exp::<V, true>(x, max, exponent),
                 }
             }
 
             $(#[$features])*
             pub fn accumulate(a: &[f32], b: &[f32], frame: &Frame, out: Exponentials) -> Sums {
                 match (frame.careful, out.student_at_1.is_empty()) {
-                    (false, true) => super::accumulate::<FMA, false, false>(a, b, frame, out),
-                    (false, false) => super::accumulate::<FMA, false, true>(a, b, frame, out),
-                    (true, true) => super::accumulate::<FMA, true, false>(a, b, frame, out),
-                    (true, false) => super::accumulate::<FMA, true, true>(a, b, frame, out),
+                    (false, true) => super::accumulate::<V, false, false>(a, b, frame, out),
+                    (false, false) => super::accumulate::<V, false, true>(a, b, frame, out),
+                    (true, true) => super::accumulate::<V, true, false>(a, b, frame, out),
+                    (true, false) => super::accumulate::<V, true, true>(a, b, frame, out),
                 }
             }
 
             $(#[$features])*
             pub fn combine(from: &Exponentials, scales: Scales, gradient: &mut [f32]) {
-                super::combine::<FMA>(from, scales, gradient)
+                super::combine::<V>(from, scales, gradient)
             }
 
             $(#[$features])*
@@ -304,11 +304,11 @@ macro_rules! compile {
     };
 }
 
-compile!(portable, cfg!(any(target_arch = "aarch64", target_feature = "fma")),);
+compile!(portable, Portable,);
 #[cfg(target_arch = "x86_64")]
-compile!(avx2, true, #[target_feature(enable = "avx2,fma")]);
+compile!(avx2, Avx2, #[target_feature(enable = "avx2,fma")]);
 #[cfg(target_arch = "x86_64")]
-compile!(avx512, true, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]);
+compile!(avx512, Avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]);
 
 /// An instruction set that this machine has: holding one is the proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,6 +12,7 @@
 
 mod block;
 mod rows;
+mod vector;
 
 use rayon::prelude::*;
 
@@ -199,9 +200,8 @@ fn select_hard(objective: &Objective, batch: &Batch, margins: &[Option<f64>]) ->
             .collect();
         let count = objective.hard_count(ranked.len());
         if count > 0 && count < ranked.len() {
-            ranked.select_nth_unstable_by(count - 1, |(a, i), (b, j)| {
-                b.total_cmp(a).then(i.cmp(j))
-            });
+            ranked
+                .select_nth_unstable_by(count - 1, |(a, i), (b, j)| b.total_cmp(a).then(i.cmp(j)));
         }
         for &(_, token) in &ranked[..count] {
             hard[token] = true;
