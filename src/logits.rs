@@ -114,6 +114,14 @@ impl<'a> Elements<'a> {
         }
     }
 
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        match self {
+            Elements::F32(s) => s.as_ptr().cast(),
+            Elements::F16(s) => s.as_ptr().cast(),
+            Elements::Bf16(s) => s.as_ptr().cast(),
+        }
+    }
+
     pub(crate) fn slice(self, range: std::ops::Range<usize>) -> Elements<'a> {
         each_dtype!(self, Elements => s => &s[range])
     }

@@ -23,6 +23,9 @@ use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result, row};
 use block::Instructions;
 use rows::{Destination, RowPass, Scratches};
 
+/// Bytes of a gradient that is too large to be found in the cache by whoever reads it next.
+const STREAM_FROM: usize = 16 << 20;
+
 /// The instruction set in use: the widest that this machine has.
 pub fn instruction_set() -> &'static str {
     Instructions::widest().name()
@@ -59,8 +62,15 @@ pub fn forward_backward(
     if shape.dtype() != student.dtype() && shape.dtype() != Dtype::F32 {
         return Err(Error::GradientDtype { student: student.dtype(), actual: shape.dtype() });
     }
+    let streamed = shape.tokens() * shape.vocab() * shape.dtype().size() >= STREAM_FROM;
     let rows = gradient.rows().into_iter().enumerate();
-    let rows = rows.map(|(token, row)| StudentRow::Into(student.row(token), row)).collect();
+    let rows = rows
+        .map(|(token, gradient)| StudentRow::Into {
+            logits: student.row(token),
+            gradient,
+            streamed,
+        })
+        .collect();
     compute(Instructions::widest(), objective, batch, rows)
 }
 
@@ -83,14 +93,14 @@ pub fn forward_backward_in_place(
 /// One row of the student, and where its gradient goes.
 enum StudentRow<'a> {
     Forward(Elements<'a>),
-    Into(Elements<'a>, ElementsMut<'a>),
+    Into { logits: Elements<'a>, gradient: ElementsMut<'a>, streamed: bool },
     InPlace(ElementsMut<'a>),
 }
 
 impl StudentRow<'_> {
     fn logits(&self) -> Elements<'_> {
         match self {
-            StudentRow::Forward(logits) | StudentRow::Into(logits, _) => *logits,
+            StudentRow::Forward(logits) | StudentRow::Into { logits, .. } => *logits,
             StudentRow::InPlace(logits) => logits.as_ref(),
         }
     }
@@ -98,8 +108,10 @@ impl StudentRow<'_> {
     fn gradient(&mut self) -> Option<Destination<'_>> {
         match self {
             StudentRow::Forward(_) => None,
-            StudentRow::Into(_, row) => Some(Destination { row: row.reborrow(), cached: false }),
-            StudentRow::InPlace(row) => Some(Destination { row: row.reborrow(), cached: true }),
+            StudentRow::Into { gradient, streamed, .. } => {
+                Some(Destination { row: gradient.reborrow(), streamed: *streamed })
+            }
+            StudentRow::InPlace(row) => Some(Destination { row: row.reborrow(), streamed: false }),
         }
     }
 }
