@@ -8,7 +8,7 @@ pub enum Coefficient {
     /// The same number for every token.
     Constant(f64),
     /// The token's uncertainty UNC = 1 - p(target), a constant for the gradient: with it on DKD, and
-    /// 1 on TKD, the sum is the plain KL divergence (equation 2 of Zhong et al., 2024).
+    /// 1 on TKD, the sum is the plain KL divergence (Zhong et al., 2024).
     Uncertainty,
 }
 
@@ -128,7 +128,7 @@ fn positive(name: &'static str, value: f64) -> Result<f64> {
 }
 
 impl Objective {
-    /// Adaptive teaching (equations 5 to 7 of the paper): easy tokens learn `lambda * DKD`, hard ones
+    /// Adaptive teaching, the loss of the paper: easy tokens learn `lambda * DKD`, hard ones
     /// `(1 - lambda) * (TKD + DKD)`.
     ///
     /// # Errors
