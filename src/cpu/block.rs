@@ -14,8 +14,8 @@ use super::vector::{MAX_LANES, Portable, Vector};
 /// Below it a power of 2 is subnormal, and taken as 0.
 const LOWEST_LOG2: f32 = -126.0;
 
-/// log2(e) / T, what a logit difference is multiplied by to become an exponent of 2. Its rounding, and
-/// the product's, change e^{x / T} by at most 2 parts in 10^8 of 1, for any x <= 0.
+/// log2(e) / T, what a logit difference is multiplied by to become an exponent of 2. Its rounding and
+/// the product's change e^y, y = x / T <= 0, by |y| e^y times 1.2e-7: never more than 5e-8.
 #[derive(Clone, Copy, Debug)]
 pub struct Exponent(f32);
 

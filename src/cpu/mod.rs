@@ -12,6 +12,8 @@
 
 mod block;
 mod rows;
+#[cfg(test)]
+mod tests;
 mod vector;
 
 use rayon::prelude::*;
