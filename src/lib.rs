@@ -1,4 +1,5 @@
 pub mod batch;
+pub mod battery;
 pub mod cpu;
 mod error;
 mod logits;

@@ -2,8 +2,9 @@
 
 use crate::Objective;
 
-/// The terms of one token, before the reduction. All 0 for an ignored token; NaN for a token with a
-/// NaN or +inf among its logits.
+/// The terms of one token, before the reduction. All 0 for an ignored token. Where a logit is NaN or
+/// +inf, or all are -inf, they are NaN: all of them if it is the teacher's, all but `margin` and
+/// `uncertainty` if it is the student's.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TokenTerms {
     /// The teacher's margin u, the log-odds against the target: UNC = sigmoid(u). Tells tokens apart

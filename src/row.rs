@@ -151,8 +151,8 @@ pub(crate) fn finish(
 
     if u.is_nan() || w.is_nan() || dkd.is_nan() {
         let terms = TokenTerms {
-            margin: f64::NAN,
-            uncertainty: f64::NAN,
+            margin: u,
+            uncertainty,
             tkd: f64::NAN,
             dkd: f64::NAN,
             loss: f64::NAN,
