@@ -20,8 +20,7 @@ use crate::{
     Output, Reduction, Result, Target, reference,
 };
 
-/// What is tested: a function as [`cpu::forward_backward`](crate::cpu::forward_backward).
-pub type Backend<'a> = dyn Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output> + 'a;
+type Backend<'a> = dyn Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output> + 'a;
 
 /// [`reference::forward_backward`] with the gradient rounded to the dtype that is asked for.
 pub fn reference_backend(
@@ -704,8 +703,12 @@ fn identities(case: &Case) -> Result<Worst> {
     Ok(worst)
 }
 
-/// Runs every case and tells `report` of each as it ends.
-pub fn run(backend: &Backend, mut report: impl FnMut(&Check)) -> Vec<Check> {
+/// Runs every case on a backend, a function as
+/// [`cpu::forward_backward`](crate::cpu::forward_backward), and tells `report` of each as it ends.
+pub fn run(
+    backend: impl Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output>,
+    mut report: impl FnMut(&Check),
+) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut add = |group, case: String, worst: Worst| {
         let check = Check { group, case, worst: worst.ratio, detail: worst.detail };
@@ -730,7 +733,7 @@ pub fn run(backend: &Backend, mut report: impl FnMut(&Check)) -> Vec<Check> {
         ("edge cases", edges()),
     ] {
         for case in cases {
-            let worst = case.run(backend);
+            let worst = case.run(&backend);
             add(group, case.name, worst);
         }
     }

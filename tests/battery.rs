@@ -19,10 +19,10 @@ fn assert_all_pass(checks: &[battery::Check]) {
 
 #[test]
 fn cpu() {
-    assert_all_pass(&battery::run(&atkd::cpu::forward_backward, |_| {}));
+    assert_all_pass(&battery::run(atkd::cpu::forward_backward, |_| {}));
 }
 
 #[test]
 fn reference() {
-    assert_all_pass(&battery::run(&battery::reference_backend, |_| {}));
+    assert_all_pass(&battery::run(battery::reference_backend, |_| {}));
 }

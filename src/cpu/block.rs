@@ -256,7 +256,6 @@ impl<V: Vector> LaneSums<V> {
         if CAREFUL {
             // Neither 0 * inf, nor a vanishing weight times the distance to a mask of -3e38.
             gap = p.select_below(f32::MIN_POSITIVE, zero, gap);
-            gap = b.select_below(f32::MIN, zero, gap);
             let ruled_out = a.select_below(f32::MIN, zero, V::splat(1.0));
             self.ruled_out = b.select_below(f32::MIN, ruled_out, zero).max_or(self.ruled_out);
         }

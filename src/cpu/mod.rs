@@ -56,6 +56,16 @@ pub fn forward_backward(
     objective: &Objective,
     batch: &Batch,
     student: Logits,
+    gradient: LogitsMut,
+) -> Result<Output> {
+    forward_backward_with(Instructions::widest(), objective, batch, student, gradient)
+}
+
+fn forward_backward_with(
+    instructions: Instructions,
+    objective: &Objective,
+    batch: &Batch,
+    student: Logits,
     mut gradient: LogitsMut,
 ) -> Result<Output> {
     let shape = gradient.as_logits();
@@ -73,7 +83,7 @@ pub fn forward_backward(
             streamed,
         })
         .collect();
-    compute(Instructions::widest(), objective, batch, rows)
+    compute(instructions, objective, batch, rows)
 }
 
 /// As [`forward_backward`], with the gradient written over the student's logits: a third less memory
