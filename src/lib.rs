@@ -7,6 +7,7 @@ mod objective;
 mod output;
 pub mod reference;
 mod row;
+pub mod unfused;
 
 pub use batch::{Batch, Labels};
 pub use error::{Error, Result};

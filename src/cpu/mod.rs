@@ -7,7 +7,7 @@
 //! An objective that treats hard and easy tokens differently reads the teacher's logits once more,
 //! beforehand, for the margins by which tokens are ranked.
 //!
-//! Memory beyond the arguments: about a hundred bytes a token, and two float32 rows a thread (three if
+//! Memory beyond the arguments: about 150 bytes a token, and two float32 rows a thread (three if
 //! cross entropy is wanted at a temperature other than 1).
 
 mod block;
