@@ -663,7 +663,7 @@ fn differences(case: &Case) -> Result<Worst> {
         };
         let slope = upstream * (loss_at(STEP)? - loss_at(-STEP)?) / (2.0 * STEP);
         // The step's square times a third derivative, and the loss's rounding over the step.
-        let allowed = 1e-7 * (1.0 + output.loss.abs()) * (1.0 + upstream.abs());
+        let allowed = 2e-9 * (1.0 + output.loss.abs()) * (1.0 + upstream.abs());
         worst.add(|| format!("d loss / d student[{index}]"), analytic, slope, allowed);
     }
     Ok(worst)

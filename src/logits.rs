@@ -256,6 +256,11 @@ impl<'a> Logits<'a> {
         self.elements.dtype()
     }
 
+    /// All elements, those between the rows included.
+    pub fn elements(&self) -> Elements<'a> {
+        self.elements
+    }
+
     /// The logits of one token. Panics if `token` is not below [`tokens`](Self::tokens).
     pub fn row(&self, token: usize) -> Elements<'a> {
         assert!(token < self.tokens, "token {token} of {}", self.tokens);
