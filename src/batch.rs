@@ -5,7 +5,9 @@ use crate::{Error, Logits, Objective, Result};
 /// One label a token.
 #[derive(Clone, Copy, Debug)]
 pub enum Labels<'a> {
+    /// 64 bits, as PyTorch has them.
     I64(&'a [i64]),
+    /// 32 bits.
     I32(&'a [i32]),
 }
 
@@ -102,6 +104,7 @@ impl<'a> Batch<'a> {
         self.teacher
     }
 
+    /// The labels, if there are any.
     pub fn labels(&self) -> Option<Labels<'a>> {
         self.labels
     }

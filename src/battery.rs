@@ -45,7 +45,9 @@ pub fn reference_backend(
 /// The outcome of one case.
 #[derive(Clone, Debug)]
 pub struct Check {
+    /// What kind of case it is.
     pub group: &'static str,
+    /// The case's name within the group.
     pub case: String,
     /// The largest error, over what is allowed. The case failed if it is above 1.
     pub worst: f64,
@@ -54,6 +56,7 @@ pub struct Check {
 }
 
 impl Check {
+    /// Whether every error was within what is allowed.
     pub fn passed(&self) -> bool {
         self.worst <= 1.0
     }

@@ -48,8 +48,11 @@ pub struct Output {
 /// Means and counts over an [`Output`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
+    /// All tokens, the ignored ones included.
     pub tokens: usize,
+    /// Tokens whose label is not `ignore_index`.
     pub valid_tokens: usize,
+    /// Valid tokens that were hard.
     pub hard_tokens: usize,
     /// Valid tokens whose loss is NaN or infinite.
     pub non_finite_tokens: usize,
@@ -57,7 +60,9 @@ pub struct Summary {
     pub threshold_uncertainty: Option<f64>,
     /// Mean over the valid tokens; 0 where there are none. So are the next two.
     pub mean_uncertainty: f64,
+    /// Mean TKD of the valid tokens.
     pub mean_tkd: f64,
+    /// Mean DKD of the valid tokens.
     pub mean_dkd: f64,
 }
 
@@ -69,6 +74,7 @@ impl Output {
         Self { loss: if valid == 0 { 0.0 } else { sum * objective.reduction_scale(valid) }, tokens }
     }
 
+    /// The means and counts.
     pub fn summary(&self) -> Summary {
         let valid = || self.tokens.iter().filter(|token| token.valid);
         let valid_tokens = valid().count();
