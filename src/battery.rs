@@ -1,5 +1,5 @@
 //! The test battery that every backend must pass: each shape, dtype and edge case against the float64
-//! [`reference`], and the reference against finite differences and identities.
+//! [`reference`](mod@reference), and the reference against finite differences and identities.
 //!
 //! What a backend may be off by:
 //!

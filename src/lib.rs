@@ -45,7 +45,7 @@
 //! # Which module
 //!
 //! - [`cpu`] computes: fused, vectorised, on all cores.
-//! - [`reference`] is the same in float64 straight from the definitions, for checking.
+//! - [`reference`](mod@reference) is the same in float64 straight from the definitions, for checking.
 //! - `candle`, with the feature of that name, is a differentiable operation for training loops.
 //! - [`battery`] holds the tests that every implementation must pass; [`unfused`] is what benchmarks
 //!   compare with.
