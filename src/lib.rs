@@ -58,8 +58,12 @@ mod error;
 mod logits;
 mod objective;
 mod output;
+#[cfg(feature = "simt")]
+mod params;
 pub mod reference;
 mod row;
+#[cfg(feature = "simt")]
+pub mod simt;
 pub mod unfused;
 
 pub use batch::{Batch, Labels};
