@@ -1,7 +1,7 @@
 //! Which code computes.
 
 use anyhow::{Result, bail};
-use atkd::{Batch, Logits, LogitsMut, Objective, Output, battery, cpu, reference};
+use atkd::{Batch, Logits, LogitsMut, Objective, Output, battery, cpu, reference, simt};
 use clap::ValueEnum;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -23,12 +23,12 @@ impl Backend {
     pub fn resolve(self) -> Result<Self> {
         match self {
             Self::Auto => Ok(Self::Cpu),
-            Self::Cuda | Self::Simt => bail!(
-                "the {} backend is not part of this build: its kernels have not been written yet; use \
-                 --backend cpu, or --backend auto to get the fastest that is here",
-                self.name()
+            Self::Cuda => bail!(
+                "the cuda backend is not part of this build: its kernels are written and run with \
+                 --backend simt, but nothing launches them on a GPU yet; use --backend cpu, or --backend \
+                 auto to get the fastest that is here"
             ),
-            Self::Cpu | Self::Reference => Ok(self),
+            Self::Cpu | Self::Simt | Self::Reference => Ok(self),
         }
     }
 
@@ -45,6 +45,7 @@ impl Backend {
     pub fn forward(self, objective: &Objective, batch: &Batch, student: Logits) -> Result<Output> {
         Ok(match self.resolve()? {
             Self::Reference => reference::forward(objective, batch, student)?,
+            Self::Simt => simt::forward(objective, batch, student)?,
             _ => cpu::forward(objective, batch, student)?,
         })
     }
@@ -58,6 +59,7 @@ impl Backend {
     ) -> atkd::Result<Output> {
         match self {
             Self::Reference => battery::reference_backend(objective, batch, student, gradient),
+            Self::Simt => simt::forward_backward(objective, batch, student, gradient),
             _ => cpu::forward_backward(objective, batch, student, gradient),
         }
     }

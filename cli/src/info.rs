@@ -16,6 +16,7 @@ pub fn run(_: &Args) -> Result<ExitCode> {
         let (usable, what) = match backend.resolve() {
             Err(_) => ("no", "not part of this build".into()),
             Ok(Backend::Reference) => ("yes", "float64, straight from the definitions".into()),
+            Ok(Backend::Simt) => ("yes", "the CUDA kernels, simulated as a test; slow".into()),
             Ok(_) => ("yes", cpu_line.clone()),
         };
         table.add_row([backend.name(), usable, &what]);

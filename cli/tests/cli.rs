@@ -116,7 +116,7 @@ fn loss_and_gradient_are_the_reference_s() {
     let (exact, gradient) =
         reference::forward_backward(&Objective::default(), &batch, student).unwrap();
 
-    for backend in ["auto", "cpu", "reference"] {
+    for backend in ["auto", "cpu", "simt", "reference"] {
         let out = files.path("out");
         let grad = out.to_str().unwrap();
         let object = json(loss(&path, &["--backend", backend, "--json", "--grad", grad]));
@@ -250,10 +250,8 @@ fn bad_settings() {
     fails(loss(&path, &["--objective", "kl", "--lambda", "7"]), &["lambda is 7"]);
     fails(loss(&path, &["--hard-ratio", "1.5"]), &["hard ratio is 1.5", "[0, 1]"]);
     fails(loss(&path, &["--temperature", "0"]), &["temperature is 0"]);
-    for backend in ["cuda", "simt"] {
-        for command in [&["loss", path.to_str().unwrap()][..], &["gradcheck"], &["bench"]] {
-            fails(atkd(&[command, &["--backend", backend]].concat()), &[backend, "--backend cpu"]);
-        }
+    for command in [&["loss", path.to_str().unwrap()][..], &["gradcheck"], &["bench"]] {
+        fails(atkd(&[command, &["--backend", "cuda"]].concat()), &["cuda", "--backend cpu"]);
     }
     fails(atkd(&["bench", "--tokens", "0"]), &["--tokens 0"]);
     let huge = u64::MAX.to_string();

@@ -9,8 +9,8 @@ use machine::{Buffer, Kernel, Launch};
 
 use crate::params::*;
 use crate::{
-    Batch, Coefficient, Dtype, Elements, Labels, Logits, LogitsMut, Objective, Output, Reduction,
-    Result, Target, TokenTerms,
+    Batch, Coefficient, Dtype, Elements, Error, Labels, Logits, LogitsMut, Objective, Output,
+    Reduction, Result, Target, TokenTerms,
 };
 
 macro_rules! kernels {
@@ -84,6 +84,17 @@ fn address(elements: Elements) -> *const c_void {
     elements.as_ptr().cast()
 }
 
+/// As [`cpu::forward`](crate::cpu::forward), through the CUDA kernels.
+///
+/// # Errors
+/// As [`cpu::forward`](crate::cpu::forward).
+///
+/// # Panics
+/// If a kernel does what it must not.
+pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<Output> {
+    Ok(Simulation::default().run(objective, batch, student, None)?.0)
+}
+
 /// As [`cpu::forward_backward`](crate::cpu::forward_backward), through the CUDA kernels.
 ///
 /// # Errors
@@ -118,6 +129,14 @@ impl Simulation {
     ) -> Result<(Output, Traffic)> {
         let shape = [student.tokens(), student.vocab()];
         batch.check_shape("the student's logits", shape)?;
+        if let Some(gradient) = &gradient {
+            let view = gradient.as_logits();
+            batch.check_shape("the gradient", [view.tokens(), view.vocab()])?;
+            if view.dtype() != student.dtype() && view.dtype() != Dtype::F32 {
+                let actual = view.dtype();
+                return Err(Error::GradientDtype { student: student.dtype(), actual });
+            }
+        }
         batch.valid_labels(objective)?;
         let teacher = batch.teacher();
         let (tokens, vocab) = (teacher.tokens(), teacher.vocab());
