@@ -678,17 +678,21 @@ fn identities(case: &Case) -> Result<Worst> {
     let batch = Batch::new(Logits::new(&case.teacher, case.tokens(), vocab)?, &case.labels)?;
     let student = Logits::new(&case.student, case.tokens(), vocab)?;
     let (output, gradient) = reference::forward_backward(&case.objective, &batch, student)?;
+    // Cross entropy is no term of its own: it is the loss where nothing else has a weight.
+    let alone = Objective::tkd().with_kd_weight(0.0)?.with_ce_weight(1.0)?;
+    let cross_entropy = reference::forward(&alone, &batch, student)?;
     let mut worst = Worst::new();
     let wide = |row: &[f32]| -> Vec<f64> { row.iter().map(|&z| z.into()).collect() };
     let rows = |token: usize| wide(&case.student[token * vocab..][..vocab]);
     for (i, token) in output.tokens.iter().enumerate() {
         let teacher = wide(&case.teacher[i * vocab..][..vocab]);
-        let [uncertainty, tkd, dkd, kl, _] = textbook(&teacher, &rows(i), case.labels[i] as usize);
+        let [uncertainty, tkd, dkd, kl, ce] = textbook(&teacher, &rows(i), case.labels[i] as usize);
         for (what, actual, expected) in [
             ("UNC", token.uncertainty, uncertainty),
             ("TKD", token.tkd, tkd),
             ("DKD", token.dkd, dkd),
             ("TKD + UNC DKD", token.tkd + token.uncertainty * token.dkd, kl),
+            ("cross entropy", cross_entropy.tokens[i].loss, ce),
         ] {
             worst.add(
                 || format!("{what} of token {i}"),

@@ -71,12 +71,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
 
     let mut random = fastrand::Rng::with_seed(1);
-    let mut logits = || {
-        let mut matrix = Matrix::zeros(dtype, tokens, vocab);
+    let mut logits = || -> Result<Matrix> {
+        let mut matrix = Matrix::zeros(dtype, tokens, vocab)?;
         matrix.fill(|_| 6.0 * (random.f32() + random.f32() + random.f32() - 1.5));
-        matrix
+        Ok(matrix)
     };
-    let (teacher, student, mut gradient) = (logits(), logits(), logits());
+    let (teacher, student, mut gradient) = (logits()?, logits()?, logits()?);
     let labels: Vec<usize> = (0..tokens).map(|i| i * 7919 % vocab).collect();
     let wide: Vec<i64> = labels.iter().map(|&label| label as i64).collect();
     let objective = Objective::default();

@@ -14,14 +14,20 @@ pub fn run(_: &Args) -> Result<ExitCode> {
     let cpu_line = format!("{} threads, {}", rayon::current_num_threads(), cpu::instruction_set());
     for backend in [Backend::Cpu, Backend::Reference, Backend::Cuda, Backend::Simt] {
         let (usable, what) = match backend.resolve() {
-            Err(_) => ("no", "not part of this build".into()),
+            Err(_) => ("no", "an NVIDIA GPU; nothing in this build launches its kernels".into()),
             Ok(Backend::Reference) => ("yes", "float64, straight from the definitions".into()),
             Ok(Backend::Simt) => ("yes", "the CUDA kernels, simulated as a test; slow".into()),
             Ok(_) => ("yes", cpu_line.clone()),
         };
         table.add_row([backend.name(), usable, &what]);
     }
-    crate::print(&format!("atkd {}\n\n{}", env!("CARGO_PKG_VERSION"), table.trim_fmt()))?;
+    crate::print(&format!(
+        "atkd {} on {} {}\n\n{}",
+        env!("CARGO_PKG_VERSION"),
+        std::env::consts::OS,
+        std::env::consts::ARCH,
+        table.trim_fmt()
+    ))?;
     crate::print(&format!("\nauto is {}", Backend::Auto.resolve()?.name()))?;
     Ok(ExitCode::SUCCESS)
 }

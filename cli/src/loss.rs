@@ -1,7 +1,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use atkd::{Batch, Objective, Output, Reduction, Target};
 use clap::ValueEnum;
 use safetensors::tensor::TensorView;
@@ -26,13 +26,13 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "atkd")]
     objective: Name,
     /// ATKD's weight of easy tokens; hard ones have 1 - lambda
-    #[arg(long, default_value_t = 0.2)]
+    #[arg(long, default_value_t = 0.2, allow_negative_numbers = true)]
     lambda: f64,
     /// Share of the valid tokens that is hard
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 0.5, allow_negative_numbers = true)]
     hard_ratio: f64,
     /// Divides both models' logits; cross entropy is taken at 1
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     temperature: f64,
     /// Multiply the distillation terms by the square of the temperature
     #[arg(long)]
@@ -44,10 +44,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "mean")]
     reduction: ReductionName,
     /// Weight of the student's cross entropy at the target
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     ce_weight: f64,
     /// Weight of the distillation terms
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     kd_weight: f64,
     /// Tokens with this label are dropped
     #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
@@ -118,6 +118,9 @@ impl Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let objective = args.objective()?;
     let backend = args.backend.resolve()?;
+    if let Some(path) = &args.grad {
+        check_destination(path, &args.file)?;
+    }
     let bytes = tensors::open(&args.file)?;
     let file = tensors::parse(&args.file, &bytes)?;
     let student = Matrix::read(&args.file, &file, "student")?;
@@ -144,16 +147,38 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let output = match &args.grad {
         None => backend.forward(&objective, &batch, logits)?,
         Some(path) => {
-            let mut gradient = Matrix::zeros(logits.dtype(), student.tokens, student.vocab);
+            let mut gradient = Matrix::zeros(logits.dtype(), student.tokens, student.vocab)?;
             let view = gradient.logits_mut()?;
             let output = backend.forward_backward(&objective, &batch, logits, view)?;
             write(path, &gradient, &output)
-                .with_context(|| format!("cannot write {}", path.display()))?;
+                .map_err(|error| anyhow!("cannot write {}: {error}", path.display()))?;
             output
         }
     };
     report(args, backend, &output)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The gradient replaces what is at `path`, which must be a file, and not the one it is computed from.
+fn check_destination(path: &Path, input: &Path) -> Result<()> {
+    let Ok(metadata) = std::fs::metadata(path) else { return Ok(()) };
+    if !metadata.is_file() {
+        let kind = if metadata.is_dir() { "a directory" } else { "a device or pipe" };
+        bail!(
+            "--grad {} is {kind}, but must be a regular file or a new name; leave --grad out if the \
+             gradient is not wanted",
+            path.display()
+        );
+    }
+    if let (Ok(path), Ok(input)) = (path.canonicalize(), input.canonicalize())
+        && path == input
+    {
+        bail!(
+            "--grad {} is the file that the logits are read from; give the gradient another name",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 /// Writes the whole file or nothing.
@@ -187,14 +212,23 @@ fn write(path: &Path, gradient: &Matrix, output: &Output) -> Result<()> {
     for (name, bytes) in &columns {
         views.push((name, TensorView::new(safetensors::Dtype::F32, vec![tokens], bytes)?));
     }
-    // Writes a temporary file beside it and renames that.
-    safetensors::serialize_to_file(views, None, path)?;
-    // The temporary file was private; the result is as public as new files usually are.
+    let folder = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))?;
+        // What any new file asks for; the user's umask takes its share.
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
+    let temporary = builder.tempfile_in(folder)?.into_temp_path();
+    let permissions = std::fs::metadata(&temporary)?.permissions();
+    // This replaces the file by a private one.
+    safetensors::serialize_to_file(views, None, &temporary)?;
+    std::fs::set_permissions(&temporary, permissions)?;
+    temporary.persist(path)?;
     Ok(())
 }
 

@@ -16,8 +16,15 @@ use clap::{Parser, Subcommand};
 /// For every token the KL divergence from teacher to student is split at the target token into TKD (the
 /// target or not) and DKD (the renormalised rest). Tokens of which the teacher is uncertain learn both,
 /// the others DKD alone.
+///
+/// Example, with files that PyTorch and safetensors write:
+///
+///   python -c "import torch, safetensors.torch as s; s.save_file({'teacher': torch.randn(8, 50),
+///   'student': torch.randn(8, 50), 'labels': torch.randint(50, (8,))}, 'batch.safetensors')"
+///
+///   atkd loss batch.safetensors --grad gradient.safetensors
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(version, arg_required_else_help = true, verbatim_doc_comment)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -78,14 +78,26 @@ impl<'a> Matrix<'a> {
         Ok(Self { data, tokens, vocab })
     }
 
-    pub fn zeros(dtype: Dtype, tokens: usize, vocab: usize) -> Self {
-        let count = tokens * vocab;
+    /// Zeros, or an error if the system does not give the memory.
+    pub fn zeros(dtype: Dtype, tokens: usize, vocab: usize) -> Result<Self> {
+        fn filled<T: Copy>(zero: T, tokens: usize, vocab: usize) -> Result<Vec<T>> {
+            let mut data = Vec::new();
+            let count = tokens.checked_mul(vocab);
+            if count.is_none_or(|count| data.try_reserve_exact(count).is_err()) {
+                bail!(
+                    "{tokens} tokens of {vocab} logits do not fit into memory; use fewer tokens or a \
+                     smaller vocabulary"
+                );
+            }
+            data.resize(tokens * vocab, zero);
+            Ok(data)
+        }
         let data = match dtype {
-            Dtype::F32 => Tensor::F32(vec![0.0; count].into()),
-            Dtype::F16 => Tensor::F16(vec![f16::ZERO; count].into()),
-            Dtype::Bf16 => Tensor::Bf16(vec![bf16::ZERO; count].into()),
+            Dtype::F32 => Tensor::F32(filled(0.0, tokens, vocab)?.into()),
+            Dtype::F16 => Tensor::F16(filled(f16::ZERO, tokens, vocab)?.into()),
+            Dtype::Bf16 => Tensor::Bf16(filled(bf16::ZERO, tokens, vocab)?.into()),
         };
-        Self { data, tokens, vocab }
+        Ok(Self { data, tokens, vocab })
     }
 
     pub fn logits(&self) -> atkd::Result<Logits<'_>> {

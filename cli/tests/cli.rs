@@ -256,6 +256,11 @@ fn bad_settings() {
     fails(atkd(&["bench", "--tokens", "0"]), &["--tokens 0"]);
     let huge = u64::MAX.to_string();
     fails(atkd(&["bench", "--tokens", &huge]), &["does not fit"]);
+    // A product that an address holds and no allocation does, and one that no machine has.
+    fails(atkd(&["bench", "--tokens", "2000000000000000000", "--vocab", "2"]), &["memory"]);
+    fails(atkd(&["bench", "--tokens", "1000000000", "--vocab", "1000000"]), &["do not fit"]);
+    fails(loss(&path, &["--lambda", "-1"]), &["lambda is -1"]);
+    fails(loss(&path, &["--ce-weight", "-0.5"]), &["cross-entropy weight is -0.5"]);
 }
 
 #[test]
@@ -310,9 +315,80 @@ fn a_failed_run_leaves_no_file() {
     fails(loss(&path, &["--grad", out.to_str().unwrap()]), &["token 3"]);
     assert_eq!(std::fs::read(&out).unwrap(), b"what was there before");
 
+    let folder = files.folder.path();
+    fails(loss(&path, &["--grad", folder.to_str().unwrap()]), &["is a directory"]);
+
     let path = files.batch("batch", &files.labels);
     let nowhere = files.path("nowhere").join("out");
     fails(loss(&path, &["--grad", nowhere.to_str().unwrap()]), &["cannot write", "nowhere"]);
+}
+
+#[test]
+fn the_gradient_overwrites_neither_its_input_nor_a_device() {
+    let files = Files::new();
+    let path = files.batch("batch", &files.labels);
+    let before = std::fs::read(&path).unwrap();
+    fails(loss(&path, &["--grad", path.to_str().unwrap()]), &["read from"]);
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+
+    #[cfg(unix)]
+    {
+        // A socket of our own: a test must not risk the machine's devices.
+        let socket = files.path("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        fails(loss(&path, &["--grad", socket.to_str().unwrap()]), &["device or pipe"]);
+        assert!(!socket.metadata().unwrap().is_file());
+        assert_eq!(files.names(), ["batch", "socket"]);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn the_gradient_s_file_obeys_the_umask() {
+    use std::os::unix::fs::PermissionsExt;
+    let files = Files::new();
+    files.batch("batch", &files.labels);
+    for (umask, mode) in [("022", 0o644), ("077", 0o600)] {
+        // A bare name, in the current folder.
+        let script = format!("umask {umask} && exec \"$0\" loss batch --grad out");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script, env!("CARGO_BIN_EXE_atkd")]).current_dir(files.folder.path());
+        shell.assert().success();
+        let actual = files.path("out").metadata().unwrap().permissions().mode();
+        assert_eq!(actual & 0o777, mode, "umask {umask}");
+        assert_eq!(files.names(), ["batch", "out"]);
+    }
+}
+
+/// Tensors at odd offsets, and labels of 32 bits.
+#[test]
+fn misaligned_tensors_and_narrow_labels() {
+    let files = Files::new();
+    let aligned = files.batch("aligned", &files.labels);
+    let expected = json(loss(&aligned, &["--json"]));
+    let labels: Vec<u8> = files.labels.iter().flat_map(|&l| (l as i32).to_le_bytes()).collect();
+    let tensors = [
+        ("a", "U8", vec![3], vec![0; 3]),
+        ("student", "F32", vec![TOKENS, VOCAB], little_endian(&files.student)),
+        ("teacher", "F32", vec![TOKENS, VOCAB], little_endian(&files.teacher)),
+        ("labels", "I32", vec![TOKENS], labels),
+    ];
+    // By hand, since the library sorts tensors by alignment.
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    for (name, dtype, shape, bytes) in tensors {
+        let offsets = [data.len(), data.len() + bytes.len()];
+        let entry = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
+        header.insert(name.into(), entry);
+        data.extend(bytes);
+    }
+    let mut header = serde_json::to_vec(&header).unwrap();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header);
+    bytes.extend(data);
+    let path = files.path("misaligned");
+    std::fs::write(&path, bytes).unwrap();
+    assert_eq!(json(loss(&path, &["--json"])), expected);
 }
 
 #[test]
@@ -328,6 +404,10 @@ fn labels_are_optional_for_the_teacher_s_target() {
     );
     let object = json(loss(&path, &["--target", "teacher", "--json"]));
     assert_eq!(object["valid_tokens"], 6);
+    // Where there are labels, they say which tokens are ignored.
+    let path = files.batch("labelled", &files.labels);
+    let object = json(loss(&path, &["--target", "teacher", "--json"]));
+    assert_eq!(object["valid_tokens"], 5);
 }
 
 #[test]
