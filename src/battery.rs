@@ -710,6 +710,119 @@ fn identities(case: &Case) -> Result<Worst> {
     Ok(worst)
 }
 
+/// Batch sizes whose valid tokens, one fewer, do not all divide evenly by the hard ratios.
+const PAPER_TOKENS: [usize; 4] = [1, 4, 5, 12];
+
+/// A loss as the paper and the documentation word it, with none of [`Objective`]'s own arithmetic.
+struct Paper {
+    name: &'static str,
+    objective: Result<Objective>,
+    temperature: f64,
+    hard_ratio: f64,
+    /// A token's loss from its textbook [UNC, TKD, DKD, KL, CE] and whether it is hard.
+    token: fn([f64; 5], bool) -> f64,
+    /// What the sum over so many valid tokens is divided by.
+    divisor: fn(f64) -> f64,
+}
+
+fn paper() -> Vec<Paper> {
+    let atkd = Objective::default();
+    let kl = Objective::kl();
+    let row = |name, objective, token| Paper {
+        name,
+        objective,
+        temperature: 1.0,
+        hard_ratio: 0.5,
+        token,
+        divisor: |valid| valid,
+    };
+    let atkd_token: fn([f64; 5], bool) -> f64 =
+        |[_, tkd, dkd, ..], hard| if hard { 0.8 * (tkd + dkd) } else { 0.2 * dkd };
+    let at_ratio = |name, hard_ratio| Paper {
+        hard_ratio,
+        ..row(name, atkd.with_hard_ratio(hard_ratio), atkd_token)
+    };
+    let reduced = |name, reduction, divisor| Paper {
+        divisor,
+        ..row(name, atkd.with_reduction(reduction), atkd_token)
+    };
+    vec![
+        row("atkd", Ok(atkd), atkd_token),
+        row("atkd, lambda 0.3", Objective::atkd(0.3), |[_, tkd, dkd, ..], hard| {
+            if hard { 0.7 * (tkd + dkd) } else { 0.3 * dkd }
+        }),
+        row("kl", Ok(kl), |[.., kl, _], _| kl),
+        row("tkd", Ok(Objective::tkd()), |[_, tkd, ..], _| tkd),
+        row("dkd", Ok(Objective::dkd()), |[_, _, dkd, ..], _| dkd),
+        row("decoupled", decoupled((0.9, 0.1), (0.25, 0.75)), |[_, tkd, dkd, ..], hard| {
+            if hard { 0.25 * tkd + 0.75 * dkd } else { 0.9 * tkd + 0.1 * dkd }
+        }),
+        row(
+            "cross entropy mixed in",
+            kl.with_ce_weight(0.7).and_then(|o| o.with_kd_weight(0.3)),
+            |[.., kl, ce], _| 0.3 * kl + 0.7 * ce,
+        ),
+        Paper {
+            temperature: 2.0,
+            ..row("temperature 2", kl.with_temperature(2.0), |[.., kl, _], _| kl)
+        },
+        Paper {
+            temperature: 2.0,
+            ..row(
+                "temperature 2, squared",
+                kl.with_temperature(2.0).map(|o| o.with_temperature_squared(true)),
+                |[.., kl, _], _| 4.0 * kl,
+            )
+        },
+        at_ratio("hard ratio 0", 0.0),
+        at_ratio("hard ratio 0.1", 0.1),
+        at_ratio("hard ratio 0.7", 0.7),
+        at_ratio("hard ratio 1", 1.0),
+        reduced("sum", Reduction::Sum, |_| 1.0),
+        reduced("denominator 8", Reduction::Denominator(8.0), |_| 8.0),
+    ]
+}
+
+/// The reference's selection and loss against [`Paper`], one token ignored.
+fn by_the_paper(paper: &Paper, tokens: usize) -> Result<Worst> {
+    const VOCAB: usize = 23;
+    let mut case = random(tokens, VOCAB, tokens as u64).with(paper.objective.clone());
+    case.labels[tokens / 2] = -100;
+    let batch = Batch::new(Logits::new(&case.teacher, tokens, VOCAB)?, &case.labels)?;
+    let student = Logits::new(&case.student, tokens, VOCAB)?;
+    let output = reference::forward(&case.objective, &batch, student)?;
+
+    let row = |logits: &[f32], i: usize| -> Vec<f64> {
+        logits[i * VOCAB..][..VOCAB].iter().map(|&z| f64::from(z) / paper.temperature).collect()
+    };
+    let terms: Vec<(usize, [f64; 5])> = (0..tokens)
+        .filter(|&i| case.labels[i] != -100)
+        .map(|i| {
+            let terms =
+                textbook(&row(&case.teacher, i), &row(&case.student, i), case.labels[i] as usize);
+            (i, terms)
+        })
+        .collect();
+    let mut worst = Worst::new();
+    let mut sum = 0.0;
+    for &(i, token) in &terms {
+        // A whole number of tokens is below ceil(x) exactly if it is below x.
+        let before = terms
+            .iter()
+            .filter(|&&(j, other)| other[0] > token[0] || (other[0] == token[0] && j < i));
+        let hard = (before.count() as f64) < paper.hard_ratio * terms.len() as f64;
+        if output.tokens[i].hard != hard {
+            return Ok(Worst::fail(format!("token {i}: hard {}, by the paper {hard}", !hard)));
+        }
+        sum += (paper.token)(token, hard);
+    }
+    let valid = output.tokens.iter().filter(|token| token.valid).count();
+    worst.add(|| "valid tokens".into(), valid as f64, terms.len() as f64, 0.0);
+    let expected = if terms.is_empty() { 0.0 } else { sum / (paper.divisor)(terms.len() as f64) };
+    worst.add(|| "loss".into(), output.loss, expected, 1e-12 * (1.0 + expected));
+    Ok(worst)
+}
+
 /// Runs every case on a backend, a function as
 /// [`cpu::forward_backward`](crate::cpu::forward_backward), and tells `report` of each as it ends.
 pub fn run(
@@ -733,6 +846,12 @@ pub fn run(
         let case = random(3, 23, seed);
         add("reference: textbook identities", format!("seed {seed}"), caught(identities(&case)));
     }
+    for paper in paper() {
+        for tokens in PAPER_TOKENS {
+            let case = format!("{}, {tokens} tokens", paper.name);
+            add("reference: the paper's table", case, caught(by_the_paper(&paper, tokens)));
+        }
+    }
     for (group, cases) in [
         ("shapes, dtypes, strides", shapes()),
         ("objectives", objective_cases()),
@@ -751,6 +870,7 @@ pub fn run(
 pub fn len() -> usize {
     objectives().len()
         + 8
+        + paper().len() * PAPER_TOKENS.len()
         + [shapes(), objective_cases(), selections(), edges()]
             .map(|cases| cases.len())
             .iter()
