@@ -1,4 +1,6 @@
 pub mod batch;
+#[cfg(feature = "candle")]
+pub mod candle;
 pub mod cpu;
 mod error;
 mod logits;
