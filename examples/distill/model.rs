@@ -82,7 +82,7 @@ impl Model {
         let mut x = rows.broadcast_add(&self.positions)?.reshape((batch * time, ()))?;
         for layer in &self.layers {
             x = (&x + self.attention(layer, &norm(&x, &layer.attention_norm)?, batch, time)?)?;
-            let hidden = norm(&x, &layer.mlp_norm)?.matmul(&layer.up)?.gelu()?;
+            let hidden = norm(&x, &layer.mlp_norm)?.matmul(&layer.up)?.relu()?.sqr()?;
             x = (&x + hidden.matmul(&layer.down)?)?;
         }
         norm(&x, &self.norm)?.matmul(&self.tokens.t()?)
