@@ -160,7 +160,7 @@ pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Resul
         .light_line_style(TRANSPARENT)
         .bold_line_style(BLACK.mix(0.12))
         .x_label_formatter(&|step| step.to_string())
-        .y_label_formatter(&|loss| format!("{loss:.1}"))
+        .y_label_formatter(&|loss| format!("{loss:.2}"))
         .draw()?;
     chart
         .draw_series(DashedLineSeries::new(
@@ -179,7 +179,7 @@ pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Resul
             .label(format!("{} {end:.3}", curve.name))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 28, y)], color.stroke_width(3)));
     }
-    legend(&mut chart)?;
+    legend(&mut chart, SeriesLabelPosition::UpperRight)?;
     Ok(area.present()?)
 }
 
@@ -242,16 +242,18 @@ pub fn write_uncertainty(folder: &Path, terms: &[TokenTerms], hard: usize) -> Re
             .label(format!("threshold: {threshold:.3}"))
             .legend(|(x, y)| PathElement::new([(x, y), (x + 28, y)], BLACK.stroke_width(2)));
     }
-    legend(&mut chart)?;
+    // The ends are where most tokens are.
+    legend(&mut chart, SeriesLabelPosition::UpperMiddle)?;
     Ok(area.present()?)
 }
 
 fn legend<'a, X: Ranged, Y: Ranged>(
     chart: &mut ChartContext<'a, SVGBackend<'a>, Cartesian2d<X, Y>>,
+    position: SeriesLabelPosition,
 ) -> Result<()> {
     Ok(chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(position)
         .legend_area_size(36)
         .margin(12)
         .label_font(FONT)
