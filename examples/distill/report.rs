@@ -184,24 +184,29 @@ pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Resul
 }
 
 /// `uncertainty.csv` and `uncertainty.svg`: how many tokens are how uncertain to the teacher, with the
-/// `hard` most uncertain ones apart.
+/// `hard` most uncertain ones apart. Bins are of the margin, since most uncertainties are next to 1.
 pub fn write_uncertainty(folder: &Path, terms: &[TokenTerms], hard: usize) -> Result<()> {
-    const BINS: usize = 50;
-    let mut margins: Vec<(f64, f64)> = terms.iter().map(|t| (t.margin, t.uncertainty)).collect();
-    margins.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let mut bins = [[0u32; 2]; BINS];
-    for (rank, (_, uncertainty)) in margins.iter().enumerate() {
-        let bin = ((uncertainty * BINS as f64) as usize).min(BINS - 1);
+    const LOW: f64 = -8.0;
+    const HIGH: f64 = 14.0;
+    const BINS_PER_UNIT: f64 = 2.0;
+    let mut margins: Vec<f64> = terms.iter().map(|token| token.margin).collect();
+    margins.sort_by(|a, b| b.total_cmp(a));
+    let last = ((HIGH - LOW) * BINS_PER_UNIT) as usize - 1;
+    let mut bins = vec![[0u32; 2]; last + 1];
+    for (rank, margin) in margins.iter().enumerate() {
+        let bin = (((margin - LOW) * BINS_PER_UNIT) as usize).min(last);
         bins[bin][usize::from(rank < hard)] += 1;
     }
-    let edge = |bin: usize| bin as f64 / BINS as f64;
-    let mut csv = String::from("uncertainty_from,uncertainty_to,easy_tokens,hard_tokens\n");
+    let edge = |bin: usize| LOW + bin as f64 / BINS_PER_UNIT;
+    let uncertainty = |margin: f64| 1.0 / (1.0 + (-margin).exp());
+    let mut csv = String::from("margin_from,margin_to,easy_tokens,hard_tokens\n");
     for (i, [easy, hard]) in bins.iter().enumerate() {
         csv += &format!("{},{},{easy},{hard}\n", edge(i), edge(i + 1));
     }
     write(folder, "uncertainty.csv", csv)?;
 
     let highest = bins.iter().map(|bin| bin[0] + bin[1]).max().unwrap_or(0).max(1);
+    let top = highest + highest / 12 + 1;
     let path = folder.join("uncertainty.svg");
     let area = SVGBackend::new(&path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
@@ -210,21 +215,23 @@ pub fn write_uncertainty(folder: &Path, terms: &[TokenTerms], hard: usize) -> Re
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(80)
-        .build_cartesian_2d(0.0..1.0, 0..highest + highest / 12 + 1)?;
+        .build_cartesian_2d(LOW..HIGH, 0..top)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
-        .x_desc("uncertainty of the target, 1 - p(target)")
+        .x_labels(12)
+        .x_desc(
+            "teacher's margin u, the log-odds against the target; uncertainty = 1 / (1 + exp(-u))",
+        )
         .y_desc("tokens")
         .label_style(FONT)
         .axis_desc_style(FONT)
         .light_line_style(TRANSPARENT)
         .bold_line_style(BLACK.mix(0.12))
-        .x_label_formatter(&|uncertainty| format!("{uncertainty:.1}"))
+        .x_label_formatter(&|margin| format!("{margin:.0}"))
         .draw()?;
-    let total = terms.len().max(1);
     for (group, name, color, tokens) in
-        [(0, "easy", COLORS[1], total - hard), (1, "hard", COLORS[2], hard)]
+        [(0, "easy", COLORS[1], terms.len() - hard), (1, "hard", COLORS[2], hard)]
     {
         chart
             .draw_series(bins.iter().enumerate().map(|(i, bin)| {
@@ -235,15 +242,14 @@ pub fn write_uncertainty(folder: &Path, terms: &[TokenTerms], hard: usize) -> Re
             .label(format!("{name}: {tokens} tokens"))
             .legend(move |(x, y)| Rectangle::new([(x, y - 6), (x + 28, y + 6)], color.filled()));
     }
-    if let Some(&(_, threshold)) = hard.checked_sub(1).and_then(|last| margins.get(last)) {
-        let line = [(threshold, 0), (threshold, highest + highest / 12)];
+    if let Some(&margin) = hard.checked_sub(1).and_then(|last| margins.get(last)) {
+        let line = [(margin.clamp(LOW, HIGH), 0), (margin.clamp(LOW, HIGH), top)];
         chart
             .draw_series(DashedLineSeries::new(line, 6, 4, BLACK.stroke_width(2)))?
-            .label(format!("threshold: {threshold:.3}"))
+            .label(format!("threshold: uncertainty {:.3}", uncertainty(margin)))
             .legend(|(x, y)| PathElement::new([(x, y), (x + 28, y)], BLACK.stroke_width(2)));
     }
-    // The ends are where most tokens are.
-    legend(&mut chart, SeriesLabelPosition::UpperMiddle)?;
+    legend(&mut chart, SeriesLabelPosition::UpperLeft)?;
     Ok(area.present()?)
 }
 
