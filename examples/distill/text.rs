@@ -84,14 +84,12 @@ impl Text {
 
 fn split(contents: &[String]) -> (Vec<&str>, Vec<&str>) {
     if contents.len() < HELD_OUT {
-        return contents
-            .iter()
-            .map(|content| {
-                content.split_at(
-                    content.floor_char_boundary(content.len() / HELD_OUT * (HELD_OUT - 1)),
-                )
-            })
-            .unzip();
+        let parts = contents.iter().map(|content| {
+            let end = content.len() / HELD_OUT * (HELD_OUT - 1);
+            let end = (0..=end).rev().find(|&i| content.is_char_boundary(i)).unwrap_or(0);
+            content.split_at(end)
+        });
+        return parts.unzip();
     }
     let texts = |held_out: bool| {
         let files = contents.iter().enumerate();
