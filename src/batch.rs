@@ -5,7 +5,9 @@ use crate::{Error, Logits, Objective, Result};
 /// One label a token.
 #[derive(Clone, Copy, Debug)]
 pub enum Labels<'a> {
+    /// 64 bits, as PyTorch has them.
     I64(&'a [i64]),
+    /// 32 bits.
     I32(&'a [i32]),
 }
 
@@ -102,16 +104,16 @@ impl<'a> Batch<'a> {
         self.teacher
     }
 
+    /// The labels, if there are any.
     pub fn labels(&self) -> Option<Labels<'a>> {
         self.labels
     }
 
     /// The ranges of tokens within which hard tokens are selected.
-    pub(crate) fn scopes(&self) -> Vec<std::ops::Range<usize>> {
-        match self.sequences {
-            Some(offsets) => offsets.windows(2).map(|pair| pair[0]..pair[1]).collect(),
-            None => vec![0..self.teacher.tokens()],
-        }
+    pub(crate) fn scopes(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
+        let whole = self.sequences.is_none().then_some(0..self.teacher.tokens());
+        let offsets = self.sequences.unwrap_or_default();
+        offsets.windows(2).map(|pair| pair[0]..pair[1]).chain(whole)
     }
 
     /// The label of each token; `None` for ignored ones, 0 for all of an unlabelled batch.

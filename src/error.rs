@@ -3,6 +3,7 @@ use crate::Dtype;
 /// Everything that can be wrong with a call. Every message carries the numbers that explain it.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
+#[expect(missing_docs, reason = "the messages name the fields")]
 pub enum Error {
     /// A setting of the [`Objective`](crate::Objective) outside its domain.
     #[error("{name} is {value}, but must be {allowed}")]

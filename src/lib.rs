@@ -1,4 +1,58 @@
-pub mod batch;
+//! The ATKD knowledge-distillation loss (Zhong et al., *Revisiting Knowledge Distillation for
+//! Autoregressive Language Models*, ACL 2024) and its gradient, fused and exact to rounding.
+//!
+//! A large teacher's and a small student's logits go in; the loss, the terms of every token and the
+//! gradient with respect to the student's logits come out. Nothing of the size of the logits is
+//! allocated on the way.
+//!
+//! ```
+//! use atkd::{Batch, Logits, LogitsMut, Objective, cpu};
+//!
+//! let (tokens, vocab) = (2, 3);
+//! let teacher = [2.0_f32, 1.0, 0.0, 0.5, 0.5, 3.0];
+//! let student = [1.0_f32, 1.0, 1.0, 0.0, 1.0, 0.0];
+//! let mut gradient = [0.0_f32; 6];
+//! let batch = Batch::new(Logits::new(&teacher[..], tokens, vocab)?, &[0_i64, 1])?;
+//! let output = cpu::forward_backward(
+//!     &Objective::default(),
+//!     &batch,
+//!     Logits::new(&student[..], tokens, vocab)?,
+//!     LogitsMut::new(&mut gradient[..], tokens, vocab)?,
+//! )?;
+//! assert!(output.loss > 0.0 && output.tokens[1].hard && !output.tokens[0].hard);
+//! # Ok::<(), atkd::Error>(())
+//! ```
+//!
+//! # The loss
+//!
+//! For each token, p is the teacher's and q the student's softmax over the vocabulary, g the target:
+//! the token's label, or what the teacher thinks likeliest. The KL divergence splits in two, with the
+//! teacher's uncertainty between them:
+//!
+//! ```text
+//! UNC = 1 - p_g
+//! TKD = p_g log(p_g / q_g) + (1 - p_g) log((1 - p_g) / (1 - q_g))
+//! DKD = sum_{j != g} phat_j log(phat_j / qhat_j)      phat_j = p_j / (1 - p_g), qhat_j = q_j / (1 - q_g)
+//! KL(p || q) = TKD + UNC * DKD
+//! ```
+//!
+//! The half of the tokens with the largest UNC are *hard* and learn `(1 - lambda) (TKD + DKD)`; the
+//! others are *easy* and learn `lambda DKD` alone, lambda = 0.2. (The paper writes the terms with a
+//! leading minus; what is returned here is the divergence that is minimised.) An [`Objective`] says all
+//! that and more: plain KL, TKD or DKD alone, any other coefficients, temperature, selection within
+//! sequences, reduction, cross entropy mixed in.
+//!
+//! # Which module
+//!
+//! - [`cpu`] computes: fused, vectorised, on all cores.
+//! - [`reference`](mod@reference) is the same in float64 straight from the definitions, for checking.
+//! - `candle`, with the feature of that name, is a differentiable operation for training loops.
+//! - [`battery`] holds the tests that every implementation must pass; [`unfused`] is what benchmarks
+//!   compare with.
+#![warn(missing_docs)]
+
+mod batch;
+pub mod battery;
 #[cfg(feature = "candle")]
 pub mod candle;
 pub mod cpu;
@@ -6,8 +60,13 @@ mod error;
 mod logits;
 mod objective;
 mod output;
+#[cfg(feature = "simt")]
+mod params;
 pub mod reference;
 mod row;
+#[cfg(feature = "simt")]
+pub mod simt;
+pub mod unfused;
 
 pub use batch::{Batch, Labels};
 pub use error::{Error, Result};

@@ -7,8 +7,11 @@ use crate::{Error, Result};
 /// The type of a logit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
+    /// IEEE 754 binary32.
     F32,
+    /// IEEE 754 binary16.
     F16,
+    /// bfloat16: the upper half of a binary32.
     Bf16,
 }
 
@@ -35,16 +38,22 @@ impl std::fmt::Display for Dtype {
 /// Borrowed elements of one of the three dtypes.
 #[derive(Clone, Copy, Debug)]
 pub enum Elements<'a> {
+    /// Of float32.
     F32(&'a [f32]),
+    /// Of float16.
     F16(&'a [f16]),
+    /// Of bfloat16.
     Bf16(&'a [bf16]),
 }
 
 /// Mutably borrowed elements of one of the three dtypes.
 #[derive(Debug)]
 pub enum ElementsMut<'a> {
+    /// Of float32.
     F32(&'a mut [f32]),
+    /// Of float16.
     F16(&'a mut [f16]),
+    /// Of bfloat16.
     Bf16(&'a mut [bf16]),
 }
 
@@ -85,6 +94,7 @@ macro_rules! from_slice {
 from_slice!(f32 => F32, f16 => F16, bf16 => Bf16);
 
 impl<'a> Elements<'a> {
+    /// Their type.
     pub fn dtype(&self) -> Dtype {
         match self {
             Elements::F32(_) => Dtype::F32,
@@ -93,6 +103,7 @@ impl<'a> Elements<'a> {
         }
     }
 
+    /// Their number.
     pub fn len(&self) -> usize {
         match self {
             Elements::F32(s) => s.len(),
@@ -101,6 +112,7 @@ impl<'a> Elements<'a> {
         }
     }
 
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -114,12 +126,21 @@ impl<'a> Elements<'a> {
         }
     }
 
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        match self {
+            Elements::F32(s) => s.as_ptr().cast(),
+            Elements::F16(s) => s.as_ptr().cast(),
+            Elements::Bf16(s) => s.as_ptr().cast(),
+        }
+    }
+
     pub(crate) fn slice(self, range: std::ops::Range<usize>) -> Elements<'a> {
         each_dtype!(self, Elements => s => &s[range])
     }
 }
 
 impl ElementsMut<'_> {
+    /// The same elements, read-only.
     pub fn as_ref(&self) -> Elements<'_> {
         match self {
             ElementsMut::F32(s) => Elements::F32(s),
@@ -244,8 +265,14 @@ impl<'a> Logits<'a> {
         self.row_stride
     }
 
+    /// The type of the logits.
     pub fn dtype(&self) -> Dtype {
         self.elements.dtype()
+    }
+
+    /// All elements, those between the rows included.
+    pub fn elements(&self) -> Elements<'a> {
+        self.elements
     }
 
     /// The logits of one token. Panics if `token` is not below [`tokens`](Self::tokens).

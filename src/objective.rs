@@ -8,7 +8,7 @@ pub enum Coefficient {
     /// The same number for every token.
     Constant(f64),
     /// The token's uncertainty UNC = 1 - p(target), a constant for the gradient: with it on DKD, and
-    /// 1 on TKD, the sum is the plain KL divergence (equation 2 of Zhong et al., 2024).
+    /// 1 on TKD, the sum is the plain KL divergence (Zhong et al., 2024).
     Uncertainty,
 }
 
@@ -28,6 +28,7 @@ pub struct Coefficients {
 }
 
 impl Coefficients {
+    /// Of TKD and of DKD.
     pub fn new(tkd: impl Into<Coefficient>, dkd: impl Into<Coefficient>) -> Self {
         Self { tkd: tkd.into(), dkd: dkd.into() }
     }
@@ -47,6 +48,7 @@ pub enum Target {
 /// How the losses of the tokens become one number.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Reduction {
+    /// The sum over the valid tokens.
     Sum,
     /// The mean over the valid tokens; 0 where there are none.
     Mean,
@@ -128,7 +130,7 @@ fn positive(name: &'static str, value: f64) -> Result<f64> {
 }
 
 impl Objective {
-    /// Adaptive teaching (equations 5 to 7 of the paper): easy tokens learn `lambda * DKD`, hard ones
+    /// Adaptive teaching, the loss of the paper: easy tokens learn `lambda * DKD`, hard ones
     /// `(1 - lambda) * (TKD + DKD)`.
     ///
     /// # Errors
@@ -279,38 +281,47 @@ impl Objective {
         self.hard
     }
 
+    /// See [`with_hard_ratio`](Self::with_hard_ratio).
     pub fn hard_ratio(&self) -> f64 {
         self.hard_ratio
     }
 
+    /// See [`with_temperature`](Self::with_temperature).
     pub fn temperature(&self) -> f64 {
         self.temperature
     }
 
+    /// See [`with_temperature_squared`](Self::with_temperature_squared).
     pub fn temperature_squared(&self) -> bool {
         self.temperature_squared
     }
 
+    /// See [`with_target`](Self::with_target).
     pub fn target(&self) -> Target {
         self.target
     }
 
+    /// See [`with_ignore_index`](Self::with_ignore_index).
     pub fn ignore_index(&self) -> i64 {
         self.ignore_index
     }
 
+    /// See [`with_reduction`](Self::with_reduction).
     pub fn reduction(&self) -> Reduction {
         self.reduction
     }
 
+    /// See [`with_kd_weight`](Self::with_kd_weight).
     pub fn kd_weight(&self) -> f64 {
         self.kd_weight
     }
 
+    /// See [`with_ce_weight`](Self::with_ce_weight).
     pub fn ce_weight(&self) -> f64 {
         self.ce_weight
     }
 
+    /// See [`with_upstream_gradient`](Self::with_upstream_gradient).
     pub fn upstream_gradient(&self) -> f64 {
         self.upstream
     }

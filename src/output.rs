@@ -2,8 +2,9 @@
 
 use crate::Objective;
 
-/// The terms of one token, before the reduction. All 0 for an ignored token; NaN for a token with a
-/// NaN or +inf among its logits.
+/// The terms of one token, before the reduction. All 0 for an ignored token. Where a logit is NaN or
+/// +inf, or all are -inf, they are NaN: all of them if it is the teacher's, all but `margin` and
+/// `uncertainty` if it is the student's.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TokenTerms {
     /// The teacher's margin u, the log-odds against the target: UNC = sigmoid(u). Tells tokens apart
@@ -47,8 +48,11 @@ pub struct Output {
 /// Means and counts over an [`Output`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
+    /// All tokens, the ignored ones included.
     pub tokens: usize,
+    /// Tokens whose label is not `ignore_index`.
     pub valid_tokens: usize,
+    /// Valid tokens that were hard.
     pub hard_tokens: usize,
     /// Valid tokens whose loss is NaN or infinite.
     pub non_finite_tokens: usize,
@@ -56,7 +60,9 @@ pub struct Summary {
     pub threshold_uncertainty: Option<f64>,
     /// Mean over the valid tokens; 0 where there are none. So are the next two.
     pub mean_uncertainty: f64,
+    /// Mean TKD of the valid tokens.
     pub mean_tkd: f64,
+    /// Mean DKD of the valid tokens.
     pub mean_dkd: f64,
 }
 
@@ -68,6 +74,7 @@ impl Output {
         Self { loss: if valid == 0 { 0.0 } else { sum * objective.reduction_scale(valid) }, tokens }
     }
 
+    /// The means and counts.
     pub fn summary(&self) -> Summary {
         let valid = || self.tokens.iter().filter(|token| token.valid);
         let valid_tokens = valid().count();

@@ -54,8 +54,12 @@ fn divergence(log_p: f64, log_q: f64) -> f64 {
     }
 }
 
-fn widen(row: Elements, temperature: f64) -> Vec<f64> {
-    (0..row.len()).map(|j| f64::from(row.get(j)) / temperature).collect()
+fn widen(row: Elements) -> Vec<f64> {
+    (0..row.len()).map(|j| f64::from(row.get(j))).collect()
+}
+
+fn over(logits: &[f64], temperature: f64) -> Vec<f64> {
+    logits.iter().map(|z| z / temperature).collect()
 }
 
 fn defined(logits: &[f64]) -> bool {
@@ -68,7 +72,8 @@ fn defined(logits: &[f64]) -> bool {
 /// # Errors
 /// As [`forward_backward`].
 pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<Output> {
-    compute(objective, batch, student, None)
+    batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
+    compute(objective, batch, |token| widen(student.row(token)), None)
 }
 
 /// The loss, each token's terms, and the gradient with respect to the student's logits,
@@ -81,20 +86,23 @@ pub fn forward_backward(
     batch: &Batch,
     student: Logits,
 ) -> Result<(Output, Vec<f64>)> {
+    batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
     let mut gradient = vec![0.0; student.tokens() * student.vocab()];
-    let output = compute(objective, batch, student, Some(&mut gradient))?;
+    let rows = |token| widen(student.row(token));
+    let output = compute(objective, batch, rows, Some(&mut gradient))?;
     Ok((output, gradient))
 }
 
-fn compute(
+/// `student` gives the logits of a token, in float64: finite differences need more than float32 holds.
+pub(crate) fn compute(
     objective: &Objective,
     batch: &Batch,
-    student: Logits,
+    student: impl Fn(usize) -> Vec<f64>,
     mut gradient: Option<&mut [f64]>,
 ) -> Result<Output> {
-    batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
     let labels = batch.valid_labels(objective)?;
-    let (teacher, vocab, temperature) = (batch.teacher(), student.vocab(), objective.temperature());
+    let teacher = batch.teacher();
+    let (vocab, temperature) = (teacher.vocab(), objective.temperature());
 
     let targets: Vec<Option<usize>> = labels
         .iter()
@@ -115,7 +123,7 @@ fn compute(
         .enumerate()
         .map(|(token, target)| {
             target.map(|target| {
-                let a = widen(teacher.row(token), temperature);
+                let a = over(&widen(teacher.row(token)), temperature);
                 let p = Split::new(&a, target);
                 if defined(&a) { p.log_rest - p.log_p[target] } else { f64::NAN }
             })
@@ -128,9 +136,9 @@ fn compute(
     let mut tokens = vec![TokenTerms::IGNORED; labels.len()];
     for (token, target) in targets.iter().enumerate() {
         let Some(target) = *target else { continue };
-        let a = widen(teacher.row(token), temperature);
-        let b = widen(student.row(token), temperature);
-        let b_at_1 = widen(student.row(token), 1.0);
+        let a = over(&widen(teacher.row(token)), temperature);
+        let b_at_1 = student(token);
+        let b = over(&b_at_1, temperature);
         let row = gradient.as_deref_mut().map(|g| &mut g[token * vocab..][..vocab]);
         let margin = margins[token].expect("a token with a target has a margin");
         tokens[token] =
@@ -174,8 +182,8 @@ fn one_token(
         }
         let nan = f64::NAN;
         return TokenTerms {
-            margin: nan,
-            uncertainty: nan,
+            margin,
+            uncertainty: if defined(a) { Split::new(a, target).log_rest.exp() } else { nan },
             tkd: nan,
             dkd: nan,
             loss: nan,
@@ -216,7 +224,7 @@ fn one_token(
             };
             let q_j = q.log_p[j].exp();
             let tkd = -p_g * (at_target - q_j) - p_rest * (qhat - q_j);
-            let dkd = if p_rest == 0.0 { 0.0 } else { qhat - phat };
+            let dkd = if p.log_rest == f64::NEG_INFINITY { 0.0 } else { qhat - phat };
             let ce = q_at_1.log_p[j].exp() - at_target;
             *out = scale * ((c_tkd * tkd + c_dkd * dkd) / objective.temperature() + c_ce * ce);
         }

@@ -18,11 +18,12 @@ use crate::output::TokenTerms;
 
 /// One pass over a row, target left out: everything the loss needs to know about it.
 ///
-/// Relative to both maxima, so that logits of any size lose no digits; at temperature T the exponents
-/// are (z - m) / T, while `weighted_gap` is in logits and takes its 1/T in [`Self::dkd`].
+/// Relative to a maximum m of each model, so that logits of any size lose no digits. (Any number near
+/// the largest logit will do for m: every result is independent of it.) At temperature T the
+/// exponents are (z - m) / T, while `weighted_gap` is in logits and takes its 1/T in [`Self::dkd`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowState {
-    /// Largest teacher logit off the target, as given (not over the temperature).
+    /// Largest teacher logit off the target, or a little less; as given, not over the temperature.
     pub teacher_max: f64,
     /// sum e^{(z_j - max) / T}
     pub teacher_sum: f64,
@@ -150,8 +151,8 @@ pub(crate) fn finish(
 
     if u.is_nan() || w.is_nan() || dkd.is_nan() {
         let terms = TokenTerms {
-            margin: f64::NAN,
-            uncertainty: f64::NAN,
+            margin: u,
+            uncertainty,
             tkd: f64::NAN,
             dkd: f64::NAN,
             loss: f64::NAN,

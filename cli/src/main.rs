@@ -1,1 +1,64 @@
-fn main() {}
+//! `atkd`: the ATKD knowledge-distillation loss on files of logits.
+
+mod backend;
+mod bench;
+mod gradcheck;
+mod info;
+mod loss;
+mod tensors;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The ATKD knowledge-distillation loss and its gradient (Zhong et al., ACL 2024).
+///
+/// For every token the KL divergence from teacher to student is split at the target token into TKD (the
+/// target or not) and DKD (the renormalised rest). Tokens of which the teacher is uncertain learn both,
+/// the others DKD alone.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Loss(loss::Args),
+    Gradcheck(gradcheck::Args),
+    Bench(bench::Args),
+    Info(info::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Loss(args) => loss::run(&args),
+        Command::Gradcheck(args) => gradcheck::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Info(args) => info::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Prints to standard output; a closed pipe (`atkd ... | head`) is not an error.
+fn print(text: &str) -> anyhow::Result<()> {
+    use std::io::{ErrorKind, Write};
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// A table without a frame.
+fn table(header: &[&str]) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING).set_header(header);
+    table
+}

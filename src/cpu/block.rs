@@ -14,36 +14,67 @@ use super::vector::{MAX_LANES, Portable, Vector};
 /// Below it a power of 2 is subnormal, and taken as 0.
 const LOWEST_LOG2: f32 = -126.0;
 
-/// log2(e) / T, what a logit difference is multiplied by to become an exponent of 2.
+/// log2(e) / T, what a logit difference is multiplied by to become an exponent of 2. Its rounding and
+/// the product's change e^y, y = x / T <= 0, by |y| e^y times 1.2e-7: never more than 5e-8.
 #[derive(Clone, Copy, Debug)]
-pub struct Exponent {
-    pub(super) exact: f64,
-    /// Two parts whose sum is exact enough that the product with any logit difference is.
-    pub(super) high: f32,
-    pub(super) low: f32,
-}
+pub struct Exponent(f32);
 
 impl Exponent {
     pub fn new(inverse_temperature: f64) -> Self {
-        let exact = std::f64::consts::LOG2_E * inverse_temperature;
-        let high = exact as f32;
-        Self { exact, high, low: (exact - f64::from(high)) as f32 }
+        Self((std::f64::consts::LOG2_E * inverse_temperature) as f32)
     }
 
-    /// Whether e^{difference / T} is surely left out.
+    /// Whether e^{difference / T} is left out.
     pub fn underflows(&self, difference: f32) -> bool {
-        difference * self.high < LOWEST_LOG2
+        difference * self.0 < LOWEST_LOG2
     }
 }
 
-/// What a block's exponentials are relative to.
-#[derive(Clone, Copy, Debug)]
-pub struct Frame {
-    pub teacher_max: f32,
-    pub student_max: f32,
-    pub exponent: Exponent,
+/// Logits that the loops read as they are.
+pub trait Logit: Copy {
+    const NEG_INFINITY: Self;
+    fn load<V: Vector>(from: &[Self]) -> V;
+    fn widen(self) -> f32;
+}
+
+impl Logit for f32 {
+    const NEG_INFINITY: f32 = f32::NEG_INFINITY;
+    #[inline(always)]
+    fn load<V: Vector>(from: &[f32]) -> V {
+        V::load(from)
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Logit for bf16 {
+    const NEG_INFINITY: bf16 = bf16::NEG_INFINITY;
+    #[inline(always)]
+    fn load<V: Vector>(from: &[bf16]) -> V {
+        V::load_bf16(from)
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// What a block's exponentials of one model are relative to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Reference {
+    /// The block's largest logit, or a little less, or anything more.
+    pub max: f32,
     /// Some exponential may underflow, or a logit be infinite: mind every element.
     pub careful: bool,
+}
+
+/// Smallest and largest logit, NaN passed over; (+inf, -inf) for nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    pub low: f32,
+    pub high: f32,
 }
 
 /// The exponentials of one block, written by [`Instructions::accumulate`] and read by
@@ -55,6 +86,22 @@ pub struct Exponentials<'a> {
     pub student_at_1: &'a mut [f32],
 }
 
+/// Logits that will be read next: their lines are asked for while the arithmetic runs.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    pub address: *const u8,
+    /// Bytes of one logit.
+    pub size: usize,
+}
+
+impl Ahead {
+    /// Asks for the line of logit `index`, if the slice does not end before it.
+    #[inline(always)]
+    fn fetch<V: Vector>(self, index: usize) {
+        V::prefetch(self.address.wrapping_add(index * self.size));
+    }
+}
+
 /// Sums over one block; [`RowState`](crate::row::RowState) has their meaning.
 #[derive(Clone, Copy, Debug)]
 pub struct Sums {
@@ -63,6 +110,8 @@ pub struct Sums {
     pub student: f32,
     pub student_at_1: f32,
     pub ruled_out: bool,
+    pub teacher_extent: Extent,
+    pub student_extent: Extent,
 }
 
 /// What exponentials are multiplied by to make a gradient.
@@ -73,17 +122,20 @@ pub struct Scales {
     pub student_at_1: f32,
 }
 
-/// e^{x / T} where that is neither subnormal nor overflows, within 1.5 units in the last place; NaN
-/// for NaN.
+/// e^{x / T} where that is neither subnormal nor overflows, within 1.5 parts in 10^7 beside what
+/// [`Exponent`] says; NaN for NaN.
 #[inline(always)]
 fn exp<V: Vector>(x: V, exponent: Exponent) -> V {
     // Adding 1.5 * 2^23 rounds to an integer and leaves it, plus the exponent's bias, in the low bits.
     let round = V::splat(12_582_912.0 + 127.0);
-    let shifted = x.mul_add(V::splat(exponent.high), round);
-    let r = x.fraction(exponent, shifted.sub(round));
-    // 2^r on [-1/2, 1/2], relative error 2e-9 before rounding.
-    let mut p = V::splat(1.534_581_2e-4);
-    for c in [1.339_993_1e-3, 9.618_489e-3, 5.550_329e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0] {
+    let exponent = V::splat(exponent.0);
+    let shifted = x.mul_add(exponent, round);
+    let r = x.mul_add(exponent, round.sub(shifted));
+    #[expect(clippy::approx_constant, reason = "a fitted coefficient, though near ln 2")]
+    const COEFFICIENTS: [f32; 5] = [9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
+    // 2^r on [-1/2, 1/2]: the polynomial of least relative error with 2^0 = 1.
+    let mut p = V::splat(1.326_472_7e-3);
+    for c in COEFFICIENTS {
         p = p.mul_add(r, V::splat(c));
     }
     p.mul(shifted.shift_into_exponent())
@@ -92,7 +144,7 @@ fn exp<V: Vector>(x: V, exponent: Exponent) -> V {
 /// As [`exp`], and 0 where it would underflow.
 #[inline(always)]
 fn careful_exp<V: Vector>(x: V, exponent: Exponent) -> V {
-    let log2 = x.mul(V::splat(exponent.high));
+    let log2 = x.mul(V::splat(exponent.0));
     // A NaN is not below anything, and stays.
     log2.select_below(LOWEST_LOG2, V::splat(0.0), exp(x, exponent))
 }
@@ -102,45 +154,86 @@ fn exp_if<V: Vector, const CAREFUL: bool>(x: V, exponent: Exponent) -> V {
     if CAREFUL { careful_exp(x, exponent) } else { exp(x, exponent) }
 }
 
-/// The whole vectors of `x`, and what is left, padded with -inf.
+/// Index of what is left of `x` after its whole vectors, and that, padded with -inf.
 #[inline(always)]
-fn split<V: Vector>(x: &[f32]) -> (impl ExactSizeIterator<Item = V>, V, usize) {
-    let chunks = x.chunks_exact(V::LANES);
-    let rest = chunks.remainder();
-    let mut padded = [f32::NEG_INFINITY; MAX_LANES];
-    padded[..rest.len()].copy_from_slice(rest);
-    (chunks.map(V::load), V::load(&padded), rest.len())
+fn tail<L: Logit, V: Vector>(x: &[L]) -> (usize, V) {
+    let whole = x.len() - x.len() % V::LANES;
+    let mut padded = [L::NEG_INFINITY; MAX_LANES];
+    padded[..x.len() - whole].copy_from_slice(&x[whole..]);
+    (whole, L::load(&padded))
 }
 
-/// Smallest and largest, NaN passed over; (+inf, -inf) for nothing.
-#[inline(always)]
-fn min_max<V: Vector>(x: &[f32]) -> (f32, f32) {
-    let (mut low, mut high) = (V::splat(f32::INFINITY), V::splat(f32::NEG_INFINITY));
-    let (chunks, rest, left) = split::<V>(x);
-    for x in chunks {
-        low = x.min_or(low);
-        high = x.max_or(high);
+/// [`Extent`] by lane.
+#[derive(Clone, Copy)]
+struct LaneExtent<V>(V, V);
+
+impl<V: Vector> LaneExtent<V> {
+    #[inline(always)]
+    fn empty() -> Self {
+        Self(V::splat(f32::INFINITY), V::splat(f32::NEG_INFINITY))
     }
-    let low = low.fold(f32::min);
-    let high = rest.max_or(high).fold(f32::max);
-    (x[x.len() - left..].iter().copied().fold(low, f32::min), high)
+
+    #[inline(always)]
+    fn add(&mut self, x: V) {
+        *self = Self(x.min_or(self.0), x.max_or(self.1));
+    }
+
+    /// With `rest`, which is too short for a vector.
+    #[inline(always)]
+    fn total<L: Logit>(self, rest: &[L]) -> Extent {
+        let mut extent = Extent { low: self.0.fold(f32::min), high: self.1.fold(f32::max) };
+        for &x in rest {
+            let x = x.widen();
+            extent = Extent { low: extent.low.min(x), high: extent.high.max(x) };
+        }
+        extent
+    }
+}
+
+// The loops count by hand: iterator adapters are not always inlined into a function with target
+// features, and then cost more than the arithmetic.
+
+#[inline(always)]
+fn extent<L: Logit, V: Vector>(x: &[L]) -> Extent {
+    let mut extent = LaneExtent::<V>::empty();
+    let whole = x.len() - x.len() % V::LANES;
+    let mut i = 0;
+    while i < whole {
+        extent.add(L::load(&x[i..i + V::LANES]));
+        i += V::LANES;
+    }
+    extent.total(&x[whole..])
 }
 
 /// sum e^{(x_j - max) / T}
 #[inline(always)]
-fn sum_exp<V: Vector, const CAREFUL: bool>(x: &[f32], max: f32, exponent: Exponent) -> f32 {
+fn sum_exp<L: Logit, V: Vector, const CAREFUL: bool>(
+    x: &[L],
+    max: f32,
+    exponent: Exponent,
+    ahead: Ahead,
+) -> (f32, Extent) {
     let max = V::splat(max);
-    let (chunks, rest, _) = split::<V>(x);
+    let (whole, rest) = tail::<L, V>(x);
+    let mut extent = LaneExtent::empty();
     let mut sum = careful_exp(rest.sub(max), exponent);
-    for x in chunks {
+    let mut i = 0;
+    while i < whole {
+        ahead.fetch::<V>(i);
+        let x: V = L::load(&x[i..i + V::LANES]);
+        extent.add(x);
         sum = sum.add(exp_if::<V, CAREFUL>(x.sub(max), exponent));
+        i += V::LANES;
     }
-    sum.fold(|a, b| a + b)
+    (sum.fold(|a, b| a + b), extent.total(&x[whole..]))
 }
 
-/// [`Sums`] by lane.
+/// [`Sums`] by lane, and what they are relative to.
 #[derive(Clone, Copy)]
 struct LaneSums<V> {
+    teacher_max: V,
+    student_max: V,
+    exponent: Exponent,
     teacher: V,
     weighted_gap: V,
     student: V,
@@ -153,17 +246,16 @@ impl<V: Vector> LaneSums<V> {
     /// Adds logits `a` of the teacher and `b` of the student, and returns their exponentials: teacher,
     /// student, and with `AT_1` student at temperature 1.
     #[inline(always)]
-    fn add<const CAREFUL: bool, const AT_1: bool>(&mut self, frame: &Frame, a: V, b: V) -> [V; 3] {
+    fn add<const CAREFUL: bool, const AT_1: bool>(&mut self, a: V, b: V) -> [V; 3] {
         let zero = V::splat(0.0);
-        let da = a.sub(V::splat(frame.teacher_max));
-        let db = b.sub(V::splat(frame.student_max));
-        let p = exp_if::<V, CAREFUL>(da, frame.exponent);
-        let q = exp_if::<V, CAREFUL>(db, frame.exponent);
+        let da = a.sub(self.teacher_max);
+        let db = b.sub(self.student_max);
+        let p = exp_if::<V, CAREFUL>(da, self.exponent);
+        let q = exp_if::<V, CAREFUL>(db, self.exponent);
         let mut gap = da.sub(db);
         if CAREFUL {
             // Neither 0 * inf, nor a vanishing weight times the distance to a mask of -3e38.
             gap = p.select_below(f32::MIN_POSITIVE, zero, gap);
-            gap = b.select_below(f32::MIN, zero, gap);
             let ruled_out = a.select_below(f32::MIN, zero, V::splat(1.0));
             self.ruled_out = b.select_below(f32::MIN, ruled_out, zero).max_or(self.ruled_out);
         }
@@ -179,42 +271,56 @@ impl<V: Vector> LaneSums<V> {
 }
 
 #[inline(always)]
-fn accumulate<V: Vector, const CAREFUL: bool, const AT_1: bool>(
-    teacher: &[f32],
-    student: &[f32],
-    frame: &Frame,
-    out: Exponentials,
+fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
+    teacher: &[L],
+    student: &[L],
+    maxima: (f32, f32),
+    exponent: Exponent,
+    out: &mut Exponentials,
+    ahead: [Ahead; 2],
 ) -> Sums {
-    let frame = *frame;
     let zero = V::splat(0.0);
     let mut sums = LaneSums {
+        teacher_max: V::splat(maxima.0),
+        student_max: V::splat(maxima.1),
+        exponent,
         teacher: zero,
         weighted_gap: zero,
         student: zero,
         student_at_1: zero,
         ruled_out: zero,
     };
-    let (a_chunks, a_rest, left) = split::<V>(teacher);
-    let (b_chunks, b_rest, _) = split::<V>(student);
-    let mut p_chunks = out.teacher.chunks_exact_mut(V::LANES);
-    let mut q_chunks = out.student.chunks_exact_mut(V::LANES);
-    let mut q1_chunks = out.student_at_1.chunks_exact_mut(V::LANES);
-    for (((a, b), p), q) in a_chunks.zip(b_chunks).zip(&mut p_chunks).zip(&mut q_chunks) {
-        let exponentials = sums.add::<CAREFUL, AT_1>(&frame, a, b);
-        exponentials[0].store(p);
-        exponentials[1].store(q);
-        if AT_1 && let Some(q1) = q1_chunks.next() {
-            exponentials[2].store(q1);
+    let (mut a_extent, mut b_extent) = (LaneExtent::empty(), LaneExtent::empty());
+    let (whole, a_rest) = tail::<L, V>(teacher);
+    let (_, b_rest) = tail::<L, V>(student);
+    let mut i = 0;
+    while i < whole {
+        ahead[0].fetch::<V>(i);
+        ahead[1].fetch::<V>(i);
+        let lanes = i..i + V::LANES;
+        let a: V = L::load(&teacher[lanes.clone()]);
+        let b: V = L::load(&student[lanes.clone()]);
+        a_extent.add(a);
+        b_extent.add(b);
+        let [p, q, q_at_1] = sums.add::<CAREFUL, AT_1>(a, b);
+        p.store(&mut out.teacher[lanes.clone()]);
+        q.store(&mut out.student[lanes.clone()]);
+        if AT_1 {
+            q_at_1.store(&mut out.student_at_1[lanes]);
         }
+        i += V::LANES;
     }
-    if left > 0 {
-        let exponentials = sums.add::<true, AT_1>(&frame, a_rest, b_rest);
-        let rests =
-            [p_chunks.into_remainder(), q_chunks.into_remainder(), q1_chunks.into_remainder()];
-        for (exponentials, rest) in exponentials.into_iter().zip(rests) {
-            let mut padded = [0.0; MAX_LANES];
-            exponentials.store(&mut padded);
-            rest.copy_from_slice(&padded[..rest.len()]);
+    if whole < teacher.len() {
+        let [p, q, q_at_1] = sums.add::<true, AT_1>(a_rest, b_rest);
+        let mut padded = [0.0; MAX_LANES];
+        let left = teacher.len() - whole;
+        p.store(&mut padded);
+        out.teacher[whole..].copy_from_slice(&padded[..left]);
+        q.store(&mut padded);
+        out.student[whole..].copy_from_slice(&padded[..left]);
+        if AT_1 {
+            q_at_1.store(&mut padded);
+            out.student_at_1[whole..].copy_from_slice(&padded[..left]);
         }
     }
     let total = |lanes: V| lanes.fold(|a, b| a + b);
@@ -224,35 +330,63 @@ fn accumulate<V: Vector, const CAREFUL: bool, const AT_1: bool>(
         student: total(sums.student),
         student_at_1: total(sums.student_at_1),
         ruled_out: sums.ruled_out.fold(f32::max) > 0.0,
+        teacher_extent: a_extent.total(&teacher[whole..]),
+        student_extent: b_extent.total(&student[whole..]),
+    }
+}
+
+/// What the gradient is rounded to.
+pub trait Gradient: Copy + Default {
+    fn store<V: Vector>(value: V, to: &mut [Self]);
+}
+
+impl Gradient for f32 {
+    #[inline(always)]
+    fn store<V: Vector>(value: V, to: &mut [f32]) {
+        value.store(to);
+    }
+}
+
+impl Gradient for bf16 {
+    #[inline(always)]
+    fn store<V: Vector>(value: V, to: &mut [bf16]) {
+        value.store_bf16(to);
     }
 }
 
 #[inline(always)]
-fn combine<V: Vector>(from: &Exponentials, scales: Scales, gradient: &mut [f32]) {
-    let exponentials = from.teacher.iter().zip(&*from.student);
-    for (out, (p, q)) in gradient.iter_mut().zip(exponentials) {
-        *out = scales.student * q - scales.teacher * p;
+fn combine<G: Gradient, V: Vector>(from: &Exponentials, scales: Scales, to: &mut [G]) {
+    let teacher = V::splat(-scales.teacher);
+    let student = V::splat(scales.student);
+    let student_at_1 = V::splat(scales.student_at_1);
+    let gradient = |p: V, q: V| p.mul_add(teacher, q.mul(student));
+    let whole = to.len() - to.len() % V::LANES;
+    let mut i = 0;
+    while i < whole {
+        let lanes = i..i + V::LANES;
+        let p = V::load(&from.teacher[lanes.clone()]);
+        let q = V::load(&from.student[lanes.clone()]);
+        let mut sum = gradient(p, q);
+        if !from.student_at_1.is_empty() {
+            sum = V::load(&from.student_at_1[lanes.clone()]).mul_add(student_at_1, sum);
+        }
+        G::store(sum, &mut to[lanes]);
+        i += V::LANES;
     }
-    for (out, q) in gradient.iter_mut().zip(&*from.student_at_1) {
-        *out += scales.student_at_1 * q;
-    }
-}
-
-#[inline(always)]
-fn widen_bf16(from: &[bf16], to: &mut [f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = f32::from_bits(u32::from(from.to_bits()) << 16);
-    }
-}
-
-/// Rounds to nearest, ties to even.
-#[inline(always)]
-fn narrow_bf16(from: &[f32], to: &mut [bf16]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        let bits = from.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-        let quiet = bits | 0x40_0000;
-        *to = bf16::from_bits((if from.is_nan() { quiet } else { rounded } >> 16) as u16);
+    if whole < to.len() {
+        let rest = |from: &[f32]| {
+            let mut padded = [0.0; MAX_LANES];
+            padded[..from.len()].copy_from_slice(from);
+            V::load(&padded)
+        };
+        let mut sum = gradient(rest(&from.teacher[whole..]), rest(&from.student[whole..]));
+        if !from.student_at_1.is_empty() {
+            sum = rest(&from.student_at_1[whole..]).mul_add(student_at_1, sum);
+        }
+        let mut padded = [G::default(); MAX_LANES];
+        G::store(sum, &mut padded);
+        let left = to.len() - whole;
+        to[whole..].copy_from_slice(&padded[..left]);
     }
 }
 
@@ -264,41 +398,52 @@ macro_rules! compile {
             type V = $vector;
 
             $(#[$features])*
-            pub fn min_max(x: &[f32]) -> (f32, f32) {
-                super::min_max::<V>(x)
+            pub fn extent<L: Logit>(x: &[L]) -> Extent {
+                super::extent::<L, V>(x)
             }
 
             $(#[$features])*
-            pub fn sum_exp(x: &[f32], max: f32, exponent: Exponent, careful: bool) -> f32 {
-                match careful {
-                    false => super::sum_exp::<V, false>(x, max, exponent),
-                    true => super::sum_exp::<V, true>(x, max, exponent),
+            pub fn sum_exp<L: Logit>(
+                x: &[L],
+                to: Reference,
+                exponent: Exponent,
+                ahead: Ahead,
+            ) -> (f32, Extent) {
+                match to.careful {
+                    false => super::sum_exp::<L, V, false>(x, to.max, exponent, ahead),
+                    true => super::sum_exp::<L, V, true>(x, to.max, exponent, ahead),
                 }
             }
 
             $(#[$features])*
-            pub fn accumulate(a: &[f32], b: &[f32], frame: &Frame, out: Exponentials) -> Sums {
-                match (frame.careful, out.student_at_1.is_empty()) {
-                    (false, true) => super::accumulate::<V, false, false>(a, b, frame, out),
-                    (false, false) => super::accumulate::<V, false, true>(a, b, frame, out),
-                    (true, true) => super::accumulate::<V, true, false>(a, b, frame, out),
-                    (true, false) => super::accumulate::<V, true, true>(a, b, frame, out),
+            pub fn accumulate<L: Logit>(
+                logits: [&[L]; 2],
+                to: [Reference; 2],
+                exponent: Exponent,
+                out: &mut Exponentials,
+                ahead: [Ahead; 2],
+            ) -> Sums {
+                let [a, b] = logits;
+                let maxima = (to[0].max, to[1].max);
+                match (to[0].careful || to[1].careful, out.student_at_1.is_empty()) {
+                    (false, true) => {
+                        super::accumulate::<L, V, false, false>(a, b, maxima, exponent, out, ahead)
+                    }
+                    (false, false) => {
+                        super::accumulate::<L, V, false, true>(a, b, maxima, exponent, out, ahead)
+                    }
+                    (true, true) => {
+                        super::accumulate::<L, V, true, false>(a, b, maxima, exponent, out, ahead)
+                    }
+                    (true, false) => {
+                        super::accumulate::<L, V, true, true>(a, b, maxima, exponent, out, ahead)
+                    }
                 }
             }
 
             $(#[$features])*
-            pub fn combine(from: &Exponentials, scales: Scales, gradient: &mut [f32]) {
-                super::combine::<V>(from, scales, gradient)
-            }
-
-            $(#[$features])*
-            pub fn widen_bf16(from: &[bf16], to: &mut [f32]) {
-                super::widen_bf16(from, to)
-            }
-
-            $(#[$features])*
-            pub fn narrow_bf16(from: &[f32], to: &mut [bf16]) {
-                super::narrow_bf16(from, to)
+            pub fn combine<G: Gradient>(from: &Exponentials, scales: Scales, to: &mut [G]) {
+                super::combine::<G, V>(from, scales, to)
             }
         }
     };
@@ -376,34 +521,34 @@ impl Instructions {
         }
     }
 
-    pub fn min_max(self, x: &[f32]) -> (f32, f32) {
-        dispatch!(self, min_max(x))
+    pub fn extent<L: Logit>(self, x: &[L]) -> Extent {
+        dispatch!(self, extent(x))
     }
 
-    pub fn sum_exp(self, x: &[f32], max: f32, exponent: Exponent, careful: bool) -> f32 {
-        dispatch!(self, sum_exp(x, max, exponent, careful))
-    }
-
-    /// Sums over one block of both models, whose exponentials it leaves in `out`.
-    pub fn accumulate(
+    pub fn sum_exp<L: Logit>(
         self,
-        teacher: &[f32],
-        student: &[f32],
-        frame: &Frame,
-        out: Exponentials,
+        x: &[L],
+        to: Reference,
+        exponent: Exponent,
+        ahead: Ahead,
+    ) -> (f32, Extent) {
+        dispatch!(self, sum_exp(x, to, exponent, ahead))
+    }
+
+    /// Sums over one block of the teacher's and the student's logits, whose exponentials it leaves in
+    /// `out`.
+    pub fn accumulate<L: Logit>(
+        self,
+        logits: [&[L]; 2],
+        to: [Reference; 2],
+        exponent: Exponent,
+        out: &mut Exponentials,
+        ahead: [Ahead; 2],
     ) -> Sums {
-        dispatch!(self, accumulate(teacher, student, frame, out))
+        dispatch!(self, accumulate(logits, to, exponent, out, ahead))
     }
 
-    pub fn combine(self, from: &Exponentials, scales: Scales, gradient: &mut [f32]) {
-        dispatch!(self, combine(from, scales, gradient))
-    }
-
-    pub fn widen_bf16(self, from: &[bf16], to: &mut [f32]) {
-        dispatch!(self, widen_bf16(from, to))
-    }
-
-    pub fn narrow_bf16(self, from: &[f32], to: &mut [bf16]) {
-        dispatch!(self, narrow_bf16(from, to))
+    pub fn combine<G: Gradient>(self, from: &Exponentials, scales: Scales, to: &mut [G]) {
+        dispatch!(self, combine(from, scales, to))
     }
 }

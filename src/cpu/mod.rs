@@ -4,24 +4,37 @@
 //! sums are known, and the gradient leaves from there. All cores of rayon's current thread pool work,
 //! each on rows of its own; the result is the same, bit for bit, for any number of threads.
 //!
-//! An objective that treats hard and easy tokens differently reads the teacher's logits once more,
-//! beforehand, for the margins by which tokens are ranked.
+//! Which tokens are hard is known only when every teacher's row has been read. A gradient of its own is
+//! written at once for the group that the tokens so far suggest, and the few that turn out wrong are
+//! done again: the result is the exact selection's, and the logits are read once. A gradient in place
+//! would have overwritten what it needs to be done again, so there the teacher's logits are read once
+//! more, beforehand.
 //!
-//! Memory beyond the arguments: about a hundred bytes a token, and two float32 rows a thread (three if
-//! cross entropy is wanted at a temperature other than 1).
+//! Memory beyond the arguments: about 300 bytes a token, and two float32 rows a thread (three if cross
+//! entropy is wanted at a temperature other than 1).
 
 mod block;
 mod rows;
+#[cfg(test)]
+mod tests;
 mod vector;
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
 use crate::logits::ElementsMut;
 use crate::objective::{Objective, Target};
 use crate::output::{Output, TokenTerms};
-use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result, row};
+use crate::row::{self, RowState};
+use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result};
 use block::Instructions;
 use rows::{Destination, RowPass, Scratches};
+
+/// Bytes of a gradient that is too large to be found in the cache by whoever reads it next.
+const STREAM_FROM: usize = 16 << 20;
 
 /// The instruction set in use: the widest that this machine has.
 pub fn instruction_set() -> &'static str {
@@ -51,6 +64,16 @@ pub fn forward_backward(
     objective: &Objective,
     batch: &Batch,
     student: Logits,
+    gradient: LogitsMut,
+) -> Result<Output> {
+    forward_backward_with(Instructions::widest(), objective, batch, student, gradient)
+}
+
+fn forward_backward_with(
+    instructions: Instructions,
+    objective: &Objective,
+    batch: &Batch,
+    student: Logits,
     mut gradient: LogitsMut,
 ) -> Result<Output> {
     let shape = gradient.as_logits();
@@ -59,9 +82,16 @@ pub fn forward_backward(
     if shape.dtype() != student.dtype() && shape.dtype() != Dtype::F32 {
         return Err(Error::GradientDtype { student: student.dtype(), actual: shape.dtype() });
     }
+    let streamed = shape.tokens() * shape.vocab() * shape.dtype().size() >= STREAM_FROM;
     let rows = gradient.rows().into_iter().enumerate();
-    let rows = rows.map(|(token, row)| StudentRow::Into(student.row(token), row)).collect();
-    compute(Instructions::widest(), objective, batch, rows)
+    let rows = rows
+        .map(|(token, gradient)| StudentRow::Into {
+            logits: student.row(token),
+            gradient,
+            streamed,
+        })
+        .collect();
+    compute(instructions, objective, batch, rows)
 }
 
 /// As [`forward_backward`], with the gradient written over the student's logits: a third less memory
@@ -83,14 +113,14 @@ pub fn forward_backward_in_place(
 /// One row of the student, and where its gradient goes.
 enum StudentRow<'a> {
     Forward(Elements<'a>),
-    Into(Elements<'a>, ElementsMut<'a>),
+    Into { logits: Elements<'a>, gradient: ElementsMut<'a>, streamed: bool },
     InPlace(ElementsMut<'a>),
 }
 
 impl StudentRow<'_> {
     fn logits(&self) -> Elements<'_> {
         match self {
-            StudentRow::Forward(logits) | StudentRow::Into(logits, _) => *logits,
+            StudentRow::Forward(logits) | StudentRow::Into { logits, .. } => *logits,
             StudentRow::InPlace(logits) => logits.as_ref(),
         }
     }
@@ -98,10 +128,21 @@ impl StudentRow<'_> {
     fn gradient(&mut self) -> Option<Destination<'_>> {
         match self {
             StudentRow::Forward(_) => None,
-            StudentRow::Into(_, row) => Some(Destination { row: row.reborrow(), cached: false }),
-            StudentRow::InPlace(row) => Some(Destination { row: row.reborrow(), cached: true }),
+            StudentRow::Into { gradient, streamed, .. } => {
+                Some(Destination { row: gradient.reborrow(), streamed: *streamed })
+            }
+            StudentRow::InPlace(row) => Some(Destination { row: row.reborrow(), streamed: false }),
         }
     }
+}
+
+/// What is kept of a row until the hard tokens are known.
+struct Kept {
+    state: RowState,
+    margin: f64,
+    student_target: f64,
+    /// Whether the gradient that was written is a hard token's.
+    hard: bool,
 }
 
 fn compute(
@@ -114,6 +155,7 @@ fn compute(
     let teacher = batch.teacher();
     let pass = RowPass::new(instructions, objective);
     let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
+    let in_place = rows.iter().any(|row| matches!(row, StudentRow::InPlace(_)));
     let scratches = Scratches::new(&pass, teacher.vocab(), with_gradient);
 
     let targets: Vec<Option<usize>> = match objective.target() {
@@ -126,9 +168,15 @@ fn compute(
             })
             .collect(),
     };
+    let valid = targets.iter().flatten().count();
+    let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
+    let finish = |kept: &Kept, hard| {
+        row::finish(objective, &kept.state, kept.margin, kept.student_target, hard, scale)
+    };
 
-    // Selection must precede the rows only if their losses depend on it.
-    let selected = objective.depends_on_selection().then(|| {
+    let depends = objective.depends_on_selection();
+    // A gradient that overwrites its logits cannot be written twice: its group must be known first.
+    let known = (depends && in_place).then(|| {
         let margins: Vec<Option<f64>> = targets
             .par_iter()
             .enumerate()
@@ -137,53 +185,100 @@ fn compute(
                 target.map(|target| scratches.with(|scratch| pass.margin(row, target, scratch)))
             })
             .collect();
-        let hard = select_hard(objective, batch, &margins);
-        (margins, hard)
+        select_hard(objective, batch, &margins)
     });
-    let all_hard = objective.hard_ratio() == 1.0;
+    let running = Mutex::new(RunningSelection::new(objective));
+    let group = |token: usize, margin| match &known {
+        Some(hard) => hard[token],
+        None if depends && with_gradient => {
+            running.lock().unwrap_or_else(PoisonError::into_inner).add(margin)
+        }
+        None => objective.hard_ratio() == 1.0,
+    };
 
-    let valid = targets.iter().flatten().count();
-    let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
-    let mut tokens: Vec<TokenTerms> = rows
-        .par_iter_mut()
-        .zip(&targets)
-        .enumerate()
-        .map(|(token, (student, target))| {
-            let Some(target) = *target else {
+    let mut order: Vec<(usize, &mut StudentRow)> = rows.iter_mut().enumerate().collect();
+    if depends && with_gradient && !in_place {
+        // Neighbours are alike; a mixed order teaches the running selection sooner.
+        fastrand::Rng::with_seed(0).shuffle(&mut order);
+    }
+    let mut kept: Vec<(usize, Option<Kept>)> = order
+        .into_par_iter()
+        .map(|(token, student)| {
+            let Some(target) = targets[token] else {
                 if let Some(mut gradient) = student.gradient() {
                     gradient.row.fill_zero();
                 }
-                return TokenTerms::IGNORED;
+                return (token, None);
             };
-            scratches.with(|scratch| {
+            let kept = scratches.with(|scratch| {
                 let row = teacher.row(token);
                 let state = pass.state(row, student.logits(), target, scratch);
-                let (u, hard) = match &selected {
-                    Some((margins, hard)) => {
-                        (margins[token].expect("a token with a target has one"), hard[token])
-                    }
-                    None => (pass.margin_of(&state, row, target), all_hard),
-                };
+                let margin = pass.margin_of(&state, row, target);
                 let student_target = student.logits().get(target).into();
-                let (terms, scales) =
-                    row::finish(objective, &state, u, student_target, hard, scale);
+                let hard = group(token, margin);
+                let kept = Kept { state, margin, student_target, hard };
                 if let Some(gradient) = student.gradient() {
-                    pass.gradient(&state, &scales, target, scratch, gradient);
+                    pass.gradient(&kept.state, &finish(&kept, hard).1, target, scratch, gradient);
                 }
-                terms
-            })
+                kept
+            });
+            (token, Some(kept))
         })
         .collect();
+    kept.sort_unstable_by_key(|&(token, _)| token);
 
-    if selected.is_none() {
-        let margins: Vec<Option<f64>> =
-            tokens.iter().map(|token| token.valid.then_some(token.margin)).collect();
-        let hard = select_hard(objective, batch, &margins);
-        for (token, hard) in tokens.iter_mut().zip(hard) {
-            token.hard = hard;
-        }
-    }
+    let margins: Vec<Option<f64>> =
+        kept.iter().map(|(_, kept)| kept.as_ref().map(|kept| kept.margin)).collect();
+    let hard = select_hard(objective, batch, &margins);
+    let tokens = kept
+        .into_par_iter()
+        .zip(&mut rows)
+        .map(|((token, kept), student)| {
+            let (Some(kept), Some(target)) = (kept, targets[token]) else {
+                return TokenTerms::IGNORED;
+            };
+            let (terms, scales) = finish(&kept, hard[token]);
+            if depends && kept.hard != hard[token] && with_gradient {
+                scratches.with(|scratch| {
+                    pass.state(teacher.row(token), student.logits(), target, scratch);
+                    let gradient = student.gradient().expect("there is one for every row");
+                    pass.gradient(&kept.state, &scales, target, scratch, gradient);
+                });
+            }
+            terms
+        })
+        .collect();
     Ok(Output::reduce(objective, tokens))
+}
+
+/// The hard tokens among those seen so far: a guess at the group of the next one, which is right for
+/// all but about the square root of the tokens.
+struct RunningSelection<'a> {
+    objective: &'a Objective,
+    hard: BinaryHeap<Reverse<i64>>,
+    easy: BinaryHeap<i64>,
+}
+
+impl<'a> RunningSelection<'a> {
+    fn new(objective: &'a Objective) -> Self {
+        Self { objective, hard: BinaryHeap::new(), easy: BinaryHeap::new() }
+    }
+
+    /// Whether `margin` is among the largest so far.
+    fn add(&mut self, margin: f64) -> bool {
+        let bits = margin.to_bits() as i64;
+        // The order of the numbers as an order of integers.
+        let key = if bits < 0 { bits ^ i64::MAX } else { bits };
+        self.hard.push(Reverse(key));
+        if self.hard.len() > self.objective.hard_count(self.hard.len() + self.easy.len()) {
+            self.easy.extend(self.hard.pop().map(|Reverse(least)| least));
+        } else if let Some(largest) = self.easy.pop() {
+            // One more hard token is wanted: the largest of those below, which may be the new one's.
+            self.hard.push(Reverse(largest));
+            self.easy.extend(self.hard.pop().map(|Reverse(least)| least));
+        }
+        self.hard.peek().is_some_and(|&Reverse(least)| key >= least)
+    }
 }
 
 /// Whether each token is among the `ceil(k * valid)` of largest margin in its scope. NaN ranks below

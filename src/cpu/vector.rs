@@ -3,7 +3,7 @@
 //! Every method is `inline(always)`: it must end up inside a function that has the target features,
 //! which only [`Instructions`](super::block::Instructions) calls, and only where the machine has them.
 
-use super::block::Exponent;
+use half::bf16;
 
 /// The widest vector's lanes.
 pub const MAX_LANES: usize = 16;
@@ -15,6 +15,10 @@ pub trait Vector: Copy {
     /// The first [`LANES`](Self::LANES) of `from`, which must hold as many.
     fn load(from: &[f32]) -> Self;
     fn store(self, to: &mut [f32]);
+    /// As [`load`](Self::load), widened.
+    fn load_bf16(from: &[bf16]) -> Self;
+    /// As [`store`](Self::store), rounded to nearest, ties to even.
+    fn store_bf16(self, to: &mut [bf16]);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
@@ -28,14 +32,8 @@ pub trait Vector: Copy {
     fn select_below(self, limit: f32, then: Self, otherwise: Self) -> Self;
     /// The bits shifted left by the 23 of the fraction: an integer in the low bits becomes an exponent.
     fn shift_into_exponent(self) -> Self;
-    /// self * exponent - integer, with no digit lost to the product's size.
-    #[inline(always)]
-    fn fraction(self, exponent: Exponent, integer: Self) -> Self {
-        let zero = Self::splat(0.0);
-        let r = self.mul_add(Self::splat(exponent.high), zero.sub(integer));
-        self.mul_add(Self::splat(exponent.low), r)
-    }
-
+    /// Asks for the cache line at `address`, which need not be readable.
+    fn prefetch(address: *const u8);
     /// All lanes, first to last.
     #[inline(always)]
     fn fold(self, f: impl Fn(f32, f32) -> f32) -> f32 {
@@ -78,6 +76,25 @@ impl Vector for Portable {
     #[inline(always)]
     fn store(self, to: &mut [f32]) {
         *to.first_chunk_mut().expect("a whole vector") = self.0;
+    }
+    #[inline(always)]
+    fn load_bf16(from: &[bf16]) -> Self {
+        let from: &[bf16; 8] = from.first_chunk().expect("a whole vector");
+        let mut lanes = [0.0; 8];
+        for (lane, from) in lanes.iter_mut().zip(from) {
+            *lane = f32::from_bits(u32::from(from.to_bits()) << 16);
+        }
+        Self(lanes)
+    }
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [bf16]) {
+        let to: &mut [bf16; 8] = to.first_chunk_mut().expect("a whole vector");
+        for (to, lane) in to.iter_mut().zip(self.0) {
+            let bits = lane.to_bits();
+            let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+            let quiet = bits | 0x40_0000;
+            *to = bf16::from_bits((if lane.is_nan() { quiet } else { rounded } >> 16) as u16);
+        }
     }
     #[inline(always)]
     fn add(self, other: Self) -> Self {
@@ -124,14 +141,7 @@ impl Vector for Portable {
         self.zip(self, |a, _| f32::from_bits(a.to_bits() << 23))
     }
     #[inline(always)]
-    fn fraction(self, exponent: Exponent, integer: Self) -> Self {
-        if Self::FMA {
-            let r = self.mul_add(Self::splat(exponent.high), Self::splat(0.0).sub(integer));
-            self.mul_add(Self::splat(exponent.low), r)
-        } else {
-            self.zip(integer, |x, n| (f64::from(x) * exponent.exact - f64::from(n)) as f32)
-        }
-    }
+    fn prefetch(_: *const u8) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -140,6 +150,8 @@ pub use x86::{Avx2, Avx512};
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
+
+    use half::bf16;
 
     use super::Vector;
 
@@ -165,6 +177,30 @@ mod x86 {
         #[inline(always)]
         fn store(self, to: &mut [f32]) {
             unsafe { _mm256_storeu_ps(to[..Self::LANES].as_mut_ptr(), self.0) }
+        }
+        #[inline(always)]
+        fn load_bf16(from: &[bf16]) -> Self {
+            unsafe {
+                let bits = _mm_loadu_si128(from[..Self::LANES].as_ptr().cast());
+                let wide = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits));
+                Self(_mm256_castsi256_ps(wide))
+            }
+        }
+        #[inline(always)]
+        fn store_bf16(self, to: &mut [bf16]) {
+            unsafe {
+                let bits = _mm256_castps_si256(self.0);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+                let rounded = _mm256_add_epi32(bits, half);
+                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+                let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+                let wide = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+                // Packing works within each half of 128 bits; the permutation joins the two.
+                let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(wide, wide));
+                let to = to[..Self::LANES].as_mut_ptr().cast();
+                _mm_storeu_si128(to, _mm256_castsi256_si128(packed));
+            }
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
@@ -203,6 +239,10 @@ mod x86 {
                 Self(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.0))))
             }
         }
+        #[inline(always)]
+        fn prefetch(address: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+        }
     }
 
     impl Vector for Avx512 {
@@ -219,6 +259,27 @@ mod x86 {
         #[inline(always)]
         fn store(self, to: &mut [f32]) {
             unsafe { _mm512_storeu_ps(to[..Self::LANES].as_mut_ptr(), self.0) }
+        }
+        #[inline(always)]
+        fn load_bf16(from: &[bf16]) -> Self {
+            unsafe {
+                let bits = _mm256_loadu_si256(from[..Self::LANES].as_ptr().cast());
+                let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits));
+                Self(_mm512_castsi512_ps(wide))
+            }
+        }
+        #[inline(always)]
+        fn store_bf16(self, to: &mut [bf16]) {
+            unsafe {
+                let bits = _mm512_castps_si512(self.0);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+                let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+                let rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), nan, quiet);
+                let narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+                _mm256_storeu_si256(to[..Self::LANES].as_mut_ptr().cast(), narrow);
+            }
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
@@ -256,6 +317,10 @@ mod x86 {
             unsafe {
                 Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0))))
             }
+        }
+        #[inline(always)]
+        fn prefetch(address: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
         }
     }
 }

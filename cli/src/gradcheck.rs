@@ -1,0 +1,67 @@
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use atkd::battery::{self, Check};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::backend::Backend;
+
+/// Check a backend: every shape, dtype and edge case against float64 and finite differences.
+///
+/// Prints a table of the largest errors, each as a share of what is allowed, and exits with 1 if any
+/// exceeds it.
+#[derive(clap::Args)]
+pub struct Args {
+    /// What is checked
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: Backend,
+    /// List every case, not only the groups
+    #[arg(long)]
+    verbose: bool,
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let backend = args.backend.resolve()?;
+    let bar = ProgressBar::new(battery::len() as u64)
+        .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} cases, {eta} left  {msg}")?);
+    let checks = battery::run(
+        |objective, batch, student, gradient| {
+            backend.forward_backward(objective, batch, student, gradient)
+        },
+        |check| {
+            bar.set_message(check.group);
+            bar.inc(1);
+        },
+    );
+    bar.finish_and_clear();
+
+    let mut groups: BTreeMap<&str, Vec<&Check>> = BTreeMap::new();
+    for check in &checks {
+        groups.entry(check.group).or_default().push(check);
+    }
+    let mut table = crate::table(&["group", "case", "passed", "largest error / allowed"]);
+    let verdict = |passed: bool| if passed { "yes" } else { "NO" };
+    for (group, checks) in groups {
+        let passed = checks.iter().filter(|check| check.passed()).count();
+        let worst = checks.iter().map(|check| check.worst).fold(0.0, f64::max);
+        let cases = format!("{} cases", checks.len());
+        let share = format!("{passed} of {}", checks.len());
+        table.add_row([group, &cases, &share, &format!("{worst:.1e}")]);
+        for check in checks {
+            if args.verbose || !check.passed() {
+                let error = format!("{:.1e}  {}", check.worst, check.detail);
+                table.add_row(["", &check.case, verdict(check.passed()), &error]);
+            }
+        }
+    }
+    crate::print(&table.trim_fmt())?;
+    let failed = checks.iter().filter(|check| !check.passed()).count();
+    crate::print(&format!(
+        "\n{}: {} of {} cases passed",
+        backend.name(),
+        checks.len() - failed,
+        checks.len()
+    ))?;
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}

@@ -1,0 +1,257 @@
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use atkd::{Batch, Objective, Output, Reduction, Target};
+use clap::ValueEnum;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+
+use crate::backend::Backend;
+use crate::tensors::{self, Matrix};
+
+/// The loss of a file of logits, and its gradient.
+///
+/// The file holds `student` and `teacher` [N, V] (F32, F16 or BF16, each its own) and `labels` [N] (I64).
+///
+/// Example: atkd loss batch.safetensors --grad gradient.safetensors --json
+#[derive(clap::Args)]
+pub struct Args {
+    /// Logits and labels, as safetensors
+    file: PathBuf,
+    /// What computes
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: Backend,
+    /// What the student learns
+    #[arg(long, value_enum, default_value = "atkd")]
+    objective: Name,
+    /// ATKD's weight of easy tokens; hard ones have 1 - lambda
+    #[arg(long, default_value_t = 0.2)]
+    lambda: f64,
+    /// Share of the valid tokens that is hard
+    #[arg(long, default_value_t = 0.5)]
+    hard_ratio: f64,
+    /// Divides both models' logits; cross entropy is taken at 1
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
+    /// Multiply the distillation terms by the square of the temperature
+    #[arg(long)]
+    temperature_squared: bool,
+    /// Which token splits the distributions: the label, or the teacher's most probable
+    #[arg(long, value_enum, default_value = "label")]
+    target: TargetName,
+    /// Over the valid tokens
+    #[arg(long, value_enum, default_value = "mean")]
+    reduction: ReductionName,
+    /// Weight of the student's cross entropy at the target
+    #[arg(long, default_value_t = 0.0)]
+    ce_weight: f64,
+    /// Weight of the distillation terms
+    #[arg(long, default_value_t = 1.0)]
+    kd_weight: f64,
+    /// Tokens with this label are dropped
+    #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
+    ignore_index: i64,
+    /// Write `grad` [N, V] in the student's dtype and, per token and before the reduction, `uncertainty`,
+    /// `tkd`, `dkd`, `loss` (F32) and `hard` (U8) to this safetensors file
+    #[arg(long, value_name = "OUT.safetensors")]
+    grad: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Name {
+    /// Easy tokens lambda DKD, hard ones (1 - lambda) (TKD + DKD)
+    Atkd,
+    /// TKD + UNC DKD, the plain forward KL divergence
+    Kl,
+    /// The target part alone
+    Tkd,
+    /// The rest alone
+    Dkd,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum TargetName {
+    Label,
+    Teacher,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ReductionName {
+    Mean,
+    Sum,
+}
+
+impl Args {
+    fn objective(&self) -> atkd::Result<Objective> {
+        // Checked whatever the objective: a lambda of 7 is a mistake even where it is not used.
+        let atkd = Objective::atkd(self.lambda)?;
+        let objective = match self.objective {
+            Name::Atkd => atkd,
+            Name::Kl => Objective::kl(),
+            Name::Tkd => Objective::tkd(),
+            Name::Dkd => Objective::dkd(),
+        };
+        let target = match self.target {
+            TargetName::Label => Target::Label,
+            TargetName::Teacher => Target::Teacher,
+        };
+        let reduction = match self.reduction {
+            ReductionName::Mean => Reduction::Mean,
+            ReductionName::Sum => Reduction::Sum,
+        };
+        Ok(objective
+            .with_hard_ratio(self.hard_ratio)?
+            .with_temperature(self.temperature)?
+            .with_temperature_squared(self.temperature_squared)
+            .with_target(target)
+            .with_reduction(reduction)?
+            .with_ce_weight(self.ce_weight)?
+            .with_kd_weight(self.kd_weight)?
+            .with_ignore_index(self.ignore_index))
+    }
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let objective = args.objective()?;
+    let backend = args.backend.resolve()?;
+    let bytes = tensors::open(&args.file)?;
+    let file = tensors::parse(&args.file, &bytes)?;
+    let student = Matrix::read(&args.file, &file, "student")?;
+    let teacher = Matrix::read(&args.file, &file, "teacher")?;
+    if (student.tokens, student.vocab) != (teacher.tokens, teacher.vocab) {
+        bail!(
+            "`student` is [{}, {}], but `teacher` is [{}, {}]: both must have a row for each token and \
+             a logit for each entry of one vocabulary",
+            student.tokens,
+            student.vocab,
+            teacher.tokens,
+            teacher.vocab
+        );
+    }
+    let required = objective.target() == Target::Label;
+    let labels = tensors::labels(&args.file, &file, required)?;
+
+    let teacher = teacher.logits().context("`teacher`")?;
+    let batch = match &labels {
+        Some(labels) => Batch::new(teacher, labels).context("`labels`")?,
+        None => Batch::unlabelled(teacher),
+    };
+    let logits = student.logits().context("`student`")?;
+    let output = match &args.grad {
+        None => backend.forward(&objective, &batch, logits)?,
+        Some(path) => {
+            let mut gradient = Matrix::zeros(logits.dtype(), student.tokens, student.vocab);
+            let view = gradient.logits_mut()?;
+            let output = backend.forward_backward(&objective, &batch, logits, view)?;
+            write(path, &gradient, &output)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+            output
+        }
+    };
+    report(args, backend, &output)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the whole file or nothing.
+fn write(path: &Path, gradient: &Matrix, output: &Output) -> Result<()> {
+    let tokens = output.tokens.len();
+    let column = |term: fn(&atkd::TokenTerms) -> f64| {
+        output
+            .tokens
+            .iter()
+            .flat_map(|token| (term(token) as f32).to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    let columns = [
+        ("uncertainty", column(|token| token.uncertainty)),
+        ("tkd", column(|token| token.tkd)),
+        ("dkd", column(|token| token.dkd)),
+        ("loss", column(|token| token.loss)),
+    ];
+    let hard: Vec<u8> = output.tokens.iter().map(|token| token.hard.into()).collect();
+    let mut views = vec![
+        (
+            "grad",
+            TensorView::new(
+                gradient.dtype(),
+                vec![gradient.tokens, gradient.vocab],
+                gradient.bytes(),
+            )?,
+        ),
+        ("hard", TensorView::new(safetensors::Dtype::U8, vec![tokens], &hard)?),
+    ];
+    for (name, bytes) in &columns {
+        views.push((name, TensorView::new(safetensors::Dtype::F32, vec![tokens], bytes)?));
+    }
+    // Writes a temporary file beside it and renames that.
+    safetensors::serialize_to_file(views, None, path)?;
+    // The temporary file was private; the result is as public as new files usually are.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))?;
+    }
+    Ok(())
+}
+
+/// A number, or its name where JSON has none.
+fn number(value: f64) -> Value {
+    if value.is_finite() {
+        value.into()
+    } else if value.is_nan() {
+        "NaN".into()
+    } else if value > 0.0 {
+        "Infinity".into()
+    } else {
+        "-Infinity".into()
+    }
+}
+
+fn report(args: &Args, backend: Backend, output: &Output) -> Result<()> {
+    let summary = output.summary();
+    if args.json {
+        let object = json!({
+            "loss": number(output.loss),
+            "tokens": summary.tokens,
+            "valid_tokens": summary.valid_tokens,
+            "hard_tokens": summary.hard_tokens,
+            "non_finite_tokens": summary.non_finite_tokens,
+            "threshold_uncertainty": summary.threshold_uncertainty.map(number),
+            "mean_uncertainty": number(summary.mean_uncertainty),
+            "mean_tkd": number(summary.mean_tkd),
+            "mean_dkd": number(summary.mean_dkd),
+            "backend": backend.name(),
+        });
+        return crate::print(&object.to_string());
+    }
+    let mut table = crate::table(&[]);
+    let threshold = match summary.threshold_uncertainty {
+        Some(threshold) => format!("{threshold:.6}"),
+        None => "no hard token".into(),
+    };
+    for (name, value) in [
+        ("loss", format!("{:.9}", output.loss)),
+        ("tokens", summary.tokens.to_string()),
+        ("valid tokens", summary.valid_tokens.to_string()),
+        ("hard tokens", summary.hard_tokens.to_string()),
+        ("least uncertainty of a hard token", threshold),
+        ("mean uncertainty", format!("{:.6}", summary.mean_uncertainty)),
+        ("mean TKD", format!("{:.6}", summary.mean_tkd)),
+        ("mean DKD", format!("{:.6}", summary.mean_dkd)),
+        ("backend", backend.name().into()),
+    ] {
+        table.add_row([name, &value]);
+    }
+    crate::print(&table.trim_fmt())?;
+    if summary.non_finite_tokens > 0 {
+        eprintln!(
+            "warning: the loss of {} of {} valid tokens is NaN or infinite",
+            summary.non_finite_tokens, summary.valid_tokens
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,155 @@
+//! Logits and labels from a safetensors file.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use atkd::{Dtype, Elements, ElementsMut, Logits, LogitsMut};
+use bytemuck::allocation::pod_collect_to_vec;
+use bytemuck::{Pod, try_cast_slice};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+
+/// Opens the file for as long as the program runs.
+pub fn open(path: &Path) -> Result<Mmap> {
+    let file =
+        std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    // SAFETY: as for any mapped file, whoever truncates it meanwhile ends this program.
+    unsafe { Mmap::map(&file) }.with_context(|| format!("cannot read {}", path.display()))
+}
+
+pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(bytes)
+        .with_context(|| format!("{} is not a safetensors file", path.display()))
+}
+
+fn tensor<'a>(path: &Path, file: &SafeTensors<'a>, name: &str) -> Result<TensorView<'a>> {
+    match file.tensor(name) {
+        Ok(tensor) => Ok(tensor),
+        Err(_) => {
+            let mut names = file.names();
+            names.sort_unstable();
+            bail!(
+                "{} has no tensor `{name}`; it holds {}. The loss needs `student` and `teacher` \
+                 [N, V] (F32, F16 or BF16) and `labels` [N] (I64)",
+                path.display(),
+                if names.is_empty() { "none".into() } else { names.join(", ") }
+            )
+        }
+    }
+}
+
+/// The elements where they lie in the file, or a copy if they are not aligned there.
+fn elements<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
+    try_cast_slice(bytes).map_or_else(|_| Cow::Owned(pod_collect_to_vec(bytes)), Cow::Borrowed)
+}
+
+/// Elements of one of the three dtypes, mapped or owned.
+pub enum Tensor<'a> {
+    F32(Cow<'a, [f32]>),
+    F16(Cow<'a, [f16]>),
+    Bf16(Cow<'a, [bf16]>),
+}
+
+/// A matrix `[tokens, vocab]`.
+pub struct Matrix<'a> {
+    data: Tensor<'a>,
+    pub tokens: usize,
+    pub vocab: usize,
+}
+
+impl<'a> Matrix<'a> {
+    pub fn read(path: &Path, file: &SafeTensors<'a>, name: &str) -> Result<Self> {
+        let view = tensor(path, file, name)?;
+        let &[tokens, vocab] = view.shape() else {
+            bail!(
+                "`{name}` has shape {:?}, but must be [N, V]: one row of V logits for each of N tokens",
+                view.shape()
+            );
+        };
+        let data = match view.dtype() {
+            safetensors::Dtype::F32 => Tensor::F32(elements(view.data())),
+            safetensors::Dtype::F16 => Tensor::F16(elements(view.data())),
+            safetensors::Dtype::BF16 => Tensor::Bf16(elements(view.data())),
+            other => bail!("`{name}` is {other:?}, but must be F32, F16 or BF16"),
+        };
+        Ok(Self { data, tokens, vocab })
+    }
+
+    pub fn zeros(dtype: Dtype, tokens: usize, vocab: usize) -> Self {
+        let count = tokens * vocab;
+        let data = match dtype {
+            Dtype::F32 => Tensor::F32(vec![0.0; count].into()),
+            Dtype::F16 => Tensor::F16(vec![f16::ZERO; count].into()),
+            Dtype::Bf16 => Tensor::Bf16(vec![bf16::ZERO; count].into()),
+        };
+        Self { data, tokens, vocab }
+    }
+
+    pub fn logits(&self) -> atkd::Result<Logits<'_>> {
+        let elements = match &self.data {
+            Tensor::F32(v) => Elements::F32(v),
+            Tensor::F16(v) => Elements::F16(v),
+            Tensor::Bf16(v) => Elements::Bf16(v),
+        };
+        Logits::new(elements, self.tokens, self.vocab)
+    }
+
+    pub fn logits_mut(&mut self) -> atkd::Result<LogitsMut<'_>> {
+        let elements = match &mut self.data {
+            Tensor::F32(v) => ElementsMut::F32(v.to_mut()),
+            Tensor::F16(v) => ElementsMut::F16(v.to_mut()),
+            Tensor::Bf16(v) => ElementsMut::Bf16(v.to_mut()),
+        };
+        LogitsMut::new(elements, self.tokens, self.vocab)
+    }
+
+    pub fn dtype(&self) -> safetensors::Dtype {
+        match &self.data {
+            Tensor::F32(_) => safetensors::Dtype::F32,
+            Tensor::F16(_) => safetensors::Dtype::F16,
+            Tensor::Bf16(_) => safetensors::Dtype::BF16,
+        }
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        match &self.data {
+            Tensor::F32(v) => bytemuck::cast_slice(v),
+            Tensor::F16(v) => bytemuck::cast_slice(v),
+            Tensor::Bf16(v) => bytemuck::cast_slice(v),
+        }
+    }
+
+    /// Sets every element to `f` of its index, rounded.
+    pub fn fill(&mut self, mut f: impl FnMut(usize) -> f32) {
+        match &mut self.data {
+            Tensor::F32(v) => v.to_mut().iter_mut().enumerate().for_each(|(i, z)| *z = f(i)),
+            Tensor::F16(v) => {
+                v.to_mut().iter_mut().enumerate().for_each(|(i, z)| *z = f16::from_f32(f(i)))
+            }
+            Tensor::Bf16(v) => {
+                v.to_mut().iter_mut().enumerate().for_each(|(i, z)| *z = bf16::from_f32(f(i)))
+            }
+        }
+    }
+}
+
+/// The labels, `None` if the file has none.
+pub fn labels(path: &Path, file: &SafeTensors, required: bool) -> Result<Option<Vec<i64>>> {
+    if !required && file.tensor("labels").is_err() {
+        return Ok(None);
+    }
+    let view = tensor(path, file, "labels")?;
+    if view.shape().len() != 1 {
+        bail!("`labels` has shape {:?}, but must be [N]: one label a token", view.shape());
+    }
+    Ok(Some(match view.dtype() {
+        safetensors::Dtype::I64 => elements(view.data()).into_owned(),
+        safetensors::Dtype::I32 => {
+            elements::<i32>(view.data()).iter().map(|&label| label.into()).collect()
+        }
+        other => bail!("`labels` is {other:?}, but must be I64 (or I32)"),
+    }))
+}

@@ -1,0 +1,368 @@
+//! The command line as scripts see it: output, files, exit codes, errors.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use atkd::{Batch, Logits, Objective, reference};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use tempfile::TempDir;
+
+const TOKENS: usize = 6;
+const VOCAB: usize = 50;
+
+struct Files {
+    folder: TempDir,
+    teacher: Vec<f32>,
+    student: Vec<f32>,
+    labels: Vec<i64>,
+}
+
+fn little_endian(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|z| z.to_le_bytes()).collect()
+}
+
+impl Files {
+    fn new() -> Self {
+        let mut random = fastrand::Rng::with_seed(4);
+        let mut logits = || (0..TOKENS * VOCAB).map(|_| 5.0 * random.f32()).collect::<Vec<f32>>();
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            teacher: logits(),
+            student: logits(),
+            labels: vec![3, 0, -100, 49, 7, 7],
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A file of the tensors (name, dtype, shape, bytes).
+    fn save(&self, name: &str, tensors: &[(&str, Dtype, &[usize], &[u8])]) -> PathBuf {
+        let views: Vec<_> = tensors
+            .iter()
+            .map(|&(name, dtype, shape, bytes)| {
+                (name, TensorView::new(dtype, shape.to_vec(), bytes).unwrap())
+            })
+            .collect();
+        let path = self.path(name);
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        path
+    }
+
+    /// The batch, with the labels as given.
+    fn batch(&self, name: &str, labels: &[i64]) -> PathBuf {
+        let labels: Vec<u8> = labels.iter().flat_map(|label| label.to_le_bytes()).collect();
+        let shape = &[TOKENS, VOCAB];
+        self.save(
+            name,
+            &[
+                ("student", Dtype::F32, shape, &little_endian(&self.student)),
+                ("teacher", Dtype::F32, shape, &little_endian(&self.teacher)),
+                ("labels", Dtype::I64, &[labels.len() / 8], &labels),
+            ],
+        )
+    }
+
+    fn names(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.folder.path()).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+fn atkd(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_atkd"));
+    command.args(arguments);
+    command
+}
+
+fn loss(path: &Path, options: &[&str]) -> Command {
+    let mut command = atkd(&["loss"]);
+    command.arg(path).args(options);
+    command
+}
+
+/// Exit status 2, nothing on standard output, and one paragraph that has all the words.
+#[track_caller]
+fn fails(mut command: Command, words: &[&str]) {
+    let output = command.output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(output.stdout.is_empty());
+    assert!(message.starts_with("error: ") && !message.trim_end().contains('\n'), "{message}");
+    for word in words {
+        assert!(message.contains(word), "{word:?} is not in {message:?}");
+    }
+}
+
+fn json(mut command: Command) -> serde_json::Value {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn loss_and_gradient_are_the_reference_s() {
+    let files = Files::new();
+    let path = files.batch("batch", &files.labels);
+    let teacher = Logits::new(&files.teacher, TOKENS, VOCAB).unwrap();
+    let student = Logits::new(&files.student, TOKENS, VOCAB).unwrap();
+    let batch = Batch::new(teacher, &files.labels).unwrap();
+    let (exact, gradient) =
+        reference::forward_backward(&Objective::default(), &batch, student).unwrap();
+
+    for backend in ["auto", "cpu", "simt", "reference"] {
+        let out = files.path("out");
+        let grad = out.to_str().unwrap();
+        let object = json(loss(&path, &["--backend", backend, "--json", "--grad", grad]));
+        let expected = exact.summary();
+        let number = |key: &str| object[key].as_f64().unwrap_or_else(|| panic!("no {key}"));
+        for (key, value) in [
+            ("loss", exact.loss),
+            ("threshold_uncertainty", expected.threshold_uncertainty.unwrap()),
+            ("mean_uncertainty", expected.mean_uncertainty),
+            ("mean_tkd", expected.mean_tkd),
+            ("mean_dkd", expected.mean_dkd),
+        ] {
+            assert!((number(key) - value).abs() <= 1e-6 * value + 2e-7, "{backend} {key}");
+        }
+        assert_eq!(object["tokens"], 6);
+        assert_eq!(object["valid_tokens"], 5);
+        assert_eq!(object["hard_tokens"], 3);
+        assert_eq!(object["backend"], if backend == "auto" { "cpu" } else { backend });
+
+        let bytes = std::fs::read(&out).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let values = |name: &str| -> Vec<f32> {
+            let tensor = file.tensor(name).unwrap();
+            assert_eq!(tensor.dtype(), Dtype::F32);
+            let chunks = tensor.data().chunks(4);
+            chunks.map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+        };
+        assert_eq!(file.tensor("grad").unwrap().shape(), [TOKENS, VOCAB]);
+        for (g, exact) in values("grad").into_iter().zip(&gradient) {
+            assert!((f64::from(g) - exact).abs() <= 2e-7, "{backend}: {g}, {exact}");
+        }
+        let columns: HashMap<&str, Vec<f32>> =
+            ["uncertainty", "tkd", "dkd", "loss"].map(|name| (name, values(name))).into();
+        let hard = file.tensor("hard").unwrap();
+        assert_eq!(hard.dtype(), Dtype::U8);
+        for (i, token) in exact.tokens.iter().enumerate() {
+            assert_eq!(hard.data()[i] == 1, token.hard);
+            for (name, value) in [
+                ("uncertainty", token.uncertainty),
+                ("tkd", token.tkd),
+                ("dkd", token.dkd),
+                ("loss", token.loss),
+            ] {
+                assert!((f64::from(columns[name][i]) - value).abs() <= 2e-6 * (1.0 + value));
+            }
+        }
+    }
+    assert_eq!(files.names(), ["batch", "out"], "no temporary file is left");
+}
+
+#[test]
+fn half_precision_gradients_keep_the_student_s_dtype() {
+    let files = Files::new();
+    let student: Vec<u8> =
+        files.student.iter().flat_map(|&z| half::bf16::from_f32(z).to_le_bytes()).collect();
+    let labels = [0_u8; 8 * TOKENS];
+    let shape = &[TOKENS, VOCAB];
+    let path = files.save(
+        "batch",
+        &[
+            ("student", Dtype::BF16, shape, &student),
+            ("teacher", Dtype::F32, shape, &little_endian(&files.teacher)),
+            ("labels", Dtype::I64, &[TOKENS], &labels),
+        ],
+    );
+    let out = files.path("out");
+    json(loss(&path, &["--json", "--grad", out.to_str().unwrap()]));
+    let bytes = std::fs::read(out).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("grad").unwrap().dtype(), Dtype::BF16);
+}
+
+/// Every option changes what it says: against the library on the same input.
+#[test]
+fn options_reach_the_objective() {
+    let files = Files::new();
+    let path = files.batch("batch", &files.labels);
+    let batch = || {
+        let teacher = Logits::new(&files.teacher, TOKENS, VOCAB).unwrap();
+        Batch::new(teacher, &files.labels).unwrap()
+    };
+    let student = Logits::new(&files.student, TOKENS, VOCAB).unwrap();
+    let o = Objective::default();
+    let cases: Vec<(&[&str], atkd::Result<Objective>)> = vec![
+        (&["--objective", "kl"], Ok(Objective::kl())),
+        (&["--objective", "tkd"], Ok(Objective::tkd())),
+        (&["--objective", "dkd"], Ok(Objective::dkd())),
+        (&["--lambda", "0.35"], Objective::atkd(0.35)),
+        (&["--hard-ratio", "0.2"], o.with_hard_ratio(0.2)),
+        (&["--temperature", "2.5"], o.with_temperature(2.5)),
+        (
+            &["--temperature", "2.5", "--temperature-squared"],
+            o.with_temperature(2.5).map(|o| o.with_temperature_squared(true)),
+        ),
+        (&["--target", "teacher"], Ok(o.with_target(atkd::Target::Teacher))),
+        (&["--reduction", "sum"], o.with_reduction(atkd::Reduction::Sum)),
+        (&["--ce-weight", "0.5"], o.with_ce_weight(0.5)),
+        (&["--kd-weight", "0.25"], o.with_kd_weight(0.25)),
+    ];
+    for (options, objective) in cases {
+        let exact = reference::forward(&objective.unwrap(), &batch(), student).unwrap().loss;
+        let object = json(loss(&path, &[options, &["--json"]].concat()));
+        let actual = object["loss"].as_f64().unwrap();
+        assert!((actual - exact).abs() <= 1e-6 * exact + 2e-7, "{options:?}: {actual}, {exact}");
+    }
+    let labels = [3, 0, 1, 49, 7, 7];
+    let object = json(loss(&files.batch("other", &labels), &["--ignore-index", "7", "--json"]));
+    assert_eq!(object["valid_tokens"], 4);
+}
+
+#[test]
+fn numbers_that_json_lacks() {
+    let mut files = Files::new();
+    files.student[5] = f32::NAN;
+    let path = files.batch("nan", &files.labels);
+    let object = json(loss(&path, &["--json"]));
+    assert_eq!((&object["loss"], &object["non_finite_tokens"]), (&"NaN".into(), &1.into()));
+    files.student[5] = f32::NEG_INFINITY;
+    let object = json(loss(&files.batch("inf", &files.labels), &["--json"]));
+    assert_eq!(object["loss"], "Infinity");
+    let object = json(loss(&files.batch("none", &[-100; TOKENS]), &["--json"]));
+    assert_eq!((&object["loss"], &object["hard_tokens"]), (&0.0.into(), &0.into()));
+    assert!(object["threshold_uncertainty"].is_null());
+}
+
+#[test]
+fn bad_settings() {
+    let files = Files::new();
+    let path = files.batch("batch", &files.labels);
+    fails(loss(&path, &["--lambda", "7"]), &["lambda is 7", "[0, 1]"]);
+    fails(loss(&path, &["--objective", "kl", "--lambda", "7"]), &["lambda is 7"]);
+    fails(loss(&path, &["--hard-ratio", "1.5"]), &["hard ratio is 1.5", "[0, 1]"]);
+    fails(loss(&path, &["--temperature", "0"]), &["temperature is 0"]);
+    for command in [&["loss", path.to_str().unwrap()][..], &["gradcheck"], &["bench"]] {
+        fails(atkd(&[command, &["--backend", "cuda"]].concat()), &["cuda", "--backend cpu"]);
+    }
+    fails(atkd(&["bench", "--tokens", "0"]), &["--tokens 0"]);
+    let huge = u64::MAX.to_string();
+    fails(atkd(&["bench", "--tokens", &huge]), &["does not fit"]);
+}
+
+#[test]
+fn bad_files() {
+    let files = Files::new();
+    let shape: &[usize] = &[TOKENS, VOCAB];
+    let logits = little_endian(&files.student);
+    let labels = [0_u8; 8 * TOKENS];
+    let student = ("student", Dtype::F32, shape, &logits[..]);
+    let teacher = ("teacher", Dtype::F32, shape, &logits[..]);
+    let label = ("labels", Dtype::I64, &[TOKENS][..], &labels[..]);
+
+    fails(loss(&files.path("absent"), &[]), &["absent", "No such file"]);
+    fails(loss(files.folder.path(), &[]), &["cannot read"]);
+    std::fs::write(files.path("text"), "not safetensors at all").unwrap();
+    fails(loss(&files.path("text"), &[]), &["text", "not a safetensors file"]);
+    std::fs::write(files.path("empty"), "").unwrap();
+    fails(loss(&files.path("empty"), &[]), &["empty"]);
+    let whole = std::fs::read(files.batch("batch", &files.labels)).unwrap();
+    std::fs::write(files.path("cut"), &whole[..whole.len() - 9]).unwrap();
+    fails(loss(&files.path("cut"), &[]), &["cut", "not a safetensors file"]);
+
+    let save = |tensors: &[_]| loss(&files.save("case", tensors), &[]);
+    fails(save(&[student, label]), &["`teacher`", "labels, student"]);
+    fails(save(&[student, teacher]), &["`labels`"]);
+    let narrow = ("teacher", Dtype::F32, &[TOKENS * 2, VOCAB / 2][..], &logits[..]);
+    fails(save(&[student, narrow, label]), &["[6, 50]", "[12, 25]", "student"]);
+    let flat = ("student", Dtype::F32, &[TOKENS * VOCAB][..], &logits[..]);
+    fails(save(&[flat, teacher, label]), &["`student`", "[300]", "[N, V]"]);
+    let wrong = ("student", Dtype::I32, shape, &logits[..]);
+    fails(save(&[wrong, teacher, label]), &["`student` is I32", "BF16"]);
+    let wrong = ("labels", Dtype::F32, &[TOKENS * 2][..], &labels[..]);
+    fails(save(&[student, teacher, wrong]), &["`labels` is F32", "I64"]);
+    let few = ("labels", Dtype::I64, &[TOKENS - 1][..], &labels[8..]);
+    fails(save(&[student, teacher, few]), &["5 labels", "6 tokens"]);
+    let square = ("labels", Dtype::I64, &[TOKENS, 1][..], &labels[..]);
+    fails(save(&[student, teacher, square]), &["`labels`", "[6, 1]"]);
+    let none = ["student", "teacher"].map(|name| (name, Dtype::F32, &[TOKENS, 0][..], &[][..]));
+    fails(save(&[none[0], none[1], label]), &["vocabulary 0"]);
+}
+
+#[test]
+fn a_failed_run_leaves_no_file() {
+    let files = Files::new();
+    let out = files.path("out");
+    let path = files.batch("batch", &[3, 0, 1, 50, 7, 7]);
+    let command = loss(&path, &["--grad", out.to_str().unwrap()]);
+    fails(command, &["token 3", "50", "vocabulary size 50"]);
+    assert_eq!(files.names(), ["batch"]);
+
+    std::fs::write(&out, "what was there before").unwrap();
+    fails(loss(&path, &["--grad", out.to_str().unwrap()]), &["token 3"]);
+    assert_eq!(std::fs::read(&out).unwrap(), b"what was there before");
+
+    let path = files.batch("batch", &files.labels);
+    let nowhere = files.path("nowhere").join("out");
+    fails(loss(&path, &["--grad", nowhere.to_str().unwrap()]), &["cannot write", "nowhere"]);
+}
+
+#[test]
+fn labels_are_optional_for_the_teacher_s_target() {
+    let files = Files::new();
+    let shape: &[usize] = &[TOKENS, VOCAB];
+    let path = files.save(
+        "batch",
+        &[
+            ("student", Dtype::F32, shape, &little_endian(&files.student)),
+            ("teacher", Dtype::F32, shape, &little_endian(&files.teacher)),
+        ],
+    );
+    let object = json(loss(&path, &["--target", "teacher", "--json"]));
+    assert_eq!(object["valid_tokens"], 6);
+}
+
+#[test]
+fn gradcheck_passes() {
+    let output = atkd(&["gradcheck"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("finite differences") && text.contains("cases passed"), "{text}");
+}
+
+#[test]
+fn bench_reports_what_scripts_read() {
+    for dtype in ["f32", "BF16", "f16"] {
+        let options = ["--tokens", "8", "--vocab", "300", "--runs", "3", "--dtype", dtype];
+        let object = json(atkd(&[&["bench", "--json"], &options[..]].concat()));
+        assert!(object["copy_gb_per_s"].as_f64().unwrap() > 0.0);
+        assert!(object["device"].is_string());
+        let results = object["results"].as_array().unwrap();
+        assert_eq!(results[0]["variant"], "fused");
+        assert_eq!(results.iter().any(|r| r["variant"] == "unfused"), dtype != "f16");
+        for result in results {
+            assert_eq!((&result["tokens"], &result["vocab"]), (&8.into(), &300.into()));
+            assert_eq!(result["dtype"], dtype.to_uppercase());
+            for key in ["median_ms", "gb_per_s", "share_of_copy"] {
+                assert!(result[key].as_f64().unwrap() > 0.0, "{key}");
+            }
+        }
+    }
+}
+
+#[test]
+fn info_names_every_backend() {
+    let output = atkd(&["info"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    for word in ["cpu", "reference", "cuda", "simt", "auto is cpu"] {
+        assert!(text.contains(word), "{text}");
+    }
+}

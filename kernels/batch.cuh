@@ -1,0 +1,29 @@
+// Which token of the vocabulary a row's target is.
+#pragma once
+
+#include "memory.cuh"
+
+constexpr int32_t IGNORED_TARGET = -1;
+
+// The label of a token, or IGNORED_TARGET. A label outside the vocabulary is reported in the fault word
+// and its token dropped: no kernel reads outside its row.
+ATKD_DEVICE int32_t label_of(const atkd_batch &batch, uint32_t token) {
+    if (batch.labels == nullptr) {
+        return 0;
+    }
+    int64_t label = batch.label_bytes == 8 ? load(static_cast<const int64_t *>(batch.labels) + token)
+                                           : load(static_cast<const int32_t *>(batch.labels) + token);
+    if (label == batch.ignore_index) {
+        return IGNORED_TARGET;
+    }
+    if (label < 0 || label >= batch.vocab) {
+        min_atomic(batch.fault, token);
+        return IGNORED_TARGET;
+    }
+    return static_cast<int32_t>(label);
+}
+
+// The target of a token, or IGNORED_TARGET. The teacher's arg max is teacher_margin's to find.
+ATKD_DEVICE int32_t target_of(const atkd_batch &batch, uint32_t token) {
+    return batch.target == ATKD_TARGET_TEACHER ? load(batch.targets + token) : label_of(batch, token);
+}

@@ -1,0 +1,158 @@
+// Global memory, shared memory and the few machine instructions that the kernels use. The only file
+// that knows both of the machines they are compiled for: a GPU (nvcc), and the simulator (simt/) on
+// which the same kernels are tested.
+#pragma once
+
+#include <stdint.h>
+
+#include "params.h"
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define ATKD_DEVICE __device__ __forceinline__
+#define ATKD_KERNEL(name, params) extern "C" __global__ void name(const __grid_constant__ params p)
+// N elements of shared memory.
+#define ATKD_SHARED(type, name, count) __shared__ type name[count]
+
+typedef __half f16;
+typedef __nv_bfloat16 bf16;
+
+ATKD_DEVICE uint32_t thread_index() { return threadIdx.x; }
+ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
+ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
+#define ATKD_SYNC_BLOCK() __syncthreads()
+// Before a loop over registers, which must not become a loop over local memory.
+#define ATKD_UNROLL _Pragma("unroll")
+
+template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+ATKD_DEVICE uint32_t warp_ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return __popc(bits); }
+
+// 2^x, 0 below 2^-126; relative error 2^-22.
+ATKD_DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+template <class T> ATKD_DEVICE T load(const T *at) { return *at; }
+template <class T> ATKD_DEVICE void store(T *at, T value) { *at = value; }
+ATKD_DEVICE void add_atomic(uint32_t *at, uint32_t value) { atomicAdd(at, value); }
+ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
+    atomicMin(reinterpret_cast<unsigned long long *>(at), static_cast<unsigned long long>(value));
+}
+// In shared memory.
+#define ATKD_ADD_SHARED(array, index, value) atomicAdd(&(array)[index], value)
+
+// 16 bytes at an address that is a multiple of 16.
+struct alignas(16) Bytes16 {
+    uint32_t word[4];
+};
+ATKD_DEVICE Bytes16 load16(const void *at) { return *static_cast<const Bytes16 *>(at); }
+ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
+    // Nobody reads a gradient soon: it must not push the rows that are read again out of L2.
+    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.word[0]),
+                 "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+                 : "memory");
+}
+
+ATKD_DEVICE float widen(float x) { return x; }
+ATKD_DEVICE float widen(f16 x) { return __half2float(x); }
+ATKD_DEVICE float widen(bf16 x) { return __bfloat162float(x); }
+template <class T> ATKD_DEVICE T narrow(float x);
+template <> ATKD_DEVICE float narrow<float>(float x) { return x; }
+template <> ATKD_DEVICE f16 narrow<f16>(float x) { return __float2half_rn(x); }
+template <> ATKD_DEVICE bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+#else
+#include "simt/simt.h"
+#endif
+
+constexpr uint32_t WARP = 32;
+
+// Logits that one thread handles at once: 16 bytes of half precision, twice that of single.
+constexpr uint32_t CHUNK = 8;
+
+// A row of V elements, seen as chunks. Chunk 0 starts at or before the row, so that every later chunk
+// starts at a multiple of 16 bytes; the parts of the first and last chunk that lie outside the row do
+// not exist.
+template <class T> struct Row {
+    T *data;
+    uint32_t vocab;
+    // Chunk c is elements c * CHUNK - lead ... + CHUNK - 1.
+    uint32_t lead;
+    // Whether chunks start at a multiple of 16 bytes.
+    bool aligned;
+
+    // `lead` is given by the row that leads; a row of another alignment is read element by element.
+    ATKD_DEVICE Row(T *row, uint32_t vocab_, uint32_t lead_)
+        : data(row), vocab(vocab_), lead(lead_),
+          aligned((reinterpret_cast<uintptr_t>(row) - lead_ * sizeof(T)) % 16 == 0) {}
+
+    ATKD_DEVICE uint32_t chunks() const { return (vocab + lead + CHUNK - 1) / CHUNK; }
+
+    ATKD_DEVICE bool whole(uint32_t chunk) const {
+        return aligned && (chunk > 0 || lead == 0) && (chunk + 1) * CHUNK - lead <= vocab;
+    }
+};
+
+// How many elements before the row a multiple of 16 bytes lies, fewer than CHUNK.
+template <class T> ATKD_DEVICE uint32_t lead_of(const T *row) {
+    uint32_t misalignment = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row) % 16);
+    return misalignment / static_cast<uint32_t>(sizeof(T));
+}
+
+constexpr float OUTSIDE = -__builtin_huge_valf();
+
+// A chunk, widened; -inf outside the row.
+template <class T> ATKD_DEVICE void load_chunk(const Row<const T> &row, uint32_t chunk, float (&x)[CHUNK]) {
+    int64_t start = static_cast<int64_t>(chunk) * CHUNK - row.lead;
+    if (row.whole(chunk)) {
+        constexpr uint32_t PER = 16 / sizeof(T);
+        ATKD_UNROLL
+        for (uint32_t part = 0; part < CHUNK / PER; part++) {
+            Bytes16 bytes = load16(row.data + start + part * PER);
+            const T *elements = reinterpret_cast<const T *>(&bytes);
+            ATKD_UNROLL
+            for (uint32_t k = 0; k < PER; k++) {
+                x[part * PER + k] = widen(elements[k]);
+            }
+        }
+    } else {
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            int64_t j = start + k;
+            x[k] = j >= 0 && j < row.vocab ? widen(load(row.data + j)) : OUTSIDE;
+        }
+    }
+}
+
+template <class T> ATKD_DEVICE void store_chunk(const Row<T> &row, uint32_t chunk, const float (&x)[CHUNK]) {
+    int64_t start = static_cast<int64_t>(chunk) * CHUNK - row.lead;
+    if (row.whole(chunk)) {
+        constexpr uint32_t PER = 16 / sizeof(T);
+        ATKD_UNROLL
+        for (uint32_t part = 0; part < CHUNK / PER; part++) {
+            Bytes16 bytes;
+            T *elements = reinterpret_cast<T *>(&bytes);
+            ATKD_UNROLL
+            for (uint32_t k = 0; k < PER; k++) {
+                elements[k] = narrow<T>(x[part * PER + k]);
+            }
+            store16(row.data + start + part * PER, bytes);
+        }
+    } else {
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            int64_t j = start + k;
+            if (j >= 0 && j < row.vocab) {
+                store(row.data + j, narrow<T>(x[k]));
+            }
+        }
+    }
+}

@@ -1,0 +1,213 @@
+// The loss and the gradient's coefficients of one token, from a handful of numbers about its row.
+//
+// With a, b the teacher's and the student's logits over the temperature, g the target, and
+// L = log sum_{j != g} e^{..} of either (the target left out):
+//
+//   u = L_p - a_g   UNC = sigmoid(u)          w = L_q - b_g   -log q_g = softplus(w)
+//   TKD = softplus(w) - softplus(u) - sigmoid(u) (w - u)
+//   DKD = sum_{j != g} phat_j (a_j - b_j) - (L_p - L_q)        phat_j = e^{a_j - L_p}, qhat_j = e^{b_j - L_q}
+//
+//   loss = c_tkd TKD + c_dkd DKD + c_ce CE
+//   dloss/db_j = (beta + gamma) qhat_j - beta phat_j (j != g)   dloss/db_g = -gamma
+//   beta = c_dkd     gamma = c_tkd (sigmoid(w) - sigmoid(u)) + c_ce sigmoid(w)
+//
+// The passes over a row are in float32. What is done once a row is in double: a few dozen operations
+// beside a hundred thousand, and nothing is lost where terms cancel.
+#pragma once
+
+#include "memory.cuh"
+
+// A finite stand-in for the maximum of nothing, or of -inf alone: z - max stays a number.
+constexpr float NO_MAX = -3.402823466e38f;
+
+// How far a logit over the temperature may exceed what exponentials are relative to. The sums lose no
+// digits to it, and few chunks need a rebase.
+constexpr float HEADROOM = 2.0f;
+
+constexpr float LOG2_E = 1.44269504f;
+
+// One pass over a row, or a part of it, target left out. Sums are relative to a maximum of each model
+// (or a little less), so that logits of any size lose no digits. At temperature T exponents are
+// (z - max) / T, while weighted_gap is in logits.
+template <class Real> struct RowState {
+    float teacher_max = NO_MAX;
+    float student_max = NO_MAX;
+    Real teacher_sum = 0;      // sum e^{(z^p_j - max_p) / T}
+    Real weighted_gap = 0;     // sum e^{(z^p_j - max_p) / T} ((z^p_j - max_p) - (z^q_j - max_q))
+    Real student_sum = 0;      // sum e^{(z^q_j - max_q) / T}
+    Real student_sum_at_1 = 0; // sum e^{z^q_j - max_q}, for cross entropy
+    uint32_t ruled_out = 0;    // the student rules out (-inf) a token that the teacher does not
+
+    // The same sums relative to new maxima, neither below the old one.
+    ATKD_DEVICE void rebase(float new_teacher_max, float new_student_max, float exponent) {
+        float dp = teacher_max - new_teacher_max, dq = student_max - new_student_max;
+        Real teacher = exp2_fast(dp * exponent), student = exp2_fast(dq * exponent);
+        // A part that holds nothing has no gap to carry, and its distance may overflow.
+        Real shift = teacher_sum == 0 ? 0 : teacher_sum * (Real(dp) - Real(dq));
+        weighted_gap = teacher == 0 ? Real(0) : teacher * (weighted_gap + shift);
+        teacher_sum *= teacher;
+        student_sum *= student;
+        student_sum_at_1 *= exp2_fast(dq * LOG2_E);
+        teacher_max = new_teacher_max;
+        student_max = new_student_max;
+    }
+};
+
+ATKD_DEVICE float max_of(const float (&x)[CHUNK]) {
+    float max = x[0];
+    ATKD_UNROLL
+    for (uint32_t k = 1; k < CHUNK; k++) {
+        max = fmaxf(max, x[k]);
+    }
+    return max;
+}
+
+ATKD_DEVICE float min_of(const float (&x)[CHUNK]) {
+    float min = x[0];
+    ATKD_UNROLL
+    for (uint32_t k = 1; k < CHUNK; k++) {
+        min = fminf(min, x[k]);
+    }
+    return min;
+}
+
+// What a chunk's exponentials must be relative to, given that those before were relative to `max`.
+ATKD_DEVICE float raised(float max, float chunk_max, float inverse_temperature) {
+    return (chunk_max - max) * inverse_temperature > HEADROOM ? chunk_max : max;
+}
+
+// Adds a chunk of both models. The target, and what lies outside the row, are -inf in both.
+template <bool AT_1>
+ATKD_DEVICE void accumulate(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK],
+                            float inverse_temperature) {
+    float exponent = inverse_temperature * LOG2_E;
+    float teacher_max = raised(state.teacher_max, max_of(a), inverse_temperature);
+    float student_max = raised(state.student_max, max_of(b), inverse_temperature);
+    if (teacher_max != state.teacher_max || student_max != state.student_max) {
+        state.rebase(teacher_max, student_max, exponent);
+    }
+    bool masked = fminf(min_of(a), min_of(b)) == OUTSIDE;
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        float da = a[k] - teacher_max, db = b[k] - student_max;
+        float p = exp2_fast(da * exponent);
+        float gap = da - db;
+        if (masked) {
+            // Not 0 * inf; and what the student rules out is counted, not multiplied.
+            bool ruled_out = b[k] == OUTSIDE && a[k] != OUTSIDE;
+            state.ruled_out |= ruled_out ? 1u : 0u;
+            gap = p == 0.0f || ruled_out ? 0.0f : gap;
+        }
+        state.teacher_sum += p;
+        state.weighted_gap += p * gap;
+        state.student_sum += exp2_fast(db * exponent);
+        if (AT_1) {
+            state.student_sum_at_1 += exp2_fast(db * LOG2_E);
+        }
+    }
+}
+
+// The log-odds against the target: log sum_{j != g} e^{(z_j - z_g) / T}.
+ATKD_DEVICE double margin_of(float max, double sum, float target, double inverse_temperature) {
+    if (target == -OUTSIDE) {
+        return nan("");
+    }
+    return log(sum) + (double(max) - double(target)) * inverse_temperature;
+}
+
+ATKD_DEVICE double sigmoid(double x) {
+    double e = exp(-fabs(x));
+    return (x <= 0 ? e : 1.0) / (1.0 + e);
+}
+
+ATKD_DEVICE double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
+
+// A term with coefficient 0 is absent, even where it is infinite.
+ATKD_DEVICE double weighted(double coefficient, double term) {
+    return coefficient == 0 ? 0 : coefficient * term;
+}
+
+struct Terms {
+    double margin, uncertainty, tkd, dkd, loss;
+};
+
+// The gradient with respect to z_j is
+// student e^{(z^q_j - max_q) / T} - teacher e^{(z^p_j - max_p) / T} + student_at_1 e^{z^q_j - max_q}.
+struct GradientScales {
+    float teacher, student, student_at_1;
+    float target; // the gradient at the target
+};
+
+// `scale` is the reduction's and the upstream gradient's.
+ATKD_DEVICE void finish(const atkd_objective &objective, const RowState<double> &state, float teacher_target,
+                        float student_target, bool hard, double scale, Terms &terms, GradientScales &scales) {
+    double inverse_temperature = objective.inverse_temperature;
+    bool at_1 = objective.inverse_temperature != 1.0f;
+    double student_sum_at_1 = at_1 ? state.student_sum_at_1 : state.student_sum;
+    double u = margin_of(state.teacher_max, state.teacher_sum, teacher_target, inverse_temperature);
+    double w = margin_of(state.student_max, state.student_sum, student_target, inverse_temperature);
+    double w_at_1 = margin_of(state.student_max, student_sum_at_1, student_target, 1.0);
+    double infinity = -double(OUTSIDE);
+
+    // On the side where sigmoid(u) is small; swapping "the target" for "not the target" flips signs.
+    double sign = u > 0 ? -1 : 1, v = sign * u, x = sign * w;
+    double slope = sign * (sigmoid(x) - sigmoid(v));
+    double tkd = v == -infinity    ? softplus(x)
+                 : fabs(x) == infinity ? infinity
+                                       : softplus(x) - softplus(v) - sigmoid(v) * (x - v);
+
+    double dkd = 0;
+    if (state.ruled_out) {
+        dkd = infinity;
+    } else if (state.teacher_sum != 0) {
+        dkd = state.weighted_gap / state.teacher_sum * inverse_temperature - log(state.teacher_sum) +
+              log(state.student_sum);
+        // Rounding may fall below 0, a divergence cannot. NaN passes.
+        dkd = dkd < 0 ? 0 : dkd;
+    }
+
+    double uncertainty = sigmoid(u);
+    atkd_coefficient tkd_weight = objective.tkd[hard ? 1 : 0], dkd_weight = objective.dkd[hard ? 1 : 0];
+    double c_tkd = double(tkd_weight.value) * (tkd_weight.times_uncertainty ? uncertainty : 1.0);
+    double c_dkd = double(dkd_weight.value) * (dkd_weight.times_uncertainty ? uncertainty : 1.0);
+    double c_ce = objective.ce_weight;
+
+    terms.margin = u;
+    terms.uncertainty = uncertainty;
+    if (u != u || w != w || dkd != dkd) {
+        float not_a_number = nanf("");
+        terms.tkd = terms.dkd = terms.loss = nan("");
+        scales = {not_a_number, not_a_number, not_a_number, not_a_number};
+        return;
+    }
+    terms.tkd = tkd;
+    terms.dkd = dkd;
+    terms.loss = weighted(c_tkd, tkd) + weighted(c_dkd, dkd) + weighted(c_ce, softplus(w_at_1));
+
+    // Where the teacher has no mass off the target, DKD is 0 whatever the student does.
+    double beta = state.teacher_sum == 0 ? 0 : c_dkd;
+    double gamma = c_tkd * slope;
+    double gamma_at_1 = weighted(c_ce, sigmoid(w_at_1));
+    // A sum of 0 belongs to exponentials that are all 0, and so is their share of the gradient.
+    double teacher = state.teacher_sum == 0 ? 0 : beta * inverse_temperature * scale / state.teacher_sum;
+    double student =
+        state.student_sum == 0 ? 0 : (beta + gamma) * inverse_temperature * scale / state.student_sum;
+    double student_at_1 = student_sum_at_1 == 0 ? 0 : gamma_at_1 * scale / student_sum_at_1;
+    scales.teacher = float(teacher);
+    scales.student = float(at_1 ? student : student + student_at_1);
+    scales.student_at_1 = at_1 ? float(student_at_1) : 0.0f;
+    scales.target = float(-(gamma * inverse_temperature + gamma_at_1) * scale);
+}
+
+// An unsigned integer that orders as the margins do: NaN is 1, below every number; 0 is left for
+// ignored tokens. -0 and 0 are one.
+ATKD_DEVICE uint32_t key_of(float margin) {
+    if (margin != margin) {
+        return 1;
+    }
+    union {
+        float number;
+        uint32_t bits;
+    } image = {margin + 0.0f};
+    return image.bits & 0x80000000u ? ~image.bits : image.bits | 0x80000000u;
+}

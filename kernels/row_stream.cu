@@ -1,0 +1,146 @@
+// Loss and gradient of one token a block, for any vocabulary, stride and alignment. One pass over the
+// row for its state, a second for the gradient, whose reads should hit the cache.
+#include "batch.cuh"
+#include "reduce.cuh"
+
+namespace {
+
+// Chunk `chunk` of both models, the target taken out.
+template <class P, class Q>
+ATKD_DEVICE void load_pair(const Row<const P> &teacher, const Row<const Q> &student, uint32_t chunk, uint32_t target,
+                           float (&a)[CHUNK], float (&b)[CHUNK]) {
+    load_chunk(teacher, chunk, a);
+    load_chunk(student, chunk, b);
+    uint32_t within = target - (chunk * CHUNK - teacher.lead);
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        if (within == k) {
+            a[k] = b[k] = OUTSIDE;
+        }
+    }
+}
+
+template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(const atkd_row_stream &p) {
+    ATKD_SHARED(WarpState, warps, MAX_WARPS);
+    ATKD_SHARED(GradientScales, shared_scales, 1);
+    ATKD_SHARED(float, shared_maxima, 2);
+
+    uint32_t token = block_index(), vocab = p.batch.vocab;
+    const P *teacher_row = static_cast<const P *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
+    const Q *student_row = static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride;
+    uint32_t lead = lead_of(teacher_row);
+    Row<const P> teacher(teacher_row, vocab, lead);
+    Row<const Q> student(student_row, vocab, lead);
+    Row<G> gradient(static_cast<G *>(p.gradient) + (p.gradient == nullptr ? 0 : int64_t(token) * p.gradient_stride),
+                    vocab, lead);
+
+    uint8_t mode = load(p.modes + token);
+    if (mode == ATKD_IGNORED) {
+        float zeros[CHUNK] = {};
+        for (uint32_t chunk = thread_index(); p.gradient != nullptr && chunk < gradient.chunks();
+             chunk += block_threads()) {
+            store_chunk(gradient, chunk, zeros);
+        }
+        if (thread_index() == 0) {
+            store(p.margin + token, OUTSIDE);
+            store(p.uncertainty + token, 0.0f);
+            store(p.tkd + token, 0.0f);
+            store(p.dkd + token, 0.0f);
+            store(p.loss + token, 0.0);
+            if (p.keys != nullptr) {
+                store(p.keys + token, 0u);
+            }
+        }
+        return;
+    }
+
+    // Every thread reads the label: one cached word, and no barrier to wait at.
+    uint32_t target = static_cast<uint32_t>(target_of(p.batch, token));
+    float inverse_temperature = p.batch.inverse_temperature, exponent = inverse_temperature * LOG2_E;
+    float teacher_target = 0, student_target = 0;
+    if (thread_index() == 0) {
+        // Before a gradient in place overwrites it.
+        teacher_target = widen(load(teacher_row + target));
+        student_target = widen(load(student_row + target));
+    }
+
+    RowState<float> own;
+    for (uint32_t chunk = thread_index(); chunk < teacher.chunks(); chunk += block_threads()) {
+        float a[CHUNK], b[CHUNK];
+        load_pair(teacher, student, chunk, target, a, b);
+        accumulate<AT_1>(own, a, b, inverse_temperature);
+    }
+    RowState<double> of_warp = reduce_warp_state(own, exponent, AT_1);
+    if (thread_index() % WARP == 0) {
+        warps[thread_index() / WARP] = {of_warp.teacher_max,  of_warp.student_max, of_warp.teacher_sum,
+                                        of_warp.weighted_gap, of_warp.student_sum, of_warp.student_sum_at_1,
+                                        of_warp.ruled_out};
+    }
+    ATKD_SYNC_BLOCK();
+    if (thread_index() == 0) {
+        RowState<double> state = merge_warps(warps, block_threads() / WARP, exponent);
+        double scale = p.objective.mean ? 1.0 / double(load(p.valid)) : p.objective.scale;
+        scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
+        Terms terms;
+        GradientScales scales;
+        finish(p.objective, state, teacher_target, student_target, mode == ATKD_HARD, scale, terms, scales);
+        store(p.margin + token, float(terms.margin));
+        store(p.uncertainty + token, float(terms.uncertainty));
+        store(p.tkd + token, float(terms.tkd));
+        store(p.dkd + token, float(terms.dkd));
+        store(p.loss + token, terms.loss);
+        if (p.keys != nullptr) {
+            store(p.keys + token, key_of(float(terms.margin)));
+        }
+        shared_scales[0] = scales;
+        shared_maxima[0] = state.teacher_max;
+        shared_maxima[1] = state.student_max;
+    }
+    if (p.gradient == nullptr) {
+        return;
+    }
+    ATKD_SYNC_BLOCK();
+    GradientScales scales = shared_scales[0];
+    float teacher_max = shared_maxima[0], student_max = shared_maxima[1];
+    for (uint32_t chunk = thread_index(); chunk < teacher.chunks(); chunk += block_threads()) {
+        float a[CHUNK], b[CHUNK], g[CHUNK];
+        load_pair(teacher, student, chunk, target, a, b);
+        uint32_t within = target - (chunk * CHUNK - lead);
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            float db = b[k] - student_max;
+            float value = scales.student * exp2_fast(db * exponent) -
+                          scales.teacher * exp2_fast((a[k] - teacher_max) * exponent);
+            if (AT_1) {
+                value += scales.student_at_1 * exp2_fast(db * LOG2_E);
+            }
+            g[k] = within == k ? scales.target : value;
+        }
+        store_chunk(gradient, chunk, g);
+    }
+}
+
+template <class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_row_stream &p) {
+    // Cross entropy at a temperature other than 1 has a sum of its own.
+    if (p.objective.ce_weight != 0.0f && p.objective.inverse_temperature != 1.0f) {
+        row_stream<P, Q, G, true>(p);
+    } else {
+        row_stream<P, Q, G, false>(p);
+    }
+}
+
+} // namespace
+
+// row_stream_<teacher>_<student>_<gradient>
+#define ATKD_ROW_STREAM(teacher, P, student, Q, gradient, G)                                                  \
+    ATKD_KERNEL(row_stream_##teacher##_##student##_##gradient, atkd_row_stream) { row_stream<P, Q, G>(p); }
+#define ATKD_ROW_STREAM_OF(teacher, P)                                                                        \
+    ATKD_ROW_STREAM(teacher, P, f32, float, f32, float)                                                       \
+    ATKD_ROW_STREAM(teacher, P, f16, f16, f16, f16)                                                           \
+    ATKD_ROW_STREAM(teacher, P, f16, f16, f32, float)                                                         \
+    ATKD_ROW_STREAM(teacher, P, bf16, bf16, bf16, bf16)                                                       \
+    ATKD_ROW_STREAM(teacher, P, bf16, bf16, f32, float)
+
+ATKD_ROW_STREAM_OF(f32, float)
+ATKD_ROW_STREAM_OF(f16, f16)
+ATKD_ROW_STREAM_OF(bf16, bf16)

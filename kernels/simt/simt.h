@@ -1,0 +1,196 @@
+// What the kernels need of a GPU, on a CPU: every CUDA thread is a coroutine that hands over at
+// barriers and warp operations, to a scheduler on Rust's side (src/simt) that shuffles them.
+//
+// It is a test instrument. Every access to global memory is checked against the buffers given and for
+// alignment, and counted; shared memory knows which of its elements were written; a barrier that some
+// threads never reach is an error and not a hang.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+extern "C" {
+uint32_t simt_thread_index();
+uint32_t simt_block_threads();
+uint32_t simt_block_index();
+void simt_sync_block(uint32_t line);
+// Waits for the other lanes of the warp and returns what each of them gave.
+void simt_exchange(uint64_t value, uint64_t *lanes);
+// Before `bytes` at `at` are touched. Does not return if they must not be.
+void simt_access(const void *at, uint64_t bytes, uint64_t alignment, bool write);
+// The block's shared memory for the declaration `slot`, zeroed when the block starts.
+void *simt_shared(uint64_t slot, uint64_t bytes);
+// Ends the launch with an error.
+void simt_fault(const char *what, const char *name, uint64_t index);
+}
+
+#define ATKD_DEVICE inline
+#define ATKD_KERNEL(name, params) extern "C" void name(const params &p)
+#define ATKD_UNROLL
+#define ATKD_SYNC_BLOCK() simt_sync_block(__LINE__)
+#define ATKD_ADD_SHARED(array, index, value) (array).add(index, value)
+#define ATKD_SHARED(type, name, count)                                                                        \
+    SharedArray<type, count> name(simt_shared(__LINE__, sizeof(SharedArray<type, count>::Cells)), #name)
+
+// An array in shared memory. An element that nobody has written cannot be read.
+template <class T, uint32_t N> class SharedArray {
+  public:
+    struct Cells {
+        T value[N];
+        uint8_t written[N];
+    };
+
+    class Element {
+      public:
+        Element(const SharedArray &array, uint32_t index) : array_(array), index_(index) {}
+        operator T() const {
+            if (!array_.cells_->written[index_]) {
+                simt_fault("read of shared memory that nobody has written", array_.name_, index_);
+            }
+            return array_.cells_->value[index_];
+        }
+        Element &operator=(const T &value) {
+            array_.cells_->value[index_] = value;
+            array_.cells_->written[index_] = 1;
+            return *this;
+        }
+
+      private:
+        const SharedArray &array_;
+        uint32_t index_;
+    };
+
+    SharedArray(void *cells, const char *name) : cells_(static_cast<Cells *>(cells)), name_(name) {}
+
+    Element operator[](uint32_t index) const {
+        if (index >= N) {
+            simt_fault("access outside an array in shared memory", name_, index);
+        }
+        return Element(*this, index);
+    }
+
+    void add(uint32_t index, T value) const {
+        T old = (*this)[index];
+        (*this)[index] = old + value;
+    }
+
+  private:
+    Cells *cells_;
+    const char *name_;
+};
+
+struct f16 {
+    uint16_t bits;
+};
+struct bf16 {
+    uint16_t bits;
+};
+
+ATKD_DEVICE uint32_t thread_index() { return simt_thread_index(); }
+ATKD_DEVICE uint32_t block_threads() { return simt_block_threads(); }
+ATKD_DEVICE uint32_t block_index() { return simt_block_index(); }
+
+template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
+    uint64_t bits = 0, lanes[32];
+    std::memcpy(&bits, &value, sizeof value);
+    simt_exchange(bits, lanes);
+    std::memcpy(&value, &lanes[(simt_thread_index() % 32) ^ mask], sizeof value);
+    return value;
+}
+ATKD_DEVICE uint32_t warp_ballot(bool vote) {
+    uint64_t lanes[32];
+    simt_exchange(vote, lanes);
+    uint32_t votes = 0;
+    for (uint32_t lane = 0; lane < 32; lane++) {
+        votes |= static_cast<uint32_t>(lanes[lane]) << lane;
+    }
+    return votes;
+}
+ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
+
+ATKD_DEVICE float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+
+template <class T> ATKD_DEVICE T load(const T *at) {
+    simt_access(at, sizeof(T), alignof(T), false);
+    return *at;
+}
+template <class T> ATKD_DEVICE void store(T *at, T value) {
+    simt_access(at, sizeof(T), alignof(T), true);
+    *at = value;
+}
+ATKD_DEVICE void add_atomic(uint32_t *at, uint32_t value) {
+    simt_access(at, 4, 4, true);
+    *at += value;
+}
+ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
+    simt_access(at, 8, 8, true);
+    *at = value < *at ? value : *at;
+}
+
+struct Bytes16 {
+    uint32_t word[4];
+};
+ATKD_DEVICE Bytes16 load16(const void *at) {
+    simt_access(at, 16, 16, false);
+    Bytes16 value;
+    std::memcpy(&value, at, 16);
+    return value;
+}
+ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
+    simt_access(at, 16, 16, true);
+    std::memcpy(at, &value, 16);
+}
+
+ATKD_DEVICE float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+ATKD_DEVICE uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+ATKD_DEVICE float widen(float x) { return x; }
+ATKD_DEVICE float widen(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
+ATKD_DEVICE float widen(f16 x) {
+    uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = x.bits >> 10 & 31u, fraction = x.bits & 1023u;
+    if (exponent == 31) {
+        return float_of(sign | 0x7f800000u | fraction << 13);
+    }
+    float size = exponent == 0 ? std::ldexp(float(fraction), -24)
+                               : std::ldexp(float(fraction | 1024u), int(exponent) - 25);
+    return sign != 0 ? -size : size;
+}
+
+// To nearest, ties to even.
+template <class T> ATKD_DEVICE T narrow(float x);
+template <> ATKD_DEVICE float narrow<float>(float x) { return x; }
+template <> ATKD_DEVICE bf16 narrow<bf16>(float x) {
+    uint32_t bits = bits_of(x);
+    if (x != x) {
+        return {0x7fff};
+    }
+    return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+template <> ATKD_DEVICE f16 narrow<f16>(float x) {
+    uint16_t sign = static_cast<uint16_t>(bits_of(x) >> 16 & 0x8000u);
+    if (x != x) {
+        return {0x7fff};
+    }
+    float size = std::fabs(x);
+    if (size >= 65520.0f) {
+        return {static_cast<uint16_t>(sign | 0x7c00u)};
+    }
+    int exponent;
+    std::frexp(size, &exponent);
+    // The value in units of the last place, of which subnormals have 2^-24.
+    int unit = size == 0.0f || exponent - 11 < -24 ? -24 : exponent - 11;
+    uint32_t units = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));
+    // Rounding up to the next power of two carries into the exponent by itself.
+    uint32_t bits = units + (uint32_t(unit + 24) << 10);
+    return {static_cast<uint16_t>(sign | bits)};
+}

@@ -1,0 +1,96 @@
+// The teacher's margin of every token, as a sortable key; one read of the teacher's logits. Where the
+// target is the teacher's arg max, it is found first, and the row's second read should hit the cache.
+#include "batch.cuh"
+#include "reduce.cuh"
+
+namespace {
+
+// The index of the largest logit, the lowest among equals; 0 if there is nothing but NaN and -inf.
+template <class T, class Maxima, class Indices>
+ATKD_DEVICE uint32_t arg_max(const Row<const T> &row, Maxima &maxima, Indices &indices) {
+    float best = OUTSIDE;
+    uint32_t index = 0xffffffffu;
+    for (uint32_t chunk = thread_index(); chunk < row.chunks(); chunk += block_threads()) {
+        float x[CHUNK];
+        load_chunk(row, chunk, x);
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            if (x[k] > best) {
+                best = x[k];
+                index = chunk * CHUNK - row.lead + k;
+            }
+        }
+    }
+    float max;
+    ATKD_REDUCE_BLOCK(max, best, Max(), maxima);
+    uint32_t first;
+    ATKD_REDUCE_BLOCK(first, best == max ? index : 0xffffffffu, Min(), indices);
+    return first == 0xffffffffu ? 0 : first;
+}
+
+template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p) {
+    ATKD_SHARED(float, maxima, MAX_WARPS);
+    ATKD_SHARED(double, sums, MAX_WARPS);
+    ATKD_SHARED(uint32_t, indices, MAX_WARPS);
+    ATKD_SHARED(int32_t, shared_target, 1);
+
+    uint32_t token = block_index();
+    const T *data = static_cast<const T *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
+    Row<const T> row(data, p.batch.vocab, lead_of(data));
+    if (thread_index() == 0) {
+        shared_target[0] = label_of(p.batch, token);
+    }
+    ATKD_SYNC_BLOCK();
+    int32_t target = shared_target[0];
+    if (target == IGNORED_TARGET) {
+        if (thread_index() == 0) {
+            store(p.keys + token, 0u);
+            if (p.batch.target == ATKD_TARGET_TEACHER) {
+                store(p.batch.targets + token, IGNORED_TARGET);
+            }
+        }
+        return;
+    }
+    if (p.batch.target == ATKD_TARGET_TEACHER) {
+        target = static_cast<int32_t>(arg_max(row, maxima, indices));
+    }
+
+    float exponent = p.batch.inverse_temperature * LOG2_E;
+    float own_max = NO_MAX, own_sum = 0;
+    for (uint32_t chunk = thread_index(); chunk < row.chunks(); chunk += block_threads()) {
+        float x[CHUNK];
+        load_chunk(row, chunk, x);
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            if (chunk * CHUNK - row.lead + k == static_cast<uint32_t>(target)) {
+                x[k] = OUTSIDE;
+            }
+        }
+        float max = raised(own_max, max_of(x), p.batch.inverse_temperature);
+        if (max != own_max) {
+            own_sum *= exp2_fast((own_max - max) * exponent);
+            own_max = max;
+        }
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            own_sum += exp2_fast((x[k] - own_max) * exponent);
+        }
+    }
+    float max;
+    ATKD_REDUCE_BLOCK(max, own_max, Max(), maxima);
+    double sum;
+    ATKD_REDUCE_BLOCK(sum, double(own_sum) * double(exp2_fast((own_max - max) * exponent)), Sum(), sums);
+    if (thread_index() == 0) {
+        float target_logit = widen(load(data + target));
+        store(p.keys + token, key_of(float(margin_of(max, sum, target_logit, p.batch.inverse_temperature))));
+        if (p.batch.target == ATKD_TARGET_TEACHER) {
+            store(p.batch.targets + token, target);
+        }
+    }
+}
+
+} // namespace
+
+ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin) { teacher_margin<float>(p); }
+ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin) { teacher_margin<f16>(p); }
+ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin) { teacher_margin<bf16>(p); }

@@ -1,0 +1,754 @@
+//! The test battery that every backend must pass: each shape, dtype and edge case against the float64
+//! [`reference`](mod@reference), and the reference against finite differences and identities.
+//!
+//! What a backend may be off by:
+//!
+//! | what | allowed error |
+//! |---|---|
+//! | loss | 1e-6 relative + 2e-7 absolute |
+//! | TKD, DKD, UNC, margin, loss of a token | 2e-6 (1 + \|value\|) |
+//! | float32 gradient | 1e-6 of the row's largest + 5e-7 (kd_weight + ce_weight) scale / T |
+//! | float16 and bfloat16 gradient | that, plus half a unit in the last place of the exact gradient |
+//! | which tokens are valid and hard; what is NaN or infinite | none |
+//!
+//! A loss that is not a mean of terms of weight 1 may be off by 2e-7 times what the weights sum to.
+
+use half::{bf16, f16};
+
+use crate::{
+    Batch, Coefficient, Coefficients, Dtype, Elements, ElementsMut, Logits, LogitsMut, Objective,
+    Output, Reduction, Result, Target, reference,
+};
+
+type Backend<'a> = dyn Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output> + 'a;
+
+/// [`reference::forward_backward`] with the gradient rounded to the dtype that is asked for.
+pub fn reference_backend(
+    objective: &Objective,
+    batch: &Batch,
+    student: Logits,
+    mut gradient: LogitsMut,
+) -> Result<Output> {
+    let (output, exact) = reference::forward_backward(objective, batch, student)?;
+    for (mut row, exact) in gradient.rows().into_iter().zip(exact.chunks(student.vocab())) {
+        for (j, &value) in exact.iter().enumerate() {
+            match &mut row {
+                ElementsMut::F32(row) => row[j] = value as f32,
+                ElementsMut::F16(row) => row[j] = f16::from_f64(value),
+                ElementsMut::Bf16(row) => row[j] = bf16::from_f64(value),
+            }
+        }
+    }
+    Ok(output)
+}
+
+/// The outcome of one case.
+#[derive(Clone, Debug)]
+pub struct Check {
+    /// What kind of case it is.
+    pub group: &'static str,
+    /// The case's name within the group.
+    pub case: String,
+    /// The largest error, over what is allowed. The case failed if it is above 1.
+    pub worst: f64,
+    /// What had it, in words and numbers.
+    pub detail: String,
+}
+
+impl Check {
+    /// Whether every error was within what is allowed.
+    pub fn passed(&self) -> bool {
+        self.worst <= 1.0
+    }
+}
+
+/// The largest error so far, over what is allowed.
+struct Worst {
+    ratio: f64,
+    detail: String,
+}
+
+impl Worst {
+    fn new() -> Self {
+        Self { ratio: 0.0, detail: "exact".into() }
+    }
+
+    fn fail(detail: String) -> Self {
+        Self { ratio: f64::INFINITY, detail }
+    }
+
+    fn add(&mut self, what: impl FnOnce() -> String, actual: f64, expected: f64, allowed: f64) {
+        let ratio = if expected.is_nan() {
+            if actual.is_nan() { 0.0 } else { f64::INFINITY }
+        } else if actual == expected {
+            0.0
+        } else if actual.is_finite() && expected.is_finite() {
+            (actual - expected).abs() / allowed
+        } else {
+            f64::INFINITY
+        };
+        if ratio > self.ratio {
+            let detail = format!("{}: {actual:e}, exactly {expected:e}", what());
+            *self = Self { ratio, detail };
+        }
+    }
+}
+
+/// Logits of one of the three dtypes.
+enum Tensor {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Tensor {
+    fn new(dtype: Dtype, values: impl Iterator<Item = f32>) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32(values.collect()),
+            Dtype::F16 => Self::F16(values.map(f16::from_f32).collect()),
+            Dtype::Bf16 => Self::Bf16(values.map(bf16::from_f32).collect()),
+        }
+    }
+
+    fn elements(&self) -> Elements<'_> {
+        match self {
+            Self::F32(v) => v.into(),
+            Self::F16(v) => v.into(),
+            Self::Bf16(v) => v.into(),
+        }
+    }
+
+    fn elements_mut(&mut self) -> ElementsMut<'_> {
+        match self {
+            Self::F32(v) => v.into(),
+            Self::F16(v) => v.into(),
+            Self::Bf16(v) => v.into(),
+        }
+    }
+}
+
+/// One call of a backend.
+#[derive(Clone)]
+struct Case {
+    name: String,
+    objective: Objective,
+    vocab: usize,
+    teacher: Vec<f32>,
+    student: Vec<f32>,
+    /// Empty for none at all.
+    labels: Vec<i64>,
+    sequences: Option<Vec<usize>>,
+    teacher_dtype: Dtype,
+    student_dtype: Dtype,
+    gradient_dtype: Dtype,
+    /// Elements between the rows, and before the first.
+    padding: usize,
+}
+
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+
+/// What lies between the rows, and must stay there.
+const PADDING: f32 = 13.0;
+
+fn random(tokens: usize, vocab: usize, seed: u64) -> Case {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut logits = || -> Vec<f32> {
+        (0..tokens * vocab).map(|_| 4.0 * (0..4).map(|_| random.f32() - 0.5).sum::<f32>()).collect()
+    };
+    let (teacher, student) = (logits(), logits());
+    let labels = (0..tokens).map(|_| random.i64(0..vocab as i64)).collect();
+    Case {
+        name: String::new(),
+        objective: Objective::default(),
+        vocab,
+        teacher,
+        student,
+        labels,
+        sequences: None,
+        teacher_dtype: Dtype::F32,
+        student_dtype: Dtype::F32,
+        gradient_dtype: Dtype::F32,
+        padding: 0,
+    }
+}
+
+impl Case {
+    fn tokens(&self) -> usize {
+        self.teacher.len() / self.vocab
+    }
+
+    fn named(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    fn with(mut self, objective: Result<Objective>) -> Self {
+        self.objective = objective.expect("the battery's objectives are valid");
+        self
+    }
+
+    fn dtypes(mut self, teacher: Dtype, student: Dtype, gradient: Dtype) -> Self {
+        (self.teacher_dtype, self.student_dtype, self.gradient_dtype) =
+            (teacher, student, gradient);
+        self
+    }
+
+    /// `values` with the padding in place.
+    fn tensor(&self, dtype: Dtype, values: &[f32]) -> Tensor {
+        let padding = || std::iter::repeat_n(PADDING, self.padding);
+        let rows = values.chunks(self.vocab);
+        Tensor::new(
+            dtype,
+            padding().chain(rows.flat_map(|row| row.iter().copied().chain(padding()))),
+        )
+    }
+
+    fn view<'a>(&self, tensor: &'a Tensor) -> Result<Logits<'a>> {
+        let elements = tensor.elements();
+        let elements = elements.slice(self.padding..elements.len());
+        Logits::strided(elements, self.tokens(), self.vocab, self.vocab + self.padding)
+    }
+
+    fn run(&self, backend: &Backend) -> Worst {
+        self.compare(backend).unwrap_or_else(|error| Worst::fail(format!("error: {error}")))
+    }
+
+    fn compare(&self, backend: &Backend) -> Result<Worst> {
+        let (tokens, vocab, objective) = (self.tokens(), self.vocab, &self.objective);
+        let teacher = self.tensor(self.teacher_dtype, &self.teacher);
+        let student = self.tensor(self.student_dtype, &self.student);
+        let mut gradient = self.tensor(self.gradient_dtype, &vec![99.0; tokens * vocab]);
+        let batch = match self.labels.is_empty() {
+            true => Batch::unlabelled(self.view(&teacher)?),
+            false => Batch::new(self.view(&teacher)?, &self.labels)?,
+        };
+        let batch = match &self.sequences {
+            Some(offsets) => batch.with_sequences(offsets)?,
+            None => batch,
+        };
+        let student = self.view(&student)?;
+        let mut elements = gradient.elements_mut();
+        let end = elements.as_ref().len();
+        let view = LogitsMut::strided(
+            elements.slice(self.padding..end),
+            tokens,
+            vocab,
+            vocab + self.padding,
+        )?;
+        let output = backend(objective, &batch, student, view)?;
+        let (exact, exact_gradient) = reference::forward_backward(objective, &batch, student)?;
+
+        let mut worst = Worst::new();
+        let valid = exact.tokens.iter().filter(|token| token.valid).count();
+        let scale = objective.reduction_scale(valid);
+        let weight =
+            objective.distillation_scale() * largest_coefficient(objective) + objective.ce_weight();
+        let unit = if objective.reduction() == Reduction::Mean && weight <= 1.0 {
+            1.0
+        } else {
+            weight * scale * valid as f64
+        };
+        worst.add(|| "loss".into(), output.loss, exact.loss, 1e-6 * exact.loss.abs() + 2e-7 * unit);
+        for (i, (token, exact)) in output.tokens.iter().zip(&exact.tokens).enumerate() {
+            if (token.valid, token.hard) != (exact.valid, exact.hard) {
+                return Ok(Worst::fail(format!(
+                    "token {i}: valid {}, hard {}; exactly {}, {}",
+                    token.valid, token.hard, exact.valid, exact.hard
+                )));
+            }
+            for (what, term, exact, weight) in [
+                ("margin", token.margin, exact.margin, 1.0),
+                ("UNC", token.uncertainty, exact.uncertainty, 1.0),
+                ("TKD", token.tkd, exact.tkd, 1.0),
+                ("DKD", token.dkd, exact.dkd, 1.0),
+                ("loss", token.loss, exact.loss, weight),
+            ] {
+                let allowed = 2e-6 * (weight + exact.abs());
+                worst.add(|| format!("{what} of token {i}"), term, exact, allowed);
+            }
+        }
+
+        let scale = scale * objective.upstream_gradient().abs();
+        let floor = 5e-7 * (objective.kd_weight() + objective.ce_weight()) * scale
+            / objective.temperature();
+        let elements = gradient.elements();
+        for i in 0..self.padding {
+            worst.add(|| "before the gradient".into(), elements.get(i).into(), PADDING.into(), 0.0);
+        }
+        for (i, exact) in exact_gradient.chunks(vocab).enumerate() {
+            let largest = exact.iter().fold(0.0_f64, |largest, g| largest.max(g.abs()));
+            let start = self.padding + i * (vocab + self.padding);
+            let mut sum = 0.0;
+            for (j, &exact) in exact.iter().enumerate() {
+                let actual = f64::from(elements.get(start + j));
+                let allowed = 1e-6 * largest + floor + half_ulp(self.gradient_dtype, exact);
+                worst.add(|| format!("gradient[{i}, {j}]"), actual, exact, allowed);
+                sum += actual;
+            }
+            // Where the loss is infinite the limit of the gradient need not sum to 0.
+            if self.gradient_dtype == Dtype::F32 && output.tokens[i].loss.is_finite() {
+                // Rounding of each element, and what the floor allows the row as a whole.
+                let total: f64 = exact.iter().map(|g| g.abs()).sum();
+                worst.add(|| format!("sum of gradient[{i}]"), sum, 0.0, 1e-6 * total + floor);
+            }
+            for j in vocab..vocab + self.padding {
+                let actual = f64::from(elements.get(start + j));
+                worst.add(|| format!("behind gradient[{i}]"), actual, PADDING.into(), 0.0);
+            }
+        }
+        Ok(worst)
+    }
+}
+
+fn largest_coefficient(objective: &Objective) -> f64 {
+    let number = |coefficient| match coefficient {
+        Coefficient::Constant(value) => f64::abs(value),
+        Coefficient::Uncertainty => 1.0,
+    };
+    let (easy, hard) = (objective.easy(), objective.hard());
+    [easy.tkd, easy.dkd, hard.tkd, hard.dkd].map(number).into_iter().fold(0.0, f64::max)
+}
+
+/// Half the distance from `value` to its neighbours in `dtype`; 0 for float32, whose rounding the
+/// other terms allow for.
+fn half_ulp(dtype: Dtype, value: f64) -> f64 {
+    let (digits, lowest) = match dtype {
+        Dtype::F32 => return 0.0,
+        Dtype::F16 => (10, -14),
+        Dtype::Bf16 => (7, -126),
+    };
+    let exponent =
+        if value == 0.0 { lowest } else { (value.abs().log2().floor() as i32).max(lowest) };
+    0.5 * 2.0_f64.powi(exponent - digits)
+}
+
+fn decoupled(easy: (f64, f64), hard: (f64, f64)) -> Result<Objective> {
+    Objective::decoupled(Coefficients::new(easy.0, easy.1), Coefficients::new(hard.0, hard.1))
+}
+
+/// A spread over everything an objective can say.
+fn objectives() -> Vec<(&'static str, Result<Objective>)> {
+    let atkd = Objective::default();
+    let mixed = || Objective::default().with_ce_weight(0.7).and_then(|o| o.with_kd_weight(0.3));
+    vec![
+        ("atkd", Ok(atkd)),
+        ("atkd, lambda 0", Objective::atkd(0.0)),
+        ("atkd, lambda 1", Objective::atkd(1.0)),
+        ("kl", Ok(Objective::kl())),
+        ("tkd", Ok(Objective::tkd())),
+        ("dkd", Ok(Objective::dkd())),
+        ("decoupled", decoupled((0.9, 0.1), (0.25, 0.75))),
+        (
+            "UNC on hard DKD alone",
+            Objective::decoupled(
+                Coefficients::new(0.5, 0.5),
+                Coefficients::new(1.0, Coefficient::Uncertainty),
+            ),
+        ),
+        ("cross entropy mixed in", mixed()),
+        (
+            "cross entropy alone",
+            Objective::tkd().with_kd_weight(0.0).and_then(|o| o.with_ce_weight(1.0)),
+        ),
+        ("temperature 2", atkd.with_temperature(2.0)),
+        ("temperature 0.5", Objective::kl().with_temperature(0.5)),
+        (
+            "temperature 4, squared",
+            atkd.with_temperature(4.0).map(|o| o.with_temperature_squared(true)),
+        ),
+        ("temperature 3, cross entropy", mixed().and_then(|o| o.with_temperature(3.0))),
+        ("hard ratio 0", atkd.with_hard_ratio(0.0)),
+        ("hard ratio 0.25", atkd.with_hard_ratio(0.25)),
+        ("hard ratio 1", atkd.with_hard_ratio(1.0)),
+        ("sum", atkd.with_reduction(Reduction::Sum)),
+        ("denominator 1000", atkd.with_reduction(Reduction::Denominator(1000.0))),
+        ("upstream gradient -2.5", atkd.with_upstream_gradient(-2.5)),
+        ("upstream gradient 0", atkd.with_upstream_gradient(0.0)),
+        ("teacher's arg max", Ok(atkd.with_target(Target::Teacher))),
+    ]
+}
+
+fn shapes() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for vocab in [1, 2, 3, 31, 32, 33, 1000, 4096, 50257] {
+        for teacher in DTYPES {
+            for student in DTYPES {
+                let tokens = if vocab < 5000 { 6 } else { 2 };
+                let case = random(tokens, vocab, vocab as u64);
+                let name = format!("[{tokens}, {vocab}] {teacher} teacher, {student} student");
+                cases.push(case.clone().named(&name).dtypes(teacher, student, student));
+                if student != Dtype::F32 {
+                    let name = format!("{name}, F32 gradient");
+                    cases.push(case.named(name).dtypes(teacher, student, Dtype::F32));
+                }
+            }
+        }
+    }
+    for padding in [1, 3, 8, 61] {
+        for dtype in DTYPES {
+            for vocab in [5, 130, 4099] {
+                let mut case = random(5, vocab, 77).dtypes(dtype, dtype, dtype);
+                case.padding = padding;
+                cases.push(
+                    case.named(format!("[5, {vocab}] {dtype}, row stride {}", vocab + padding)),
+                );
+            }
+        }
+    }
+    cases
+}
+
+fn objective_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (name, objective) in objectives() {
+        let mut case = random(12, 97, 5).with(objective.clone());
+        case.labels[3] = -100;
+        case.labels[11] = -100;
+        cases.push(case.clone().named(name));
+        cases.push(case.named(format!("{name}, BF16")).dtypes(
+            Dtype::Bf16,
+            Dtype::Bf16,
+            Dtype::Bf16,
+        ));
+        // More than one block of a row, and a sharper teacher.
+        let mut case = random(4, 7001, 6).with(objective).named(format!("{name}, sharp"));
+        case.teacher.iter_mut().for_each(|z| *z *= 3.0);
+        cases.push(case);
+    }
+    cases
+}
+
+fn selections() -> Vec<Case> {
+    let atkd = Objective::default();
+    let mut cases = Vec::new();
+    for tokens in [1, 2, 3, 10, 101, 1000] {
+        for ratio in [0.0, 0.1, 0.5, 0.7, 1.0] {
+            let mut case = random(tokens, 11, tokens as u64).with(atkd.with_hard_ratio(ratio));
+            for i in (2..tokens).step_by(5) {
+                case.labels[i] = -100;
+            }
+            cases.push(case.named(format!("{tokens} tokens, hard ratio {ratio}")));
+        }
+    }
+    let mut ties = random(12, 9, 1);
+    let (first, label) = (ties.teacher[..9].to_vec(), ties.labels[0]);
+    for i in [1, 2, 5, 6, 7, 8, 9, 11] {
+        ties.teacher[i * 9..][..9].copy_from_slice(&first);
+        ties.labels[i] = label;
+    }
+    cases.push(ties.clone().named("equal margins: the lower index"));
+    ties.labels[5] = -100;
+    cases.push(ties.clone().named("equal margins, one ignored"));
+    ties.labels.clear();
+    cases.push(
+        ties.with(Ok(atkd.with_target(Target::Teacher))).named("no labels, teacher's arg max"),
+    );
+    let mut arg_max = random(6, 40, 8).with(Ok(atkd.with_target(Target::Teacher)));
+    for row in arg_max.teacher.chunks_mut(40) {
+        (row[7], row[21], row[39]) = (9.0, 9.0, 9.0);
+    }
+    cases.push(arg_max.named("teacher's arg max: the lowest index among equals"));
+    let mut sequences = random(20, 13, 2);
+    sequences.labels[6..9].fill(-100);
+    sequences.sequences = Some(vec![0, 1, 6, 9, 9, 20]);
+    cases.push(sequences.named("per sequence, one empty, one all ignored"));
+    let mut ignored = random(5, 13, 3);
+    ignored.labels.fill(-100);
+    cases.push(ignored.clone().named("all ignored"));
+    cases.push(
+        ignored
+            .with(atkd.with_reduction(Reduction::Denominator(8.0)))
+            .named("all ignored, denominator"),
+    );
+    cases.push(random(0, 13, 4).with(Ok(atkd.with_target(Target::Teacher))).named("no tokens"));
+    let mut negative = random(6, 13, 3).with(Ok(atkd.with_ignore_index(2)));
+    negative.labels[4] = 2;
+    cases.push(negative.named("ignore_index 2"));
+    // 1 - p is 1 in float32 for all of these, and yet they differ.
+    let mut hopeless = random(8, 50, 9);
+    for (i, row) in hopeless.teacher.chunks_mut(50).enumerate() {
+        row[hopeless.labels[i] as usize] = -30.0 - (i * 5 % 8) as f32;
+    }
+    cases.push(hopeless.named("hopeless teachers are told apart"));
+    cases
+}
+
+/// Names, and what each does to the rows of teacher and student (target 3).
+type Edit = fn(&mut [f32], &mut [f32]);
+
+const MASK: f32 = f32::NEG_INFINITY;
+
+const EDGES: &[(&str, Edit)] = &[
+    ("confident teacher", |a, _| a[3] = 43.0),
+    ("hopeless teacher", |a, _| a[3] = -37.0),
+    ("confident student", |_, b| b[3] = 43.0),
+    ("hopeless student", |_, b| b[3] = -37.0),
+    ("both confident", |a, b| (a[3], b[3]) = (43.0, 42.0)),
+    ("both hopeless", |a, b| (a[3], b[3]) = (-37.0, -36.0)),
+    ("confident teacher, hopeless student", |a, b| (a[3], b[3]) = (43.0, -37.0)),
+    ("hopeless teacher, confident student", |a, b| (a[3], b[3]) = (-37.0, 43.0)),
+    ("teacher certain beyond float64", |a, _| a[3] = 2000.0),
+    ("teacher against it beyond float64", |a, _| a[3] = -2000.0),
+    ("logits up to 50", |a, b| {
+        a.iter_mut().for_each(|z| *z *= 50.0 / 8.0);
+        b.iter_mut().for_each(|z| *z *= -50.0 / 8.0);
+    }),
+    ("logits up to 1e4", |a, b| {
+        a.iter_mut().for_each(|z| *z *= 1250.0);
+        b.iter_mut().for_each(|z| *z *= 1250.0);
+    }),
+    ("logits about 1e4", |a, b| {
+        a.iter_mut().for_each(|z| *z += 1e4);
+        b.iter_mut().for_each(|z| *z -= 1e4);
+    }),
+    ("one logit above all others", |a, b| {
+        a.fill(0.0);
+        b.fill(0.0);
+        (a[30], b[31]) = (60.0, 60.0);
+    }),
+    ("equal logits", |a, b| {
+        a.fill(1.5);
+        b.fill(-2.5);
+    }),
+    ("student equals teacher", |a, b| b.copy_from_slice(a)),
+    ("rising logits", |a, b| {
+        for j in 0..a.len() {
+            (a[j], b[j]) = (j as f32 / 64.0, -(j as f32) / 64.0);
+        }
+    }),
+    ("padded vocabulary", |a, b| {
+        a[33..].fill(MASK);
+        b[33..].fill(MASK);
+    }),
+    ("padded at the front", |a, b| {
+        a[..3].fill(MASK);
+        b[..3].fill(MASK);
+        a[4..9].fill(MASK);
+        b[4..9].fill(MASK);
+    }),
+    ("padding of -3.4e38", |a, b| {
+        a[33..].fill(f32::MIN);
+        b[33..].fill(f32::MIN);
+    }),
+    ("padding of -65504", |a, b| {
+        a[33..].fill(-65504.0);
+        b[33..].fill(-65504.0);
+    }),
+    ("teacher masks more", |a, b| {
+        a[20..].fill(MASK);
+        b[33..].fill(MASK);
+    }),
+    ("student rules out what the teacher allows", |_, b| b[20] = MASK),
+    ("student rules out all but the target", |_, b| {
+        let target = b[3];
+        b.fill(MASK);
+        b[3] = target;
+    }),
+    ("target masked by the teacher", |a, _| a[3] = MASK),
+    ("target masked by the student", |_, b| b[3] = MASK),
+    ("target masked by both", |a, b| (a[3], b[3]) = (MASK, MASK)),
+    ("teacher has no mass off the target", |a, _| {
+        let target = a[3];
+        a.fill(MASK);
+        a[3] = target;
+    }),
+    ("neither has mass off the target", |a, b| {
+        let targets = (a[3], b[3]);
+        a.fill(MASK);
+        b.fill(MASK);
+        (a[3], b[3]) = targets;
+    }),
+    ("one token beside the target", |a, b| {
+        let (target, other) = (a[3], a[17]);
+        a.fill(MASK);
+        (a[3], a[17]) = (target, other);
+        b[33..].fill(MASK);
+    }),
+    ("teacher all -inf", |a, _| a.fill(MASK)),
+    ("student all -inf", |_, b| b.fill(MASK)),
+    ("NaN in the teacher", |a, _| a[12] = f32::NAN),
+    ("NaN in the student", |_, b| b[12] = f32::NAN),
+    ("NaN in the teacher's target", |a, _| a[3] = f32::NAN),
+    ("NaN in the student's target", |_, b| b[3] = f32::NAN),
+    ("+inf in the teacher", |a, _| a[12] = f32::INFINITY),
+    ("+inf in the student", |_, b| b[12] = f32::INFINITY),
+    ("+inf in the teacher's target", |a, _| a[3] = f32::INFINITY),
+    ("+inf in the student's target", |_, b| b[3] = f32::INFINITY),
+    ("NaN among -inf", |a, _| {
+        a.fill(MASK);
+        a[12] = f32::NAN;
+    }),
+];
+
+fn edges() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let ce = |objective: Objective| objective.with_ce_weight(0.5);
+    let objectives = [
+        ("atkd", Ok(Objective::default())),
+        ("kl", Ok(Objective::kl())),
+        ("tkd and cross entropy", ce(Objective::tkd())),
+        ("dkd and cross entropy", ce(Objective::dkd())),
+        (
+            "atkd at 2, cross entropy",
+            ce(Objective::default()).and_then(|o| o.with_temperature(2.0)),
+        ),
+    ];
+    for (edge, edit) in EDGES {
+        for (name, objective) in &objectives {
+            for vocab in [40, 4500] {
+                // The odd row in the middle of others, which must stay right.
+                let mut case = random(3, vocab, 21).with(objective.clone());
+                case.labels.fill(3);
+                edit(&mut case.teacher[vocab..][..vocab], &mut case.student[vocab..][..vocab]);
+                cases.push(case.clone().named(format!("{edge}, V = {vocab}, {name}")));
+                if vocab == 40 {
+                    for dtype in [Dtype::F16, Dtype::Bf16] {
+                        // A mask of float16's least finite value; infinities and NaN as they are.
+                        let mut case = case.clone();
+                        for z in case.teacher.iter_mut().chain(&mut case.student) {
+                            *z = if z.is_finite() { z.clamp(-65504.0, 65504.0) } else { *z };
+                        }
+                        let case = case.named(format!("{edge}, {dtype}, {name}"));
+                        cases.push(case.dtypes(dtype, dtype, dtype));
+                    }
+                }
+            }
+        }
+    }
+    for (name, objective) in objectives {
+        for u in [-40.0, 0.0, 40.0] {
+            for w in [-40.0, 0.0, 40.0] {
+                let mut case = random(1, 2, 1).with(objective.clone());
+                (case.teacher, case.student, case.labels) = (vec![u, 0.0], vec![w, 0.0], vec![1]);
+                cases.push(case.named(format!("V = 2, u = {u}, w = {w}, {name}")));
+            }
+        }
+    }
+    cases
+}
+
+/// KL divergence and cross entropy by their textbook formulas, of logits of ordinary size.
+fn textbook(a: &[f64], b: &[f64], target: usize) -> [f64; 5] {
+    let softmax = |logits: &[f64]| -> Vec<f64> {
+        let sum: f64 = logits.iter().map(|z| z.exp()).sum();
+        logits.iter().map(|z| z.exp() / sum).collect()
+    };
+    let (p, q) = (softmax(a), softmax(b));
+    let kl = |p: &[f64], q: &[f64]| -> f64 { p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum() };
+    let renormalised = |p: &[f64]| -> Vec<f64> {
+        let others = p.iter().enumerate().filter(|&(j, _)| j != target);
+        others.map(|(_, p_j)| p_j / (1.0 - p[target])).collect()
+    };
+    let tkd = kl(&[p[target], 1.0 - p[target]], &[q[target], 1.0 - q[target]]);
+    let dkd = kl(&renormalised(&p), &renormalised(&q));
+    [1.0 - p[target], tkd, dkd, kl(&p, &q), -q[target].ln()]
+}
+
+/// The reference's gradient against central differences of its loss.
+fn differences(case: &Case) -> Result<Worst> {
+    const STEP: f64 = 1e-4;
+    let batch = Batch::new(Logits::new(&case.teacher, case.tokens(), case.vocab)?, &case.labels)?;
+    let student = Logits::new(&case.student, case.tokens(), case.vocab)?;
+    let (output, gradient) = reference::forward_backward(&case.objective, &batch, student)?;
+    let upstream = case.objective.upstream_gradient();
+    let mut worst = Worst::new();
+    for (index, &analytic) in gradient.iter().enumerate() {
+        let loss_at = |step: f64| -> Result<f64> {
+            let row = |token: usize| {
+                let row = &case.student[token * case.vocab..][..case.vocab];
+                let mut row: Vec<f64> = row.iter().map(|&z| z.into()).collect();
+                if token == index / case.vocab {
+                    row[index % case.vocab] += step;
+                }
+                row
+            };
+            Ok(reference::compute(&case.objective, &batch, row, None)?.loss)
+        };
+        let slope = upstream * (loss_at(STEP)? - loss_at(-STEP)?) / (2.0 * STEP);
+        // The step's square times a third derivative, and the loss's rounding over the step.
+        let allowed = 2e-9 * (1.0 + output.loss.abs()) * (1.0 + upstream.abs());
+        worst.add(|| format!("d loss / d student[{index}]"), analytic, slope, allowed);
+    }
+    Ok(worst)
+}
+
+/// The reference's terms against textbook formulas, KL = TKD + UNC DKD, and rows shifted by a constant.
+fn identities(case: &Case) -> Result<Worst> {
+    let vocab = case.vocab;
+    let batch = Batch::new(Logits::new(&case.teacher, case.tokens(), vocab)?, &case.labels)?;
+    let student = Logits::new(&case.student, case.tokens(), vocab)?;
+    let (output, gradient) = reference::forward_backward(&case.objective, &batch, student)?;
+    let mut worst = Worst::new();
+    let wide = |row: &[f32]| -> Vec<f64> { row.iter().map(|&z| z.into()).collect() };
+    let rows = |token: usize| wide(&case.student[token * vocab..][..vocab]);
+    for (i, token) in output.tokens.iter().enumerate() {
+        let teacher = wide(&case.teacher[i * vocab..][..vocab]);
+        let [uncertainty, tkd, dkd, kl, _] = textbook(&teacher, &rows(i), case.labels[i] as usize);
+        for (what, actual, expected) in [
+            ("UNC", token.uncertainty, uncertainty),
+            ("TKD", token.tkd, tkd),
+            ("DKD", token.dkd, dkd),
+            ("TKD + UNC DKD", token.tkd + token.uncertainty * token.dkd, kl),
+        ] {
+            worst.add(
+                || format!("{what} of token {i}"),
+                actual,
+                expected,
+                1e-12 * (1.0 + expected),
+            );
+        }
+        let sum: f64 = gradient[i * vocab..][..vocab].iter().sum();
+        worst.add(|| format!("sum of gradient[{i}]"), sum, 0.0, 1e-14);
+    }
+    let shifted = |token: usize| rows(token).iter().map(|z| z + 17.25 * token as f64).collect();
+    let shifted = reference::compute(&case.objective, &batch, shifted, None)?.loss;
+    worst.add(|| "loss of shifted rows".into(), shifted, output.loss, 1e-12 * (1.0 + output.loss));
+    Ok(worst)
+}
+
+/// Runs every case on a backend, a function as
+/// [`cpu::forward_backward`](crate::cpu::forward_backward), and tells `report` of each as it ends.
+pub fn run(
+    backend: impl Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output>,
+    mut report: impl FnMut(&Check),
+) -> Vec<Check> {
+    let mut checks = Vec::new();
+    let mut add = |group, case: String, worst: Worst| {
+        let check = Check { group, case, worst: worst.ratio, detail: worst.detail };
+        report(&check);
+        checks.push(check);
+    };
+    let caught =
+        |worst: Result<Worst>| worst.unwrap_or_else(|e| Worst::fail(format!("error: {e}")));
+    for (name, objective) in objectives() {
+        // Differences cannot see the teacher's arg max in place of labels; identities need labels.
+        let case = random(4, 7, 31).with(objective.map(|o| o.with_target(Target::Label)));
+        add("reference: finite differences", name.into(), caught(differences(&case)));
+    }
+    for seed in 0..8 {
+        let case = random(3, 23, seed);
+        add("reference: textbook identities", format!("seed {seed}"), caught(identities(&case)));
+    }
+    for (group, cases) in [
+        ("shapes, dtypes, strides", shapes()),
+        ("objectives", objective_cases()),
+        ("selection", selections()),
+        ("edge cases", edges()),
+    ] {
+        for case in cases {
+            let worst = case.run(&backend);
+            add(group, case.name, worst);
+        }
+    }
+    checks
+}
+
+/// Cases that [`run`] goes through, for a progress bar.
+pub fn len() -> usize {
+    objectives().len()
+        + 8
+        + [shapes(), objective_cases(), selections(), edges()]
+            .map(|cases| cases.len())
+            .iter()
+            .sum::<usize>()
+}

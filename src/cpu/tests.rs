@@ -1,0 +1,192 @@
+//! What only the inside shows: every instruction set, any number of threads, the memory taken.
+
+use super::block::{Ahead, Exponent, Exponentials, Instructions, Reference};
+use super::*;
+use crate::{Coefficients, Reduction, battery};
+
+fn no_ahead() -> [Ahead; 2] {
+    [Ahead { address: std::ptr::null(), size: 0 }; 2]
+}
+
+/// exp over its whole range, against float64, in the vector loop and in its tail.
+#[test]
+fn exponentials_are_right_for_every_instruction_set() {
+    for instructions in Instructions::available() {
+        for inverse_temperature in [1.0, 0.5, 3.7] {
+            let exponent = Exponent::new(inverse_temperature);
+            let lowest = -87.3 / inverse_temperature;
+            let x: Vec<f32> = (0..400_003)
+                .map(|i| (2.0 + (lowest - 2.0) * f64::from(i) / 400_003.0) as f32)
+                .collect();
+            for careful in [false, true] {
+                let to = Reference { max: 0.0, careful };
+                let (mut p, mut q) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+                let mut out =
+                    Exponentials { teacher: &mut p, student: &mut q, student_at_1: &mut [] };
+                instructions.accumulate([&x, &x], [to; 2], exponent, &mut out, no_ahead());
+                assert_eq!(p, q);
+                for (&x, &p) in x.iter().zip(&p) {
+                    let exact = (f64::from(x) * inverse_temperature).exp();
+                    // Relative: the polynomial and its roundings, then two roundings of the exponent.
+                    let y = (f64::from(x) * inverse_temperature).abs();
+                    let bound = (2.6e-7 + 1.2e-7 * y) * exact;
+                    let error = (f64::from(p) - exact).abs();
+                    assert!(
+                        error <= bound,
+                        "{} e^({x} * {inverse_temperature}) = {p}, off by {error:e}, allowed {bound:e}",
+                        instructions.name(),
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn careful_exponentials_vanish_below_the_normal_range() {
+    for instructions in Instructions::available() {
+        let x: Vec<f32> = [f32::NEG_INFINITY, -1e38, -200.0, -104.0, -88.0, f32::NAN]
+            .into_iter()
+            .cycle()
+            .take(42)
+            .collect();
+        let to = Reference { max: 0.0, careful: true };
+        let (mut p, mut q) = (vec![1.0; x.len()], vec![1.0; x.len()]);
+        let mut out = Exponentials { teacher: &mut p, student: &mut q, student_at_1: &mut [] };
+        instructions.accumulate([&x, &x], [to; 2], Exponent::new(1.0), &mut out, no_ahead());
+        for (x, p) in x.iter().zip(&p) {
+            if x.is_nan() { assert!(p.is_nan()) } else { assert_eq!(*p, 0.0, "e^{x}") }
+        }
+    }
+}
+
+struct Case {
+    vocab: usize,
+    teacher: Vec<f32>,
+    student: Vec<f32>,
+    labels: Vec<i64>,
+}
+
+/// Logits whose row maxima climb from block to block, with now and then a mask.
+fn case(tokens: usize, vocab: usize, seed: u64) -> Case {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut logits = |slope: f32| -> Vec<f32> {
+        (0..tokens * vocab)
+            .map(|i| {
+                let climb = slope * (i % vocab) as f32 / vocab as f32;
+                if random.u32(..5000) == 0 {
+                    f32::NEG_INFINITY
+                } else {
+                    climb + 8.0 * (random.f32() + random.f32() - 1.0)
+                }
+            })
+            .collect()
+    };
+    let teacher = logits(9.0);
+    // The student rules out nothing, lest every loss be infinite.
+    let student = logits(-5.0).into_iter().map(|z| z.max(-60.0)).collect();
+    let labels =
+        (0..tokens).map(|i| if i % 7 == 6 { -100 } else { (i * 7919 % vocab) as i64 }).collect();
+    Case { vocab, teacher, student, labels }
+}
+
+impl Case {
+    fn tokens(&self) -> usize {
+        self.labels.len()
+    }
+
+    fn batch(&self) -> Batch<'_> {
+        let teacher = Logits::new(&self.teacher, self.tokens(), self.vocab).unwrap();
+        Batch::new(teacher, &self.labels).unwrap()
+    }
+
+    fn run(&self, instructions: Instructions, objective: &Objective) -> (Output, Vec<f32>) {
+        let mut gradient = self.student.clone();
+        let mut view = LogitsMut::new(&mut gradient, self.tokens(), self.vocab).unwrap();
+        let rows = view.rows().into_iter().map(StudentRow::InPlace).collect();
+        let output = compute(instructions, objective, &self.batch(), rows).unwrap();
+        (output, gradient)
+    }
+}
+
+fn objectives() -> Vec<Objective> {
+    let uneven = Coefficients::new(0.3, 1.7);
+    vec![
+        Objective::default(),
+        Objective::kl(),
+        Objective::decoupled(uneven, Coefficients::new(0.0, 0.4))
+            .and_then(|o| o.with_ce_weight(0.5))
+            .and_then(|o| o.with_temperature(2.5))
+            .and_then(|o| o.with_reduction(Reduction::Sum))
+            .unwrap(),
+    ]
+}
+
+#[test]
+fn every_instruction_set_passes_the_battery() {
+    for instructions in Instructions::available() {
+        let checks = battery::run(
+            |objective, batch, student, gradient| {
+                forward_backward_with(instructions, objective, batch, student, gradient)
+            },
+            |_| {},
+        );
+        for check in checks {
+            assert!(check.passed(), "{} {check:?}", instructions.name());
+        }
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let case = case(29, 5003, 3);
+    for objective in objectives() {
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| case.run(Instructions::widest(), &objective))
+        };
+        let alone = on(1);
+        for threads in [2, 3, 8] {
+            assert_eq!(on(threads), alone, "{threads} threads");
+        }
+    }
+}
+
+/// Large gradients leave past the cache, in whole lines: any alignment, any dtype, and the same bits.
+#[test]
+fn streamed_gradients_are_the_same() {
+    use half::{bf16, f16};
+    let case = case(5, 4999, 4);
+    let (tokens, vocab) = (case.tokens(), case.vocab);
+    macro_rules! check {
+        ($element:ty, $convert:expr) => {{
+            let student: Vec<$element> = case.student.iter().map(|&z| $convert(z)).collect();
+            let student = Logits::new(&student, tokens, vocab).unwrap();
+            let run = |offset: usize, streamed: bool| {
+                let mut memory = vec![$convert(7.0); offset + tokens * vocab + 3];
+                let rows = memory[offset..][..tokens * vocab]
+                    .chunks_mut(vocab)
+                    .enumerate()
+                    .map(|(token, row)| StudentRow::Into {
+                        logits: student.row(token),
+                        gradient: row.into(),
+                        streamed,
+                    })
+                    .collect();
+                compute(Instructions::widest(), &Objective::default(), &case.batch(), rows)
+                    .unwrap();
+                assert!(memory[..offset].iter().all(|&z| z == $convert(7.0)), "written before");
+                let end = offset + tokens * vocab;
+                assert!(memory[end..].iter().all(|&z| z == $convert(7.0)), "written behind");
+                memory[offset..end].to_vec()
+            };
+            let plain = run(0, false);
+            for offset in [0, 1, 5, 16] {
+                assert_eq!(run(offset, true), plain, "offset {offset}");
+            }
+        }};
+    }
+    check!(f32, |z| z);
+    check!(f16, f16::from_f32);
+    check!(bf16, bf16::from_f32);
+}

@@ -1,0 +1,334 @@
+//! Runs a kernel on the CPU, every CUDA thread a coroutine, and checks what it does.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_void};
+use std::ops::Range;
+
+use corosensei::stack::DefaultStack;
+use corosensei::{Coroutine, CoroutineResult, Yielder};
+
+const WARP: usize = 32;
+
+/// A kernel with its parameter block: the entry that `kernels/simt` compiles.
+pub type Kernel<P> = unsafe extern "C" fn(&P);
+
+/// Memory that a kernel may touch, and how much of it it did.
+#[derive(Clone, Debug)]
+pub struct Buffer {
+    name: &'static str,
+    addresses: Range<usize>,
+    writable: bool,
+    /// Bytes read.
+    pub read: u64,
+    /// Bytes written.
+    pub written: u64,
+}
+
+impl Buffer {
+    /// Memory that a kernel may read.
+    pub fn input<T>(name: &'static str, memory: &[T]) -> Self {
+        let addresses = memory.as_ptr_range();
+        let addresses = addresses.start as usize..addresses.end as usize;
+        Self { name, addresses, writable: false, read: 0, written: 0 }
+    }
+
+    /// Memory that a kernel may read and write.
+    pub fn output<T>(name: &'static str, memory: &mut [T]) -> Self {
+        Self { writable: true, ..Self::input(name, memory) }
+    }
+
+    pub(super) fn allow_writing(&mut self) {
+        self.writable = true;
+    }
+
+    /// What it was called.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+}
+
+/// How a kernel is launched.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// For messages.
+    pub kernel: &'static str,
+    /// Blocks.
+    pub grid: u32,
+    /// Threads a block, whole warps.
+    pub block: u32,
+    /// Of the order in which blocks and threads take turns.
+    pub seed: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum State {
+    Ready,
+    /// At the block's barrier in this line.
+    Barrier(u32),
+    /// At a warp operation.
+    Exchange,
+    Done,
+}
+
+/// What the callbacks from C++ work on. One a launch, on the stack of [`run`].
+struct Machine<'a> {
+    launch: Launch,
+    block: u32,
+    thread: usize,
+    states: Vec<State>,
+    yielders: Vec<*const Yielder<(), ()>>,
+    given: Vec<u64>,
+    /// What the lanes of each warp gave last time.
+    exchanged: Vec<[u64; WARP]>,
+    shared: HashMap<u64, Box<[u64]>>,
+    buffers: &'a mut [Buffer],
+    fault: Option<String>,
+}
+
+thread_local! {
+    static MACHINE: Cell<*mut Machine<'static>> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// The launch that the current coroutine belongs to.
+///
+/// SAFETY: the C++ side calls back only from within [`run`], which keeps the machine alive and does not
+/// touch it while a coroutine runs; references end before the next switch.
+unsafe fn machine<'a>() -> &'a mut Machine<'static> {
+    unsafe { &mut *MACHINE.get() }
+}
+
+/// Hands over to the scheduler; returns when the thread is ready again.
+fn wait(state: State) {
+    // SAFETY: see `machine`; the yielder lives as long as its coroutine, which is the one running.
+    unsafe {
+        let machine = machine();
+        let thread = machine.thread;
+        machine.states[thread] = state;
+        (*machine.yielders[thread]).suspend(());
+    }
+}
+
+/// Records the first error and never returns to the kernel.
+fn fault(what: String) -> ! {
+    // SAFETY: see `machine`.
+    unsafe {
+        let machine = machine();
+        let Launch { kernel, .. } = machine.launch;
+        let (block, thread) = (machine.block, machine.thread);
+        machine.fault.get_or_insert(format!("{kernel}, block {block}, thread {thread}: {what}"));
+    }
+    loop {
+        wait(State::Done);
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_thread_index() -> u32 {
+    // SAFETY: see `machine`; so below.
+    unsafe { machine().thread as u32 }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_block_threads() -> u32 {
+    unsafe { machine().launch.block }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_block_index() -> u32 {
+    unsafe { machine().block }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_sync_block(line: u32) {
+    wait(State::Barrier(line));
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_exchange(value: u64, lanes: *mut [u64; WARP]) {
+    let thread = unsafe { machine() }.thread;
+    unsafe { machine() }.given[thread] = value;
+    wait(State::Exchange);
+    // SAFETY: the caller has room for a warp.
+    unsafe { *lanes = machine().exchanged[thread / WARP] };
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: bool) {
+    let (start, what) = (at as usize, if write { "write" } else { "read" });
+    let end = start.wrapping_add(bytes as usize);
+    let machine = unsafe { machine() };
+    let inside =
+        |buffer: &&mut Buffer| buffer.addresses.start <= start && end <= buffer.addresses.end;
+    let message = match machine.buffers.iter_mut().filter(|b| !write || b.writable).find(inside) {
+        _ if !start.is_multiple_of(alignment as usize) => {
+            format!("{what} of {bytes} bytes at {start:#x}, which is no multiple of {alignment}")
+        }
+        Some(buffer) => {
+            *(if write { &mut buffer.written } else { &mut buffer.read }) += bytes;
+            return;
+        }
+        None => {
+            let nearest = machine.buffers.iter().min_by_key(|b| {
+                start.abs_diff(b.addresses.start).min(start.abs_diff(b.addresses.end))
+            });
+            let where_to = nearest.map_or("no buffer".into(), |b| {
+                let offset = start as i128 - b.addresses.start as i128;
+                let writable = if b.writable { "" } else { ", read-only" };
+                format!("byte {offset} of {} ({} bytes{writable})", b.name, b.addresses.len())
+            });
+            format!("{what} of {bytes} bytes outside the buffers: {where_to}")
+        }
+    };
+    fault(message);
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_shared(slot: u64, bytes: u64) -> *mut c_void {
+    let machine = unsafe { machine() };
+    let words = (bytes as usize).div_ceil(8);
+    machine.shared.entry(slot).or_insert_with(|| vec![0; words].into()).as_mut_ptr().cast()
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_fault(what: *const c_char, name: *const c_char, index: u64) {
+    // SAFETY: both are string literals.
+    let (what, name) = unsafe { (CStr::from_ptr(what), CStr::from_ptr(name)) };
+    fault(format!("{}: {}[{index}]", what.to_string_lossy(), name.to_string_lossy()));
+}
+
+/// Runs every block of a launch. `buffers` is all the global memory that the kernel may touch, and
+/// comes back with what was read and written.
+///
+/// # Errors
+/// What the kernel did wrong, with kernel, block and thread.
+///
+/// # Safety
+/// The kernel takes a `P`, and the buffers are as large as they say.
+pub unsafe fn run<P: 'static>(
+    launch: Launch,
+    kernel: Kernel<P>,
+    parameters: &P,
+    buffers: &mut [Buffer],
+) -> Result<(), String> {
+    let threads = launch.block as usize;
+    assert!(threads > 0 && threads.is_multiple_of(WARP), "{threads} threads are no whole warps");
+    let mut random = fastrand::Rng::with_seed(launch.seed);
+    let mut stacks: Vec<DefaultStack> = Vec::new();
+    for _ in 0..threads {
+        stacks.push(DefaultStack::new(64 << 10).map_err(|error| format!("no stack: {error}"))?);
+    }
+    let mut blocks: Vec<u32> = (0..launch.grid).collect();
+    random.shuffle(&mut blocks);
+    for block in blocks {
+        let mut machine = Machine {
+            launch,
+            block,
+            thread: 0,
+            states: vec![State::Ready; threads],
+            yielders: vec![std::ptr::null(); threads],
+            given: vec![0; threads],
+            exchanged: vec![[0; WARP]; threads / WARP],
+            shared: HashMap::new(),
+            buffers: &mut *buffers,
+            fault: None,
+        };
+        let machine_pointer: *mut Machine = &mut machine;
+        let before = MACHINE.replace(machine_pointer.cast());
+        // A coroutine may outlive its caller for all that its type says; these do not.
+        let parameters = std::ptr::from_ref(parameters);
+        let mut coroutines: Vec<_> = stacks
+            .drain(..)
+            .enumerate()
+            .map(|(thread, stack)| {
+                Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
+                    // SAFETY: see `machine`. The caller vouches for the kernel.
+                    unsafe {
+                        self::machine().yielders[thread] = yielder;
+                        kernel(&*parameters);
+                    }
+                })
+            })
+            .collect();
+        let result = schedule(machine_pointer, &mut random, |thread| {
+            matches!(coroutines[thread].resume(()), CoroutineResult::Return(()))
+        });
+        stacks.extend(coroutines.into_iter().map(|mut coroutine| {
+            // SAFETY: what is left on a stack that stopped halfway is plain numbers.
+            unsafe { coroutine.force_reset() };
+            coroutine.into_stack()
+        }));
+        MACHINE.set(before);
+        result?;
+    }
+    Ok(())
+}
+
+/// Lets threads take turns until all are done. `resume` returns whether its thread ended.
+fn schedule(
+    machine: *mut Machine,
+    random: &mut fastrand::Rng,
+    mut resume: impl FnMut(usize) -> bool,
+) -> Result<(), String> {
+    // SAFETY of each `(*machine)`: it outlives this call, and no coroutine runs meanwhile.
+    let threads = unsafe { &*machine }.states.len();
+    let mut ready: Vec<usize> = (0..threads).collect();
+    loop {
+        while !ready.is_empty() {
+            let thread = ready.swap_remove(random.usize(..ready.len()));
+            unsafe { (*machine).thread = thread };
+            let ended = resume(thread);
+            let machine = unsafe { &mut *machine };
+            if let Some(fault) = machine.fault.take() {
+                return Err(fault);
+            }
+            if ended {
+                machine.states[thread] = State::Done;
+            }
+            // A warp goes on as soon as all its lanes have met.
+            let warp = thread / WARP;
+            let lanes = warp * WARP..(warp + 1) * WARP;
+            if machine.states[lanes.clone()].iter().all(|&state| state == State::Exchange) {
+                machine.exchanged[warp].copy_from_slice(&machine.given[lanes.clone()]);
+                machine.states[lanes.clone()].fill(State::Ready);
+                ready.extend(lanes);
+            }
+        }
+        let machine = unsafe { &mut *machine };
+        if machine.states.iter().all(|&state| state == State::Done) {
+            return Ok(());
+        }
+        let first = machine.states[0];
+        if matches!(first, State::Barrier(_)) && machine.states.iter().all(|&state| state == first)
+        {
+            machine.states.fill(State::Ready);
+            ready.extend(0..threads);
+            continue;
+        }
+        return Err(deadlock(machine));
+    }
+}
+
+fn deadlock(machine: &Machine) -> String {
+    let mut groups: Vec<(State, Vec<usize>)> = Vec::new();
+    for (thread, &state) in machine.states.iter().enumerate() {
+        match groups.iter_mut().find(|(other, _)| *other == state) {
+            Some((_, threads)) => threads.push(thread),
+            None => groups.push((state, vec![thread])),
+        }
+    }
+    let groups: Vec<String> = groups
+        .iter()
+        .map(|(state, threads)| {
+            let what = match state {
+                State::Barrier(line) => format!("wait at the barrier in line {line}"),
+                State::Exchange => "wait for the rest of their warp".into(),
+                State::Done => "have ended".into(),
+                State::Ready => "are ready".into(),
+            };
+            format!("{} threads (first {}) {what}", threads.len(), threads[0])
+        })
+        .collect();
+    let Launch { kernel, .. } = machine.launch;
+    format!("{kernel}, block {}: deadlock: {}", machine.block, groups.join(", "))
+}

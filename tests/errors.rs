@@ -1,0 +1,85 @@
+//! What is wrong with a call is said with the numbers that explain it, and nothing is written.
+
+use atkd::{Batch, Error, Labels, Logits, LogitsMut, Objective, Reduction, cpu, reference};
+use half::bf16;
+
+#[track_caller]
+fn says<T>(result: Result<T, Error>, words: &[&str]) {
+    let message = match result {
+        Ok(_) => panic!("no error"),
+        Err(error) => error.to_string(),
+    };
+    for word in words {
+        assert!(message.contains(word), "{word:?} is not in {message:?}");
+    }
+}
+
+#[test]
+fn settings_outside_their_domain() {
+    let o = Objective::default();
+    says(Objective::atkd(7.0), &["lambda", "7", "[0, 1]"]);
+    says(Objective::atkd(f64::NAN), &["lambda", "NaN"]);
+    says(o.with_hard_ratio(-0.1), &["hard ratio", "-0.1", "[0, 1]"]);
+    says(o.with_temperature(0.0), &["temperature", "0", "above 0"]);
+    says(o.with_temperature(f64::INFINITY), &["temperature", "inf", "finite"]);
+    says(o.with_kd_weight(-1.0), &["distillation weight", "-1"]);
+    says(o.with_ce_weight(f64::NAN), &["cross-entropy weight", "NaN"]);
+    says(o.with_upstream_gradient(f64::INFINITY), &["upstream gradient", "inf"]);
+    says(o.with_reduction(Reduction::Denominator(0.0)), &["denominator", "0"]);
+}
+
+#[test]
+fn shapes_that_do_not_fit() {
+    let logits = [0.0_f32; 12];
+    says(Logits::new(&logits[..], 3, 5), &["15", "3 tokens of 5", "12"]);
+    says(Logits::new(&logits[..], 3, 0), &["vocabulary 0", "at least one"]);
+    says(Logits::strided(&logits[..], 3, 4, 3), &["row stride 3", "at least the vocabulary"]);
+    says(Logits::strided(&logits[..], 3, 2, 6), &["14", "row stride 6", "12"]);
+    says(Logits::strided(&logits[..], usize::MAX, 4, 4), &["address space"]);
+
+    let teacher = Logits::new(&logits[..], 3, 4).unwrap();
+    says(Batch::new(teacher, &[1_i64, 2]), &["2 labels", "3 tokens"]);
+    let batch = Batch::new(teacher, &[0_i64, 1, 2]).unwrap();
+    let student = Logits::new(&logits[..], 4, 3).unwrap();
+    says(cpu::forward(&Objective::default(), &batch, student), &["[4, 3]", "[3, 4]", "student"]);
+    says(reference::forward(&Objective::default(), &batch, student), &["[4, 3]", "[3, 4]"]);
+    let mut gradient = [9.0_f32; 8];
+    let view = LogitsMut::new(&mut gradient[..], 2, 4).unwrap();
+    let error = cpu::forward_backward(&Objective::default(), &batch, teacher, view);
+    says(error, &["gradient", "[2, 4]", "[3, 4]"]);
+    let mut gradient = [bf16::ONE; 12];
+    let view = LogitsMut::new(&mut gradient[..], 3, 4).unwrap();
+    says(cpu::forward_backward(&Objective::default(), &batch, teacher, view), &["BF16", "F32"]);
+    assert!(gradient.iter().all(|&g| g == bf16::ONE));
+}
+
+#[test]
+fn labels_outside_the_vocabulary() {
+    let logits = [0.5_f32; 12];
+    let teacher = Logits::new(&logits[..], 3, 4).unwrap();
+    for label in [4, -1, i64::MIN, i64::MAX] {
+        let labels = [0, label, 2];
+        let batch = Batch::new(teacher, &labels).unwrap();
+        let words = ["token 1", &label.to_string(), "vocabulary size 4", "-100"];
+        says(cpu::forward(&Objective::default(), &batch, teacher), &words);
+        says(reference::forward(&Objective::default(), &batch, teacher), &words);
+        let mut logits = logits;
+        let view = LogitsMut::new(&mut logits[..], 3, 4).unwrap();
+        says(cpu::forward_backward_in_place(&Objective::default(), &batch, view), &words);
+        assert_eq!(logits, [0.5; 12], "an error must leave the logits as they were");
+    }
+    let batch = Batch::new(teacher, Labels::I32(&[0, 9, 2])).unwrap();
+    says(cpu::forward(&Objective::default(), &batch, teacher), &["token 1", "9"]);
+    let batch = Batch::unlabelled(teacher);
+    says(cpu::forward(&Objective::default(), &batch, teacher), &["no labels", "Target::Teacher"]);
+}
+
+#[test]
+fn sequences_that_do_not_partition_the_tokens() {
+    let logits = [0.0_f32; 12];
+    let batch = Batch::unlabelled(Logits::new(&logits[..], 3, 4).unwrap());
+    says(batch.with_sequences(&[]), &["at least one"]);
+    says(batch.with_sequences(&[1, 3]), &["must be 0"]);
+    says(batch.with_sequences(&[0, 2, 1, 3]), &["offset 2 is 1", "fall"]);
+    says(batch.with_sequences(&[0, 2]), &["is 2", "3 tokens"]);
+}

@@ -1,0 +1,161 @@
+//! Properties that hold for any shape, dtype, stride and objective.
+
+use atkd::{
+    Batch, Coefficient, Coefficients, Dtype, Logits, LogitsMut, Objective, Reduction, Target, cpu,
+    reference,
+};
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+fn coefficient() -> impl Strategy<Value = Coefficient> {
+    prop_oneof![
+        (0.0..2.0).prop_map(Coefficient::Constant),
+        Just(Coefficient::Constant(0.0)),
+        Just(Coefficient::Uncertainty),
+    ]
+}
+
+fn objective() -> impl Strategy<Value = Objective> {
+    let coefficients = [coefficient(), coefficient(), coefficient(), coefficient()];
+    let reduction = prop_oneof![
+        Just(Reduction::Mean),
+        Just(Reduction::Sum),
+        (0.5..1e4).prop_map(Reduction::Denominator),
+    ];
+    let target = prop_oneof![Just(Target::Label), Just(Target::Teacher)];
+    let rest = (0.0..=1.0, 0.3..5.0, any::<bool>(), 0.0..2.0, 0.0..2.0, -3.0..3.0);
+    (coefficients, reduction, target, rest).prop_map(|([a, b, c, d], reduction, target, rest)| {
+        let (ratio, temperature, squared, kd, ce, upstream) = rest;
+        Objective::decoupled(Coefficients::new(a, b), Coefficients::new(c, d))
+            .and_then(|o| o.with_hard_ratio(ratio))
+            .and_then(|o| o.with_temperature(temperature))
+            .and_then(|o| o.with_kd_weight(kd))
+            .and_then(|o| o.with_ce_weight(ce))
+            .and_then(|o| o.with_upstream_gradient(upstream))
+            .and_then(|o| o.with_reduction(reduction))
+            .unwrap()
+            .with_temperature_squared(squared)
+            .with_target(target)
+    })
+}
+
+#[derive(Clone, Debug)]
+struct Input {
+    tokens: usize,
+    vocab: usize,
+    stride: usize,
+    teacher: Vec<f32>,
+    student: Vec<f32>,
+    labels: Vec<i64>,
+}
+
+fn input() -> impl Strategy<Value = Input> {
+    (0_usize..7, 1_usize..70, 0_usize..5, 0.1_f32..30.0).prop_flat_map(
+        |(tokens, vocab, padding, spread)| {
+            let stride = vocab + padding;
+            let logits = || proptest::collection::vec(-spread..spread, tokens * stride);
+            let label = prop_oneof![9 => 0..vocab as i64, 1 => Just(-100)];
+            let labels = proptest::collection::vec(label, tokens);
+            (logits(), logits(), labels).prop_map(move |(teacher, student, labels)| Input {
+                tokens,
+                vocab,
+                stride,
+                teacher,
+                student,
+                labels,
+            })
+        },
+    )
+}
+
+/// Anything the objective multiplies a token's terms by.
+fn weight(objective: &Objective) -> f64 {
+    2.0 * objective.distillation_scale() + objective.ce_weight()
+}
+
+macro_rules! check {
+    ($element:ty, $convert:expr, $digits:expr, $input:expr, $objective:expr) => {{
+        let (input, objective): (&Input, &Objective) = ($input, $objective);
+        let narrow = |v: &[f32]| -> Vec<$element> { v.iter().map(|&z| $convert(z)).collect() };
+        let (teacher, student) = (narrow(&input.teacher), narrow(&input.student));
+        let Input { tokens, vocab, stride, .. } = *input;
+        let teacher = Logits::strided(&teacher, tokens, vocab, stride).unwrap();
+        let logits = Logits::strided(&student, tokens, vocab, stride).unwrap();
+        let batch = Batch::new(teacher, &input.labels).unwrap();
+        let (exact, exact_gradient) =
+            reference::forward_backward(objective, &batch, logits).unwrap();
+
+        let mut apart = student.clone();
+        let view = LogitsMut::strided(&mut apart, tokens, vocab, stride).unwrap();
+        let output = cpu::forward_backward(objective, &batch, logits, view).unwrap();
+        let mut in_place = student.clone();
+        let view = LogitsMut::strided(&mut in_place, tokens, vocab, stride).unwrap();
+        prop_assert_eq!(&cpu::forward_backward_in_place(objective, &batch, view).unwrap(), &output);
+        prop_assert_eq!(&in_place, &apart);
+        prop_assert_eq!(&cpu::forward(objective, &batch, logits).unwrap(), &output);
+
+        let valid = exact.summary().valid_tokens;
+        let scale = objective.reduction_scale(valid);
+        let allowed = 1e-6 * exact.loss.abs() + 2e-7 * weight(objective) * scale * valid as f64;
+        prop_assert!((output.loss - exact.loss).abs() <= allowed, "{} {}", output.loss, exact.loss);
+        let scale = scale * objective.upstream_gradient().abs();
+        for i in 0..tokens {
+            prop_assert_eq!(output.tokens[i].hard, exact.tokens[i].hard);
+            let exact = &exact_gradient[i * vocab..][..vocab];
+            let largest = exact.iter().fold(0.0_f64, |max, g| max.max(g.abs()));
+            for (j, exact) in exact.iter().enumerate() {
+                let g = f64::from(f32::from(apart[i * stride + j]));
+                // 2^-11 and 2^-8 of the value, or the least step of float16 where it is subnormal.
+                let rounding =
+                    if $digits == 24 { 0.0 } else { exact.abs() * 0.5_f64.powi($digits) + 3e-8 };
+                let allowed = 1e-6 * largest
+                    + 5e-7 * weight(objective) * scale / objective.temperature()
+                    + rounding;
+                prop_assert!((g - exact).abs() <= allowed, "gradient[{i}, {j}]: {g:e}, {exact:e}");
+            }
+            for (k, untouched) in
+                student.iter().enumerate().skip(i * stride + vocab).take(stride - vocab)
+            {
+                prop_assert_eq!(apart[k], *untouched);
+            }
+        }
+    }};
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn cpu_is_the_reference(
+        input in input(),
+        objective in objective(),
+        dtype in prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::Bf16)],
+    ) {
+        match dtype {
+            Dtype::F32 => check!(f32, |z| z, 24, &input, &objective),
+            Dtype::F16 => check!(f16, f16::from_f32, 11, &input, &objective),
+            Dtype::Bf16 => check!(bf16, bf16::from_f32, 8, &input, &objective),
+        }
+    }
+
+    /// Adding a constant to a row changes no loss, however large the constant that float32 can hold
+    /// beside the logits' digits.
+    #[test]
+    fn shifted_rows_are_the_same(mut input in input(), shift in -64_i32..64) {
+        // Multiples of 1/256, so that the shift rounds nothing.
+        for z in input.teacher.iter_mut().chain(&mut input.student) {
+            *z = (*z * 256.0).round() / 256.0;
+        }
+        let loss = |input: &Input| {
+            let Input { tokens, vocab, stride, .. } = *input;
+            let view = |v| Logits::strided(v, tokens, vocab, stride).unwrap();
+            let batch = Batch::new(view(&input.teacher), &input.labels).unwrap();
+            cpu::forward(&Objective::default(), &batch, view(&input.student)).unwrap().loss
+        };
+        let before = loss(&input);
+        input.teacher.iter_mut().for_each(|z| *z += shift as f32);
+        input.student.iter_mut().for_each(|z| *z -= 3.0 * shift as f32);
+        let after = loss(&input);
+        prop_assert!((before - after).abs() <= 1e-6 * before + 2e-7, "{before} {after}");
+    }
+}
