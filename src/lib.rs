@@ -53,6 +53,8 @@
 
 mod batch;
 pub mod battery;
+#[cfg(feature = "candle")]
+pub mod candle;
 pub mod cpu;
 mod error;
 mod logits;

@@ -1,0 +1,342 @@
+//! Distils a small transformer language model from a larger one, on real text, under five objectives
+//! side by side: cross entropy alone, KL, TKD, DKD and ATKD. All on the CPU, in a few minutes:
+//!
+//! ```text
+//! cargo run --release --example distill --features candle
+//! ```
+
+#[path = "distill/model.rs"]
+mod model;
+#[path = "distill/report.rs"]
+mod report;
+#[path = "distill/text.rs"]
+mod text;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use atkd::candle::{loss, loss_with_output};
+use atkd::{Objective, TokenTerms};
+use candle_core::{Device, Tensor};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+
+use model::{Model, Size};
+use report::{Curve, Row};
+use text::Text;
+
+type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
+
+const TEACHER: Size = Size { layers: 4, heads: 6, width: 192 };
+const STUDENT: Size = Size { layers: 2, heads: 2, width: 64 };
+
+/// Sequences in a step, and tokens in a sequence.
+const BATCH: usize = 8;
+const TIME: usize = 64;
+
+/// Sequences of held-out text on which models are measured.
+const HELD_OUT: usize = 128;
+
+/// Points of a curve of held-out loss.
+const MEASUREMENTS: usize = 15;
+
+const TEACHER_RATE: f64 = 2e-3;
+const STUDENT_RATE: f64 = 4e-3;
+
+/// Distils a small language model from a larger one under five objectives, and compares them.
+///
+/// A transformer teacher is trained on real text. Then one and the same small student is trained, from
+/// the same start and on the same batches in the same order, under cross entropy alone, and under
+///
+///   ce-weight * cross entropy + kd-weight * (KL, TKD, DKD or ATKD) from the teacher.
+///
+/// Reported is the cross entropy, in nats a token, on text that no model was trained on: every tenth file
+/// (of fewer than ten files, the last tenth of each).
+#[derive(Parser)]
+#[command(name = "distill", verbatim_doc_comment, allow_negative_numbers = true)]
+struct Args {
+    /// A file, or a folder of files, of UTF-8 text [default: the Rust sources of this crate's own
+    /// dependencies in cargo's registry]
+    #[arg(long)]
+    text: Option<PathBuf>,
+    /// Training steps of each student, of 512 tokens each
+    #[arg(long, default_value_t = 550)]
+    steps: usize,
+    /// Training steps of the teacher [default: as many as the students']
+    #[arg(long)]
+    teacher_steps: Option<usize>,
+    /// Of the models' starts and the order of the batches
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Where tables (CSV) and plots (SVG) go
+    #[arg(long, default_value = "target/distill")]
+    out: PathBuf,
+    /// ATKD's weight of easy tokens; hard ones have 1 - lambda
+    #[arg(long, default_value_t = 0.2)]
+    lambda: f64,
+    /// The share of tokens that ATKD takes as hard
+    #[arg(long, default_value_t = 0.5)]
+    hard_ratio: f64,
+    /// Of the distillation terms
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
+    /// The weight of cross entropy beside a distillation term
+    #[arg(long, default_value_t = 1.0)]
+    ce_weight: f64,
+    /// The weight of the distillation term
+    #[arg(long, default_value_t = 1.0)]
+    kd_weight: f64,
+}
+
+fn main() -> ExitCode {
+    // Candle's own threads wait by spinning, on the cores that matrix products and students need.
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// glibc returns freed memory to the system beyond twice the largest block that was ever mapped and
+/// freed, which a training step would do, and undo, for every tensor. A large block raises that bound.
+fn keep_freed_memory() {
+    drop(std::hint::black_box(vec![1u8; 31 << 20]));
+}
+
+struct Student {
+    name: &'static str,
+    objective: Objective,
+    model: Model,
+    optimizer: AdamW,
+    curve: Vec<(usize, f64)>,
+}
+
+fn run(args: &Args) -> Result<()> {
+    let started = Instant::now();
+    keep_freed_memory();
+    let teacher_steps = args.teacher_steps.unwrap_or(args.steps);
+    if args.steps == 0 || teacher_steps == 0 {
+        return Err("a model needs at least one training step, but 0 were asked for".into());
+    }
+    let objectives = objectives(args)?;
+    report::create_folder(&args.out)?;
+
+    let text = Text::load(args.text.as_deref())?;
+    for (what, tokens) in [("to train on", &text.train), ("held out", &text.held_out)] {
+        if tokens.len() <= TIME {
+            return Err(format!(
+                "the text has {} tokens {what}, but a sequence alone has {TIME} and what follows it",
+                tokens.len()
+            )
+            .into());
+        }
+    }
+    println!(
+        "text: {} files, {:.1} MB; {} tokens to train on, {} held out, vocabulary {}",
+        text.files,
+        text.bytes as f64 / 1e6,
+        text.train.len(),
+        text.held_out.len(),
+        text.vocab
+    );
+    let held_out = HeldOut::new(&text.held_out)?;
+
+    let teacher = train_teacher(&text, teacher_steps, args.seed)?;
+    let mut students = objectives
+        .into_iter()
+        .map(|(name, objective)| {
+            let model = Model::new(STUDENT, text.vocab, TIME, args.seed)?;
+            let optimizer = optimizer(&model)?;
+            Ok(Student { name, objective, model, optimizer, curve: Vec::new() })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    println!(
+        "teacher: {:.2} million parameters; student: {:.2} million",
+        teacher.parameters() as f64 / 1e6,
+        students[0].model.parameters() as f64 / 1e6
+    );
+    train_students(&mut students, &teacher, &text, &held_out, args)?;
+
+    let teacher_terms = held_out.measure(&teacher, None)?;
+    let mut rows = vec![Row::new("teacher", &teacher_terms, None, TIME)];
+    let mut baseline: Option<Vec<TokenTerms>> = None;
+    for student in &students {
+        let terms = held_out.measure(&student.model, Some(&teacher))?;
+        rows.push(Row::new(student.name, &terms, baseline.as_deref(), TIME));
+        baseline.get_or_insert(terms);
+    }
+    let curves: Vec<Curve> = students
+        .into_iter()
+        .map(|student| Curve { name: student.name, points: student.curve })
+        .collect();
+    let selection = Objective::default().with_hard_ratio(args.hard_ratio)?;
+    let hard = selection.hard_count(teacher_terms.len());
+    println!("{}", report::table(&rows));
+    report::write_results(&args.out, &rows)?;
+    report::write_curves(&args.out, &curves, rows[0].loss)?;
+    report::write_uncertainty(&args.out, &teacher_terms, hard)?;
+    println!(
+        "{} held-out tokens, losses in nats a token, ± standard error over sequences; cross entropy \
+         weighs {} and distillation {}; {:.0} s\ntables and plots: {}",
+        teacher_terms.len(),
+        args.ce_weight,
+        args.kd_weight,
+        started.elapsed().as_secs_f64(),
+        args.out.display()
+    );
+    Ok(())
+}
+
+fn objectives(args: &Args) -> Result<Vec<(&'static str, Objective)>> {
+    let distilled = |objective: Objective| {
+        objective
+            .with_hard_ratio(args.hard_ratio)?
+            .with_temperature(args.temperature)?
+            .with_kd_weight(args.kd_weight)?
+            .with_ce_weight(args.ce_weight)
+    };
+    Ok(vec![
+        ("cross entropy", cross_entropy()?),
+        ("KL", distilled(Objective::kl())?),
+        ("TKD", distilled(Objective::tkd())?),
+        ("DKD", distilled(Objective::dkd())?),
+        ("ATKD", distilled(Objective::atkd(args.lambda)?)?),
+    ])
+}
+
+fn cross_entropy() -> atkd::Result<Objective> {
+    Objective::kl().with_kd_weight(0.0)?.with_ce_weight(1.0)
+}
+
+/// Inputs `[BATCH, TIME]` and, for each, what follows it.
+struct Batch {
+    inputs: Tensor,
+    labels: Tensor,
+}
+
+impl Batch {
+    /// The sequences that start at these tokens.
+    fn new(tokens: &[u32], starts: &[usize]) -> Result<Self> {
+        let sequences = |shift| {
+            let rows = starts.iter().flat_map(|start| &tokens[start + shift..][..TIME]);
+            Tensor::from_iter(rows.copied(), &Device::Cpu)
+        };
+        Ok(Self { inputs: sequences(0)?.reshape((starts.len(), TIME))?, labels: sequences(1)? })
+    }
+
+    fn random(tokens: &[u32], rng: &mut fastrand::Rng) -> Result<Self> {
+        let starts: Vec<usize> = (0..BATCH).map(|_| rng.usize(..tokens.len() - TIME)).collect();
+        Self::new(tokens, &starts)
+    }
+}
+
+struct HeldOut {
+    batches: Vec<Batch>,
+}
+
+impl HeldOut {
+    /// Sequences without overlap, spread evenly over the held-out text.
+    fn new(tokens: &[u32]) -> Result<Self> {
+        let available = (tokens.len() - 1) / TIME;
+        let chosen = available.min(HELD_OUT);
+        let starts: Vec<usize> = (0..chosen).map(|i| i * available / chosen * TIME).collect();
+        let batches =
+            starts.chunks(BATCH).map(|starts| Batch::new(tokens, starts)).collect::<Result<_>>()?;
+        Ok(Self { batches })
+    }
+
+    /// Each token's cross entropy as its loss, and its divergence from the teacher, or from itself.
+    fn measure(&self, model: &Model, teacher: Option<&Model>) -> Result<Vec<TokenTerms>> {
+        let measure = |batch: &Batch| -> Result<Vec<TokenTerms>> {
+            let logits = model.logits(&batch.inputs)?.detach();
+            let teacher_logits = match teacher {
+                Some(teacher) => teacher.logits(&batch.inputs)?.detach(),
+                None => logits.clone(),
+            };
+            let (_, output) =
+                loss_with_output(&cross_entropy()?, &logits, &teacher_logits, &batch.labels)?;
+            Ok(output.tokens)
+        };
+        let terms = self.batches.par_iter().map(measure).collect::<Result<Vec<_>>>()?;
+        Ok(terms.concat())
+    }
+}
+
+fn optimizer(model: &Model) -> Result<AdamW> {
+    let params = ParamsAdamW { beta2: 0.99, ..ParamsAdamW::default() };
+    Ok(AdamW::new(model.vars(), params)?)
+}
+
+/// Rises over the first twentieth of the steps, then falls along a cosine to a tenth.
+fn learning_rate(peak: f64, step: usize, steps: usize) -> f64 {
+    let warm_up = (steps / 20).max(1);
+    let fall = (step as f64 / steps as f64 * std::f64::consts::PI).cos();
+    peak * (step as f64 / warm_up as f64).min(1.0) * (0.55 + 0.45 * fall)
+}
+
+fn progress(what: &'static str, steps: usize) -> Result<ProgressBar> {
+    let style = "{prefix} {bar:40} {pos}/{len} steps, {eta} left  {msg}";
+    let bar = ProgressBar::new(steps as u64).with_prefix(what);
+    bar.set_style(ProgressStyle::with_template(style)?);
+    Ok(bar)
+}
+
+fn train_teacher(text: &Text, steps: usize, seed: u64) -> Result<Model> {
+    let model = Model::new(TEACHER, text.vocab, TIME, seed ^ 0x7eac_4e70)?;
+    let mut optimizer = optimizer(&model)?;
+    let mut rng = fastrand::Rng::with_seed(seed ^ 0xba7c_4e50);
+    let bar = progress("teacher ", steps)?;
+    for step in 1..=steps {
+        let batch = Batch::random(&text.train, &mut rng)?;
+        let logits = model.logits(&batch.inputs)?;
+        let loss = loss(&cross_entropy()?, &logits, &logits.detach(), &batch.labels)?;
+        optimizer.set_learning_rate(learning_rate(TEACHER_RATE, step, steps));
+        optimizer.step(&loss.backward()?)?;
+        bar.set_message(format!("loss {:.3}", loss.to_scalar::<f32>()?));
+        bar.inc(1);
+    }
+    bar.finish();
+    Ok(model)
+}
+
+/// All students take a step on one batch, with the teacher's logits of it, before the next batch.
+fn train_students(
+    students: &mut [Student],
+    teacher: &Model,
+    text: &Text,
+    held_out: &HeldOut,
+    args: &Args,
+) -> Result<()> {
+    let mut rng = fastrand::Rng::with_seed(args.seed ^ 0x5e1e_c7ed);
+    let every = args.steps.div_ceil(MEASUREMENTS);
+    let bar = progress("students", args.steps)?;
+    for step in 1..=args.steps {
+        let batch = Batch::random(&text.train, &mut rng)?;
+        let teacher_logits = teacher.logits(&batch.inputs)?.detach();
+        let rate = learning_rate(STUDENT_RATE, step, args.steps);
+        students.par_iter_mut().try_for_each(|student| -> Result<()> {
+            let logits = student.model.logits(&batch.inputs)?;
+            let loss = loss(&student.objective, &logits, &teacher_logits, &batch.labels)?;
+            student.optimizer.set_learning_rate(rate);
+            Ok(student.optimizer.step(&loss.backward()?)?)
+        })?;
+        if step % every == 0 || step == args.steps {
+            for student in &mut *students {
+                let terms = held_out.measure(&student.model, None)?;
+                student.curve.push((step, report::mean(terms.iter().map(|token| token.loss))));
+            }
+        }
+        bar.inc(1);
+    }
+    bar.finish();
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! The loss as a differentiable operation of candle, on CPU tensors.
+//!
+//! ```
+//! use atkd::{Objective, candle::loss};
+//! use candle_core::{DType, Device, Tensor, Var};
+//!
+//! let student = Var::zeros((4, 32000), DType::F32, &Device::Cpu)?;
+//! let teacher = Tensor::zeros((4, 32000), DType::F32, &Device::Cpu)?;
+//! let labels = Tensor::new(&[7i64, 9, 11, -100], &Device::Cpu)?;
+//! let loss = loss(&Objective::default(), &student, &teacher, &labels)?;
+//! let gradient = loss.backward()?.remove(&student);
+//! # assert!(gradient.is_some());
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+
+use candle_core::{
+    CpuStorage, CustomOp1, DType, Device, Error, Layout, Result, Shape, Storage, Tensor, WithDType,
+    bail,
+};
+use half::bf16;
+
+use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, cpu};
+
+/// The loss of the student's logits, a float32 scalar that `backward` goes through.
+///
+/// - `student`, `teacher`: logits `[.., vocab]` of one shape, such as `[tokens, vocab]` or
+///   `[batch, time, vocab]`, each float32, float16 or bfloat16. They are read where they lie if rows
+///   are contiguous and evenly spaced, and copied otherwise.
+/// - `labels`: their shape without the last dimension, of any integer dtype.
+///
+/// Where the student is tracked (it depends on a `Var`), the gradient is computed together with the
+/// loss, which then holds it: as large as the student's logits (in float32 for float16 logits, so that
+/// a scaled loss rescues gradients that float16 cannot represent). `backward` multiplies it by the
+/// gradient that arrives, and returns it in the student's dtype. Nothing flows back to the teacher.
+///
+/// # Errors
+/// If a tensor is not on the CPU or has another dtype, shapes differ, or a label is out of range.
+pub fn loss(
+    objective: &Objective,
+    student: &Tensor,
+    teacher: &Tensor,
+    labels: &Tensor,
+) -> Result<Tensor> {
+    Ok(loss_with_output(objective, student, teacher, labels)?.0)
+}
+
+/// As [`loss`], with the terms of each token, in the order of the labels' elements.
+///
+/// # Errors
+/// As [`loss`].
+pub fn loss_with_output(
+    objective: &Objective,
+    student: &Tensor,
+    teacher: &Tensor,
+    labels: &Tensor,
+) -> Result<(Tensor, Output)> {
+    let (student_rows, teacher_rows) =
+        (Rows::new("student's", student)?, Rows::new("teacher's", teacher)?);
+    if student.dims() != teacher.dims() {
+        bail!(
+            "the student's logits are {:?}, but the teacher's are {:?}",
+            student.dims(),
+            teacher.dims()
+        )
+    }
+    let labels = label_values(labels, student.shape())?;
+
+    let (student_storage, _) = student_rows.tensor.storage_and_layout();
+    let (teacher_storage, _) = teacher_rows.tensor.storage_and_layout();
+    let logits = student_rows.logits(&student_storage)?;
+    let batch = Batch::new(teacher_rows.logits(&teacher_storage)?, &labels).map_err(Error::wrap)?;
+
+    if !student.track_op() {
+        let output = cpu::forward(objective, &batch, logits).map_err(Error::wrap)?;
+        return Ok((Tensor::new(output.loss as f32, &Device::Cpu)?, output));
+    }
+    let (output, gradient) = match student.dtype() {
+        DType::BF16 => forward_backward(objective, &batch, logits, student.shape(), bf16::ZERO)?,
+        _ => forward_backward(objective, &batch, logits, student.shape(), 0f32)?,
+    };
+    let op = Loss { value: output.loss as f32, gradient };
+    Ok((student.apply_op1(op)?, output))
+}
+
+/// The loss and its gradient, of the dtype of `zero`.
+fn forward_backward<T: WithDType>(
+    objective: &Objective,
+    batch: &Batch,
+    student: Logits,
+    shape: &Shape,
+    zero: T,
+) -> Result<(Output, Tensor)>
+where
+    for<'a> ElementsMut<'a>: From<&'a mut Vec<T>>,
+{
+    let (tokens, vocab) = (student.tokens(), student.vocab());
+    let mut gradient = vec![zero; tokens * vocab];
+    let output = LogitsMut::new(&mut gradient, tokens, vocab)
+        .and_then(|gradient| cpu::forward_backward(objective, batch, student, gradient))
+        .map_err(Error::wrap)?;
+    Ok((output, Tensor::from_vec(gradient, shape, &Device::Cpu)?))
+}
+
+/// A loss that is already known, and its gradient.
+struct Loss {
+    value: f32,
+    gradient: Tensor,
+}
+
+impl CustomOp1 for Loss {
+    fn name(&self) -> &'static str {
+        "atkd-loss"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![self.value]), Shape::from(())))
+    }
+
+    fn bwd(&self, student: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
+        let upstream = upstream.to_scalar::<f32>()?;
+        let gradient = if upstream == 1.0 {
+            self.gradient.to_dtype(student.dtype())?
+        } else {
+            let scaled = self.gradient.to_dtype(DType::F32)?.affine(upstream.into(), 0.0)?;
+            scaled.to_dtype(student.dtype())?
+        };
+        Ok(Some(gradient))
+    }
+}
+
+/// Logits `[.., vocab]` as evenly spaced rows.
+struct Rows {
+    whose: &'static str,
+    tensor: Tensor,
+    tokens: usize,
+    vocab: usize,
+    row_stride: usize,
+}
+
+impl Rows {
+    fn new(whose: &'static str, tensor: &Tensor) -> Result<Self> {
+        if !tensor.device().is_cpu() {
+            let location = tensor.device().location();
+            bail!("the {whose} logits are on {location:?}, but must be on the CPU")
+        }
+        let Some((&vocab, leading)) = tensor.dims().split_last() else {
+            bail!("the {whose} logits are a scalar, but must be [tokens, vocab]")
+        };
+        let (tensor, row_stride) = match row_stride(tensor.layout()) {
+            Some(row_stride) => (tensor.clone(), row_stride),
+            None => (tensor.contiguous()?, vocab),
+        };
+        let tokens = leading.iter().product();
+        Ok(Self { whose, tensor, tokens, vocab, row_stride })
+    }
+
+    fn logits<'a>(&self, storage: &'a Storage) -> Result<Logits<'a>> {
+        let start = self.tensor.layout().start_offset();
+        let elements = match storage {
+            Storage::Cpu(CpuStorage::F32(v)) => Elements::F32(v.get(start..).unwrap_or_default()),
+            Storage::Cpu(CpuStorage::F16(v)) => Elements::F16(v.get(start..).unwrap_or_default()),
+            Storage::Cpu(CpuStorage::BF16(v)) => Elements::Bf16(v.get(start..).unwrap_or_default()),
+            other => bail!(
+                "the {} logits are {:?}, but must be F32, F16 or BF16",
+                self.whose,
+                other.dtype()
+            ),
+        };
+        Logits::strided(elements, self.tokens, self.vocab, self.row_stride).map_err(Error::wrap)
+    }
+}
+
+/// Elements from row to row of `[.., vocab]`, if rows are contiguous and evenly spaced.
+fn row_stride(layout: &Layout) -> Option<usize> {
+    let (&vocab, leading) = layout.dims().split_last()?;
+    let (&step, strides) = layout.stride().split_last()?;
+    if vocab > 1 && step != 1 {
+        return None;
+    }
+    let mut innermost_first = leading.iter().zip(strides).rev().filter(|(size, _)| **size != 1);
+    let Some((&rows, &row_stride)) = innermost_first.next() else { return Some(vocab) };
+    let mut next = rows * row_stride;
+    for (&size, &stride) in innermost_first {
+        if stride != next {
+            return None;
+        }
+        next *= size;
+    }
+    (row_stride >= vocab).then_some(row_stride)
+}
+
+/// One label a token, for logits `[.., vocab]`.
+fn label_values(labels: &Tensor, logits: &Shape) -> Result<Vec<i64>> {
+    let expected = &logits.dims()[..logits.rank() - 1];
+    if labels.dims() != expected {
+        bail!(
+            "the labels are {:?}, but for logits {:?} must be {expected:?}",
+            labels.dims(),
+            logits.dims()
+        )
+    }
+    if !labels.dtype().is_int() {
+        bail!("the labels are {:?}, but must be integers", labels.dtype())
+    }
+    if !labels.device().is_cpu() {
+        bail!("the labels are on {:?}, but must be on the CPU", labels.device().location())
+    }
+    labels.to_dtype(DType::I64)?.flatten_all()?.to_vec1()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn evenly_spaced_rows_need_no_copy() -> Result<()> {
+        let logits = Tensor::zeros((2, 3, 8), DType::F32, &Device::Cpu)?;
+        let row_stride = |tensor: Tensor| row_stride(tensor.layout());
+        assert_eq!(row_stride(logits.clone()), Some(8));
+        assert_eq!(row_stride(logits.narrow(2, 1, 5)?), Some(8));
+        assert_eq!(row_stride(logits.narrow(0, 1, 1)?), Some(8));
+        assert_eq!(row_stride(logits.narrow(1, 2, 1)?), Some(24));
+        assert_eq!(row_stride(logits.narrow(1, 0, 1)?.narrow(0, 0, 1)?.narrow(2, 0, 4)?), Some(4));
+        assert_eq!(row_stride(logits.narrow(1, 0, 2)?), None);
+        assert_eq!(row_stride(logits.transpose(0, 1)?), None);
+        assert_eq!(row_stride(logits.transpose(1, 2)?), None);
+        assert_eq!(
+            row_stride(Tensor::zeros(8, DType::F32, &Device::Cpu)?.broadcast_as((3, 8))?),
+            None
+        );
+        Ok(())
+    }
+}
