@@ -92,6 +92,77 @@ fn kernels_read_and_write_what_they_should() {
     assert_eq!(bytes(&traffic, "row_stream", "teacher"), (2 * volume + target, 0));
 }
 
+/// The last row starts at element 2^31: offsets of 32 bits would wrap. The memory between the rows is
+/// never touched, so the machine need not have it.
+#[test]
+fn rows_beyond_2_31_elements() {
+    use half::slice::HalfBitsSliceExt;
+    let (tokens, vocab, stride) = (3, 1000, 1 << 30);
+    let length = (tokens - 1) * stride + vocab;
+    let small = Input::new(tokens, vocab);
+    let spread = |rows: &[bf16]| -> Vec<u16> {
+        let mut memory = vec![0_u16; length];
+        for (i, row) in rows.chunks(vocab).enumerate() {
+            memory.reinterpret_cast_mut::<bf16>()[i * stride..][..vocab].copy_from_slice(row);
+        }
+        memory
+    };
+    let (teacher, student) = (spread(&small.teacher), spread(&small.student));
+    let mut gradient = vec![0_u16; length];
+    let view = |memory| {
+        let elements: &[bf16] = <[u16] as HalfBitsSliceExt>::reinterpret_cast(memory);
+        Logits::strided(elements, tokens, vocab, stride).unwrap()
+    };
+    let batch = Batch::new(view(&teacher), &small.labels).unwrap();
+    let objective = Objective::default();
+    for backend in [simt::forward_backward, atkd::cpu::forward_backward] {
+        gradient[(tokens - 1) * stride..].fill(0);
+        let elements: &mut [bf16] = gradient.reinterpret_cast_mut();
+        let to = LogitsMut::strided(elements, tokens, vocab, stride).unwrap();
+        let output = backend(&objective, &batch, view(&student), to).unwrap();
+
+        let near = |v| Logits::new(v, tokens, vocab).unwrap();
+        let near_batch = Batch::new(near(&small.teacher), &small.labels).unwrap();
+        let mut expected = vec![bf16::ZERO; tokens * vocab];
+        let to = LogitsMut::new(&mut expected, tokens, vocab).unwrap();
+        assert_eq!(backend(&objective, &near_batch, near(&small.student), to).unwrap(), output);
+        let gradient: &[bf16] = gradient.reinterpret_cast();
+        for (i, row) in expected.chunks(vocab).enumerate() {
+            assert_eq!(gradient[i * stride..][..vocab], *row, "row {i}");
+        }
+    }
+}
+
+/// Many more tokens than threads, with many equal margins.
+#[test]
+fn selection_of_many_tokens() {
+    for (tokens, block) in [(1, 32), (300, 1024), (4096, 256), (20_000, 32)] {
+        let mut input = Input::new(tokens, 3);
+        for z in &mut input.teacher {
+            *z = bf16::from_f32(z.to_f32().round());
+        }
+        for i in (0..tokens).step_by(17) {
+            input.labels[i] = -100;
+        }
+        let view = |v| Logits::new(v, tokens, 3).unwrap();
+        let batch = Batch::new(view(&input.teacher), &input.labels).unwrap();
+        for ratio in [0.03, 0.5, 0.99] {
+            let objective = Objective::default().with_hard_ratio(ratio).unwrap();
+            let simulation = Simulation { block, seed: 5 };
+            let (output, _) =
+                simulation.run(&objective, &batch, view(&input.student), None).unwrap();
+            // Of the kernel's own margins, since margins that differ in float64 may not in float32.
+            let margin = |i: usize| output.tokens[i].margin;
+            let mut order: Vec<usize> = (0..tokens).filter(|i| i % 17 != 0).collect();
+            order.sort_by(|&i, &j| margin(j).total_cmp(&margin(i)).then(i.cmp(&j)));
+            order.truncate((ratio * order.len() as f64).ceil() as usize);
+            order.sort();
+            let hard: Vec<usize> = (0..tokens).filter(|&i| output.tokens[i].hard).collect();
+            assert_eq!(hard, order, "{tokens} tokens, hard ratio {ratio}");
+        }
+    }
+}
+
 /// As `kernels/simt/broken.cpp` has it.
 #[repr(C)]
 struct Broken {
