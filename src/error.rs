@@ -56,6 +56,14 @@ pub enum Error {
     /// The row offsets of the sequences do not partition the tokens.
     #[error("sequence offset {index} is {offset}, but {reason} ({tokens} tokens)")]
     Sequences { index: usize, offset: usize, tokens: usize, reason: &'static str },
+    /// Elements at no possible address.
+    #[error(
+        "the address of {what} is {address:#x}, but {elements} elements of {size} bytes need one that is not null and a multiple of {size}"
+    )]
+    Address { what: &'static str, address: usize, elements: usize, size: usize },
+    /// A gradient written where something else is read.
+    #[error("{what} at {:#x}..{:#x} overlaps {with} at {:#x}..{:#x}; give it memory of its own, or exactly that of the student's logits", .addresses[0].start, .addresses[0].end, .addresses[1].start, .addresses[1].end)]
+    Overlap { what: &'static str, with: &'static str, addresses: [std::ops::Range<usize>; 2] },
 }
 
 /// A result with this crate's [`Error`].

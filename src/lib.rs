@@ -46,6 +46,7 @@
 //!
 //! - [`cpu`] computes: fused, vectorised, on all cores.
 //! - [`reference`](mod@reference) is the same in float64 straight from the definitions, for checking.
+//! - [`raw`] is [`cpu`] on raw pointers, for callers from other languages.
 //! - `candle`, with the feature of that name, is a differentiable operation for training loops.
 //! - [`battery`] holds the tests that every implementation must pass; [`unfused`] is what benchmarks
 //!   compare with.
@@ -62,6 +63,7 @@ mod objective;
 mod output;
 #[cfg(feature = "simt")]
 mod params;
+pub mod raw;
 pub mod reference;
 mod row;
 #[cfg(feature = "simt")]
