@@ -1,8 +1,8 @@
-from typing import List, Optional, Tuple, final
+from typing import Optional, Tuple, final
 
 from typing_extensions import Self
 
-__all__: List[str]
+__all__ = ["Objective", "host"]
 
 @final
 class Objective:
