@@ -176,7 +176,12 @@ impl ElementsMut<'_> {
 }
 
 /// Elements that the rows of `tokens` x `vocab` span at `row_stride`, or why they cannot.
-fn span(what: &'static str, tokens: usize, vocab: usize, row_stride: usize) -> Result<usize> {
+pub(crate) fn span(
+    what: &'static str,
+    tokens: usize,
+    vocab: usize,
+    row_stride: usize,
+) -> Result<usize> {
     let impossible = |reason| Error::Shape { what, tokens, vocab, row_stride, reason };
     if vocab == 0 {
         return Err(impossible("the vocabulary must hold at least one token"));
@@ -321,6 +326,12 @@ impl<'a> LogitsMut<'a> {
             vocab: self.vocab,
             row_stride: self.row_stride,
         }
+    }
+
+    /// All elements, those between the rows included.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn elements_mut(&mut self) -> ElementsMut<'_> {
+        self.elements.reborrow()
     }
 
     /// The rows, disjoint, in order.
