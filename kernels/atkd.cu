@@ -4,3 +4,4 @@
 #include "select_hard.cu"
 #include "sum_losses.cu"
 #include "teacher_margin.cu"
+#include "unfused.cu"

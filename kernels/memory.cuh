@@ -59,6 +59,8 @@ template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t) { return *at
 
 // Before a loop over registers, which must not become a loop over local memory.
 #define ATKD_UNROLL _Pragma("unroll")
+// Before a loop that runs a few times a row: unrolled, it would take the main loops' registers.
+#define ATKD_NO_UNROLL _Pragma("unroll 1")
 
 template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);

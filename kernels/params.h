@@ -124,3 +124,27 @@ typedef struct {
     float constant;
     uint32_t reserved;
 } atkd_unfused;
+
+// unfused_targets, _losses and _target_gradient: the steps over tokens between those over rows.
+typedef struct {
+    const float *p; // softmax of the teacher [N, V]
+    const float *q; // softmax of the student [N, V]
+    const int64_t *labels;
+    const uint8_t *modes;
+    const float *dkd;
+    const float *d_rest;
+    float *mask; // [N, V]
+    float *d_q;  // [N, V]
+    float *p_target;
+    float *q_target;
+    float *uncertainty;
+    float *rest;
+    float *factor;
+    double *loss;
+    uint32_t tokens;
+    uint32_t vocab;
+    float easy; // the easy tokens' weight of DKD
+    float hard; // the hard tokens' weight of both
+    float scale;
+    float epsilon;
+} atkd_unfused_tokens;

@@ -8,6 +8,7 @@
 constexpr uint32_t MAX_WARPS = 32;
 
 template <class T, class Op> ATKD_DEVICE T reduce_warp(T value, Op op) {
+    ATKD_NO_UNROLL
     for (uint32_t mask = WARP / 2; mask > 0; mask /= 2) {
         value = op(value, shuffle_xor(value, mask));
     }
@@ -65,6 +66,7 @@ ATKD_DEVICE RowState<double> merge_warp(RowState<Real> part, float exponent) {
 template <class Warps> ATKD_DEVICE RowState<double> merge_cluster(const Warps &warps, float exponent) {
     uint32_t warps_a_block = block_threads() / WARP;
     RowState<double> part = RowState<double>::empty();
+    ATKD_NO_UNROLL
     for (uint32_t i = thread_index() % WARP; i < warps_a_block * cluster_blocks(); i += WARP) {
         RowState<double> other = ATKD_REMOTE(warps, i % warps_a_block, i / warps_a_block);
         part.merge(other, exponent);

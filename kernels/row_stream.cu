@@ -21,10 +21,15 @@ ATKD_DEVICE void load_pair(const Row<const P> &teacher, const Row<const Q> &stud
     }
 }
 
+template <class G> ATKD_DEVICE Row<G> gradient_row(const atkd_row_stream &p, uint32_t token, uint32_t lead) {
+    return Row<G>(static_cast<G *>(p.gradient) + int64_t(token) * p.gradient_stride, p.batch.vocab, lead);
+}
+
 template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(const atkd_row_stream &p) {
     ATKD_SHARED(RowState<double>, warps, MAX_WARPS);
     ATKD_SHARED(GradientScales, shared_scales, 1);
     ATKD_SHARED(float, shared_maxima, 2);
+    ATKD_SHARED(float, target_logits, 2);
 
     uint32_t token = block_index() / cluster_blocks(), vocab = p.batch.vocab;
     // Chunks of a row are dealt to the threads of the cluster in turn.
@@ -35,14 +40,12 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     uint32_t lead = lead_of(teacher_row);
     Row<const P> teacher(teacher_row, vocab, lead);
     Row<const Q> student(student_row, vocab, lead);
-    Row<G> gradient(static_cast<G *>(p.gradient) + (p.gradient == nullptr ? 0 : int64_t(token) * p.gradient_stride),
-                    vocab, lead);
 
     uint8_t mode = load(p.batch.modes + token);
     if (mode == ATKD_IGNORED) {
         float zeros[CHUNK] = {};
-        for (uint32_t chunk = first; p.gradient != nullptr && chunk < gradient.chunks(); chunk += stride) {
-            store_chunk(gradient, chunk, zeros);
+        for (uint32_t chunk = first; p.gradient != nullptr && chunk < teacher.chunks(); chunk += stride) {
+            store_chunk(gradient_row<G>(p, token, lead), chunk, zeros);
         }
         if (speaks) {
             store(p.uncertainty + token, 0.0f);
@@ -59,11 +62,10 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     // Every thread reads the label: one cached word, and no barrier to wait at.
     uint32_t target = static_cast<uint32_t>(target_of(p.batch, token));
     float inverse_temperature = p.batch.inverse_temperature, exponent = inverse_temperature * LOG2_E;
-    float teacher_target = 0, student_target = 0;
     if (thread_index() == 0) {
         // Before a gradient in place overwrites it.
-        teacher_target = widen(load(teacher_row + target));
-        student_target = widen(load(student_row + target));
+        target_logits[0] = widen(load(teacher_row + target));
+        target_logits[1] = widen(load(student_row + target));
     }
 
     RowState<float> own = RowState<float>::empty();
@@ -85,7 +87,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
             scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
             Terms terms;
             GradientScales scales;
-            finish(p.objective, state, teacher_target, student_target, mode == ATKD_HARD, scale, terms, scales);
+            finish(p.objective, state, target_logits[0], target_logits[1], mode == ATKD_HARD, scale, terms, scales);
             if (speaks) {
                 store(p.uncertainty + token, float(terms.uncertainty));
                 store(p.tkd + token, float(terms.tkd));
@@ -107,6 +109,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     }
     GradientScales scales = shared_scales[0];
     float teacher_max = shared_maxima[0], student_max = shared_maxima[1];
+    Row<G> gradient = gradient_row<G>(p, token, lead);
     for (uint32_t chunk = first; chunk < teacher.chunks(); chunk += stride) {
         float a[CHUNK], b[CHUNK], g[CHUNK];
         load_pair(teacher, student, chunk, target, a, b);

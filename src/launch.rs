@@ -160,6 +160,12 @@ kernels! {
         row_stream_bf16_f32_f32 row_stream_bf16_f16_f16 row_stream_bf16_f16_f32
         row_stream_bf16_bf16_bf16 row_stream_bf16_bf16_f32;
     SumLosses(atkd_sum_losses): sum_losses;
+    Unfused(atkd_unfused):
+        unfused_copy_f32 unfused_widen_f16 unfused_widen_bf16 unfused_narrow_f16 unfused_narrow_bf16
+        unfused_fill unfused_exp_minus_row unfused_over_row unfused_times_row unfused_times unfused_minus
+        unfused_over unfused_log unfused_over_row_slope unfused_times_minus_row unfused_max unfused_sum;
+    UnfusedTokens(atkd_unfused_tokens):
+        unfused_targets unfused_losses unfused_target_gradient;
 }
 
 /// One kernel of a call.

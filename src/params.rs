@@ -280,3 +280,72 @@ const _: () = {
     ["Offset of field: atkd_unfused::reserved"]
         [::std::mem::offset_of!(atkd_unfused, reserved) - 44usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_unfused_tokens {
+    pub p: *const f32,
+    pub q: *const f32,
+    pub labels: *const i64,
+    pub modes: *const u8,
+    pub dkd: *const f32,
+    pub d_rest: *const f32,
+    pub mask: *mut f32,
+    pub d_q: *mut f32,
+    pub p_target: *mut f32,
+    pub q_target: *mut f32,
+    pub uncertainty: *mut f32,
+    pub rest: *mut f32,
+    pub factor: *mut f32,
+    pub loss: *mut f64,
+    pub tokens: u32,
+    pub vocab: u32,
+    pub easy: f32,
+    pub hard: f32,
+    pub scale: f32,
+    pub epsilon: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_unfused_tokens"][::std::mem::size_of::<atkd_unfused_tokens>() - 136usize];
+    ["Alignment of atkd_unfused_tokens"][::std::mem::align_of::<atkd_unfused_tokens>() - 8usize];
+    ["Offset of field: atkd_unfused_tokens::p"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, p) - 0usize];
+    ["Offset of field: atkd_unfused_tokens::q"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, q) - 8usize];
+    ["Offset of field: atkd_unfused_tokens::labels"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, labels) - 16usize];
+    ["Offset of field: atkd_unfused_tokens::modes"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, modes) - 24usize];
+    ["Offset of field: atkd_unfused_tokens::dkd"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, dkd) - 32usize];
+    ["Offset of field: atkd_unfused_tokens::d_rest"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, d_rest) - 40usize];
+    ["Offset of field: atkd_unfused_tokens::mask"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, mask) - 48usize];
+    ["Offset of field: atkd_unfused_tokens::d_q"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, d_q) - 56usize];
+    ["Offset of field: atkd_unfused_tokens::p_target"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, p_target) - 64usize];
+    ["Offset of field: atkd_unfused_tokens::q_target"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, q_target) - 72usize];
+    ["Offset of field: atkd_unfused_tokens::uncertainty"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, uncertainty) - 80usize];
+    ["Offset of field: atkd_unfused_tokens::rest"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, rest) - 88usize];
+    ["Offset of field: atkd_unfused_tokens::factor"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, factor) - 96usize];
+    ["Offset of field: atkd_unfused_tokens::loss"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, loss) - 104usize];
+    ["Offset of field: atkd_unfused_tokens::tokens"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, tokens) - 112usize];
+    ["Offset of field: atkd_unfused_tokens::vocab"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, vocab) - 116usize];
+    ["Offset of field: atkd_unfused_tokens::easy"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, easy) - 120usize];
+    ["Offset of field: atkd_unfused_tokens::hard"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, hard) - 124usize];
+    ["Offset of field: atkd_unfused_tokens::scale"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, scale) - 128usize];
+    ["Offset of field: atkd_unfused_tokens::epsilon"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, epsilon) - 132usize];
+};

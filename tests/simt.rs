@@ -4,7 +4,9 @@
 use atkd::plan::LaunchShape;
 use atkd::simt::machine::{Buffer, Kernel, run};
 use atkd::simt::{self, Extra, Simulation, Traffic};
-use atkd::{Batch, Error, Logits, LogitsMut, Objective, Output, Reduction, Target, battery, cpu};
+use atkd::{
+    Batch, Error, Logits, LogitsMut, Objective, Output, Reduction, Target, battery, cpu, reference,
+};
 use half::bf16;
 
 #[test]
@@ -355,6 +357,30 @@ fn sequences() {
         output.tokens[range].iter().filter(|token| token.hard).count()
     };
     assert_eq!((hard(0..3), hard(3..10)), (2, 3));
+}
+
+/// The baseline of the benchmarks computes what it is compared with.
+#[test]
+fn the_unfused_kernels_compute_the_same_loss() {
+    let (tokens, vocab) = (9, 50);
+    let mut random = fastrand::Rng::with_seed(2);
+    let mut logits = || -> Vec<f32> { (0..tokens * vocab).map(|_| 3.0 * random.f32()).collect() };
+    let (teacher, student) = (logits(), logits());
+    let labels: Vec<i64> = (0..tokens as i64).map(|i| i * 5).collect();
+    let view = |logits| Logits::new(logits, tokens, vocab).unwrap();
+    let batch = Batch::new(view(&teacher), &labels).unwrap();
+    let mut gradient = vec![f32::NAN; tokens * vocab];
+    let mut to = LogitsMut::new(&mut gradient, tokens, vocab).unwrap();
+    let (loss, kernels) =
+        Simulation::default().run_unfused(&batch, view(&student), &mut to).unwrap();
+    assert!(kernels > 30);
+    let (exact, exact_gradient) =
+        reference::forward_backward(&Objective::default(), &batch, view(&student)).unwrap();
+    // The epsilons, beside probabilities of about 1/50, cost about five digits less than float64.
+    approx::assert_relative_eq!(loss, exact.loss, max_relative = 1e-5);
+    for (&g, exact) in gradient.iter().zip(exact_gradient) {
+        approx::assert_abs_diff_eq!(f64::from(g), exact, epsilon = 1e-7);
+    }
 }
 
 /// As `kernels/simt/broken.cpp` has it.

@@ -31,6 +31,7 @@ void simt_fault(const char *what, const char *name, uint64_t index);
 #define ATKD_DEVICE inline
 #define ATKD_KERNEL(name, params, threads, blocks) extern "C" void name(const params &p)
 #define ATKD_UNROLL
+#define ATKD_NO_UNROLL
 #define ATKD_SYNC_BLOCK() simt_sync_block(__LINE__)
 #define ATKD_SYNC_CLUSTER() simt_sync_cluster(__LINE__)
 #define ATKD_REMOTE(array, index, rank) (array).remote(index, rank)

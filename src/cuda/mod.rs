@@ -37,6 +37,7 @@
 mod host;
 mod kernels;
 mod tensor;
+pub mod unfused;
 mod workspace;
 
 use std::sync::Arc;

@@ -5,8 +5,10 @@ pub mod machine;
 
 use machine::Buffer;
 
-use crate::launch::{self, Launch, Layout, RawCall, RawLabels, RawLogits};
+use crate::launch::{self, Launch, Layout, Parameters, RawCall, RawLabels, RawLogits};
+use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, Plan};
+use crate::unfused::device;
 use crate::{Batch, Elements, Labels, Logits, LogitsMut, Objective, Output, Result};
 
 /// How the kernels are run.
@@ -218,16 +220,65 @@ impl Simulation {
         Ok((layout.read(memory, tokens, vocab, objective)?, traffic))
     }
 
+    /// The unfused baseline of the benchmarks, [`unfused`](crate::unfused): loss and gradient of the paper's
+    /// ATKD, and how many kernels it took.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    ///
+    /// # Panics
+    /// As [`forward_backward`].
+    pub fn run_unfused(
+        self,
+        batch: &Batch,
+        student: Logits,
+        gradient: &mut LogitsMut,
+    ) -> Result<(f64, usize)> {
+        let (tokens, vocab) = (student.tokens(), student.vocab());
+        let Some(Labels::I64(labels)) = batch.labels() else { return Err(crate::Error::NoLabels) };
+        let memory = device::Memory { tokens, vocab };
+        let mut work = vec![u128::MAX; memory.bytes().div_ceil(16)];
+        // SAFETY: the memory starts with room for a summary, which any alignment of 8 suits.
+        unsafe { work.as_mut_ptr().cast::<atkd_summary>().write(Layout::empty_summary()) };
+        let call = RawCall {
+            tokens,
+            vocab,
+            teacher: raw(batch.teacher()),
+            student: raw(student),
+            gradient: Some(raw(gradient.as_logits())),
+            labels: Some(RawLabels::I64(address(labels))),
+            sequences: None,
+            margins: None,
+            upstream: None,
+        };
+        let mut buffers = [
+            input("teacher", batch.teacher().elements()),
+            input("student", student.elements()),
+            Buffer::input("labels", labels),
+            Buffer { writable: true, ..input("gradient", gradient.as_logits().elements()) },
+            Buffer::output("memory", &mut work),
+        ];
+        let launches = device::launches(&call, &self.device, address(&work))?;
+        for launch in &launches {
+            // SAFETY: every address in the parameters is of one of the buffers, or null.
+            unsafe { self.limit(*launch).simulate(self.seed, &mut buffers) }
+                .unwrap_or_else(|fault| panic!("{fault}"));
+        }
+        // SAFETY: the memory starts with a summary.
+        Ok((unsafe { work.as_ptr().cast::<atkd_summary>().read() }.loss, launches.len()))
+    }
+
     /// The launch with as many clusters, of no more blocks and threads than this simulation runs.
     fn limit(self, mut launch: Launch) -> Launch {
         let shape = &mut launch.shape;
         let clusters = shape.grid / shape.cluster;
         shape.cluster = shape.cluster.min(self.cluster);
         shape.grid = clusters * shape.cluster;
-        // The count has one thread a token.
-        if launch.kernel != "count_valid" {
+        // Those have one thread a token.
+        let (Parameters::CountValid(_) | Parameters::UnfusedTokens(_)) = launch.parameters else {
             shape.block = shape.block.min(self.block);
-        }
+            return launch;
+        };
         launch
     }
 }
