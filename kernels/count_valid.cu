@@ -1,7 +1,7 @@
 // How many tokens are valid, where no token's loss depends on which are hard.
 #include "batch.cuh"
 
-ATKD_KERNEL(count_valid, atkd_count_valid, 256, 8) {
+ATKD_KERNEL(count_valid, atkd_count_valid, 256, 6) {
     uint32_t token = block_index() * block_threads() + thread_index();
     bool valid = token < p.batch.tokens && target_of(p.batch, token) != IGNORED_TARGET;
     if (token < p.batch.tokens) {

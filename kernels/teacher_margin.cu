@@ -92,6 +92,6 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
 
 } // namespace
 
-ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin, 512, 4) { teacher_margin<float>(p); }
-ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin, 512, 4) { teacher_margin<f16>(p); }
-ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin, 512, 4) { teacher_margin<bf16>(p); }
+ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin, 384, 4) { teacher_margin<float>(p); }
+ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin, 384, 4) { teacher_margin<f16>(p); }
+ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin, 384, 4) { teacher_margin<bf16>(p); }

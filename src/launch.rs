@@ -111,7 +111,6 @@ macro_rules! kernels {
 
         impl Parameters {
             /// Where the block lies, as a launch wants it.
-            #[cfg(feature = "cuda")]
             pub fn as_ptr(&self) -> *const c_void {
                 match self {
                     $(Self::$variant(parameters) => std::ptr::from_ref(parameters).cast(),)+
@@ -119,30 +118,31 @@ macro_rules! kernels {
             }
         }
 
+        /// Runs a kernel on the CPU by its name.
+        ///
+        /// # Safety
+        /// `parameters` is the kernel's parameter block; otherwise as
+        /// [`run`](crate::simt::machine::run).
         #[cfg(feature = "simt")]
-        impl Launch {
-            /// Runs the kernel on the CPU.
-            ///
-            /// # Safety
-            /// As [`run`](crate::simt::machine::run).
-            pub(crate) unsafe fn simulate(
-                &self,
-                seed: u64,
-                buffers: &mut [crate::simt::machine::Buffer],
-            ) -> Result<(), String> {
-                unsafe extern "C" {
-                    $($(fn $name(parameters: &$params);)+)+
-                }
-                match (&self.parameters, self.kernel) {
-                    $($(
-                        (Parameters::$variant(parameters), stringify!($name)) => unsafe {
-                            crate::simt::machine::run(
-                                self.kernel, self.shape, seed, $name, parameters, buffers,
-                            )
-                        },
-                    )+)+
-                    (parameters, kernel) => unreachable!("{kernel} with {parameters:?}"),
-                }
+        pub(crate) unsafe fn simulate(
+            kernel: &str,
+            shape: LaunchShape,
+            seed: u64,
+            parameters: *const c_void,
+            buffers: &mut [crate::simt::machine::Buffer],
+        ) -> Result<(), String> {
+            unsafe extern "C" {
+                $($(fn $name(parameters: &$params);)+)+
+            }
+            match kernel {
+                $($(
+                    // SAFETY: the caller vouches for the block.
+                    stringify!($name) => unsafe {
+                        let parameters = &*parameters.cast::<$params>();
+                        crate::simt::machine::run(stringify!($name), shape, seed, $name, parameters, buffers)
+                    },
+                )+)+
+                _ => Err(format!("there is no kernel {kernel}")),
             }
         }
     };

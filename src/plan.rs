@@ -53,7 +53,7 @@ const WARP: usize = 32;
 /// Logits that a thread handles at once, as in kernels/memory.cuh.
 const CHUNK: usize = 8;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
-const MARGIN_THREADS: usize = 512;
+const MARGIN_THREADS: usize = 384;
 const ROWS_THREADS: usize = 384;
 const ROWS_RESIDENT: usize = 2;
 const COUNT_THREADS: usize = 256;

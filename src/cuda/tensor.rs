@@ -259,7 +259,7 @@ impl<'a> DeviceBatch<'a> {
     /// # Errors
     /// If there is no offset at all.
     pub fn with_sequences(mut self, offsets: CudaView<'a, i64>) -> Result<Self> {
-        if offsets.len() == 0 {
+        if offsets.is_empty() {
             let ([tokens, _], reason) = (self.teacher.shape, "there must be at least one");
             return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
         }

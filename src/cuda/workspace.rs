@@ -1,7 +1,9 @@
 use std::sync::Arc;
 
-use cudarc::driver::sys::CUstreamCaptureStatus;
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceSlice};
+use cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceSlice,
+};
 
 use super::{DeviceBatch, DeviceLogits, DeviceLogitsMut, Kernels, driver};
 use crate::launch::{Layout, RawCall, RawLogits, check_faults, launches, read_summary};
@@ -18,6 +20,8 @@ pub struct Workspace {
     layout: Layout,
     /// What the last call was about.
     last: Option<Last>,
+    /// Before the first kernel of the last call, and after each.
+    clock: Option<Vec<(&'static str, CudaEvent)>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +50,7 @@ impl Workspace {
         let mut memory =
             stream.alloc_zeros(layout.bytes()).map_err(driver("allocating a workspace"))?;
         write_summary(stream, &mut memory)?;
-        Ok(Self { kernels: kernels.clone(), memory, layout, last: None })
+        Ok(Self { kernels: kernels.clone(), memory, layout, last: None, clock: None })
     }
 
     /// The kernels that it works with.
@@ -207,12 +211,42 @@ impl Workspace {
         let pair_bytes = call.teacher.dtype.size() + call.student.dtype.size();
         let plan = Plan::new(&self.kernels.device(), call.tokens, call.vocab, pair_bytes, scopes);
         let (address, _guard) = self.memory.device_ptr(stream);
-        for launch in launches(objective, call, &plan, self.layout, address)? {
+        let launches = launches(objective, call, &plan, self.layout, address)?;
+        if let Some(clock) = &mut self.clock {
+            clock.clear();
+            clock.push(("", tick(stream)?));
+        }
+        for launch in launches {
             // SAFETY: the caller vouches for the call's addresses, the layout for the workspace's.
             unsafe { self.kernels.launch(stream, &launch)? };
+            if let Some(clock) = &mut self.clock {
+                clock.push((launch.kernel, tick(stream)?));
+            }
         }
         self.last = Some(Last { objective: *objective, tokens: call.tokens, vocab: call.vocab });
         Ok(())
+    }
+
+    /// From now on, takes the time of every kernel, for [`times`](Self::times). Costs a few microseconds
+    /// between kernels.
+    pub fn take_times(&mut self) {
+        self.clock.get_or_insert_default();
+    }
+
+    /// The kernels of the last call and the milliseconds that each took, if times were taken. Waits for
+    /// the last of them.
+    ///
+    /// # Errors
+    /// If the driver reports an error.
+    pub fn times(&self) -> Result<Vec<(&'static str, f32)>> {
+        let clock = self.clock.as_deref().unwrap_or_default();
+        clock
+            .windows(2)
+            .map(|pair| {
+                let (name, end) = &pair[1];
+                Ok((*name, pair[0].1.elapsed_ms(end).map_err(driver("taking times"))?))
+            })
+            .collect()
     }
 
     /// Waits for the stream and returns the loss of the last call; 0 before the first.
@@ -294,6 +328,10 @@ impl Workspace {
     fn check_context(&self, what: &'static str, context: &CudaContext) -> Result<()> {
         same_context(what, self.kernels.context(), context)
     }
+}
+
+fn tick(stream: &Arc<CudaStream>) -> Result<CudaEvent> {
+    stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("taking times"))
 }
 
 fn write_summary(stream: &Arc<CudaStream>, memory: &mut CudaSlice<u8>) -> Result<()> {

@@ -3,11 +3,13 @@
 
 pub mod machine;
 
+use std::ffi::c_void;
+
 use machine::Buffer;
 
 use crate::launch::{self, Launch, Layout, Parameters, RawCall, RawLabels, RawLogits};
 use crate::params::atkd_summary;
-use crate::plan::{DeviceProperties, Plan};
+use crate::plan::{DeviceProperties, LaunchShape, Plan};
 use crate::unfused::device;
 use crate::{Batch, Elements, Labels, Logits, LogitsMut, Objective, Output, Result};
 
@@ -210,7 +212,7 @@ impl Simulation {
         for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
             let mut buffers = buffers.clone();
             // SAFETY: every address in the parameters is of one of the buffers, or null.
-            unsafe { self.limit(launch).simulate(self.seed, &mut buffers) }
+            unsafe { self.simulate(&launch, &mut buffers) }
                 .unwrap_or_else(|fault| panic!("{fault}"));
             traffic.push((launch.kernel, buffers));
         }
@@ -261,24 +263,45 @@ impl Simulation {
         let launches = device::launches(&call, &self.device, address(&work))?;
         for launch in &launches {
             // SAFETY: every address in the parameters is of one of the buffers, or null.
-            unsafe { self.limit(*launch).simulate(self.seed, &mut buffers) }
+            unsafe { self.simulate(launch, &mut buffers) }
                 .unwrap_or_else(|fault| panic!("{fault}"));
         }
         // SAFETY: the memory starts with a summary.
         Ok((unsafe { work.as_ptr().cast::<atkd_summary>().read() }.loss, launches.len()))
     }
 
-    /// The launch with as many clusters, of no more blocks and threads than this simulation runs.
-    fn limit(self, mut launch: Launch) -> Launch {
-        let shape = &mut launch.shape;
+    /// Runs a launch with as many clusters, of no more blocks and threads than this simulation has.
+    ///
+    /// # Safety
+    /// Every address in the parameters is of one of the buffers, or null.
+    unsafe fn simulate(self, launch: &Launch, buffers: &mut [Buffer]) -> Result<(), String> {
+        let mut shape = launch.shape;
         let clusters = shape.grid / shape.cluster;
         shape.cluster = shape.cluster.min(self.cluster);
         shape.grid = clusters * shape.cluster;
         // Those have one thread a token.
-        let (Parameters::CountValid(_) | Parameters::UnfusedTokens(_)) = launch.parameters else {
+        if !matches!(launch.parameters, Parameters::CountValid(_) | Parameters::UnfusedTokens(_)) {
             shape.block = shape.block.min(self.block);
-            return launch;
-        };
-        launch
+        }
+        // SAFETY: the block is the kernel's, and the caller vouches for its addresses.
+        unsafe { run_kernel(launch.kernel, shape, self.seed, launch.parameters.as_ptr(), buffers) }
     }
+}
+
+/// Runs one kernel by its name, as a driver would.
+///
+/// # Errors
+/// What the kernel did wrong, or that there is no such kernel.
+///
+/// # Safety
+/// `parameters` is the kernel's parameter block, in which every address is of one of the buffers or null.
+pub unsafe fn run_kernel(
+    kernel: &str,
+    shape: LaunchShape,
+    seed: u64,
+    parameters: *const c_void,
+    buffers: &mut [Buffer],
+) -> Result<(), String> {
+    // SAFETY: the caller vouches for it.
+    unsafe { launch::simulate(kernel, shape, seed, parameters, buffers) }
 }
