@@ -5,8 +5,8 @@
 
 constexpr int32_t IGNORED_TARGET = -1;
 
-// The label of a token, or IGNORED_TARGET. A label outside the vocabulary is reported in the fault word
-// and its token dropped: no kernel reads outside its row.
+// The label of a token, or IGNORED_TARGET. A label outside the vocabulary is reported in the summary and
+// its token dropped: no kernel reads outside its row.
 ATKD_DEVICE int32_t label_of(const atkd_batch &batch, uint32_t token) {
     if (batch.labels == nullptr) {
         return 0;
@@ -17,7 +17,7 @@ ATKD_DEVICE int32_t label_of(const atkd_batch &batch, uint32_t token) {
         return IGNORED_TARGET;
     }
     if (label < 0 || label >= batch.vocab) {
-        min_atomic(batch.fault, token);
+        min_atomic(&batch.summary->label_fault, token);
         return IGNORED_TARGET;
     }
     return static_cast<int32_t>(label);

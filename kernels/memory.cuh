@@ -13,8 +13,10 @@
 #include <cuda_fp16.h>
 
 #define ATKD_DEVICE __device__ __forceinline__
-#define ATKD_KERNEL(name, params) extern "C" __global__ void name(const __grid_constant__ params p)
-// N elements of shared memory.
+// Blocks of at most `threads`, of which a multiprocessor should hold `blocks` at once.
+#define ATKD_KERNEL(name, params, threads, blocks)                                                            \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ params p)
+// `count` elements of shared memory.
 #define ATKD_SHARED(type, name, count) __shared__ type name[count]
 
 typedef __half f16;
@@ -24,13 +26,51 @@ ATKD_DEVICE uint32_t thread_index() { return threadIdx.x; }
 ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
 ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_SYNC_BLOCK() __syncthreads()
+
+// A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block.
+#if __CUDA_ARCH__ >= 900
+ATKD_DEVICE uint32_t cluster_blocks() {
+    uint32_t blocks;
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+    return blocks;
+}
+ATKD_DEVICE uint32_t cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+ATKD_DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// What block `rank` of the cluster has where this one has `at`, in shared memory.
+template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t rank) {
+    uint64_t address;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(at), "r"(rank));
+    return *reinterpret_cast<const T *>(address);
+}
+#else
+ATKD_DEVICE uint32_t cluster_blocks() { return 1; }
+ATKD_DEVICE uint32_t cluster_rank() { return 0; }
+ATKD_DEVICE void sync_cluster() { __syncthreads(); }
+template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t) { return *at; }
+#endif
+#define ATKD_SYNC_CLUSTER() sync_cluster()
+#define ATKD_REMOTE(array, index, rank) load_remote(&(array)[index], rank)
+
 // Before a loop over registers, which must not become a loop over local memory.
 #define ATKD_UNROLL _Pragma("unroll")
+// Before a loop that runs a few times a row: unrolled, it would take the main loops' registers.
+#define ATKD_NO_UNROLL _Pragma("unroll 1")
 
 template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
+    return __shfl_sync(0xffffffffu, value, static_cast<int>(lane));
+}
 ATKD_DEVICE uint32_t warp_ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+// The lanes whose value is this lane's.
+ATKD_DEVICE uint32_t warp_match(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return __popc(bits); }
 
 // 2^x, 0 below 2^-126; relative error 2^-22.

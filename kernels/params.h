@@ -1,6 +1,6 @@
 // What the host hands to the kernels. Rust's side is generated from this file (src/params.rs).
 //
-// Plain C, fixed-width types, pointers first: no compiler adds padding of its own taste. Every pointer
+// Plain C, fixed-width types, widest first: no compiler adds padding of its own taste. Every pointer
 // is to device memory. N is the number of tokens, V the vocabulary.
 #pragma once
 
@@ -15,12 +15,30 @@
 #define ATKD_EASY 1u
 #define ATKD_HARD 2u
 
-// The teacher's side of a batch.
+// Of a fault word: nothing is wrong.
+#define ATKD_NO_FAULT (~(uint64_t)0)
+
+// One a workspace: what a call comes to. Between calls the counters are 0.
+typedef struct {
+    double loss;
+    uint64_t label_fault;  // the lowest token whose label is out of range, since the host last looked
+    uint64_t offset_fault; // the lowest sequence whose offsets are out of order, likewise
+    float loss_f32;
+    uint32_t valid; // tokens that are not ignored
+    uint32_t hard;
+    uint32_t counted_valid; // of the call in progress
+    uint32_t counted_hard;
+    uint32_t reserved;
+} atkd_summary;
+
+// Teacher and labels of a call, and what its kernels share.
 typedef struct {
     const void *teacher;       // logits [N, V]
     const void *labels;        // [N], or null for none
-    int32_t *targets;          // [N], workspace: the teacher's arg max (ATKD_TARGET_TEACHER only)
-    uint64_t *fault;           // the lowest token whose label is out of range, plus nothing; ~0 for none
+    int32_t *targets;          // [N]: the teacher's arg max (ATKD_TARGET_TEACHER only)
+    uint32_t *keys;            // [N]: larger for a larger margin; 1 for NaN, 0 for an ignored token
+    uint8_t *modes;            // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
+    atkd_summary *summary;
     int64_t teacher_stride;    // elements from row to row
     int64_t ignore_index;      // tokens with this label are dropped
     uint32_t tokens;           // N
@@ -31,66 +49,102 @@ typedef struct {
     uint32_t reserved;
 } atkd_batch;
 
-// teacher_margin: the log-odds against the target, as sortable keys. One block a token.
+// teacher_margin: keys and, if the target is the teacher's, targets. One block a token.
 typedef struct {
     atkd_batch batch;
-    uint32_t *keys; // [N]: larger for a larger margin; 1 for NaN, 0 for an ignored token
 } atkd_teacher_margin;
 
-// select_hard: which tokens are hard. One block a scope.
+// count_valid: modes and the count of valid tokens, where no token's loss depends on the selection.
 typedef struct {
     atkd_batch batch;
-    const uint32_t *keys;    // [N], or null: then every token of a scope is in one group
-    const int64_t *offsets;  // [scopes + 1]: scope s is tokens offsets[s]..offsets[s + 1]
-    uint8_t *modes;          // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
-    uint32_t *thresholds;    // [scopes]: the key of the last hard token; 0 where there is none
-    uint32_t *valid;         // tokens that are not ignored, in all scopes; zeroed before
-    uint32_t *hard;          // hard tokens in all scopes; zeroed before
-    double hard_ratio;       // k of ceil(k * valid)
+    uint32_t valid_mode; // ATKD_EASY or ATKD_HARD
+    uint32_t reserved;
+} atkd_count_valid;
+
+// select_hard: which tokens are hard. One cluster a scope.
+typedef struct {
+    atkd_batch batch;
+    const float *margins;   // [N], instead of the keys, which are then written; null for none
+    const int64_t *offsets; // [scopes + 1]: scope s is tokens offsets[s]..offsets[s + 1]; null for one scope
+    uint32_t *thresholds;   // [scopes]: the key of the last hard token; 0 where there is none
+    double hard_ratio;      // k of ceil(k * valid)
+    uint32_t scopes;
+    uint32_t count; // add the valid tokens to the summary's
 } atkd_select_hard;
 
 // The weight of a term: value, or the token's uncertainty times it.
 typedef struct {
-    float value;
-    uint32_t times_uncertainty;
+    double value;
+    uint64_t times_uncertainty;
 } atkd_coefficient;
 
 // What a token's loss is made of; [0] easy, [1] hard.
 typedef struct {
     atkd_coefficient tkd[2];
     atkd_coefficient dkd[2];
-    float ce_weight;
-    float inverse_temperature; // 1 / T
-    double scale;              // of the loss, if mean is 0
-    uint32_t mean;             // scale is 1 / valid instead
-    uint32_t reserved;
+    double ce_weight;
+    double inverse_temperature; // 1 / T
 } atkd_objective;
 
-// row_stream: terms of each token, and the gradient. One block a token.
+// row_stream: terms of each token, and the gradient. One cluster a token.
 typedef struct {
     atkd_batch batch;
     atkd_objective objective;
-    const void *student;     // logits [N, V]
-    void *gradient;          // [N, V], may be student; null for the loss alone
-    const uint8_t *modes;    // [N]
-    const uint32_t *valid;
-    const float *upstream;   // the gradient of what comes after, or null for 1
-    float *margin;           // [N]
-    float *uncertainty;      // [N]
-    float *tkd;              // [N]
-    float *dkd;              // [N]
-    double *loss;            // [N], before the reduction
-    uint32_t *keys;          // [N], as teacher_margin's, or null
+    const void *student;   // logits [N, V]
+    void *gradient;        // [N, V], may be student; null for the loss alone
+    const float *upstream; // the gradient of what comes after, or null for 1
+    float *uncertainty;    // [N]
+    float *tkd;            // [N]
+    float *dkd;            // [N]
+    double *loss;          // [N], before the reduction
     int64_t student_stride;
     int64_t gradient_stride;
+    double scale;        // of the gradient
+    uint32_t mean;       // and over the number of valid tokens
+    uint32_t write_keys; // they are not there yet
 } atkd_row_stream;
 
-// sum_losses: the reduced loss. One block.
+// sum_losses: the reduced loss; ends the call. One block.
 typedef struct {
+    atkd_summary *summary;
     const double *token_loss; // [N]
-    const uint32_t *valid;
-    double *loss;
     double scale;
     uint32_t tokens;
-    uint32_t mean; // scale is 1 / valid instead
+    uint32_t mean; // and over the number of valid tokens
 } atkd_sum_losses;
+
+// unfused_*: one step of the loss as an eager framework runs it, over float32 [N, V] or [N].
+typedef struct {
+    const void *a;
+    const float *b;
+    const float *row; // [N]: one number a row
+    void *out;
+    uint32_t tokens;
+    uint32_t vocab;
+    float constant;
+    uint32_t reserved;
+} atkd_unfused;
+
+// unfused_targets, _losses and _target_gradient: the steps over tokens between those over rows.
+typedef struct {
+    const float *p; // softmax of the teacher [N, V]
+    const float *q; // softmax of the student [N, V]
+    const int64_t *labels;
+    const uint8_t *modes;
+    const float *dkd;
+    const float *d_rest;
+    float *mask; // [N, V]
+    float *d_q;  // [N, V]
+    float *p_target;
+    float *q_target;
+    float *uncertainty;
+    float *rest;
+    float *factor;
+    double *loss;
+    uint32_t tokens;
+    uint32_t vocab;
+    float easy; // the easy tokens' weight of DKD
+    float hard; // the hard tokens' weight of both
+    float scale;
+    float epsilon;
+} atkd_unfused_tokens;

@@ -1,5 +1,6 @@
-// A row's state from its threads' parts: across the warp by shuffles, across the block through shared
-// memory. The order is fixed, so the result is the same bits every time.
+// A value from all threads' parts: across the warp by shuffles, across the block through shared memory,
+// across the cluster through each other's shared memory. The order is fixed, so the result is the same
+// bits every time.
 #pragma once
 
 #include "row_math.cuh"
@@ -7,6 +8,7 @@
 constexpr uint32_t MAX_WARPS = 32;
 
 template <class T, class Op> ATKD_DEVICE T reduce_warp(T value, Op op) {
+    ATKD_NO_UNROLL
     for (uint32_t mask = WARP / 2; mask > 0; mask /= 2) {
         value = op(value, shuffle_xor(value, mask));
     }
@@ -44,56 +46,30 @@ struct Or {
         result = reduced_;                                                                                    \
     } while (0)
 
-// One warp's part of a row, in double: sums over thousands of float32 parts keep their digits.
-struct WarpState {
-    float teacher_max, student_max;
-    double teacher_sum, weighted_gap, student_sum, student_sum_at_1;
-    uint32_t ruled_out;
-};
-
-// The warp's state, in every lane.
-ATKD_DEVICE RowState<double> reduce_warp_state(const RowState<float> &own, float exponent, bool at_1) {
-    float teacher_max = reduce_warp(own.teacher_max, Max());
-    float student_max = reduce_warp(own.student_max, Max());
-    RowState<float> part = own;
-    part.rebase(teacher_max, student_max, exponent);
+// The state of a row of which each lane has a part, in every lane. In double: sums over thousands of
+// float32 parts keep their digits.
+template <class Real>
+ATKD_DEVICE RowState<double> merge_warp(RowState<Real> part, float exponent) {
+    part.rebase(reduce_warp(part.teacher_max, Max()), reduce_warp(part.student_max, Max()), exponent);
     RowState<double> state;
-    state.teacher_max = teacher_max;
-    state.student_max = student_max;
+    state.teacher_max = part.teacher_max;
+    state.student_max = part.student_max;
     state.teacher_sum = reduce_warp(double(part.teacher_sum), Sum());
     state.weighted_gap = reduce_warp(double(part.weighted_gap), Sum());
     state.student_sum = reduce_warp(double(part.student_sum), Sum());
-    state.student_sum_at_1 = at_1 ? reduce_warp(double(part.student_sum_at_1), Sum()) : 0.0;
+    state.student_sum_at_1 = reduce_warp(double(part.student_sum_at_1), Sum());
     state.ruled_out = reduce_warp(part.ruled_out, Or());
     return state;
 }
 
-// The block's state from its warps' in shared memory, in fixed order, by one thread.
-template <class Warps> ATKD_DEVICE RowState<double> merge_warps(const Warps &warps, uint32_t count, float exponent) {
-    RowState<double> state;
-    WarpState first = warps[0];
-    state.teacher_max = first.teacher_max;
-    state.student_max = first.student_max;
-    for (uint32_t i = 1; i < count; i++) {
-        WarpState other = warps[i];
-        state.teacher_max = fmaxf(state.teacher_max, other.teacher_max);
-        state.student_max = fmaxf(state.student_max, other.student_max);
+// The state of a row from those of all warps of the cluster, in every lane of the calling warp.
+template <class Warps> ATKD_DEVICE RowState<double> merge_cluster(const Warps &warps, float exponent) {
+    uint32_t warps_a_block = block_threads() / WARP;
+    RowState<double> part = RowState<double>::empty();
+    ATKD_NO_UNROLL
+    for (uint32_t i = thread_index() % WARP; i < warps_a_block * cluster_blocks(); i += WARP) {
+        RowState<double> other = ATKD_REMOTE(warps, i % warps_a_block, i / warps_a_block);
+        part.merge(other, exponent);
     }
-    for (uint32_t i = 0; i < count; i++) {
-        WarpState other = warps[i];
-        RowState<double> part;
-        part.teacher_max = other.teacher_max;
-        part.student_max = other.student_max;
-        part.teacher_sum = other.teacher_sum;
-        part.weighted_gap = other.weighted_gap;
-        part.student_sum = other.student_sum;
-        part.student_sum_at_1 = other.student_sum_at_1;
-        part.rebase(state.teacher_max, state.student_max, exponent);
-        state.teacher_sum += part.teacher_sum;
-        state.weighted_gap += part.weighted_gap;
-        state.student_sum += part.student_sum;
-        state.student_sum_at_1 += part.student_sum_at_1;
-        state.ruled_out |= other.ruled_out;
-    }
-    return state;
+    return merge_warp(part, exponent);
 }

@@ -30,13 +30,14 @@ constexpr float LOG2_E = 1.44269504f;
 // (or a little less), so that logits of any size lose no digits. At temperature T exponents are
 // (z - max) / T, while weighted_gap is in logits.
 template <class Real> struct RowState {
-    float teacher_max = NO_MAX;
-    float student_max = NO_MAX;
-    Real teacher_sum = 0;      // sum e^{(z^p_j - max_p) / T}
-    Real weighted_gap = 0;     // sum e^{(z^p_j - max_p) / T} ((z^p_j - max_p) - (z^q_j - max_q))
-    Real student_sum = 0;      // sum e^{(z^q_j - max_q) / T}
-    Real student_sum_at_1 = 0; // sum e^{z^q_j - max_q}, for cross entropy
-    uint32_t ruled_out = 0;    // the student rules out (-inf) a token that the teacher does not
+    Real teacher_sum;      // sum e^{(z^p_j - max_p) / T}
+    Real weighted_gap;     // sum e^{(z^p_j - max_p) / T} ((z^p_j - max_p) - (z^q_j - max_q))
+    Real student_sum;      // sum e^{(z^q_j - max_q) / T}
+    Real student_sum_at_1; // sum e^{z^q_j - max_q}, for cross entropy
+    float teacher_max, student_max;
+    uint32_t ruled_out; // the student rules out (-inf) a token that the teacher does not
+
+    static ATKD_DEVICE RowState empty() { return {0, 0, 0, 0, NO_MAX, NO_MAX, 0}; }
 
     // The same sums relative to new maxima, neither below the old one.
     ATKD_DEVICE void rebase(float new_teacher_max, float new_student_max, float exponent) {
@@ -50,6 +51,18 @@ template <class Real> struct RowState {
         student_sum_at_1 *= exp2_fast(dq * LOG2_E);
         teacher_max = new_teacher_max;
         student_max = new_student_max;
+    }
+
+    // Another part of the same row.
+    ATKD_DEVICE void merge(RowState other, float exponent) {
+        float teacher = fmaxf(teacher_max, other.teacher_max), student = fmaxf(student_max, other.student_max);
+        rebase(teacher, student, exponent);
+        other.rebase(teacher, student, exponent);
+        teacher_sum += other.teacher_sum;
+        weighted_gap += other.weighted_gap;
+        student_sum += other.student_sum;
+        student_sum_at_1 += other.student_sum_at_1;
+        ruled_out |= other.ruled_out;
     }
 };
 
@@ -142,7 +155,7 @@ struct GradientScales {
 ATKD_DEVICE void finish(const atkd_objective &objective, const RowState<double> &state, float teacher_target,
                         float student_target, bool hard, double scale, Terms &terms, GradientScales &scales) {
     double inverse_temperature = objective.inverse_temperature;
-    bool at_1 = objective.inverse_temperature != 1.0f;
+    bool at_1 = inverse_temperature != 1.0;
     double student_sum_at_1 = at_1 ? state.student_sum_at_1 : state.student_sum;
     double u = margin_of(state.teacher_max, state.teacher_sum, teacher_target, inverse_temperature);
     double w = margin_of(state.student_max, state.student_sum, student_target, inverse_temperature);
@@ -168,8 +181,8 @@ ATKD_DEVICE void finish(const atkd_objective &objective, const RowState<double> 
 
     double uncertainty = sigmoid(u);
     atkd_coefficient tkd_weight = objective.tkd[hard ? 1 : 0], dkd_weight = objective.dkd[hard ? 1 : 0];
-    double c_tkd = double(tkd_weight.value) * (tkd_weight.times_uncertainty ? uncertainty : 1.0);
-    double c_dkd = double(dkd_weight.value) * (dkd_weight.times_uncertainty ? uncertainty : 1.0);
+    double c_tkd = tkd_weight.value * (tkd_weight.times_uncertainty ? uncertainty : 1.0);
+    double c_dkd = dkd_weight.value * (dkd_weight.times_uncertainty ? uncertainty : 1.0);
     double c_ce = objective.ce_weight;
 
     terms.margin = u;

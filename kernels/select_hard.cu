@@ -1,6 +1,7 @@
 // Which tokens are hard: the ceil(k * valid) of a scope with the largest keys, the lower index among
-// equals. One block a scope. The key of the last hard token is found digit by digit, from the most
-// significant: a histogram of the digit tells where the count is reached.
+// equals. One cluster a scope, each block of it with a share of the tokens. The key of the last hard token
+// is found digit by digit, from the most significant: a histogram of the digit tells where the count is
+// reached.
 #include "batch.cuh"
 #include "reduce.cuh"
 
@@ -9,102 +10,169 @@ namespace {
 constexpr uint32_t DIGIT_BITS = 8;
 constexpr uint32_t DIGITS = 1u << DIGIT_BITS;
 
-// The block's sum, as seen by every thread.
-template <class Counts> ATKD_DEVICE uint32_t block_sum(uint32_t value, Counts &counts) {
-    uint32_t sum;
-    ATKD_REDUCE_BLOCK(sum, value, Sum(), counts);
-    return sum;
+// Where the next digit of the last hard key was found, for all threads of the block.
+enum Found { DIGIT, REMAINING, EQUALS, VALID, WANTED, FOUND_FIELDS };
+
+// The key of a token. Margins from outside become keys the first time.
+ATKD_DEVICE uint32_t key_at(const atkd_select_hard &p, uint32_t token, bool first) {
+    if (p.margins == nullptr || !first) {
+        return load(p.batch.keys + token);
+    }
+    uint32_t key = target_of(p.batch, token) == IGNORED_TARGET ? 0 : key_of(load(p.margins + token));
+    store(p.batch.keys + token, key);
+    return key;
+}
+
+// By one warp: the digit at which the `remaining` largest are reached. Those of larger digits are hard.
+template <class Counts, class Fields>
+ATKD_DEVICE void find_digit(const Counts &merged, uint32_t remaining, Fields &found) {
+    constexpr uint32_t PER = DIGITS / WARP;
+    uint32_t lane = thread_index() % WARP, own = 0;
+    for (uint32_t k = 0; k < PER; k++) {
+        own += merged[lane * PER + k];
+    }
+    // What lies at this lane's digits and above.
+    uint32_t at_or_above = own;
+    for (uint32_t step = 1; step < WARP; step *= 2) {
+        uint32_t other = shuffle_from(at_or_above, lane + step);
+        at_or_above += lane + step < WARP ? other : 0;
+    }
+    uint32_t above = at_or_above - own;
+    if (above < remaining && remaining <= at_or_above) {
+        uint32_t digit = lane * PER + PER - 1;
+        while (above + merged[digit] < remaining) {
+            above += merged[digit];
+            digit -= 1;
+        }
+        found[DIGIT] = digit;
+        found[REMAINING] = remaining - above;
+        found[EQUALS] = merged[digit];
+    }
 }
 
 } // namespace
 
-ATKD_KERNEL(select_hard, atkd_select_hard) {
-    ATKD_SHARED(uint32_t, histogram, DIGITS);
+ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
+    // Two, in turn: one may be read by other blocks while the next digit is counted in the other.
+    ATKD_SHARED(uint32_t, histograms, 2 * DIGITS);
+    ATKD_SHARED(uint32_t, merged, DIGITS);
     ATKD_SHARED(uint32_t, counts, MAX_WARPS);
-    ATKD_SHARED(uint32_t, found, 2);
+    ATKD_SHARED(uint32_t, found, FOUND_FIELDS);
 
-    uint32_t scope = block_index();
-    int64_t start = load(p.offsets + scope), end = load(p.offsets + scope + 1);
-
-    uint32_t own_valid = 0;
-    for (int64_t token = start + thread_index(); token < end; token += block_threads()) {
-        bool valid = p.keys != nullptr ? load(p.keys + token) != 0
-                                       : target_of(p.batch, static_cast<uint32_t>(token)) != IGNORED_TARGET;
-        own_valid += valid ? 1 : 0;
+    uint32_t blocks = cluster_blocks(), rank = cluster_rank(), scope = block_index() / blocks;
+    uint32_t start = 0, end = p.batch.tokens;
+    if (p.offsets != nullptr) {
+        int64_t from = load(p.offsets + scope), to = load(p.offsets + scope + 1), tokens = p.batch.tokens;
+        // The first starts at 0 and the last ends at N; each starts where the one before it ends.
+        if (from < 0 || from > to || to > tokens || (scope == 0 && from != 0) ||
+            (scope == p.scopes - 1 && to != tokens)) {
+            min_atomic(&p.batch.summary->offset_fault, scope);
+            from = to = 0;
+        }
+        start = static_cast<uint32_t>(from);
+        end = static_cast<uint32_t>(to);
     }
-    uint32_t valid = block_sum(own_valid, counts);
-    double wanted_exactly = ceil(p.hard_ratio * double(valid));
-    uint32_t wanted = wanted_exactly < double(valid) ? static_cast<uint32_t>(wanted_exactly) : valid;
+    // This block's share.
+    uint32_t share = (end - start + blocks - 1) / blocks;
+    start = rank * share < end - start ? start + rank * share : end;
+    end = share < end - start ? start + share : end;
 
     // The key of the last hard token, and how many of those with this very key are hard.
-    uint32_t threshold = 0, of_equals = 0;
-    if (p.keys != nullptr && wanted > 0) {
-        uint32_t remaining = wanted;
-        for (uint32_t shift = 32; shift > 0; shift -= DIGIT_BITS) {
-            uint32_t low = shift - DIGIT_BITS;
-            for (uint32_t digit = thread_index(); digit < DIGITS; digit += block_threads()) {
-                histogram[digit] = 0;
-            }
-            ATKD_SYNC_BLOCK();
-            for (int64_t token = start + thread_index(); token < end; token += block_threads()) {
-                uint32_t key = load(p.keys + token);
-                // Only keys that share the digits found so far.
-                if (shift == 32 || key >> shift == threshold >> shift) {
-                    ATKD_ADD_SHARED(histogram, key >> low & (DIGITS - 1), 1u);
-                }
-            }
-            ATKD_SYNC_BLOCK();
-            if (thread_index() == 0) {
-                uint32_t digit = DIGITS - 1, above = 0;
-                while (above + histogram[digit] < remaining) {
-                    above += histogram[digit];
-                    digit -= 1;
-                }
-                found[0] = digit;
-                found[1] = remaining - above;
-            }
-            ATKD_SYNC_BLOCK();
-            threshold |= found[0] << low;
-            remaining = found[1];
-            ATKD_SYNC_BLOCK();
+    uint32_t threshold = 0, remaining = 0, equals = 0, equals_before = 0;
+    for (uint32_t low = 32 - DIGIT_BITS, turn = 0;; low -= DIGIT_BITS, turn ^= DIGITS) {
+        bool first = low + DIGIT_BITS == 32;
+        for (uint32_t digit = thread_index(); digit < DIGITS; digit += block_threads()) {
+            histograms[turn + digit] = 0;
         }
-        of_equals = remaining;
+        ATKD_SYNC_BLOCK();
+        for (uint32_t tile = start; tile < end; tile += block_threads()) {
+            uint32_t token = tile + thread_index(), digit = DIGITS;
+            if (token < end) {
+                uint32_t key = key_at(p, token, first);
+                // Only keys that share the digits found so far.
+                if (key != 0 && (first || key >> (low + DIGIT_BITS) == threshold >> (low + DIGIT_BITS))) {
+                    digit = key >> low & (DIGITS - 1);
+                }
+            }
+            // Margins are much alike in their first digits: one lane counts for all with the same.
+            uint32_t alike = warp_match(digit);
+            if (digit != DIGITS && (alike & ((1u << thread_index() % WARP) - 1)) == 0) {
+                ATKD_ADD_SHARED(histograms, turn + digit, count_bits(alike));
+            }
+        }
+        ATKD_SYNC_CLUSTER();
+        for (uint32_t digit = thread_index(); digit < DIGITS; digit += block_threads()) {
+            uint32_t sum = 0;
+            for (uint32_t block = 0; block < blocks; block++) {
+                sum += ATKD_REMOTE(histograms, turn + digit, block);
+            }
+            merged[digit] = sum;
+        }
+        ATKD_SYNC_BLOCK();
+        if (thread_index() < WARP) {
+            if (first) {
+                uint32_t own = 0;
+                for (uint32_t digit = thread_index(); digit < DIGITS; digit += WARP) {
+                    own += merged[digit];
+                }
+                uint32_t valid = reduce_warp(own, Sum());
+                double wanted = ceil(p.hard_ratio * double(valid));
+                remaining = wanted < double(valid) ? static_cast<uint32_t>(wanted) : valid;
+                if (thread_index() == 0) {
+                    found[VALID] = valid;
+                    found[WANTED] = remaining;
+                }
+            }
+            if (remaining > 0) {
+                find_digit(merged, remaining, found);
+            }
+        }
+        ATKD_SYNC_BLOCK();
+        if (found[WANTED] == 0) {
+            break;
+        }
+        threshold |= found[DIGIT] << low;
+        remaining = found[REMAINING];
+        equals = found[EQUALS];
+        if (low == 0) {
+            for (uint32_t block = 0; block < rank; block++) {
+                equals_before += ATKD_REMOTE(histograms, turn + (threshold & (DIGITS - 1)), block);
+            }
+            break;
+        }
     }
 
-    // Tile by tile, so that equal keys are counted in the order of the tokens.
-    uint32_t equals_before = 0;
-    for (int64_t tile = start; tile < end; tile += block_threads()) {
-        int64_t token = tile + thread_index();
-        uint32_t key = 0;
-        bool is_valid = false;
-        if (token < end) {
-            key = p.keys != nullptr ? load(p.keys + token) : 0;
-            is_valid = p.keys != nullptr
-                           ? key != 0
-                           : target_of(p.batch, static_cast<uint32_t>(token)) != IGNORED_TARGET;
-        }
-        // Without keys the tokens of a scope are all equal, and the first of them are hard.
-        bool equal = is_valid && key == threshold;
-        uint32_t votes = warp_ballot(equal);
-        ATKD_SYNC_BLOCK();
-        if (thread_index() % WARP == 0) {
-            counts[thread_index() / WARP] = count_bits(votes);
-        }
-        ATKD_SYNC_BLOCK();
-        uint32_t rank = equals_before + count_bits(votes & ((1u << thread_index() % WARP) - 1));
-        for (uint32_t warp = 0; warp < block_threads() / WARP; warp++) {
-            rank += warp < thread_index() / WARP ? counts[warp] : 0;
-            equals_before += counts[warp];
+    for (uint32_t tile = start; tile < end; tile += block_threads()) {
+        uint32_t token = tile + thread_index();
+        uint32_t key = token < end ? load(p.batch.keys + token) : 0;
+        bool hard = threshold != 0 && key >= threshold;
+        // Seldom are there more equal keys than hard tokens among them: then their order counts.
+        if (remaining < equals) {
+            bool equal = hard && key == threshold;
+            uint32_t votes = warp_ballot(equal);
+            ATKD_SYNC_BLOCK();
+            if (thread_index() % WARP == 0) {
+                counts[thread_index() / WARP] = count_bits(votes);
+            }
+            ATKD_SYNC_BLOCK();
+            uint32_t place = equals_before + count_bits(votes & ((1u << thread_index() % WARP) - 1));
+            for (uint32_t warp = 0; warp < block_threads() / WARP; warp++) {
+                place += warp < thread_index() / WARP ? counts[warp] : 0;
+                equals_before += counts[warp];
+            }
+            hard = hard && !(equal && place >= remaining);
         }
         if (token < end) {
-            uint32_t limit = p.keys != nullptr ? of_equals : wanted;
-            bool is_hard = is_valid && (equal ? rank < limit : key > threshold) && wanted > 0;
-            store(p.modes + token, static_cast<uint8_t>(!is_valid ? ATKD_IGNORED : is_hard ? ATKD_HARD : ATKD_EASY));
+            store(p.batch.modes + token, static_cast<uint8_t>(key == 0 ? ATKD_IGNORED : hard ? ATKD_HARD : ATKD_EASY));
         }
     }
-    if (thread_index() == 0) {
+    if (rank == 0 && thread_index() == 0) {
         store(p.thresholds + scope, threshold);
-        add_atomic(p.valid, valid);
-        add_atomic(p.hard, wanted);
+        add_atomic(&p.batch.summary->counted_hard, uint32_t(found[WANTED]));
+        if (p.count != 0) {
+            add_atomic(&p.batch.summary->counted_valid, uint32_t(found[VALID]));
+        }
     }
+    // No block ends while another may read its histogram.
+    ATKD_SYNC_CLUSTER();
 }

@@ -44,7 +44,7 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
     int32_t target = shared_target[0];
     if (target == IGNORED_TARGET) {
         if (thread_index() == 0) {
-            store(p.keys + token, 0u);
+            store(p.batch.keys + token, 0u);
             if (p.batch.target == ATKD_TARGET_TEACHER) {
                 store(p.batch.targets + token, IGNORED_TARGET);
             }
@@ -82,7 +82,8 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
     ATKD_REDUCE_BLOCK(sum, double(own_sum) * double(exp2_fast((own_max - max) * exponent)), Sum(), sums);
     if (thread_index() == 0) {
         float target_logit = widen(load(data + target));
-        store(p.keys + token, key_of(float(margin_of(max, sum, target_logit, p.batch.inverse_temperature))));
+        float margin = float(margin_of(max, sum, target_logit, p.batch.inverse_temperature));
+        store(p.batch.keys + token, key_of(margin));
         if (p.batch.target == ATKD_TARGET_TEACHER) {
             store(p.batch.targets + token, target);
         }
@@ -91,6 +92,6 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
 
 } // namespace
 
-ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin) { teacher_margin<float>(p); }
-ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin) { teacher_margin<f16>(p); }
-ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin) { teacher_margin<bf16>(p); }
+ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin, 384, 4) { teacher_margin<float>(p); }
+ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin, 384, 4) { teacher_margin<f16>(p); }
+ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin, 384, 4) { teacher_margin<bf16>(p); }

@@ -109,6 +109,11 @@ impl<'a> Batch<'a> {
         self.labels
     }
 
+    /// The offsets given to [`with_sequences`](Self::with_sequences).
+    pub fn sequences(&self) -> Option<&'a [usize]> {
+        self.sequences
+    }
+
     /// The ranges of tokens within which hard tokens are selected.
     pub(crate) fn scopes(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
         let whole = self.sequences.is_none().then_some(0..self.teacher.tokens());

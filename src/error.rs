@@ -56,14 +56,71 @@ pub enum Error {
     /// The row offsets of the sequences do not partition the tokens.
     #[error("sequence offset {index} is {offset}, but {reason} ({tokens} tokens)")]
     Sequences { index: usize, offset: usize, tokens: usize, reason: &'static str },
-    /// Elements at no possible address.
+    /// No address where elements must be.
+    #[error("{what} have no address, but {elements} elements were announced")]
+    Null { what: &'static str, elements: usize },
+    /// More than the kernels can count.
+    #[error("{what} is {value}, but the CUDA kernels take at most {most}")]
+    TooLarge { what: &'static str, value: usize, most: usize },
+    /// An address that no element can have.
+    #[error("{what} start at {address:#x}, which is no multiple of the element's size {size}")]
+    Unaligned { what: &'static str, address: u64, size: usize },
+    /// The gradient would overwrite what is still to be read. Only exactly over the student's logits is
+    /// safe.
     #[error(
-        "the address of {what} is {address:#x}, but {elements} elements of {size} bytes need one that is not null and a multiple of {size}"
+        "the gradient at {:#x}..{:#x} overlaps {what} at {:#x}..{:#x}; it must lie apart, or exactly over the student's logits",
+        .gradient[0], .gradient[1], .other[0], .other[1]
     )]
-    Address { what: &'static str, address: usize, elements: usize, size: usize },
-    /// A gradient written where something else is read.
-    #[error("{what} at {:#x}..{:#x} overlaps {with} at {:#x}..{:#x}; give it memory of its own, or exactly that of the student's logits", .addresses[0].start, .addresses[0].end, .addresses[1].start, .addresses[1].end)]
-    Overlap { what: &'static str, with: &'static str, addresses: [std::ops::Range<usize>; 2] },
+    Overlap { what: &'static str, gradient: [u64; 2], other: [u64; 2] },
+    /// A workspace made for less.
+    #[error("the call has {needed} {what}, but its workspace was made for {capacity}")]
+    Workspace { what: &'static str, needed: usize, capacity: usize },
+    /// A label that names no token of the vocabulary, met by a kernel. The token was dropped.
+    #[error(
+        "the label of token {token} is out of range: it must be at least 0 and below the vocabulary size {vocab}, or ignore_index {ignore_index}; a kernel met it, and dropped the token"
+    )]
+    DeviceLabel { token: u64, vocab: usize, ignore_index: i64 },
+    /// Row offsets that do not partition the tokens, met by a kernel.
+    #[error(
+        "the row offsets of sequence {sequence} are out of order: offsets must start at 0, never fall, and end at the number of tokens; a kernel met it, and selected no hard tokens there"
+    )]
+    DeviceSequences { sequence: u64 },
+    /// One margin a token, no more and no fewer.
+    #[error("{margins} margins were given for {tokens} tokens")]
+    MarginCount { margins: usize, tokens: usize },
+    /// The CPU selects by the teacher's logits alone.
+    #[error("margins were given, but the CPU selects hard tokens by the teacher's own; give none")]
+    HostMargins,
+    /// An upstream gradient that is no scalar.
+    #[error("the upstream gradient has {actual} elements, but must be a scalar: 1")]
+    Upstream { actual: usize },
+    /// The driver's library is not on this machine.
+    #[error(
+        "no NVIDIA driver was found: the library libcuda is not on this machine, or not where LD_LIBRARY_PATH says"
+    )]
+    NoDriver,
+    /// A device that is not there.
+    #[error("there is no device {ordinal}: the driver has {devices}")]
+    NoDevice { ordinal: usize, devices: usize },
+    /// A device of before Ampere.
+    #[error("the device has compute capability {major}.{minor}, but the kernels need 8.0 or later")]
+    OldDevice { major: i32, minor: i32 },
+    /// A build without kernels.
+    #[error("{hint}")]
+    NoKernels { hint: &'static str },
+    /// Memory, or a stream, of another context than the kernels'.
+    #[error(
+        "{what} belongs to another context (device {actual}) than the kernels (device {expected})"
+    )]
+    OtherContext { what: &'static str, expected: usize, actual: usize },
+    /// A stream that is being captured while cudarc tracks the use of memory with events.
+    #[error(
+        "the stream is being captured into a graph while cudarc tracks the use of memory across streams; call CudaContext::disable_event_tracking before the memory is allocated, or enqueue by address with Workspace::launch"
+    )]
+    TrackedCapture,
+    /// The driver reports an error.
+    #[error("{doing}: the CUDA driver reports error {code}, {message}")]
+    Driver { doing: &'static str, code: u32, message: String },
 }
 
 /// A result with this crate's [`Error`].

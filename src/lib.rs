@@ -57,12 +57,18 @@ pub mod battery;
 #[cfg(feature = "candle")]
 pub mod candle;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+mod launch;
 mod logits;
 mod objective;
 mod output;
-#[cfg(feature = "simt")]
+#[cfg(any(feature = "cuda", feature = "simt"))]
 mod params;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod plan;
 pub mod raw;
 pub mod reference;
 mod row;

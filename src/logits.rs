@@ -328,6 +328,12 @@ impl<'a> LogitsMut<'a> {
         }
     }
 
+    /// All elements, those between the rows included.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn elements_mut(&mut self) -> ElementsMut<'_> {
+        self.elements.reborrow()
+    }
+
     /// The rows, disjoint, in order.
     pub(crate) fn rows(&mut self) -> Vec<ElementsMut<'_>> {
         let (vocab, row_stride, tokens) = (self.vocab, self.row_stride, self.tokens);

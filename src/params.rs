@@ -10,11 +10,46 @@ pub const ATKD_EASY: u32 = 1;
 pub const ATKD_HARD: u32 = 2;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct atkd_summary {
+    pub loss: f64,
+    pub label_fault: u64,
+    pub offset_fault: u64,
+    pub loss_f32: f32,
+    pub valid: u32,
+    pub hard: u32,
+    pub counted_valid: u32,
+    pub counted_hard: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_summary"][::std::mem::size_of::<atkd_summary>() - 48usize];
+    ["Alignment of atkd_summary"][::std::mem::align_of::<atkd_summary>() - 8usize];
+    ["Offset of field: atkd_summary::loss"][::std::mem::offset_of!(atkd_summary, loss) - 0usize];
+    ["Offset of field: atkd_summary::label_fault"]
+        [::std::mem::offset_of!(atkd_summary, label_fault) - 8usize];
+    ["Offset of field: atkd_summary::offset_fault"]
+        [::std::mem::offset_of!(atkd_summary, offset_fault) - 16usize];
+    ["Offset of field: atkd_summary::loss_f32"]
+        [::std::mem::offset_of!(atkd_summary, loss_f32) - 24usize];
+    ["Offset of field: atkd_summary::valid"][::std::mem::offset_of!(atkd_summary, valid) - 28usize];
+    ["Offset of field: atkd_summary::hard"][::std::mem::offset_of!(atkd_summary, hard) - 32usize];
+    ["Offset of field: atkd_summary::counted_valid"]
+        [::std::mem::offset_of!(atkd_summary, counted_valid) - 36usize];
+    ["Offset of field: atkd_summary::counted_hard"]
+        [::std::mem::offset_of!(atkd_summary, counted_hard) - 40usize];
+    ["Offset of field: atkd_summary::reserved"]
+        [::std::mem::offset_of!(atkd_summary, reserved) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct atkd_batch {
     pub teacher: *const ::std::os::raw::c_void,
     pub labels: *const ::std::os::raw::c_void,
     pub targets: *mut i32,
-    pub fault: *mut u64,
+    pub keys: *mut u32,
+    pub modes: *mut u8,
+    pub summary: *mut atkd_summary,
     pub teacher_stride: i64,
     pub ignore_index: i64,
     pub tokens: u32,
@@ -26,52 +61,68 @@ pub struct atkd_batch {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_batch"][::std::mem::size_of::<atkd_batch>() - 72usize];
+    ["Size of atkd_batch"][::std::mem::size_of::<atkd_batch>() - 88usize];
     ["Alignment of atkd_batch"][::std::mem::align_of::<atkd_batch>() - 8usize];
     ["Offset of field: atkd_batch::teacher"][::std::mem::offset_of!(atkd_batch, teacher) - 0usize];
     ["Offset of field: atkd_batch::labels"][::std::mem::offset_of!(atkd_batch, labels) - 8usize];
     ["Offset of field: atkd_batch::targets"][::std::mem::offset_of!(atkd_batch, targets) - 16usize];
-    ["Offset of field: atkd_batch::fault"][::std::mem::offset_of!(atkd_batch, fault) - 24usize];
+    ["Offset of field: atkd_batch::keys"][::std::mem::offset_of!(atkd_batch, keys) - 24usize];
+    ["Offset of field: atkd_batch::modes"][::std::mem::offset_of!(atkd_batch, modes) - 32usize];
+    ["Offset of field: atkd_batch::summary"][::std::mem::offset_of!(atkd_batch, summary) - 40usize];
     ["Offset of field: atkd_batch::teacher_stride"]
-        [::std::mem::offset_of!(atkd_batch, teacher_stride) - 32usize];
+        [::std::mem::offset_of!(atkd_batch, teacher_stride) - 48usize];
     ["Offset of field: atkd_batch::ignore_index"]
-        [::std::mem::offset_of!(atkd_batch, ignore_index) - 40usize];
-    ["Offset of field: atkd_batch::tokens"][::std::mem::offset_of!(atkd_batch, tokens) - 48usize];
-    ["Offset of field: atkd_batch::vocab"][::std::mem::offset_of!(atkd_batch, vocab) - 52usize];
+        [::std::mem::offset_of!(atkd_batch, ignore_index) - 56usize];
+    ["Offset of field: atkd_batch::tokens"][::std::mem::offset_of!(atkd_batch, tokens) - 64usize];
+    ["Offset of field: atkd_batch::vocab"][::std::mem::offset_of!(atkd_batch, vocab) - 68usize];
     ["Offset of field: atkd_batch::label_bytes"]
-        [::std::mem::offset_of!(atkd_batch, label_bytes) - 56usize];
-    ["Offset of field: atkd_batch::target"][::std::mem::offset_of!(atkd_batch, target) - 60usize];
+        [::std::mem::offset_of!(atkd_batch, label_bytes) - 72usize];
+    ["Offset of field: atkd_batch::target"][::std::mem::offset_of!(atkd_batch, target) - 76usize];
     ["Offset of field: atkd_batch::inverse_temperature"]
-        [::std::mem::offset_of!(atkd_batch, inverse_temperature) - 64usize];
+        [::std::mem::offset_of!(atkd_batch, inverse_temperature) - 80usize];
     ["Offset of field: atkd_batch::reserved"]
-        [::std::mem::offset_of!(atkd_batch, reserved) - 68usize];
+        [::std::mem::offset_of!(atkd_batch, reserved) - 84usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_teacher_margin {
     pub batch: atkd_batch,
-    pub keys: *mut u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 80usize];
+    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 88usize];
     ["Alignment of atkd_teacher_margin"][::std::mem::align_of::<atkd_teacher_margin>() - 8usize];
     ["Offset of field: atkd_teacher_margin::batch"]
         [::std::mem::offset_of!(atkd_teacher_margin, batch) - 0usize];
-    ["Offset of field: atkd_teacher_margin::keys"]
-        [::std::mem::offset_of!(atkd_teacher_margin, keys) - 72usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_count_valid {
+    pub batch: atkd_batch,
+    pub valid_mode: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 96usize];
+    ["Alignment of atkd_count_valid"][::std::mem::align_of::<atkd_count_valid>() - 8usize];
+    ["Offset of field: atkd_count_valid::batch"]
+        [::std::mem::offset_of!(atkd_count_valid, batch) - 0usize];
+    ["Offset of field: atkd_count_valid::valid_mode"]
+        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 88usize];
+    ["Offset of field: atkd_count_valid::reserved"]
+        [::std::mem::offset_of!(atkd_count_valid, reserved) - 92usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_select_hard {
     pub batch: atkd_batch,
-    pub keys: *const u32,
+    pub margins: *const f32,
     pub offsets: *const i64,
-    pub modes: *mut u8,
     pub thresholds: *mut u32,
-    pub valid: *mut u32,
-    pub hard: *mut u32,
     pub hard_ratio: f64,
+    pub scopes: u32,
+    pub count: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -79,63 +130,52 @@ const _: () = {
     ["Alignment of atkd_select_hard"][::std::mem::align_of::<atkd_select_hard>() - 8usize];
     ["Offset of field: atkd_select_hard::batch"]
         [::std::mem::offset_of!(atkd_select_hard, batch) - 0usize];
-    ["Offset of field: atkd_select_hard::keys"]
-        [::std::mem::offset_of!(atkd_select_hard, keys) - 72usize];
+    ["Offset of field: atkd_select_hard::margins"]
+        [::std::mem::offset_of!(atkd_select_hard, margins) - 88usize];
     ["Offset of field: atkd_select_hard::offsets"]
-        [::std::mem::offset_of!(atkd_select_hard, offsets) - 80usize];
-    ["Offset of field: atkd_select_hard::modes"]
-        [::std::mem::offset_of!(atkd_select_hard, modes) - 88usize];
+        [::std::mem::offset_of!(atkd_select_hard, offsets) - 96usize];
     ["Offset of field: atkd_select_hard::thresholds"]
-        [::std::mem::offset_of!(atkd_select_hard, thresholds) - 96usize];
-    ["Offset of field: atkd_select_hard::valid"]
-        [::std::mem::offset_of!(atkd_select_hard, valid) - 104usize];
-    ["Offset of field: atkd_select_hard::hard"]
-        [::std::mem::offset_of!(atkd_select_hard, hard) - 112usize];
+        [::std::mem::offset_of!(atkd_select_hard, thresholds) - 104usize];
     ["Offset of field: atkd_select_hard::hard_ratio"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 120usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 112usize];
+    ["Offset of field: atkd_select_hard::scopes"]
+        [::std::mem::offset_of!(atkd_select_hard, scopes) - 120usize];
+    ["Offset of field: atkd_select_hard::count"]
+        [::std::mem::offset_of!(atkd_select_hard, count) - 124usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_coefficient {
-    pub value: f32,
-    pub times_uncertainty: u32,
+    pub value: f64,
+    pub times_uncertainty: u64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_coefficient"][::std::mem::size_of::<atkd_coefficient>() - 8usize];
-    ["Alignment of atkd_coefficient"][::std::mem::align_of::<atkd_coefficient>() - 4usize];
+    ["Size of atkd_coefficient"][::std::mem::size_of::<atkd_coefficient>() - 16usize];
+    ["Alignment of atkd_coefficient"][::std::mem::align_of::<atkd_coefficient>() - 8usize];
     ["Offset of field: atkd_coefficient::value"]
         [::std::mem::offset_of!(atkd_coefficient, value) - 0usize];
     ["Offset of field: atkd_coefficient::times_uncertainty"]
-        [::std::mem::offset_of!(atkd_coefficient, times_uncertainty) - 4usize];
+        [::std::mem::offset_of!(atkd_coefficient, times_uncertainty) - 8usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_objective {
     pub tkd: [atkd_coefficient; 2usize],
     pub dkd: [atkd_coefficient; 2usize],
-    pub ce_weight: f32,
-    pub inverse_temperature: f32,
-    pub scale: f64,
-    pub mean: u32,
-    pub reserved: u32,
+    pub ce_weight: f64,
+    pub inverse_temperature: f64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_objective"][::std::mem::size_of::<atkd_objective>() - 56usize];
+    ["Size of atkd_objective"][::std::mem::size_of::<atkd_objective>() - 80usize];
     ["Alignment of atkd_objective"][::std::mem::align_of::<atkd_objective>() - 8usize];
     ["Offset of field: atkd_objective::tkd"][::std::mem::offset_of!(atkd_objective, tkd) - 0usize];
-    ["Offset of field: atkd_objective::dkd"][::std::mem::offset_of!(atkd_objective, dkd) - 16usize];
+    ["Offset of field: atkd_objective::dkd"][::std::mem::offset_of!(atkd_objective, dkd) - 32usize];
     ["Offset of field: atkd_objective::ce_weight"]
-        [::std::mem::offset_of!(atkd_objective, ce_weight) - 32usize];
+        [::std::mem::offset_of!(atkd_objective, ce_weight) - 64usize];
     ["Offset of field: atkd_objective::inverse_temperature"]
-        [::std::mem::offset_of!(atkd_objective, inverse_temperature) - 36usize];
-    ["Offset of field: atkd_objective::scale"]
-        [::std::mem::offset_of!(atkd_objective, scale) - 40usize];
-    ["Offset of field: atkd_objective::mean"]
-        [::std::mem::offset_of!(atkd_objective, mean) - 48usize];
-    ["Offset of field: atkd_objective::reserved"]
-        [::std::mem::offset_of!(atkd_objective, reserved) - 52usize];
+        [::std::mem::offset_of!(atkd_objective, inverse_temperature) - 72usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -144,77 +184,168 @@ pub struct atkd_row_stream {
     pub objective: atkd_objective,
     pub student: *const ::std::os::raw::c_void,
     pub gradient: *mut ::std::os::raw::c_void,
-    pub modes: *const u8,
-    pub valid: *const u32,
     pub upstream: *const f32,
-    pub margin: *mut f32,
     pub uncertainty: *mut f32,
     pub tkd: *mut f32,
     pub dkd: *mut f32,
     pub loss: *mut f64,
-    pub keys: *mut u32,
     pub student_stride: i64,
     pub gradient_stride: i64,
+    pub scale: f64,
+    pub mean: u32,
+    pub write_keys: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_row_stream"][::std::mem::size_of::<atkd_row_stream>() - 232usize];
+    ["Size of atkd_row_stream"][::std::mem::size_of::<atkd_row_stream>() - 256usize];
     ["Alignment of atkd_row_stream"][::std::mem::align_of::<atkd_row_stream>() - 8usize];
     ["Offset of field: atkd_row_stream::batch"]
         [::std::mem::offset_of!(atkd_row_stream, batch) - 0usize];
     ["Offset of field: atkd_row_stream::objective"]
-        [::std::mem::offset_of!(atkd_row_stream, objective) - 72usize];
+        [::std::mem::offset_of!(atkd_row_stream, objective) - 88usize];
     ["Offset of field: atkd_row_stream::student"]
-        [::std::mem::offset_of!(atkd_row_stream, student) - 128usize];
+        [::std::mem::offset_of!(atkd_row_stream, student) - 168usize];
     ["Offset of field: atkd_row_stream::gradient"]
-        [::std::mem::offset_of!(atkd_row_stream, gradient) - 136usize];
-    ["Offset of field: atkd_row_stream::modes"]
-        [::std::mem::offset_of!(atkd_row_stream, modes) - 144usize];
-    ["Offset of field: atkd_row_stream::valid"]
-        [::std::mem::offset_of!(atkd_row_stream, valid) - 152usize];
+        [::std::mem::offset_of!(atkd_row_stream, gradient) - 176usize];
     ["Offset of field: atkd_row_stream::upstream"]
-        [::std::mem::offset_of!(atkd_row_stream, upstream) - 160usize];
-    ["Offset of field: atkd_row_stream::margin"]
-        [::std::mem::offset_of!(atkd_row_stream, margin) - 168usize];
+        [::std::mem::offset_of!(atkd_row_stream, upstream) - 184usize];
     ["Offset of field: atkd_row_stream::uncertainty"]
-        [::std::mem::offset_of!(atkd_row_stream, uncertainty) - 176usize];
+        [::std::mem::offset_of!(atkd_row_stream, uncertainty) - 192usize];
     ["Offset of field: atkd_row_stream::tkd"]
-        [::std::mem::offset_of!(atkd_row_stream, tkd) - 184usize];
+        [::std::mem::offset_of!(atkd_row_stream, tkd) - 200usize];
     ["Offset of field: atkd_row_stream::dkd"]
-        [::std::mem::offset_of!(atkd_row_stream, dkd) - 192usize];
+        [::std::mem::offset_of!(atkd_row_stream, dkd) - 208usize];
     ["Offset of field: atkd_row_stream::loss"]
-        [::std::mem::offset_of!(atkd_row_stream, loss) - 200usize];
-    ["Offset of field: atkd_row_stream::keys"]
-        [::std::mem::offset_of!(atkd_row_stream, keys) - 208usize];
+        [::std::mem::offset_of!(atkd_row_stream, loss) - 216usize];
     ["Offset of field: atkd_row_stream::student_stride"]
-        [::std::mem::offset_of!(atkd_row_stream, student_stride) - 216usize];
+        [::std::mem::offset_of!(atkd_row_stream, student_stride) - 224usize];
     ["Offset of field: atkd_row_stream::gradient_stride"]
-        [::std::mem::offset_of!(atkd_row_stream, gradient_stride) - 224usize];
+        [::std::mem::offset_of!(atkd_row_stream, gradient_stride) - 232usize];
+    ["Offset of field: atkd_row_stream::scale"]
+        [::std::mem::offset_of!(atkd_row_stream, scale) - 240usize];
+    ["Offset of field: atkd_row_stream::mean"]
+        [::std::mem::offset_of!(atkd_row_stream, mean) - 248usize];
+    ["Offset of field: atkd_row_stream::write_keys"]
+        [::std::mem::offset_of!(atkd_row_stream, write_keys) - 252usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_sum_losses {
+    pub summary: *mut atkd_summary,
     pub token_loss: *const f64,
-    pub valid: *const u32,
-    pub loss: *mut f64,
     pub scale: f64,
     pub tokens: u32,
     pub mean: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_sum_losses"][::std::mem::size_of::<atkd_sum_losses>() - 40usize];
+    ["Size of atkd_sum_losses"][::std::mem::size_of::<atkd_sum_losses>() - 32usize];
     ["Alignment of atkd_sum_losses"][::std::mem::align_of::<atkd_sum_losses>() - 8usize];
+    ["Offset of field: atkd_sum_losses::summary"]
+        [::std::mem::offset_of!(atkd_sum_losses, summary) - 0usize];
     ["Offset of field: atkd_sum_losses::token_loss"]
-        [::std::mem::offset_of!(atkd_sum_losses, token_loss) - 0usize];
-    ["Offset of field: atkd_sum_losses::valid"]
-        [::std::mem::offset_of!(atkd_sum_losses, valid) - 8usize];
-    ["Offset of field: atkd_sum_losses::loss"]
-        [::std::mem::offset_of!(atkd_sum_losses, loss) - 16usize];
+        [::std::mem::offset_of!(atkd_sum_losses, token_loss) - 8usize];
     ["Offset of field: atkd_sum_losses::scale"]
-        [::std::mem::offset_of!(atkd_sum_losses, scale) - 24usize];
+        [::std::mem::offset_of!(atkd_sum_losses, scale) - 16usize];
     ["Offset of field: atkd_sum_losses::tokens"]
-        [::std::mem::offset_of!(atkd_sum_losses, tokens) - 32usize];
+        [::std::mem::offset_of!(atkd_sum_losses, tokens) - 24usize];
     ["Offset of field: atkd_sum_losses::mean"]
-        [::std::mem::offset_of!(atkd_sum_losses, mean) - 36usize];
+        [::std::mem::offset_of!(atkd_sum_losses, mean) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_unfused {
+    pub a: *const ::std::os::raw::c_void,
+    pub b: *const f32,
+    pub row: *const f32,
+    pub out: *mut ::std::os::raw::c_void,
+    pub tokens: u32,
+    pub vocab: u32,
+    pub constant: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_unfused"][::std::mem::size_of::<atkd_unfused>() - 48usize];
+    ["Alignment of atkd_unfused"][::std::mem::align_of::<atkd_unfused>() - 8usize];
+    ["Offset of field: atkd_unfused::a"][::std::mem::offset_of!(atkd_unfused, a) - 0usize];
+    ["Offset of field: atkd_unfused::b"][::std::mem::offset_of!(atkd_unfused, b) - 8usize];
+    ["Offset of field: atkd_unfused::row"][::std::mem::offset_of!(atkd_unfused, row) - 16usize];
+    ["Offset of field: atkd_unfused::out"][::std::mem::offset_of!(atkd_unfused, out) - 24usize];
+    ["Offset of field: atkd_unfused::tokens"]
+        [::std::mem::offset_of!(atkd_unfused, tokens) - 32usize];
+    ["Offset of field: atkd_unfused::vocab"][::std::mem::offset_of!(atkd_unfused, vocab) - 36usize];
+    ["Offset of field: atkd_unfused::constant"]
+        [::std::mem::offset_of!(atkd_unfused, constant) - 40usize];
+    ["Offset of field: atkd_unfused::reserved"]
+        [::std::mem::offset_of!(atkd_unfused, reserved) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_unfused_tokens {
+    pub p: *const f32,
+    pub q: *const f32,
+    pub labels: *const i64,
+    pub modes: *const u8,
+    pub dkd: *const f32,
+    pub d_rest: *const f32,
+    pub mask: *mut f32,
+    pub d_q: *mut f32,
+    pub p_target: *mut f32,
+    pub q_target: *mut f32,
+    pub uncertainty: *mut f32,
+    pub rest: *mut f32,
+    pub factor: *mut f32,
+    pub loss: *mut f64,
+    pub tokens: u32,
+    pub vocab: u32,
+    pub easy: f32,
+    pub hard: f32,
+    pub scale: f32,
+    pub epsilon: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_unfused_tokens"][::std::mem::size_of::<atkd_unfused_tokens>() - 136usize];
+    ["Alignment of atkd_unfused_tokens"][::std::mem::align_of::<atkd_unfused_tokens>() - 8usize];
+    ["Offset of field: atkd_unfused_tokens::p"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, p) - 0usize];
+    ["Offset of field: atkd_unfused_tokens::q"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, q) - 8usize];
+    ["Offset of field: atkd_unfused_tokens::labels"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, labels) - 16usize];
+    ["Offset of field: atkd_unfused_tokens::modes"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, modes) - 24usize];
+    ["Offset of field: atkd_unfused_tokens::dkd"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, dkd) - 32usize];
+    ["Offset of field: atkd_unfused_tokens::d_rest"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, d_rest) - 40usize];
+    ["Offset of field: atkd_unfused_tokens::mask"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, mask) - 48usize];
+    ["Offset of field: atkd_unfused_tokens::d_q"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, d_q) - 56usize];
+    ["Offset of field: atkd_unfused_tokens::p_target"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, p_target) - 64usize];
+    ["Offset of field: atkd_unfused_tokens::q_target"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, q_target) - 72usize];
+    ["Offset of field: atkd_unfused_tokens::uncertainty"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, uncertainty) - 80usize];
+    ["Offset of field: atkd_unfused_tokens::rest"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, rest) - 88usize];
+    ["Offset of field: atkd_unfused_tokens::factor"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, factor) - 96usize];
+    ["Offset of field: atkd_unfused_tokens::loss"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, loss) - 104usize];
+    ["Offset of field: atkd_unfused_tokens::tokens"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, tokens) - 112usize];
+    ["Offset of field: atkd_unfused_tokens::vocab"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, vocab) - 116usize];
+    ["Offset of field: atkd_unfused_tokens::easy"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, easy) - 120usize];
+    ["Offset of field: atkd_unfused_tokens::hard"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, hard) - 124usize];
+    ["Offset of field: atkd_unfused_tokens::scale"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, scale) - 128usize];
+    ["Offset of field: atkd_unfused_tokens::epsilon"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, epsilon) - 132usize];
 };

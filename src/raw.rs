@@ -1,287 +1,298 @@
-//! The CPU loss on raw host pointers, for callers from other languages.
+//! Calls on memory that is known by its address alone, for other languages and frameworks; and the CPU
+//! loss on such a call.
 //!
 //! ```
-//! use atkd::{Dtype, Objective, raw};
+//! use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput};
+//! use atkd::{Dtype, Objective};
 //!
 //! let (teacher, student, labels) = ([2.0_f32, 1.0, 0.0], [1.0_f32, 1.0, 1.0], [0_i64]);
-//! let matrix = |logits: &[f32; 3]| raw::Matrix {
-//!     data: logits.as_ptr().cast_mut().cast(),
+//! let logits = |logits: &[f32; 3]| RawLogits {
+//!     address: logits.as_ptr() as u64,
 //!     dtype: Dtype::F32,
 //!     row_stride: 3,
 //! };
-//! let mut loss = 0.0;
-//! let call = raw::Call {
+//! let call = RawCall {
 //!     tokens: 1,
 //!     vocab: 3,
-//!     teacher: matrix(&teacher),
-//!     student: matrix(&student),
-//!     labels: Some(raw::Labels::I64(labels.as_ptr())),
-//!     sequences: None,
-//!     upstream: std::ptr::null(),
+//!     teacher: logits(&teacher),
+//!     student: logits(&student),
 //!     gradient: None,
-//!     output: raw::Output { loss: &mut loss, ..raw::Output::NONE },
+//!     labels: Some(RawLabels::I64(labels.as_ptr() as u64)),
+//!     sequences: None,
+//!     margins: None,
+//!     upstream: None,
 //! };
-//! // SAFETY: the pointers are to arrays of the shapes given.
-//! unsafe { raw::run(&Objective::default(), &call)? };
+//! let mut loss = 0.0_f32;
+//! let output = RawOutput { loss: Some(&raw mut loss as u64), ..RawOutput::default() };
+//! // SAFETY: the addresses are of arrays of the shapes given.
+//! unsafe { raw::run(&Objective::default(), &call, &output)? };
 //! assert!(loss > 0.0);
 //! # Ok::<(), atkd::Error>(())
 //! ```
-
-use std::ffi::c_void;
-use std::ops::Range;
-use std::ptr::null_mut;
 
 use half::{bf16, f16};
 
 use crate::logits::span;
 use crate::{
-    Batch, Dtype, Elements, ElementsMut, Error, Logits, LogitsMut, Objective, Result, TokenTerms,
-    cpu,
+    Batch, Dtype, Elements, ElementsMut, Error, Logits, LogitsMut, Objective, Result, Target,
+    TokenTerms, cpu,
 };
 
-/// Logits, or a gradient, `[tokens, vocab]` at an address: each row contiguous, rows `row_stride`
-/// elements apart.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Matrix {
-    /// The first element. Never written through for a teacher, nor for a student whose gradient goes
-    /// elsewhere.
-    pub data: *mut c_void,
+/// Logits or a gradient `[tokens, vocab]` at an address, rows `row_stride` elements apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawLogits {
+    /// Of the first element.
+    pub address: u64,
     /// The type of the elements.
     pub dtype: Dtype,
-    /// At least the vocabulary size.
+    /// Elements from row to row.
     pub row_stride: usize,
 }
 
-/// One label a token, at an address.
-#[derive(Clone, Copy, Debug)]
-pub enum Labels {
-    /// 64 bits.
-    I64(*const i64),
-    /// 32 bits.
-    I32(*const i32),
+/// One label a token at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RawLabels {
+    /// 64 bits each.
+    I64(u64),
+    /// 32 bits each.
+    I32(u64),
 }
 
-/// Where the results go; null for one that is not wanted.
-#[derive(Clone, Copy, Debug)]
-pub struct Output {
-    /// One number: the reduced loss.
-    pub loss: *mut f32,
-    /// `[tokens]`: see [`TokenTerms::uncertainty`].
-    pub uncertainty: *mut f32,
-    /// `[tokens]`: see [`TokenTerms::tkd`].
-    pub tkd: *mut f32,
-    /// `[tokens]`: see [`TokenTerms::dkd`].
-    pub dkd: *mut f32,
-    /// `[tokens]`, 1 or 0: see [`TokenTerms::hard`].
-    pub hard: *mut u8,
-}
-
-impl Output {
-    /// Nothing wanted.
-    pub const NONE: Self = Self {
-        loss: null_mut(),
-        uncertainty: null_mut(),
-        tkd: null_mut(),
-        dkd: null_mut(),
-        hard: null_mut(),
-    };
-}
-
-/// All of a call but the objective.
-#[derive(Clone, Copy, Debug)]
-pub struct Call<'a> {
+/// Everything that a call reads, and its gradient, by address. N is `tokens`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawCall {
     /// Rows.
     pub tokens: usize,
     /// Logits in a row.
     pub vocab: usize,
     /// The teacher's logits.
-    pub teacher: Matrix,
+    pub teacher: RawLogits,
     /// The student's logits.
-    pub student: Matrix,
-    /// The labels, if there are any.
-    pub labels: Option<Labels>,
-    /// See [`Batch::with_sequences`].
-    pub sequences: Option<&'a [usize]>,
-    /// One number that the gradient is multiplied by, beside the objective's; null for 1.
-    pub upstream: *const f32,
-    /// Where the gradient goes, if it is wanted: over the student's logits if equal to `student`.
-    pub gradient: Option<Matrix>,
-    /// Where everything else goes.
-    pub output: Output,
+    pub student: RawLogits,
+    /// Where the gradient goes, of the student's dtype or float32; may be the student's logits
+    /// themselves. `None` for the loss alone.
+    pub gradient: Option<RawLogits>,
+    /// `None` for a batch without labels, with [`Target::Teacher`].
+    pub labels: Option<RawLabels>,
+    /// Hard tokens are selected within sequences: the address of their `count + 1` offsets, 64 bits each,
+    /// and `count`.
+    pub sequences: Option<(u64, usize)>,
+    /// The teacher's margins, float32 `[N]`, where they are known from elsewhere: hard tokens are selected
+    /// by these, and the teacher's logits are read once less.
+    pub margins: Option<u64>,
+    /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied.
+    pub upstream: Option<u64>,
 }
 
-// SAFETY: addresses belong to no thread; who touches what they point to is what `run` asks about.
-unsafe impl Send for Call<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for Call<'_> {}
+impl RawCall {
+    /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
+    /// known.
+    pub(crate) fn validate(&self, objective: &Objective) -> Result<()> {
+        if self.labels.is_none() && objective.target() == Target::Label {
+            return Err(Error::NoLabels);
+        }
+        let mut spans = Vec::with_capacity(3);
+        for (what, logits) in [
+            ("the teacher's logits", Some(self.teacher)),
+            ("the student's logits", Some(self.student)),
+            ("the gradient", self.gradient),
+        ] {
+            let Some(RawLogits { address, dtype, row_stride }) = logits else { continue };
+            let elements = crate::logits::span(what, self.tokens, self.vocab, row_stride)?;
+            if elements > isize::MAX as usize / dtype.size() {
+                return Err(Error::Shape {
+                    what,
+                    tokens: self.tokens,
+                    vocab: self.vocab,
+                    row_stride,
+                    reason: "tokens times row stride does not fit into the address space",
+                });
+            }
+            check_address(what, address, dtype.size(), elements)?;
+            spans.push((what, address, address + (elements * dtype.size()) as u64));
+        }
+        let Some(gradient) = self.gradient else { return Ok(()) };
+        if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
+            let (student, actual) = (self.student.dtype, gradient.dtype);
+            return Err(Error::GradientDtype { student, actual });
+        }
+        let (_, start, end) = spans[2];
+        for &(what, other_start, other_end) in &spans[..2] {
+            let in_place = what == "the student's logits" && gradient == self.student;
+            if start < other_end && other_start < end && !in_place {
+                return Err(Error::Overlap {
+                    what,
+                    gradient: [start, end],
+                    other: [other_start, other_end],
+                });
+            }
+        }
+        Ok(())
+    }
+}
 
-/// The loss, on the cores of rayon's current thread pool: forward alone if there is no gradient.
+/// Where the results of a call go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawOutput {
+    /// One float32: the reduced loss.
+    pub loss: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::uncertainty`].
+    pub uncertainty: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::tkd`].
+    pub tkd: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::dkd`].
+    pub dkd: Option<u64>,
+    /// One byte a token: 0 for an ignored one, 1 for an easy one, 2 for a hard one.
+    pub modes: Option<u64>,
+    /// Two 64-bit numbers, all ones where nothing is wrong: the first token whose label is out of range,
+    /// and the first sequence whose offsets are. Only a call on a GPU gets so far; on the CPU it is an
+    /// error.
+    pub faults: Option<u64>,
+}
+
+/// The loss on host memory, by the cores of rayon's current thread pool: forward alone if the call has no
+/// gradient.
 ///
 /// # Errors
-/// As [`cpu::forward_backward`]; and if an address is null or not aligned, or the gradient overlaps
-/// what it is computed from without being the student's logits themselves. Nothing was written then.
+/// As [`cpu::forward_backward`]; and if an address is null or not aligned, or the gradient overlaps what it
+/// is computed from without being the student's logits themselves. Nothing was written then.
 ///
 /// # Safety
-/// Every pointer that is not null is valid for what it is described to hold: logits and gradient for
-/// `(tokens - 1) * row_stride + vocab` elements, all of them initialised. Until the call returns nobody
-/// else writes to any of it, nor reads what is written: gradient and outputs.
-pub unsafe fn run(objective: &Objective, call: &Call) -> Result<()> {
-    let teacher = Place::new("the teacher's logits", call, call.teacher)?;
-    let student = Place::new("the student's logits", call, call.student)?;
-    let gradient = call.gradient.map(|to| Place::new("the gradient", call, to)).transpose()?;
-    let in_place = call.gradient == Some(call.student);
-    if let Some(gradient) = &gradient {
-        gradient.check_apart(&teacher)?;
-        if !in_place {
-            gradient.check_apart(&student)?;
-        }
+/// Every address is of what it is described to be: logits and gradient of `(tokens - 1) * row_stride +
+/// vocab` elements, all of them initialised. Until the call returns nobody else writes to any of it, nor
+/// reads what is written: gradient and outputs.
+pub unsafe fn run(objective: &Objective, call: &RawCall, output: &RawOutput) -> Result<()> {
+    call.validate(objective)?;
+    if call.margins.is_some() {
+        return Err(Error::HostMargins);
     }
     let mut objective = *objective;
-    if !call.upstream.is_null() {
+    if let Some(upstream) = call.upstream {
         // SAFETY: the caller says that it is one number.
-        let upstream = f64::from(unsafe { call.upstream.read() });
-        objective = objective.with_upstream_gradient(upstream * objective.upstream_gradient())?;
+        let upstream = unsafe { slice::<f32>("the upstream gradient", upstream, 1)?[0] };
+        let upstream = f64::from(upstream) * objective.upstream_gradient();
+        objective = objective.with_upstream_gradient(upstream)?;
     }
-
-    // SAFETY: the caller's, for as long as this function runs. What is borrowed mutably overlaps
-    // nothing else: checked above for the logits, and the caller's word for labels and outputs.
-    let output = unsafe {
-        let teacher = teacher.logits(call)?;
+    let offsets;
+    // SAFETY: the caller's, for as long as this function runs. What is borrowed mutably overlaps nothing
+    // else: checked for the logits, and the caller's word for the rest.
+    let result = unsafe {
+        let teacher = call.logits(call.teacher)?;
         let mut batch = match call.labels {
-            Some(Labels::I64(data)) => Batch::new(teacher, slice("labels", data, call.tokens)?)?,
-            Some(Labels::I32(data)) => Batch::new(teacher, slice("labels", data, call.tokens)?)?,
+            Some(RawLabels::I64(at)) => {
+                Batch::new(teacher, slice::<i64>("the labels", at, call.tokens)?)?
+            }
+            Some(RawLabels::I32(at)) => {
+                Batch::new(teacher, slice::<i32>("the labels", at, call.tokens)?)?
+            }
             None => Batch::unlabelled(teacher),
         };
-        if let Some(offsets) = call.sequences {
-            batch = batch.with_sequences(offsets)?;
+        if let Some((at, count)) = call.sequences {
+            let signed = slice::<i64>("the sequences' offsets", at, count + 1)?;
+            // A negative one becomes larger than any number of tokens.
+            offsets = signed.iter().map(|&offset| offset as usize).collect::<Vec<_>>();
+            batch = batch.with_sequences(&offsets)?;
         }
-        match gradient {
-            None => cpu::forward(&objective, &batch, student.logits(call)?)?,
-            Some(gradient) if in_place => {
-                cpu::forward_backward_in_place(&objective, &batch, gradient.logits_mut(call)?)?
+        match call.gradient {
+            None => cpu::forward(&objective, &batch, call.logits(call.student)?)?,
+            Some(gradient) if gradient == call.student => {
+                cpu::forward_backward_in_place(&objective, &batch, call.logits_mut(gradient)?)?
             }
             Some(gradient) => cpu::forward_backward(
                 &objective,
                 &batch,
-                student.logits(call)?,
-                gradient.logits_mut(call)?,
+                call.logits(call.student)?,
+                call.logits_mut(gradient)?,
             )?,
         }
     };
-
-    let to = call.output;
     // SAFETY: the caller says that each has room for one number a token, the loss for one.
     unsafe {
-        if !to.loss.is_null() {
-            to.loss.write(output.loss as f32);
+        if let Some(loss) = output.loss {
+            (loss as *mut f32).write(result.loss as f32);
         }
-        write(to.uncertainty, &output.tokens, |token| token.uncertainty as f32);
-        write(to.tkd, &output.tokens, |token| token.tkd as f32);
-        write(to.dkd, &output.tokens, |token| token.dkd as f32);
-        write(to.hard, &output.tokens, |token| token.hard.into());
+        if let Some(faults) = output.faults {
+            (faults as *mut [u64; 2]).write([u64::MAX; 2]);
+        }
+        write(output.uncertainty, &result.tokens, |token| token.uncertainty as f32);
+        write(output.tkd, &result.tokens, |token| token.tkd as f32);
+        write(output.dkd, &result.tokens, |token| token.dkd as f32);
+        write(output.modes, &result.tokens, |token| u8::from(token.valid) + u8::from(token.hard));
     }
     Ok(())
 }
 
-/// A matrix whose shape and address are possible.
-struct Place {
-    what: &'static str,
-    matrix: Matrix,
-    elements: usize,
-}
-
-impl Place {
-    fn new(what: &'static str, call: &Call, matrix: Matrix) -> Result<Self> {
-        let (tokens, vocab, row_stride) = (call.tokens, call.vocab, matrix.row_stride);
-        let elements = span(what, tokens, vocab, row_stride)?;
-        if elements > isize::MAX as usize / matrix.dtype.size() {
-            let reason = "tokens times row stride does not fit into the address space";
-            return Err(Error::Shape { what, tokens, vocab, row_stride, reason });
-        }
-        check_address(what, matrix.data as usize, matrix.dtype.size(), elements)?;
-        Ok(Self { what, matrix, elements })
-    }
-
-    fn addresses(&self) -> Range<usize> {
-        let start = self.matrix.data as usize;
-        start..start + self.elements * self.matrix.dtype.size()
-    }
-
-    fn check_apart(&self, other: &Self) -> Result<()> {
-        let (a, b) = (self.addresses(), other.addresses());
-        if a.start < b.end && b.start < a.end {
-            return Err(Error::Overlap { what: self.what, with: other.what, addresses: [a, b] });
-        }
-        Ok(())
-    }
-
+impl RawCall {
     /// # Safety
-    /// As [`run`], for `'a`.
-    unsafe fn logits<'a>(&self, call: &Call) -> Result<Logits<'a>> {
-        let data = self.matrix.data;
-        // SAFETY: the caller's; the address was checked.
+    /// As [`run`], for `'a`, of a call that is valid.
+    unsafe fn logits<'a>(&self, logits: RawLogits) -> Result<Logits<'a>> {
+        let RawLogits { address, dtype, row_stride } = logits;
+        let elements = span("logits", self.tokens, self.vocab, row_stride)?;
+        // SAFETY: the caller's.
         let elements: Elements = unsafe {
-            match self.matrix.dtype {
-                Dtype::F32 => slice(self.what, data.cast::<f32>(), self.elements)?.into(),
-                Dtype::F16 => slice(self.what, data.cast::<f16>(), self.elements)?.into(),
-                Dtype::Bf16 => slice(self.what, data.cast::<bf16>(), self.elements)?.into(),
+            match dtype {
+                Dtype::F32 => slice::<f32>("logits", address, elements)?.into(),
+                Dtype::F16 => slice::<f16>("logits", address, elements)?.into(),
+                Dtype::Bf16 => slice::<bf16>("logits", address, elements)?.into(),
             }
         };
-        Logits::strided(elements, call.tokens, call.vocab, self.matrix.row_stride)
+        Logits::strided(elements, self.tokens, self.vocab, row_stride)
     }
 
     /// # Safety
-    /// As [`run`], for `'a`.
-    unsafe fn logits_mut<'a>(&self, call: &Call) -> Result<LogitsMut<'a>> {
+    /// As [`run`], for `'a`, of a call that is valid.
+    unsafe fn logits_mut<'a>(&self, logits: RawLogits) -> Result<LogitsMut<'a>> {
         /// # Safety
-        /// As [`run`], for `'a`.
-        unsafe fn slice_mut<'a, T>(data: *mut c_void, length: usize) -> &'a mut [T] {
+        /// `address` is valid for `length` elements for `'a`.
+        unsafe fn slice_mut<'a, T>(address: u64, length: usize) -> &'a mut [T] {
             if length == 0 {
                 return &mut [];
             }
-            // SAFETY: the caller's; the address was checked.
-            unsafe { std::slice::from_raw_parts_mut(data.cast(), length) }
+            // SAFETY: the caller's.
+            unsafe { std::slice::from_raw_parts_mut(address as *mut T, length) }
         }
-        let data = self.matrix.data;
+        let RawLogits { address, dtype, row_stride } = logits;
+        let elements = span("the gradient", self.tokens, self.vocab, row_stride)?;
         // SAFETY: the caller's.
         let elements: ElementsMut = unsafe {
-            match self.matrix.dtype {
-                Dtype::F32 => slice_mut::<f32>(data, self.elements).into(),
-                Dtype::F16 => slice_mut::<f16>(data, self.elements).into(),
-                Dtype::Bf16 => slice_mut::<bf16>(data, self.elements).into(),
+            match dtype {
+                Dtype::F32 => slice_mut::<f32>(address, elements).into(),
+                Dtype::F16 => slice_mut::<f16>(address, elements).into(),
+                Dtype::Bf16 => slice_mut::<bf16>(address, elements).into(),
             }
         };
-        LogitsMut::strided(elements, call.tokens, call.vocab, self.matrix.row_stride)
+        LogitsMut::strided(elements, self.tokens, self.vocab, row_stride)
     }
 }
 
-fn check_address(what: &'static str, address: usize, size: usize, elements: usize) -> Result<()> {
-    if elements > 0 && (address == 0 || !address.is_multiple_of(size)) {
-        return Err(Error::Address { what, address, elements, size });
+fn check_address(what: &'static str, address: u64, size: usize, elements: usize) -> Result<()> {
+    if elements > 0 && address == 0 {
+        return Err(Error::Null { what, elements });
+    }
+    if !address.is_multiple_of(size as u64) {
+        return Err(Error::Unaligned { what, address, size });
     }
     Ok(())
 }
 
 /// # Safety
-/// `data` is valid for `length` elements for `'a`, unless it is null or not aligned.
-unsafe fn slice<'a, T>(what: &'static str, data: *const T, length: usize) -> Result<&'a [T]> {
-    check_address(what, data as usize, size_of::<T>(), length)?;
+/// `address` is valid for `length` elements for `'a`, unless it is null or not aligned.
+unsafe fn slice<'a, T>(what: &'static str, address: u64, length: usize) -> Result<&'a [T]> {
+    check_address(what, address, size_of::<T>(), length)?;
     if length == 0 {
         return Ok(&[]);
     }
-    // SAFETY: the caller's, and neither null nor unaligned.
-    Ok(unsafe { std::slice::from_raw_parts(data, length) })
+    // SAFETY: the caller's, neither null nor unaligned.
+    Ok(unsafe { std::slice::from_raw_parts(address as *const T, length) })
 }
 
 /// # Safety
-/// `column` is null, or has room for one value a token.
-unsafe fn write<T>(column: *mut T, tokens: &[TokenTerms], value: impl Fn(&TokenTerms) -> T) {
-    if column.is_null() {
-        return;
-    }
+/// `address` is null, or has room for one value a token.
+unsafe fn write<T>(address: Option<u64>, tokens: &[TokenTerms], value: impl Fn(&TokenTerms) -> T) {
+    let Some(address) = address else { return };
     for (i, token) in tokens.iter().enumerate() {
         // SAFETY: inside the column.
-        unsafe { column.add(i).write(value(token)) };
+        unsafe { (address as *mut T).add(i).write(value(token)) };
     }
 }
 
@@ -293,90 +304,96 @@ mod tests {
     const TOKENS: usize = 3;
     const VOCAB: usize = 5;
 
-    fn matrix<T>(data: &[T], dtype: Dtype, row_stride: usize) -> Matrix {
-        Matrix { data: data.as_ptr().cast_mut().cast(), dtype, row_stride }
+    fn at<T>(data: &[T]) -> u64 {
+        data.as_ptr() as u64
     }
 
-    fn call(teacher: &[f32], student: &[f32], labels: &[i64], row_stride: usize) -> Call<'static> {
-        Call {
+    fn logits(data: &[f32], row_stride: usize) -> RawLogits {
+        RawLogits { address: at(data), dtype: Dtype::F32, row_stride }
+    }
+
+    fn call(teacher: &[f32], student: &[f32], labels: &[i64], row_stride: usize) -> RawCall {
+        RawCall {
             tokens: TOKENS,
             vocab: VOCAB,
-            teacher: matrix(teacher, Dtype::F32, row_stride),
-            student: matrix(student, Dtype::F32, row_stride),
-            labels: Some(Labels::I64(labels.as_ptr())),
-            sequences: None,
-            upstream: std::ptr::null(),
+            teacher: logits(teacher, row_stride),
+            student: logits(student, row_stride),
             gradient: None,
-            output: Output::NONE,
+            labels: Some(RawLabels::I64(at(labels))),
+            sequences: None,
+            margins: None,
+            upstream: None,
         }
     }
 
-    fn logits(seed: u64, count: usize) -> Vec<f32> {
+    fn random(seed: u64, count: usize) -> Vec<f32> {
         let mut random = fastrand::Rng::with_seed(seed);
         (0..count).map(|_| 4.0 * random.f32()).collect()
     }
 
     #[test]
     fn same_as_on_slices() -> Result<()> {
-        let (teacher, student, labels) = (logits(1, 15), logits(2, 15), [4_i64, -100, 0]);
+        let (teacher, student, labels) = (random(1, 15), random(2, 15), [4_i64, -100, 0]);
         let objective = Objective::default();
         let mut expected = vec![0_f32; 15];
         let view = |v| Logits::new(v, TOKENS, VOCAB);
-        let batch = Batch::new(view(&teacher)?, &labels)?;
+        let batch = Batch::new(view(&teacher)?, &labels)?.with_sequences(&[0, 1, 3])?;
         let to = LogitsMut::new(&mut expected, TOKENS, VOCAB)?;
         let output = forward_backward(&objective, &batch, view(&student)?, to)?;
 
-        let (mut loss, upstream) = (f32::NAN, 2.0);
-        let (mut terms, mut hard) = ([[f32::NAN; TOKENS]; 3], [9; TOKENS]);
-        let [uncertainty, tkd, dkd] = &mut terms;
+        let mut loss = f32::NAN;
+        let mut terms = [[f32::NAN; TOKENS]; 3];
+        let mut modes = [9_u8; TOKENS];
         let mut gradient = vec![f32::NAN; 15];
-        let call = Call {
-            upstream: &upstream,
-            gradient: Some(Matrix {
-                data: gradient.as_mut_ptr().cast(),
-                ..matrix(&student, Dtype::F32, VOCAB)
+        let to = RawOutput {
+            loss: Some(&raw mut loss as u64),
+            uncertainty: Some(terms[0].as_mut_ptr() as u64),
+            tkd: Some(terms[1].as_mut_ptr() as u64),
+            dkd: Some(terms[2].as_mut_ptr() as u64),
+            modes: Some(modes.as_mut_ptr() as u64),
+            faults: None,
+        };
+        let call = RawCall {
+            gradient: Some(RawLogits {
+                address: gradient.as_mut_ptr() as u64,
+                ..logits(&student, VOCAB)
             }),
-            output: Output {
-                loss: &mut loss,
-                uncertainty: uncertainty.as_mut_ptr(),
-                tkd: tkd.as_mut_ptr(),
-                dkd: dkd.as_mut_ptr(),
-                hard: hard.as_mut_ptr(),
-            },
+            sequences: Some((at(&[0_i64, 1, 3]), 2)),
+            upstream: Some(at(&[2_f32])),
             ..call(&teacher, &student, &labels, VOCAB)
         };
         // SAFETY: all are arrays of the shapes given.
-        unsafe { run(&objective, &call)? };
+        unsafe { run(&objective, &call, &to)? };
         assert_eq!(loss, output.loss as f32);
         assert_eq!(gradient, expected.iter().map(|d| 2.0 * d).collect::<Vec<_>>());
         for (i, token) in output.tokens.iter().enumerate() {
             let expected = [token.uncertainty, token.tkd, token.dkd].map(|term| term as f32);
             assert_eq!(terms.map(|column| column[i]), expected);
-            assert_eq!(hard[i], u8::from(token.hard));
+            assert_eq!((modes[i] > 0, modes[i] == 2), (token.valid, token.hard));
         }
 
         let mut in_place = student.clone();
-        let place = Matrix { data: in_place.as_mut_ptr().cast(), ..call.student };
-        let call = Call { student: place, gradient: Some(place), ..call };
+        let place = RawLogits { address: in_place.as_mut_ptr() as u64, ..call.student };
+        let call = RawCall { student: place, gradient: Some(place), ..call };
         // SAFETY: as before.
-        unsafe { run(&objective, &call)? };
+        unsafe { run(&objective, &call, &to)? };
         assert_eq!(in_place, gradient);
         Ok(())
     }
 
     #[test]
     fn rows_apart_leave_the_gaps_alone() -> Result<()> {
-        let (teacher, mut student, labels) = (logits(1, 19), logits(2, 19), [4_i64, -100, 0]);
+        let (teacher, mut student, labels) = (random(1, 19), random(2, 19), [4_i64, -100, 0]);
         let before = student.clone();
         let place =
-            Matrix { data: student.as_mut_ptr().cast(), ..matrix(&student, Dtype::F32, VOCAB + 2) };
-        let call = Call {
+            RawLogits { address: student.as_mut_ptr() as u64, ..logits(&before, VOCAB + 2) };
+        let call = RawCall {
             student: place,
             gradient: Some(place),
             ..call(&teacher, &before, &labels, VOCAB + 2)
         };
         // SAFETY: 19 elements are two rows at stride 7, and a third of 5.
-        unsafe { run(&Objective::default(), &call)? };
+        unsafe { run(&Objective::default(), &call, &RawOutput::default())? };
         for (i, (now, before)) in student.iter().zip(&before).enumerate() {
             assert_eq!(now == before, i % 7 >= VOCAB, "element {i}: {before} became {now}");
         }
@@ -385,45 +402,47 @@ mod tests {
 
     #[test]
     fn no_tokens_may_have_no_address() -> Result<()> {
-        let nowhere = Matrix { data: null_mut(), dtype: Dtype::F16, row_stride: VOCAB };
+        let nowhere = RawLogits { address: 0, dtype: Dtype::F16, row_stride: VOCAB };
         let mut loss = f32::NAN;
-        let call = Call {
+        let call = RawCall {
             tokens: 0,
             teacher: nowhere,
             student: nowhere,
-            labels: Some(Labels::I32(std::ptr::null())),
+            labels: Some(RawLabels::I32(0)),
             gradient: Some(nowhere),
-            output: Output { loss: &mut loss, ..Output::NONE },
             ..call(&[], &[], &[], VOCAB)
         };
+        let to = RawOutput { loss: Some(&raw mut loss as u64), ..RawOutput::default() };
         // SAFETY: nothing but the loss is touched.
-        unsafe { run(&Objective::default(), &call)? };
+        unsafe { run(&Objective::default(), &call, &to)? };
         assert_eq!(loss, 0.0);
         Ok(())
     }
 
     #[test]
     fn impossible_addresses_are_errors() {
-        let (teacher, student, labels) = (logits(1, 20), logits(2, 20), [0_i64; TOKENS]);
+        let (teacher, student, labels) = (random(1, 20), random(2, 20), [0_i64; TOKENS]);
         let good = call(&teacher, &student, &labels, VOCAB);
-        let at = |matrix: Matrix, data: usize| Matrix { data: data as *mut c_void, ..matrix };
-        let message = |call: Call| {
+        let at = |logits: RawLogits, address| RawLogits { address, ..logits };
+        let fails = |call: RawCall, parts: [&str; 2]| {
             // SAFETY: it fails before it touches anything.
-            unsafe { run(&Objective::default(), &call) }.unwrap_err().to_string()
+            let result = unsafe { run(&Objective::default(), &call, &RawOutput::default()) };
+            let message = result.unwrap_err().to_string();
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}");
         };
-        let null = message(Call { teacher: at(good.teacher, 0), ..good });
-        assert!(null.contains("the teacher's logits") && null.contains("0x0"), "{null}");
-        let odd = good.student.data as usize + 2;
-        let unaligned = message(Call { student: at(good.student, odd), ..good });
-        assert!(unaligned.contains(&format!("{odd:#x}")), "{unaligned}");
-        let labels = message(Call { labels: Some(Labels::I64(std::ptr::null())), ..good });
-        assert!(labels.contains("labels"), "{labels}");
-        let later = at(good.student, good.student.data as usize + 4);
-        let overlap = message(Call { gradient: Some(later), ..good });
-        assert!(overlap.contains("overlaps the student's logits"), "{overlap}");
-        let overlap = message(Call { gradient: Some(good.teacher), ..good });
-        assert!(overlap.contains("overlaps the teacher's logits"), "{overlap}");
-        let huge = message(Call { tokens: usize::MAX / 8, ..good });
-        assert!(huge.contains("address space"), "{huge}");
+        fails(RawCall { teacher: at(good.teacher, 0), ..good }, ["the teacher's logits", "15"]);
+        let odd = good.student.address + 2;
+        fails(
+            RawCall { student: at(good.student, odd), ..good },
+            ["the student's logits", &format!("{odd:#x}")],
+        );
+        fails(RawCall { labels: Some(RawLabels::I64(0)), ..good }, ["the labels", "3"]);
+        fails(RawCall { labels: Some(RawLabels::I64(4)), ..good }, ["the labels", "0x4"]);
+        let later = at(good.student, good.student.address + 4);
+        fails(RawCall { gradient: Some(later), ..good }, ["overlaps", "the student's logits"]);
+        fails(RawCall { gradient: Some(good.teacher), ..good }, ["overlaps", "teacher's"]);
+        fails(RawCall { tokens: usize::MAX / 8, ..good }, ["address space", "vocabulary 5"]);
+        fails(RawCall { labels: None, ..good }, ["no labels", ""]);
+        fails(RawCall { margins: Some(8), ..good }, ["margins", "CPU"]);
     }
 }

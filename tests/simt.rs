@@ -1,9 +1,12 @@
 //! The CUDA kernels, run by the simulator: against float64, whatever the schedule, within their
 //! budgets of memory traffic; and the simulator, against kernels that are wrong.
 
-use atkd::simt::machine::{Buffer, Kernel, Launch, run};
-use atkd::simt::{self, Simulation, Traffic};
-use atkd::{Batch, Logits, LogitsMut, Objective, Target, battery};
+use atkd::plan::LaunchShape;
+use atkd::simt::machine::{Buffer, Kernel, run};
+use atkd::simt::{self, Extra, Simulation, Traffic};
+use atkd::{
+    Batch, Error, Logits, LogitsMut, Objective, Output, Reduction, Target, battery, cpu, reference,
+};
 use half::bf16;
 
 #[test]
@@ -36,32 +39,183 @@ impl Input {
         Self { tokens, vocab, teacher, student, labels }
     }
 
-    fn run(&self, simulation: Simulation, objective: &Objective) -> (f64, Vec<bf16>, Traffic) {
-        let view = |v| Logits::new(v, self.tokens, self.vocab).unwrap();
-        let batch = Batch::new(view(&self.teacher), &self.labels).unwrap();
+    fn view<'a>(&self, logits: &'a [bf16]) -> Logits<'a> {
+        Logits::new(logits, self.tokens, self.vocab).unwrap()
+    }
+
+    fn batch(&self) -> Batch<'_> {
+        Batch::new(self.view(&self.teacher), &self.labels).unwrap()
+    }
+
+    fn run(
+        &self,
+        simulation: Simulation,
+        objective: &Objective,
+        extra: Extra,
+    ) -> (Output, Vec<bf16>, Traffic) {
         let mut gradient = vec![bf16::NAN; self.tokens * self.vocab];
         let mut to = LogitsMut::new(&mut gradient, self.tokens, self.vocab).unwrap();
+        let student = self.view(&self.student);
         let (output, traffic) =
-            simulation.run(objective, &batch, view(&self.student), Some(&mut to)).unwrap();
-        (output.loss, gradient, traffic)
+            simulation.run(objective, &self.batch(), student, Some(&mut to), extra).unwrap();
+        (output, gradient, traffic)
     }
+}
+
+/// As `Simulation::default()`, with its own blocks and clusters.
+fn simulation(block: u32, cluster: u32, seed: u64) -> Simulation {
+    let mut simulation = Simulation { block, cluster, seed, ..Simulation::default() };
+    // No cache to speak of, so that every row long enough is a whole cluster's.
+    simulation.device.l2_bytes = 1;
+    simulation
 }
 
 #[test]
 fn the_schedule_changes_no_bit() {
-    let input = Input::new(5, 1003);
-    for objective in [Objective::default(), Objective::default().with_target(Target::Teacher)] {
-        for block in [32, 96, 256] {
-            let run = |seed| {
-                let (loss, gradient, _) = input.run(Simulation { block, seed }, &objective);
-                (loss.to_bits(), gradient)
-            };
-            let first = run(0);
-            for seed in 1..6 {
-                assert_eq!(run(seed), first, "block {block}, seed {seed}");
+    for (vocab, cluster) in [(1003, 1), (50_257, 4)] {
+        let input = Input::new(3, vocab);
+        for objective in [Objective::default(), Objective::default().with_target(Target::Teacher)] {
+            for block in [32, 96] {
+                let run = |seed| {
+                    let (output, gradient, traffic) =
+                        input.run(simulation(block, cluster, seed), &objective, Extra::default());
+                    assert_eq!(traffic.len(), 4);
+                    (output, gradient)
+                };
+                let first = run(0);
+                for seed in 1..6 {
+                    assert_eq!(run(seed), first, "V = {vocab}, block {block}, seed {seed}");
+                }
             }
         }
     }
+}
+
+/// Blocks and clusters as the plan for an H200 has them.
+#[test]
+fn planned_shapes() {
+    let planned = Simulation { block: 1024, cluster: 8, ..Simulation::default() };
+    let mut input = Input::new(140, 50_257);
+    // Only the first rows count; the plan is for all, of which clusters of 4 hold half a cache.
+    input.labels[3..].fill(-100);
+    let (output, gradient, traffic) = input.run(planned, &Objective::default(), Extra::default());
+    let mut expected = vec![bf16::NAN; input.tokens * input.vocab];
+    let to = LogitsMut::new(&mut expected, input.tokens, input.vocab).unwrap();
+    let student = input.view(&input.student);
+    let by_cpu = cpu::forward_backward(&Objective::default(), &input.batch(), student, to).unwrap();
+    approx::assert_relative_eq!(output.loss, by_cpu.loss, max_relative = 1e-6);
+    assert_eq!(output.summary().hard_tokens, 2);
+    for (i, (&actual, &expected)) in gradient.iter().zip(&expected).enumerate() {
+        let (actual, expected) = (actual.to_f32(), expected.to_f32());
+        assert!(
+            (actual - expected).abs() <= 0.01 * expected.abs() + 1e-9,
+            "{i}: {actual} {expected}"
+        );
+    }
+    let names: Vec<_> = traffic.iter().map(|(name, _)| *name).collect();
+    let rows = "row_stream_bf16_bf16_bf16";
+    assert_eq!(names, ["teacher_margin_bf16", "select_hard", rows, "sum_losses"]);
+    // Each block of a row's cluster reads the row's label.
+    assert_eq!(bytes(&traffic, rows, "labels").0 % (4 * 384 * 8), 0);
+}
+
+/// The gradient over the student's logits is the gradient beside them.
+#[test]
+fn in_place() {
+    for (vocab, cluster) in [(33, 1), (12_301, 2)] {
+        let input = Input::new(4, vocab);
+        let objective = Objective::kl().with_ce_weight(0.5).unwrap();
+        let (output, gradient, _) =
+            input.run(simulation(64, cluster, 3), &objective, Extra::default());
+        let mut student = input.student.clone();
+        let mut view = LogitsMut::new(&mut student, input.tokens, vocab).unwrap();
+        let (in_place, _) = simulation(64, cluster, 4)
+            .run_in_place(&objective, &input.batch(), &mut view, Extra::default())
+            .unwrap();
+        assert_eq!(in_place, output);
+        assert_eq!(student, gradient);
+    }
+}
+
+#[test]
+fn an_upstream_gradient_from_the_device() {
+    let input = Input::new(5, 700);
+    let upstream = Extra { upstream: Some(-2.5), ..Extra::default() };
+    let host = Objective::default().with_upstream_gradient(-2.5).unwrap();
+    let simulation = Simulation::default();
+    let by_device = input.run(simulation, &Objective::default(), upstream);
+    let by_host = input.run(simulation, &host, Extra::default());
+    assert_eq!((by_device.0, by_device.1), (by_host.0, by_host.1));
+}
+
+/// The caller's margins decide which tokens are hard, and the teacher is read once less.
+#[test]
+fn margins_from_the_caller() {
+    let mut input = Input::new(6, 200);
+    input.labels[1] = -100;
+    let margins = [0.0, 9.0, -3.0, 2.0, f32::NAN, 2.0];
+    let extra = Extra { margins: Some(&margins), ..Extra::default() };
+    let objective = Objective::default().with_hard_ratio(0.3).unwrap();
+    let (output, _, traffic) = input.run(Simulation::default(), &objective, extra);
+    let hard: Vec<bool> = output.tokens.iter().map(|token| token.hard).collect();
+    assert_eq!(hard, [false, false, false, true, false, true]);
+    assert_eq!(traffic[0].0, "select_hard");
+    assert_eq!(output.tokens[3].margin, 2.0);
+    assert!(output.tokens[4].margin.is_nan() && output.tokens[4].loss.is_finite());
+    // With the teacher's arg max as target its logits are read all the same.
+    let objective = objective.with_target(Target::Teacher);
+    let (output, _, traffic) = input.run(Simulation::default(), &objective, extra);
+    let hard: Vec<bool> = output.tokens.iter().map(|token| token.hard).collect();
+    assert_eq!(hard, [false, false, false, true, false, true]);
+    assert_eq!(traffic[0].0, "teacher_margin_bf16");
+}
+
+/// On a device nobody looks at the labels beforehand: a kernel does, drops the token, and says so.
+#[test]
+fn labels_out_of_range_are_faults() {
+    let mut input = Input::new(5, 40);
+    let student = input.view(&input.student.clone()).elements().len();
+    assert_eq!(student, 200);
+    for (label, objective) in [
+        (40, Objective::default()),
+        (-1, Objective::kl()),
+        (i64::MAX, Objective::default().with_target(Target::Teacher)),
+        (i64::MIN, Objective::dkd()),
+    ] {
+        input.labels[3] = label;
+        input.labels[4] = label;
+        let mut gradient = vec![bf16::NAN; 200];
+        let mut to = LogitsMut::new(&mut gradient, 5, 40).unwrap();
+        let student = input.view(&input.student);
+        let result = Simulation::default().run(
+            &objective,
+            &input.batch(),
+            student,
+            Some(&mut to),
+            Extra::default(),
+        );
+        let expected = Error::DeviceLabel { token: 3, vocab: 40, ignore_index: -100 };
+        assert_eq!(result.unwrap_err(), expected);
+        assert!(gradient[120..].iter().all(|&g| g == bf16::ZERO), "the tokens are dropped");
+        assert!(gradient[..120].iter().all(|&g| g.is_finite()));
+    }
+}
+
+#[test]
+fn batches_without_a_valid_token() {
+    let mut input = Input::new(3, 50);
+    input.labels.fill(-100);
+    for reduction in [Reduction::Mean, Reduction::Sum, Reduction::Denominator(7.0)] {
+        let objective = Objective::default().with_reduction(reduction).unwrap();
+        let (output, gradient, _) = input.run(Simulation::default(), &objective, Extra::default());
+        assert_eq!(output.loss, 0.0);
+        assert!(gradient.iter().all(|&g| g == bf16::ZERO));
+    }
+    let empty = Input::new(0, 50);
+    assert_eq!(
+        empty.run(Simulation::default(), &Objective::default(), Extra::default()).0.loss,
+        0.0
+    );
 }
 
 /// Bytes that `kernel` read from and wrote to `buffer`.
@@ -71,25 +225,44 @@ fn bytes(traffic: &Traffic, kernel: &str, buffer: &str) -> (u64, u64) {
     (buffer.read, buffer.written)
 }
 
+/// The budget: margins read one volume, rows two volumes twice and write one, selection O(N).
 #[test]
 fn kernels_read_and_write_what_they_should() {
-    let input = Input::new(7, 4096);
-    let volume = (input.tokens * input.vocab * 2) as u64;
-    let simulation = Simulation { block: 128, seed: 1 };
-    let (_, _, traffic) = input.run(simulation, &Objective::default());
-    // Beside the rows themselves, their target once more.
-    let target = 2 * input.tokens as u64;
-    assert_eq!(bytes(&traffic, "teacher_margin", "teacher"), (volume + target, 0));
-    assert_eq!(bytes(&traffic, "row_stream", "teacher"), (2 * volume + target, 0));
-    assert_eq!(bytes(&traffic, "row_stream", "student"), (2 * volume + target, 0));
-    assert_eq!(bytes(&traffic, "row_stream", "gradient"), (0, volume));
-    let (read, written) = bytes(&traffic, "select_hard", "keys");
-    assert_eq!((read, written), (6 * 4 * input.tokens as u64, 0));
-    assert_eq!(bytes(&traffic, "select_hard", "teacher"), (0, 0));
-    // What nothing depends on is not read.
-    let (_, _, traffic) = input.run(simulation, &Objective::kl());
-    assert!(traffic.iter().all(|(kernel, _)| *kernel != "teacher_margin"));
-    assert_eq!(bytes(&traffic, "row_stream", "teacher"), (2 * volume + target, 0));
+    const ROWS: &str = "row_stream_bf16_bf16_bf16";
+    for (vocab, cluster) in [(4096, 1), (16_384, 2)] {
+        let input = Input::new(7, vocab);
+        let volume = (input.tokens * input.vocab * 2) as u64;
+        let simulation = simulation(128, cluster, 1);
+        let traffic = |objective: &Objective| input.run(simulation, objective, Extra::default()).2;
+        let atkd = traffic(&Objective::default());
+        // Beside the rows themselves, their target once more for each block.
+        let target = 2 * input.tokens as u64;
+        let targets = target * u64::from(cluster);
+        assert_eq!(bytes(&atkd, "teacher_margin_bf16", "teacher"), (volume + target, 0));
+        assert_eq!(bytes(&atkd, ROWS, "teacher"), (2 * volume + targets, 0));
+        assert_eq!(bytes(&atkd, ROWS, "student"), (2 * volume + targets, 0));
+        assert_eq!(bytes(&atkd, ROWS, "gradient"), (0, volume));
+        // Four digits, then the modes.
+        let keys = 4 * input.tokens as u64;
+        assert_eq!(bytes(&atkd, "select_hard", "keys"), (5 * keys, 0));
+        for buffer in ["teacher", "student", "gradient", "labels"] {
+            assert_eq!(bytes(&atkd, "select_hard", buffer), (0, 0), "{buffer}");
+        }
+        // What nothing depends on is not read.
+        for objective in [Objective::kl(), Objective::default().with_hard_ratio(1.0).unwrap()] {
+            let kl = traffic(&objective);
+            let names: Vec<_> = kl.iter().map(|(name, _)| *name).collect();
+            assert_eq!(names, ["count_valid", ROWS, "select_hard", "sum_losses"]);
+            assert_eq!(bytes(&kl, "count_valid", "teacher"), (0, 0));
+            assert_eq!(bytes(&kl, ROWS, "teacher"), (2 * volume + targets, 0));
+        }
+        let student = input.view(&input.student);
+        let (_, forward) = simulation
+            .run(&Objective::kl(), &input.batch(), student, None, Extra::default())
+            .unwrap();
+        assert_eq!(bytes(&forward, ROWS, "teacher"), (volume + targets, 0));
+        assert_eq!(bytes(&forward, ROWS, "student"), (volume + targets, 0));
+    }
 }
 
 /// The last row starts at element 2^31: offsets of 32 bits would wrap. The memory between the rows is
@@ -115,7 +288,7 @@ fn rows_beyond_2_31_elements() {
     };
     let batch = Batch::new(view(&teacher), &small.labels).unwrap();
     let objective = Objective::default();
-    for backend in [simt::forward_backward, atkd::cpu::forward_backward] {
+    for backend in [simt::forward_backward, cpu::forward_backward] {
         gradient[(tokens - 1) * stride..].fill(0);
         let elements: &mut [bf16] = gradient.reinterpret_cast_mut();
         let to = LogitsMut::strided(elements, tokens, vocab, stride).unwrap();
@@ -133,10 +306,17 @@ fn rows_beyond_2_31_elements() {
     }
 }
 
-/// Many more tokens than threads, with many equal margins.
+/// Many more tokens than threads, in clusters and alone, with many equal margins.
 #[test]
 fn selection_of_many_tokens() {
-    for (tokens, block) in [(1, 32), (300, 1024), (4096, 256), (20_000, 32)] {
+    for (tokens, block, cluster) in [
+        (1, 32, 8),
+        (300, 1024, 1),
+        (4096, 256, 1),
+        (20_000, 32, 1),
+        (20_000, 64, 8),
+        (33_000, 1024, 8),
+    ] {
         let mut input = Input::new(tokens, 3);
         for z in &mut input.teacher {
             *z = bf16::from_f32(z.to_f32().round());
@@ -144,13 +324,13 @@ fn selection_of_many_tokens() {
         for i in (0..tokens).step_by(17) {
             input.labels[i] = -100;
         }
-        let view = |v| Logits::new(v, tokens, 3).unwrap();
-        let batch = Batch::new(view(&input.teacher), &input.labels).unwrap();
+        let student = input.view(&input.student);
         for ratio in [0.03, 0.5, 0.99] {
             let objective = Objective::default().with_hard_ratio(ratio).unwrap();
-            let simulation = Simulation { block, seed: 5 };
-            let (output, _) =
-                simulation.run(&objective, &batch, view(&input.student), None).unwrap();
+            let simulation = Simulation { block, cluster, seed: 5, ..Simulation::default() };
+            let (output, _) = simulation
+                .run(&objective, &input.batch(), student, None, Extra::default())
+                .unwrap();
             // Of the kernel's own margins, since margins that differ in float64 may not in float32.
             let margin = |i: usize| output.tokens[i].margin;
             let mut order: Vec<usize> = (0..tokens).filter(|i| i % 17 != 0).collect();
@@ -160,6 +340,46 @@ fn selection_of_many_tokens() {
             let hard: Vec<usize> = (0..tokens).filter(|&i| output.tokens[i].hard).collect();
             assert_eq!(hard, order, "{tokens} tokens, hard ratio {ratio}");
         }
+    }
+}
+
+/// Offsets are checked by the kernel as well as on the host, which a device's are not.
+#[test]
+fn sequences() {
+    let input = Input::new(10, 30);
+    let offsets = [0, 0, 3, 3, 10, 10];
+    let batch = input.batch().with_sequences(&offsets).unwrap();
+    let objective = Objective::default().with_hard_ratio(0.4).unwrap();
+    let student = input.view(&input.student);
+    let (output, _) =
+        Simulation::default().run(&objective, &batch, student, None, Extra::default()).unwrap();
+    let hard = |range: std::ops::Range<usize>| {
+        output.tokens[range].iter().filter(|token| token.hard).count()
+    };
+    assert_eq!((hard(0..3), hard(3..10)), (2, 3));
+}
+
+/// The baseline of the benchmarks computes what it is compared with.
+#[test]
+fn the_unfused_kernels_compute_the_same_loss() {
+    let (tokens, vocab) = (9, 50);
+    let mut random = fastrand::Rng::with_seed(2);
+    let mut logits = || -> Vec<f32> { (0..tokens * vocab).map(|_| 3.0 * random.f32()).collect() };
+    let (teacher, student) = (logits(), logits());
+    let labels: Vec<i64> = (0..tokens as i64).map(|i| i * 5).collect();
+    let view = |logits| Logits::new(logits, tokens, vocab).unwrap();
+    let batch = Batch::new(view(&teacher), &labels).unwrap();
+    let mut gradient = vec![f32::NAN; tokens * vocab];
+    let mut to = LogitsMut::new(&mut gradient, tokens, vocab).unwrap();
+    let (loss, kernels) =
+        Simulation::default().run_unfused(&batch, view(&student), &mut to).unwrap();
+    assert!(kernels > 30);
+    let (exact, exact_gradient) =
+        reference::forward_backward(&Objective::default(), &batch, view(&student)).unwrap();
+    // The epsilons, beside probabilities of about 1/50, cost about five digits less than float64.
+    approx::assert_relative_eq!(loss, exact.loss, max_relative = 1e-5);
+    for (&g, exact) in gradient.iter().zip(exact_gradient) {
+        approx::assert_abs_diff_eq!(f64::from(g), exact, epsilon = 1e-7);
     }
 }
 
@@ -179,24 +399,28 @@ unsafe extern "C" {
     fn broken_alignment(parameters: &Broken);
     fn broken_unwritten_shared(parameters: &Broken);
     fn broken_shared_bounds(parameters: &Broken);
+    fn broken_missing_cluster_barrier(parameters: &Broken);
+    fn broken_cluster_barrier(parameters: &Broken);
+    fn broken_remote(parameters: &Broken);
+    fn broken_rank(parameters: &Broken);
 }
 
-/// What two warps of a broken kernel leave behind.
-fn broken(kernel: Kernel<Broken>, seed: u64) -> Result<[u32; 64], String> {
+/// What a block of two warps, or two blocks of one, of a broken kernel leave behind.
+fn broken(kernel: Kernel<Broken>, cluster: u32, seed: u64) -> Result<[u32; 64], String> {
     #[repr(align(16))]
     struct Memory([u32; 64]);
     let mut memory = Memory([0; 64]);
     let parameters = Broken { data: memory.0.as_mut_ptr() };
     let mut buffers = [Buffer::output("data", &mut memory.0)];
-    let launch = Launch { kernel: "broken", grid: 1, block: 64, seed };
+    let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster };
     // SAFETY: the kernel's parameters are these.
-    unsafe { run(launch, kernel, &parameters, &mut buffers)? };
+    unsafe { run("broken", shape, seed, kernel, &parameters, &mut buffers)? };
     Ok(memory.0)
 }
 
 #[track_caller]
-fn caught(kernel: Kernel<Broken>, words: &[&str]) {
-    let message = broken(kernel, 3).expect_err("the mistake must be found");
+fn caught(kernel: Kernel<Broken>, cluster: u32, words: &[&str]) {
+    let message = broken(kernel, cluster, 3).expect_err("the mistake must be found");
     for word in words {
         assert!(message.contains(word), "{word:?} is not in {message:?}");
     }
@@ -204,27 +428,37 @@ fn caught(kernel: Kernel<Broken>, words: &[&str]) {
 
 #[test]
 fn a_missing_barrier_shows_in_the_schedule() {
-    let results: Vec<_> =
-        (0..4).map(|seed| broken(broken_missing_barrier, seed).unwrap()).collect();
-    assert!(results.iter().any(|result| *result != results[0]));
+    for (kernel, cluster) in
+        [(broken_missing_barrier as Kernel<Broken>, 1), (broken_missing_cluster_barrier, 2)]
+    {
+        let results: Vec<_> = (0..4).map(|seed| broken(kernel, cluster, seed).unwrap()).collect();
+        assert!(results.iter().any(|result| *result != results[0]));
+    }
 }
 
 #[test]
 fn barriers_that_threads_never_reach() {
-    caught(broken_divergent_barrier, &["block 0", "deadlock", "32 threads", "line", "ended"]);
-    caught(broken_two_barriers, &["deadlock", "barrier in line"]);
-    caught(broken_shuffle, &["deadlock", "rest of their warp", "2 threads (first 5) have ended"]);
+    caught(broken_divergent_barrier, 1, &["block 0", "deadlock", "32 threads", "line", "ended"]);
+    caught(broken_two_barriers, 1, &["deadlock", "barrier in line"]);
+    caught(broken_cluster_barrier, 2, &["deadlock", "cluster's barrier", "of block 1 have ended"]);
+    caught(
+        broken_shuffle,
+        1,
+        &["deadlock", "rest of their warp", "2 threads (first 5) of block 0 have ended"],
+    );
 }
 
 #[test]
 fn accesses_that_a_gpu_would_punish() {
-    caught(broken_read_outside, &["read of 4 bytes outside", "thread 63", "byte 256 of data"]);
-    caught(broken_write_outside, &["write of 4 bytes outside", "byte -", "of data"]);
-    caught(broken_alignment, &["16 bytes", "no multiple of 16"]);
+    caught(broken_read_outside, 1, &["read of 4 bytes outside", "thread 63", "byte 256 of data"]);
+    caught(broken_write_outside, 1, &["write of 4 bytes outside", "byte -", "of data"]);
+    caught(broken_alignment, 1, &["16 bytes", "no multiple of 16"]);
 }
 
 #[test]
 fn shared_memory_that_nobody_wrote() {
-    caught(broken_unwritten_shared, &["nobody has written", "cells[9]", "thread 9"]);
-    caught(broken_shared_bounds, &["outside an array", "cells["]);
+    caught(broken_unwritten_shared, 1, &["nobody has written", "cells[9]", "thread 9"]);
+    caught(broken_remote, 2, &["block 0 of the cluster, which has ended"]);
+    caught(broken_rank, 2, &["block 2 in a cluster of 2"]);
+    caught(broken_shared_bounds, 1, &["outside an array", "cells["]);
 }

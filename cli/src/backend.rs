@@ -1,11 +1,15 @@
 //! Which code computes.
 
-use anyhow::{Result, bail};
+use std::fmt;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use atkd::cuda::{self, Kernels};
 use atkd::{Batch, Logits, LogitsMut, Objective, Output, battery, cpu, reference, simt};
 use clap::ValueEnum;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Backend {
+pub enum Choice {
     /// The fastest that is here.
     Auto,
     /// An NVIDIA GPU.
@@ -18,49 +22,70 @@ pub enum Backend {
     Reference,
 }
 
-impl Backend {
-    /// What `auto` stands for.
-    pub fn resolve(self) -> Result<Self> {
-        match self {
-            Self::Auto => Ok(Self::Cpu),
-            Self::Cuda => bail!(
-                "the cuda backend is not part of this build: its kernels are written and run with \
-                 --backend simt, but nothing launches them on a GPU yet; use --backend cpu, or --backend \
-                 auto to get the fastest that is here"
-            ),
-            Self::Cpu | Self::Simt | Self::Reference => Ok(self),
-        }
+impl Choice {
+    pub fn backend(self) -> Result<Backend> {
+        Ok(match self {
+            Self::Auto => load().map_or(Backend::Cpu, Backend::Cuda),
+            Self::Cuda => Backend::Cuda(load().context(
+                "the cuda backend cannot be used here (use --backend cpu, or --backend auto to get the \
+                 fastest that is here)",
+            )?),
+            Self::Cpu => Backend::Cpu,
+            Self::Simt => Backend::Simt,
+            Self::Reference => Backend::Reference,
+        })
     }
+}
 
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Cuda => "cuda",
+fn load() -> atkd::Result<Arc<Kernels>> {
+    Kernels::load(&cuda::context(0)?)
+}
+
+pub enum Backend {
+    Cuda(Arc<Kernels>),
+    Cpu,
+    Simt,
+    Reference,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cuda(_) => "cuda",
             Self::Cpu => "cpu",
             Self::Simt => "simt",
             Self::Reference => "reference",
+        })
+    }
+}
+
+impl Backend {
+    pub fn forward(
+        &self,
+        objective: &Objective,
+        batch: &Batch,
+        student: Logits,
+    ) -> atkd::Result<Output> {
+        match self {
+            Self::Cuda(kernels) => kernels.forward(objective, batch, student),
+            Self::Cpu => cpu::forward(objective, batch, student),
+            Self::Simt => simt::forward(objective, batch, student),
+            Self::Reference => reference::forward(objective, batch, student),
         }
     }
 
-    pub fn forward(self, objective: &Objective, batch: &Batch, student: Logits) -> Result<Output> {
-        Ok(match self.resolve()? {
-            Self::Reference => reference::forward(objective, batch, student)?,
-            Self::Simt => simt::forward(objective, batch, student)?,
-            _ => cpu::forward(objective, batch, student)?,
-        })
-    }
-
     pub fn forward_backward(
-        self,
+        &self,
         objective: &Objective,
         batch: &Batch,
         student: Logits,
         gradient: LogitsMut,
     ) -> atkd::Result<Output> {
         match self {
-            Self::Reference => battery::reference_backend(objective, batch, student, gradient),
+            Self::Cuda(kernels) => kernels.forward_backward(objective, batch, student, gradient),
+            Self::Cpu => cpu::forward_backward(objective, batch, student, gradient),
             Self::Simt => simt::forward_backward(objective, batch, student, gradient),
-            _ => cpu::forward_backward(objective, batch, student, gradient),
+            Self::Reference => battery::reference_backend(objective, batch, student, gradient),
         }
     }
 }

@@ -5,7 +5,7 @@ use anyhow::Result;
 use atkd::battery::{self, Check};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::backend::Backend;
+use crate::backend::Choice;
 
 /// Check a backend: every shape, dtype and edge case against float64 and finite differences.
 ///
@@ -15,14 +15,14 @@ use crate::backend::Backend;
 pub struct Args {
     /// What is checked
     #[arg(long, value_enum, default_value = "auto")]
-    backend: Backend,
+    backend: Choice,
     /// List every case, not only the groups
     #[arg(long)]
     verbose: bool,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let backend = args.backend.resolve()?;
+    let backend = args.backend.backend()?;
     let bar = ProgressBar::new(battery::len() as u64)
         .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} cases, {eta} left  {msg}")?);
     let checks = battery::run(
@@ -59,7 +59,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let failed = checks.iter().filter(|check| !check.passed()).count();
     crate::print(&format!(
         "\n{}: {} of {} cases passed",
-        backend.name(),
+        backend,
         checks.len() - failed,
         checks.len()
     ))?;

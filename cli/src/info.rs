@@ -2,24 +2,58 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use atkd::cpu;
+use atkd::cuda::Kernels;
+use atkd::plan::{DeviceProperties, Plan};
+use clap::ValueEnum;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Choice};
 
-/// Backends and devices: what this build can use here, and why not the rest.
+/// Backends and devices: what this build can use here, why not the rest, and how a call is cut up.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Show the plan of a CUDA call with so many logits in a row
+    #[arg(long, default_value_t = 128_256)]
+    vocab: usize,
+    /// Rows of that call
+    #[arg(long, default_value_t = 8192)]
+    tokens: usize,
+    /// Bytes of a teacher's and a student's logit together: 4 for two of half precision
+    #[arg(long, default_value_t = 4)]
+    pair_bytes: usize,
+}
 
-pub fn run(_: &Args) -> Result<ExitCode> {
+/// What plans are shown for where there is no device.
+const H200: DeviceProperties =
+    DeviceProperties { multiprocessors: 132, l2_bytes: 50 << 20, largest_cluster: 8 };
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    for (name, value) in [("--vocab", args.vocab), ("--tokens", args.tokens)] {
+        anyhow::ensure!(
+            (1..=i32::MAX as usize).contains(&value),
+            "{name} is {value}, but must be at least 1 and at most {}",
+            i32::MAX
+        );
+    }
+    anyhow::ensure!(
+        [4, 6, 8].contains(&args.pair_bytes),
+        "--pair-bytes is {}, but two logits take 4, 6 or 8 bytes",
+        args.pair_bytes
+    );
     let mut table = crate::table(&["backend", "usable", "what it is"]);
-    let cpu_line = format!("{} threads, {}", rayon::current_num_threads(), cpu::instruction_set());
-    for backend in [Backend::Cpu, Backend::Reference, Backend::Cuda, Backend::Simt] {
-        let (usable, what) = match backend.resolve() {
-            Err(_) => ("no", "an NVIDIA GPU; nothing in this build launches its kernels".into()),
+    let cuda = Choice::Cuda.backend();
+    for choice in [Choice::Cpu, Choice::Cuda, Choice::Reference, Choice::Simt] {
+        let (usable, what) = match choice.backend() {
+            Err(error) => ("no", error.root_cause().to_string()),
+            Ok(Backend::Cuda(kernels)) => ("yes", describe(&kernels)?),
+            Ok(Backend::Cpu) => (
+                "yes",
+                format!("{} threads, {}", rayon::current_num_threads(), cpu::instruction_set()),
+            ),
             Ok(Backend::Reference) => ("yes", "float64, straight from the definitions".into()),
             Ok(Backend::Simt) => ("yes", "the CUDA kernels, simulated as a test; slow".into()),
-            Ok(_) => ("yes", cpu_line.clone()),
         };
-        table.add_row([backend.name(), usable, &what]);
+        let name = choice.to_possible_value().expect("every choice has a name");
+        table.add_row([name.get_name(), usable, &what]);
     }
     crate::print(&format!(
         "atkd {} on {} {}\n\n{}",
@@ -28,6 +62,53 @@ pub fn run(_: &Args) -> Result<ExitCode> {
         std::env::consts::ARCH,
         table.trim_fmt()
     ))?;
-    crate::print(&format!("\nauto is {}", Backend::Auto.resolve()?.name()))?;
+    crate::print(&format!("\nauto is {}", Choice::Auto.backend()?))?;
+    let built: Vec<String> =
+        Kernels::architectures().map(|number| format!("sm_{number}")).collect();
+    crate::print(&match built.is_empty() {
+        true => "kernels in this build: none".into(),
+        false => format!("kernels in this build: {}, and PTX", built.join(", ")),
+    })?;
+
+    let (device, whose) = match &cuda {
+        Ok(Backend::Cuda(kernels)) => (kernels.device(), "this device"),
+        _ => (H200, "an H200, since there is no device here"),
+    };
+    let plan = Plan::new(&device, args.tokens, args.vocab, args.pair_bytes, 1);
+    let mut table = crate::table(&["kernel", "launch"]);
+    for (kernel, shape) in [
+        ("teacher_margin", plan.margin),
+        ("count_valid", plan.count),
+        ("select_hard", plan.select),
+        ("row_stream", plan.rows),
+        ("sum_losses", plan.sum),
+    ] {
+        table.add_row([kernel, &shape.to_string()]);
+    }
+    crate::print(&format!(
+        "\n{} x {}, {} bytes a pair, on {whose} ({} multiprocessors, L2 cache {:.1} MB):\n\n{}\n\n\
+         row_stream reads each row twice. In clusters of {}, the rows in flight at once are {:.1} MB, which \
+         the second read {} in the L2 cache (half of it is taken as safe).",
+        args.tokens,
+        args.vocab,
+        args.pair_bytes,
+        device.multiprocessors,
+        device.l2_bytes as f64 / 1e6,
+        table.trim_fmt(),
+        plan.rows.cluster,
+        plan.rows_in_flight_bytes as f64 / 1e6,
+        if plan.rows_in_flight_bytes <= device.l2_bytes / 2 {
+            "finds"
+        } else {
+            "does not all find"
+        },
+    ))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn describe(kernels: &Kernels) -> Result<String> {
+    let context = kernels.context();
+    let (major, minor) = context.compute_capability()?;
+    let memory = context.total_mem()? as f64 / 1e9;
+    Ok(format!("{}, compute capability {major}.{minor}, {memory:.0} GB", context.name()?))
 }

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Choice};
 use crate::tensors::{self, Matrix};
 
 /// The loss of a file of logits, and its gradient.
@@ -21,7 +21,7 @@ pub struct Args {
     file: PathBuf,
     /// What computes
     #[arg(long, value_enum, default_value = "auto")]
-    backend: Backend,
+    backend: Choice,
     /// What the student learns
     #[arg(long, value_enum, default_value = "atkd")]
     objective: Name,
@@ -117,7 +117,7 @@ impl Args {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let objective = args.objective()?;
-    let backend = args.backend.resolve()?;
+    let backend = args.backend.backend()?;
     if let Some(path) = &args.grad {
         check_destination(path, &args.file)?;
     }
@@ -155,7 +155,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             output
         }
     };
-    report(args, backend, &output)?;
+    report(args, &backend, &output)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -245,7 +245,7 @@ fn number(value: f64) -> Value {
     }
 }
 
-fn report(args: &Args, backend: Backend, output: &Output) -> Result<()> {
+fn report(args: &Args, backend: &Backend, output: &Output) -> Result<()> {
     let summary = output.summary();
     if args.json {
         let object = json!({
@@ -258,7 +258,7 @@ fn report(args: &Args, backend: Backend, output: &Output) -> Result<()> {
             "mean_uncertainty": number(summary.mean_uncertainty),
             "mean_tkd": number(summary.mean_tkd),
             "mean_dkd": number(summary.mean_dkd),
-            "backend": backend.name(),
+            "backend": backend.to_string(),
         });
         return crate::print(&object.to_string());
     }
@@ -276,7 +276,7 @@ fn report(args: &Args, backend: Backend, output: &Output) -> Result<()> {
         ("mean uncertainty", format!("{:.6}", summary.mean_uncertainty)),
         ("mean TKD", format!("{:.6}", summary.mean_tkd)),
         ("mean DKD", format!("{:.6}", summary.mean_dkd)),
-        ("backend", backend.name().into()),
+        ("backend", backend.to_string()),
     ] {
         table.add_row([name, &value]);
     }

@@ -6,7 +6,7 @@ typedef struct {
 } atkd_broken;
 
 // Reads what another thread writes, without the barrier between.
-ATKD_KERNEL(broken_missing_barrier, atkd_broken) {
+ATKD_KERNEL(broken_missing_barrier, atkd_broken, 64, 1) {
     ATKD_SHARED(uint32_t, cells, 64);
     cells[thread_index()] = 0;
     ATKD_SYNC_BLOCK();
@@ -15,7 +15,7 @@ ATKD_KERNEL(broken_missing_barrier, atkd_broken) {
 }
 
 // Half of the threads never reach the barrier.
-ATKD_KERNEL(broken_divergent_barrier, atkd_broken) {
+ATKD_KERNEL(broken_divergent_barrier, atkd_broken, 64, 1) {
     if (thread_index() < 32) {
         ATKD_SYNC_BLOCK();
     }
@@ -23,7 +23,7 @@ ATKD_KERNEL(broken_divergent_barrier, atkd_broken) {
 }
 
 // Two groups wait at different barriers.
-ATKD_KERNEL(broken_two_barriers, atkd_broken) {
+ATKD_KERNEL(broken_two_barriers, atkd_broken, 64, 1) {
     if (thread_index() < 32) {
         ATKD_SYNC_BLOCK();
     } else {
@@ -33,25 +33,25 @@ ATKD_KERNEL(broken_two_barriers, atkd_broken) {
 }
 
 // A lane leaves before the shuffle that the others wait for it at.
-ATKD_KERNEL(broken_shuffle, atkd_broken) {
+ATKD_KERNEL(broken_shuffle, atkd_broken, 64, 1) {
     if (thread_index() % WARP != 5) {
         store(p.data + thread_index(), shuffle_xor(thread_index(), 1));
     }
 }
 
-ATKD_KERNEL(broken_read_outside, atkd_broken) {
+ATKD_KERNEL(broken_read_outside, atkd_broken, 64, 1) {
     store(p.data + thread_index(), load(p.data + thread_index() + 1));
 }
 
-ATKD_KERNEL(broken_write_outside, atkd_broken) { store(p.data - thread_index(), 1u); }
+ATKD_KERNEL(broken_write_outside, atkd_broken, 64, 1) { store(p.data - thread_index(), 1u); }
 
-ATKD_KERNEL(broken_alignment, atkd_broken) {
+ATKD_KERNEL(broken_alignment, atkd_broken, 64, 1) {
     if (thread_index() == 0) {
         store16(p.data, load16(p.data + 1));
     }
 }
 
-ATKD_KERNEL(broken_unwritten_shared, atkd_broken) {
+ATKD_KERNEL(broken_unwritten_shared, atkd_broken, 64, 1) {
     ATKD_SHARED(uint32_t, cells, 64);
     if (thread_index() != 9) {
         cells[thread_index()] = 1;
@@ -60,8 +60,46 @@ ATKD_KERNEL(broken_unwritten_shared, atkd_broken) {
     store(p.data + thread_index(), uint32_t(cells[thread_index()]));
 }
 
-ATKD_KERNEL(broken_shared_bounds, atkd_broken) {
+ATKD_KERNEL(broken_shared_bounds, atkd_broken, 64, 1) {
     ATKD_SHARED(uint32_t, cells, 32);
     cells[thread_index()] = 1;
     store(p.data + thread_index(), 1u);
+}
+
+// Reads what another block writes, without the cluster's barrier between.
+ATKD_KERNEL(broken_missing_cluster_barrier, atkd_broken, 32, 1) {
+    ATKD_SHARED(uint32_t, cells, 32);
+    cells[thread_index()] = 0;
+    ATKD_SYNC_CLUSTER();
+    cells[thread_index()] = 7;
+    uint32_t other = ATKD_REMOTE(cells, thread_index(), 1 - cluster_rank());
+    ATKD_SYNC_CLUSTER();
+    store(p.data + block_index() * 32 + thread_index(), other);
+}
+
+// One block never reaches the cluster's barrier.
+ATKD_KERNEL(broken_cluster_barrier, atkd_broken, 32, 1) {
+    if (cluster_rank() == 0) {
+        ATKD_SYNC_CLUSTER();
+    }
+    store(p.data + thread_index(), 1u);
+}
+
+// A block ends while another still reads its shared memory.
+ATKD_KERNEL(broken_remote, atkd_broken, 32, 1) {
+    ATKD_SHARED(uint32_t, cells, 32);
+    cells[thread_index()] = thread_index();
+    ATKD_SYNC_CLUSTER();
+    if (cluster_rank() == 1) {
+        for (uint32_t turn = 0; turn < 100; turn++) {
+            ATKD_SYNC_BLOCK();
+        }
+        store(p.data + thread_index(), uint32_t(ATKD_REMOTE(cells, thread_index(), 0)));
+    }
+}
+
+// There are two blocks in the cluster.
+ATKD_KERNEL(broken_rank, atkd_broken, 32, 1) {
+    ATKD_SHARED(uint32_t, cells, 32);
+    store(p.data + thread_index(), uint32_t(ATKD_REMOTE(cells, 0, 2)));
 }

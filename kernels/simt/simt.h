@@ -15,24 +15,29 @@ extern "C" {
 uint32_t simt_thread_index();
 uint32_t simt_block_threads();
 uint32_t simt_block_index();
+uint32_t simt_cluster_blocks();
 void simt_sync_block(uint32_t line);
+void simt_sync_cluster(uint32_t line);
 // Waits for the other lanes of the warp and returns what each of them gave.
 void simt_exchange(uint64_t value, uint64_t *lanes);
 // Before `bytes` at `at` are touched. Does not return if they must not be.
 void simt_access(const void *at, uint64_t bytes, uint64_t alignment, bool write);
-// The block's shared memory for the declaration `slot`, zeroed when the block starts.
-void *simt_shared(uint64_t slot, uint64_t bytes);
+// Shared memory for the declaration `slot` of block `rank` of the cluster, zeroed when the block starts.
+void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 // Ends the launch with an error.
 void simt_fault(const char *what, const char *name, uint64_t index);
 }
 
 #define ATKD_DEVICE inline
-#define ATKD_KERNEL(name, params) extern "C" void name(const params &p)
+#define ATKD_KERNEL(name, params, threads, blocks) extern "C" void name(const params &p)
 #define ATKD_UNROLL
+#define ATKD_NO_UNROLL
 #define ATKD_SYNC_BLOCK() simt_sync_block(__LINE__)
+#define ATKD_SYNC_CLUSTER() simt_sync_cluster(__LINE__)
+#define ATKD_REMOTE(array, index, rank) (array).remote(index, rank)
 #define ATKD_ADD_SHARED(array, index, value) (array).add(index, value)
 #define ATKD_SHARED(type, name, count)                                                                        \
-    SharedArray<type, count> name(simt_shared(__LINE__, sizeof(SharedArray<type, count>::Cells)), #name)
+    SharedArray<type, count> name(__COUNTER__, cluster_rank(), #name)
 
 // An array in shared memory. An element that nobody has written cannot be read.
 template <class T, uint32_t N> class SharedArray {
@@ -62,7 +67,10 @@ template <class T, uint32_t N> class SharedArray {
         uint32_t index_;
     };
 
-    SharedArray(void *cells, const char *name) : cells_(static_cast<Cells *>(cells)), name_(name) {}
+    SharedArray(uint64_t slot, uint32_t rank, const char *name)
+        : cells_(static_cast<Cells *>(simt_shared(slot, sizeof(Cells), rank))), slot_(slot), name_(name) {}
+
+    T remote(uint32_t index, uint32_t rank) const { return SharedArray(slot_, rank, name_)[index]; }
 
     Element operator[](uint32_t index) const {
         if (index >= N) {
@@ -78,6 +86,7 @@ template <class T, uint32_t N> class SharedArray {
 
   private:
     Cells *cells_;
+    uint64_t slot_;
     const char *name_;
 };
 
@@ -91,13 +100,27 @@ struct bf16 {
 ATKD_DEVICE uint32_t thread_index() { return simt_thread_index(); }
 ATKD_DEVICE uint32_t block_threads() { return simt_block_threads(); }
 ATKD_DEVICE uint32_t block_index() { return simt_block_index(); }
+ATKD_DEVICE uint32_t cluster_blocks() { return simt_cluster_blocks(); }
+ATKD_DEVICE uint32_t cluster_rank() { return simt_block_index() % simt_cluster_blocks(); }
 
-template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
+template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
     uint64_t bits = 0, lanes[32];
     std::memcpy(&bits, &value, sizeof value);
     simt_exchange(bits, lanes);
-    std::memcpy(&value, &lanes[(simt_thread_index() % 32) ^ mask], sizeof value);
+    std::memcpy(&value, &lanes[lane % 32], sizeof value);
     return value;
+}
+template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
+    return shuffle_from(value, simt_thread_index() % 32 ^ mask);
+}
+ATKD_DEVICE uint32_t warp_match(uint32_t value) {
+    uint64_t lanes[32];
+    simt_exchange(value, lanes);
+    uint32_t same = 0;
+    for (uint32_t lane = 0; lane < 32; lane++) {
+        same |= static_cast<uint32_t>(lanes[lane] == value) << lane;
+    }
+    return same;
 }
 ATKD_DEVICE uint32_t warp_ballot(bool vote) {
     uint64_t lanes[32];
@@ -110,7 +133,13 @@ ATKD_DEVICE uint32_t warp_ballot(bool vote) {
 }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
 
-ATKD_DEVICE float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+// As wrong as a GPU's may be: by up to 2^-22, up or down at the argument's whim.
+ATKD_DEVICE float exp2_fast(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    double error = double(int32_t(bits * 2654435761u)) / 2147483648.0 / 4194304.0;
+    return x < -126.0f ? 0.0f : static_cast<float>(std::exp2(double(x)) * (1.0 + error));
+}
 
 template <class T> ATKD_DEVICE T load(const T *at) {
     simt_access(at, sizeof(T), alignof(T), false);

@@ -8,6 +8,8 @@ use std::ops::Range;
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
+use crate::plan::LaunchShape;
+
 const WARP: usize = 32;
 
 /// A kernel with its parameter block: the entry that `kernels/simt` compiles.
@@ -16,9 +18,9 @@ pub type Kernel<P> = unsafe extern "C" fn(&P);
 /// Memory that a kernel may touch, and how much of it it did.
 #[derive(Clone, Debug)]
 pub struct Buffer {
-    name: &'static str,
-    addresses: Range<usize>,
-    writable: bool,
+    pub(super) name: &'static str,
+    pub(super) addresses: Range<usize>,
+    pub(super) writable: bool,
     /// Bytes read.
     pub read: u64,
     /// Bytes written.
@@ -38,52 +40,53 @@ impl Buffer {
         Self { writable: true, ..Self::input(name, memory) }
     }
 
-    pub(super) fn allow_writing(&mut self) {
-        self.writable = true;
-    }
-
     /// What it was called.
     pub fn name(&self) -> &'static str {
         self.name
     }
 }
 
-/// How a kernel is launched.
-#[derive(Clone, Copy, Debug)]
-pub struct Launch {
-    /// For messages.
-    pub kernel: &'static str,
-    /// Blocks.
-    pub grid: u32,
-    /// Threads a block, whole warps.
-    pub block: u32,
-    /// Of the order in which blocks and threads take turns.
-    pub seed: u64,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum State {
     Ready,
-    /// At the block's barrier in this line.
-    Barrier(u32),
+    /// At its block's barrier in this line.
+    Block(u32),
+    /// At its cluster's barrier in this line.
+    Cluster(u32),
     /// At a warp operation.
     Exchange,
     Done,
 }
 
-/// What the callbacks from C++ work on. One a launch, on the stack of [`run`].
+/// The cluster that is running, and what the callbacks from C++ work on. Threads are numbered through
+/// all blocks of the cluster.
 struct Machine<'a> {
-    launch: Launch,
-    block: u32,
+    kernel: &'static str,
+    shape: LaunchShape,
+    /// The cluster's first.
+    first_block: u32,
     thread: usize,
     states: Vec<State>,
     yielders: Vec<*const Yielder<(), ()>>,
     given: Vec<u64>,
     /// What the lanes of each warp gave last time.
     exchanged: Vec<[u64; WARP]>,
-    shared: HashMap<u64, Box<[u64]>>,
+    /// By block of the cluster and declaration.
+    shared: HashMap<(u32, u64), Box<[u64]>>,
     buffers: &'a mut [Buffer],
     fault: Option<String>,
+}
+
+impl Machine<'_> {
+    fn block_of(&self, thread: usize) -> u32 {
+        self.first_block + thread as u32 / self.shape.block
+    }
+
+    /// The threads of a block, by its rank in the cluster.
+    fn threads_of(&self, rank: u32) -> Range<usize> {
+        let block = self.shape.block as usize;
+        rank as usize * block..(rank as usize + 1) * block
+    }
 }
 
 thread_local! {
@@ -114,8 +117,9 @@ fn fault(what: String) -> ! {
     // SAFETY: see `machine`.
     unsafe {
         let machine = machine();
-        let Launch { kernel, .. } = machine.launch;
-        let (block, thread) = (machine.block, machine.thread);
+        let (block, thread) =
+            (machine.block_of(machine.thread), machine.thread as u32 % machine.shape.block);
+        let kernel = machine.kernel;
         machine.fault.get_or_insert(format!("{kernel}, block {block}, thread {thread}: {what}"));
     }
     loop {
@@ -126,22 +130,32 @@ fn fault(what: String) -> ! {
 #[unsafe(no_mangle)]
 extern "C" fn simt_thread_index() -> u32 {
     // SAFETY: see `machine`; so below.
-    unsafe { machine().thread as u32 }
+    unsafe { machine().thread as u32 % machine().shape.block }
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn simt_block_threads() -> u32 {
-    unsafe { machine().launch.block }
+    unsafe { machine().shape.block }
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn simt_block_index() -> u32 {
-    unsafe { machine().block }
+    unsafe { machine().block_of(machine().thread) }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_cluster_blocks() -> u32 {
+    unsafe { machine().shape.cluster }
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn simt_sync_block(line: u32) {
-    wait(State::Barrier(line));
+    wait(State::Block(line));
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_sync_cluster(line: u32) {
+    wait(State::Cluster(line));
 }
 
 #[unsafe(no_mangle)]
@@ -184,10 +198,16 @@ extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: 
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn simt_shared(slot: u64, bytes: u64) -> *mut c_void {
+extern "C" fn simt_shared(slot: u64, bytes: u64, rank: u32) -> *mut c_void {
     let machine = unsafe { machine() };
+    if rank >= machine.shape.cluster {
+        fault(format!("shared memory of block {rank} in a cluster of {}", machine.shape.cluster));
+    }
+    if machine.states[machine.threads_of(rank)].iter().all(|&state| state == State::Done) {
+        fault(format!("shared memory of block {rank} of the cluster, which has ended"));
+    }
     let words = (bytes as usize).div_ceil(8);
-    machine.shared.entry(slot).or_insert_with(|| vec![0; words].into()).as_mut_ptr().cast()
+    machine.shared.entry((rank, slot)).or_insert_with(|| vec![0; words].into()).as_mut_ptr().cast()
 }
 
 #[unsafe(no_mangle)]
@@ -198,7 +218,8 @@ unsafe extern "C" fn simt_fault(what: *const c_char, name: *const c_char, index:
 }
 
 /// Runs every block of a launch. `buffers` is all the global memory that the kernel may touch, and
-/// comes back with what was read and written.
+/// comes back with what was read and written; `seed` is of the order in which blocks and threads take
+/// turns.
 ///
 /// # Errors
 /// What the kernel did wrong, with kernel, block and thread.
@@ -206,24 +227,29 @@ unsafe extern "C" fn simt_fault(what: *const c_char, name: *const c_char, index:
 /// # Safety
 /// The kernel takes a `P`, and the buffers are as large as they say.
 pub unsafe fn run<P: 'static>(
-    launch: Launch,
-    kernel: Kernel<P>,
+    kernel: &'static str,
+    shape: LaunchShape,
+    seed: u64,
+    entry: Kernel<P>,
     parameters: &P,
     buffers: &mut [Buffer],
 ) -> Result<(), String> {
-    let threads = launch.block as usize;
-    assert!(threads > 0 && threads.is_multiple_of(WARP), "{threads} threads are no whole warps");
-    let mut random = fastrand::Rng::with_seed(launch.seed);
+    let LaunchShape { grid, block, cluster } = shape;
+    assert!(block > 0 && block.is_multiple_of(WARP as u32), "{block} threads are no whole warps");
+    assert!(grid.is_multiple_of(cluster), "{grid} blocks are no whole clusters of {cluster}");
+    let threads = (block * cluster) as usize;
+    let mut random = fastrand::Rng::with_seed(seed);
     let mut stacks: Vec<DefaultStack> = Vec::new();
     for _ in 0..threads {
         stacks.push(DefaultStack::new(64 << 10).map_err(|error| format!("no stack: {error}"))?);
     }
-    let mut blocks: Vec<u32> = (0..launch.grid).collect();
-    random.shuffle(&mut blocks);
-    for block in blocks {
+    let mut clusters: Vec<u32> = (0..grid / cluster).collect();
+    random.shuffle(&mut clusters);
+    for index in clusters {
         let mut machine = Machine {
-            launch,
-            block,
+            kernel,
+            shape,
+            first_block: index * cluster,
             thread: 0,
             states: vec![State::Ready; threads],
             yielders: vec![std::ptr::null(); threads],
@@ -245,7 +271,7 @@ pub unsafe fn run<P: 'static>(
                     // SAFETY: see `machine`. The caller vouches for the kernel.
                     unsafe {
                         self::machine().yielders[thread] = yielder;
-                        kernel(&*parameters);
+                        entry(&*parameters);
                     }
                 })
             })
@@ -273,62 +299,79 @@ fn schedule(
     // SAFETY of each `(*machine)`: it outlives this call, and no coroutine runs meanwhile.
     let threads = unsafe { &*machine }.states.len();
     let mut ready: Vec<usize> = (0..threads).collect();
-    loop {
-        while !ready.is_empty() {
-            let thread = ready.swap_remove(random.usize(..ready.len()));
-            unsafe { (*machine).thread = thread };
-            let ended = resume(thread);
-            let machine = unsafe { &mut *machine };
-            if let Some(fault) = machine.fault.take() {
-                return Err(fault);
-            }
-            if ended {
-                machine.states[thread] = State::Done;
-            }
-            // A warp goes on as soon as all its lanes have met.
-            let warp = thread / WARP;
-            let lanes = warp * WARP..(warp + 1) * WARP;
-            if machine.states[lanes.clone()].iter().all(|&state| state == State::Exchange) {
+    // Threads that wait at a barrier, of each block and of the cluster.
+    let mut waiting = vec![0; unsafe { &*machine }.shape.cluster as usize];
+    let mut waiting_for_cluster = 0;
+    while !ready.is_empty() {
+        let thread = ready.swap_remove(random.usize(..ready.len()));
+        unsafe { (*machine).thread = thread };
+        let ended = resume(thread);
+        let machine = unsafe { &mut *machine };
+        if let Some(fault) = machine.fault.take() {
+            return Err(fault);
+        }
+        if ended {
+            machine.states[thread] = State::Done;
+        }
+        // Who waits goes on as soon as all have met that wait together.
+        let rank = thread / machine.shape.block as usize;
+        let (met, count) = match machine.states[thread] {
+            State::Exchange => {
+                let warp = thread / WARP;
+                let lanes = warp * WARP..(warp + 1) * WARP;
+                if machine.states[lanes.clone()].iter().any(|&state| state != State::Exchange) {
+                    continue;
+                }
                 machine.exchanged[warp].copy_from_slice(&machine.given[lanes.clone()]);
                 machine.states[lanes.clone()].fill(State::Ready);
                 ready.extend(lanes);
+                continue;
             }
+            State::Block(_) => (machine.threads_of(rank as u32), &mut waiting[rank]),
+            State::Cluster(_) => (0..threads, &mut waiting_for_cluster),
+            State::Done => continue,
+            State::Ready => unreachable!("a thread stops to wait or to end"),
+        };
+        *count += 1;
+        if *count == met.len() {
+            let state = machine.states[thread];
+            if machine.states[met.clone()].iter().any(|&other| other != state) {
+                break;
+            }
+            *count = 0;
+            machine.states[met.clone()].fill(State::Ready);
+            ready.extend(met);
         }
-        let machine = unsafe { &mut *machine };
-        if machine.states.iter().all(|&state| state == State::Done) {
-            return Ok(());
-        }
-        let first = machine.states[0];
-        if matches!(first, State::Barrier(_)) && machine.states.iter().all(|&state| state == first)
-        {
-            machine.states.fill(State::Ready);
-            ready.extend(0..threads);
-            continue;
-        }
-        return Err(deadlock(machine));
+    }
+    let machine = unsafe { &*machine };
+    if machine.states.iter().all(|&state| state == State::Done) {
+        Ok(())
+    } else {
+        Err(deadlock(machine))
     }
 }
 
 fn deadlock(machine: &Machine) -> String {
-    let mut groups: Vec<(State, Vec<usize>)> = Vec::new();
+    let mut groups: Vec<(u32, State, Vec<u32>)> = Vec::new();
     for (thread, &state) in machine.states.iter().enumerate() {
-        match groups.iter_mut().find(|(other, _)| *other == state) {
-            Some((_, threads)) => threads.push(thread),
-            None => groups.push((state, vec![thread])),
+        let (block, thread) = (machine.block_of(thread), thread as u32 % machine.shape.block);
+        match groups.iter_mut().find(|(b, other, _)| *b == block && *other == state) {
+            Some((_, _, threads)) => threads.push(thread),
+            None => groups.push((block, state, vec![thread])),
         }
     }
     let groups: Vec<String> = groups
         .iter()
-        .map(|(state, threads)| {
+        .map(|(block, state, threads)| {
             let what = match state {
-                State::Barrier(line) => format!("wait at the barrier in line {line}"),
+                State::Block(line) => format!("wait at the barrier in line {line}"),
+                State::Cluster(line) => format!("wait at the cluster's barrier in line {line}"),
                 State::Exchange => "wait for the rest of their warp".into(),
                 State::Done => "have ended".into(),
                 State::Ready => "are ready".into(),
             };
-            format!("{} threads (first {}) {what}", threads.len(), threads[0])
+            format!("{} threads (first {}) of block {block} {what}", threads.len(), threads[0])
         })
         .collect();
-    let Launch { kernel, .. } = machine.launch;
-    format!("{kernel}, block {}: deadlock: {}", machine.block, groups.join(", "))
+    format!("{}: deadlock: {}", machine.kernel, groups.join(", "))
 }

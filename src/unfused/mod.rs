@@ -2,6 +2,9 @@
 //! the usual 1e-8 in every logarithm, and the backward steps of each in turn. For benchmarks only:
 //! [`cpu`](crate::cpu) is what it is compared with.
 
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub(crate) mod device;
+
 use half::bf16;
 use rayon::prelude::*;
 

@@ -1,0 +1,14 @@
+// How many tokens are valid, where no token's loss depends on which are hard.
+#include "batch.cuh"
+
+ATKD_KERNEL(count_valid, atkd_count_valid, 256, 6) {
+    uint32_t token = block_index() * block_threads() + thread_index();
+    bool valid = token < p.batch.tokens && target_of(p.batch, token) != IGNORED_TARGET;
+    if (token < p.batch.tokens) {
+        store(p.batch.modes + token, static_cast<uint8_t>(valid ? p.valid_mode : ATKD_IGNORED));
+    }
+    uint32_t votes = warp_ballot(valid);
+    if (thread_index() % WARP == 0 && votes != 0) {
+        add_atomic(&p.batch.summary->counted_valid, count_bits(votes));
+    }
+}

@@ -1,0 +1,136 @@
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
+
+use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, Workspace, driver};
+use crate::{Batch, Elements, ElementsMut, Labels, Logits, LogitsMut, Objective, Output, Result};
+
+/// A copy on the device of logits of any dtype.
+enum Copy {
+    F32(CudaSlice<f32>),
+    F16(CudaSlice<half::f16>),
+    Bf16(CudaSlice<half::bf16>),
+}
+
+fn upload<T: DeviceRepr>(stream: &Arc<CudaStream>, slice: &[T]) -> Result<CudaSlice<T>> {
+    stream.clone_htod(slice).map_err(driver("copying to the device"))
+}
+
+impl Copy {
+    fn new(stream: &Arc<CudaStream>, elements: Elements) -> Result<Self> {
+        Ok(match elements {
+            Elements::F32(slice) => Self::F32(upload(stream, slice)?),
+            Elements::F16(slice) => Self::F16(upload(stream, slice)?),
+            Elements::Bf16(slice) => Self::Bf16(upload(stream, slice)?),
+        })
+    }
+
+    fn logits(&self, like: Logits) -> Result<DeviceLogits<'_>> {
+        let (tokens, vocab, row_stride) = (like.tokens(), like.vocab(), like.row_stride());
+        match self {
+            Self::F32(slice) => DeviceLogits::strided(slice, tokens, vocab, row_stride),
+            Self::F16(slice) => DeviceLogits::strided(slice, tokens, vocab, row_stride),
+            Self::Bf16(slice) => DeviceLogits::strided(slice, tokens, vocab, row_stride),
+        }
+    }
+
+    fn logits_mut(&mut self, like: Logits) -> Result<DeviceLogitsMut<'_>> {
+        let (tokens, vocab, row_stride) = (like.tokens(), like.vocab(), like.row_stride());
+        match self {
+            Self::F32(slice) => DeviceLogitsMut::strided(slice, tokens, vocab, row_stride),
+            Self::F16(slice) => DeviceLogitsMut::strided(slice, tokens, vocab, row_stride),
+            Self::Bf16(slice) => DeviceLogitsMut::strided(slice, tokens, vocab, row_stride),
+        }
+    }
+
+    fn download(&self, stream: &Arc<CudaStream>, to: ElementsMut) -> Result<()> {
+        match (self, to) {
+            (Self::F32(from), ElementsMut::F32(to)) => stream.memcpy_dtoh(from, to),
+            (Self::F16(from), ElementsMut::F16(to)) => stream.memcpy_dtoh(from, to),
+            (Self::Bf16(from), ElementsMut::Bf16(to)) => stream.memcpy_dtoh(from, to),
+            _ => unreachable!("the copy has the dtype of what it was copied from"),
+        }
+        .map_err(driver("copying from the device"))
+    }
+}
+
+impl Kernels {
+    /// As [`cpu::forward`](crate::cpu::forward), from and to host memory: everything is copied to the
+    /// device and back, for checks and small jobs.
+    ///
+    /// # Errors
+    /// As [`cpu::forward`](crate::cpu::forward), or if the driver reports an error.
+    pub fn forward(
+        self: &Arc<Self>,
+        objective: &Objective,
+        batch: &Batch,
+        student: Logits,
+    ) -> Result<Output> {
+        self.call(objective, batch, student, None)
+    }
+
+    /// As [`cpu::forward_backward`](crate::cpu::forward_backward); see [`forward`](Self::forward).
+    ///
+    /// # Errors
+    /// As [`cpu::forward_backward`](crate::cpu::forward_backward), or if the driver reports an error.
+    pub fn forward_backward(
+        self: &Arc<Self>,
+        objective: &Objective,
+        batch: &Batch,
+        student: Logits,
+        gradient: LogitsMut,
+    ) -> Result<Output> {
+        self.call(objective, batch, student, Some(gradient))
+    }
+
+    fn call(
+        self: &Arc<Self>,
+        objective: &Objective,
+        batch: &Batch,
+        student: Logits,
+        gradient: Option<LogitsMut>,
+    ) -> Result<Output> {
+        // Here an error can name the label.
+        batch.valid_labels(objective)?;
+        let stream = &self.context().default_stream();
+        let teacher = Copy::new(stream, batch.teacher().elements())?;
+        let teacher = teacher.logits(batch.teacher())?;
+        let (labels_i64, labels_i32);
+        let device_batch = match batch.labels() {
+            None => DeviceBatch::unlabelled(teacher),
+            Some(Labels::I64(labels)) => {
+                labels_i64 = upload(stream, labels)?;
+                DeviceBatch::new(teacher, DeviceLabels::from(&labels_i64))?
+            }
+            Some(Labels::I32(labels)) => {
+                labels_i32 = upload(stream, labels)?;
+                DeviceBatch::new(teacher, DeviceLabels::from(&labels_i32))?
+            }
+        };
+        let offsets;
+        let device_batch = match batch.sequences() {
+            None => device_batch,
+            Some(sequences) => {
+                let sequences: Vec<i64> = sequences.iter().map(|&offset| offset as i64).collect();
+                offsets = upload(stream, &sequences)?;
+                device_batch.with_sequences(offsets.as_view())?
+            }
+        };
+        let sequences = batch.sequences().map_or(0, <[usize]>::len);
+        let capacity = batch.teacher().tokens().max(sequences);
+        let mut workspace = Workspace::new(self, stream, capacity)?;
+        let student_copy = Copy::new(stream, student.elements())?;
+        let student = student_copy.logits(student)?;
+        match gradient {
+            None => workspace.forward(stream, objective, &device_batch, &student)?,
+            Some(mut gradient) => {
+                // What lies between the rows comes back as it went.
+                let mut copy = Copy::new(stream, gradient.as_logits().elements())?;
+                let to = copy.logits_mut(gradient.as_logits())?;
+                workspace.forward_backward(stream, objective, &device_batch, &student, to, None)?;
+                copy.download(stream, gradient.elements_mut())?;
+            }
+        }
+        workspace.read(stream)
+    }
+}

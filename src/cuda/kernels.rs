@@ -1,0 +1,110 @@
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream};
+use cudarc::nvrtc::Ptx;
+
+use super::driver;
+use crate::launch::{KERNELS, Launch};
+use crate::plan::DeviceProperties;
+use crate::{Error, Result};
+
+/// Machine code for several architectures, and PTX; empty if there was no nvcc.
+const FAT_BINARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/atkd.fatbin"));
+
+/// The kernels, loaded into a context.
+#[derive(Debug)]
+pub struct Kernels {
+    context: Arc<CudaContext>,
+    functions: HashMap<&'static str, CudaFunction>,
+    device: DeviceProperties,
+}
+
+impl Kernels {
+    /// The architectures whose machine code is in this build, as in `80` for sm_80; none if it was built
+    /// without nvcc.
+    pub fn architectures() -> impl Iterator<Item = &'static str> {
+        let listed = if FAT_BINARY.is_empty() { "" } else { env!("ATKD_ARCHITECTURES") };
+        listed.split_whitespace()
+    }
+
+    /// Loads the kernels; takes tens of milliseconds, once a context.
+    ///
+    /// # Errors
+    /// If this build has no kernels, or none that run on the device.
+    pub fn load(context: &Arc<CudaContext>) -> Result<Arc<Self>> {
+        if FAT_BINARY.is_empty() {
+            return Err(Error::NoKernels { hint: env!("ATKD_NO_KERNELS") });
+        }
+        let attribute =
+            |attribute| context.attribute(attribute).map_err(driver("asking the device"));
+        let capability = (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        if capability < (8, 0) {
+            return Err(Error::OldDevice { major: capability.0, minor: capability.1 });
+        }
+        let device = DeviceProperties {
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+            largest_cluster: if capability >= (9, 0) { 8 } else { 1 },
+        };
+        let module = context
+            .load_module(Ptx::from_binary(FAT_BINARY.to_vec()))
+            .map_err(driver("loading the kernels"))?;
+        let functions = KERNELS
+            .iter()
+            .map(|name| {
+                Ok((*name, module.load_function(name).map_err(driver("finding a kernel"))?))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Arc::new(Self { context: context.clone(), functions, device }))
+    }
+
+    /// The context that they were loaded into.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// What plans are made for.
+    pub fn device(&self) -> DeviceProperties {
+        self.device
+    }
+
+    /// # Safety
+    /// The addresses in the launch's parameters are of device memory of the sizes that go with them,
+    /// which stays until the stream is done with it.
+    pub(super) unsafe fn launch(&self, stream: &CudaStream, launch: &Launch) -> Result<()> {
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: [0; 4],
+            // SAFETY: a union of plain numbers.
+            value: unsafe { std::mem::zeroed() },
+        };
+        attribute.value.clusterDim.x = launch.shape.cluster;
+        attribute.value.clusterDim.y = 1;
+        attribute.value.clusterDim.z = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.shape.grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: launch.shape.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(launch.shape.cluster > 1),
+        };
+        let mut parameters = [launch.parameters.as_ptr().cast_mut()];
+        let parameters: *mut *mut c_void = parameters.as_mut_ptr();
+        let function = self.functions[launch.kernel].cu_function();
+        // SAFETY: the driver copies the parameter block before it returns; the kernel takes this one.
+        unsafe { sys::cuLaunchKernelEx(&config, function, parameters, std::ptr::null_mut()) }
+            .result()
+            .map_err(driver("launching a kernel"))
+    }
+}

@@ -1,0 +1,81 @@
+//! The fused loss on NVIDIA GPUs, from compute capability 8.0.
+//!
+//! Device memory in, device memory out, on the caller's stream: a call launches four or five kernels and
+//! returns. It allocates nothing and waits for nothing, so it can be captured in a CUDA graph. What it
+//! needs beside its arguments, 33 bytes a token, is a [`Workspace`], made once.
+//!
+//! ```no_run
+//! use atkd::cuda::{self, DeviceBatch, DeviceLogits, DeviceLogitsMut, Kernels, Workspace};
+//! use atkd::Objective;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let context = cuda::context(0)?;
+//! let stream = context.default_stream();
+//! let kernels = Kernels::load(&context)?;
+//! let (tokens, vocab) = (4096, 128_256);
+//! let mut workspace = Workspace::new(&kernels, &stream, tokens)?;
+//!
+//! let teacher = stream.alloc_zeros::<half::bf16>(tokens * vocab)?;
+//! let mut student = stream.alloc_zeros::<half::bf16>(tokens * vocab)?;
+//! let labels = stream.alloc_zeros::<i64>(tokens)?;
+//! let batch = DeviceBatch::new(DeviceLogits::new(&teacher, tokens, vocab)?, &labels)?;
+//! let student = DeviceLogitsMut::new(&mut student, tokens, vocab)?;
+//! // The gradient replaces the student's logits; a device scalar may scale it.
+//! workspace.forward_backward_in_place(&stream, &Objective::default(), &batch, student, None)?;
+//! println!("loss {}", workspace.read_loss(&stream)?);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The driver is found at run time, so one binary runs with and without a GPU. The kernels are part of
+//! the binary if there was an nvcc when it was built; [`Kernels::load`] says so if not.
+//!
+//! Labels are on the device, where no error can be returned: a kernel that meets one outside the
+//! vocabulary drops its token and notes it in the workspace, and the next
+//! [`read`](Workspace::read) or [`read_loss`](Workspace::read_loss) returns it as an error.
+
+mod host;
+mod kernels;
+mod raw;
+mod tensor;
+pub mod unfused;
+mod workspace;
+
+use std::sync::Arc;
+
+pub use cudarc;
+use cudarc::driver::{CudaContext, DriverError};
+
+pub use crate::launch::{RawCall, RawLabels, RawLogits};
+use crate::{Error, Result};
+pub use kernels::Kernels;
+pub use tensor::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut};
+pub use workspace::Workspace;
+
+/// The primary context of a device.
+///
+/// # Errors
+/// If there is no driver, or no such device.
+pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
+    // SAFETY: looks whether the driver's library can be loaded.
+    if !unsafe { cudarc::driver::sys::is_culib_present() } {
+        return Err(Error::NoDriver);
+    }
+    let devices = CudaContext::device_count().map_err(driver("counting the devices"))? as usize;
+    if ordinal >= devices {
+        return Err(Error::NoDevice { ordinal, devices });
+    }
+    CudaContext::new(ordinal).map_err(driver("opening the device"))
+}
+
+/// An error of the driver, with what was tried.
+fn driver(doing: &'static str) -> impl Fn(DriverError) -> Error {
+    move |error| Error::Driver {
+        doing,
+        code: error.0 as u32,
+        message: error.error_string().map_or_else(
+            |_| format!("{:?}", error.0),
+            |message| message.to_string_lossy().into_owned(),
+        ),
+    }
+}

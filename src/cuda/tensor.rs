@@ -1,0 +1,283 @@
+use cudarc::driver::{
+    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut,
+    DeviceSlice, SyncOnDrop,
+};
+use half::{bf16, f16};
+
+use crate::launch::{RawLabels, RawLogits};
+use crate::logits::span;
+use crate::{Dtype, Error, Result};
+
+macro_rules! elements {
+    ($(#[$doc:meta])* $name:ident, $view:ident, $slice:ident: $($kind:tt)+) => {
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub enum $name<'a> {
+            /// float32
+            F32($view<'a, f32>),
+            /// float16
+            F16($view<'a, f16>),
+            /// bfloat16
+            Bf16($view<'a, bf16>),
+        }
+
+        impl $name<'_> {
+            fn dtype(&self) -> Dtype {
+                match self {
+                    Self::F32(_) => Dtype::F32,
+                    Self::F16(_) => Dtype::F16,
+                    Self::Bf16(_) => Dtype::Bf16,
+                }
+            }
+
+            fn len(&self) -> usize {
+                match self {
+                    Self::F32(view) => view.len(),
+                    Self::F16(view) => view.len(),
+                    Self::Bf16(view) => view.len(),
+                }
+            }
+
+            fn context(&self) -> &CudaContext {
+                match self {
+                    Self::F32(view) => view.stream().context(),
+                    Self::F16(view) => view.stream().context(),
+                    Self::Bf16(view) => view.stream().context(),
+                }
+            }
+        }
+
+        elements!(@from $name, $view, $slice, [$($kind)+], f32 => F32, f16 => F16, bf16 => Bf16);
+    };
+    (@from $name:ident, $view:ident, $slice:ident, $kind:tt, $($element:ty => $variant:ident),+) => {
+        $(
+            impl<'a> From<$view<'a, $element>> for $name<'a> {
+                fn from(view: $view<'a, $element>) -> Self {
+                    Self::$variant(view)
+                }
+            }
+            elements!(@slice $name, $slice, $kind, $element, $variant);
+        )+
+    };
+    (@slice $name:ident, $slice:ident, [&], $element:ty, $variant:ident) => {
+        impl<'a> From<&'a $slice<$element>> for $name<'a> {
+            fn from(slice: &'a $slice<$element>) -> Self {
+                Self::$variant(slice.as_view())
+            }
+        }
+    };
+    (@slice $name:ident, $slice:ident, [&mut], $element:ty, $variant:ident) => {
+        impl<'a> From<&'a mut $slice<$element>> for $name<'a> {
+            fn from(slice: &'a mut $slice<$element>) -> Self {
+                Self::$variant(slice.as_view_mut())
+            }
+        }
+    };
+}
+
+elements!(
+    /// Logits on the device, of one of three dtypes.
+    DeviceElements, CudaView, CudaSlice: &
+);
+elements!(
+    /// Logits on the device that may be written.
+    DeviceElementsMut, CudaViewMut, CudaSlice: &mut
+);
+
+/// That the elements hold the rows: exactly without gaps, at least with.
+fn check(
+    what: &'static str,
+    actual: usize,
+    [tokens, vocab]: [usize; 2],
+    row_stride: usize,
+    exactly: bool,
+) -> Result<()> {
+    let expected = span(what, tokens, vocab, row_stride)?;
+    if actual < expected || (exactly && actual != expected) {
+        return Err(Error::Length { what, expected, tokens, vocab, row_stride, actual });
+    }
+    Ok(())
+}
+
+macro_rules! logits {
+    ($(#[$doc:meta])* $name:ident, $elements:ident) => {
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name<'a> {
+            pub(super) elements: $elements<'a>,
+            pub(super) shape: [usize; 2],
+            row_stride: usize,
+        }
+
+        impl<'a> $name<'a> {
+            /// Contiguous `[tokens, vocab]`.
+            ///
+            /// # Errors
+            /// If there are not exactly `tokens * vocab` elements, or `vocab` is 0.
+            pub fn new(elements: impl Into<$elements<'a>>, tokens: usize, vocab: usize) -> Result<Self> {
+                let elements = elements.into();
+                check("logits", elements.len(), [tokens, vocab], vocab, true)?;
+                Ok(Self { elements, shape: [tokens, vocab], row_stride: vocab })
+            }
+
+            /// Rows `row_stride` elements apart; what lies between them is not touched.
+            ///
+            /// # Errors
+            /// If `row_stride < vocab`, `vocab` is 0, or the elements end before the last row does.
+            pub fn strided(
+                elements: impl Into<$elements<'a>>,
+                tokens: usize,
+                vocab: usize,
+                row_stride: usize,
+            ) -> Result<Self> {
+                let elements = elements.into();
+                check("logits", elements.len(), [tokens, vocab], row_stride, false)?;
+                Ok(Self { elements, shape: [tokens, vocab], row_stride })
+            }
+
+            pub(super) fn context(&self) -> &CudaContext {
+                self.elements.context()
+            }
+        }
+    };
+}
+
+logits!(
+    /// Logits `[tokens, vocab]` on the device, each row contiguous, rows `row_stride` elements apart.
+    DeviceLogits, DeviceElements
+);
+logits!(
+    /// Mutable logits, or a gradient, `[tokens, vocab]` on the device: see [`DeviceLogits`].
+    DeviceLogitsMut, DeviceElementsMut
+);
+
+impl DeviceLogits<'_> {
+    /// The address for work on `stream`, and what must outlive the launches.
+    pub(super) fn raw<'a>(&'a self, stream: &'a CudaStream) -> (RawLogits, SyncOnDrop<'a>) {
+        let (address, guard) = match &self.elements {
+            DeviceElements::F32(view) => view.device_ptr(stream),
+            DeviceElements::F16(view) => view.device_ptr(stream),
+            DeviceElements::Bf16(view) => view.device_ptr(stream),
+        };
+        (RawLogits { address, dtype: self.elements.dtype(), row_stride: self.row_stride }, guard)
+    }
+}
+
+impl DeviceLogitsMut<'_> {
+    /// See [`DeviceLogits::raw`].
+    pub(super) fn raw<'a>(&'a mut self, stream: &'a CudaStream) -> (RawLogits, SyncOnDrop<'a>) {
+        let (dtype, row_stride) = (self.elements.dtype(), self.row_stride);
+        let (address, guard) = match &mut self.elements {
+            DeviceElementsMut::F32(view) => view.device_ptr_mut(stream),
+            DeviceElementsMut::F16(view) => view.device_ptr_mut(stream),
+            DeviceElementsMut::Bf16(view) => view.device_ptr_mut(stream),
+        };
+        (RawLogits { address, dtype, row_stride }, guard)
+    }
+}
+
+/// One label a token, on the device.
+#[derive(Debug)]
+pub enum DeviceLabels<'a> {
+    /// 64 bits, as PyTorch has them.
+    I64(CudaView<'a, i64>),
+    /// 32 bits.
+    I32(CudaView<'a, i32>),
+}
+
+impl<'a> From<&'a CudaSlice<i64>> for DeviceLabels<'a> {
+    fn from(slice: &'a CudaSlice<i64>) -> Self {
+        Self::I64(slice.as_view())
+    }
+}
+
+impl<'a> From<&'a CudaSlice<i32>> for DeviceLabels<'a> {
+    fn from(slice: &'a CudaSlice<i32>) -> Self {
+        Self::I32(slice.as_view())
+    }
+}
+
+impl DeviceLabels<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::I64(view) => view.len(),
+            Self::I32(view) => view.len(),
+        }
+    }
+
+    pub(super) fn context(&self) -> &CudaContext {
+        match self {
+            Self::I64(view) => view.stream().context(),
+            Self::I32(view) => view.stream().context(),
+        }
+    }
+
+    pub(super) fn raw<'a>(&'a self, stream: &'a CudaStream) -> (RawLabels, SyncOnDrop<'a>) {
+        match self {
+            Self::I64(view) => {
+                let (address, guard) = view.device_ptr(stream);
+                (RawLabels::I64(address), guard)
+            }
+            Self::I32(view) => {
+                let (address, guard) = view.device_ptr(stream);
+                (RawLabels::I32(address), guard)
+            }
+        }
+    }
+}
+
+/// A batch of tokens on the device: see [`Batch`](crate::Batch).
+#[derive(Debug)]
+pub struct DeviceBatch<'a> {
+    pub(super) teacher: DeviceLogits<'a>,
+    pub(super) labels: Option<DeviceLabels<'a>>,
+    pub(super) sequences: Option<CudaView<'a, i64>>,
+    pub(super) margins: Option<CudaView<'a, f32>>,
+}
+
+impl<'a> DeviceBatch<'a> {
+    /// # Errors
+    /// If there is not one label a token.
+    pub fn new(teacher: DeviceLogits<'a>, labels: impl Into<DeviceLabels<'a>>) -> Result<Self> {
+        let labels = labels.into();
+        let [tokens, _] = teacher.shape;
+        if labels.len() != tokens {
+            return Err(Error::LabelCount { labels: labels.len(), tokens });
+        }
+        Ok(Self { labels: Some(labels), ..Self::unlabelled(teacher) })
+    }
+
+    /// A batch without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
+    pub fn unlabelled(teacher: DeviceLogits<'a>) -> Self {
+        Self { teacher, labels: None, sequences: None, margins: None }
+    }
+
+    /// Selects hard tokens within each sequence instead of the whole batch. Sequence `i` is tokens
+    /// `offsets[i]..offsets[i + 1]`; the first offset is 0, the last the number of tokens. They are on the
+    /// device, where a kernel checks them.
+    ///
+    /// # Errors
+    /// If there is no offset at all.
+    pub fn with_sequences(mut self, offsets: CudaView<'a, i64>) -> Result<Self> {
+        if offsets.is_empty() {
+            let ([tokens, _], reason) = (self.teacher.shape, "there must be at least one");
+            return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
+        }
+        self.sequences = Some(offsets);
+        Ok(self)
+    }
+
+    /// Selects hard tokens by these margins, the log-odds against the target: the teacher's from an earlier
+    /// pass, say. The teacher's logits are then read once less.
+    ///
+    /// # Errors
+    /// If there is not one margin a token.
+    pub fn with_margins(mut self, margins: CudaView<'a, f32>) -> Result<Self> {
+        let [tokens, _] = self.teacher.shape;
+        if margins.len() != tokens {
+            return Err(Error::MarginCount { margins: margins.len(), tokens });
+        }
+        self.margins = Some(margins);
+        Ok(self)
+    }
+}

@@ -1,0 +1,54 @@
+//! The unfused baseline of the benchmarks on the device: see [`unfused`](crate::unfused).
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+
+use super::{Kernels, RawCall, driver};
+use crate::Result;
+use crate::unfused::device::{Memory, launches};
+
+/// Memory for the unfused loss: eight float32 tensors `[tokens, vocab]`.
+#[derive(Debug)]
+pub struct Unfused {
+    kernels: Arc<Kernels>,
+    memory: CudaSlice<u8>,
+}
+
+impl Unfused {
+    /// # Errors
+    /// If the device has not so much memory.
+    pub fn new(
+        kernels: &Arc<Kernels>,
+        stream: &Arc<CudaStream>,
+        tokens: usize,
+        vocab: usize,
+    ) -> Result<Self> {
+        let memory = stream
+            .alloc_zeros(Memory { tokens, vocab }.bytes())
+            .map_err(driver("allocating the unfused loss's tensors"))?;
+        Ok(Self { kernels: kernels.clone(), memory })
+    }
+
+    /// Enqueues the paper's ATKD and its gradient, step by step. Returns how many kernels that were.
+    ///
+    /// # Errors
+    /// As [`Workspace::launch`](super::Workspace::launch).
+    ///
+    /// # Panics
+    /// If there is no gradient, or labels are not 64 bits.
+    ///
+    /// # Safety
+    /// As [`Workspace::launch`](super::Workspace::launch), with rows that are contiguous, and labels that
+    /// are all valid.
+    pub unsafe fn launch(&mut self, stream: &Arc<CudaStream>, call: &RawCall) -> Result<usize> {
+        self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
+        let (address, _guard) = self.memory.device_ptr(stream);
+        let launches = launches(call, &self.kernels.device(), address)?;
+        for launch in &launches {
+            // SAFETY: the caller vouches for the call's addresses, the layout for this memory's.
+            unsafe { self.kernels.launch(stream, launch)? };
+        }
+        Ok(launches.len())
+    }
+}

@@ -1,0 +1,357 @@
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceSlice,
+};
+
+use super::{DeviceBatch, DeviceLogits, DeviceLogitsMut, Kernels, driver};
+use crate::launch::{Layout, RawCall, RawLogits, check_faults, launches, read_summary};
+use crate::params::atkd_summary;
+use crate::plan::Plan;
+use crate::{Error, Objective, Output, Result};
+
+/// What a call computes on its way and leaves behind: the loss, every token's terms, its mode. 33 bytes a
+/// token, on the device; made once, used by one call after another.
+#[derive(Debug)]
+pub struct Workspace {
+    kernels: Arc<Kernels>,
+    memory: CudaSlice<u8>,
+    layout: Layout,
+    /// What the last call was about.
+    last: Option<Last>,
+    /// Before the first kernel of the last call, and after each.
+    clock: Option<Vec<(&'static str, CudaEvent)>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Last {
+    objective: Objective,
+    tokens: usize,
+    vocab: usize,
+}
+
+impl Workspace {
+    /// Room for calls of up to `capacity` tokens, in up to as many sequences.
+    ///
+    /// # Errors
+    /// If the device has not so much memory.
+    pub fn new(kernels: &Arc<Kernels>, stream: &Arc<CudaStream>, capacity: usize) -> Result<Self> {
+        if capacity > i32::MAX as usize {
+            let most = i32::MAX as usize;
+            return Err(Error::TooLarge {
+                what: "the workspace's capacity",
+                value: capacity,
+                most,
+            });
+        }
+        same_context("the stream", kernels.context(), stream.context())?;
+        let layout = Layout { capacity };
+        let mut memory =
+            stream.alloc_zeros(layout.bytes()).map_err(driver("allocating a workspace"))?;
+        write_summary(stream, &mut memory)?;
+        Ok(Self { kernels: kernels.clone(), memory, layout, last: None, clock: None })
+    }
+
+    /// The kernels that it works with.
+    pub fn kernels(&self) -> &Arc<Kernels> {
+        &self.kernels
+    }
+
+    /// How many tokens a call may have.
+    pub fn capacity(&self) -> usize {
+        self.layout.capacity
+    }
+
+    /// Enqueues the loss and each token's terms.
+    ///
+    /// # Errors
+    /// If shapes, contexts or capacity do not fit, or the driver refuses.
+    pub fn forward(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        batch: &DeviceBatch,
+        student: &DeviceLogits,
+    ) -> Result<()> {
+        check_shape(batch, "the student's logits", student.shape)?;
+        self.check_context("the student's logits", student.context())?;
+        let (student, _guard) = student.raw(stream);
+        self.enqueue(stream, objective, batch, student, None, None)
+    }
+
+    /// Enqueues the loss, each token's terms and the gradient with respect to the student's logits.
+    ///
+    /// `gradient` is of the student's dtype, each element rounded once from float32, or float32. Rows of
+    /// ignored tokens become 0. `upstream`, one float32 on the device, multiplies the gradient beside the
+    /// objective's own upstream gradient.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), or if the gradient's dtype is neither.
+    pub fn forward_backward(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        batch: &DeviceBatch,
+        student: &DeviceLogits,
+        mut gradient: DeviceLogitsMut,
+        upstream: Option<&CudaView<f32>>,
+    ) -> Result<()> {
+        check_shape(batch, "the student's logits", student.shape)?;
+        check_shape(batch, "the gradient", gradient.shape)?;
+        self.check_context("the student's logits", student.context())?;
+        self.check_context("the gradient", gradient.context())?;
+        let (student, _student) = student.raw(stream);
+        let (gradient, _gradient) = gradient.raw(stream);
+        self.enqueue(stream, objective, batch, student, Some(gradient), upstream)
+    }
+
+    /// As [`forward_backward`](Self::forward_backward), with the gradient written over the student's logits.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_backward_in_place(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        batch: &DeviceBatch,
+        mut student: DeviceLogitsMut,
+        upstream: Option<&CudaView<f32>>,
+    ) -> Result<()> {
+        check_shape(batch, "the student's logits", student.shape)?;
+        self.check_context("the student's logits", student.context())?;
+        let (student, _guard) = student.raw(stream);
+        self.enqueue(stream, objective, batch, student, Some(student), upstream)
+    }
+
+    fn enqueue(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        batch: &DeviceBatch,
+        student: RawLogits,
+        gradient: Option<RawLogits>,
+        upstream: Option<&CudaView<f32>>,
+    ) -> Result<()> {
+        self.check_context("the teacher's logits", batch.teacher.context())?;
+        if let Some(labels) = &batch.labels {
+            self.check_context("the labels", labels.context())?;
+        }
+        if let Some(offsets) = &batch.sequences {
+            self.check_context("the sequences' offsets", offsets.stream().context())?;
+        }
+        for (what, view) in
+            [("the margins", &batch.margins.as_ref()), ("the upstream gradient", &upstream)]
+        {
+            if let Some(view) = view {
+                self.check_context(what, view.stream().context())?;
+            }
+        }
+        if let Some(upstream) = upstream
+            && upstream.len() != 1
+        {
+            return Err(Error::Upstream { actual: upstream.len() });
+        }
+        self.refuse_tracked_capture(stream)?;
+
+        let (teacher, _teacher) = batch.teacher.raw(stream);
+        let labels = batch.labels.as_ref().map(|labels| labels.raw(stream));
+        let sequences =
+            batch.sequences.as_ref().map(|offsets| (offsets.device_ptr(stream), offsets.len() - 1));
+        let margins = batch.margins.as_ref().map(|margins| margins.device_ptr(stream));
+        let upstream = upstream.map(|upstream| upstream.device_ptr(stream));
+        let [tokens, vocab] = batch.teacher.shape;
+        let call = RawCall {
+            tokens,
+            vocab,
+            teacher,
+            student,
+            gradient,
+            labels: labels.as_ref().map(|(labels, _)| *labels),
+            sequences: sequences.as_ref().map(|((address, _), count)| (*address, *count)),
+            margins: margins.as_ref().map(|(address, _)| *address),
+            upstream: upstream.as_ref().map(|(address, _)| *address),
+        };
+        // SAFETY: the views were checked to hold what the call says, and the guards above let the memory's
+        // owners wait for the stream.
+        unsafe { self.launch(stream, objective, &call) }
+    }
+
+    /// Within a captured graph, cudarc's events of earlier work cannot be waited for; trying breaks the
+    /// capture, and the context with it.
+    fn refuse_tracked_capture(&self, stream: &Arc<CudaStream>) -> Result<()> {
+        if !self.kernels.context().is_managing_stream_synchronization() {
+            return Ok(());
+        }
+        match stream.capture_status().map_err(driver("asking for the stream's state"))? {
+            CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
+            _ => Err(Error::TrackedCapture),
+        }
+    }
+
+    /// Enqueues a call on memory of other frameworks, by address.
+    ///
+    /// # Errors
+    /// If shapes, strides, alignments or capacity do not fit, memory overlaps, or the driver refuses.
+    ///
+    /// # Safety
+    /// Every address is of device memory of this workspace's context that holds what [`RawCall`] says, and
+    /// that nobody frees or writes until the stream is done with it. Calls that share this workspace run
+    /// one after the other: on one stream, or on streams that wait for each other.
+    pub unsafe fn launch(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        call: &RawCall,
+    ) -> Result<()> {
+        self.check_context("the stream", stream.context())?;
+        let context = self.kernels.context();
+        context.bind_to_thread().map_err(driver("using the context"))?;
+        let scopes = call.sequences.map_or(1, |(_, count)| count);
+        let pair_bytes = call.teacher.dtype.size() + call.student.dtype.size();
+        let plan = Plan::new(&self.kernels.device(), call.tokens, call.vocab, pair_bytes, scopes);
+        let (address, _guard) = self.memory.device_ptr(stream);
+        let launches = launches(objective, call, &plan, self.layout, address)?;
+        if let Some(clock) = &mut self.clock {
+            clock.clear();
+            clock.push(("", tick(stream)?));
+        }
+        for launch in launches {
+            // SAFETY: the caller vouches for the call's addresses, the layout for the workspace's.
+            unsafe { self.kernels.launch(stream, &launch)? };
+            if let Some(clock) = &mut self.clock {
+                clock.push((launch.kernel, tick(stream)?));
+            }
+        }
+        self.last = Some(Last { objective: *objective, tokens: call.tokens, vocab: call.vocab });
+        Ok(())
+    }
+
+    /// From now on, takes the time of every kernel, for [`times`](Self::times). Costs a few microseconds
+    /// between kernels.
+    pub fn take_times(&mut self) {
+        self.clock.get_or_insert_default();
+    }
+
+    /// The kernels of the last call and the milliseconds that each took, if times were taken. Waits for
+    /// the last of them.
+    ///
+    /// # Errors
+    /// If the driver reports an error.
+    pub fn times(&self) -> Result<Vec<(&'static str, f32)>> {
+        let clock = self.clock.as_deref().unwrap_or_default();
+        clock
+            .windows(2)
+            .map(|pair| {
+                let (name, end) = &pair[1];
+                Ok((*name, pair[0].1.elapsed_ms(end).map_err(driver("taking times"))?))
+            })
+            .collect()
+    }
+
+    /// Waits for the stream and returns the loss of the last call; 0 before the first.
+    ///
+    /// # Errors
+    /// If a kernel met a label or an offset out of range, or the driver reports an error.
+    pub fn read_loss(&mut self, stream: &Arc<CudaStream>) -> Result<f64> {
+        let bytes = self.memory.slice(..size_of::<atkd_summary>());
+        let memory = stream.clone_dtoh(&bytes).map_err(driver("reading the loss"))?;
+        stream.synchronize().map_err(driver("waiting for the stream"))?;
+        let summary = read_summary(&memory);
+        if let Some(last) = self.last {
+            self.cleared(stream, check_faults(&summary, last.vocab, &last.objective))?;
+        }
+        Ok(summary.loss)
+    }
+
+    /// Waits for the stream and returns the loss of the last call and the terms of its tokens.
+    ///
+    /// # Errors
+    /// As [`read_loss`](Self::read_loss).
+    pub fn read(&mut self, stream: &Arc<CudaStream>) -> Result<Output> {
+        let Some(last) = self.last else { return Ok(Output { loss: 0.0, tokens: Vec::new() }) };
+        let memory =
+            stream.clone_dtoh(&self.memory).map_err(driver("reading the tokens' terms"))?;
+        stream.synchronize().map_err(driver("waiting for the stream"))?;
+        let output = self.layout.read(&memory, last.tokens, last.vocab, &last.objective);
+        self.cleared(stream, output)
+    }
+
+    /// A fault is reported once.
+    fn cleared<T>(&mut self, stream: &Arc<CudaStream>, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            write_summary(stream, &mut self.memory)?;
+        }
+        result
+    }
+
+    /// The loss of the last call, a float32 scalar on the device.
+    pub fn loss(&self) -> CudaView<'_, f32> {
+        self.column(self.layout.offsets().loss, 1)
+    }
+
+    /// The last call's uncertainties, one a token, on the device; 0 for ignored tokens.
+    pub fn uncertainty(&self) -> CudaView<'_, f32> {
+        self.column(self.layout.offsets().uncertainty, self.tokens())
+    }
+
+    /// The last call's TKD, as [`uncertainty`](Self::uncertainty).
+    pub fn tkd(&self) -> CudaView<'_, f32> {
+        self.column(self.layout.offsets().tkd, self.tokens())
+    }
+
+    /// The last call's DKD, as [`uncertainty`](Self::uncertainty).
+    pub fn dkd(&self) -> CudaView<'_, f32> {
+        self.column(self.layout.offsets().dkd, self.tokens())
+    }
+
+    /// The last call's losses of the tokens, before the reduction.
+    pub fn token_losses(&self) -> CudaView<'_, f64> {
+        self.column(self.layout.offsets().token_loss, self.tokens())
+    }
+
+    /// Which tokens the last call ignored (0), took for easy (1) and for hard (2).
+    pub fn modes(&self) -> CudaView<'_, u8> {
+        self.column(self.layout.offsets().modes, self.tokens())
+    }
+
+    fn tokens(&self) -> usize {
+        self.last.map_or(0, |last| last.tokens)
+    }
+
+    fn column<T>(&self, start: usize, elements: usize) -> CudaView<'_, T> {
+        let bytes = self.memory.slice(start..start + elements * size_of::<T>());
+        // SAFETY: the columns are aligned for their elements, plain numbers that are valid for any bits.
+        unsafe { bytes.transmute(elements) }.expect("so many bytes were sliced")
+    }
+
+    fn check_context(&self, what: &'static str, context: &CudaContext) -> Result<()> {
+        same_context(what, self.kernels.context(), context)
+    }
+}
+
+fn tick(stream: &Arc<CudaStream>) -> Result<CudaEvent> {
+    stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("taking times"))
+}
+
+fn write_summary(stream: &Arc<CudaStream>, memory: &mut CudaSlice<u8>) -> Result<()> {
+    let summary = Layout::empty_summary();
+    // SAFETY: a summary is plain numbers without padding: its size is the sum of its fields'.
+    let bytes: &[u8] = unsafe {
+        std::slice::from_raw_parts((&raw const summary).cast(), size_of::<atkd_summary>())
+    };
+    let mut view = memory.slice_mut(..bytes.len());
+    stream.memcpy_htod(bytes, &mut view).map_err(driver("writing to a workspace"))
+}
+
+fn same_context(what: &'static str, expected: &CudaContext, actual: &CudaContext) -> Result<()> {
+    if expected.cu_ctx() == actual.cu_ctx() {
+        return Ok(());
+    }
+    Err(Error::OtherContext { what, expected: expected.ordinal(), actual: actual.ordinal() })
+}
+
+fn check_shape(batch: &DeviceBatch, what: &'static str, actual: [usize; 2]) -> Result<()> {
+    let expected = batch.teacher.shape;
+    if actual == expected { Ok(()) } else { Err(Error::ShapeMismatch { what, expected, actual }) }
+}

@@ -1,0 +1,426 @@
+//! A call as the kernels that it launches, in order: the same on a GPU and in the simulator.
+
+use std::ffi::c_void;
+
+use crate::params::*;
+use crate::plan::{LaunchShape, Plan};
+pub use crate::raw::{RawCall, RawLabels, RawLogits};
+use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
+
+macro_rules! kernels {
+    ($($variant:ident($params:ty): $($name:ident)+;)+) => {
+        /// A kernel's parameter block.
+        #[derive(Clone, Copy, Debug)]
+        pub enum Parameters {
+            $($variant($params),)+
+        }
+
+        /// The names of all kernels.
+        #[cfg(feature = "cuda")]
+        pub const KERNELS: &[&str] = &[$($(stringify!($name)),+),+];
+
+        impl Parameters {
+            /// Where the block lies, as a launch wants it.
+            pub fn as_ptr(&self) -> *const c_void {
+                match self {
+                    $(Self::$variant(parameters) => std::ptr::from_ref(parameters).cast(),)+
+                }
+            }
+        }
+
+        /// Runs a kernel on the CPU by its name.
+        ///
+        /// # Safety
+        /// `parameters` is the kernel's parameter block; otherwise as
+        /// [`run`](crate::simt::machine::run).
+        #[cfg(feature = "simt")]
+        pub(crate) unsafe fn simulate(
+            kernel: &str,
+            shape: LaunchShape,
+            seed: u64,
+            parameters: *const c_void,
+            buffers: &mut [crate::simt::machine::Buffer],
+        ) -> Result<(), String> {
+            unsafe extern "C" {
+                $($(fn $name(parameters: &$params);)+)+
+            }
+            match kernel {
+                $($(
+                    // SAFETY: the caller vouches for the block.
+                    stringify!($name) => unsafe {
+                        let parameters = &*parameters.cast::<$params>();
+                        crate::simt::machine::run(stringify!($name), shape, seed, $name, parameters, buffers)
+                    },
+                )+)+
+                _ => Err(format!("there is no kernel {kernel}")),
+            }
+        }
+    };
+}
+
+kernels! {
+    TeacherMargin(atkd_teacher_margin): teacher_margin_f32 teacher_margin_f16 teacher_margin_bf16;
+    CountValid(atkd_count_valid): count_valid;
+    SelectHard(atkd_select_hard): select_hard;
+    RowStream(atkd_row_stream):
+        row_stream_f32_f32_f32 row_stream_f32_f16_f16 row_stream_f32_f16_f32
+        row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32
+        row_stream_f16_f32_f32 row_stream_f16_f16_f16 row_stream_f16_f16_f32
+        row_stream_f16_bf16_bf16 row_stream_f16_bf16_f32
+        row_stream_bf16_f32_f32 row_stream_bf16_f16_f16 row_stream_bf16_f16_f32
+        row_stream_bf16_bf16_bf16 row_stream_bf16_bf16_f32;
+    SumLosses(atkd_sum_losses): sum_losses;
+    Unfused(atkd_unfused):
+        unfused_copy_f32 unfused_widen_f16 unfused_widen_bf16 unfused_narrow_f16 unfused_narrow_bf16
+        unfused_fill unfused_exp_minus_row unfused_over_row unfused_times_row unfused_times unfused_minus
+        unfused_over unfused_log unfused_over_row_slope unfused_times_minus_row unfused_max unfused_sum;
+    UnfusedTokens(atkd_unfused_tokens):
+        unfused_targets unfused_losses unfused_target_gradient;
+}
+
+/// One kernel of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Its name.
+    pub kernel: &'static str,
+    /// Blocks and threads.
+    pub shape: LaunchShape,
+    /// Its argument.
+    pub parameters: Parameters,
+}
+
+fn teacher_margin(teacher: Dtype) -> &'static str {
+    match teacher {
+        Dtype::F32 => "teacher_margin_f32",
+        Dtype::F16 => "teacher_margin_f16",
+        Dtype::Bf16 => "teacher_margin_bf16",
+    }
+}
+
+fn row_stream(teacher: Dtype, student: Dtype, gradient: Dtype) -> &'static str {
+    macro_rules! of_teacher {
+        ($teacher:literal) => {
+            match (student, gradient) {
+                (Dtype::F32, _) => concat!("row_stream_", $teacher, "_f32_f32"),
+                (Dtype::F16, Dtype::F32) => concat!("row_stream_", $teacher, "_f16_f32"),
+                (Dtype::F16, _) => concat!("row_stream_", $teacher, "_f16_f16"),
+                (Dtype::Bf16, Dtype::F32) => concat!("row_stream_", $teacher, "_bf16_f32"),
+                (Dtype::Bf16, _) => concat!("row_stream_", $teacher, "_bf16_bf16"),
+            }
+        };
+    }
+    match teacher {
+        Dtype::F32 => of_teacher!("f32"),
+        Dtype::F16 => of_teacher!("f16"),
+        Dtype::Bf16 => of_teacher!("bf16"),
+    }
+}
+
+/// The columns of a workspace, in the order in which they lie: names and bytes of an element, widest
+/// first. One element a token each.
+const COLUMNS: [(&str, usize); 8] = [
+    ("token losses", 8),
+    ("uncertainties", 4),
+    ("tkd", 4),
+    ("dkd", 4),
+    ("keys", 4),
+    ("thresholds", 4),
+    ("targets", 4),
+    ("modes", 1),
+];
+const LOSS: usize = 0;
+const UNCERTAINTY: usize = 1;
+const TKD: usize = 2;
+const DKD: usize = 3;
+const KEYS: usize = 4;
+const THRESHOLDS: usize = 5;
+const TARGETS: usize = 6;
+const MODES: usize = 7;
+
+/// The layout of the memory that the kernels of a call share: a summary, then the columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// For how many tokens, and sequences, there is room.
+    pub capacity: usize,
+}
+
+impl Layout {
+    /// Bytes in all: 33 a token and a constant.
+    pub fn bytes(self) -> usize {
+        self.column(COLUMNS.len())
+    }
+
+    /// What a new workspace holds.
+    pub fn empty_summary() -> atkd_summary {
+        atkd_summary {
+            loss: 0.0,
+            label_fault: u64::MAX,
+            offset_fault: u64::MAX,
+            loss_f32: 0.0,
+            valid: 0,
+            hard: 0,
+            counted_valid: 0,
+            counted_hard: 0,
+            reserved: 0,
+        }
+    }
+
+    /// Bytes before a column.
+    fn column(self, column: usize) -> usize {
+        let padded = self.capacity.next_multiple_of(16);
+        let bytes: usize = COLUMNS[..column].iter().map(|(_, bytes)| bytes * padded).sum();
+        size_of::<atkd_summary>().next_multiple_of(16) + bytes
+    }
+
+    /// The parts of a workspace at `address`, by name.
+    #[cfg(feature = "simt")]
+    pub fn columns(
+        self,
+        address: usize,
+    ) -> impl Iterator<Item = (&'static str, std::ops::Range<usize>)> {
+        let summary = ("summary", address..address + size_of::<atkd_summary>());
+        let columns = COLUMNS.iter().enumerate().map(move |(i, (name, bytes))| {
+            let start = address + self.column(i);
+            (*name, start..start + bytes * self.capacity)
+        });
+        std::iter::once(summary).chain(columns)
+    }
+
+    /// Where columns lie for callers that read them on the device.
+    #[cfg(feature = "cuda")]
+    pub fn offsets(self) -> ColumnOffsets {
+        ColumnOffsets {
+            loss: std::mem::offset_of!(atkd_summary, loss_f32),
+            token_loss: self.column(LOSS),
+            uncertainty: self.column(UNCERTAINTY),
+            tkd: self.column(TKD),
+            dkd: self.column(DKD),
+            modes: self.column(MODES),
+        }
+    }
+
+    /// What the kernels left in the workspace's memory.
+    ///
+    /// # Errors
+    /// If a kernel met a label or an offset out of range.
+    pub fn read(
+        self,
+        memory: &[u8],
+        tokens: usize,
+        vocab: usize,
+        objective: &Objective,
+    ) -> Result<Output> {
+        let summary = read_summary(memory);
+        check_faults(&summary, vocab, objective)?;
+        fn column<const N: usize>(memory: &[u8], offset: usize, token: usize) -> [u8; N] {
+            *memory[offset + N * token..].first_chunk().expect("the memory holds every column")
+        }
+        let float =
+            |at, token| f64::from(f32::from_ne_bytes(column(memory, self.column(at), token)));
+        let tokens = (0..tokens)
+            .map(|token| {
+                let mode = u32::from(memory[self.column(MODES) + token]);
+                TokenTerms {
+                    margin: margin_of_key(u32::from_ne_bytes(column(
+                        memory,
+                        self.column(KEYS),
+                        token,
+                    ))),
+                    uncertainty: float(UNCERTAINTY, token),
+                    tkd: float(TKD, token),
+                    dkd: float(DKD, token),
+                    loss: f64::from_ne_bytes(column(memory, self.column(LOSS), token)),
+                    valid: mode != ATKD_IGNORED,
+                    hard: mode == ATKD_HARD,
+                }
+            })
+            .collect();
+        Ok(Output { loss: summary.loss, tokens })
+    }
+}
+
+/// Bytes before what a caller may read on the device.
+#[cfg(feature = "cuda")]
+pub(crate) struct ColumnOffsets {
+    pub loss: usize,
+    pub token_loss: usize,
+    pub uncertainty: usize,
+    pub tkd: usize,
+    pub dkd: usize,
+    pub modes: usize,
+}
+
+/// The summary at the start of a workspace's memory.
+pub(crate) fn read_summary(memory: &[u8]) -> atkd_summary {
+    assert!(memory.len() >= size_of::<atkd_summary>());
+    // SAFETY: there are that many bytes, and any bytes make a summary of numbers.
+    unsafe { memory.as_ptr().cast::<atkd_summary>().read_unaligned() }
+}
+
+pub(crate) fn check_faults(
+    summary: &atkd_summary,
+    vocab: usize,
+    objective: &Objective,
+) -> Result<()> {
+    if summary.label_fault != u64::MAX {
+        let ignore_index = objective.ignore_index();
+        return Err(Error::DeviceLabel { token: summary.label_fault, vocab, ignore_index });
+    }
+    if summary.offset_fault != u64::MAX {
+        return Err(Error::DeviceSequences { sequence: summary.offset_fault });
+    }
+    Ok(())
+}
+
+/// The inverse of `key_of` in kernels/row_math.cuh.
+fn margin_of_key(key: u32) -> f64 {
+    match key {
+        0 => f64::NEG_INFINITY,
+        1 => f64::NAN,
+        _ if key & 0x8000_0000 != 0 => f32::from_bits(key & 0x7fff_ffff).into(),
+        _ => f32::from_bits(!key).into(),
+    }
+}
+
+/// The kernels of a call, in order, on the workspace at `workspace`.
+///
+/// # Errors
+/// If the call's shapes, strides and addresses do not go together, or exceed the workspace.
+pub(crate) fn launches(
+    objective: &Objective,
+    call: &RawCall,
+    plan: &Plan,
+    layout: Layout,
+    workspace: u64,
+) -> Result<impl Iterator<Item = Launch>> {
+    for (what, value) in [("tokens", call.tokens), ("the vocabulary", call.vocab)] {
+        if value > i32::MAX as usize {
+            return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
+        }
+    }
+    call.validate(objective)?;
+    let scopes = call.sequences.map_or(1, |(_, count)| count);
+    for (what, needed) in [("tokens", call.tokens), ("sequences", scopes)] {
+        if needed > layout.capacity {
+            return Err(Error::Workspace { what, needed, capacity: layout.capacity });
+        }
+    }
+    let column = |column| workspace + layout.column(column) as u64;
+    let (labels, label_bytes) = match call.labels {
+        None => (0, 0),
+        Some(RawLabels::I64(address)) => (address, 8),
+        Some(RawLabels::I32(address)) => (address, 4),
+    };
+    let inverse_temperature = 1.0 / objective.temperature();
+    let batch = atkd_batch {
+        teacher: call.teacher.address as *const c_void,
+        labels: labels as *const c_void,
+        targets: column(TARGETS) as *mut i32,
+        keys: column(KEYS) as *mut u32,
+        modes: column(MODES) as *mut u8,
+        summary: workspace as *mut atkd_summary,
+        teacher_stride: call.teacher.row_stride as i64,
+        ignore_index: objective.ignore_index(),
+        tokens: call.tokens as u32,
+        vocab: call.vocab as u32,
+        label_bytes,
+        target: match objective.target() {
+            Target::Label => ATKD_TARGET_LABEL,
+            Target::Teacher => ATKD_TARGET_TEACHER,
+        },
+        inverse_temperature: inverse_temperature as f32,
+        reserved: 0,
+    };
+    let depends = objective.depends_on_selection();
+    let needs_margins =
+        objective.target() == Target::Teacher || (depends && call.margins.is_none());
+
+    let margin = Launch {
+        kernel: teacher_margin(call.teacher.dtype),
+        shape: plan.margin,
+        parameters: Parameters::TeacherMargin(atkd_teacher_margin { batch }),
+    };
+    let count = Launch {
+        kernel: "count_valid",
+        shape: plan.count,
+        parameters: Parameters::CountValid(atkd_count_valid {
+            batch,
+            valid_mode: if objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
+            reserved: 0,
+        }),
+    };
+    let select = Launch {
+        kernel: "select_hard",
+        shape: plan.select,
+        parameters: Parameters::SelectHard(atkd_select_hard {
+            batch,
+            margins: call.margins.unwrap_or(0) as *const f32,
+            offsets: call.sequences.map_or(0, |(address, _)| address) as *const i64,
+            thresholds: column(THRESHOLDS) as *mut u32,
+            hard_ratio: objective.hard_ratio(),
+            scopes: scopes as u32,
+            count: depends.into(),
+        }),
+    };
+    let number = |coefficient| {
+        let (value, times_uncertainty) = match coefficient {
+            Coefficient::Constant(value) => (value, 0),
+            Coefficient::Uncertainty => (1.0, 1),
+        };
+        atkd_coefficient { value: value * objective.distillation_scale(), times_uncertainty }
+    };
+    let (easy, hard) = (objective.easy(), objective.hard());
+    let mean = u32::from(objective.reduction() == Reduction::Mean);
+    // With one token the mean's own division, which the kernels do, is by 1.
+    let scale = objective.reduction_scale(1);
+    let gradient = call.gradient;
+    let rows = Launch {
+        kernel: row_stream(
+            call.teacher.dtype,
+            call.student.dtype,
+            gradient.map_or(call.student.dtype, |gradient| gradient.dtype),
+        ),
+        shape: plan.rows,
+        parameters: Parameters::RowStream(atkd_row_stream {
+            batch,
+            objective: atkd_objective {
+                tkd: [number(easy.tkd), number(hard.tkd)],
+                dkd: [number(easy.dkd), number(hard.dkd)],
+                ce_weight: objective.ce_weight(),
+                inverse_temperature,
+            },
+            student: call.student.address as *const c_void,
+            gradient: gradient.map_or(0, |gradient| gradient.address) as *mut c_void,
+            upstream: call.upstream.unwrap_or(0) as *const f32,
+            uncertainty: column(UNCERTAINTY) as *mut f32,
+            tkd: column(TKD) as *mut f32,
+            dkd: column(DKD) as *mut f32,
+            loss: column(LOSS) as *mut f64,
+            student_stride: call.student.row_stride as i64,
+            gradient_stride: gradient.map_or(0, |gradient| gradient.row_stride as i64),
+            scale: scale * objective.upstream_gradient(),
+            mean,
+            write_keys: u32::from(!needs_margins && call.margins.is_none()),
+        }),
+    };
+    let sum = Launch {
+        kernel: "sum_losses",
+        shape: plan.sum,
+        parameters: Parameters::SumLosses(atkd_sum_losses {
+            summary: workspace as *mut atkd_summary,
+            token_loss: column(LOSS) as *const f64,
+            scale,
+            tokens: call.tokens as u32,
+            mean,
+        }),
+    };
+    // Where nothing depends on which tokens are hard, they are told apart after the rows, whose margins
+    // then come with the loss.
+    let order = if depends {
+        [needs_margins.then_some(margin), Some(select), Some(rows), None, Some(sum)]
+    } else {
+        [needs_margins.then_some(margin), Some(count), Some(rows), Some(select), Some(sum)]
+    };
+    // A grid without blocks cannot be launched, and has nothing to do.
+    Ok(order.into_iter().flatten().filter(|launch| launch.shape.grid > 0))
+}
