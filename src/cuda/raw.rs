@@ -3,7 +3,7 @@
 use std::mem::offset_of;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, DevicePtr, DeviceSlice, result};
+use cudarc::driver::{CudaStream, DevicePtr, result};
 
 use super::{Kernels, Workspace, driver};
 use crate::launch::{Layout, RawCall, launches};
