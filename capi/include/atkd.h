@@ -92,6 +92,21 @@
 #define ATKD_I32 4
 
 /*
+ A token with the ignore index, in AtkdCall.modes.
+ */
+#define ATKD_IGNORED 0
+
+/*
+ A token that is not hard.
+ */
+#define ATKD_EASY 1
+
+/*
+ A token among those of which the teacher is least certain.
+ */
+#define ATKD_HARD 2
+
+/*
  What a program was compiled against; compare it with atkd_abi_version().
  */
 #define ATKD_ABI_VERSION 1
@@ -230,7 +245,7 @@ typedef struct AtkdLabels {
 } AtkdLabels;
 
 /*
- One batch. Everything but `sequences` is memory of the workspace's device.
+ One batch. Every pointer but `stream` is to host memory, or for a CUDA workspace to its device's.
  */
 typedef struct AtkdCall {
   /*
@@ -267,7 +282,7 @@ typedef struct AtkdCall {
    */
   int64_t sequences;
   /*
-   [sequences + 1], in host memory: sequence i is tokens offsets[i] to offsets[i + 1] - 1.
+   [sequences + 1]: sequence i is tokens offsets[i] to offsets[i + 1] - 1.
    */
   const int64_t *sequence_offsets;
   /*
@@ -287,11 +302,11 @@ typedef struct AtkdCall {
    */
   float *dkd;
   /*
-   [tokens]: 1 for a hard token, else 0.
+   [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
    */
-  uint8_t *hard;
+  uint8_t *modes;
   /*
-   The CUstream to work on, for a CUDA workspace; the workspace's own if null.
+   The CUstream to work on, for a CUDA workspace; the default stream if null.
    */
   void *stream;
 } AtkdCall;
@@ -307,12 +322,12 @@ typedef struct AtkdCall {
 #define ATKD_INVALID_ARGUMENT 1
 
 /*
- This build cannot do it.
+ This build, or this machine, cannot do it.
  */
 #define ATKD_NOT_SUPPORTED 2
 
 /*
- CUDA reported an error.
+ The CUDA driver reported an error.
  */
 #define ATKD_CUDA_ERROR 3
 
@@ -374,18 +389,31 @@ void atkd_objective_destroy(struct AtkdObjective *objective);
 AtkdStatus atkd_workspace_create(size_t threads, struct AtkdWorkspace **workspace);
 
 /*
- A workspace for the memory of a CUDA device. This build has none: ATKD_NOT_SUPPORTED.
+ A workspace for the memory of a CUDA device, in its primary context, to be destroyed by
+ atkd_workspace_destroy once its calls are done. Calls may have up to `max_tokens` tokens, in up to as
+ many sequences; they are put on a stream and not waited for. Calls that share a workspace must run one
+ after the other: on one stream, or on streams that wait for each other.
 
- `max_tokens` is the most that a call will have; `stream` the CUstream that calls are put on unless
- they name another.
+ A label that names no token of the vocabulary is met by a kernel, which drops its token; the next
+ atkd_workspace_synchronize returns the error.
 
  # Safety
- `stream` is null or a stream of the device, `workspace` is null or has room for a pointer.
+ `workspace` is null or has room for a pointer.
  */
 AtkdStatus atkd_workspace_create_cuda(int32_t device,
-                                      void *stream,
                                       size_t max_tokens,
                                       struct AtkdWorkspace **workspace);
+
+/*
+ Waits for what is on the CUstream, and returns the error of a kernel, if there was one since the last
+ time. Nothing to wait for in host memory.
+
+ # Safety
+ `workspace` is null or a workspace, `stream` is null or a stream of its device, on which the last call
+ was.
+ */
+AtkdStatus atkd_workspace_synchronize(struct AtkdWorkspace *workspace,
+                                      void *stream);
 
 /*
  Null is nothing to destroy.

@@ -5,16 +5,18 @@
 mod settings;
 mod status;
 mod types;
+mod workspace;
 
 use std::ffi::{c_char, c_void};
 
-use atkd::{Objective, raw};
+use atkd::Objective;
 
 use settings::objective;
 pub use settings::*;
 pub use status::*;
 use status::{Failure, guard};
 pub use types::*;
+use workspace::Place;
 
 /// What a program was compiled against; compare it with atkd_abi_version().
 pub const ATKD_ABI_VERSION: u32 = 1;
@@ -23,10 +25,7 @@ pub const ATKD_ABI_VERSION: u32 = 1;
 pub struct AtkdObjective(Objective);
 
 /// Where calls run. Any number of threads may use one at once.
-pub struct AtkdWorkspace {
-    /// None for the pool that all of the process shares.
-    threads: Option<rayon::ThreadPool>,
-}
+pub struct AtkdWorkspace(Place);
 
 /// ATKD_ABI_VERSION of the library that is loaded. Other numbers mean another layout of the structs.
 #[unsafe(no_mangle)]
@@ -93,45 +92,51 @@ pub unsafe extern "C" fn atkd_workspace_create(
     workspace: *mut *mut AtkdWorkspace,
 ) -> AtkdStatus {
     guard(|| {
-        let threads = match threads {
-            0 => None,
-            count => Some(rayon::ThreadPoolBuilder::new().num_threads(count).build().map_err(
-                |error| {
-                    Failure::new(
-                        ATKD_INVALID_ARGUMENT,
-                        format!("{count} threads cannot be started: {error}"),
-                    )
-                },
-            )?),
-        };
+        let place = Place::host(threads)?;
         // SAFETY: the caller's.
-        unsafe { put(workspace, "workspace", AtkdWorkspace { threads }) }
+        unsafe { put(workspace, "workspace", AtkdWorkspace(place)) }
     })
 }
 
-/// A workspace for the memory of a CUDA device. This build has none: ATKD_NOT_SUPPORTED.
+/// A workspace for the memory of a CUDA device, in its primary context, to be destroyed by
+/// atkd_workspace_destroy once its calls are done. Calls may have up to `max_tokens` tokens, in up to as
+/// many sequences; they are put on a stream and not waited for. Calls that share a workspace must run one
+/// after the other: on one stream, or on streams that wait for each other.
 ///
-/// `max_tokens` is the most that a call will have; `stream` the CUstream that calls are put on unless
-/// they name another.
+/// A label that names no token of the vocabulary is met by a kernel, which drops its token; the next
+/// atkd_workspace_synchronize returns the error.
 ///
 /// # Safety
-/// `stream` is null or a stream of the device, `workspace` is null or has room for a pointer.
+/// `workspace` is null or has room for a pointer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_workspace_create_cuda(
     device: i32,
-    stream: *mut c_void,
     max_tokens: usize,
     workspace: *mut *mut AtkdWorkspace,
 ) -> AtkdStatus {
-    let _ = (stream, max_tokens, workspace);
     guard(|| {
-        Err(Failure::new(
-            ATKD_NOT_SUPPORTED,
-            format!(
-                "CUDA device {device} was asked for, but this build has no CUDA; copy the logits to host \
-                 memory and use atkd_workspace_create"
-            ),
-        ))
+        let place = Place::cuda(device, max_tokens)?;
+        // SAFETY: the caller's.
+        unsafe { put(workspace, "workspace", AtkdWorkspace(place)) }
+    })
+}
+
+/// Waits for what is on the CUstream, and returns the error of a kernel, if there was one since the last
+/// time. Nothing to wait for in host memory.
+///
+/// # Safety
+/// `workspace` is null or a workspace, `stream` is null or a stream of its device, on which the last call
+/// was.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_workspace_synchronize(
+    workspace: *mut AtkdWorkspace,
+    stream: *mut c_void,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's; shared, since other threads may be in a call with it.
+        let workspace = unsafe { workspace.as_ref() }.ok_or(Failure::null("workspace"))?;
+        // SAFETY: the caller's.
+        unsafe { workspace.0.synchronize(stream) }
     })
 }
 
@@ -207,15 +212,9 @@ unsafe fn run(
     // SAFETY: the caller's; shared, since other threads may be in a call with it.
     let workspace = unsafe { workspace.as_ref() }.ok_or(Failure::null("workspace"))?;
     // SAFETY: the caller's.
-    let sequences = unsafe { call.sequences() }?;
-    let call = call.host(sequences.as_deref(), with_gradient)?;
-    // SAFETY: the caller's.
-    let run = || unsafe { raw::run(&objective.0, &call) };
-    match &workspace.threads {
-        None => run(),
-        Some(threads) => threads.install(run),
-    }?;
-    Ok(())
+    unsafe {
+        workspace.0.run(&objective.0, &call.parse(with_gradient)?, &call.output(), call.stream)
+    }
 }
 
 /// # Safety

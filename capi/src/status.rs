@@ -11,9 +11,9 @@ pub type AtkdStatus = i32;
 pub const ATKD_OK: AtkdStatus = 0;
 /// An argument is wrong; the message says which, with its numbers.
 pub const ATKD_INVALID_ARGUMENT: AtkdStatus = 1;
-/// This build cannot do it.
+/// This build, or this machine, cannot do it.
 pub const ATKD_NOT_SUPPORTED: AtkdStatus = 2;
-/// CUDA reported an error.
+/// The CUDA driver reported an error.
 pub const ATKD_CUDA_ERROR: AtkdStatus = 3;
 /// A bug in the library. What was written is undefined, the library remains usable.
 pub const ATKD_PANIC: AtkdStatus = 4;
@@ -41,7 +41,13 @@ impl Failure {
 
 impl From<atkd::Error> for Failure {
     fn from(error: atkd::Error) -> Self {
-        Self::new(ATKD_INVALID_ARGUMENT, error.to_string())
+        use atkd::Error::*;
+        let status = match &error {
+            NoDriver | NoKernels { .. } | OldDevice { .. } => ATKD_NOT_SUPPORTED,
+            Driver { .. } => ATKD_CUDA_ERROR,
+            _ => ATKD_INVALID_ARGUMENT,
+        };
+        Self::new(status, error.to_string())
     }
 }
 

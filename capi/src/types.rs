@@ -2,7 +2,8 @@
 
 use std::ffi::c_void;
 
-use atkd::{Dtype, raw};
+use atkd::Dtype;
+use atkd::raw::{RawCall, RawLabels, RawLogits, RawOutput};
 
 use crate::status::Failure;
 
@@ -39,7 +40,14 @@ pub struct AtkdLabels {
     pub dtype: i32,
 }
 
-/// One batch. Everything but `sequences` is memory of the workspace's device.
+/// A token with the ignore index, in AtkdCall.modes.
+pub const ATKD_IGNORED: u8 = 0;
+/// A token that is not hard.
+pub const ATKD_EASY: u8 = 1;
+/// A token among those of which the teacher is least certain.
+pub const ATKD_HARD: u8 = 2;
+
+/// One batch. Every pointer but `stream` is to host memory, or for a CUDA workspace to its device's.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AtkdCall {
@@ -60,7 +68,7 @@ pub struct AtkdCall {
     /// Hard tokens are selected within each of this many sequences, or within the whole batch if it is
     /// 0.
     pub sequences: i64,
-    /// [sequences + 1], in host memory: sequence i is tokens offsets[i] to offsets[i + 1] - 1.
+    /// [sequences + 1]: sequence i is tokens offsets[i] to offsets[i + 1] - 1.
     pub sequence_offsets: *const i64,
     /// One number: the reduced loss. Null if not wanted; so are the others.
     pub loss: *mut f32,
@@ -70,9 +78,9 @@ pub struct AtkdCall {
     pub tkd: *mut f32,
     /// [tokens]: the diversity part.
     pub dkd: *mut f32,
-    /// [tokens]: 1 for a hard token, else 0.
-    pub hard: *mut u8,
-    /// The CUstream to work on, for a CUDA workspace; the workspace's own if null.
+    /// [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
+    pub modes: *mut u8,
+    /// The CUstream to work on, for a CUDA workspace; the default stream if null.
     pub stream: *mut c_void,
 }
 
@@ -86,7 +94,7 @@ fn size(name: &'static str, value: i64) -> Result<usize, Failure> {
 }
 
 impl AtkdMatrix {
-    fn parse(&self) -> Result<raw::Matrix, Failure> {
+    fn parse(&self) -> Result<RawLogits, Failure> {
         let dtype = match self.dtype {
             ATKD_F32 => Dtype::F32,
             ATKD_F16 => Dtype::F16,
@@ -96,62 +104,55 @@ impl AtkdMatrix {
                 return Err(Failure::value("a matrix's dtype", other, allowed));
             }
         };
-        Ok(raw::Matrix {
-            data: self.data,
-            dtype,
-            row_stride: size("a row stride", self.row_stride)?,
-        })
+        let row_stride = size("a row stride", self.row_stride)?;
+        Ok(RawLogits { address: self.data as u64, dtype, row_stride })
     }
 }
 
-impl AtkdCall {
-    /// # Safety
-    /// The offsets are as many as the struct says.
-    pub(crate) unsafe fn sequences(&self) -> Result<Option<Vec<usize>>, Failure> {
-        let sequences = size("sequences", self.sequences)?;
-        if sequences == 0 {
-            return Ok(None);
-        }
-        if self.sequence_offsets.is_null() {
-            return Err(Failure::null("sequence_offsets"));
-        }
-        // SAFETY: the caller's.
-        let offsets = unsafe { std::slice::from_raw_parts(self.sequence_offsets, sequences + 1) };
-        let offsets = offsets.iter().map(|&offset| size("a sequence offset", offset));
-        Ok(Some(offsets.collect::<Result<_, _>>()?))
-    }
+fn address<T>(pointer: *const T) -> Option<u64> {
+    (!pointer.is_null()).then_some(pointer as u64)
+}
 
-    pub(crate) fn host<'a>(
-        &self,
-        sequences: Option<&'a [usize]>,
-        with_gradient: bool,
-    ) -> Result<raw::Call<'a>, Failure> {
-        let labels = match (self.labels.data.is_null(), self.labels.dtype) {
-            (true, _) if self.tokens == 0 => Some(raw::Labels::I64(std::ptr::null())),
-            (true, _) => None,
-            (false, ATKD_I64) => Some(raw::Labels::I64(self.labels.data.cast())),
-            (false, ATKD_I32) => Some(raw::Labels::I32(self.labels.data.cast())),
-            (false, other) => {
+impl AtkdCall {
+    pub(crate) fn parse(&self, with_gradient: bool) -> Result<RawCall, Failure> {
+        let labels = match (address(self.labels.data), self.labels.dtype) {
+            (None, _) if self.tokens == 0 => Some(RawLabels::I64(0)),
+            (None, _) => None,
+            (Some(address), ATKD_I64) => Some(RawLabels::I64(address)),
+            (Some(address), ATKD_I32) => Some(RawLabels::I32(address)),
+            (Some(_), other) => {
                 let allowed = "ATKD_I64 (3) or ATKD_I32 (4)";
                 return Err(Failure::value("the labels' dtype", other, allowed));
             }
         };
-        Ok(raw::Call {
+        let sequences = match size("sequences", self.sequences)? {
+            0 => None,
+            count => {
+                let offsets = address(self.sequence_offsets);
+                Some((offsets.ok_or(Failure::null("sequence_offsets"))?, count))
+            }
+        };
+        Ok(RawCall {
             tokens: size("tokens", self.tokens)?,
             vocab: size("vocab", self.vocab)?,
             teacher: self.teacher.parse()?,
             student: self.student.parse()?,
+            gradient: if with_gradient { Some(self.gradient.parse()?) } else { None },
             labels,
             sequences,
-            upstream: self.upstream,
-            gradient: if with_gradient { Some(self.gradient.parse()?) } else { None },
-            output: raw::Output {
-                loss: self.loss,
-                uncertainty: self.uncertainty,
-                tkd: self.tkd,
-                dkd: self.dkd,
-                hard: self.hard,
-            },
+            margins: None,
+            upstream: address(self.upstream),
         })
+    }
+
+    pub(crate) fn output(&self) -> RawOutput {
+        RawOutput {
+            loss: address(self.loss),
+            uncertainty: address(self.uncertainty),
+            tkd: address(self.tkd),
+            dkd: address(self.dkd),
+            modes: address(self.modes),
+            faults: None,
+        }
     }
 }
