@@ -14,7 +14,7 @@ use crate::status::{ATKD_INVALID_ARGUMENT, Failure};
 pub(crate) enum Place {
     /// On the pool that all of the process shares if there is none.
     Host(Option<ThreadPool>),
-    Cuda(Mutex<Workspace>),
+    Cuda(Box<Mutex<Workspace>>),
 }
 
 impl Place {
@@ -38,7 +38,7 @@ impl Place {
         let mut workspace = Workspace::new(&kernels, &stream, max_tokens)?;
         // Waits: other streams do not wait for this one, on which the memory was prepared.
         workspace.read_loss(&stream)?;
-        Ok(Self::Cuda(Mutex::new(workspace)))
+        Ok(Self::Cuda(Box::new(Mutex::new(workspace))))
     }
 
     /// # Safety

@@ -1,15 +1,18 @@
 //! The native half of the Python package: settings, and the loss on the addresses that torch gives.
 
+mod device;
 mod threads;
 
-use std::ffi::c_void;
-
-use atkd::{Dtype, Reduction, Target, raw};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput};
+use atkd::{Dtype, Reduction, Target};
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-fn value_error(error: atkd::Error) -> PyErr {
-    PyValueError::new_err(error.to_string())
+fn exception(error: atkd::Error) -> PyErr {
+    match error {
+        atkd::Error::Driver { .. } => PyRuntimeError::new_err(error.to_string()),
+        _ => PyValueError::new_err(error.to_string()),
+    }
 }
 
 fn unknown<T>(name: &str, value: &str, allowed: &str) -> PyResult<T> {
@@ -37,7 +40,7 @@ impl Objective {
         kd_weight: f64,
     ) -> PyResult<Self> {
         let objective = match objective {
-            "atkd" => atkd::Objective::atkd(lam).map_err(value_error)?,
+            "atkd" => atkd::Objective::atkd(lam).map_err(exception)?,
             "kl" => atkd::Objective::kl(),
             "tkd" => atkd::Objective::tkd(),
             "dkd" => atkd::Objective::dkd(),
@@ -63,14 +66,14 @@ impl Objective {
             .and_then(|objective| objective.with_ce_weight(ce_weight))
             .and_then(|objective| objective.with_kd_weight(kd_weight))
             .map(Self)
-            .map_err(value_error)
+            .map_err(exception)
     }
 }
 
 /// Address, dtype, row stride.
-type Matrix = (usize, String, usize);
+type Matrix = (u64, String, usize);
 
-fn matrix((address, dtype, row_stride): Matrix) -> PyResult<raw::Matrix> {
+fn logits((address, dtype, row_stride): Matrix) -> PyResult<RawLogits> {
     let dtype = match dtype.as_str() {
         "float32" => Dtype::F32,
         "float16" => Dtype::F16,
@@ -80,74 +83,90 @@ fn matrix((address, dtype, row_stride): Matrix) -> PyResult<raw::Matrix> {
             return Err(PyTypeError::new_err(message));
         }
     };
-    Ok(raw::Matrix { data: address as *mut c_void, dtype, row_stride })
+    Ok(RawLogits { address, dtype, row_stride })
 }
 
-/// The loss on host memory, by `threads` threads.
+/// Where the tensors are.
+#[derive(FromPyObject)]
+enum Place {
+    /// In host memory, for so many threads.
+    Host(usize),
+    /// On a device: its ordinal, the stream, and memory to work in.
+    Device(usize, usize, u64),
+}
+
+/// The loss of a batch of shape (tokens, vocab).
 ///
-/// `shape` is (tokens, vocab). `stats` is the address of float32 `[3, tokens]`: uncertainty, TKD, DKD. An
-/// address of 0 is none.
+/// `sequences` is the address of int64 offsets, and how many sequences they make. `outputs` are the
+/// addresses of the loss, float32; the terms, float32 `[3, tokens]`; the modes, uint8 `[tokens]`; the
+/// faults, int64 `[2]`.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "they are what a call is")]
-fn host(
+fn run(
     py: Python,
-    threads: usize,
+    place: Place,
     objective: &Objective,
     shape: (usize, usize),
     student: Matrix,
     teacher: Matrix,
-    labels: Option<(usize, String)>,
-    sequence_length: Option<usize>,
-    scale: usize,
+    labels: Option<(u64, String)>,
+    sequences: Option<(u64, usize)>,
+    scale: Option<u64>,
     gradient: Option<Matrix>,
-    loss: usize,
-    stats: usize,
-    hard: usize,
+    outputs: (u64, u64, u64, u64),
 ) -> PyResult<()> {
     let (tokens, vocab) = shape;
     let labels = match labels.as_ref().map(|(address, dtype)| (*address, dtype.as_str())) {
         None => None,
-        Some((address, "int64")) => Some(raw::Labels::I64(address as *const i64)),
-        Some((address, "int32")) => Some(raw::Labels::I32(address as *const i32)),
+        Some((address, "int64")) => Some(RawLabels::I64(address)),
+        Some((address, "int32")) => Some(RawLabels::I32(address)),
         Some((_, other)) => {
             let message = format!("labels are {other}, but must be int64 or int32");
             return Err(PyTypeError::new_err(message));
         }
     };
-    let offsets: Option<Vec<usize>> =
-        sequence_length.map(|length| (0..=tokens).step_by(length.max(1)).collect());
-    let column = |index: usize| match stats {
-        0 => std::ptr::null_mut(),
-        start => (start + index * tokens * size_of::<f32>()) as *mut f32,
-    };
-    let call = raw::Call {
+    let call = RawCall {
         tokens,
         vocab,
-        teacher: matrix(teacher)?,
-        student: matrix(student)?,
+        teacher: logits(teacher)?,
+        student: logits(student)?,
+        gradient: gradient.map(logits).transpose()?,
         labels,
-        sequences: offsets.as_deref(),
-        upstream: scale as *const f32,
-        gradient: gradient.map(matrix).transpose()?,
-        output: raw::Output {
-            loss: loss as *mut f32,
-            uncertainty: column(0),
-            tkd: column(1),
-            dkd: column(2),
-            hard: hard as *mut u8,
-        },
+        sequences,
+        margins: None,
+        upstream: scale,
     };
-    py.detach(|| {
-        threads::pool(threads)?.install(|| {
-            // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of
-            // these shapes that it holds, and nobody else writes to them meanwhile.
-            unsafe { raw::run(&objective.0, &call) }.map_err(value_error)
-        })
+    let (loss, terms, modes, faults) = outputs;
+    let column = |index: usize| Some(terms + (index * tokens * size_of::<f32>()) as u64);
+    let output = RawOutput {
+        loss: Some(loss),
+        uncertainty: column(0),
+        tkd: column(1),
+        dkd: column(2),
+        modes: Some(modes),
+        faults: Some(faults),
+    };
+    let objective = &objective.0;
+    // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these
+    // shapes that it holds, and nobody else writes to them until they are used. On a device all of them are
+    // from torch's allocator, which hands memory out again only in the order of the stream.
+    py.detach(|| unsafe {
+        match place {
+            Place::Host(threads) => threads::pool(threads)?
+                .install(|| raw::run(objective, &call, &output))
+                .map_err(exception),
+            Place::Device(ordinal, stream, workspace) => {
+                device::run(ordinal, stream, workspace, objective, &call, &output)
+                    .map_err(exception)
+            }
+        }
     })
 }
 
 #[pymodule]
 mod _atkd {
     #[pymodule_export]
-    use super::{Objective, host};
+    use super::device::workspace_bytes;
+    #[pymodule_export]
+    use super::{Objective, run};
 }

@@ -1,8 +1,8 @@
-from typing import Optional, Tuple, final
+from typing import Optional, Tuple, Union, final
 
 from typing_extensions import Self
 
-__all__ = ["Objective", "host"]
+__all__ = ["Objective", "workspace_bytes", "run"]
 
 @final
 class Objective:
@@ -20,17 +20,16 @@ class Objective:
         kd_weight: float,
     ) -> Self: ...
 
-def host(
-    threads: int,
+def workspace_bytes(tokens: int) -> int: ...
+def run(
+    place: Union[int, Tuple[int, int, int]],
     objective: Objective,
     shape: Tuple[int, int],
     student: Tuple[int, str, int],
     teacher: Tuple[int, str, int],
     labels: Optional[Tuple[int, str]],
-    sequence_length: Optional[int],
-    scale: int,
+    sequences: Optional[Tuple[int, int]],
+    scale: Optional[int],
     gradient: Optional[Tuple[int, str, int]],
-    loss: int,
-    stats: int,
-    hard: int,
+    outputs: Tuple[int, int, int, int],
 ) -> None: ...

@@ -1,6 +1,6 @@
 """The loss as operators: `torch.ops.atkd.loss`, and `torch.ops.atkd.loss_inplace`."""
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from . import _atkd
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _LABEL_DTYPES = {torch.int64: "int64", torch.int32: "int32"}
+# The mode of a hard token; 0 is an ignored one's, 1 an easy one's.
+_HARD = 2
 
 
 class Settings(NamedTuple):
@@ -86,11 +88,12 @@ def _matrix(rows: Tensor) -> Tuple[int, str, int]:
 
 
 def _outputs(student: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """The loss; uncertainty, TKD, DKD; whether ignored, easy or hard."""
     tokens = student.shape[:-1]
     return (
         student.new_empty((), dtype=torch.float32),
         student.new_empty((3, *tokens), dtype=torch.float32),
-        student.new_empty(tokens, dtype=torch.bool),
+        student.new_empty(tokens, dtype=torch.uint8),
     )
 
 
@@ -111,31 +114,51 @@ def _run(
     settings: Tuple[Any, ...],
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """`student` and `gradient` are rows, `[tokens, vocab]`."""
-    if student.device.type != "cpu":
-        raise ValueError(
-            f"student_logits are on {student.device}, but this build of atkd computes on the CPU "
-            "alone; move logits and labels there with .cpu()"
-        )
-    loss, stats, hard = _outputs(teacher)
+    device, tokens = student.device, student.shape[0]
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"student_logits are on {device}, but must be on the CPU or a CUDA device")
+    objective = _atkd.Objective(*settings)
+    loss, terms, modes = _outputs(teacher)
     teacher_rows = _rows(teacher)
     flat_labels = None if labels is None else labels.contiguous()
-    _atkd.host(
-        torch.get_num_threads(),
-        _atkd.Objective(*settings),
-        (student.shape[0], student.shape[1]),
-        _matrix(student),
-        _matrix(teacher_rows),
-        None if flat_labels is None else (flat_labels.data_ptr(), _LABEL_DTYPES[flat_labels.dtype]),
-        teacher.shape[1] if per_sequence else None,
-        0 if scale is None else scale.data_ptr(),
-        None if gradient is None else _matrix(gradient),
-        loss.data_ptr(),
-        stats.data_ptr(),
-        hard.data_ptr(),
-    )
+    offsets = None
+    if per_sequence:
+        batch, length = teacher.shape[:2]
+        offsets = torch.arange(batch + 1, dtype=torch.int64, device=device) * length
+    faults = student.new_empty(2, dtype=torch.int64)
+
+    def call(place: Union[int, Tuple[int, int, int]]) -> None:
+        _atkd.run(
+            place,
+            objective,
+            (tokens, student.shape[1]),
+            _matrix(student),
+            _matrix(teacher_rows),
+            None
+            if flat_labels is None
+            else (flat_labels.data_ptr(), _LABEL_DTYPES[flat_labels.dtype]),
+            None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1),
+            None if scale is None else scale.data_ptr(),
+            None if gradient is None else _matrix(gradient),
+            (loss.data_ptr(), terms.data_ptr(), modes.data_ptr(), faults.data_ptr()),
+        )
+
+    if device.type == "cpu":
+        call(torch.get_num_threads())
+    elif tokens == 0:
+        loss.zero_()
+    else:
+        # torch's own memory: its allocator knows which stream, or captured graph, still uses it.
+        size = _atkd.workspace_bytes(tokens)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            call((torch.cuda.current_device(), stream, workspace.data_ptr()))
+        # A label out of range: to raise would be to wait for the device.
+        loss.masked_fill_((faults != -1).any(), float("nan"))
     if scale is not None:
         loss.mul_(scale)
-    return loss, stats, hard
+    return loss, terms, modes == _HARD
 
 
 @torch.library.custom_op(
@@ -175,8 +198,8 @@ def _(
     *settings: Any,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     check(student, teacher, labels, per_sequence, Settings(*settings))
-    value, stats, hard = _outputs(student)
-    return value, _empty_gradient(student, with_gradient), stats, hard
+    value, stats, modes = _outputs(student)
+    return value, _empty_gradient(student, with_gradient), stats, modes == _HARD
 
 
 @torch.library.custom_op(
@@ -212,7 +235,8 @@ def _(
     *settings: Any,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     check(student, teacher, labels, per_sequence, Settings(*settings))
-    return _outputs(student)
+    value, stats, modes = _outputs(student)
+    return value, stats, modes == _HARD
 
 
 def _graph_is_kept() -> bool:
