@@ -131,6 +131,13 @@ impl RawCall {
     }
 }
 
+/// The mode of an ignored token.
+pub const IGNORED: u8 = 0;
+/// The mode of a token that is not hard.
+pub const EASY: u8 = 1;
+/// The mode of a hard token.
+pub const HARD: u8 = 2;
+
 /// Where the results of a call go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RawOutput {
@@ -142,7 +149,7 @@ pub struct RawOutput {
     pub tkd: Option<u64>,
     /// float32 `[N]`: see [`TokenTerms::dkd`].
     pub dkd: Option<u64>,
-    /// One byte a token: 0 for an ignored one, 1 for an easy one, 2 for a hard one.
+    /// One byte a token: [`IGNORED`], [`EASY`] or [`HARD`].
     pub modes: Option<u64>,
     /// Two 64-bit numbers, all ones where nothing is wrong: the first token whose label is out of range,
     /// and the first sequence whose offsets are. Only a call on a GPU gets so far; on the CPU it is an
@@ -217,7 +224,11 @@ pub unsafe fn run(objective: &Objective, call: &RawCall, output: &RawOutput) -> 
         write(output.uncertainty, &result.tokens, |token| token.uncertainty as f32);
         write(output.tkd, &result.tokens, |token| token.tkd as f32);
         write(output.dkd, &result.tokens, |token| token.dkd as f32);
-        write(output.modes, &result.tokens, |token| u8::from(token.valid) + u8::from(token.hard));
+        write(output.modes, &result.tokens, |token| match (token.valid, token.hard) {
+            (false, _) => IGNORED,
+            (true, false) => EASY,
+            (true, true) => HARD,
+        });
     }
     Ok(())
 }
@@ -369,7 +380,7 @@ mod tests {
         for (i, token) in output.tokens.iter().enumerate() {
             let expected = [token.uncertainty, token.tkd, token.dkd].map(|term| term as f32);
             assert_eq!(terms.map(|column| column[i]), expected);
-            assert_eq!((modes[i] > 0, modes[i] == 2), (token.valid, token.hard));
+            assert_eq!((modes[i] != IGNORED, modes[i] == HARD), (token.valid, token.hard));
         }
 
         let mut in_place = student.clone();

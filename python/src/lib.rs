@@ -86,36 +86,20 @@ fn logits((address, dtype, row_stride): Matrix) -> PyResult<RawLogits> {
     Ok(RawLogits { address, dtype, row_stride })
 }
 
-/// Where the tensors are.
-#[derive(FromPyObject)]
-enum Place {
-    /// In host memory, for so many threads.
-    Host(usize),
-    /// On a device: its ordinal, the stream, and memory to work in.
-    Device(usize, usize, u64),
-}
-
-/// The loss of a batch of shape (tokens, vocab).
-///
-/// `sequences` is the address of int64 offsets, and how many sequences they make. `outputs` are the
-/// addresses of the loss, float32; the terms, float32 `[3, tokens]`; the modes, uint8 `[tokens]`; the
-/// faults, int64 `[2]`.
-#[pyfunction]
+/// The call, and the addresses of its results: the loss, float32; the terms, float32 `[3, tokens]`; a byte
+/// a token, `modes` of [`RawOutput`]. `sequences` is the address of int64 offsets, and how many sequences
+/// they make.
 #[expect(clippy::too_many_arguments, reason = "they are what a call is")]
-fn run(
-    py: Python,
-    place: Place,
-    objective: &Objective,
-    shape: (usize, usize),
+fn call(
+    (tokens, vocab): (usize, usize),
     student: Matrix,
     teacher: Matrix,
     labels: Option<(u64, String)>,
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
-    outputs: (u64, u64, u64, u64),
-) -> PyResult<()> {
-    let (tokens, vocab) = shape;
+    (loss, terms, modes): (u64, u64, u64),
+) -> PyResult<(RawCall, RawOutput)> {
     let labels = match labels.as_ref().map(|(address, dtype)| (*address, dtype.as_str())) {
         None => None,
         Some((address, "int64")) => Some(RawLabels::I64(address)),
@@ -136,7 +120,6 @@ fn run(
         margins: None,
         upstream: scale,
     };
-    let (loss, terms, modes, faults) = outputs;
     let column = |index: usize| Some(terms + (index * tokens * size_of::<f32>()) as u64);
     let output = RawOutput {
         loss: Some(loss),
@@ -144,23 +127,70 @@ fn run(
         tkd: column(1),
         dkd: column(2),
         modes: Some(modes),
-        faults: Some(faults),
+        faults: None,
     };
-    let objective = &objective.0;
-    // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these
-    // shapes that it holds, and nobody else writes to them until they are used. On a device all of them are
-    // from torch's allocator, which hands memory out again only in the order of the stream.
-    py.detach(|| unsafe {
-        match place {
-            Place::Host(threads) => threads::pool(threads)?
-                .install(|| raw::run(objective, &call, &output))
-                .map_err(exception),
-            Place::Device(ordinal, stream, workspace) => {
-                device::run(ordinal, stream, workspace, objective, &call, &output)
-                    .map_err(exception)
-            }
+    Ok((call, output))
+}
+
+/// The loss on host memory, by so many threads. The bytes that it leaves are bools: which tokens are hard.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
+fn run_on_host(
+    py: Python,
+    threads: usize,
+    objective: &Objective,
+    shape: (usize, usize),
+    student: Matrix,
+    teacher: Matrix,
+    labels: Option<(u64, String)>,
+    sequences: Option<(u64, usize)>,
+    scale: Option<u64>,
+    gradient: Option<Matrix>,
+    outputs: (u64, u64, u64),
+) -> PyResult<()> {
+    let (call, output) =
+        call(shape, student, teacher, labels, sequences, scale, gradient, outputs)?;
+    py.detach(|| {
+        // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these
+        // shapes that it holds, and nobody else writes to them meanwhile.
+        threads::pool(threads)?
+            .install(|| unsafe { raw::run(&objective.0, &call, &output) })
+            .map_err(exception)?;
+        if call.tokens > 0 {
+            let (_, _, modes) = outputs;
+            // SAFETY: as above; every byte was just written.
+            let modes = unsafe { std::slice::from_raw_parts_mut(modes as *mut u8, call.tokens) };
+            modes.iter_mut().for_each(|mode| *mode = u8::from(*mode == raw::HARD));
         }
+        Ok(())
     })
+}
+
+/// The loss on a device: enqueued, not waited for. `place` is the device's ordinal, and the addresses of
+/// the stream, of `workspace_bytes` to work in, and of two int64, `faults` of [`RawOutput`].
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
+fn run_on_device(
+    py: Python,
+    place: (usize, usize, u64, u64),
+    objective: &Objective,
+    shape: (usize, usize),
+    student: Matrix,
+    teacher: Matrix,
+    labels: Option<(u64, String)>,
+    sequences: Option<(u64, usize)>,
+    scale: Option<u64>,
+    gradient: Option<Matrix>,
+    outputs: (u64, u64, u64),
+) -> PyResult<()> {
+    let (ordinal, stream, workspace, faults) = place;
+    let (call, mut output) =
+        call(shape, student, teacher, labels, sequences, scale, gradient, outputs)?;
+    output.faults = Some(faults);
+    // SAFETY: as for the host; and the memory is of torch's allocator, which hands it out again only in the
+    // order of the stream.
+    py.detach(|| unsafe { device::run(ordinal, stream, workspace, &objective.0, &call, &output) })
+        .map_err(exception)
 }
 
 #[pymodule]
@@ -168,5 +198,5 @@ mod _atkd {
     #[pymodule_export]
     use super::device::workspace_bytes;
     #[pymodule_export]
-    use super::{Objective, run};
+    use super::{Objective, run_on_device, run_on_host};
 }

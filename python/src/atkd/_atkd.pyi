@@ -1,8 +1,8 @@
-from typing import Optional, Tuple, Union, final
+from typing import Optional, Tuple, final
 
 from typing_extensions import Self
 
-__all__ = ["Objective", "workspace_bytes", "run"]
+__all__ = ["Objective", "run_on_device", "run_on_host", "workspace_bytes"]
 
 @final
 class Objective:
@@ -21,8 +21,8 @@ class Objective:
     ) -> Self: ...
 
 def workspace_bytes(tokens: int) -> int: ...
-def run(
-    place: Union[int, Tuple[int, int, int]],
+def run_on_host(
+    threads: int,
     objective: Objective,
     shape: Tuple[int, int],
     student: Tuple[int, str, int],
@@ -31,5 +31,17 @@ def run(
     sequences: Optional[Tuple[int, int]],
     scale: Optional[int],
     gradient: Optional[Tuple[int, str, int]],
-    outputs: Tuple[int, int, int, int],
+    outputs: Tuple[int, int, int],
+) -> None: ...
+def run_on_device(
+    place: Tuple[int, int, int, int],
+    objective: Objective,
+    shape: Tuple[int, int],
+    student: Tuple[int, str, int],
+    teacher: Tuple[int, str, int],
+    labels: Optional[Tuple[int, str]],
+    sequences: Optional[Tuple[int, int]],
+    scale: Optional[int],
+    gradient: Optional[Tuple[int, str, int]],
+    outputs: Tuple[int, int, int],
 ) -> None: ...

@@ -123,11 +123,11 @@ def atkd_loss(
         ce_weight,
         kd_weight,
     )
-    tensors = student_logits, teacher_logits, labels, scale
     per_sequence = _is_per_sequence(selection)
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    if inplace and with_gradient and not torch.compiler.is_compiling():
-        loss, stats, hard = _ops.LossInPlace.apply(*tensors, per_sequence, *settings)
+    tensors = student_logits, teacher_logits, labels, scale
+    if with_gradient and _ops.runs_directly(student_logits):
+        loss, (stats, hard) = _ops.Loss.apply(*tensors, inplace, per_sequence, settings)
     else:
         loss, _, stats, hard = _ops.loss(*tensors, with_gradient, per_sequence, *settings)
     return (loss, Stats(*stats.unbind(), hard)) if return_stats else loss

@@ -1,6 +1,6 @@
-"""The loss as operators: `torch.ops.atkd.loss`, and `torch.ops.atkd.loss_inplace`."""
+"""The loss as an operator, `torch.ops.atkd.loss`, and as an autograd function."""
 
-from typing import Any, NamedTuple, Optional, Tuple, Union
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -9,12 +9,10 @@ from . import _atkd
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _LABEL_DTYPES = {torch.int64: "int64", torch.int32: "int32"}
-# The mode of a hard token; 0 is an ignored one's, 1 an easy one's.
-_HARD = 2
 
 
 class Settings(NamedTuple):
-    """What both operators take after the tensors; the order is theirs and `_atkd.Objective`'s."""
+    """What the operator takes after the tensors; the order is its and `_atkd.Objective`'s."""
 
     objective: str
     lam: float
@@ -88,12 +86,12 @@ def _matrix(rows: Tensor) -> Tuple[int, str, int]:
 
 
 def _outputs(student: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """The loss; uncertainty, TKD, DKD; whether ignored, easy or hard."""
+    """The loss; uncertainty, TKD, DKD; which tokens are hard."""
     tokens = student.shape[:-1]
     return (
         student.new_empty((), dtype=torch.float32),
         student.new_empty((3, *tokens), dtype=torch.float32),
-        student.new_empty(tokens, dtype=torch.uint8),
+        student.new_empty(tokens, dtype=torch.bool),
     )
 
 
@@ -117,48 +115,50 @@ def _run(
     device, tokens = student.device, student.shape[0]
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"student_logits are on {device}, but must be on the CPU or a CUDA device")
-    objective = _atkd.Objective(*settings)
-    loss, terms, modes = _outputs(teacher)
+    loss, terms, hard = _outputs(teacher)
     teacher_rows = _rows(teacher)
     flat_labels = None if labels is None else labels.contiguous()
     offsets = None
     if per_sequence:
         batch, length = teacher.shape[:2]
         offsets = torch.arange(batch + 1, dtype=torch.int64, device=device) * length
-    faults = student.new_empty(2, dtype=torch.int64)
-
-    def call(place: Union[int, Tuple[int, int, int]]) -> None:
-        _atkd.run(
-            place,
-            objective,
-            (tokens, student.shape[1]),
-            _matrix(student),
-            _matrix(teacher_rows),
-            None
-            if flat_labels is None
-            else (flat_labels.data_ptr(), _LABEL_DTYPES[flat_labels.dtype]),
-            None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1),
-            None if scale is None else scale.data_ptr(),
-            None if gradient is None else _matrix(gradient),
-            (loss.data_ptr(), terms.data_ptr(), modes.data_ptr(), faults.data_ptr()),
-        )
-
+    arguments = (
+        _atkd.Objective(*settings),
+        (tokens, student.shape[1]),
+        _matrix(student),
+        _matrix(teacher_rows),
+        None
+        if flat_labels is None
+        else (flat_labels.data_ptr(), _LABEL_DTYPES[flat_labels.dtype]),
+        None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1),
+        None if scale is None else scale.data_ptr(),
+        None if gradient is None else _matrix(gradient),
+        (loss.data_ptr(), terms.data_ptr(), hard.data_ptr()),
+    )
     if device.type == "cpu":
-        call(torch.get_num_threads())
+        _atkd.run_on_host(torch.get_num_threads(), *arguments)
     elif tokens == 0:
         loss.zero_()
     else:
         # torch's own memory: its allocator knows which stream, or captured graph, still uses it.
         size = _atkd.workspace_bytes(tokens)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        faults = torch.empty(2, dtype=torch.int64, device=device)
         with torch.cuda.device(device):
-            stream = torch.cuda.current_stream().cuda_stream
-            call((torch.cuda.current_device(), stream, workspace.data_ptr()))
+            place = (
+                torch.cuda.current_device(),
+                torch.cuda.current_stream().cuda_stream,
+                workspace.data_ptr(),
+                faults.data_ptr(),
+            )
+            _atkd.run_on_device(place, *arguments)
         # A label out of range: to raise would be to wait for the device.
         loss.masked_fill_((faults != -1).any(), float("nan"))
+        # It holds 0 for an ignored token, 1 for an easy one, 2 for a hard one.
+        hard = hard.view(torch.uint8) == 2
     if scale is not None:
         loss.mul_(scale)
-    return loss, terms, modes == _HARD
+    return loss, terms, hard
 
 
 @torch.library.custom_op(
@@ -198,45 +198,8 @@ def _(
     *settings: Any,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     check(student, teacher, labels, per_sequence, Settings(*settings))
-    value, stats, modes = _outputs(student)
-    return value, _empty_gradient(student, with_gradient), stats, modes == _HARD
-
-
-@torch.library.custom_op(
-    "atkd::loss_inplace",
-    mutates_args={"student"},
-    schema="(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? scale, "
-    f"bool per_sequence, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
-)
-def loss_inplace(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Optional[Tensor],
-    scale: Optional[Tensor],
-    per_sequence: bool,
-    *settings: Any,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """As `loss`; the gradient, of the student's dtype, replaces its logits."""
-    check(student, teacher, labels, per_sequence, Settings(*settings))
-    rows = _rows(student)
-    outputs = _run(rows, teacher, labels, scale, rows, per_sequence, settings)
-    if rows.data_ptr() != student.data_ptr():
-        student.copy_(rows.view(student.shape))
-    return outputs
-
-
-@loss_inplace.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Optional[Tensor],
-    scale: Optional[Tensor],
-    per_sequence: bool,
-    *settings: Any,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    check(student, teacher, labels, per_sequence, Settings(*settings))
-    value, stats, modes = _outputs(student)
-    return value, stats, modes == _HARD
+    value, stats, hard = _outputs(student)
+    return value, _empty_gradient(student, with_gradient), stats, hard
 
 
 def _graph_is_kept() -> bool:
@@ -260,6 +223,8 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
     _, gradient, stats, hard = output
     ctx.mark_non_differentiable(gradient, stats, hard)
+    # Else backward gets zeros as large as the gradient, for the outputs that have none.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient)
     ctx.with_gradient = inputs[4]
     ctx.dtype = inputs[0].dtype
@@ -276,23 +241,49 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ..
 loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-class LossInPlace(torch.autograd.Function):
-    """`loss_inplace` on a student that requires a gradient.
-
-    The student's version counter tells autograd that its logits are gone: if another operation still
-    needs them, backward raises.
+class Loss(torch.autograd.Function):
+    """`loss` without an operator's overhead, and with the gradient in place if asked: the version counter
+    of the student then tells autograd that its logits are gone, and backward raises if another operation
+    needs them.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *others: Any) -> Tuple[Tensor, Tensor, Tensor]:
-        gradient = student.detach()
-        value, stats, hard = loss_inplace(gradient, *others)
-        ctx.mark_non_differentiable(stats, hard)
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Optional[Tensor],
+        scale: Optional[Tensor],
+        inplace: bool,
+        per_sequence: bool,
+        settings: Settings,
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
+        check(student, teacher, labels, per_sequence, settings)
+        gradient = student.detach() if inplace else _empty_gradient(student, True)
+        rows = _rows(student)
+        to = rows if inplace else gradient.view(rows.shape)
+        value, stats, hard = _run(rows, teacher, labels, scale, to, per_sequence, settings)
+        if inplace:
+            if rows.data_ptr() != student.data_ptr():
+                gradient = rows.view(student.shape)
+            else:
+                torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(gradient)
-        ctx.others = len(others)
-        return value, stats, hard
+        ctx.dtype = student.dtype
+        # In a tuple, where autograd leaves them alone.
+        return value, (stats, hard)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
         (gradient,) = ctx.saved_tensors
-        return (_scaled(gradient, upstream, gradient.dtype), *[None] * ctx.others)
+        return (_scaled(gradient, upstream, ctx.dtype), *[None] * 6)
+
+
+def runs_directly(student: Tensor) -> bool:
+    """Whether no compiler, tracer or tensor subclass wants to see an operator."""
+    return (
+        type(student) in (Tensor, torch.nn.Parameter)
+        and student.device.type in ("cpu", "cuda")
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
