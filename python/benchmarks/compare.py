@@ -3,7 +3,7 @@
     pip install atkd matplotlib          (and liger-kernel, on a machine with a GPU)
     python compare.py [--tokens 64 256 --vocab 32000 128256 --dtype float32 bfloat16] [--out DIR]
 
-Runs on the GPU if there is one, else on the CPU. Prints a Markdown table, and writes it to DIR with the
+Runs on the GPU if there is one, else on the CPU of a Linux. Prints a Markdown table, and writes it to DIR with the
 same numbers as JSON and a plot:
 
 - time: the median of the runs, after two that do not count. `in place` includes no copy of the logits.
@@ -70,7 +70,7 @@ def liger():
 
 def variants():
     """Name, loss, the loss in float64; and those that cannot run here, with the reason."""
-    compiled, skipped = torch.compile(eager.atkd, dynamic=False), {}
+    compiled = torch.compile(eager.atkd, dynamic=False)
     in_place = atkd.ATKDLoss(inplace=True)
     losses, skipped = liger()
     return [
@@ -161,6 +161,13 @@ def errors(loss, exact, vocab, dtype, device):
     return abs(actual.item() / expected.item() - 1), off.max().item()
 
 
+def processor():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
+
+
 def plot(results, path):
     import matplotlib
 
@@ -200,7 +207,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     machine = f"{name}, {args.threads} threads, torch {torch.__version__}"
 
     losses, skipped = variants()
