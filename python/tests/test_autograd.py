@@ -122,6 +122,7 @@ def test_the_teacher_gets_no_gradient():
     student, teacher, labels = batch(8, 50)
     atkd.atkd_loss(student.requires_grad_(), teacher.requires_grad_(), labels).backward()
     assert student.grad is not None and teacher.grad is None
+    assert not atkd.atkd_loss(student.detach(), teacher, labels).requires_grad
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import batch
+from support import SETTINGS, batch
 
 import atkd
 
@@ -76,3 +76,12 @@ def test_a_failed_call_leaves_the_logits_alone():
     with pytest.raises(ValueError, match="token 5 is 50"):
         atkd.atkd_loss(student, TEACHER, labels, inplace=True)
     assert torch.equal(student.detach(), STUDENT)
+
+
+def test_scale():
+    for scale, error, message in [
+        (torch.tensor(1.0, dtype=torch.float64), TypeError, "scale is torch.float64"),
+        (torch.ones(2), ValueError, r"scale is \[2\]"),
+    ]:
+        with pytest.raises(error, match=message):
+            torch.ops.atkd.loss(STUDENT, TEACHER, LABELS, scale, False, False, *SETTINGS)

@@ -106,6 +106,7 @@ def atkd_loss(
     _check_type("teacher_logits", teacher_logits)
     if labels is not None:
         _check_type("labels", labels)
+    teacher_logits = teacher_logits.detach()
     scale = None
     if num_items_in_batch is not None:
         reduction, scale = "sum", _scale(num_items_in_batch, student_logits.device)

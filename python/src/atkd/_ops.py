@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     kd_weight: float
 
 
-# The same, as an operator's schema says it.
+# The same, as the operator's schema says it.
 _SETTINGS = ", ".join(f"{kind.__name__} {name}" for name, kind in Settings.__annotations__.items())
 
 
@@ -34,6 +34,7 @@ def check(
     student: Tensor,
     teacher: Tensor,
     labels: Optional[Tensor],
+    scale: Optional[Tensor],
     per_sequence: bool,
     settings: Settings,
 ) -> None:
@@ -52,6 +53,15 @@ def check(
         raise ValueError(
             f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
         )
+    if scale is not None:
+        # The operator's alone: the function makes its own.
+        if scale.dtype != torch.float32:
+            raise TypeError(f"scale is {scale.dtype}, but must be float32")
+        if scale.dim() != 0 or scale.device != student.device:
+            raise ValueError(
+                f"scale is {list(scale.shape)} on {scale.device}, "
+                f"but must be a scalar on {student.device}"
+            )
     if per_sequence and student.dim() != 3:
         raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {shape}')
     if labels is None:
@@ -180,7 +190,7 @@ def loss(
     uncertainty, TKD, DKD as `[3, *tokens]`; which tokens are hard. Loss and gradient are multiplied by
     `scale`, a float32 scalar on the logits' device.
     """
-    check(student, teacher, labels, per_sequence, Settings(*settings))
+    check(student, teacher, labels, scale, per_sequence, Settings(*settings))
     gradient = _empty_gradient(student, with_gradient)
     to = _rows(gradient) if with_gradient else None
     value, stats, hard = _run(_rows(student), teacher, labels, scale, to, per_sequence, settings)
@@ -197,7 +207,7 @@ def _(
     per_sequence: bool,
     *settings: Any,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    check(student, teacher, labels, per_sequence, Settings(*settings))
+    check(student, teacher, labels, scale, per_sequence, Settings(*settings))
     value, stats, hard = _outputs(student)
     return value, _empty_gradient(student, with_gradient), stats, hard
 
@@ -258,7 +268,7 @@ class Loss(torch.autograd.Function):
         per_sequence: bool,
         settings: Settings,
     ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
-        check(student, teacher, labels, per_sequence, settings)
+        check(student, teacher, labels, scale, per_sequence, settings)
         gradient = student.detach() if inplace else _empty_gradient(student, True)
         rows = _rows(student)
         to = rows if inplace else gradient.view(rows.shape)
