@@ -89,20 +89,14 @@ ATKD_DEVICE float raised(float max, float chunk_max, float inverse_temperature) 
     return (chunk_max - max) * inverse_temperature > HEADROOM ? chunk_max : max;
 }
 
-// Adds a chunk of both models. The target, and what lies outside the row, are -inf in both.
+// Adds a chunk of both models, relative to the state's maxima. The target, and what lies outside the row,
+// are -inf in both; `masked` says that something is.
 template <bool AT_1>
-ATKD_DEVICE void accumulate(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK],
-                            float inverse_temperature) {
-    float exponent = inverse_temperature * LOG2_E;
-    float teacher_max = raised(state.teacher_max, max_of(a), inverse_temperature);
-    float student_max = raised(state.student_max, max_of(b), inverse_temperature);
-    if (teacher_max != state.teacher_max || student_max != state.student_max) {
-        state.rebase(teacher_max, student_max, exponent);
-    }
-    bool masked = fminf(min_of(a), min_of(b)) == OUTSIDE;
+ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent,
+                     bool masked) {
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
-        float da = a[k] - teacher_max, db = b[k] - student_max;
+        float da = a[k] - state.teacher_max, db = b[k] - state.student_max;
         float p = exp2_fast(da * exponent);
         float gap = da - db;
         if (masked) {
@@ -118,6 +112,19 @@ ATKD_DEVICE void accumulate(RowState<float> &state, const float (&a)[CHUNK], con
             state.student_sum_at_1 += exp2_fast(db * LOG2_E);
         }
     }
+}
+
+// As add, and raises the maxima where the chunk exceeds them by much.
+template <bool AT_1>
+ATKD_DEVICE void accumulate(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK],
+                            float inverse_temperature) {
+    float exponent = inverse_temperature * LOG2_E;
+    float teacher_max = raised(state.teacher_max, max_of(a), inverse_temperature);
+    float student_max = raised(state.student_max, max_of(b), inverse_temperature);
+    if (teacher_max != state.teacher_max || student_max != state.student_max) {
+        state.rebase(teacher_max, student_max, exponent);
+    }
+    add<AT_1>(state, a, b, exponent, fminf(min_of(a), min_of(b)) == OUTSIDE);
 }
 
 // The log-odds against the target: log sum_{j != g} e^{(z_j - z_g) / T}.

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use crate::params::*;
-use crate::plan::{LaunchShape, Plan};
+use crate::plan::{LaunchShape, Plan, Problem};
 use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
 
 /// Logits or a gradient `[tokens, vocab]` at an address, rows `row_stride` elements apart.
@@ -53,6 +53,19 @@ pub struct RawCall {
 }
 
 impl RawCall {
+    /// What a plan for this call needs to know.
+    pub(crate) fn problem(&self, objective: &Objective) -> Problem {
+        Problem {
+            tokens: self.tokens,
+            vocab: self.vocab,
+            teacher: self.teacher.dtype,
+            student: self.student.dtype,
+            gradient: self.gradient.map_or(self.student.dtype, |gradient| gradient.dtype),
+            sum_at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
+            scopes: self.sequences.map_or(1, |(_, count)| count),
+        }
+    }
+
     /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
     /// known.
     fn validate(&self, objective: &Objective) -> Result<()> {
@@ -152,7 +165,8 @@ kernels! {
     TeacherMargin(atkd_teacher_margin): teacher_margin_f32 teacher_margin_f16 teacher_margin_bf16;
     CountValid(atkd_count_valid): count_valid;
     SelectHard(atkd_select_hard): select_hard;
-    RowStream(atkd_row_stream):
+    Rows(atkd_rows):
+        row_resident_f32 row_resident_f16 row_resident_bf16
         row_stream_f32_f32_f32 row_stream_f32_f16_f16 row_stream_f32_f16_f32
         row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32
         row_stream_f16_f32_f32 row_stream_f16_f16_f16 row_stream_f16_f16_f32
@@ -184,6 +198,14 @@ fn teacher_margin(teacher: Dtype) -> &'static str {
         Dtype::F32 => "teacher_margin_f32",
         Dtype::F16 => "teacher_margin_f16",
         Dtype::Bf16 => "teacher_margin_bf16",
+    }
+}
+
+fn row_resident(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F32 => "row_resident_f32",
+        Dtype::F16 => "row_resident_f16",
+        Dtype::Bf16 => "row_resident_bf16",
     }
 }
 
@@ -384,7 +406,8 @@ pub(crate) fn launches(
     workspace: u64,
 ) -> Result<impl Iterator<Item = Launch>> {
     call.validate(objective)?;
-    let scopes = call.sequences.map_or(1, |(_, count)| count);
+    let problem = call.problem(objective);
+    let scopes = problem.scopes;
     for (what, needed) in [("tokens", call.tokens), ("sequences", scopes)] {
         if needed > layout.capacity {
             return Err(Error::Workspace { what, needed, capacity: layout.capacity });
@@ -460,13 +483,12 @@ pub(crate) fn launches(
     let scale = objective.reduction_scale(1);
     let gradient = call.gradient;
     let rows = Launch {
-        kernel: row_stream(
-            call.teacher.dtype,
-            call.student.dtype,
-            gradient.map_or(call.student.dtype, |gradient| gradient.dtype),
-        ),
+        kernel: match plan.resident {
+            true => row_resident(problem.student),
+            false => row_stream(problem.teacher, problem.student, problem.gradient),
+        },
         shape: plan.rows,
-        parameters: Parameters::RowStream(atkd_row_stream {
+        parameters: Parameters::Rows(atkd_rows {
             batch,
             objective: atkd_objective {
                 tkd: [number(easy.tkd), number(hard.tkd)],

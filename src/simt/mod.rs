@@ -21,8 +21,11 @@ pub struct Simulation {
     /// Threads of a block and blocks of a cluster, at most, whatever the plan says: a block of hundreds of
     /// threads is slow to simulate.
     pub block: u32,
-    /// See `block`.
+    /// See `block`. Neither holds for rows that are held on chip, where it is the plan's blocks that have
+    /// room for a row.
     pub cluster: u32,
+    /// Whether rows may be held on chip; else they are all read twice.
+    pub resident: bool,
     /// Of the order in which blocks and threads take turns: no result may depend on it.
     pub seed: u64,
 }
@@ -32,7 +35,7 @@ impl Default for Simulation {
     fn default() -> Self {
         let device =
             DeviceProperties { multiprocessors: 132, l2_bytes: 50 << 20, largest_cluster: 8 };
-        Self { device, block: 64, cluster: 2, seed: 0 }
+        Self { device, block: 64, cluster: 2, resident: true, seed: 0 }
     }
 }
 
@@ -206,8 +209,10 @@ impl Simulation {
             Buffer { name, addresses, writable: true, read: 0, written: 0, accesses: 0 }
         }));
 
-        let pair_bytes = teacher.dtype().size() + student.dtype.size();
-        let plan = Plan::new(&self.device, tokens, vocab, pair_bytes, scopes);
+        let mut problem = call.problem(objective);
+        // A sum of its own is a reason to read a row twice.
+        problem.sum_at_1 |= !self.resident;
+        let plan = Plan::new(&self.device, &problem);
         let mut traffic = Vec::new();
         for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
             let mut buffers = buffers.clone();
@@ -283,6 +288,9 @@ impl Simulation {
         if !matches!(launch.parameters, Parameters::CountValid(_) | Parameters::UnfusedTokens(_)) {
             shape.block = shape.block.min(self.block);
         }
+        if launch.kernel.starts_with("row_resident") {
+            shape = launch.shape;
+        }
         // SAFETY: the block is the kernel's, and the caller vouches for its addresses.
         unsafe { run_kernel(launch.kernel, shape, self.seed, launch.parameters.as_ptr(), buffers) }
     }
@@ -309,7 +317,9 @@ pub unsafe fn run_kernel(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Dtype;
     use crate::params::{ATKD_EASY, ATKD_HARD, ATKD_IGNORED, atkd_batch, atkd_select_hard};
+    use crate::plan::Problem;
 
     /// As many tokens as the selection is made for, of which a thread sees hundreds.
     #[test]
@@ -344,7 +354,16 @@ mod tests {
             Buffer::output("summary", &mut summary),
         ];
         let Simulation { device, seed, .. } = Simulation::default();
-        let shape = Plan::new(&device, TOKENS, 32_000, 4, 1).select;
+        let problem = Problem {
+            tokens: TOKENS,
+            vocab: 32_000,
+            teacher: Dtype::Bf16,
+            student: Dtype::Bf16,
+            gradient: Dtype::Bf16,
+            sum_at_1: false,
+            scopes: 1,
+        };
+        let shape = Plan::new(&device, &problem).select;
         assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8 });
         let parameters = (&raw const parameters).cast();
         // SAFETY: that is the kernel's block, and the buffers are what it points to.
