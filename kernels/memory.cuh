@@ -7,6 +7,12 @@
 
 #include "params.h"
 
+// As Rust's side asserts of its own (src/params.rs).
+static_assert(sizeof(atkd_summary) == 48 && sizeof(atkd_batch) == 88, "the layout is a contract");
+static_assert(sizeof(atkd_teacher_margin) == 88 && sizeof(atkd_count_valid) == 96, "the layout is a contract");
+static_assert(sizeof(atkd_select_hard) == 128 && sizeof(atkd_objective) == 80, "the layout is a contract");
+static_assert(sizeof(atkd_rows) == 256 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
+
 #ifdef __CUDACC__
 
 #include <cuda_bf16.h>
@@ -109,6 +115,15 @@ template <> ATKD_DEVICE float narrow<float>(float x) { return x; }
 template <> ATKD_DEVICE f16 narrow<f16>(float x) { return __float2half_rn(x); }
 template <> ATKD_DEVICE bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
 
+// Of an element's own size; of more bits, the lower ones.
+template <class T> ATKD_DEVICE T from_bits(uint32_t bits);
+template <> ATKD_DEVICE float from_bits<float>(uint32_t bits) { return __uint_as_float(bits); }
+template <> ATKD_DEVICE f16 from_bits<f16>(uint32_t bits) { return __ushort_as_half(uint16_t(bits)); }
+template <> ATKD_DEVICE bf16 from_bits<bf16>(uint32_t bits) { return __ushort_as_bfloat16(uint16_t(bits)); }
+ATKD_DEVICE uint32_t to_bits(float x) { return __float_as_uint(x); }
+ATKD_DEVICE uint32_t to_bits(f16 x) { return __half_as_ushort(x); }
+ATKD_DEVICE uint32_t to_bits(bf16 x) { return __bfloat16_as_ushort(x); }
+
 #else
 #include "simt/simt.h"
 #endif
@@ -149,42 +164,79 @@ template <class T> ATKD_DEVICE uint32_t lead_of(const T *row) {
 
 constexpr float OUTSIDE = -__builtin_huge_valf();
 
-// A chunk, widened; -inf outside the row.
-template <class T> ATKD_DEVICE void load_chunk(const Row<const T> &row, uint32_t chunk, float (&x)[CHUNK]) {
+// A chunk as it lies in memory.
+template <class T> struct Packed {
+    static constexpr uint32_t PARTS = CHUNK * sizeof(T) / 16, PER = CHUNK / PARTS;
+    Bytes16 part[PARTS];
+};
+
+// By shifts and not through a pointer, for which the compiler may want an address, and so local memory.
+template <class T> ATKD_DEVICE T element_of(const Bytes16 &bytes, uint32_t index) {
+    uint32_t word = bytes.word[index * sizeof(T) / 4];
+    return from_bits<T>(sizeof(T) == 2 && index % 2 == 1 ? word >> 16 : word);
+}
+template <class T> ATKD_DEVICE void set_element(Bytes16 &bytes, uint32_t index, T value) {
+    uint32_t &word = bytes.word[index * sizeof(T) / 4], bits = to_bits(value);
+    word = sizeof(T) == 4 ? bits : index % 2 == 1 ? (word & 0xffffu) | bits << 16 : (word & 0xffff0000u) | bits;
+}
+
+// -inf outside the row.
+template <class T> ATKD_DEVICE Packed<T> load_packed(const Row<const T> &row, uint32_t chunk) {
     int64_t start = static_cast<int64_t>(chunk) * CHUNK - row.lead;
+    Packed<T> packed = {};
+    constexpr uint32_t PER = Packed<T>::PER;
     if (row.whole(chunk)) {
-        constexpr uint32_t PER = 16 / sizeof(T);
         ATKD_UNROLL
-        for (uint32_t part = 0; part < CHUNK / PER; part++) {
-            Bytes16 bytes = load16(row.data + start + part * PER);
-            const T *elements = reinterpret_cast<const T *>(&bytes);
-            ATKD_UNROLL
-            for (uint32_t k = 0; k < PER; k++) {
-                x[part * PER + k] = widen(elements[k]);
-            }
+        for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
+            packed.part[i] = load16(row.data + start + i * PER);
         }
     } else {
         ATKD_UNROLL
         for (uint32_t k = 0; k < CHUNK; k++) {
             int64_t j = start + k;
-            x[k] = j >= 0 && j < row.vocab ? widen(load(row.data + j)) : OUTSIDE;
+            T z = j >= 0 && j < row.vocab ? load(row.data + j) : narrow<T>(OUTSIDE);
+            set_element<T>(packed.part[k / PER], k % PER, z);
+        }
+    }
+    return packed;
+}
+
+template <class T> ATKD_DEVICE void unpack(const Packed<T> &packed, float (&x)[CHUNK]) {
+    constexpr uint32_t PER = Packed<T>::PER;
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        x[k] = widen(element_of<T>(packed.part[k / PER], k % PER));
+    }
+}
+
+// Makes one element -inf.
+template <class T> ATKD_DEVICE void take_out(uint32_t within, Packed<T> &packed) {
+    constexpr uint32_t PER = Packed<T>::PER;
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        if (within == k) {
+            set_element<T>(packed.part[k / PER], k % PER, narrow<T>(OUTSIDE));
         }
     }
 }
 
+// A chunk, widened; -inf outside the row.
+template <class T> ATKD_DEVICE void load_chunk(const Row<const T> &row, uint32_t chunk, float (&x)[CHUNK]) {
+    unpack(load_packed(row, chunk), x);
+}
+
 template <class T> ATKD_DEVICE void store_chunk(const Row<T> &row, uint32_t chunk, const float (&x)[CHUNK]) {
     int64_t start = static_cast<int64_t>(chunk) * CHUNK - row.lead;
+    constexpr uint32_t PER = Packed<T>::PER;
     if (row.whole(chunk)) {
-        constexpr uint32_t PER = 16 / sizeof(T);
         ATKD_UNROLL
-        for (uint32_t part = 0; part < CHUNK / PER; part++) {
-            Bytes16 bytes;
-            T *elements = reinterpret_cast<T *>(&bytes);
+        for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
+            Bytes16 bytes = {};
             ATKD_UNROLL
             for (uint32_t k = 0; k < PER; k++) {
-                elements[k] = narrow<T>(x[part * PER + k]);
+                set_element<T>(bytes, k, narrow<T>(x[i * PER + k]));
             }
-            store16(row.data + start + part * PER, bytes);
+            store16(row.data + start + i * PER, bytes);
         }
     } else {
         ATKD_UNROLL

@@ -86,7 +86,7 @@ typedef struct {
     double inverse_temperature; // 1 / T
 } atkd_objective;
 
-// row_stream: terms of each token, and the gradient. One cluster a token.
+// row_stream, row_resident: terms of each token, and the gradient. One cluster a token.
 typedef struct {
     atkd_batch batch;
     atkd_objective objective;
@@ -102,7 +102,7 @@ typedef struct {
     double scale;        // of the gradient
     uint32_t mean;       // and over the number of valid tokens
     uint32_t write_keys; // they are not there yet
-} atkd_row_stream;
+} atkd_rows;
 
 // sum_losses: the reduced loss; ends the call. One block.
 typedef struct {

@@ -3,9 +3,24 @@
 use std::ffi::c_void;
 
 use crate::params::*;
-use crate::plan::{LaunchShape, Plan};
+use crate::plan::{LaunchShape, Plan, Problem};
 pub use crate::raw::{RawCall, RawLabels, RawLogits};
 use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
+
+impl RawCall {
+    /// What a plan for this call needs to know.
+    pub(crate) fn problem(&self, objective: &Objective) -> Problem {
+        Problem {
+            tokens: self.tokens,
+            vocab: self.vocab,
+            teacher: self.teacher.dtype,
+            student: self.student.dtype,
+            gradient: self.gradient.map_or(self.student.dtype, |gradient| gradient.dtype),
+            sum_at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
+            scopes: self.sequences.map_or(1, |(_, count)| count),
+        }
+    }
+}
 
 macro_rules! kernels {
     ($($variant:ident($params:ty): $($name:ident)+;)+) => {
@@ -62,7 +77,8 @@ kernels! {
     TeacherMargin(atkd_teacher_margin): teacher_margin_f32 teacher_margin_f16 teacher_margin_bf16;
     CountValid(atkd_count_valid): count_valid;
     SelectHard(atkd_select_hard): select_hard;
-    RowStream(atkd_row_stream):
+    Rows(atkd_rows):
+        row_resident_f32 row_resident_f16 row_resident_bf16
         row_stream_f32_f32_f32 row_stream_f32_f16_f16 row_stream_f32_f16_f32
         row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32
         row_stream_f16_f32_f32 row_stream_f16_f16_f16 row_stream_f16_f16_f32
@@ -94,6 +110,14 @@ fn teacher_margin(teacher: Dtype) -> &'static str {
         Dtype::F32 => "teacher_margin_f32",
         Dtype::F16 => "teacher_margin_f16",
         Dtype::Bf16 => "teacher_margin_bf16",
+    }
+}
+
+fn row_resident(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F32 => "row_resident_f32",
+        Dtype::F16 => "row_resident_f16",
+        Dtype::Bf16 => "row_resident_bf16",
     }
 }
 
@@ -299,7 +323,8 @@ pub(crate) fn launches(
         }
     }
     call.validate(objective)?;
-    let scopes = call.sequences.map_or(1, |(_, count)| count);
+    let problem = call.problem(objective);
+    let scopes = problem.scopes;
     for (what, needed) in [("tokens", call.tokens), ("sequences", scopes)] {
         if needed > layout.capacity {
             return Err(Error::Workspace { what, needed, capacity: layout.capacity });
@@ -375,13 +400,12 @@ pub(crate) fn launches(
     let scale = objective.reduction_scale(1);
     let gradient = call.gradient;
     let rows = Launch {
-        kernel: row_stream(
-            call.teacher.dtype,
-            call.student.dtype,
-            gradient.map_or(call.student.dtype, |gradient| gradient.dtype),
-        ),
+        kernel: match plan.resident {
+            true => row_resident(problem.student),
+            false => row_stream(problem.teacher, problem.student, problem.gradient),
+        },
         shape: plan.rows,
-        parameters: Parameters::RowStream(atkd_row_stream {
+        parameters: Parameters::Rows(atkd_rows {
             batch,
             objective: atkd_objective {
                 tkd: [number(easy.tkd), number(hard.tkd)],
@@ -423,4 +447,29 @@ pub(crate) fn launches(
     };
     // A grid without blocks cannot be launched, and has nothing to do.
     Ok(order.into_iter().flatten().filter(|launch| launch.shape.grid > 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workspace_takes_33_bytes_a_token() {
+        for capacity in [0, 1, 15, 16, 17, 8192, 1 << 22] {
+            let bytes = Layout { capacity }.bytes();
+            assert!(bytes <= 33 * capacity + 1024, "{bytes} bytes for {capacity} tokens");
+        }
+    }
+
+    #[test]
+    fn keys_and_margins() {
+        assert_eq!(margin_of_key(0), f64::NEG_INFINITY);
+        assert!(margin_of_key(1).is_nan());
+        for margin in [0.0_f32, 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE] {
+            // As key_of in kernels/row_math.cuh.
+            let bits = margin.to_bits();
+            let key = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+            assert_eq!(margin_of_key(key), f64::from(margin));
+        }
+    }
 }

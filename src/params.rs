@@ -179,7 +179,7 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
-pub struct atkd_row_stream {
+pub struct atkd_rows {
     pub batch: atkd_batch,
     pub objective: atkd_objective,
     pub student: *const ::std::os::raw::c_void,
@@ -197,36 +197,29 @@ pub struct atkd_row_stream {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_row_stream"][::std::mem::size_of::<atkd_row_stream>() - 256usize];
-    ["Alignment of atkd_row_stream"][::std::mem::align_of::<atkd_row_stream>() - 8usize];
-    ["Offset of field: atkd_row_stream::batch"]
-        [::std::mem::offset_of!(atkd_row_stream, batch) - 0usize];
-    ["Offset of field: atkd_row_stream::objective"]
-        [::std::mem::offset_of!(atkd_row_stream, objective) - 88usize];
-    ["Offset of field: atkd_row_stream::student"]
-        [::std::mem::offset_of!(atkd_row_stream, student) - 168usize];
-    ["Offset of field: atkd_row_stream::gradient"]
-        [::std::mem::offset_of!(atkd_row_stream, gradient) - 176usize];
-    ["Offset of field: atkd_row_stream::upstream"]
-        [::std::mem::offset_of!(atkd_row_stream, upstream) - 184usize];
-    ["Offset of field: atkd_row_stream::uncertainty"]
-        [::std::mem::offset_of!(atkd_row_stream, uncertainty) - 192usize];
-    ["Offset of field: atkd_row_stream::tkd"]
-        [::std::mem::offset_of!(atkd_row_stream, tkd) - 200usize];
-    ["Offset of field: atkd_row_stream::dkd"]
-        [::std::mem::offset_of!(atkd_row_stream, dkd) - 208usize];
-    ["Offset of field: atkd_row_stream::loss"]
-        [::std::mem::offset_of!(atkd_row_stream, loss) - 216usize];
-    ["Offset of field: atkd_row_stream::student_stride"]
-        [::std::mem::offset_of!(atkd_row_stream, student_stride) - 224usize];
-    ["Offset of field: atkd_row_stream::gradient_stride"]
-        [::std::mem::offset_of!(atkd_row_stream, gradient_stride) - 232usize];
-    ["Offset of field: atkd_row_stream::scale"]
-        [::std::mem::offset_of!(atkd_row_stream, scale) - 240usize];
-    ["Offset of field: atkd_row_stream::mean"]
-        [::std::mem::offset_of!(atkd_row_stream, mean) - 248usize];
-    ["Offset of field: atkd_row_stream::write_keys"]
-        [::std::mem::offset_of!(atkd_row_stream, write_keys) - 252usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 256usize];
+    ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
+    ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
+    ["Offset of field: atkd_rows::objective"]
+        [::std::mem::offset_of!(atkd_rows, objective) - 88usize];
+    ["Offset of field: atkd_rows::student"][::std::mem::offset_of!(atkd_rows, student) - 168usize];
+    ["Offset of field: atkd_rows::gradient"]
+        [::std::mem::offset_of!(atkd_rows, gradient) - 176usize];
+    ["Offset of field: atkd_rows::upstream"]
+        [::std::mem::offset_of!(atkd_rows, upstream) - 184usize];
+    ["Offset of field: atkd_rows::uncertainty"]
+        [::std::mem::offset_of!(atkd_rows, uncertainty) - 192usize];
+    ["Offset of field: atkd_rows::tkd"][::std::mem::offset_of!(atkd_rows, tkd) - 200usize];
+    ["Offset of field: atkd_rows::dkd"][::std::mem::offset_of!(atkd_rows, dkd) - 208usize];
+    ["Offset of field: atkd_rows::loss"][::std::mem::offset_of!(atkd_rows, loss) - 216usize];
+    ["Offset of field: atkd_rows::student_stride"]
+        [::std::mem::offset_of!(atkd_rows, student_stride) - 224usize];
+    ["Offset of field: atkd_rows::gradient_stride"]
+        [::std::mem::offset_of!(atkd_rows, gradient_stride) - 232usize];
+    ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 240usize];
+    ["Offset of field: atkd_rows::mean"][::std::mem::offset_of!(atkd_rows, mean) - 248usize];
+    ["Offset of field: atkd_rows::write_keys"]
+        [::std::mem::offset_of!(atkd_rows, write_keys) - 252usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::Dtype;
+
 /// What a plan needs to know of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceProperties {
@@ -11,6 +13,25 @@ pub struct DeviceProperties {
     pub l2_bytes: usize,
     /// Blocks that can form a cluster: 8 from compute capability 9.0, 1 before.
     pub largest_cluster: u32,
+}
+
+/// What a plan needs to know of a call. All sizes are at most `i32::MAX`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Rows.
+    pub tokens: usize,
+    /// Logits in a row.
+    pub vocab: usize,
+    /// The type of the teacher's logits.
+    pub teacher: Dtype,
+    /// The type of the student's logits.
+    pub student: Dtype,
+    /// The type of the gradient; the student's where none is wanted.
+    pub gradient: Dtype,
+    /// Whether cross entropy needs a sum of its own: it has a weight, and the temperature is not 1.
+    pub sum_at_1: bool,
+    /// Parts within which hard tokens are selected.
+    pub scopes: usize,
 }
 
 /// How one kernel is launched.
@@ -40,10 +61,12 @@ pub struct Plan {
     pub count: LaunchShape,
     /// `select_hard`: the keys are read from the L2 cache.
     pub select: LaunchShape,
-    /// `row_stream`: both models' rows are read twice, the gradient is written.
+    /// Both models' rows are read and the gradient is written, by `row_resident` or `row_stream`.
     pub rows: LaunchShape,
-    /// Bytes of the rows that are in flight at once in `row_stream`: what its second read must find in
-    /// the L2 cache.
+    /// Whether a cluster's registers hold a row, so that it is read once (`row_resident`); else it is read
+    /// twice (`row_stream`).
+    pub resident: bool,
+    /// Bytes of the rows that are in flight at once: what a second read must find in the L2 cache.
     pub rows_in_flight_bytes: usize,
     /// `sum_losses`.
     pub sum: LaunchShape,
@@ -54,49 +77,36 @@ const WARP: usize = 32;
 const CHUNK: usize = 8;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
 const MARGIN_THREADS: usize = 384;
-const ROWS_THREADS: usize = 384;
-const ROWS_RESIDENT: usize = 2;
+const STREAM_THREADS: usize = 384;
+const RESIDENT_THREADS: usize = 256;
+const ROWS_BLOCKS: usize = 2;
 const COUNT_THREADS: usize = 256;
 const SELECT_THREADS: usize = 1024;
+/// Bytes of each model that a thread of `row_resident` holds in registers.
+const HELD_BYTES: usize = 128;
 
 /// Threads for `work` items, `each` of them a thread, up to `most`.
 fn threads(work: usize, each: usize, most: usize) -> u32 {
     work.div_ceil(each).next_multiple_of(WARP).clamp(WARP, most) as u32
 }
 
+/// A grid of whole clusters, as large as a device launches at most.
+fn shape(grid: usize, block: u32, cluster: u32) -> LaunchShape {
+    let most = i32::MAX as u32 / cluster * cluster;
+    LaunchShape { grid: u32::try_from(grid).unwrap_or(most).min(most), block, cluster }
+}
+
 impl Plan {
-    /// For `tokens` rows of `vocab` logits, of which a teacher's and a student's element together take
-    /// `pair_bytes`, with hard tokens selected in `scopes` parts. All at most `i32::MAX`.
-    pub fn new(
-        device: &DeviceProperties,
-        tokens: usize,
-        vocab: usize,
-        pair_bytes: usize,
-        scopes: usize,
-    ) -> Self {
-        let chunks = vocab.div_ceil(CHUNK);
-        let shape = |grid: usize, block, cluster: u32| {
-            let most = i32::MAX as u32 / cluster * cluster;
-            let grid = u32::try_from(grid).unwrap_or(most).min(most);
-            LaunchShape { grid, block, cluster }
-        };
-        // Clusters only as large as it takes for the rows in flight to fill half of the L2 cache, and
-        // only where every thread still has a chunk.
-        let blocks_in_flight = device.multiprocessors as usize * ROWS_RESIDENT;
-        let in_flight = |cluster: u32| {
-            (blocks_in_flight / cluster as usize).clamp(1, tokens.max(1)) * vocab * pair_bytes
-        };
-        let mut cluster = 1;
-        while cluster < device.largest_cluster
-            && in_flight(cluster) > device.l2_bytes / 2
-            && chunks >= 2 * cluster as usize * ROWS_THREADS
-            && tokens.saturating_mul(2 * cluster as usize) <= i32::MAX as usize
-        {
-            cluster *= 2;
-        }
+    /// The plan of a call on a device.
+    pub fn new(device: &DeviceProperties, problem: &Problem) -> Self {
+        let Problem { tokens, vocab, scopes, .. } = *problem;
+        // A row that starts off a chunk's boundary has up to one more.
+        let chunks = (vocab + CHUNK - 1).div_ceil(CHUNK);
         let largest_scope = tokens.div_ceil(scopes.max(1));
         let select_blocks = (largest_scope.div_ceil(SELECT_THREADS).next_power_of_two() as u32)
             .clamp(1, device.largest_cluster);
+        let resident = Self::resident(device, problem, chunks);
+        let rows = resident.unwrap_or_else(|| Self::stream(device, problem, chunks));
         Self {
             margin: shape(tokens, threads(chunks, 4, MARGIN_THREADS), 1),
             count: shape(tokens.div_ceil(COUNT_THREADS), COUNT_THREADS as u32, 1),
@@ -105,15 +115,55 @@ impl Plan {
                 threads(largest_scope, 1, SELECT_THREADS),
                 select_blocks,
             ),
-            rows: shape(
-                tokens * cluster as usize,
-                threads(chunks, 4 * cluster as usize, ROWS_THREADS),
-                cluster,
-            ),
-            rows_in_flight_bytes: in_flight(cluster),
+            rows,
+            resident: resident.is_some(),
+            rows_in_flight_bytes: in_flight_bytes(device, problem, rows.cluster),
             sum: shape(1, threads(tokens, 4, 1024), 1),
         }
     }
+
+    /// Clusters as small as hold a row, if any does.
+    fn resident(
+        device: &DeviceProperties,
+        problem: &Problem,
+        chunks: usize,
+    ) -> Option<LaunchShape> {
+        let Problem { teacher, student, gradient, .. } = *problem;
+        if teacher != student || student != gradient || problem.sum_at_1 {
+            return None;
+        }
+        let held = HELD_BYTES / (CHUNK * student.size());
+        let cluster = chunks.div_ceil(RESIDENT_THREADS * held).next_power_of_two();
+        if cluster > device.largest_cluster as usize
+            || problem.tokens.saturating_mul(cluster) > i32::MAX as usize
+        {
+            return None;
+        }
+        let block = threads(chunks, held * cluster, RESIDENT_THREADS);
+        Some(shape(problem.tokens * cluster, block, cluster as u32))
+    }
+
+    /// Clusters only as large as it takes for the rows in flight to fill half of the L2 cache, and only
+    /// where every thread still has a chunk.
+    fn stream(device: &DeviceProperties, problem: &Problem, chunks: usize) -> LaunchShape {
+        let tokens = problem.tokens;
+        let mut cluster = 1;
+        while cluster < device.largest_cluster
+            && in_flight_bytes(device, problem, cluster) > device.l2_bytes / 2
+            && chunks >= 2 * cluster as usize * STREAM_THREADS
+            && tokens.saturating_mul(2 * cluster as usize) <= i32::MAX as usize
+        {
+            cluster *= 2;
+        }
+        let block = threads(chunks, 4 * cluster as usize, STREAM_THREADS);
+        shape(tokens * cluster as usize, block, cluster)
+    }
+}
+
+fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, cluster: u32) -> usize {
+    let blocks = device.multiprocessors as usize * ROWS_BLOCKS;
+    let rows = (blocks / cluster as usize).clamp(1, problem.tokens.max(1));
+    rows * problem.vocab * (problem.teacher.size() + problem.student.size())
 }
 
 #[cfg(test)]
@@ -125,38 +175,81 @@ mod tests {
     const A100: DeviceProperties =
         DeviceProperties { multiprocessors: 108, l2_bytes: 40 << 20, largest_cluster: 1 };
 
+    fn problem(tokens: usize, vocab: usize, teacher: Dtype, student: Dtype) -> Problem {
+        Problem { tokens, vocab, teacher, student, gradient: student, sum_at_1: false, scopes: 1 }
+    }
+
     #[test]
-    fn rows_in_flight_fit_the_cache() {
-        for vocab in [32_000, 50_257, 128_256, 151_936, 256_000] {
-            let plan = Plan::new(&H200, 8192, vocab, 4, 1);
-            assert!(plan.rows_in_flight_bytes <= H200.l2_bytes / 2, "{vocab}: {plan:?}");
-            assert_eq!(plan.rows.grid, 8192 * plan.rows.cluster);
+    fn streamed_rows_in_flight_fit_the_cache() {
+        let rows = |device, tokens, vocab| {
+            let problem = problem(tokens, vocab, Dtype::F16, Dtype::Bf16);
+            let plan = Plan::new(device, &problem);
+            assert!(!plan.resident && plan.rows.grid == tokens as u32 * plan.rows.cluster);
+            (plan.rows.cluster, plan.rows_in_flight_bytes)
+        };
+        for vocab in [32_000, 50_257, 128_256, 151_936] {
+            let (_, bytes) = rows(&H200, 8192, vocab);
+            assert!(bytes <= H200.l2_bytes / 2, "{vocab}: {bytes}");
         }
-        assert_eq!(Plan::new(&H200, 8192, 128_256, 4, 1).rows.cluster, 8);
-        assert_eq!(Plan::new(&H200, 8192, 4096, 4, 1).rows.cluster, 1);
-        assert_eq!(Plan::new(&A100, 8192, 128_256, 4, 1).rows.cluster, 1);
+        assert_eq!(rows(&H200, 8192, 128_256).0, 8);
+        // Larger clusters there are not; the whole cache holds the rows still.
+        assert!(rows(&H200, 8192, 256_000).1 < H200.l2_bytes);
+        assert_eq!(rows(&H200, 8192, 4096).0, 1);
+        assert_eq!(rows(&A100, 8192, 128_256).0, 1);
         // So few rows are in flight together anyway.
-        assert_eq!(Plan::new(&H200, 32, 128_256, 4, 1).rows.cluster, 1);
+        assert_eq!(rows(&H200, 32, 128_256).0, 1);
+    }
+
+    #[test]
+    fn resident_rows_fit_the_registers() {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let held = HELD_BYTES / dtype.size();
+            for vocab in (1..140_000).step_by(97).chain([4096, 8192, 32_000, 128_256, 131_065]) {
+                let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype));
+                // Up to 7 places before the row in its first chunk.
+                let room = (plan.rows.block * plan.rows.cluster) as usize * held;
+                assert!(!plan.resident || room >= vocab + 7, "{vocab} {dtype}: {plan:?}");
+                assert_eq!(plan.resident, vocab + 7 <= 8 * 256 * held, "{vocab} {dtype}");
+            }
+        }
+        let rows = |vocab| Plan::new(&H200, &problem(8192, vocab, Dtype::Bf16, Dtype::Bf16)).rows;
+        assert_eq!((rows(4096).block, rows(4096).cluster), (96, 1));
+        assert_eq!((rows(32_000).block, rows(32_000).cluster), (256, 2));
+        assert_eq!((rows(128_256).block, rows(128_256).cluster), (256, 8));
+        let f32 = |vocab| Plan::new(&A100, &problem(8192, vocab, Dtype::F32, Dtype::F32));
+        assert!(f32(8000).resident && !f32(9000).resident);
+        let mut mixed = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
+        mixed.sum_at_1 = true;
+        assert!(!Plan::new(&H200, &mixed).resident);
+        mixed = Problem { sum_at_1: false, gradient: Dtype::F32, ..mixed };
+        assert!(!Plan::new(&H200, &mixed).resident);
     }
 
     #[test]
     fn small_work_takes_small_blocks() {
-        let plan = Plan::new(&H200, 1, 1, 8, 1);
+        let plan = Plan::new(&H200, &problem(1, 1, Dtype::F32, Dtype::F32));
         let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1 };
         assert_eq!([plan.margin, plan.rows, plan.select, plan.sum], [one_warp; 4]);
         assert_eq!(plan.count, LaunchShape { grid: 1, block: 256, cluster: 1 });
-        let plan = Plan::new(&H200, 131_072, 32_000, 4, 1);
-        assert_eq!(plan.select, LaunchShape { grid: 8, block: 1024, cluster: 8 });
-        let plan = Plan::new(&H200, 8192, 32_000, 4, 64);
-        assert_eq!(plan.select, LaunchShape { grid: 64, block: 128, cluster: 1 });
+        let many = problem(131_072, 32_000, Dtype::Bf16, Dtype::Bf16);
+        let shape = LaunchShape { grid: 8, block: 1024, cluster: 8 };
+        assert_eq!(Plan::new(&H200, &many).select, shape);
+        let sequences = Problem { scopes: 64, ..problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16) };
+        let shape = LaunchShape { grid: 64, block: 128, cluster: 1 };
+        assert_eq!(Plan::new(&H200, &sequences).select, shape);
     }
 
     #[test]
     fn grids_stay_within_what_a_device_launches() {
-        let plan = Plan::new(&H200, i32::MAX as usize, i32::MAX as usize, 8, i32::MAX as usize);
-        for shape in [plan.margin, plan.count, plan.select, plan.rows, plan.sum] {
-            assert!(shape.grid <= i32::MAX as u32 && shape.grid % shape.cluster == 0, "{shape:?}");
+        let most = i32::MAX as usize;
+        for vocab in [1, 100_000, most] {
+            let problem = Problem { scopes: most, ..problem(most, vocab, Dtype::F32, Dtype::F32) };
+            let plan = Plan::new(&H200, &problem);
+            for shape in [plan.margin, plan.count, plan.select, plan.rows, plan.sum] {
+                assert!(shape.grid <= i32::MAX as u32, "{shape:?}");
+                assert!(shape.grid.is_multiple_of(shape.cluster), "{shape:?}");
+            }
+            assert_eq!(plan.rows.grid, i32::MAX as u32);
         }
-        assert_eq!(plan.rows, LaunchShape { grid: i32::MAX as u32, block: 384, cluster: 1 });
     }
 }

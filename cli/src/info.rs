@@ -3,10 +3,11 @@ use std::process::ExitCode;
 use anyhow::Result;
 use atkd::cpu;
 use atkd::cuda::Kernels;
-use atkd::plan::{DeviceProperties, Plan};
+use atkd::plan::{DeviceProperties, Plan, Problem};
 use clap::ValueEnum;
 
 use crate::backend::{Backend, Choice};
+use crate::tensors::DtypeName;
 
 /// Backends and devices: what this build can use here, why not the rest, and how a call is cut up.
 #[derive(clap::Args)]
@@ -17,9 +18,9 @@ pub struct Args {
     /// Rows of that call
     #[arg(long, default_value_t = 8192)]
     tokens: usize,
-    /// Bytes of a teacher's and a student's logit together: 4 for two of half precision
-    #[arg(long, default_value_t = 4)]
-    pair_bytes: usize,
+    /// Of both models and the gradient
+    #[arg(long, value_enum, default_value = "bf16", ignore_case = true)]
+    dtype: DtypeName,
 }
 
 /// What plans are shown for where there is no device.
@@ -34,11 +35,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             i32::MAX
         );
     }
-    anyhow::ensure!(
-        [4, 6, 8].contains(&args.pair_bytes),
-        "--pair-bytes is {}, but two logits take 4, 6 or 8 bytes",
-        args.pair_bytes
-    );
     let mut table = crate::table(&["backend", "usable", "what it is"]);
     let cuda = Choice::Cuda.backend();
     for choice in [Choice::Cpu, Choice::Cuda, Choice::Reference, Choice::Simt] {
@@ -74,34 +70,54 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         Ok(Backend::Cuda(kernels)) => (kernels.device(), "this device"),
         _ => (H200, "an H200, since there is no device here"),
     };
-    let plan = Plan::new(&device, args.tokens, args.vocab, args.pair_bytes, 1);
+    let dtype = args.dtype.dtype();
+    let problem = Problem {
+        tokens: args.tokens,
+        vocab: args.vocab,
+        teacher: dtype,
+        student: dtype,
+        gradient: dtype,
+        sum_at_1: false,
+        scopes: 1,
+    };
+    let plan = Plan::new(&device, &problem);
     let mut table = crate::table(&["kernel", "launch"]);
     for (kernel, shape) in [
         ("teacher_margin", plan.margin),
         ("count_valid", plan.count),
         ("select_hard", plan.select),
-        ("row_stream", plan.rows),
+        (if plan.resident { "row_resident" } else { "row_stream" }, plan.rows),
         ("sum_losses", plan.sum),
     ] {
         table.add_row([kernel, &shape.to_string()]);
     }
+    let in_flight = plan.rows_in_flight_bytes as f64 / 1e6;
+    let why = if plan.resident {
+        format!(
+            "A row of both models fits the registers of a cluster of {}, so each logit is read once.",
+            plan.rows.cluster
+        )
+    } else {
+        format!(
+            "A row of both models does not fit the registers of a cluster of {}, so it is read twice. In \
+             clusters of {}, the rows in flight at once are {in_flight:.1} MB, which the second read {} in the \
+             L2 cache (half of it is taken as safe).",
+            device.largest_cluster,
+            plan.rows.cluster,
+            if plan.rows_in_flight_bytes <= device.l2_bytes / 2 {
+                "finds"
+            } else {
+                "does not all find"
+            },
+        )
+    };
     crate::print(&format!(
-        "\n{} x {}, {} bytes a pair, on {whose} ({} multiprocessors, L2 cache {:.1} MB):\n\n{}\n\n\
-         row_stream reads each row twice. In clusters of {}, the rows in flight at once are {:.1} MB, which \
-         the second read {} in the L2 cache (half of it is taken as safe).",
+        "\n{} x {} {dtype} on {whose} ({} multiprocessors, L2 cache {:.1} MB):\n\n{}\n\n{why}",
         args.tokens,
         args.vocab,
-        args.pair_bytes,
         device.multiprocessors,
         device.l2_bytes as f64 / 1e6,
         table.trim_fmt(),
-        plan.rows.cluster,
-        plan.rows_in_flight_bytes as f64 / 1e6,
-        if plan.rows_in_flight_bytes <= device.l2_bytes / 2 {
-            "finds"
-        } else {
-            "does not all find"
-        },
     ))?;
     Ok(ExitCode::SUCCESS)
 }

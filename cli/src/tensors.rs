@@ -12,6 +12,24 @@ use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
+/// A dtype on the command line.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum DtypeName {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl DtypeName {
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::F16 => Dtype::F16,
+            Self::Bf16 => Dtype::Bf16,
+        }
+    }
+}
+
 /// Opens the file for as long as the program runs.
 pub fn open(path: &Path) -> Result<Mmap> {
     let file =

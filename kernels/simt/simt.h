@@ -172,23 +172,28 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
     std::memcpy(at, &value, 16);
 }
 
-ATKD_DEVICE float float_of(uint32_t bits) {
+template <class T> ATKD_DEVICE T from_bits(uint32_t bits);
+template <> ATKD_DEVICE float from_bits<float>(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
 }
-ATKD_DEVICE uint32_t bits_of(float x) {
+template <> ATKD_DEVICE f16 from_bits<f16>(uint32_t bits) { return {static_cast<uint16_t>(bits)}; }
+template <> ATKD_DEVICE bf16 from_bits<bf16>(uint32_t bits) { return {static_cast<uint16_t>(bits)}; }
+ATKD_DEVICE uint32_t to_bits(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     return bits;
 }
+ATKD_DEVICE uint32_t to_bits(f16 x) { return x.bits; }
+ATKD_DEVICE uint32_t to_bits(bf16 x) { return x.bits; }
 
 ATKD_DEVICE float widen(float x) { return x; }
-ATKD_DEVICE float widen(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
+ATKD_DEVICE float widen(bf16 x) { return from_bits<float>(uint32_t(x.bits) << 16); }
 ATKD_DEVICE float widen(f16 x) {
     uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = x.bits >> 10 & 31u, fraction = x.bits & 1023u;
     if (exponent == 31) {
-        return float_of(sign | 0x7f800000u | fraction << 13);
+        return from_bits<float>(sign | 0x7f800000u | fraction << 13);
     }
     float size = exponent == 0 ? std::ldexp(float(fraction), -24)
                                : std::ldexp(float(fraction | 1024u), int(exponent) - 25);
@@ -199,14 +204,14 @@ ATKD_DEVICE float widen(f16 x) {
 template <class T> ATKD_DEVICE T narrow(float x);
 template <> ATKD_DEVICE float narrow<float>(float x) { return x; }
 template <> ATKD_DEVICE bf16 narrow<bf16>(float x) {
-    uint32_t bits = bits_of(x);
+    uint32_t bits = to_bits(x);
     if (x != x) {
         return {0x7fff};
     }
     return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 template <> ATKD_DEVICE f16 narrow<f16>(float x) {
-    uint16_t sign = static_cast<uint16_t>(bits_of(x) >> 16 & 0x8000u);
+    uint16_t sign = static_cast<uint16_t>(to_bits(x) >> 16 & 0x8000u);
     if (x != x) {
         return {0x7fff};
     }

@@ -46,8 +46,7 @@ impl Kernels {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
         let scopes = call.sequences.map_or(1, |(_, count)| count);
         let layout = Layout { capacity: call.tokens.max(scopes) };
-        let pair_bytes = call.teacher.dtype.size() + call.student.dtype.size();
-        let plan = Plan::new(&self.device(), call.tokens, call.vocab, pair_bytes, scopes);
+        let plan = Plan::new(&self.device(), &call.problem(objective));
         let launches = launches(objective, call, &plan, layout, workspace)?;
         let faults = workspace + offset_of!(atkd_summary, label_fault) as u64;
         let fill = |address, value, bytes| {
@@ -111,4 +110,19 @@ unsafe fn copy(
             .map_err(driver("copying the results"))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_fills_prepare_a_summary() {
+        const SIZE: usize = size_of::<atkd_summary>();
+        let mut filled = [0_u8; SIZE];
+        filled[offset_of!(atkd_summary, label_fault)..][..FAULTS].fill(0xff);
+        // SAFETY: plain numbers without padding.
+        let expected: [u8; SIZE] = unsafe { std::mem::transmute(Layout::empty_summary()) };
+        assert_eq!(filled, expected);
+    }
 }

@@ -207,9 +207,7 @@ impl Workspace {
         self.check_context("the stream", stream.context())?;
         let context = self.kernels.context();
         context.bind_to_thread().map_err(driver("using the context"))?;
-        let scopes = call.sequences.map_or(1, |(_, count)| count);
-        let pair_bytes = call.teacher.dtype.size() + call.student.dtype.size();
-        let plan = Plan::new(&self.kernels.device(), call.tokens, call.vocab, pair_bytes, scopes);
+        let plan = Plan::new(&self.kernels.device(), &call.problem(objective));
         let (address, _guard) = self.memory.device_ptr(stream);
         let launches = launches(objective, call, &plan, self.layout, address)?;
         if let Some(clock) = &mut self.clock {

@@ -21,8 +21,11 @@ pub struct Simulation {
     /// Threads of a block and blocks of a cluster, at most, whatever the plan says: a block of hundreds of
     /// threads is slow to simulate.
     pub block: u32,
-    /// See `block`.
+    /// See `block`. Neither holds for rows that are held on chip, where it is the plan's blocks that have
+    /// room for a row.
     pub cluster: u32,
+    /// Whether rows may be held on chip; else they are all read twice.
+    pub resident: bool,
     /// Of the order in which blocks and threads take turns: no result may depend on it.
     pub seed: u64,
 }
@@ -32,7 +35,7 @@ impl Default for Simulation {
     fn default() -> Self {
         let device =
             DeviceProperties { multiprocessors: 132, l2_bytes: 50 << 20, largest_cluster: 8 };
-        Self { device, block: 64, cluster: 2, seed: 0 }
+        Self { device, block: 64, cluster: 2, resident: true, seed: 0 }
     }
 }
 
@@ -203,11 +206,13 @@ impl Simulation {
                 .write(Layout::empty_summary())
         };
         buffers.extend(layout.columns(address(&workspace) as usize).map(|(name, addresses)| {
-            Buffer { name, addresses, writable: true, read: 0, written: 0 }
+            Buffer { name, addresses, writable: true, read: 0, written: 0, accesses: 0 }
         }));
 
-        let pair_bytes = teacher.dtype().size() + student.dtype.size();
-        let plan = Plan::new(&self.device, tokens, vocab, pair_bytes, scopes);
+        let mut problem = call.problem(objective);
+        // A sum of its own is a reason to read a row twice.
+        problem.sum_at_1 |= !self.resident;
+        let plan = Plan::new(&self.device, &problem);
         let mut traffic = Vec::new();
         for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
             let mut buffers = buffers.clone();
@@ -283,6 +288,9 @@ impl Simulation {
         if !matches!(launch.parameters, Parameters::CountValid(_) | Parameters::UnfusedTokens(_)) {
             shape.block = shape.block.min(self.block);
         }
+        if launch.kernel.starts_with("row_resident") {
+            shape = launch.shape;
+        }
         // SAFETY: the block is the kernel's, and the caller vouches for its addresses.
         unsafe { run_kernel(launch.kernel, shape, self.seed, launch.parameters.as_ptr(), buffers) }
     }
@@ -304,4 +312,72 @@ pub unsafe fn run_kernel(
 ) -> Result<(), String> {
     // SAFETY: the caller vouches for it.
     unsafe { launch::simulate(kernel, shape, seed, parameters, buffers) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Dtype;
+    use crate::params::{ATKD_EASY, ATKD_HARD, ATKD_IGNORED, atkd_batch, atkd_select_hard};
+    use crate::plan::Problem;
+
+    /// As many tokens as the selection is made for, of which a thread sees hundreds.
+    #[test]
+    fn selection_of_four_million_tokens() {
+        const TOKENS: usize = 1 << 22;
+        let mut random = fastrand::Rng::with_seed(4);
+        // Few distinct keys, so that the last hard one has many equals; some tokens are ignored.
+        let mut keys: Vec<u32> =
+            (0..TOKENS).map(|_| random.u32(..50_000).saturating_sub(1000) << 12).collect();
+        let mut modes = vec![0xaa_u8; TOKENS];
+        let mut thresholds = [7_u32];
+        let mut summary = [Layout::empty_summary()];
+        // SAFETY: numbers and pointers, for which 0 is a value.
+        let mut batch: atkd_batch = unsafe { std::mem::zeroed() };
+        batch.keys = keys.as_mut_ptr();
+        batch.modes = modes.as_mut_ptr();
+        batch.summary = summary.as_mut_ptr();
+        batch.tokens = TOKENS as u32;
+        let parameters = atkd_select_hard {
+            batch,
+            margins: std::ptr::null(),
+            offsets: std::ptr::null(),
+            thresholds: thresholds.as_mut_ptr(),
+            hard_ratio: 0.3,
+            scopes: 1,
+            count: 1,
+        };
+        let mut buffers = [
+            Buffer::output("keys", &mut keys),
+            Buffer::output("modes", &mut modes),
+            Buffer::output("thresholds", &mut thresholds),
+            Buffer::output("summary", &mut summary),
+        ];
+        let Simulation { device, seed, .. } = Simulation::default();
+        let problem = Problem {
+            tokens: TOKENS,
+            vocab: 32_000,
+            teacher: Dtype::Bf16,
+            student: Dtype::Bf16,
+            gradient: Dtype::Bf16,
+            sum_at_1: false,
+            scopes: 1,
+        };
+        let shape = Plan::new(&device, &problem).select;
+        assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8 });
+        let parameters = (&raw const parameters).cast();
+        // SAFETY: that is the kernel's block, and the buffers are what it points to.
+        unsafe { run_kernel("select_hard", shape, seed, parameters, &mut buffers) }.unwrap();
+
+        let mut order: Vec<usize> = (0..TOKENS).filter(|&i| keys[i] != 0).collect();
+        let (valid, wanted) = (order.len(), (0.3 * order.len() as f64).ceil() as usize);
+        order.sort_by_key(|&i| (std::cmp::Reverse(keys[i]), i));
+        let mut expected: Vec<u8> =
+            keys.iter().map(|&key| if key == 0 { ATKD_IGNORED } else { ATKD_EASY } as u8).collect();
+        order[..wanted].iter().for_each(|&i| expected[i] = ATKD_HARD as u8);
+        assert!(modes == expected);
+        assert_eq!(thresholds[0], keys[order[wanted - 1]]);
+        let summary = summary[0];
+        assert_eq!((summary.counted_valid, summary.counted_hard), (valid as u32, wanted as u32));
+    }
 }

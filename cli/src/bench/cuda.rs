@@ -101,7 +101,7 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
         times.sort_by(f64::total_cmp);
         let volumes = match kernel {
             _ if kernel.starts_with("teacher_margin") => 1,
-            _ if kernel.starts_with("row_stream") => 3,
+            _ if kernel.starts_with("row_") => 3,
             _ => 0,
         };
         add(kernel, volumes, times[times.len() / 2]);

@@ -6,11 +6,11 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use atkd::Dtype;
-use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::backend::{Backend, Choice};
+use crate::tensors::DtypeName;
 
 /// Time the fused loss and gradient against the unfused one.
 ///
@@ -42,13 +42,6 @@ pub struct Args {
     /// Also write bench.json, and bench.md with the table, into this folder
     #[arg(long, value_name = "FOLDER")]
     save: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DtypeName {
-    F32,
-    F16,
-    Bf16,
 }
 
 /// One size of a benchmark.
@@ -85,11 +78,7 @@ struct Measured {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let backend = args.backend.backend()?;
-    let dtype = match args.dtype {
-        DtypeName::F32 => Dtype::F32,
-        DtypeName::F16 => Dtype::F16,
-        DtypeName::Bf16 => Dtype::Bf16,
-    };
+    let dtype = args.dtype.dtype();
     let mut sizes = Vec::new();
     for &tokens in &args.tokens {
         for &vocab in &args.vocab {

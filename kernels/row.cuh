@@ -1,0 +1,128 @@
+// What the kernels over rows have in common: everything but how often they read a row.
+#pragma once
+
+#include "batch.cuh"
+#include "reduce.cuh"
+
+// One token's row, as a thread of its cluster sees it. Chunks are dealt to the cluster's threads in turn.
+template <class P, class Q> struct Rows {
+    uint32_t token, first, stride;
+    // One thread of the cluster writes the token's terms.
+    bool speaks;
+    Row<const P> teacher;
+    Row<const Q> student;
+
+    ATKD_DEVICE explicit Rows(const atkd_rows &p)
+        : token(block_index() / cluster_blocks()), first(cluster_rank() * block_threads() + thread_index()),
+          stride(cluster_blocks() * block_threads()), speaks(first == 0),
+          teacher(teacher_row(p), p.batch.vocab, lead_of(teacher_row(p))),
+          student(static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride, p.batch.vocab, teacher.lead) {}
+
+    ATKD_DEVICE const P *teacher_row(const atkd_rows &p) const {
+        return static_cast<const P *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
+    }
+
+    template <class G> ATKD_DEVICE Row<G> gradient(const atkd_rows &p) const {
+        return Row<G>(static_cast<G *>(p.gradient) + int64_t(token) * p.gradient_stride, p.batch.vocab, teacher.lead);
+    }
+
+    // Where the target lies in a chunk; CHUNK or more if it is in another.
+    ATKD_DEVICE uint32_t within(uint32_t target, uint32_t chunk) const {
+        return target - (chunk * CHUNK - teacher.lead);
+    }
+};
+
+ATKD_DEVICE void take_out(uint32_t within, float (&a)[CHUNK], float (&b)[CHUNK]) {
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        if (within == k) {
+            a[k] = b[k] = OUTSIDE;
+        }
+    }
+}
+
+// An ignored token has no loss, and a gradient of zeros.
+template <class G, class P, class Q> ATKD_DEVICE void drop_row(const atkd_rows &p, const Rows<P, Q> &rows) {
+    float zeros[CHUNK] = {};
+    for (uint32_t chunk = rows.first; p.gradient != nullptr && chunk < rows.teacher.chunks(); chunk += rows.stride) {
+        store_chunk(rows.template gradient<G>(p), chunk, zeros);
+    }
+    if (rows.speaks) {
+        store(p.uncertainty + rows.token, 0.0f);
+        store(p.tkd + rows.token, 0.0f);
+        store(p.dkd + rows.token, 0.0f);
+        store(p.loss + rows.token, 0.0);
+        if (p.write_keys != 0) {
+            store(p.batch.keys + rows.token, 0u);
+        }
+    }
+}
+
+// What a row's threads share, in shared memory.
+#define ATKD_ROW_SHARED()                                                                                     \
+    ATKD_SHARED(RowState<double>, warps, MAX_WARPS);                                                          \
+    ATKD_SHARED(RowState<double>, whole, 1);                                                                  \
+    ATKD_SHARED(GradientScales, scales, 1);                                                                   \
+    ATKD_SHARED(float, target_logits, 2)
+
+// By one thread, before a gradient in place overwrites them.
+template <class P, class Q, class Floats>
+ATKD_DEVICE void read_target(const Rows<P, Q> &rows, uint32_t target, Floats &target_logits) {
+    target_logits[0] = widen(load(rows.teacher.data + target));
+    target_logits[1] = widen(load(rows.student.data + target));
+}
+
+// From every thread's part of the row to the whole row's state and what its gradient needs, both in
+// shared memory, and the token's terms.
+template <class P, class Q, class Warps, class Whole, class Scales, class Floats>
+ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, bool hard, const RowState<float> &own,
+                            Warps &warps, Whole &whole, Scales &scales, const Floats &target_logits) {
+    float exponent = p.batch.inverse_temperature * LOG2_E;
+    RowState<double> of_warp = merge_warp(own, exponent);
+    if (thread_index() % WARP == 0) {
+        warps[thread_index() / WARP] = of_warp;
+    }
+    ATKD_SYNC_CLUSTER();
+    // One warp of each block merges, rather than one that the other blocks would wait for.
+    if (thread_index() < WARP) {
+        RowState<double> state = merge_cluster(warps, exponent);
+        if (thread_index() == 0) {
+            double scale = p.mean != 0 ? p.scale / double(load(&p.batch.summary->counted_valid)) : p.scale;
+            scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
+            Margins margins = margins_of(p.objective, state, target_logits[0], target_logits[1]);
+            scales[0] = scales_of(p.objective, state, margins, hard, scale);
+            whole[0] = state;
+        }
+    }
+    // Before other blocks' shared memory is gone, and this block's scales are read.
+    ATKD_SYNC_CLUSTER();
+    if (rows.speaks) {
+        // The margins are computed again: kept, they would take registers from every thread.
+        RowState<double> state = whole[0];
+        Margins margins = margins_of(p.objective, state, target_logits[0], target_logits[1]);
+        Terms terms = terms_of(p.objective, state, margins, hard);
+        store(p.uncertainty + rows.token, float(terms.uncertainty));
+        store(p.tkd + rows.token, float(terms.tkd));
+        store(p.dkd + rows.token, float(terms.dkd));
+        store(p.loss + rows.token, terms.loss);
+        if (p.write_keys != 0) {
+            store(p.batch.keys + rows.token, key_of(float(margins.teacher)));
+        }
+    }
+}
+
+// The gradient of a chunk. The target is -inf in both models, and gets what is its own.
+template <bool AT_1>
+ATKD_DEVICE void gradient_of(const GradientScales &scales, float teacher_max, float student_max, float exponent,
+                             uint32_t within, const float (&a)[CHUNK], const float (&b)[CHUNK], float (&g)[CHUNK]) {
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        float db = b[k] - student_max;
+        float value =
+            scales.student * exp2_fast(db * exponent) - scales.teacher * exp2_fast((a[k] - teacher_max) * exponent);
+        if (AT_1) {
+            value += scales.student_at_1 * exp2_fast(db * LOG2_E);
+        }
+        g[k] = within == k ? scales.target : value;
+    }
+}
