@@ -60,8 +60,8 @@ pub enum Error {
     #[error("{what} is {value}, but the CUDA kernels take at most {most}")]
     TooLarge { what: &'static str, value: usize, most: usize },
     /// An address that no element of this type can have.
-    #[error("{what} start at {address:#x}, which is no multiple of the size of {dtype}")]
-    Unaligned { what: &'static str, address: u64, dtype: Dtype },
+    #[error("{what} start at {address:#x}, which is no multiple of an element's {multiple} bytes")]
+    Unaligned { what: &'static str, address: u64, multiple: u64 },
     /// The gradient would overwrite what is still to be read. Only exactly over the student's logits is
     /// safe.
     #[error(

@@ -77,6 +77,25 @@ impl RawCall {
         if self.labels.is_none() && objective.target() == Target::Label {
             return Err(Error::NoLabels);
         }
+        if let Some((_, 0)) = self.sequences
+            && self.tokens > 0
+        {
+            let (tokens, reason) = (self.tokens, "the last must be the number of tokens");
+            return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
+        }
+        let (labels, label_bytes) = match self.labels {
+            None => (0, 1),
+            Some(RawLabels::I64(address)) => (address, 8),
+            Some(RawLabels::I32(address)) => (address, 4),
+        };
+        for (what, address, multiple) in [
+            ("the labels", labels, label_bytes),
+            ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
+            ("the margins", self.margins.unwrap_or(0), 4),
+            ("the upstream gradient", self.upstream.unwrap_or(0), 4),
+        ] {
+            check_alignment(what, address, multiple)?;
+        }
         let mut spans = Vec::with_capacity(3);
         for (what, logits) in [
             ("the teacher's logits", Some(self.teacher)),
@@ -85,9 +104,7 @@ impl RawCall {
         ] {
             let Some(RawLogits { address, dtype, row_stride }) = logits else { continue };
             let elements = crate::logits::span(what, self.tokens, self.vocab, row_stride)?;
-            if !address.is_multiple_of(dtype.size() as u64) {
-                return Err(Error::Unaligned { what, address, dtype });
-            }
+            check_alignment(what, address, dtype.size() as u64)?;
             spans.push((what, address, address + (elements * dtype.size()) as u64));
         }
         let Some(gradient) = self.gradient else { return Ok(()) };
@@ -107,6 +124,14 @@ impl RawCall {
             }
         }
         Ok(())
+    }
+}
+
+fn check_alignment(what: &'static str, address: u64, multiple: u64) -> Result<()> {
+    if address.is_multiple_of(multiple) {
+        Ok(())
+    } else {
+        Err(Error::Unaligned { what, address, multiple })
     }
 }
 
