@@ -109,6 +109,11 @@ macro_rules! kernels {
         #[cfg(feature = "cuda")]
         pub const KERNELS: &[&str] = &[$($(stringify!($name)),+),+];
 
+        /// The names of all kernels and the bytes of their parameter blocks.
+        #[cfg(feature = "simt")]
+        pub const PARAMETER_BYTES: &[(&str, usize)] =
+            &[$($((stringify!($name), size_of::<$params>())),+),+];
+
         impl Parameters {
             /// Where the block lies, as a launch wants it.
             pub fn as_ptr(&self) -> *const c_void {
@@ -121,8 +126,7 @@ macro_rules! kernels {
         /// Runs a kernel on the CPU by its name.
         ///
         /// # Safety
-        /// `parameters` is the kernel's parameter block; otherwise as
-        /// [`run`](crate::simt::machine::run).
+        /// `parameters` is the kernel's parameter block.
         #[cfg(feature = "simt")]
         pub(crate) unsafe fn simulate(
             kernel: &str,

@@ -7,7 +7,7 @@ use std::ffi::c_void;
 
 use machine::Buffer;
 
-use crate::launch::{self, Launch, Layout, Parameters, RawCall, RawLabels, RawLogits};
+use crate::launch::{self, Layout, RawCall, RawLabels, RawLogits};
 use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, LaunchShape, Plan};
 use crate::unfused::device;
@@ -202,17 +202,20 @@ impl Simulation {
                 .cast::<crate::params::atkd_summary>()
                 .write(Layout::empty_summary())
         };
-        buffers.extend(layout.columns(address(&workspace) as usize).map(|(name, addresses)| {
-            Buffer { name, addresses, writable: true, read: 0, written: 0 }
-        }));
+        buffers.extend(
+            layout
+                .columns(address(&workspace) as usize)
+                .map(|(name, addresses)| Buffer::at(name, addresses)),
+        );
 
         let pair_bytes = teacher.dtype().size() + student.dtype.size();
         let plan = Plan::new(&self.device, tokens, vocab, pair_bytes, scopes);
         let mut traffic = Vec::new();
         for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
             let mut buffers = buffers.clone();
-            // SAFETY: every address in the parameters is of one of the buffers, or null.
-            unsafe { self.simulate(&launch, &mut buffers) }
+            let (kernel, parameters) = (launch.kernel, launch.parameters.as_ptr());
+            // SAFETY: the block is the kernel's.
+            unsafe { self.run_kernel(kernel, launch.shape, parameters, &mut buffers) }
                 .unwrap_or_else(|fault| panic!("{fault}"));
             traffic.push((launch.kernel, buffers));
         }
@@ -262,46 +265,45 @@ impl Simulation {
         ];
         let launches = device::launches(&call, &self.device, address(&work))?;
         for launch in &launches {
-            // SAFETY: every address in the parameters is of one of the buffers, or null.
-            unsafe { self.simulate(launch, &mut buffers) }
+            let (kernel, parameters) = (launch.kernel, launch.parameters.as_ptr());
+            // SAFETY: the block is the kernel's.
+            unsafe { self.run_kernel(kernel, launch.shape, parameters, &mut buffers) }
                 .unwrap_or_else(|fault| panic!("{fault}"));
         }
         // SAFETY: the memory starts with a summary.
         Ok((unsafe { work.as_ptr().cast::<atkd_summary>().read() }.loss, launches.len()))
     }
 
-    /// Runs a launch with as many clusters, of no more blocks and threads than this simulation has.
+    /// Runs a kernel by its name, in as many clusters as `shape` has, of no more blocks and threads than this
+    /// simulation has.
+    ///
+    /// # Errors
+    /// What the kernel did wrong, or that there is no such kernel.
     ///
     /// # Safety
-    /// Every address in the parameters is of one of the buffers, or null.
-    unsafe fn simulate(self, launch: &Launch, buffers: &mut [Buffer]) -> Result<(), String> {
-        let mut shape = launch.shape;
+    /// `parameters` is the kernel's parameter block.
+    pub unsafe fn run_kernel(
+        self,
+        kernel: &str,
+        mut shape: LaunchShape,
+        parameters: *const c_void,
+        buffers: &mut [Buffer],
+    ) -> Result<(), String> {
         let clusters = shape.grid / shape.cluster;
         shape.cluster = shape.cluster.min(self.cluster);
         shape.grid = clusters * shape.cluster;
         // Those have one thread a token.
-        if !matches!(launch.parameters, Parameters::CountValid(_) | Parameters::UnfusedTokens(_)) {
+        let of_tokens =
+            ["count_valid", "unfused_targets", "unfused_losses", "unfused_target_gradient"];
+        if !of_tokens.contains(&kernel) {
             shape.block = shape.block.min(self.block);
         }
-        // SAFETY: the block is the kernel's, and the caller vouches for its addresses.
-        unsafe { run_kernel(launch.kernel, shape, self.seed, launch.parameters.as_ptr(), buffers) }
+        // SAFETY: the caller vouches for the block; an access outside the buffers is an error.
+        unsafe { launch::simulate(kernel, shape, self.seed, parameters, buffers) }
     }
 }
 
-/// Runs one kernel by its name, as a driver would.
-///
-/// # Errors
-/// What the kernel did wrong, or that there is no such kernel.
-///
-/// # Safety
-/// `parameters` is the kernel's parameter block, in which every address is of one of the buffers or null.
-pub unsafe fn run_kernel(
-    kernel: &str,
-    shape: LaunchShape,
-    seed: u64,
-    parameters: *const c_void,
-    buffers: &mut [Buffer],
-) -> Result<(), String> {
-    // SAFETY: the caller vouches for it.
-    unsafe { launch::simulate(kernel, shape, seed, parameters, buffers) }
+/// The name of a kernel and the bytes of its parameter block, if there is one called so.
+pub fn find_kernel(name: &str) -> Option<(&'static str, usize)> {
+    launch::PARAMETER_BYTES.iter().find(|(kernel, _)| *kernel == name).copied()
 }
