@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use crate::params::*;
-use crate::plan::{LaunchShape, Plan};
+use crate::plan::{DeviceProperties, LaunchShape, Plan};
 use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
 
 /// Logits or a gradient `[tokens, vocab]` at an address, rows `row_stride` elements apart.
@@ -75,7 +75,17 @@ impl RawCall {
             if !address.is_multiple_of(dtype.size() as u64) {
                 return Err(Error::Unaligned { what, address, dtype });
             }
-            spans.push((what, address, address + (elements * dtype.size()) as u64));
+            let end = (elements as u64)
+                .checked_mul(dtype.size() as u64)
+                .and_then(|bytes| address.checked_add(bytes))
+                .ok_or(Error::Shape {
+                    what,
+                    tokens: self.tokens,
+                    vocab: self.vocab,
+                    row_stride,
+                    reason: "it ends beyond the address space",
+                })?;
+            spans.push((what, address, end));
         }
         let Some(gradient) = self.gradient else { return Ok(()) };
         if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
@@ -383,10 +393,10 @@ fn margin_of_key(key: u32) -> f64 {
 pub(crate) fn launches(
     objective: &Objective,
     call: &RawCall,
-    plan: &Plan,
+    device: &DeviceProperties,
     layout: Layout,
     workspace: u64,
-) -> Result<impl Iterator<Item = Launch>> {
+) -> Result<impl Iterator<Item = Launch> + use<>> {
     call.validate(objective)?;
     let scopes = call.sequences.map_or(1, |(_, count)| count);
     for (what, needed) in [("tokens", call.tokens), ("sequences", scopes)] {
@@ -394,6 +404,8 @@ pub(crate) fn launches(
             return Err(Error::Workspace { what, needed, capacity: layout.capacity });
         }
     }
+    let pair_bytes = call.teacher.dtype.size() + call.student.dtype.size();
+    let plan = Plan::new(device, call.tokens, call.vocab, pair_bytes, scopes);
     let column = |column| workspace + layout.column(column) as u64;
     let (labels, label_bytes) = match call.labels {
         None => (0, 0),

@@ -531,6 +531,9 @@ fn errors_name_what_does_not_fit() {
         let error = loaded.launch(&objective, &RawCall { tokens, vocab, ..call }).unwrap_err();
         assert!(matches!(error, Error::TooLarge { most: 0x7fff_ffff, .. }), "{error}");
     }
+    let teacher = RawLogits { row_stride: 1 << 62, ..call.teacher };
+    let error = loaded.launch(&objective, &RawCall { teacher, ..call }).unwrap_err();
+    assert!(matches!(error, Error::Shape { what: "the teacher's logits", .. }), "{error}");
     // Nothing of this left a trace.
     loaded.backward(&objective, None).unwrap();
     input.check(&objective, &loaded.read());
@@ -729,33 +732,35 @@ fn a_captured_call() {
 #[test]
 fn a_capture_while_memory_is_tracked() {
     let Some(gpu) = Gpu::new() else { return };
-    let stream = gpu.context.new_stream().unwrap();
-    let objective = Objective::default();
-    let input = Input::new(4, 100, 21);
-    let mut loaded = Loaded::new(&gpu, &stream, &input);
-    loaded.backward(&objective, None).unwrap();
-    let expected = loaded.read();
-    let call = loaded.raw();
-    begin(&stream);
-    assert_eq!(loaded.forward(&objective), Err(Error::TrackedCapture));
-    assert_eq!(loaded.backward(&objective, None), Err(Error::TrackedCapture));
-    assert_eq!(loaded.in_place(&objective), Err(Error::TrackedCapture));
-    loaded.launch(&objective, &call).unwrap();
-    let graph = end(&stream);
-    gpu.context.check_err().unwrap();
-    stream.memset_zeros(&mut loaded.gradient).unwrap();
-    graph.launch().unwrap();
-    assert_eq!(loaded.read(), expected);
-    drop(graph);
-    loaded.backward(&objective, None).unwrap();
-    input.check(&objective, &loaded.read());
-    let other = gpu.context.new_stream().unwrap();
-    loaded.stream = other;
-    loaded.in_place(&objective).unwrap();
-    assert_eq!(loaded.workspace.read(&stream).unwrap(), expected.0);
-    drop(loaded);
-    gpu.context.check_err().unwrap();
-    gpu.context.synchronize().unwrap();
+    // Of the kernels' own context, and of another owner of the same one.
+    for context in [cuda::context(0).unwrap(), gpu.context.clone()] {
+        let stream = context.new_stream().unwrap();
+        let objective = Objective::default();
+        let input = Input::new(4, 100, 21);
+        let mut loaded = Loaded::new(&gpu, &stream, &input);
+        loaded.backward(&objective, None).unwrap();
+        let expected = loaded.read();
+        let call = loaded.raw();
+        begin(&stream);
+        assert_eq!(loaded.forward(&objective), Err(Error::TrackedCapture));
+        assert_eq!(loaded.backward(&objective, None), Err(Error::TrackedCapture));
+        assert_eq!(loaded.in_place(&objective), Err(Error::TrackedCapture));
+        loaded.launch(&objective, &call).unwrap();
+        let graph = end(&stream);
+        context.check_err().unwrap();
+        stream.memset_zeros(&mut loaded.gradient).unwrap();
+        graph.launch().unwrap();
+        assert_eq!(loaded.read(), expected);
+        drop(graph);
+        loaded.backward(&objective, None).unwrap();
+        input.check(&objective, &loaded.read());
+        loaded.stream = context.new_stream().unwrap();
+        loaded.in_place(&objective).unwrap();
+        assert_eq!(loaded.workspace.read(&stream).unwrap(), expected.0);
+        drop(loaded);
+        context.check_err().unwrap();
+        context.synchronize().unwrap();
+    }
 }
 
 #[test]

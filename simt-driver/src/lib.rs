@@ -391,10 +391,10 @@ macro_rules! driver {
         $(
             #[unsafe(no_mangle)]
             unsafe extern "C" fn $name($($argument: $type),*) -> CUresult {
+                fn answer($driver: &mut Driver $(, $argument: $type)*) -> Answer $body
                 count(stringify!($name));
-                let $driver = &mut *DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
-                let answer = (move || -> Answer { $body })();
-                answer.err().unwrap_or(CUresult::CUDA_SUCCESS)
+                let driver = &mut *DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
+                answer(driver $(, $argument)*).err().unwrap_or(CUresult::CUDA_SUCCESS)
             }
         )+
     };

@@ -9,7 +9,7 @@ use machine::Buffer;
 
 use crate::launch::{self, Layout, RawCall, RawLabels, RawLogits};
 use crate::params::atkd_summary;
-use crate::plan::{DeviceProperties, LaunchShape, Plan};
+use crate::plan::{DeviceProperties, LaunchShape};
 use crate::unfused::device;
 use crate::{Batch, Elements, Labels, Logits, LogitsMut, Objective, Output, Result};
 
@@ -208,10 +208,9 @@ impl Simulation {
                 .map(|(name, addresses)| Buffer::at(name, addresses)),
         );
 
-        let pair_bytes = teacher.dtype().size() + student.dtype.size();
-        let plan = Plan::new(&self.device, tokens, vocab, pair_bytes, scopes);
         let mut traffic = Vec::new();
-        for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
+        for launch in launch::launches(objective, &call, &self.device, layout, address(&workspace))?
+        {
             let mut buffers = buffers.clone();
             let (kernel, parameters) = (launch.kernel, launch.parameters.as_ptr());
             // SAFETY: the block is the kernel's.
