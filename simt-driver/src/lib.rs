@@ -14,126 +14,35 @@
 //! be made; captures that fork to other streams or allocate; pinned and managed memory; copies between
 //! devices. Calls for those return `CUDA_ERROR_NOT_SUPPORTED` or are missing.
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulonglong, c_void};
-use std::ops::Range;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
-use std::thread::{self, ThreadId};
-use std::time::Instant;
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::thread;
 
+use atkd::cuda::cudarc::driver::sys::cudaError_enum::*;
 use atkd::cuda::cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute as Attribute, CUdeviceptr, CUevent, CUevent_flags,
     CUfunction, CUgraph, CUgraphExec, CUlaunchAttributeID, CUlaunchConfig, CUmodule, CUresult,
     CUstream, CUstream_flags, CUstreamCaptureMode, CUstreamCaptureStatus,
 };
 use atkd::plan::LaunchShape;
-use atkd::simt::machine::Buffer;
-use atkd::simt::{Simulation, find_kernel};
+use atkd::simt::find_kernel;
 
-/// Threads of a simulated block, at most.
-pub const BLOCK: u32 = 64;
-/// Blocks of a simulated cluster, at most.
-pub const CLUSTER: u32 = 2;
+use device::{
+    Answer, CURRENT_CONTEXT, Capture, Context, Done, Driver, Event, Recorded, Stream, Work,
+};
+
+mod device;
+pub use device::{BLOCK, CLUSTER};
 
 /// Device 2 is for tests that end its context.
 const DEVICES: usize = 3;
 /// What starts a fat binary.
 const FAT_BINARY: u32 = 0xba55_ed50;
-const FRESH_MEMORY: u8 = 0xcd;
-
-type Answer<T = ()> = Result<T, CUresult>;
-
-#[derive(Clone)]
-enum Work {
-    Launch {
-        kernel: &'static str,
-        shape: LaunchShape,
-        parameters: Arc<[u64]>,
-    },
-    Set {
-        to: Range<usize>,
-        byte: u8,
-    },
-    Write {
-        to: Range<usize>,
-        bytes: Arc<[u8]>,
-    },
-    Copy {
-        to: Range<usize>,
-        from: usize,
-    },
-    Free(usize),
-    /// Until that stream has done so much.
-    Wait(Done),
-    Time(usize),
-}
-
-/// A stream that has done so many pieces of work.
-#[derive(Clone, Copy)]
-struct Done {
-    stream: usize,
-    works: usize,
-}
-
-struct Stream {
-    context: usize,
-    queue: VecDeque<Work>,
-    /// Pieces of work, done and queued.
-    works: usize,
-    capture: Option<Capture>,
-}
-
-struct Capture {
-    id: usize,
-    mode: CUstreamCaptureMode,
-    thread: ThreadId,
-    work: Vec<Work>,
-    valid: bool,
-}
-
-enum Recorded {
-    Queued(Done),
-    Captured(usize),
-}
-
-struct Event {
-    context: usize,
-    timed: bool,
-    recorded: Option<Recorded>,
-    time: Option<Instant>,
-}
-
-#[derive(Default)]
-struct Context {
-    users: usize,
-    /// What a kernel did; no call works any more.
-    fault: Option<CUresult>,
-}
-
-struct Allocation {
-    context: usize,
-    layout: std::alloc::Layout,
-}
-
-/// Contexts, streams, events, functions and graphs by their handles. A context's handle is also that of
-/// its default stream.
-#[derive(Default)]
-struct Driver {
-    handles: usize,
-    contexts: BTreeMap<usize, Context>,
-    memory: BTreeMap<usize, Allocation>,
-    streams: HashMap<usize, Stream>,
-    events: HashMap<usize, Event>,
-    functions: HashMap<usize, (usize, &'static str, usize)>,
-    graphs: HashMap<usize, Vec<Work>>,
-    launches: u64,
-}
-
 static DRIVER: LazyLock<Mutex<Driver>> = LazyLock::new(Mutex::default);
 
 thread_local! {
-    static CURRENT_CONTEXT: Cell<usize> = const { Cell::new(0) };
     static CALLS: RefCell<HashMap<&'static str, u64>> = RefCell::default();
 }
 
@@ -158,7 +67,7 @@ pub unsafe extern "C" fn simt_driver_count(name: *const c_char) -> u64 {
 /// Hands a result to the caller.
 fn give<T>(to: *mut T, value: T) -> Answer {
     if to.is_null() {
-        return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+        return Err(CUDA_ERROR_INVALID_VALUE);
     }
     // SAFETY: the caller has room for a result there, as the driver's documentation asks for.
     unsafe { to.write(value) };
@@ -166,7 +75,7 @@ fn give<T>(to: *mut T, value: T) -> Answer {
 }
 
 fn supported(condition: bool) -> Answer {
-    if condition { Ok(()) } else { Err(CUresult::CUDA_ERROR_NOT_SUPPORTED) }
+    if condition { Ok(()) } else { Err(CUDA_ERROR_NOT_SUPPORTED) }
 }
 
 fn handle<T>(handle: usize) -> *mut T {
@@ -176,212 +85,6 @@ fn handle<T>(handle: usize) -> *mut T {
 fn l2_bytes() -> c_int {
     let asked_for = std::env::var("ATKD_SIMT_L2_BYTES").ok().and_then(|bytes| bytes.parse().ok());
     asked_for.unwrap_or(50 << 20)
-}
-
-impl Driver {
-    fn new_handle(&mut self) -> usize {
-        self.handles += 1;
-        self.handles << 8
-    }
-
-    fn context_of_device(&self, device: CUdevice) -> Answer<usize> {
-        let contexts = self.contexts.keys().nth(usize::try_from(device).unwrap_or(usize::MAX));
-        match self.contexts.is_empty() {
-            true => Err(CUresult::CUDA_ERROR_NOT_INITIALIZED),
-            false => contexts.copied().ok_or(CUresult::CUDA_ERROR_INVALID_DEVICE),
-        }
-    }
-
-    /// The thread's context, if work can go on in it.
-    fn context(&self) -> Answer<usize> {
-        let current = CURRENT_CONTEXT.get();
-        match self.contexts.get(&current) {
-            None => Err(CUresult::CUDA_ERROR_INVALID_CONTEXT),
-            Some(Context { users: 0, .. }) => Err(CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED),
-            Some(Context { fault: Some(fault), .. }) => Err(*fault),
-            Some(_) => Ok(current),
-        }
-    }
-
-    fn stream(&self, stream: CUstream) -> Answer<usize> {
-        let context = self.context()?;
-        match stream as usize {
-            0 => Ok(context),
-            id if self.streams.contains_key(&id) => Ok(id),
-            _ => Err(CUresult::CUDA_ERROR_INVALID_HANDLE),
-        }
-    }
-
-    fn event(&mut self, event: CUevent) -> Answer<&mut Event> {
-        self.events.get_mut(&(event as usize)).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)
-    }
-
-    /// For later, or into the stream's capture.
-    fn enqueue(&mut self, stream: usize, work: Work) -> Answer {
-        let stream = self.streams.get_mut(&stream).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
-        match &mut stream.capture {
-            None => {
-                stream.queue.push_back(work);
-                stream.works += 1;
-            }
-            Some(Capture { valid: false, .. }) => {
-                return Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
-            }
-            Some(capture) => capture.work.push(work),
-        }
-        Ok(())
-    }
-
-    /// Refuses what has no place in a capture.
-    fn not_captured(&mut self, stream: usize) -> Answer {
-        match self.streams.get_mut(&stream).and_then(|stream| stream.capture.as_mut()) {
-            None => Ok(()),
-            Some(capture) => {
-                capture.valid = false;
-                Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
-            }
-        }
-    }
-
-    /// Refuses what may wait for a stream that is being captured, wherever it is.
-    fn nothing_captured(&mut self) -> Answer {
-        let mut answer = Ok(());
-        for capture in self.streams.values_mut().filter_map(|stream| stream.capture.as_mut()) {
-            let affected = match capture.mode {
-                CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL => true,
-                CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL => {
-                    capture.thread == thread::current().id()
-                }
-                CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED => false,
-            };
-            if affected {
-                capture.valid = false;
-                answer = Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
-            }
-        }
-        answer
-    }
-
-    fn allocate(&mut self, bytes: usize) -> Answer<CUdeviceptr> {
-        let context = self.context()?;
-        let layout = std::alloc::Layout::from_size_align(bytes, 256)
-            .map_err(|_| CUresult::CUDA_ERROR_OUT_OF_MEMORY)?;
-        if bytes == 0 {
-            return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
-        }
-        // SAFETY: the size is not 0; so many bytes are written as were allocated.
-        let address = unsafe {
-            let memory = std::alloc::alloc(layout);
-            if memory.is_null() {
-                return Err(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-            }
-            memory.write_bytes(FRESH_MEMORY, bytes);
-            memory as usize
-        };
-        self.memory.insert(address, Allocation { context, layout });
-        Ok(address as CUdeviceptr)
-    }
-
-    /// The addresses, if they are of one allocation.
-    fn range(&self, start: CUdeviceptr, bytes: usize) -> Answer<Range<usize>> {
-        let start = start as usize;
-        let end = start.checked_add(bytes).ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)?;
-        match self.memory.range(..=start).next_back() {
-            Some((at, allocation)) if end <= at + allocation.layout.size() => Ok(start..end),
-            _ => Err(CUresult::CUDA_ERROR_INVALID_VALUE),
-        }
-    }
-
-    /// Does what was queued on a stream, in order, and what it waits for.
-    fn run(&mut self, until: Done) -> Answer {
-        while let Some(stream) = self.streams.get_mut(&until.stream)
-            && stream.works - stream.queue.len() < until.works
-            && let Some(work) = stream.queue.pop_front()
-        {
-            let context = stream.context;
-            let done = match work {
-                Work::Wait(other) => self.run(other),
-                work => self.execute(context, work).map_err(|message| {
-                    eprintln!("the simulated CUDA driver: {message}");
-                    CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
-                }),
-            };
-            if let Err(fault) = done {
-                self.contexts.entry(context).or_default().fault = Some(fault);
-                return Err(fault);
-            }
-        }
-        Ok(())
-    }
-
-    fn execute(&mut self, context: usize, work: Work) -> Result<(), String> {
-        let gone = |_| "memory is freed before the work on it is done".to_owned();
-        let still = |range: &Range<usize>| {
-            self.range(range.start as CUdeviceptr, range.len()).map(|_| range.start as *mut u8)
-        };
-        match work {
-            Work::Launch { kernel, shape, parameters } => {
-                self.launches += 1;
-                let mut buffers: Vec<Buffer> = self
-                    .memory
-                    .iter()
-                    .filter(|(_, allocation)| allocation.context == context)
-                    .map(|(&at, allocation)| {
-                        Buffer::at("an allocation", at..at + allocation.layout.size())
-                    })
-                    .collect();
-                let seed = self.launches;
-                let simulation =
-                    Simulation { block: BLOCK, cluster: CLUSTER, seed, ..Simulation::default() };
-                let parameters = parameters.as_ptr().cast();
-                // SAFETY: cuLaunchKernelEx copied the kernel's block.
-                unsafe { simulation.run_kernel(kernel, shape, parameters, &mut buffers)? };
-            }
-            Work::Set { to, byte } => {
-                // SAFETY: the range is of an allocation.
-                unsafe { still(&to).map_err(gone)?.write_bytes(byte, to.len()) };
-            }
-            Work::Write { to, bytes } => {
-                let to = still(&to).map_err(gone)?;
-                // SAFETY: the range is of an allocation and as long as the bytes.
-                unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
-            }
-            Work::Copy { to, from } => {
-                let from = still(&(from..from + to.len())).map_err(gone)?;
-                // SAFETY: both ranges are of allocations.
-                unsafe { still(&to).map_err(gone)?.copy_from(from, to.len()) };
-            }
-            Work::Free(address) => {
-                let allocation = self.memory.remove(&address).ok_or("memory is freed twice")?;
-                // SAFETY: it was allocated so, and is no longer in the registry.
-                unsafe { std::alloc::dealloc(address as *mut u8, allocation.layout) };
-            }
-            Work::Time(event) => {
-                if let Some(event) = self.events.get_mut(&event) {
-                    event.time = Some(Instant::now());
-                }
-            }
-            Work::Wait(_) => unreachable!("waits are the caller's"),
-        }
-        Ok(())
-    }
-
-    fn synchronize(&mut self, stream: usize) -> Answer {
-        let works = self.streams[&stream].works;
-        self.run(Done { stream, works })
-    }
-
-    fn synchronize_context(&mut self) -> Answer {
-        self.nothing_captured()?;
-        let context = self.context()?;
-        let streams: Vec<usize> = self
-            .streams
-            .iter()
-            .filter(|(_, stream)| stream.context == context)
-            .map(|(&id, _)| id)
-            .collect();
-        streams.into_iter().try_for_each(|stream| self.synchronize(stream))
-    }
 }
 
 /// The functions of the driver: their answers are the errors that a caller gets. Pointers are the caller's
@@ -394,7 +97,7 @@ macro_rules! driver {
                 fn answer($driver: &mut Driver $(, $argument: $type)*) -> Answer $body
                 count(stringify!($name));
                 let driver = &mut *DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
-                answer(driver $(, $argument)*).err().unwrap_or(CUresult::CUDA_SUCCESS)
+                answer(driver $(, $argument)*).err().unwrap_or(CUDA_SUCCESS)
             }
         )+
     };
@@ -406,8 +109,7 @@ driver! {
         while driver.contexts.len() < DEVICES {
             let context = driver.new_handle();
             driver.contexts.insert(context, Context::default());
-            let stream = Stream { context, queue: VecDeque::new(), works: 0, capture: None };
-            driver.streams.insert(context, stream);
+            driver.streams.insert(context, Stream::new(context));
         }
         Ok(())
     }
@@ -453,7 +155,7 @@ driver! {
             MULTIPROCESSORS => 132,
             L2 => l2_bytes(),
             POOLS => 1,
-            _ => return Err(CUresult::CUDA_ERROR_NOT_SUPPORTED),
+            _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
         })
     }
 
@@ -466,7 +168,7 @@ driver! {
     fn cuDevicePrimaryCtxRelease_v2(driver, device: CUdevice) {
         let id = driver.context_of_device(device)?;
         let context = driver.contexts.entry(id).or_default();
-        context.users = context.users.checked_sub(1).ok_or(CUresult::CUDA_ERROR_INVALID_CONTEXT)?;
+        context.users = context.users.checked_sub(1).ok_or(CUDA_ERROR_INVALID_CONTEXT)?;
         Ok(())
     }
 
@@ -476,7 +178,7 @@ driver! {
 
     fn cuCtxSetCurrent(driver, context: CUcontext) {
         if !context.is_null() && !driver.contexts.contains_key(&(context as usize)) {
-            return Err(CUresult::CUDA_ERROR_INVALID_CONTEXT);
+            return Err(CUDA_ERROR_INVALID_CONTEXT);
         }
         CURRENT_CONTEXT.set(context as usize);
         Ok(())
@@ -490,7 +192,7 @@ driver! {
         driver.context()?;
         // SAFETY: an image has a header, which starts with what kind of image it is.
         if unsafe { image.cast::<u32>().read_unaligned() } != FAT_BINARY {
-            return Err(CUresult::CUDA_ERROR_INVALID_IMAGE);
+            return Err(CUDA_ERROR_INVALID_IMAGE);
         }
         give(module, handle(driver.new_handle()))
     }
@@ -505,7 +207,7 @@ driver! {
         let context = driver.context()?;
         // SAFETY: a string of C's.
         let name = unsafe { CStr::from_ptr(name) }.to_str().unwrap_or_default();
-        let (kernel, bytes) = find_kernel(name).ok_or(CUresult::CUDA_ERROR_NOT_FOUND)?;
+        let (kernel, bytes) = find_kernel(name).ok_or(CUDA_ERROR_NOT_FOUND)?;
         let id = driver.new_handle();
         driver.functions.insert(id, (context, kernel, bytes));
         give(function, handle(id))
@@ -519,7 +221,7 @@ driver! {
     fn cuMemFree_v2(driver, address: CUdeviceptr) {
         driver.synchronize_context()?;
         let free = driver.execute(driver.context()?, Work::Free(address as usize));
-        free.map_err(|_| CUresult::CUDA_ERROR_INVALID_VALUE)
+        free.map_err(|_| CUDA_ERROR_INVALID_VALUE)
     }
 
     fn cuMemAllocAsync(driver, address: *mut CUdeviceptr, bytes: usize, stream: CUstream) {
@@ -533,7 +235,7 @@ driver! {
         driver.not_captured(stream)?;
         match driver.memory.contains_key(&(address as usize)) {
             true => driver.enqueue(stream, Work::Free(address as usize)),
-            false => Err(CUresult::CUDA_ERROR_INVALID_VALUE),
+            false => Err(CUDA_ERROR_INVALID_VALUE),
         }
     }
 
@@ -578,8 +280,7 @@ driver! {
         supported(flags == CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint)?;
         let context = driver.context()?;
         let id = driver.new_handle();
-        let new = Stream { context, queue: VecDeque::new(), works: 0, capture: None };
-        driver.streams.insert(id, new);
+        driver.streams.insert(id, Stream::new(context));
         give(stream, handle(id))
     }
 
@@ -605,18 +306,18 @@ driver! {
             Recorded::Queued(done) => Ok(*done),
             Recorded::Captured(capture) => Err(*capture),
         });
-        let stream = driver.streams.get_mut(&id).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
+        let stream = driver.streams.get_mut(&id).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
         match (event, &mut stream.capture) {
             (_, Some(Capture { valid: false, .. })) => {
-                Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)
+                Err(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)
             }
             (None, _) => Ok(()),
             (Some(Ok(done)), None) => driver.enqueue(id, Work::Wait(done)),
-            (Some(Err(_)), None) => Err(CUresult::CUDA_ERROR_CAPTURED_EVENT),
+            (Some(Err(_)), None) => Err(CUDA_ERROR_CAPTURED_EVENT),
             (Some(Err(captured)), Some(capture)) if captured == capture.id => Ok(()),
             (Some(_), Some(capture)) => {
                 capture.valid = false;
-                Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION)
+                Err(CUDA_ERROR_STREAM_CAPTURE_ISOLATION)
             }
         }
     }
@@ -624,12 +325,12 @@ driver! {
     fn cuStreamBeginCapture_v2(driver, stream: CUstream, mode: CUstreamCaptureMode) {
         let id = driver.stream(stream)?;
         if stream.is_null() {
-            return Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+            return Err(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
         }
         let capture = driver.new_handle();
-        let stream = driver.streams.get_mut(&id).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
+        let stream = driver.streams.get_mut(&id).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
         if stream.capture.is_some() {
-            return Err(CUresult::CUDA_ERROR_ILLEGAL_STATE);
+            return Err(CUDA_ERROR_ILLEGAL_STATE);
         }
         let thread = thread::current().id();
         stream.capture = Some(Capture { id: capture, mode, thread, work: Vec::new(), valid: true });
@@ -638,11 +339,11 @@ driver! {
 
     fn cuStreamEndCapture(driver, stream: CUstream, graph: *mut CUgraph) {
         let id = driver.stream(stream)?;
-        let stream = driver.streams.get_mut(&id).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
-        let capture = stream.capture.take().ok_or(CUresult::CUDA_ERROR_ILLEGAL_STATE)?;
+        let stream = driver.streams.get_mut(&id).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
+        let capture = stream.capture.take().ok_or(CUDA_ERROR_ILLEGAL_STATE)?;
         give(graph, std::ptr::null_mut())?;
         if !capture.valid {
-            return Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+            return Err(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
         }
         driver.graphs.insert(capture.id, capture.work);
         give(graph, handle(capture.id))
@@ -664,7 +365,7 @@ driver! {
     ) {
         supported(flags == 0)?;
         let graph = driver.graphs.get(&(graph as usize));
-        let work = graph.ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)?.clone();
+        let work = graph.ok_or(CUDA_ERROR_INVALID_VALUE)?.clone();
         let id = driver.new_handle();
         driver.graphs.insert(id, work);
         give(exec, handle(id))
@@ -673,18 +374,18 @@ driver! {
     fn cuGraphLaunch(driver, exec: CUgraphExec, stream: CUstream) {
         let stream = driver.stream(stream)?;
         let graph = driver.graphs.get(&(exec as usize));
-        let work = graph.ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)?.clone();
+        let work = graph.ok_or(CUDA_ERROR_INVALID_VALUE)?.clone();
         work.into_iter().try_for_each(|work| driver.enqueue(stream, work))
     }
 
     fn cuGraphDestroy(driver, graph: CUgraph) {
         let graph = driver.graphs.remove(&(graph as usize));
-        graph.map(drop).ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)
+        graph.map(drop).ok_or(CUDA_ERROR_INVALID_VALUE)
     }
 
     fn cuGraphExecDestroy(driver, exec: CUgraphExec) {
         let exec = driver.graphs.remove(&(exec as usize));
-        exec.map(drop).ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)
+        exec.map(drop).ok_or(CUDA_ERROR_INVALID_VALUE)
     }
 
     fn cuEventCreate(driver, event: *mut CUevent, flags: c_uint) {
@@ -697,17 +398,17 @@ driver! {
 
     fn cuEventDestroy_v2(driver, event: CUevent) {
         let event = driver.events.remove(&(event as usize));
-        event.map(drop).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)
+        event.map(drop).ok_or(CUDA_ERROR_INVALID_HANDLE)
     }
 
     fn cuEventRecord(driver, event: CUevent, stream: CUstream) {
         let id = driver.stream(stream)?;
         if driver.event(event)?.context != driver.streams[&id].context {
-            return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
+            return Err(CUDA_ERROR_INVALID_HANDLE);
         }
         let recorded = match &driver.streams[&id].capture {
             Some(Capture { valid: false, .. }) => {
-                return Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+                return Err(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
             }
             Some(capture) => Recorded::Captured(capture.id),
             None => {
@@ -725,7 +426,7 @@ driver! {
             None => Ok(()),
             Some(Recorded::Captured(_)) => {
                 driver.nothing_captured()?;
-                Err(CUresult::CUDA_ERROR_CAPTURED_EVENT)
+                Err(CUDA_ERROR_CAPTURED_EVENT)
             }
             Some(Recorded::Queued(done)) => {
                 driver.nothing_captured()?;
@@ -739,8 +440,8 @@ driver! {
         let mut time = |event| {
             let event = driver.event(event)?;
             match (event.timed, event.time) {
-                (false, _) => Err(CUresult::CUDA_ERROR_INVALID_HANDLE),
-                (true, None) => Err(CUresult::CUDA_ERROR_NOT_READY),
+                (false, _) => Err(CUDA_ERROR_INVALID_HANDLE),
+                (true, None) => Err(CUDA_ERROR_NOT_READY),
                 (true, Some(time)) => Ok(time),
             }
         };
@@ -765,9 +466,9 @@ driver! {
         };
         let stream = driver.stream(config.hStream)?;
         let function = driver.functions.get(&(function as usize));
-        let &(context, kernel, bytes) = function.ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
+        let &(context, kernel, bytes) = function.ok_or(CUDA_ERROR_INVALID_HANDLE)?;
         if context != driver.context()? || context != driver.streams[&stream].context {
-            return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
+            return Err(CUDA_ERROR_INVALID_HANDLE);
         }
         count(kernel);
         let (grid, block) = (config.gridDimX, config.blockDimX);
@@ -778,7 +479,7 @@ driver! {
                 && block.is_multiple_of(32),
         )?;
         if grid == 0 || grid > i32::MAX as u32 || !(1..=1024).contains(&block) {
-            return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+            return Err(CUDA_ERROR_INVALID_VALUE);
         }
         let mut cluster = 1;
         for attribute in attributes {
@@ -789,7 +490,7 @@ driver! {
             cluster = size.x;
         }
         if !(1..=8).contains(&cluster) || !grid.is_multiple_of(cluster) {
-            return Err(CUresult::CUDA_ERROR_INVALID_CLUSTER_SIZE);
+            return Err(CUDA_ERROR_INVALID_CLUSTER_SIZE);
         }
         let mut words = vec![0_u64; bytes.div_ceil(8)];
         // SAFETY: the kernel has one parameter of this size, and there is room for it.

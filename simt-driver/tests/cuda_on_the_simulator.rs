@@ -63,7 +63,8 @@ fn calls_only_launch() {
     let margins = Objective::default();
     let all = [kl.as_slice(), &["teacher_margin_bf16"]].concat();
     for (objective, kernels) in [(margins, &atkd[..]), (Objective::kl(), &kl), (teacher, &all)] {
-        let mut calls: [(&str, &mut dyn FnMut(&mut Loaded)); 4] = [
+        type Call<'a> = &'a mut dyn FnMut(&mut Loaded);
+        let mut calls: [(&str, Call); 4] = [
             ("forward", &mut |loaded| loaded.forward(&objective).unwrap()),
             ("forward_backward", &mut |loaded| loaded.backward(&objective, None).unwrap()),
             ("in place", &mut |loaded| loaded.in_place(&objective).unwrap()),
