@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use crate::params::*;
-use crate::plan::{DeviceProperties, LaunchShape, Plan};
+use crate::plan::{LaunchShape, Plan};
 use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
 
 /// Logits or a gradient `[tokens, vocab]` at an address, rows `row_stride` elements apart.
@@ -55,7 +55,7 @@ pub struct RawCall {
 impl RawCall {
     /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
     /// known.
-    fn validate(&self, objective: &Objective) -> Result<()> {
+    pub(crate) fn validate(&self, objective: &Objective) -> Result<()> {
         for (what, value) in [("tokens", self.tokens), ("the vocabulary", self.vocab)] {
             if value > i32::MAX as usize {
                 return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
@@ -393,10 +393,10 @@ fn margin_of_key(key: u32) -> f64 {
 pub(crate) fn launches(
     objective: &Objective,
     call: &RawCall,
-    device: &DeviceProperties,
+    plan: &Plan,
     layout: Layout,
     workspace: u64,
-) -> Result<impl Iterator<Item = Launch> + use<>> {
+) -> Result<impl Iterator<Item = Launch>> {
     call.validate(objective)?;
     let scopes = call.sequences.map_or(1, |(_, count)| count);
     for (what, needed) in [("tokens", call.tokens), ("sequences", scopes)] {
@@ -404,8 +404,6 @@ pub(crate) fn launches(
             return Err(Error::Workspace { what, needed, capacity: layout.capacity });
         }
     }
-    let pair_bytes = call.teacher.dtype.size() + call.student.dtype.size();
-    let plan = Plan::new(device, call.tokens, call.vocab, pair_bytes, scopes);
     let column = |column| workspace + layout.column(column) as u64;
     let (labels, label_bytes) = match call.labels {
         None => (0, 0),

@@ -277,7 +277,7 @@ impl Driver {
                     Simulation { block: BLOCK, cluster: CLUSTER, seed, ..Simulation::default() };
                 let parameters = parameters.as_ptr().cast();
                 // SAFETY: cuLaunchKernelEx copied the kernel's block.
-                unsafe { simulation.run_kernel(kernel, shape, parameters, &mut buffers)? };
+                unsafe { simulation.simulate(kernel, shape, parameters, &mut buffers)? };
             }
             Work::Set { to, byte } => {
                 // SAFETY: the range is of an allocation.

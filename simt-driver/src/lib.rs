@@ -4,8 +4,9 @@
 //! It is as unforgiving as a device can be:
 //! - Work is queued, each stream on its own, and runs only when something waits for it: what the host reads
 //!   too early, or one stream reads without waiting for another, is not there yet.
-//! - Memory starts poisoned, and is gone when the stream comes to its end. A kernel that reaches outside it
-//!   ends the context with `CUDA_ERROR_ILLEGAL_ADDRESS`; standard error says which kernel, block and thread.
+//! - Memory starts poisoned, and is gone once its stream comes to where it is freed. A kernel that reaches
+//!   outside memory, or does anything else that the simulator forbids, ends the context with
+//!   `CUDA_ERROR_ILLEGAL_ADDRESS`; standard error says which kernel, block and thread it was.
 //! - Within a capture, what a driver refuses is refused with its error, and invalidates the capture.
 //!
 //! What it does not simulate: kernels other than atkd's; more than [`BLOCK`] threads a block and [`CLUSTER`]
@@ -40,6 +41,7 @@ pub use device::{BLOCK, CLUSTER};
 const DEVICES: usize = 3;
 /// What starts a fat binary.
 const FAT_BINARY: u32 = 0xba55_ed50;
+
 static DRIVER: LazyLock<Mutex<Driver>> = LazyLock::new(Mutex::default);
 
 thread_local! {

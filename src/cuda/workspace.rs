@@ -8,6 +8,7 @@ use cudarc::driver::{
 use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, driver};
 use crate::launch::{Layout, RawCall, RawLogits, check_faults, launches, read_summary};
 use crate::params::atkd_summary;
+use crate::plan::Plan;
 use crate::{Error, Objective, Output, Result};
 
 /// What a call computes on its way and leaves behind: the loss, every token's terms, its mode. 33 bytes a
@@ -211,8 +212,11 @@ impl Workspace {
         self.check_context("the stream", stream.context())?;
         let context = self.kernels.context();
         context.bind_to_thread().map_err(driver("using the context"))?;
-        let launches =
-            launches(objective, call, &self.kernels.device(), self.layout, self.address)?;
+        call.validate(objective)?;
+        let scopes = call.sequences.map_or(1, |(_, count)| count);
+        let pair_bytes = call.teacher.dtype.size() + call.student.dtype.size();
+        let plan = Plan::new(&self.kernels.device(), call.tokens, call.vocab, pair_bytes, scopes);
+        let launches = launches(objective, call, &plan, self.layout, self.address)?;
         // Orders this call and those on other streams; within a capture the caller does.
         let ordered = !tracked_capture(stream, self.memory.context())?;
         let _guard = ordered.then(|| self.memory.device_ptr_mut(stream));

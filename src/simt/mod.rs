@@ -9,7 +9,7 @@ use machine::Buffer;
 
 use crate::launch::{self, Layout, RawCall, RawLabels, RawLogits};
 use crate::params::atkd_summary;
-use crate::plan::{DeviceProperties, LaunchShape};
+use crate::plan::{DeviceProperties, LaunchShape, Plan};
 use crate::unfused::device;
 use crate::{Batch, Elements, Labels, Logits, LogitsMut, Objective, Output, Result};
 
@@ -202,19 +202,18 @@ impl Simulation {
                 .cast::<crate::params::atkd_summary>()
                 .write(Layout::empty_summary())
         };
-        buffers.extend(
-            layout
-                .columns(address(&workspace) as usize)
-                .map(|(name, addresses)| Buffer::at(name, addresses)),
-        );
+        buffers.extend(layout.columns(address(&workspace) as usize).map(|(name, addresses)| {
+            Buffer { name, addresses, writable: true, read: 0, written: 0 }
+        }));
 
+        let pair_bytes = teacher.dtype().size() + student.dtype.size();
+        let plan = Plan::new(&self.device, tokens, vocab, pair_bytes, scopes);
         let mut traffic = Vec::new();
-        for launch in launch::launches(objective, &call, &self.device, layout, address(&workspace))?
-        {
+        for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
             let mut buffers = buffers.clone();
             let (kernel, parameters) = (launch.kernel, launch.parameters.as_ptr());
             // SAFETY: the block is the kernel's.
-            unsafe { self.run_kernel(kernel, launch.shape, parameters, &mut buffers) }
+            unsafe { self.simulate(kernel, launch.shape, parameters, &mut buffers) }
                 .unwrap_or_else(|fault| panic!("{fault}"));
             traffic.push((launch.kernel, buffers));
         }
@@ -266,7 +265,7 @@ impl Simulation {
         for launch in &launches {
             let (kernel, parameters) = (launch.kernel, launch.parameters.as_ptr());
             // SAFETY: the block is the kernel's.
-            unsafe { self.run_kernel(kernel, launch.shape, parameters, &mut buffers) }
+            unsafe { self.simulate(kernel, launch.shape, parameters, &mut buffers) }
                 .unwrap_or_else(|fault| panic!("{fault}"));
         }
         // SAFETY: the memory starts with a summary.
@@ -277,11 +276,11 @@ impl Simulation {
     /// simulation has.
     ///
     /// # Errors
-    /// What the kernel did wrong, or that there is no such kernel.
+    /// As [`run_kernel`].
     ///
     /// # Safety
-    /// `parameters` is the kernel's parameter block.
-    pub unsafe fn run_kernel(
+    /// As [`run_kernel`].
+    pub unsafe fn simulate(
         self,
         kernel: &str,
         mut shape: LaunchShape,
@@ -297,9 +296,27 @@ impl Simulation {
         if !of_tokens.contains(&kernel) {
             shape.block = shape.block.min(self.block);
         }
-        // SAFETY: the caller vouches for the block; an access outside the buffers is an error.
-        unsafe { launch::simulate(kernel, shape, self.seed, parameters, buffers) }
+        // SAFETY: the caller vouches for the block.
+        unsafe { run_kernel(kernel, shape, self.seed, parameters, buffers) }
     }
+}
+
+/// Runs one kernel by its name, as a driver would.
+///
+/// # Errors
+/// What the kernel did wrong, or that there is no such kernel.
+///
+/// # Safety
+/// `parameters` is the kernel's parameter block. An access outside the buffers is an error.
+pub unsafe fn run_kernel(
+    kernel: &str,
+    shape: LaunchShape,
+    seed: u64,
+    parameters: *const c_void,
+    buffers: &mut [Buffer],
+) -> Result<(), String> {
+    // SAFETY: the caller vouches for it.
+    unsafe { launch::simulate(kernel, shape, seed, parameters, buffers) }
 }
 
 /// The name of a kernel and the bytes of its parameter block, if there is one called so.

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use super::EPSILON;
 use crate::launch::{self, Launch, Layout, Parameters, RawCall, RawLabels, RawLogits};
 use crate::params::*;
-use crate::plan::{DeviceProperties, LaunchShape};
+use crate::plan::{DeviceProperties, LaunchShape, Plan};
 use crate::{Dtype, Objective, Result};
 
 /// Full-size results that are alive at once.
@@ -94,7 +94,8 @@ pub(crate) fn launches(
 
     // The fused call's own selection and reduction are the best there is for the baseline too.
     let ranked = RawCall { margins: Some(uncertainty), sequences: None, ..*call };
-    let mut fused = launch::launches(&objective, &ranked, device, memory.layout(), address)?;
+    let plan = Plan::new(device, tokens, vocab, 4, 1);
+    let mut fused = launch::launches(&objective, &ranked, &plan, memory.layout(), address)?;
     let select = fused.find(|launch| launch.kernel == "select_hard").expect("ATKD selects");
     let reduce = fused.find(|launch| launch.kernel == "sum_losses").expect("every call ends so");
     let Parameters::SumLosses(atkd_sum_losses { token_loss, .. }) = reduce.parameters else {
