@@ -43,16 +43,9 @@ mod cuda {
 
     fn compile(nvcc: &Path, fatbin: &Path) {
         let mut command = Command::new(nvcc);
-        command.args([
-            "-std=c++17",
-            "-O3",
-            "-Werror",
-            "all-warnings",
-            "--threads",
-            "0",
-            "-fatbin",
-            "-o",
-        ]);
+        command
+            .args(["-std=c++17", "-O3", "-Werror", "all-warnings", "--compress-mode=size"])
+            .args(["--threads", "0", "-fatbin", "-o"]);
         command.arg(fatbin).arg("kernels/atkd.cu");
         for architecture in ARCHITECTURES {
             command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));

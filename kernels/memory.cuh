@@ -7,6 +7,12 @@
 
 #include "params.h"
 
+// As Rust's side asserts of its own (src/params.rs).
+static_assert(sizeof(atkd_summary) == 48 && sizeof(atkd_batch) == 88, "the layout is a contract");
+static_assert(sizeof(atkd_teacher_margin) == 88 && sizeof(atkd_count_valid) == 96, "the layout is a contract");
+static_assert(sizeof(atkd_select_hard) == 128 && sizeof(atkd_objective) == 80, "the layout is a contract");
+static_assert(sizeof(atkd_row_stream) == 256 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
+
 #ifdef __CUDACC__
 
 #include <cuda_bf16.h>

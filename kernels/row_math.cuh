@@ -140,9 +140,31 @@ ATKD_DEVICE double weighted(double coefficient, double term) {
     return coefficient == 0 ? 0 : coefficient * term;
 }
 
-struct Terms {
-    double margin, uncertainty, tkd, dkd, loss;
+// The log-odds against the target in each model's distribution; NaN if anything in the row is.
+struct Margins {
+    double teacher;
+    double student;
+    double student_at_1;
+    bool not_a_number;
 };
+
+ATKD_DEVICE Margins margins_of(const atkd_objective &objective, const RowState<double> &state, float teacher_target,
+                               float student_target) {
+    double inverse_temperature = objective.inverse_temperature;
+    Margins m;
+    m.teacher = margin_of(state.teacher_max, state.teacher_sum, teacher_target, inverse_temperature);
+    m.student = margin_of(state.student_max, state.student_sum, student_target, inverse_temperature);
+    m.student_at_1 = inverse_temperature == 1.0
+                         ? m.student
+                         : margin_of(state.student_max, state.student_sum_at_1, student_target, 1.0);
+    bool gap_not_a_number = state.teacher_sum != 0 && state.ruled_out == 0 && state.weighted_gap != state.weighted_gap;
+    m.not_a_number = m.teacher != m.teacher || m.student != m.student || gap_not_a_number;
+    return m;
+}
+
+ATKD_DEVICE double coefficient_of(const atkd_coefficient &coefficient, double uncertainty) {
+    return coefficient.value * (coefficient.times_uncertainty != 0 ? uncertainty : 1.0);
+}
 
 // The gradient with respect to z_j is
 // student e^{(z^q_j - max_q) / T} - teacher e^{(z^p_j - max_p) / T} + student_at_1 e^{z^q_j - max_q}.
@@ -151,65 +173,64 @@ struct GradientScales {
     float target; // the gradient at the target
 };
 
-// `scale` is the reduction's and the upstream gradient's.
-ATKD_DEVICE void finish(const atkd_objective &objective, const RowState<double> &state, float teacher_target,
-                        float student_target, bool hard, double scale, Terms &terms, GradientScales &scales) {
+// What the whole block waits for between its two passes, and so no more than that. `scale` is the
+// reduction's and the upstream gradient's.
+ATKD_DEVICE GradientScales scales_of(const atkd_objective &objective, const RowState<double> &state,
+                                     const Margins &m, bool hard, double scale) {
+    if (m.not_a_number) {
+        float not_a_number = nanf("");
+        return {not_a_number, not_a_number, not_a_number, not_a_number};
+    }
     double inverse_temperature = objective.inverse_temperature;
     bool at_1 = inverse_temperature != 1.0;
-    double student_sum_at_1 = at_1 ? state.student_sum_at_1 : state.student_sum;
-    double u = margin_of(state.teacher_max, state.teacher_sum, teacher_target, inverse_temperature);
-    double w = margin_of(state.student_max, state.student_sum, student_target, inverse_temperature);
-    double w_at_1 = margin_of(state.student_max, student_sum_at_1, student_target, 1.0);
-    double infinity = -double(OUTSIDE);
-
-    // On the side where sigmoid(u) is small; swapping "the target" for "not the target" flips signs.
-    double sign = u > 0 ? -1 : 1, v = sign * u, x = sign * w;
-    double slope = sign * (sigmoid(x) - sigmoid(v));
-    double tkd = v == -infinity    ? softplus(x)
-                 : fabs(x) == infinity ? infinity
-                                       : softplus(x) - softplus(v) - sigmoid(v) * (x - v);
-
-    double dkd = 0;
-    if (state.ruled_out) {
-        dkd = infinity;
-    } else if (state.teacher_sum != 0) {
-        dkd = state.weighted_gap / state.teacher_sum * inverse_temperature - log(state.teacher_sum) +
-              log(state.student_sum);
-        // Rounding may fall below 0, a divergence cannot. NaN passes.
-        dkd = dkd < 0 ? 0 : dkd;
-    }
-
-    double uncertainty = sigmoid(u);
-    atkd_coefficient tkd_weight = objective.tkd[hard ? 1 : 0], dkd_weight = objective.dkd[hard ? 1 : 0];
-    double c_tkd = tkd_weight.value * (tkd_weight.times_uncertainty ? uncertainty : 1.0);
-    double c_dkd = dkd_weight.value * (dkd_weight.times_uncertainty ? uncertainty : 1.0);
-    double c_ce = objective.ce_weight;
-
-    terms.margin = u;
-    terms.uncertainty = uncertainty;
-    if (u != u || w != w || dkd != dkd) {
-        float not_a_number = nanf("");
-        terms.tkd = terms.dkd = terms.loss = nan("");
-        scales = {not_a_number, not_a_number, not_a_number, not_a_number};
-        return;
-    }
-    terms.tkd = tkd;
-    terms.dkd = dkd;
-    terms.loss = weighted(c_tkd, tkd) + weighted(c_dkd, dkd) + weighted(c_ce, softplus(w_at_1));
-
+    // On the side where the teacher's sigmoid is small; swapping "the target" for "not the target" flips
+    // the sign.
+    double sign = m.teacher > 0 ? -1 : 1;
+    double slope = sign * (sigmoid(sign * m.student) - sigmoid(sign * m.teacher));
+    double uncertainty = sigmoid(m.teacher);
     // Where the teacher has no mass off the target, DKD is 0 whatever the student does.
-    double beta = state.teacher_sum == 0 ? 0 : c_dkd;
-    double gamma = c_tkd * slope;
-    double gamma_at_1 = weighted(c_ce, sigmoid(w_at_1));
+    double beta = state.teacher_sum == 0 ? 0 : coefficient_of(objective.dkd[hard ? 1 : 0], uncertainty);
+    double gamma = coefficient_of(objective.tkd[hard ? 1 : 0], uncertainty) * slope;
+    double gamma_at_1 = weighted(objective.ce_weight, sigmoid(m.student_at_1));
     // A sum of 0 belongs to exponentials that are all 0, and so is their share of the gradient.
     double teacher = state.teacher_sum == 0 ? 0 : beta * inverse_temperature * scale / state.teacher_sum;
     double student =
         state.student_sum == 0 ? 0 : (beta + gamma) * inverse_temperature * scale / state.student_sum;
-    double student_at_1 = student_sum_at_1 == 0 ? 0 : gamma_at_1 * scale / student_sum_at_1;
-    scales.teacher = float(teacher);
-    scales.student = float(at_1 ? student : student + student_at_1);
-    scales.student_at_1 = at_1 ? float(student_at_1) : 0.0f;
-    scales.target = float(-(gamma * inverse_temperature + gamma_at_1) * scale);
+    double sum_at_1 = at_1 ? state.student_sum_at_1 : state.student_sum;
+    double student_at_1 = sum_at_1 == 0 ? 0 : gamma_at_1 * scale / sum_at_1;
+    return {float(teacher), float(at_1 ? student : student + student_at_1), at_1 ? float(student_at_1) : 0.0f,
+            float(-(gamma * inverse_temperature + gamma_at_1) * scale)};
+}
+
+struct Terms {
+    double uncertainty, tkd, dkd, loss;
+};
+
+ATKD_DEVICE Terms terms_of(const atkd_objective &objective, const RowState<double> &state, const Margins &m,
+                           bool hard) {
+    Terms terms;
+    terms.uncertainty = sigmoid(m.teacher);
+    if (m.not_a_number) {
+        terms.tkd = terms.dkd = terms.loss = nan("");
+        return terms;
+    }
+    double infinity = -double(OUTSIDE);
+    double sign = m.teacher > 0 ? -1 : 1, u = sign * m.teacher, w = sign * m.student;
+    terms.tkd = u == -infinity         ? softplus(w)
+                : fabs(w) == infinity ? infinity
+                                      : softplus(w) - softplus(u) - sigmoid(u) * (w - u);
+    terms.dkd = 0;
+    if (state.teacher_sum != 0) {
+        double dkd = state.weighted_gap / state.teacher_sum * objective.inverse_temperature -
+                     log(state.teacher_sum) + log(state.student_sum);
+        // Rounding may fall below 0, a divergence cannot.
+        terms.dkd = state.ruled_out != 0 ? infinity : fmax(dkd, 0.0);
+    }
+    double c_tkd = coefficient_of(objective.tkd[hard ? 1 : 0], terms.uncertainty);
+    double c_dkd = coefficient_of(objective.dkd[hard ? 1 : 0], terms.uncertainty);
+    terms.loss = weighted(c_tkd, terms.tkd) + weighted(c_dkd, terms.dkd) +
+                 weighted(objective.ce_weight, softplus(m.student_at_1));
+    return terms;
 }
 
 // An unsigned integer that orders as the margins do: NaN is 1, below every number; 0 is left for

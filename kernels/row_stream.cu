@@ -79,31 +79,32 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
         warps[thread_index() / WARP] = of_warp;
     }
     ATKD_SYNC_CLUSTER();
-    // One warp of each block does the rest of the row, rather than one that the others would wait for.
+    // One warp of each block merges, rather than one that the other blocks would wait for.
+    RowState<double> state;
+    Margins margins;
     if (thread_index() < WARP) {
-        RowState<double> state = merge_cluster(warps, exponent);
+        state = merge_cluster(warps, exponent);
         if (thread_index() == 0) {
             double scale = p.mean != 0 ? p.scale / double(load(&p.batch.summary->counted_valid)) : p.scale;
             scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
-            Terms terms;
-            GradientScales scales;
-            finish(p.objective, state, target_logits[0], target_logits[1], mode == ATKD_HARD, scale, terms, scales);
-            if (speaks) {
-                store(p.uncertainty + token, float(terms.uncertainty));
-                store(p.tkd + token, float(terms.tkd));
-                store(p.dkd + token, float(terms.dkd));
-                store(p.loss + token, terms.loss);
-                if (p.write_keys != 0) {
-                    store(p.batch.keys + token, key_of(float(terms.margin)));
-                }
-            }
-            shared_scales[0] = scales;
+            margins = margins_of(p.objective, state, target_logits[0], target_logits[1]);
+            shared_scales[0] = scales_of(p.objective, state, margins, mode == ATKD_HARD, scale);
             shared_maxima[0] = state.teacher_max;
             shared_maxima[1] = state.student_max;
         }
     }
     // Before other blocks' shared memory is gone, and this block's scales are read.
     ATKD_SYNC_CLUSTER();
+    if (speaks) {
+        Terms terms = terms_of(p.objective, state, margins, mode == ATKD_HARD);
+        store(p.uncertainty + token, float(terms.uncertainty));
+        store(p.tkd + token, float(terms.tkd));
+        store(p.dkd + token, float(terms.dkd));
+        store(p.loss + token, terms.loss);
+        if (p.write_keys != 0) {
+            store(p.batch.keys + token, key_of(float(margins.teacher)));
+        }
+    }
     if (p.gradient == nullptr) {
         return;
     }

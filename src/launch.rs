@@ -523,3 +523,28 @@ pub(crate) fn launches(
     // A grid without blocks cannot be launched, and has nothing to do.
     Ok(order.into_iter().flatten().filter(|launch| launch.shape.grid > 0))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workspace_takes_33_bytes_a_token() {
+        for capacity in [0, 1, 15, 16, 17, 8192, 1 << 22] {
+            let bytes = Layout { capacity }.bytes();
+            assert!(bytes <= 33 * capacity + 1024, "{bytes} bytes for {capacity} tokens");
+        }
+    }
+
+    #[test]
+    fn keys_and_margins() {
+        assert_eq!(margin_of_key(0), f64::NEG_INFINITY);
+        assert!(margin_of_key(1).is_nan());
+        for margin in [0.0_f32, 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE] {
+            // As key_of in kernels/row_math.cuh.
+            let bits = margin.to_bits();
+            let key = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+            assert_eq!(margin_of_key(key), f64::from(margin));
+        }
+    }
+}

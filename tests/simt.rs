@@ -119,6 +119,21 @@ fn planned_shapes() {
     assert_eq!(bytes(&traffic, rows, "labels").0 % (4 * 384 * 8), 0);
 }
 
+#[test]
+fn labels_of_32_bits_and_the_loss_alone() {
+    let input = Input::new(5, 700);
+    let narrow: Vec<i32> = input.labels.iter().map(|&label| label as i32).collect();
+    let batch = Batch::new(input.view(&input.teacher), &narrow).unwrap();
+    let student = input.view(&input.student);
+    for objective in [Objective::default(), Objective::kl()] {
+        let (expected, _, _) = input.run(Simulation::default(), &objective, Extra::default());
+        let (output, traffic) =
+            Simulation::default().run(&objective, &batch, student, None, Extra::default()).unwrap();
+        assert_eq!(output, expected);
+        assert!(traffic.iter().all(|(_, buffers)| buffers.iter().all(|b| b.name() != "gradient")));
+    }
+}
+
 /// The gradient over the student's logits is the gradient beside them.
 #[test]
 fn in_place() {
@@ -218,11 +233,17 @@ fn batches_without_a_valid_token() {
     );
 }
 
-/// Bytes that `kernel` read from and wrote to `buffer`.
-fn bytes(traffic: &Traffic, kernel: &str, buffer: &str) -> (u64, u64) {
+/// Bytes that `kernel` read from and wrote to `buffer`, and how many accesses that took.
+fn counts(traffic: &Traffic, kernel: &str, buffer: &str) -> (u64, u64, u64) {
     let (_, buffers) = traffic.iter().find(|(name, _)| *name == kernel).expect("it was launched");
     let buffer = buffers.iter().find(|b| b.name() == buffer).expect("it was given");
-    (buffer.read, buffer.written)
+    (buffer.read, buffer.written, buffer.accesses)
+}
+
+/// The bytes alone.
+fn bytes(traffic: &Traffic, kernel: &str, buffer: &str) -> (u64, u64) {
+    let (read, written, _) = counts(traffic, kernel, buffer);
+    (read, written)
 }
 
 /// The budget: margins read one volume, rows two volumes twice and write one, selection O(N).
@@ -242,6 +263,20 @@ fn kernels_read_and_write_what_they_should() {
         assert_eq!(bytes(&atkd, ROWS, "teacher"), (2 * volume + targets, 0));
         assert_eq!(bytes(&atkd, ROWS, "student"), (2 * volume + targets, 0));
         assert_eq!(bytes(&atkd, ROWS, "gradient"), (0, volume));
+        // 16 bytes at a time, but for the target.
+        for (kernel, buffer) in [
+            ("teacher_margin_bf16", "teacher"),
+            (ROWS, "teacher"),
+            (ROWS, "student"),
+            (ROWS, "gradient"),
+        ] {
+            let (read, written, accesses) = counts(&atkd, kernel, buffer);
+            let single = accesses - (read + written) / 16;
+            assert!(
+                single <= targets,
+                "{kernel}, {buffer}: {single} accesses of less than 16 bytes"
+            );
+        }
         // Four digits, then the modes.
         let keys = 4 * input.tokens as u64;
         assert_eq!(bytes(&atkd, "select_hard", "keys"), (5 * keys, 0));

@@ -49,7 +49,9 @@ use cudarc::driver::{CudaContext, DriverError};
 pub use crate::launch::{RawCall, RawLabels, RawLogits};
 use crate::{Error, Result};
 pub use kernels::Kernels;
-pub use tensor::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut};
+pub use tensor::{
+    DeviceBatch, DeviceElements, DeviceElementsMut, DeviceLabels, DeviceLogits, DeviceLogitsMut,
+};
 pub use workspace::Workspace;
 
 /// The primary context of a device.
@@ -57,7 +59,9 @@ pub use workspace::Workspace;
 /// # Errors
 /// If there is no driver, or no such device.
 pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
-    // SAFETY: looks whether the driver's library can be loaded.
+    // With candle-cuda the driver's library is linked, and so is there.
+    // SAFETY: looks whether it can be loaded.
+    #[cfg(not(feature = "candle-cuda"))]
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Err(Error::NoDriver);
     }

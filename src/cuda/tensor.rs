@@ -197,6 +197,18 @@ impl<'a> From<&'a CudaSlice<i32>> for DeviceLabels<'a> {
     }
 }
 
+impl<'a> From<CudaView<'a, i64>> for DeviceLabels<'a> {
+    fn from(view: CudaView<'a, i64>) -> Self {
+        Self::I64(view)
+    }
+}
+
+impl<'a> From<CudaView<'a, i32>> for DeviceLabels<'a> {
+    fn from(view: CudaView<'a, i32>) -> Self {
+        Self::I32(view)
+    }
+}
+
 impl DeviceLabels<'_> {
     fn len(&self) -> usize {
         match self {

@@ -25,6 +25,8 @@ pub struct Buffer {
     pub read: u64,
     /// Bytes written.
     pub written: u64,
+    /// How many reads and writes that took.
+    pub accesses: u64,
 }
 
 impl Buffer {
@@ -32,7 +34,7 @@ impl Buffer {
     pub fn input<T>(name: &'static str, memory: &[T]) -> Self {
         let addresses = memory.as_ptr_range();
         let addresses = addresses.start as usize..addresses.end as usize;
-        Self { name, addresses, writable: false, read: 0, written: 0 }
+        Self { name, addresses, writable: false, read: 0, written: 0, accesses: 0 }
     }
 
     /// Memory that a kernel may read and write.
@@ -42,7 +44,7 @@ impl Buffer {
 
     /// Memory at these addresses that a kernel may read and write.
     pub fn at(name: &'static str, addresses: Range<usize>) -> Self {
-        Self { name, addresses, writable: true, read: 0, written: 0 }
+        Self { name, addresses, writable: true, read: 0, written: 0, accesses: 0 }
     }
 
     /// What it was called.
@@ -185,6 +187,7 @@ extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: 
         }
         Some(buffer) => {
             *(if write { &mut buffer.written } else { &mut buffer.read }) += bytes;
+            buffer.accesses += 1;
             return;
         }
         None => {

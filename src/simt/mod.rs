@@ -202,9 +202,11 @@ impl Simulation {
                 .cast::<crate::params::atkd_summary>()
                 .write(Layout::empty_summary())
         };
-        buffers.extend(layout.columns(address(&workspace) as usize).map(|(name, addresses)| {
-            Buffer { name, addresses, writable: true, read: 0, written: 0 }
-        }));
+        buffers.extend(
+            layout
+                .columns(address(&workspace) as usize)
+                .map(|(name, addresses)| Buffer::at(name, addresses)),
+        );
 
         let pair_bytes = teacher.dtype().size() + student.dtype.size();
         let plan = Plan::new(&self.device, tokens, vocab, pair_bytes, scopes);
@@ -322,4 +324,61 @@ pub unsafe fn run_kernel(
 /// The name of a kernel and the bytes of its parameter block, if there is one called so.
 pub fn find_kernel(name: &str) -> Option<(&'static str, usize)> {
     launch::PARAMETER_BYTES.iter().find(|(kernel, _)| *kernel == name).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::{ATKD_EASY, ATKD_HARD, ATKD_IGNORED, atkd_batch, atkd_select_hard};
+
+    /// As many tokens as the selection is made for, of which a thread sees hundreds.
+    #[test]
+    fn selection_of_four_million_tokens() {
+        const TOKENS: usize = 1 << 22;
+        let mut random = fastrand::Rng::with_seed(4);
+        // Few distinct keys, so that the last hard one has many equals; some tokens are ignored.
+        let mut keys: Vec<u32> =
+            (0..TOKENS).map(|_| random.u32(..50_000).saturating_sub(1000) << 12).collect();
+        let mut modes = vec![0xaa_u8; TOKENS];
+        let mut thresholds = [7_u32];
+        let mut summary = [Layout::empty_summary()];
+        // SAFETY: numbers and pointers, for which 0 is a value.
+        let mut batch: atkd_batch = unsafe { std::mem::zeroed() };
+        batch.keys = keys.as_mut_ptr();
+        batch.modes = modes.as_mut_ptr();
+        batch.summary = summary.as_mut_ptr();
+        batch.tokens = TOKENS as u32;
+        let parameters = atkd_select_hard {
+            batch,
+            margins: std::ptr::null(),
+            offsets: std::ptr::null(),
+            thresholds: thresholds.as_mut_ptr(),
+            hard_ratio: 0.3,
+            scopes: 1,
+            count: 1,
+        };
+        let mut buffers = [
+            Buffer::output("keys", &mut keys),
+            Buffer::output("modes", &mut modes),
+            Buffer::output("thresholds", &mut thresholds),
+            Buffer::output("summary", &mut summary),
+        ];
+        let Simulation { device, seed, .. } = Simulation::default();
+        let shape = Plan::new(&device, TOKENS, 32_000, 4, 1).select;
+        assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8 });
+        let parameters = (&raw const parameters).cast();
+        // SAFETY: that is the kernel's block, and the buffers are what it points to.
+        unsafe { run_kernel("select_hard", shape, seed, parameters, &mut buffers) }.unwrap();
+
+        let mut order: Vec<usize> = (0..TOKENS).filter(|&i| keys[i] != 0).collect();
+        let (valid, wanted) = (order.len(), (0.3 * order.len() as f64).ceil() as usize);
+        order.sort_by_key(|&i| (std::cmp::Reverse(keys[i]), i));
+        let mut expected: Vec<u8> =
+            keys.iter().map(|&key| if key == 0 { ATKD_IGNORED } else { ATKD_EASY } as u8).collect();
+        order[..wanted].iter().for_each(|&i| expected[i] = ATKD_HARD as u8);
+        assert!(modes == expected);
+        assert_eq!(thresholds[0], keys[order[wanted - 1]]);
+        let summary = summary[0];
+        assert_eq!((summary.counted_valid, summary.counted_hard), (valid as u32, wanted as u32));
+    }
 }

@@ -1,4 +1,5 @@
-//! The loss as a differentiable operation of candle, on CPU tensors.
+//! The loss as a differentiable operation of candle: on CPU tensors, and with the feature `candle-cuda`
+//! on CUDA tensors.
 //!
 //! ```
 //! use atkd::{Objective, candle::loss};
@@ -12,6 +13,9 @@
 //! # assert!(gradient.is_some());
 //! # Ok::<(), candle_core::Error>(())
 //! ```
+
+#[cfg(feature = "candle-cuda")]
+mod cuda;
 
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Error, Layout, Result, Shape, Storage, Tensor, WithDType,
@@ -33,15 +37,19 @@ use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, 
 /// a scaled loss rescues gradients that float16 cannot represent). `backward` multiplies it by the
 /// gradient that arrives, and returns it in the student's dtype. Nothing flows back to the teacher.
 ///
+/// On CUDA tensors nothing waits for the device, and the gradient is computed by `backward`. A label out
+/// of range is met by a kernel, which drops its token; [`loss_with_output`], which waits, returns the
+/// error.
+///
 /// # Errors
-/// If a tensor is not on the CPU or has another dtype, shapes differ, or a label is out of range.
+/// If tensors are on different devices or of other dtypes, shapes differ, or a label is out of range.
 pub fn loss(
     objective: &Objective,
     student: &Tensor,
     teacher: &Tensor,
     labels: &Tensor,
 ) -> Result<Tensor> {
-    Ok(loss_with_output(objective, student, teacher, labels)?.0)
+    Ok(loss_and_output(objective, student, teacher, labels, false)?.0)
 }
 
 /// As [`loss`], with the terms of each token, in the order of the labels' elements.
@@ -54,6 +62,17 @@ pub fn loss_with_output(
     teacher: &Tensor,
     labels: &Tensor,
 ) -> Result<(Tensor, Output)> {
+    loss_and_output(objective, student, teacher, labels, true)
+        .map(|(loss, output)| (loss, output.expect("it was asked for")))
+}
+
+fn loss_and_output(
+    objective: &Objective,
+    student: &Tensor,
+    teacher: &Tensor,
+    labels: &Tensor,
+    #[cfg_attr(not(feature = "candle-cuda"), expect(unused_variables))] want_output: bool,
+) -> Result<(Tensor, Option<Output>)> {
     let (student_rows, teacher_rows) =
         (Rows::new("student's", student)?, Rows::new("teacher's", teacher)?);
     if student.dims() != teacher.dims() {
@@ -63,7 +82,43 @@ pub fn loss_with_output(
             teacher.dims()
         )
     }
-    let labels = label_values(labels, student.shape())?;
+    check_labels(labels, student.shape())?;
+    for (what, tensor) in [("teacher's logits", teacher), ("labels", labels)] {
+        if !tensor.device().same_device(student.device()) {
+            bail!(
+                "the {what} are on {:?}, but the student's logits are on {:?}",
+                tensor.device().location(),
+                student.device().location()
+            )
+        }
+    }
+    match student.device() {
+        Device::Cpu => {
+            let (loss, output) =
+                cpu_loss(objective, student, &student_rows, &teacher_rows, labels)?;
+            Ok((loss, Some(output)))
+        }
+        #[cfg(feature = "candle-cuda")]
+        Device::Cuda(_) => {
+            let batch = cuda::Batch { teacher: teacher.detach(), labels: labels.clone() };
+            let (op, output) = batch.forward(objective, &student_rows, want_output)?;
+            Ok((student.apply_op1(op)?, output))
+        }
+        other => bail!(
+            "the logits are on {:?}, but must be on the CPU, or on CUDA with the feature candle-cuda",
+            other.location()
+        ),
+    }
+}
+
+fn cpu_loss(
+    objective: &Objective,
+    student: &Tensor,
+    student_rows: &Rows,
+    teacher_rows: &Rows,
+    labels: &Tensor,
+) -> Result<(Tensor, Output)> {
+    let labels: Vec<i64> = labels.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?;
 
     let (student_storage, _) = student_rows.tensor.storage_and_layout();
     let (teacher_storage, _) = teacher_rows.tensor.storage_and_layout();
@@ -139,10 +194,6 @@ struct Rows {
 
 impl Rows {
     fn new(whose: &'static str, tensor: &Tensor) -> Result<Self> {
-        if !tensor.device().is_cpu() {
-            let location = tensor.device().location();
-            bail!("the {whose} logits are on {location:?}, but must be on the CPU")
-        }
         let Some((&vocab, leading)) = tensor.dims().split_last() else {
             bail!("the {whose} logits are a scalar, but must be [tokens, vocab]")
         };
@@ -189,8 +240,8 @@ fn row_stride(layout: &Layout) -> Option<usize> {
     (row_stride >= vocab).then_some(row_stride)
 }
 
-/// One label a token, for logits `[.., vocab]`.
-fn label_values(labels: &Tensor, logits: &Shape) -> Result<Vec<i64>> {
+/// That there is one label a token, for logits `[.., vocab]`.
+fn check_labels(labels: &Tensor, logits: &Shape) -> Result<()> {
     let expected = &logits.dims()[..logits.rank() - 1];
     if labels.dims() != expected {
         bail!(
@@ -202,10 +253,7 @@ fn label_values(labels: &Tensor, logits: &Shape) -> Result<Vec<i64>> {
     if !labels.dtype().is_int() {
         bail!("the labels are {:?}, but must be integers", labels.dtype())
     }
-    if !labels.device().is_cpu() {
-        bail!("the labels are on {:?}, but must be on the CPU", labels.device().location())
-    }
-    labels.to_dtype(DType::I64)?.flatten_all()?.to_vec1()
+    Ok(())
 }
 
 #[cfg(test)]
