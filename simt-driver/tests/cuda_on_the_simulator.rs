@@ -2,6 +2,7 @@
 #![cfg(target_os = "linux")]
 
 use std::ffi::{CString, c_char};
+use std::sync::OnceLock;
 
 use atkd::cuda::RawCall;
 use atkd::cuda::cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus};
@@ -9,9 +10,12 @@ use atkd::cuda::cudarc::driver::{CudaSlice, DevicePtr, DriverError};
 use atkd::{Error, Objective, Target};
 
 use cuda::{Gpu, Input, Loaded};
+use libloading::Library;
 
 #[path = "../../tests/cuda.rs"]
 mod cuda;
+
+static DRIVER: OnceLock<Library> = OnceLock::new();
 
 /// Runs before `main`: once the simulated driver is loaded, its name, libcuda.so, stands for it in every
 /// test. A cache without room makes clusters of all rows that are long enough.
@@ -24,8 +28,9 @@ static LOAD_DRIVER: extern "C" fn() = {
         let test = std::env::current_exe().expect("this process has a file");
         let driver = test.with_file_name("libatkd_simt_driver.so");
         // SAFETY: the library does nothing when it is loaded.
-        let loaded = unsafe { libloading::Library::new(&driver) };
-        std::mem::forget(loaded.unwrap_or_else(|error| panic!("{}: {error}", driver.display())));
+        let loaded = unsafe { Library::new(&driver) };
+        let loaded = loaded.unwrap_or_else(|error| panic!("{}: {error}", driver.display()));
+        DRIVER.get_or_init(|| loaded);
     }
     load_driver
 };
@@ -35,9 +40,10 @@ fn count(name: &str) -> u64 {
     let name = CString::new(name).unwrap();
     // SAFETY: the simulated driver has this function.
     unsafe {
-        let count = sys::culib()
+        let driver = DRIVER.get().expect("it is loaded before main");
+        let count = driver
             .get::<unsafe extern "C" fn(*const c_char) -> u64>(b"simt_driver_count")
-            .expect("the simulated driver is loaded");
+            .expect("the simulated driver counts");
         count(name.as_ptr())
     }
 }
