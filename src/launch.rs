@@ -68,7 +68,7 @@ impl RawCall {
 
     /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
     /// known.
-    fn validate(&self, objective: &Objective) -> Result<()> {
+    pub(crate) fn validate(&self, objective: &Objective) -> Result<()> {
         for (what, value) in [("tokens", self.tokens), ("the vocabulary", self.vocab)] {
             if value > i32::MAX as usize {
                 return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
@@ -105,7 +105,17 @@ impl RawCall {
             let Some(RawLogits { address, dtype, row_stride }) = logits else { continue };
             let elements = crate::logits::span(what, self.tokens, self.vocab, row_stride)?;
             check_alignment(what, address, dtype.size() as u64)?;
-            spans.push((what, address, address + (elements * dtype.size()) as u64));
+            let end = (elements as u64)
+                .checked_mul(dtype.size() as u64)
+                .and_then(|bytes| address.checked_add(bytes))
+                .ok_or(Error::Shape {
+                    what,
+                    tokens: self.tokens,
+                    vocab: self.vocab,
+                    row_stride,
+                    reason: "it ends beyond the address space",
+                })?;
+            spans.push((what, address, end));
         }
         let Some(gradient) = self.gradient else { return Ok(()) };
         if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
@@ -147,6 +157,11 @@ macro_rules! kernels {
         #[cfg(feature = "cuda")]
         pub const KERNELS: &[&str] = &[$($(stringify!($name)),+),+];
 
+        /// The names of all kernels and the bytes of their parameter blocks.
+        #[cfg(feature = "simt")]
+        pub const PARAMETER_BYTES: &[(&str, usize)] =
+            &[$($((stringify!($name), size_of::<$params>())),+),+];
+
         impl Parameters {
             /// Where the block lies, as a launch wants it.
             pub fn as_ptr(&self) -> *const c_void {
@@ -159,8 +174,7 @@ macro_rules! kernels {
         /// Runs a kernel on the CPU by its name.
         ///
         /// # Safety
-        /// `parameters` is the kernel's parameter block; otherwise as
-        /// [`run`](crate::simt::machine::run).
+        /// `parameters` is the kernel's parameter block.
         #[cfg(feature = "simt")]
         pub(crate) unsafe fn simulate(
             kernel: &str,
