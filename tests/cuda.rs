@@ -43,12 +43,9 @@ impl Gpu {
             Ok(gpu) => Some(gpu),
             Err(error @ (Error::NoDriver | Error::NoDevice { .. } | Error::NoKernels { .. })) => {
                 let test = std::thread::current();
-                // Not by a macro whose output the test runner swallows.
-                let _ = writeln!(
-                    std::io::stderr(),
-                    "SKIPPED: {}: {error}",
-                    test.name().unwrap_or("a test")
-                );
+                let line = format!("SKIPPED: {}: {error}\n", test.name().unwrap_or("a test"));
+                // At once, and not by a macro whose output the test runner swallows.
+                let _ = std::io::stderr().write_all(line.as_bytes());
                 None
             }
             Err(error) => panic!("{error}"),
