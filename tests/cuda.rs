@@ -43,12 +43,9 @@ impl Gpu {
             Ok(gpu) => Some(gpu),
             Err(error @ (Error::NoDriver | Error::NoDevice { .. } | Error::NoKernels { .. })) => {
                 let test = std::thread::current();
-                // Not by a macro whose output the test runner swallows.
-                let _ = writeln!(
-                    std::io::stderr(),
-                    "SKIPPED: {}: {error}",
-                    test.name().unwrap_or("a test")
-                );
+                let line = format!("SKIPPED: {}: {error}\n", test.name().unwrap_or("a test"));
+                // At once, and not by a macro whose output the test runner swallows.
+                let _ = std::io::stderr().write_all(line.as_bytes());
                 None
             }
             Err(error) => panic!("{error}"),
@@ -821,8 +818,9 @@ fn times_of_the_kernels() {
         loaded.backward(&Objective::default(), None).unwrap();
         let times = loaded.workspace.times().unwrap();
         let kernels: Vec<_> = times.iter().map(|(kernel, _)| *kernel).collect();
-        let rows = "row_stream_bf16_bf16_bf16";
-        assert_eq!(kernels, ["teacher_margin_bf16", "select_hard", rows, "sum_losses"]);
+        assert_eq!(kernels[..2], ["teacher_margin_bf16", "select_hard"]);
+        assert!(kernels[2].starts_with("row_"), "{kernels:?}");
+        assert_eq!(kernels[3..], ["sum_losses"]);
         assert!(times.iter().all(|&(_, milliseconds)| milliseconds >= 0.0));
     }
 }
