@@ -17,7 +17,7 @@ mod cuda {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    /// Machine code for these, and PTX of the first for any other.
+    /// Machine code for these, and PTX of the first two for any other: without clusters, and with.
     const ARCHITECTURES: [&str; 4] = ["80", "90", "100", "120"];
 
     const HINT: &str = "the CUDA kernels are not in this build, since no nvcc was found in $NVCC, $CUDA_HOME, \
@@ -50,8 +50,9 @@ mod cuda {
         for architecture in ARCHITECTURES {
             command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
         }
-        let ptx = ARCHITECTURES[0];
-        command.arg(format!("-gencode=arch=compute_{ptx},code=compute_{ptx}"));
+        for ptx in &ARCHITECTURES[..2] {
+            command.arg(format!("-gencode=arch=compute_{ptx},code=compute_{ptx}"));
+        }
         let output = command
             .output()
             .unwrap_or_else(|error| panic!("{} does not start: {error}", nvcc.display()));

@@ -24,9 +24,6 @@ struct Min {
 struct Sum {
     template <class T> ATKD_DEVICE T operator()(T a, T b) const { return a + b; }
 };
-struct Or {
-    ATKD_DEVICE uint32_t operator()(uint32_t a, uint32_t b) const { return a | b; }
-};
 
 // Combines the values of all threads of the block; every thread gets the result. `scratch` holds one
 // value a warp and may be used again after the next barrier.
@@ -47,18 +44,26 @@ struct Or {
     } while (0)
 
 // The state of a row of which each lane has a part, in every lane. In double: sums over thousands of
-// float32 parts keep their digits.
+// float32 parts keep their digits. All fields take each step together, so that their shuffles overlap.
 template <class Real>
 ATKD_DEVICE RowState<double> merge_warp(RowState<Real> part, float exponent) {
-    part.rebase(reduce_warp(part.teacher_max, Max()), reduce_warp(part.student_max, Max()), exponent);
-    RowState<double> state;
-    state.teacher_max = part.teacher_max;
-    state.student_max = part.student_max;
-    state.teacher_sum = reduce_warp(double(part.teacher_sum), Sum());
-    state.weighted_gap = reduce_warp(double(part.weighted_gap), Sum());
-    state.student_sum = reduce_warp(double(part.student_sum), Sum());
-    state.student_sum_at_1 = reduce_warp(double(part.student_sum_at_1), Sum());
-    state.ruled_out = reduce_warp(part.ruled_out, Or());
+    float teacher_max = part.teacher_max, student_max = part.student_max;
+    ATKD_NO_UNROLL
+    for (uint32_t mask = WARP / 2; mask > 0; mask /= 2) {
+        teacher_max = fmaxf(teacher_max, shuffle_xor(teacher_max, mask));
+        student_max = fmaxf(student_max, shuffle_xor(student_max, mask));
+    }
+    part.rebase(teacher_max, student_max, exponent);
+    RowState<double> state = {double(part.teacher_sum), double(part.weighted_gap), double(part.student_sum),
+                              double(part.student_sum_at_1), teacher_max, student_max, part.ruled_out};
+    ATKD_NO_UNROLL
+    for (uint32_t mask = WARP / 2; mask > 0; mask /= 2) {
+        state.teacher_sum += shuffle_xor(state.teacher_sum, mask);
+        state.weighted_gap += shuffle_xor(state.weighted_gap, mask);
+        state.student_sum += shuffle_xor(state.student_sum, mask);
+        state.student_sum_at_1 += shuffle_xor(state.student_sum_at_1, mask);
+        state.ruled_out |= shuffle_xor(state.ruled_out, mask);
+    }
     return state;
 }
 

@@ -41,6 +41,31 @@ ATKD_DEVICE void take_out(uint32_t within, float (&a)[CHUNK], float (&b)[CHUNK])
     }
 }
 
+// Calls f(chunk, where the target lies in it, teacher, student) for the thread's chunks, with the target
+// taken out. The next chunk is read before f may write this one: nothing moves a read ahead of a write to
+// what could be the same memory, but a thread's chunks are its own.
+template <class P, class Q, class F> ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, uint32_t target, F f) {
+    uint32_t chunks = rows.teacher.chunks(), chunk = rows.first;
+    Packed<P> teacher = {};
+    Packed<Q> student = {};
+    if (chunk < chunks) {
+        teacher = load_packed(rows.teacher, chunk);
+        student = load_packed(rows.student, chunk);
+    }
+    for (; chunk < chunks; chunk += rows.stride) {
+        float a[CHUNK], b[CHUNK];
+        unpack(teacher, a);
+        unpack(student, b);
+        if (chunk + rows.stride < chunks) {
+            teacher = load_packed(rows.teacher, chunk + rows.stride);
+            student = load_packed(rows.student, chunk + rows.stride);
+        }
+        uint32_t within = rows.within(target, chunk);
+        take_out(within, a, b);
+        f(chunk, within, a, b);
+    }
+}
+
 // An ignored token has no loss, and a gradient of zeros.
 template <class G, class P, class Q> ATKD_DEVICE void drop_row(const atkd_rows &p, const Rows<P, Q> &rows) {
     float zeros[CHUNK] = {};

@@ -120,7 +120,8 @@ ATKD_DEVICE void accumulate(RowState<float> &state, const float (&a)[CHUNK], con
                             float inverse_temperature) {
     float exponent = inverse_temperature * LOG2_E;
     float teacher_max = raised(state.teacher_max, max_of(a), inverse_temperature);
-    float student_max = raised(state.student_max, max_of(b), inverse_temperature);
+    // At temperature 1 the same distance is a larger exponent.
+    float student_max = raised(state.student_max, max_of(b), AT_1 ? fmaxf(inverse_temperature, 1.0f) : inverse_temperature);
     if (teacher_max != state.teacher_max || student_max != state.student_max) {
         state.rebase(teacher_max, student_max, exponent);
     }

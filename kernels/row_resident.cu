@@ -11,7 +11,8 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
     ATKD_ROW_SHARED();
     Rows<T, T> rows(p);
     uint8_t mode = load(p.batch.modes + rows.token);
-    if (mode == ATKD_IGNORED) {
+    int32_t signed_target = target_of(p.batch, rows.token);
+    if (mode == ATKD_IGNORED || signed_target == IGNORED_TARGET) {
         drop_row<T>(p, rows);
         return;
     }
@@ -25,7 +26,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
             student[i] = load_packed(rows.student, chunk);
         }
     }
-    uint32_t target = static_cast<uint32_t>(target_of(p.batch, rows.token));
+    uint32_t target = uint32_t(signed_target);
     if (thread_index() == 0) {
         read_target(rows, target, target_logits);
     }

@@ -8,41 +8,36 @@ namespace {
 template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(const atkd_rows &p) {
     ATKD_ROW_SHARED();
     Rows<P, Q> rows(p);
+    // Every thread reads mode and label: cached words, and no barrier to wait at.
     uint8_t mode = load(p.batch.modes + rows.token);
-    if (mode == ATKD_IGNORED) {
+    int32_t target = target_of(p.batch, rows.token);
+    if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
         drop_row<G>(p, rows);
         return;
     }
-    // Every thread reads the label: one cached word, and no barrier to wait at.
-    uint32_t target = static_cast<uint32_t>(target_of(p.batch, rows.token));
     if (thread_index() == 0) {
-        read_target(rows, target, target_logits);
+        read_target(rows, uint32_t(target), target_logits);
     }
     RowState<float> own = RowState<float>::empty();
-    for (uint32_t chunk = rows.first; chunk < rows.teacher.chunks(); chunk += rows.stride) {
-        float a[CHUNK], b[CHUNK];
-        load_chunk(rows.teacher, chunk, a);
-        load_chunk(rows.student, chunk, b);
-        take_out(rows.within(target, chunk), a, b);
-        accumulate<AT_1>(own, a, b, p.batch.inverse_temperature);
-    }
+    float inverse_temperature = p.batch.inverse_temperature;
+    for_chunks(rows, uint32_t(target),
+               [&](uint32_t, uint32_t, const float (&a)[CHUNK], const float (&b)[CHUNK]) {
+                   accumulate<AT_1>(own, a, b, inverse_temperature);
+               });
     settle_row(p, rows, mode == ATKD_HARD, own, warps, whole, scales, target_logits);
     if (p.gradient == nullptr) {
         return;
     }
     GradientScales row_scales = scales[0];
     RowState<double> state = whole[0];
-    float exponent = p.batch.inverse_temperature * LOG2_E;
+    float teacher_max = state.teacher_max, student_max = state.student_max, exponent = inverse_temperature * LOG2_E;
     Row<G> gradient = rows.template gradient<G>(p);
-    for (uint32_t chunk = rows.first; chunk < rows.teacher.chunks(); chunk += rows.stride) {
-        float a[CHUNK], b[CHUNK], g[CHUNK];
-        load_chunk(rows.teacher, chunk, a);
-        load_chunk(rows.student, chunk, b);
-        uint32_t within = rows.within(target, chunk);
-        take_out(within, a, b);
-        gradient_of<AT_1>(row_scales, state.teacher_max, state.student_max, exponent, within, a, b, g);
-        store_chunk(gradient, chunk, g);
-    }
+    for_chunks(rows, uint32_t(target),
+               [&](uint32_t chunk, uint32_t within, const float (&a)[CHUNK], const float (&b)[CHUNK]) {
+                   float g[CHUNK];
+                   gradient_of<AT_1>(row_scales, teacher_max, student_max, exponent, within, a, b, g);
+                   store_chunk(gradient, chunk, g);
+               });
 }
 
 template <class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows &p) {

@@ -57,9 +57,18 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
 
     float exponent = p.batch.inverse_temperature * LOG2_E;
     float own_max = NO_MAX, own_sum = 0;
-    for (uint32_t chunk = thread_index(); chunk < row.chunks(); chunk += block_threads()) {
+    uint32_t chunk = thread_index(), chunks = row.chunks();
+    Packed<T> next = {};
+    if (chunk < chunks) {
+        next = load_packed(row, chunk);
+    }
+    for (; chunk < chunks; chunk += block_threads()) {
         float x[CHUNK];
-        load_chunk(row, chunk, x);
+        unpack(next, x);
+        // The next chunk is on its way while this one is added.
+        if (chunk + block_threads() < chunks) {
+            next = load_packed(row, chunk + block_threads());
+        }
         ATKD_UNROLL
         for (uint32_t k = 0; k < CHUNK; k++) {
             if (chunk * CHUNK - row.lead + k == static_cast<uint32_t>(target)) {
@@ -92,6 +101,6 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
 
 } // namespace
 
-ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin, 384, 4) { teacher_margin<float>(p); }
-ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin, 384, 4) { teacher_margin<f16>(p); }
-ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin, 384, 4) { teacher_margin<bf16>(p); }
+ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin, 384, 3) { teacher_margin<float>(p); }
+ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin, 384, 3) { teacher_margin<f16>(p); }
+ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin, 384, 3) { teacher_margin<bf16>(p); }

@@ -397,7 +397,27 @@ fn objective_cases() -> Vec<Case> {
         case.teacher.iter_mut().for_each(|z| *z *= 3.0);
         cases.push(case);
     }
+    cases.extend(hot());
     cases
+}
+
+/// Cross entropy at temperature 1 beside distillation at a high one: what is a small step for the one is
+/// beyond float32's exponentials for the other.
+fn hot() -> Vec<Case> {
+    [50.0, 40.0]
+        .into_iter()
+        .map(|temperature| {
+            let objective = Objective::kl()
+                .with_ce_weight(1.0)
+                .and_then(|objective| objective.with_temperature(temperature));
+            let mut case = random(2, 9000, 8).with(objective);
+            case.student.iter_mut().for_each(|z| *z -= 45.0);
+            for late in [4000, 8999] {
+                case.student[late] = 50.0;
+            }
+            case.named(format!("temperature {temperature}, cross entropy, a peak late in the row"))
+        })
+        .collect()
 }
 
 fn selections() -> Vec<Case> {

@@ -62,9 +62,9 @@ pub enum Error {
     /// More than the kernels can count.
     #[error("{what} is {value}, but the CUDA kernels take at most {most}")]
     TooLarge { what: &'static str, value: usize, most: usize },
-    /// An address that no element can have.
-    #[error("{what} start at {address:#x}, which is no multiple of the element's size {size}")]
-    Unaligned { what: &'static str, address: u64, size: usize },
+    /// An address that no element of this type can have.
+    #[error("{what} start at {address:#x}, which is no multiple of an element's {multiple} bytes")]
+    Unaligned { what: &'static str, address: u64, multiple: u64 },
     /// The gradient would overwrite what is still to be read. Only exactly over the student's logits is
     /// safe.
     #[error(

@@ -20,6 +20,16 @@ impl RawCall {
             scopes: self.sequences.map_or(1, |(_, count)| count),
         }
     }
+
+    /// Whether the kernels can take it.
+    pub(crate) fn validate(&self, objective: &Objective) -> Result<()> {
+        for (what, value) in [("tokens", self.tokens), ("the vocabulary", self.vocab)] {
+            if value > i32::MAX as usize {
+                return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
+            }
+        }
+        self.check(objective)
+    }
 }
 
 macro_rules! kernels {
@@ -34,6 +44,11 @@ macro_rules! kernels {
         #[cfg(feature = "cuda")]
         pub const KERNELS: &[&str] = &[$($(stringify!($name)),+),+];
 
+        /// The names of all kernels and the bytes of their parameter blocks.
+        #[cfg(feature = "simt")]
+        pub const PARAMETER_BYTES: &[(&str, usize)] =
+            &[$($((stringify!($name), size_of::<$params>())),+),+];
+
         impl Parameters {
             /// Where the block lies, as a launch wants it.
             pub fn as_ptr(&self) -> *const c_void {
@@ -46,8 +61,7 @@ macro_rules! kernels {
         /// Runs a kernel on the CPU by its name.
         ///
         /// # Safety
-        /// `parameters` is the kernel's parameter block; otherwise as
-        /// [`run`](crate::simt::machine::run).
+        /// `parameters` is the kernel's parameter block.
         #[cfg(feature = "simt")]
         pub(crate) unsafe fn simulate(
             kernel: &str,
@@ -317,11 +331,6 @@ pub(crate) fn launches(
     layout: Layout,
     workspace: u64,
 ) -> Result<impl Iterator<Item = Launch>> {
-    for (what, value) in [("tokens", call.tokens), ("the vocabulary", call.vocab)] {
-        if value > i32::MAX as usize {
-            return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
-        }
-    }
     call.validate(objective)?;
     let problem = call.problem(objective);
     let scopes = problem.scopes;

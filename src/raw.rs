@@ -87,9 +87,28 @@ pub struct RawCall {
 impl RawCall {
     /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
     /// known.
-    pub(crate) fn validate(&self, objective: &Objective) -> Result<()> {
+    pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
         if self.labels.is_none() && objective.target() == Target::Label {
             return Err(Error::NoLabels);
+        }
+        if let Some((_, 0)) = self.sequences
+            && self.tokens > 0
+        {
+            let (tokens, reason) = (self.tokens, "the last must be the number of tokens");
+            return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
+        }
+        let (labels, label_bytes) = match self.labels {
+            None => (0, 1),
+            Some(RawLabels::I64(address)) => (address, 8),
+            Some(RawLabels::I32(address)) => (address, 4),
+        };
+        for (what, address, multiple) in [
+            ("the labels", labels, label_bytes),
+            ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
+            ("the margins", self.margins.unwrap_or(0), 4),
+            ("the upstream gradient", self.upstream.unwrap_or(0), 4),
+        ] {
+            check_alignment(what, address, multiple)?;
         }
         let mut spans = Vec::with_capacity(3);
         for (what, logits) in [
@@ -99,17 +118,22 @@ impl RawCall {
         ] {
             let Some(RawLogits { address, dtype, row_stride }) = logits else { continue };
             let elements = crate::logits::span(what, self.tokens, self.vocab, row_stride)?;
-            if elements > isize::MAX as usize / dtype.size() {
-                return Err(Error::Shape {
+            if elements > 0 && address == 0 {
+                return Err(Error::Null { what, elements });
+            }
+            check_alignment(what, address, dtype.size() as u64)?;
+            let end = (elements as u64)
+                .checked_mul(dtype.size() as u64)
+                .and_then(|bytes| address.checked_add(bytes))
+                .filter(|&end| end <= isize::MAX as u64)
+                .ok_or(Error::Shape {
                     what,
                     tokens: self.tokens,
                     vocab: self.vocab,
                     row_stride,
-                    reason: "tokens times row stride does not fit into the address space",
-                });
-            }
-            check_address(what, address, dtype.size(), elements)?;
-            spans.push((what, address, address + (elements * dtype.size()) as u64));
+                    reason: "it ends beyond the address space",
+                })?;
+            spans.push((what, address, end));
         }
         let Some(gradient) = self.gradient else { return Ok(()) };
         if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
@@ -169,7 +193,7 @@ pub struct RawOutput {
 /// vocab` elements, all of them initialised. Until the call returns nobody else writes to any of it, nor
 /// reads what is written: gradient and outputs.
 pub unsafe fn run(objective: &Objective, call: &RawCall, output: &RawOutput) -> Result<()> {
-    call.validate(objective)?;
+    call.check(objective)?;
     if call.margins.is_some() {
         return Err(Error::HostMargins);
     }
@@ -276,24 +300,24 @@ impl RawCall {
     }
 }
 
-fn check_address(what: &'static str, address: u64, size: usize, elements: usize) -> Result<()> {
-    if elements > 0 && address == 0 {
-        return Err(Error::Null { what, elements });
+fn check_alignment(what: &'static str, address: u64, multiple: u64) -> Result<()> {
+    if address.is_multiple_of(multiple) {
+        Ok(())
+    } else {
+        Err(Error::Unaligned { what, address, multiple })
     }
-    if !address.is_multiple_of(size as u64) {
-        return Err(Error::Unaligned { what, address, size });
-    }
-    Ok(())
 }
 
 /// # Safety
-/// `address` is valid for `length` elements for `'a`, unless it is null or not aligned.
+/// `address` is valid for `length` elements for `'a`, unless it is null, and aligned.
 unsafe fn slice<'a, T>(what: &'static str, address: u64, length: usize) -> Result<&'a [T]> {
-    check_address(what, address, size_of::<T>(), length)?;
     if length == 0 {
         return Ok(&[]);
     }
-    // SAFETY: the caller's, neither null nor unaligned.
+    if address == 0 {
+        return Err(Error::Null { what, elements: length });
+    }
+    // SAFETY: the caller's, and not null.
     Ok(unsafe { std::slice::from_raw_parts(address as *const T, length) })
 }
 

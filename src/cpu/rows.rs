@@ -153,7 +153,10 @@ impl RowPass {
     /// it were relative to `to`.
     fn adjusted(&self, to: Reference, extent: Extent) -> Reference {
         let excess = f64::from(extent.high) - f64::from(to.max);
-        let max = if excess * self.inverse_temperature > HEADROOM { extent.high } else { to.max };
+        // At temperature 1 the same distance may be a larger exponent.
+        let steepest =
+            if self.at_1 { self.inverse_temperature.max(1.0) } else { self.inverse_temperature };
+        let max = if excess * steepest > HEADROOM { extent.high } else { to.max };
         let depth = extent.low - max;
         let careful = to.careful
             || !extent.low.is_finite()

@@ -13,7 +13,10 @@ enum Copy {
 }
 
 fn upload<T: DeviceRepr>(stream: &Arc<CudaStream>, slice: &[T]) -> Result<CudaSlice<T>> {
-    stream.clone_htod(slice).map_err(driver("copying to the device"))
+    // The driver refuses to allocate nothing. SAFETY: beyond the slice nothing is read.
+    unsafe { stream.alloc(slice.len().max(1)) }
+        .and_then(|mut copy| stream.memcpy_htod(slice, &mut copy).map(|()| copy))
+        .map_err(driver("copying to the device"))
 }
 
 impl Copy {
@@ -45,9 +48,15 @@ impl Copy {
 
     fn download(&self, stream: &Arc<CudaStream>, to: ElementsMut) -> Result<()> {
         match (self, to) {
-            (Self::F32(from), ElementsMut::F32(to)) => stream.memcpy_dtoh(from, to),
-            (Self::F16(from), ElementsMut::F16(to)) => stream.memcpy_dtoh(from, to),
-            (Self::Bf16(from), ElementsMut::Bf16(to)) => stream.memcpy_dtoh(from, to),
+            (Self::F32(from), ElementsMut::F32(to)) => {
+                stream.memcpy_dtoh(&from.slice(..to.len()), to)
+            }
+            (Self::F16(from), ElementsMut::F16(to)) => {
+                stream.memcpy_dtoh(&from.slice(..to.len()), to)
+            }
+            (Self::Bf16(from), ElementsMut::Bf16(to)) => {
+                stream.memcpy_dtoh(&from.slice(..to.len()), to)
+            }
             _ => unreachable!("the copy has the dtype of what it was copied from"),
         }
         .map_err(driver("copying from the device"))
@@ -100,11 +109,11 @@ impl Kernels {
             None => DeviceBatch::unlabelled(teacher),
             Some(Labels::I64(labels)) => {
                 labels_i64 = upload(stream, labels)?;
-                DeviceBatch::new(teacher, DeviceLabels::from(&labels_i64))?
+                DeviceBatch::new(teacher, DeviceLabels::I64(labels_i64.slice(..labels.len())))?
             }
             Some(Labels::I32(labels)) => {
                 labels_i32 = upload(stream, labels)?;
-                DeviceBatch::new(teacher, DeviceLabels::from(&labels_i32))?
+                DeviceBatch::new(teacher, DeviceLabels::I32(labels_i32.slice(..labels.len())))?
             }
         };
         let offsets;

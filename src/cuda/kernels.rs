@@ -47,20 +47,23 @@ impl Kernels {
         if capability < (8, 0) {
             return Err(Error::OldDevice { major: capability.0, minor: capability.1 });
         }
-        let device = DeviceProperties {
-            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
-            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
-            largest_cluster: if capability >= (9, 0) { 8 } else { 1 },
-        };
         let module = context
             .load_module(Ptx::from_binary(FAT_BINARY.to_vec()))
             .map_err(driver("loading the kernels"))?;
-        let functions = KERNELS
+        let functions: HashMap<_, CudaFunction> = KERNELS
             .iter()
             .map(|name| {
                 Ok((*name, module.load_function(name).map_err(driver("finding a kernel"))?))
             })
             .collect::<Result<_>>()?;
+        // A device may run PTX of an older architecture, whose kernels know of no clusters.
+        let compiled_for =
+            functions["select_hard"].ptx_version().map_err(driver("asking for a kernel"))?;
+        let device = DeviceProperties {
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+            largest_cluster: if capability >= (9, 0) && compiled_for >= 90 { 8 } else { 1 },
+        };
         Ok(Arc::new(Self { context: context.clone(), functions, device }))
     }
 

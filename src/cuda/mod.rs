@@ -44,6 +44,7 @@ mod workspace;
 use std::sync::Arc;
 
 pub use cudarc;
+use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, DriverError};
 
 pub use crate::launch::{RawCall, RawLabels, RawLogits};
@@ -65,7 +66,10 @@ pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Err(Error::NoDriver);
     }
-    let devices = CudaContext::device_count().map_err(driver("counting the devices"))? as usize;
+    let devices = match CudaContext::device_count() {
+        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
+        devices => devices.map_err(driver("counting the devices"))? as usize,
+    };
     if ordinal >= devices {
         return Err(Error::NoDevice { ordinal, devices });
     }

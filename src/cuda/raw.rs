@@ -44,6 +44,7 @@ impl Kernels {
         output: &RawOutput,
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
+        call.validate(objective)?;
         let scopes = call.sequences.map_or(1, |(_, count)| count);
         let layout = Layout { capacity: call.tokens.max(scopes) };
         let plan = Plan::new(&self.device(), &call.problem(objective));

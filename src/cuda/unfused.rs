@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut};
 
 use super::{Kernels, RawCall, driver};
-use crate::Result;
 use crate::unfused::device::{Memory, launches};
+use crate::{Error, Result};
 
 /// Memory for the unfused loss: eight float32 tensors `[tokens, vocab]`.
 #[derive(Debug)]
@@ -43,7 +43,12 @@ impl Unfused {
     /// are all valid.
     pub unsafe fn launch(&mut self, stream: &Arc<CudaStream>, call: &RawCall) -> Result<usize> {
         self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
-        let (address, _guard) = self.memory.device_ptr(stream);
+        let needed = Memory { tokens: call.tokens, vocab: call.vocab }.bytes();
+        if needed > self.memory.len() {
+            let (what, capacity) = ("bytes of tensors", self.memory.len());
+            return Err(Error::Workspace { what, needed, capacity });
+        }
+        let (address, _guard) = self.memory.device_ptr_mut(stream);
         let launches = launches(call, &self.kernels.device(), address)?;
         for launch in &launches {
             // SAFETY: the caller vouches for the call's addresses, the layout for this memory's.

@@ -2,10 +2,10 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceSlice,
+    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DeviceSlice,
 };
 
-use super::{DeviceBatch, DeviceLogits, DeviceLogitsMut, Kernels, driver};
+use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, driver};
 use crate::launch::{Layout, RawCall, RawLogits, check_faults, launches, read_summary};
 use crate::params::atkd_summary;
 use crate::plan::Plan;
@@ -17,6 +17,8 @@ use crate::{Error, Objective, Output, Result};
 pub struct Workspace {
     kernels: Arc<Kernels>,
     memory: CudaSlice<u8>,
+    /// Of the memory.
+    address: u64,
     layout: Layout,
     /// What the last call was about.
     last: Option<Last>,
@@ -46,11 +48,13 @@ impl Workspace {
             });
         }
         same_context("the stream", kernels.context(), stream.context())?;
-        let layout = Layout { capacity };
+        // The batch itself is a sequence, even without tokens.
+        let layout = Layout { capacity: capacity.max(1) };
         let mut memory =
             stream.alloc_zeros(layout.bytes()).map_err(driver("allocating a workspace"))?;
-        write_summary(stream, &mut memory)?;
-        Ok(Self { kernels: kernels.clone(), memory, layout, last: None, clock: None })
+        write_summary(stream, &mut memory, &Layout::empty_summary())?;
+        let (address, _) = memory.device_ptr(stream);
+        Ok(Self { kernels: kernels.clone(), memory, address, layout, last: None, clock: None })
     }
 
     /// The kernels that it works with.
@@ -75,7 +79,7 @@ impl Workspace {
         student: &DeviceLogits,
     ) -> Result<()> {
         check_shape(batch, "the student's logits", student.shape)?;
-        self.check_context("the student's logits", student.context())?;
+        self.check(stream, batch, &[("the student's logits", student.context())], None)?;
         let (student, _guard) = student.raw(stream);
         self.enqueue(stream, objective, batch, student, None, None)
     }
@@ -99,8 +103,9 @@ impl Workspace {
     ) -> Result<()> {
         check_shape(batch, "the student's logits", student.shape)?;
         check_shape(batch, "the gradient", gradient.shape)?;
-        self.check_context("the student's logits", student.context())?;
-        self.check_context("the gradient", gradient.context())?;
+        let others =
+            [("the student's logits", student.context()), ("the gradient", gradient.context())];
+        self.check(stream, batch, &others, upstream)?;
         let (student, _student) = student.raw(stream);
         let (gradient, _gradient) = gradient.raw(stream);
         self.enqueue(stream, objective, batch, student, Some(gradient), upstream)
@@ -119,9 +124,42 @@ impl Workspace {
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
         check_shape(batch, "the student's logits", student.shape)?;
-        self.check_context("the student's logits", student.context())?;
+        self.check(stream, batch, &[("the student's logits", student.context())], upstream)?;
         let (student, _guard) = student.raw(stream);
         self.enqueue(stream, objective, batch, student, Some(student), upstream)
+    }
+
+    /// What can be wrong with a call beside its shapes. Before any address is asked for: cudarc then
+    /// makes the stream wait for earlier uses of the memory, and later records this one, which a stream
+    /// of another context or in a capture refuses.
+    fn check(
+        &self,
+        stream: &Arc<CudaStream>,
+        batch: &DeviceBatch,
+        others: &[(&'static str, &CudaContext)],
+        upstream: Option<&CudaView<f32>>,
+    ) -> Result<()> {
+        self.check_context("the stream", stream.context())?;
+        let batch = [
+            ("the teacher's logits", Some(batch.teacher.context())),
+            ("the labels", batch.labels.as_ref().map(DeviceLabels::context)),
+            ("the sequences' offsets", batch.sequences.as_ref().map(context_of)),
+            ("the margins", batch.margins.as_ref().map(context_of)),
+            ("the upstream gradient", upstream.map(context_of)),
+            ("the workspace", Some(self.memory.context())),
+        ];
+        let others = others.iter().map(|&(what, context)| (what, Some(context)));
+        for (what, context) in others.chain(batch) {
+            let Some(context) = context else { continue };
+            self.check_context(what, context)?;
+            if tracked_capture(stream, context)? {
+                return Err(Error::TrackedCapture);
+            }
+        }
+        match upstream.map(CudaView::len) {
+            None | Some(1) => Ok(()),
+            Some(actual) => Err(Error::Upstream { actual }),
+        }
     }
 
     fn enqueue(
@@ -133,27 +171,6 @@ impl Workspace {
         gradient: Option<RawLogits>,
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
-        self.check_context("the teacher's logits", batch.teacher.context())?;
-        if let Some(labels) = &batch.labels {
-            self.check_context("the labels", labels.context())?;
-        }
-        if let Some(offsets) = &batch.sequences {
-            self.check_context("the sequences' offsets", offsets.stream().context())?;
-        }
-        for (what, view) in
-            [("the margins", &batch.margins.as_ref()), ("the upstream gradient", &upstream)]
-        {
-            if let Some(view) = view {
-                self.check_context(what, view.stream().context())?;
-            }
-        }
-        if let Some(upstream) = upstream
-            && upstream.len() != 1
-        {
-            return Err(Error::Upstream { actual: upstream.len() });
-        }
-        self.refuse_tracked_capture(stream)?;
-
         let (teacher, _teacher) = batch.teacher.raw(stream);
         let labels = batch.labels.as_ref().map(|labels| labels.raw(stream));
         let sequences =
@@ -177,18 +194,6 @@ impl Workspace {
         unsafe { self.launch(stream, objective, &call) }
     }
 
-    /// Within a captured graph, cudarc's events of earlier work cannot be waited for; trying breaks the
-    /// capture, and the context with it.
-    fn refuse_tracked_capture(&self, stream: &Arc<CudaStream>) -> Result<()> {
-        if !self.kernels.context().is_managing_stream_synchronization() {
-            return Ok(());
-        }
-        match stream.capture_status().map_err(driver("asking for the stream's state"))? {
-            CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
-            _ => Err(Error::TrackedCapture),
-        }
-    }
-
     /// Enqueues a call on memory of other frameworks, by address.
     ///
     /// # Errors
@@ -207,9 +212,12 @@ impl Workspace {
         self.check_context("the stream", stream.context())?;
         let context = self.kernels.context();
         context.bind_to_thread().map_err(driver("using the context"))?;
+        call.validate(objective)?;
         let plan = Plan::new(&self.kernels.device(), &call.problem(objective));
-        let (address, _guard) = self.memory.device_ptr(stream);
-        let launches = launches(objective, call, &plan, self.layout, address)?;
+        let launches = launches(objective, call, &plan, self.layout, self.address)?;
+        // Orders this call and those on other streams; within a capture the caller does.
+        let ordered = !tracked_capture(stream, self.memory.context())?;
+        let _guard = ordered.then(|| self.memory.device_ptr_mut(stream));
         if let Some(clock) = &mut self.clock {
             clock.clear();
             clock.push(("", tick(stream)?));
@@ -257,7 +265,7 @@ impl Workspace {
         stream.synchronize().map_err(driver("waiting for the stream"))?;
         let summary = read_summary(&memory);
         if let Some(last) = self.last {
-            self.cleared(stream, check_faults(&summary, last.vocab, &last.objective))?;
+            self.cleared(stream, summary, check_faults(&summary, last.vocab, &last.objective))?;
         }
         Ok(summary.loss)
     }
@@ -272,13 +280,20 @@ impl Workspace {
             stream.clone_dtoh(&self.memory).map_err(driver("reading the tokens' terms"))?;
         stream.synchronize().map_err(driver("waiting for the stream"))?;
         let output = self.layout.read(&memory, last.tokens, last.vocab, &last.objective);
-        self.cleared(stream, output)
+        self.cleared(stream, read_summary(&memory), output)
     }
 
     /// A fault is reported once.
-    fn cleared<T>(&mut self, stream: &Arc<CudaStream>, result: Result<T>) -> Result<T> {
+    fn cleared<T>(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        summary: atkd_summary,
+        result: Result<T>,
+    ) -> Result<T> {
         if result.is_err() {
-            write_summary(stream, &mut self.memory)?;
+            let atkd_summary { label_fault, offset_fault, .. } = Layout::empty_summary();
+            let summary = atkd_summary { label_fault, offset_fault, ..summary };
+            write_summary(stream, &mut self.memory, &summary)?;
         }
         result
     }
@@ -328,15 +343,28 @@ impl Workspace {
     }
 }
 
+/// Whether a stream is in a capture while the context tracks the use of its memory. cudarc's events of
+/// earlier work cannot be waited for there; trying ends the capture.
+fn tracked_capture(stream: &CudaStream, context: &CudaContext) -> Result<bool> {
+    if !context.is_managing_stream_synchronization() {
+        return Ok(false);
+    }
+    let status = stream.capture_status().map_err(driver("asking for the stream's state"))?;
+    Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
 fn tick(stream: &Arc<CudaStream>) -> Result<CudaEvent> {
     stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("taking times"))
 }
 
-fn write_summary(stream: &Arc<CudaStream>, memory: &mut CudaSlice<u8>) -> Result<()> {
-    let summary = Layout::empty_summary();
+fn write_summary(
+    stream: &Arc<CudaStream>,
+    memory: &mut CudaSlice<u8>,
+    summary: &atkd_summary,
+) -> Result<()> {
     // SAFETY: a summary is plain numbers without padding: its size is the sum of its fields'.
     let bytes: &[u8] = unsafe {
-        std::slice::from_raw_parts((&raw const summary).cast(), size_of::<atkd_summary>())
+        std::slice::from_raw_parts(std::ptr::from_ref(summary).cast(), size_of::<atkd_summary>())
     };
     let mut view = memory.slice_mut(..bytes.len());
     stream.memcpy_htod(bytes, &mut view).map_err(driver("writing to a workspace"))
@@ -347,6 +375,10 @@ fn same_context(what: &'static str, expected: &CudaContext, actual: &CudaContext
         return Ok(());
     }
     Err(Error::OtherContext { what, expected: expected.ordinal(), actual: actual.ordinal() })
+}
+
+fn context_of<'a, T>(view: &'a CudaView<T>) -> &'a CudaContext {
+    view.stream().context()
 }
 
 fn check_shape(batch: &DeviceBatch, what: &'static str, actual: [usize; 2]) -> Result<()> {

@@ -42,6 +42,11 @@ impl Buffer {
         Self { writable: true, ..Self::input(name, memory) }
     }
 
+    /// Memory at these addresses that a kernel may read and write.
+    pub fn at(name: &'static str, addresses: Range<usize>) -> Self {
+        Self { name, addresses, writable: true, read: 0, written: 0, accesses: 0 }
+    }
+
     /// What it was called.
     pub fn name(&self) -> &'static str {
         self.name

@@ -7,7 +7,7 @@ use std::ffi::c_void;
 
 use machine::Buffer;
 
-use crate::launch::{self, Launch, Layout, Parameters, RawCall, RawLabels, RawLogits};
+use crate::launch::{self, Layout, RawCall, RawLabels, RawLogits};
 use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, LaunchShape, Plan};
 use crate::unfused::device;
@@ -199,15 +199,12 @@ impl Simulation {
         let mut workspace =
             vec![0xdead_beef_dead_beef_dead_beef_dead_beef_u128; layout.bytes() / 16];
         // SAFETY: the workspace starts with room for a summary, which any alignment of 8 suits.
-        unsafe {
-            workspace
-                .as_mut_ptr()
-                .cast::<crate::params::atkd_summary>()
-                .write(Layout::empty_summary())
-        };
-        buffers.extend(layout.columns(address(&workspace) as usize).map(|(name, addresses)| {
-            Buffer { name, addresses, writable: true, read: 0, written: 0, accesses: 0 }
-        }));
+        unsafe { workspace.as_mut_ptr().cast::<atkd_summary>().write(Layout::empty_summary()) };
+        buffers.extend(
+            layout
+                .columns(address(&workspace) as usize)
+                .map(|(name, addresses)| Buffer::at(name, addresses)),
+        );
 
         let mut problem = call.problem(objective);
         // A sum of its own is a reason to read a row twice.
@@ -216,8 +213,9 @@ impl Simulation {
         let mut traffic = Vec::new();
         for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
             let mut buffers = buffers.clone();
-            // SAFETY: every address in the parameters is of one of the buffers, or null.
-            unsafe { self.simulate(&launch, &mut buffers) }
+            let (kernel, parameters) = (launch.kernel, launch.parameters.as_ptr());
+            // SAFETY: the block is the kernel's.
+            unsafe { self.simulate(kernel, launch.shape, parameters, &mut buffers) }
                 .unwrap_or_else(|fault| panic!("{fault}"));
             traffic.push((launch.kernel, buffers));
         }
@@ -267,32 +265,45 @@ impl Simulation {
         ];
         let launches = device::launches(&call, &self.device, address(&work))?;
         for launch in &launches {
-            // SAFETY: every address in the parameters is of one of the buffers, or null.
-            unsafe { self.simulate(launch, &mut buffers) }
+            let (kernel, parameters) = (launch.kernel, launch.parameters.as_ptr());
+            // SAFETY: the block is the kernel's.
+            unsafe { self.simulate(kernel, launch.shape, parameters, &mut buffers) }
                 .unwrap_or_else(|fault| panic!("{fault}"));
         }
         // SAFETY: the memory starts with a summary.
         Ok((unsafe { work.as_ptr().cast::<atkd_summary>().read() }.loss, launches.len()))
     }
 
-    /// Runs a launch with as many clusters, of no more blocks and threads than this simulation has.
+    /// Runs a kernel by its name, in as many clusters as `shape` has, of no more blocks and threads than this
+    /// simulation has.
+    ///
+    /// # Errors
+    /// As [`run_kernel`].
     ///
     /// # Safety
-    /// Every address in the parameters is of one of the buffers, or null.
-    unsafe fn simulate(self, launch: &Launch, buffers: &mut [Buffer]) -> Result<(), String> {
-        let mut shape = launch.shape;
+    /// As [`run_kernel`].
+    pub unsafe fn simulate(
+        self,
+        kernel: &str,
+        planned: LaunchShape,
+        parameters: *const c_void,
+        buffers: &mut [Buffer],
+    ) -> Result<(), String> {
+        let mut shape = planned;
         let clusters = shape.grid / shape.cluster;
         shape.cluster = shape.cluster.min(self.cluster);
         shape.grid = clusters * shape.cluster;
-        // Those have one thread a token.
-        if !matches!(launch.parameters, Parameters::CountValid(_) | Parameters::UnfusedTokens(_)) {
+        let of_tokens =
+            ["count_valid", "unfused_targets", "unfused_losses", "unfused_target_gradient"];
+        if kernel.starts_with("row_resident") {
+            // Its threads have room for a row, and not one chunk more.
+            shape = planned;
+        } else if !of_tokens.contains(&kernel) {
+            // Those have one thread a token.
             shape.block = shape.block.min(self.block);
         }
-        if launch.kernel.starts_with("row_resident") {
-            shape = launch.shape;
-        }
-        // SAFETY: the block is the kernel's, and the caller vouches for its addresses.
-        unsafe { run_kernel(launch.kernel, shape, self.seed, launch.parameters.as_ptr(), buffers) }
+        // SAFETY: the caller vouches for the block.
+        unsafe { run_kernel(kernel, shape, self.seed, parameters, buffers) }
     }
 }
 
@@ -302,7 +313,7 @@ impl Simulation {
 /// What the kernel did wrong, or that there is no such kernel.
 ///
 /// # Safety
-/// `parameters` is the kernel's parameter block, in which every address is of one of the buffers or null.
+/// `parameters` is the kernel's parameter block. An access outside the buffers is an error.
 pub unsafe fn run_kernel(
     kernel: &str,
     shape: LaunchShape,
@@ -312,6 +323,11 @@ pub unsafe fn run_kernel(
 ) -> Result<(), String> {
     // SAFETY: the caller vouches for it.
     unsafe { launch::simulate(kernel, shape, seed, parameters, buffers) }
+}
+
+/// The name of a kernel and the bytes of its parameter block, if there is one called so.
+pub fn find_kernel(name: &str) -> Option<(&'static str, usize)> {
+    launch::PARAMETER_BYTES.iter().find(|(kernel, _)| *kernel == name).copied()
 }
 
 #[cfg(test)]

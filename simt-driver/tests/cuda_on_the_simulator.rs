@@ -1,0 +1,157 @@
+//! The tests of the CUDA backend on the simulated driver, and what only that driver can tell.
+#![cfg(target_os = "linux")]
+
+use std::ffi::{CString, c_char};
+use std::sync::OnceLock;
+
+use atkd::cuda::RawCall;
+use atkd::cuda::cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus};
+use atkd::cuda::cudarc::driver::{CudaSlice, DevicePtr, DriverError};
+use atkd::{Error, Objective, Target};
+
+use cuda::{Gpu, Input, Loaded};
+use libloading::Library;
+
+#[path = "../../tests/cuda.rs"]
+mod cuda;
+
+static DRIVER: OnceLock<Library> = OnceLock::new();
+
+/// Runs before `main`: once the simulated driver is loaded, its name, libcuda.so, stands for it in every
+/// test. A cache without room makes clusters of all rows that are long enough.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static LOAD_DRIVER: extern "C" fn() = {
+    extern "C" fn load_driver() {
+        // SAFETY: there is no other thread yet.
+        unsafe { std::env::set_var("ATKD_SIMT_L2_BYTES", "1") };
+        let test = std::env::current_exe().expect("this process has a file");
+        let driver = test.with_file_name("libatkd_simt_driver.so");
+        // SAFETY: the library does nothing when it is loaded.
+        let loaded = unsafe { Library::new(&driver) };
+        let loaded = loaded.unwrap_or_else(|error| panic!("{}: {error}", driver.display()));
+        DRIVER.get_or_init(|| loaded);
+    }
+    load_driver
+};
+
+/// How many calls of driver functions, or launches of kernels, whose name starts so, this thread made.
+fn count(name: &str) -> u64 {
+    let name = CString::new(name).unwrap();
+    // SAFETY: the simulated driver has this function.
+    unsafe {
+        let driver = DRIVER.get().expect("it is loaded before main");
+        let count = driver
+            .get::<unsafe extern "C" fn(*const c_char) -> u64>(b"simt_driver_count")
+            .expect("the simulated driver counts");
+        count(name.as_ptr())
+    }
+}
+
+#[test]
+fn the_driver_is_the_simulated_one() {
+    let before = count("cuInit");
+    let Some(gpu) = Gpu::new() else { return };
+    assert!(count("cuInit") > before);
+    assert_eq!(gpu.context.name().unwrap(), "atkd's simulated device");
+    assert_eq!(gpu.kernels.device().l2_bytes, 1);
+}
+
+/// A call launches its kernels and does nothing else: it allocates, copies and waits for nothing.
+#[test]
+fn calls_only_launch() {
+    let Some(gpu) = Gpu::new() else { return };
+    let mut loaded = Loaded::new(&gpu, &gpu.stream, &Input::new(5, 60, 1));
+    let raw = loaded.raw();
+    let kl = ["count_valid", "row_", "select_hard", "sum_losses"];
+    let atkd = ["teacher_margin_bf16", "select_hard", "row_", "sum_losses"];
+    let teacher = Objective::kl().with_target(Target::Teacher);
+    let margins = Objective::default();
+    let all = [kl.as_slice(), &["teacher_margin_bf16"]].concat();
+    for (objective, kernels) in [(margins, &atkd[..]), (Objective::kl(), &kl), (teacher, &all)] {
+        type Call<'a> = &'a mut dyn FnMut(&mut Loaded);
+        let mut calls: [(&str, Call); 4] = [
+            ("forward", &mut |loaded| loaded.forward(&objective).unwrap()),
+            ("forward_backward", &mut |loaded| loaded.backward(&objective, None).unwrap()),
+            ("in place", &mut |loaded| loaded.in_place(&objective).unwrap()),
+            ("launch", &mut |loaded| loaded.launch(&objective, &raw).unwrap()),
+        ];
+        for (what, call) in &mut calls {
+            let names = [kernels, &["cuLaunchKernelEx", "cuCtxGetCurrent", "cu"]].concat();
+            let before: Vec<u64> = names.iter().map(|name| count(name)).collect();
+            call(&mut loaded);
+            let counts: Vec<u64> =
+                names.iter().zip(before).map(|(name, before)| count(name) - before).collect();
+            let (by_kernel, [launches, current, functions]) =
+                counts.split_last_chunk::<3>().unwrap();
+            assert!(by_kernel.iter().all(|&launches| launches == 1), "{what}: {counts:?}");
+            assert_eq!(*launches, kernels.len() as u64, "{what}");
+            assert_eq!(*functions, launches + current, "{what}");
+        }
+    }
+}
+
+fn code<T>(result: Result<T, DriverError>) -> CUresult {
+    result.map_or_else(|error| error.0, |_| CUresult::CUDA_SUCCESS)
+}
+
+/// What a real driver refuses within a capture, as its documentation says.
+#[test]
+fn captures_refuse_what_cannot_be_replayed() {
+    let Some(gpu) = Gpu::new() else { return };
+    // SAFETY: every use of memory below is on one stream or waited for.
+    unsafe { gpu.context.disable_event_tracking() };
+    let stream = gpu.context.new_stream().unwrap();
+    let memory: CudaSlice<u8> = stream.alloc_zeros(16).unwrap();
+    let event = stream.record_event(None).unwrap();
+    let unsupported = CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    let isolation = CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
+    let calls: [(&dyn Fn() -> CUresult, CUresult); 7] = [
+        (&|| code(stream.synchronize()), unsupported),
+        (&|| code(gpu.context.synchronize()), unsupported),
+        (&|| code(event.synchronize()), unsupported),
+        (&|| code(stream.clone_dtoh(&memory)), unsupported),
+        (&|| code(stream.clone_htod(&[1_u8])), unsupported),
+        (&|| code(stream.wait(&event)), isolation),
+        // SAFETY: freed by nobody, since it is not allocated.
+        (&|| unsafe { sys::cuMemAlloc_v2(&mut 0, 16) }, unsupported),
+    ];
+    for (i, (call, expected)) in calls.iter().enumerate() {
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        assert_eq!(call(), *expected, "call {i}");
+        let status = stream.capture_status().unwrap();
+        assert_eq!(status, CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED);
+        let invalidated = CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+        assert_eq!(code(stream.end_capture(sys::CUgraphInstantiate_flags(0))), invalidated);
+        stream.synchronize().unwrap();
+    }
+}
+
+/// What is read too early, or from a stream that did not wait, is the poison of fresh memory.
+#[test]
+fn streams_are_late() {
+    let Some(gpu) = Gpu::new() else { return };
+    // SAFETY: only that 16 bytes are valid in whatever state.
+    unsafe { gpu.context.disable_event_tracking() };
+    let (one, two) = (gpu.context.new_stream().unwrap(), gpu.context.new_stream().unwrap());
+    let zeros: CudaSlice<u8> = one.alloc_zeros(16).unwrap();
+    assert_eq!(two.clone_dtoh(&zeros).unwrap(), [0xcd; 16]);
+    two.join(&one).unwrap();
+    assert_eq!(two.clone_dtoh(&zeros).unwrap(), [0; 16]);
+}
+
+/// A kernel that leaves its memory ends the context. Device 2 is not used after that.
+#[test]
+fn accesses_outside_memory_are_errors() {
+    let Some(gpu) = Gpu::or_skip(2) else { return };
+    let mut loaded = Loaded::new(&gpu, &gpu.stream, &Input::new(4, 40, 2));
+    let call = loaded.raw();
+    loaded.launch(&Objective::default(), &RawCall { tokens: 3, vocab: 41, ..call }).unwrap_err();
+    let teacher = loaded.teacher.device_ptr(&gpu.stream).0 + 2;
+    let teacher = atkd::cuda::RawLogits { address: teacher, ..call.teacher };
+    loaded.launch(&Objective::default(), &RawCall { teacher, ..call }).unwrap();
+    for _ in 0..2 {
+        let error = loaded.workspace.read_loss(&gpu.stream).unwrap_err();
+        assert!(matches!(error, Error::Driver { code: 700, .. }), "{error}");
+    }
+}
