@@ -57,6 +57,12 @@ impl Gpu {
     }
 }
 
+const _: fn() = || {
+    fn shared_between_threads<T: Send + Sync>() {}
+    shared_between_threads::<Kernels>();
+    shared_between_threads::<Workspace>();
+};
+
 /// Logits and labels on the host.
 pub struct Input {
     tokens: usize,
@@ -327,8 +333,9 @@ fn sequences_on_the_device() {
     let input = Input::new(10, 50, 5);
     let objective = Objective::default().with_hard_ratio(0.4).unwrap();
     let mut loaded = Loaded::new(&gpu, &gpu.stream, &input);
-    let mut run = |offsets: &[i64]| {
+    let mut run = |labels: &[i64], offsets: &[i64]| {
         let offsets = gpu.upload(offsets);
+        gpu.stream.memcpy_htod(labels, &mut loaded.labels).unwrap();
         let teacher = DeviceLogits::new(&loaded.teacher, 10, 50).unwrap();
         let batch = DeviceBatch::new(teacher, &loaded.labels).unwrap();
         let batch = batch.with_sequences(offsets.as_view()).unwrap();
@@ -339,7 +346,10 @@ fn sequences_on_the_device() {
     let exact = |offsets: &[usize]| {
         input.reference(&objective, &input.batch().with_sequences(offsets).unwrap()).0
     };
-    check_output(&run(&[0, 0, 3, 3, 10, 10]).unwrap(), &exact(&[0, 0, 3, 3, 10, 10]));
+    let labels = &input.labels;
+    check_output(&run(labels, &[0, 0, 3, 3, 10, 10]).unwrap(), &exact(&[0, 0, 3, 3, 10, 10]));
+    // Tokens that no sequence covers are left as the call before had them, when they were not ignored.
+    let ignored = [-100; 10];
     for (offsets, sequence) in [
         (&[1, 4, 10][..], 0),
         (&[0, 4, 9], 1),
@@ -348,8 +358,11 @@ fn sequences_on_the_device() {
         (&[0, -1, 10], 0),
         (&[i64::MIN, i64::MAX], 0),
     ] {
-        assert_eq!(run(offsets).unwrap_err(), Error::DeviceSequences { sequence }, "{offsets:?}");
-        check_output(&run(&[0, 5, 10]).unwrap(), &exact(&[0, 5, 10]));
+        for labels in [&labels[..], &ignored] {
+            let error = run(labels, offsets).unwrap_err();
+            assert_eq!(error, Error::DeviceSequences { sequence }, "{offsets:?}");
+        }
+        check_output(&run(labels, &[0, 5, 10]).unwrap(), &exact(&[0, 5, 10]));
     }
 }
 

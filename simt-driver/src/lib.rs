@@ -24,8 +24,8 @@ use std::thread;
 use atkd::cuda::cudarc::driver::sys::cudaError_enum::*;
 use atkd::cuda::cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute as Attribute, CUdeviceptr, CUevent, CUevent_flags,
-    CUfunction, CUgraph, CUgraphExec, CUlaunchAttributeID, CUlaunchConfig, CUmodule, CUresult,
-    CUstream, CUstream_flags, CUstreamCaptureMode, CUstreamCaptureStatus,
+    CUfunction, CUfunction_attribute, CUgraph, CUgraphExec, CUlaunchAttributeID, CUlaunchConfig,
+    CUmodule, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode, CUstreamCaptureStatus,
 };
 use atkd::plan::LaunchShape;
 use atkd::simt::find_kernel;
@@ -213,6 +213,13 @@ driver! {
         let id = driver.new_handle();
         driver.functions.insert(id, (context, kernel, bytes));
         give(function, handle(id))
+    }
+
+    fn cuFuncGetAttribute(driver, value: *mut c_int, attribute: c_uint, function: CUfunction) {
+        const PTX_VERSION: u32 = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION as u32;
+        driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
+        // As of machine code for sm_90.
+        if attribute == PTX_VERSION { give(value, 90) } else { Err(CUDA_ERROR_NOT_SUPPORTED) }
     }
 
     fn cuMemAlloc_v2(driver, address: *mut CUdeviceptr, bytes: usize) {

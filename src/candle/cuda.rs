@@ -7,7 +7,7 @@ use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Error, Layout, Result, Shape, Storage, Tensor, bail,
 };
-use cudarc::driver::{CudaSlice, CudaView};
+use cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
 use half::{bf16, f16};
 
 use super::Rows;
@@ -146,7 +146,11 @@ impl CustomOp1 for Loss {
 }
 
 impl Loss {
-    fn gradient<T: CudaDType>(&self, student: &Tensor, upstream: &Tensor) -> Result<Tensor>
+    fn gradient<T: CudaDType + DeviceRepr>(
+        &self,
+        student: &Tensor,
+        upstream: &Tensor,
+    ) -> Result<Tensor>
     where
         for<'a> DeviceElementsMut<'a>: From<&'a mut CudaSlice<T>>,
     {
