@@ -1,6 +1,7 @@
 //! The native half of the Python package: settings, and the loss on the addresses that torch gives.
 
 mod device;
+mod pages;
 mod threads;
 
 use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput};
@@ -150,6 +151,12 @@ fn run_on_host(
 ) -> PyResult<()> {
     let (call, output) =
         call(shape, student, teacher, labels, sequences, scale, gradient, outputs)?;
+    if let Some(gradient) = call.gradient.filter(|&gradient| gradient != call.student) {
+        pages::advise_huge(
+            gradient.address,
+            call.tokens * gradient.row_stride * gradient.dtype.size(),
+        );
+    }
     py.detach(|| {
         // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these
         // shapes that it holds, and nobody else writes to them meanwhile.
