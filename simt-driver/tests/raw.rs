@@ -1,0 +1,129 @@
+//! Calls by address, as the Python and C packages make them, on the simulated driver.
+#![cfg(target_os = "linux")]
+
+use std::io::Write;
+use std::sync::OnceLock;
+
+use atkd::cuda::cudarc::driver::DevicePtr;
+use atkd::cuda::{self, Kernels, RawCall, RawLabels, RawLogits, Workspace};
+use atkd::raw::{self, RawOutput};
+use atkd::{Batch, Dtype, Error, Logits, LogitsMut, Objective, cpu};
+use libloading::Library;
+
+static DRIVER: OnceLock<Library> = OnceLock::new();
+
+/// Runs before `main`: see `cuda_on_the_simulator.rs`.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static LOAD_DRIVER: extern "C" fn() = {
+    extern "C" fn load_driver() {
+        let test = std::env::current_exe().expect("this process has a file");
+        let driver = test.with_file_name("libatkd_simt_driver.so");
+        // SAFETY: the library does nothing when it is loaded.
+        let loaded = unsafe { Library::new(&driver) };
+        let loaded = loaded.unwrap_or_else(|error| panic!("{}: {error}", driver.display()));
+        DRIVER.get_or_init(|| loaded);
+    }
+    load_driver
+};
+
+const TOKENS: usize = 6;
+const VOCAB: usize = 50;
+
+#[test]
+fn results_go_where_they_are_wanted() {
+    let context = cuda::context(0).unwrap();
+    let kernels = match Kernels::load(&context) {
+        Err(error @ Error::NoKernels { .. }) => {
+            let _ = writeln!(std::io::stderr(), "SKIPPED: {error}");
+            return;
+        }
+        kernels => kernels.unwrap(),
+    };
+    let stream = context.default_stream();
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut logits = || -> Vec<f32> { (0..TOKENS * VOCAB).map(|_| 4.0 * random.f32()).collect() };
+    let (teacher, student, labels) = (logits(), logits(), [3_i64, -100, 0, 49, 7, 7]);
+    let objective = Objective::default();
+
+    let mut gradient = vec![0_f32; TOKENS * VOCAB];
+    let view = |v| Logits::new(v, TOKENS, VOCAB).unwrap();
+    let batch = Batch::new(view(&teacher[..]), &labels).unwrap();
+    let batch = batch.with_sequences(&[0, 3, 6]).unwrap();
+    let to = LogitsMut::new(&mut gradient, TOKENS, VOCAB).unwrap();
+    let exact = cpu::forward_backward(&objective, &batch, view(&student[..]), to).unwrap();
+
+    let on_device = [&teacher, &student].map(|v| stream.clone_htod(&v[..]).unwrap());
+    let mut labels_on_device = stream.clone_htod(&labels).unwrap();
+    let offsets = stream.clone_htod(&[0_i64, 3, 6]).unwrap();
+    let written = stream.alloc_zeros::<f32>(TOKENS * VOCAB).unwrap();
+    let floats = stream.alloc_zeros::<f32>(1 + 3 * TOKENS).unwrap();
+    let modes = stream.alloc_zeros::<u8>(TOKENS).unwrap();
+    let faults = stream.alloc_zeros::<u64>(2).unwrap();
+    // SAFETY: the call prepares it.
+    let workspace = unsafe { stream.alloc::<u8>(Kernels::workspace_bytes(TOKENS)) }.unwrap();
+    let matrix = |address| RawLogits { address, dtype: Dtype::F32, row_stride: VOCAB };
+    let call = RawCall {
+        tokens: TOKENS,
+        vocab: VOCAB,
+        teacher: matrix(on_device[0].device_ptr(&stream).0),
+        student: matrix(on_device[1].device_ptr(&stream).0),
+        gradient: Some(matrix(written.device_ptr(&stream).0)),
+        labels: Some(RawLabels::I64(labels_on_device.device_ptr(&stream).0)),
+        sequences: Some((offsets.device_ptr(&stream).0, 2)),
+        margins: None,
+        upstream: None,
+    };
+    let column = |index: usize| floats.device_ptr(&stream).0 + 4 * index as u64;
+    let output = RawOutput {
+        loss: Some(column(0)),
+        uncertainty: Some(column(1)),
+        tkd: Some(column(1 + TOKENS)),
+        dkd: Some(column(1 + 2 * TOKENS)),
+        modes: Some(modes.device_ptr(&stream).0),
+        faults: Some(faults.device_ptr(&stream).0),
+    };
+    let check = || {
+        let floats = stream.clone_dtoh(&floats).unwrap();
+        let near = |actual: f32, exact: f64| {
+            assert!(
+                (f64::from(actual) - exact).abs() < 2e-6 * (1.0 + exact.abs()),
+                "{actual} {exact}"
+            )
+        };
+        near(floats[0], exact.loss);
+        let modes = stream.clone_dtoh(&modes).unwrap();
+        for (i, token) in exact.tokens.iter().enumerate() {
+            near(floats[1 + i], token.uncertainty);
+            near(floats[1 + TOKENS + i], token.tkd);
+            near(floats[1 + 2 * TOKENS + i], token.dkd);
+            assert_eq!(
+                (modes[i] != raw::IGNORED, modes[i] == raw::HARD),
+                (token.valid, token.hard)
+            );
+        }
+        for (actual, exact) in stream.clone_dtoh(&written).unwrap().into_iter().zip(&gradient) {
+            near(actual, f64::from(*exact));
+        }
+        assert_eq!(stream.clone_dtoh(&faults).unwrap(), [u64::MAX; 2]);
+    };
+
+    let address = workspace.device_ptr(&stream).0;
+    for _ in 0..2 {
+        // SAFETY: all is memory of the shapes given, used on one stream.
+        unsafe { kernels.launch_raw(&stream, &objective, &call, address, &output) }.unwrap();
+        check();
+    }
+    let mut owned = Workspace::new(&kernels, &stream, 10).unwrap();
+    // SAFETY: as above.
+    unsafe {
+        owned.launch(&stream, &objective, &call).unwrap();
+        owned.copy_raw(&stream, &output).unwrap();
+    }
+    check();
+
+    stream.memcpy_htod(&[3_i64, -100, 0, 50, 7, 7], &mut labels_on_device).unwrap();
+    // SAFETY: as above.
+    unsafe { kernels.launch_raw(&stream, &objective, &call, address, &output) }.unwrap();
+    assert_eq!(stream.clone_dtoh(&faults).unwrap(), [3, u64::MAX]);
+}
