@@ -56,6 +56,9 @@ pub enum Error {
     /// The row offsets of the sequences do not partition the tokens.
     #[error("sequence offset {index} is {offset}, but {reason} ({tokens} tokens)")]
     Sequences { index: usize, offset: usize, tokens: usize, reason: &'static str },
+    /// No address where elements must be.
+    #[error("{what} have no address, but {elements} elements were announced")]
+    Null { what: &'static str, elements: usize },
     /// More than the kernels can count.
     #[error("{what} is {value}, but the CUDA kernels take at most {most}")]
     TooLarge { what: &'static str, value: usize, most: usize },
@@ -85,6 +88,9 @@ pub enum Error {
     /// One margin a token, no more and no fewer.
     #[error("{margins} margins were given for {tokens} tokens")]
     MarginCount { margins: usize, tokens: usize },
+    /// The CPU selects by the teacher's logits alone.
+    #[error("margins were given, but the CPU selects hard tokens by the teacher's own; give none")]
+    HostMargins,
     /// An upstream gradient that is no scalar.
     #[error("the upstream gradient has {actual} elements, but must be a scalar: 1")]
     Upstream { actual: usize },

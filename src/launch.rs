@@ -4,53 +4,8 @@ use std::ffi::c_void;
 
 use crate::params::*;
 use crate::plan::{LaunchShape, Plan, Problem};
+pub use crate::raw::{RawCall, RawLabels, RawLogits};
 use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
-
-/// Logits or a gradient `[tokens, vocab]` at an address, rows `row_stride` elements apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RawLogits {
-    /// Of the first element.
-    pub address: u64,
-    /// The type of the elements.
-    pub dtype: Dtype,
-    /// Elements from row to row.
-    pub row_stride: usize,
-}
-
-/// One label a token at an address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RawLabels {
-    /// 64 bits each.
-    I64(u64),
-    /// 32 bits each.
-    I32(u64),
-}
-
-/// Everything that a call reads and writes, by address. N is `tokens`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RawCall {
-    /// Rows.
-    pub tokens: usize,
-    /// Logits in a row.
-    pub vocab: usize,
-    /// The teacher's logits.
-    pub teacher: RawLogits,
-    /// The student's logits.
-    pub student: RawLogits,
-    /// Where the gradient goes, of the student's dtype or float32; may be the student's logits
-    /// themselves. `None` for the loss alone.
-    pub gradient: Option<RawLogits>,
-    /// `None` for a batch without labels, with [`Target::Teacher`].
-    pub labels: Option<RawLabels>,
-    /// Hard tokens are selected within sequences: the address of their `count + 1` offsets, 64 bits each,
-    /// and `count`.
-    pub sequences: Option<(u64, usize)>,
-    /// The teacher's margins, float32 `[N]`, where they are known from elsewhere: hard tokens are selected
-    /// by these, and the teacher's logits are read once less.
-    pub margins: Option<u64>,
-    /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied.
-    pub upstream: Option<u64>,
-}
 
 impl RawCall {
     /// What a plan for this call needs to know.
@@ -66,82 +21,14 @@ impl RawCall {
         }
     }
 
-    /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
-    /// known.
+    /// Whether the kernels can take it.
     pub(crate) fn validate(&self, objective: &Objective) -> Result<()> {
         for (what, value) in [("tokens", self.tokens), ("the vocabulary", self.vocab)] {
             if value > i32::MAX as usize {
                 return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
             }
         }
-        if self.labels.is_none() && objective.target() == Target::Label {
-            return Err(Error::NoLabels);
-        }
-        if let Some((_, 0)) = self.sequences
-            && self.tokens > 0
-        {
-            let (tokens, reason) = (self.tokens, "the last must be the number of tokens");
-            return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
-        }
-        let (labels, label_bytes) = match self.labels {
-            None => (0, 1),
-            Some(RawLabels::I64(address)) => (address, 8),
-            Some(RawLabels::I32(address)) => (address, 4),
-        };
-        for (what, address, multiple) in [
-            ("the labels", labels, label_bytes),
-            ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
-            ("the margins", self.margins.unwrap_or(0), 4),
-            ("the upstream gradient", self.upstream.unwrap_or(0), 4),
-        ] {
-            check_alignment(what, address, multiple)?;
-        }
-        let mut spans = Vec::with_capacity(3);
-        for (what, logits) in [
-            ("the teacher's logits", Some(self.teacher)),
-            ("the student's logits", Some(self.student)),
-            ("the gradient", self.gradient),
-        ] {
-            let Some(RawLogits { address, dtype, row_stride }) = logits else { continue };
-            let elements = crate::logits::span(what, self.tokens, self.vocab, row_stride)?;
-            check_alignment(what, address, dtype.size() as u64)?;
-            let end = (elements as u64)
-                .checked_mul(dtype.size() as u64)
-                .and_then(|bytes| address.checked_add(bytes))
-                .ok_or(Error::Shape {
-                    what,
-                    tokens: self.tokens,
-                    vocab: self.vocab,
-                    row_stride,
-                    reason: "it ends beyond the address space",
-                })?;
-            spans.push((what, address, end));
-        }
-        let Some(gradient) = self.gradient else { return Ok(()) };
-        if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
-            let (student, actual) = (self.student.dtype, gradient.dtype);
-            return Err(Error::GradientDtype { student, actual });
-        }
-        let (_, start, end) = spans[2];
-        for &(what, other_start, other_end) in &spans[..2] {
-            let in_place = what == "the student's logits" && gradient == self.student;
-            if start < other_end && other_start < end && !in_place {
-                return Err(Error::Overlap {
-                    what,
-                    gradient: [start, end],
-                    other: [other_start, other_end],
-                });
-            }
-        }
-        Ok(())
-    }
-}
-
-fn check_alignment(what: &'static str, address: u64, multiple: u64) -> Result<()> {
-    if address.is_multiple_of(multiple) {
-        Ok(())
-    } else {
-        Err(Error::Unaligned { what, address, multiple })
+        self.check(objective)
     }
 }
 

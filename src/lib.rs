@@ -48,6 +48,7 @@
 //! - `cuda` computes on NVIDIA GPUs, from and to device memory (feature `cuda`, on by default; builds and
 //!   loads without CUDA too).
 //! - [`reference`](mod@reference) is the same in float64 straight from the definitions, for checking.
+//! - [`raw`] is calls by address, for other languages and frameworks, and [`cpu`] on such a call.
 //! - `candle`, with the feature of that name, is a differentiable operation for training loops; with
 //!   `candle-cuda` on CUDA tensors too.
 //! - `simt`, with the feature of that name, runs the CUDA kernels on the CPU, as a test.
@@ -72,6 +73,7 @@ mod output;
 mod params;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod plan;
+pub mod raw;
 pub mod reference;
 mod row;
 #[cfg(feature = "simt")]

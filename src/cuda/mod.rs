@@ -36,6 +36,7 @@
 
 mod host;
 mod kernels;
+mod raw;
 mod tensor;
 pub mod unfused;
 mod workspace;

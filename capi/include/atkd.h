@@ -1,0 +1,453 @@
+/* The ATKD knowledge-distillation loss. Generated from capi/src by capi/tests/header.rs. */
+
+#ifndef ATKD_H
+#define ATKD_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/*
+ The adaptive loss of the paper, ATKD_OBJECTIVE_*.
+ */
+#define ATKD_OBJECTIVE_ATKD 0
+
+/*
+ The plain KL divergence.
+ */
+#define ATKD_OBJECTIVE_KL 1
+
+/*
+ The target part alone.
+ */
+#define ATKD_OBJECTIVE_TKD 2
+
+/*
+ The diversity part alone.
+ */
+#define ATKD_OBJECTIVE_DKD 3
+
+/*
+ The coefficients in the settings.
+ */
+#define ATKD_OBJECTIVE_DECOUPLED 4
+
+/*
+ A coefficient that is `value`.
+ */
+#define ATKD_COEFFICIENT_CONSTANT 0
+
+/*
+ A coefficient that is the token's uncertainty.
+ */
+#define ATKD_COEFFICIENT_UNCERTAINTY 1
+
+/*
+ The label of the token.
+ */
+#define ATKD_TARGET_LABEL 0
+
+/*
+ The teacher's arg max.
+ */
+#define ATKD_TARGET_TEACHER 1
+
+/*
+ The mean over the valid tokens.
+ */
+#define ATKD_REDUCTION_MEAN 0
+
+/*
+ The sum over the valid tokens.
+ */
+#define ATKD_REDUCTION_SUM 1
+
+/*
+ That sum over `denominator`.
+ */
+#define ATKD_REDUCTION_DENOMINATOR 2
+
+/*
+ IEEE 754 binary32.
+ */
+#define ATKD_F32 0
+
+/*
+ IEEE 754 binary16.
+ */
+#define ATKD_F16 1
+
+/*
+ bfloat16.
+ */
+#define ATKD_BF16 2
+
+/*
+ A 64-bit signed integer.
+ */
+#define ATKD_I64 3
+
+/*
+ A 32-bit signed integer.
+ */
+#define ATKD_I32 4
+
+/*
+ A token with the ignore index, in AtkdCall.modes.
+ */
+#define ATKD_IGNORED 0
+
+/*
+ A token that is not hard.
+ */
+#define ATKD_EASY 1
+
+/*
+ A token among those of which the teacher is least certain.
+ */
+#define ATKD_HARD 2
+
+/*
+ What a program was compiled against; compare it with atkd_abi_version().
+ */
+#define ATKD_ABI_VERSION 1
+
+/*
+ A loss over tokens. Never changes: any number of threads may use one at once.
+ */
+typedef struct AtkdObjective AtkdObjective;
+
+/*
+ Where calls run. Any number of threads may use one at once.
+ */
+typedef struct AtkdWorkspace AtkdWorkspace;
+
+/*
+ The weight of one term.
+ */
+typedef struct AtkdCoefficient {
+  /*
+   ATKD_COEFFICIENT_*.
+   */
+  int32_t kind;
+  /*
+   Of ATKD_COEFFICIENT_CONSTANT.
+   */
+  double value;
+} AtkdCoefficient;
+
+/*
+ The weights of both terms for one group of tokens.
+ */
+typedef struct AtkdCoefficients {
+  /*
+   Of TKD, the target part.
+   */
+  struct AtkdCoefficient tkd;
+  /*
+   Of DKD, the diversity part.
+   */
+  struct AtkdCoefficient dkd;
+} AtkdCoefficients;
+
+/*
+ What is computed. Start from atkd_default_settings().
+ */
+typedef struct AtkdSettings {
+  /*
+   ATKD_OBJECTIVE_*.
+   */
+  int32_t objective;
+  /*
+   ATKD_TARGET_*: which token splits a distribution.
+   */
+  int32_t target;
+  /*
+   ATKD_REDUCTION_*.
+   */
+  int32_t reduction;
+  /*
+   Not 0: the distillation terms are multiplied by the temperature's square.
+   */
+  int32_t temperature_squared;
+  /*
+   Tokens with this label are dropped.
+   */
+  int64_t ignore_index;
+  /*
+   In [0, 1]; of ATKD_OBJECTIVE_ATKD.
+   */
+  double lambda;
+  /*
+   The share of the valid tokens that is hard, in [0, 1].
+   */
+  double hard_ratio;
+  /*
+   Above 0.
+   */
+  double temperature;
+  /*
+   Of the distillation terms, not negative.
+   */
+  double kd_weight;
+  /*
+   Of the cross entropy, not negative.
+   */
+  double ce_weight;
+  /*
+   Above 0; of ATKD_REDUCTION_DENOMINATOR.
+   */
+  double denominator;
+  /*
+   Of ATKD_OBJECTIVE_DECOUPLED.
+   */
+  struct AtkdCoefficients easy;
+  /*
+   Of ATKD_OBJECTIVE_DECOUPLED.
+   */
+  struct AtkdCoefficients hard;
+} AtkdSettings;
+
+/*
+ One of the codes below.
+ */
+typedef int32_t AtkdStatus;
+
+/*
+ Logits, or a gradient, [tokens, vocab]: each row contiguous, rows `row_stride` elements apart.
+ */
+typedef struct AtkdMatrix {
+  /*
+   The first element, aligned to its size.
+   */
+  void *data;
+  /*
+   Elements from the start of one row to the start of the next, at least vocab.
+   */
+  int64_t row_stride;
+  /*
+   ATKD_F32, ATKD_F16 or ATKD_BF16.
+   */
+  int32_t dtype;
+} AtkdMatrix;
+
+/*
+ One label a token, without gaps.
+ */
+typedef struct AtkdLabels {
+  /*
+   Null where there are none: the target must be ATKD_TARGET_TEACHER then.
+   */
+  const void *data;
+  /*
+   ATKD_I64 or ATKD_I32.
+   */
+  int32_t dtype;
+} AtkdLabels;
+
+/*
+ One batch. Every pointer but `stream` is to host memory, or for a CUDA workspace to its device's.
+ */
+typedef struct AtkdCall {
+  /*
+   Rows, ignored ones included.
+   */
+  int64_t tokens;
+  /*
+   Logits in a row, at least 1.
+   */
+  int64_t vocab;
+  /*
+   The teacher's logits, which are never written to.
+   */
+  struct AtkdMatrix teacher;
+  /*
+   The student's logits, which are written to only if `gradient` names the same.
+   */
+  struct AtkdMatrix student;
+  /*
+   The labels.
+   */
+  struct AtkdLabels labels;
+  /*
+   Where the gradient goes.
+   */
+  struct AtkdMatrix gradient;
+  /*
+   One number that the gradient is multiplied by; null for 1.
+   */
+  const float *upstream;
+  /*
+   Hard tokens are selected within each of this many sequences, or within the whole batch if it is
+   0.
+   */
+  int64_t sequences;
+  /*
+   [sequences + 1]: sequence i is tokens offsets[i] to offsets[i + 1] - 1.
+   */
+  const int64_t *sequence_offsets;
+  /*
+   One number: the reduced loss. Null if not wanted; so are the others.
+   */
+  float *loss;
+  /*
+   [tokens]: 1 - p(target) of the teacher.
+   */
+  float *uncertainty;
+  /*
+   [tokens]: the target part.
+   */
+  float *tkd;
+  /*
+   [tokens]: the diversity part.
+   */
+  float *dkd;
+  /*
+   [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
+   */
+  uint8_t *modes;
+  /*
+   The CUstream to work on, for a CUDA workspace; the default stream if null.
+   */
+  void *stream;
+} AtkdCall;
+
+/*
+ Done.
+ */
+#define ATKD_OK 0
+
+/*
+ An argument is wrong; the message says which, with its numbers.
+ */
+#define ATKD_INVALID_ARGUMENT 1
+
+/*
+ This build, or this machine, cannot do it.
+ */
+#define ATKD_NOT_SUPPORTED 2
+
+/*
+ The CUDA driver reported an error.
+ */
+#define ATKD_CUDA_ERROR 3
+
+/*
+ A bug in the library. What was written is undefined, the library remains usable.
+ */
+#define ATKD_PANIC 4
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/*
+ ATKD_ABI_VERSION of the library that is loaded. Other numbers mean another layout of the structs.
+ */
+uint32_t atkd_abi_version(void);
+
+/*
+ What went wrong in this thread's last call that did not return ATKD_OK, with the numbers that
+ explain it; empty if there was none. Valid until this thread's next failing call.
+ */
+const char *atkd_error_message(void);
+
+/*
+ The version of the library, such as "0.1.0".
+ */
+const char *atkd_version(void);
+
+/*
+ The paper's ATKD: lambda 0.2, hard ratio 0.5, temperature 1, labels as targets, ignore index -100,
+ the mean over valid tokens, no cross entropy.
+ */
+struct AtkdSettings atkd_default_settings(void);
+
+/*
+ Checks the settings and makes an objective of them, to be destroyed by atkd_objective_destroy.
+
+ # Safety
+ `settings` is null or points to settings, `objective` is null or has room for a pointer.
+ */
+AtkdStatus atkd_objective_create(const struct AtkdSettings *settings,
+                                 struct AtkdObjective **objective);
+
+/*
+ Null is nothing to destroy.
+
+ # Safety
+ `objective` is null, or from atkd_objective_create and not yet destroyed, and no call uses it.
+ */
+void atkd_objective_destroy(struct AtkdObjective *objective);
+
+/*
+ A workspace for host memory, to be destroyed by atkd_workspace_destroy. Its calls share `threads`
+ threads of its own, or if that is 0, those that all of the process shares: one a core.
+
+ # Safety
+ `workspace` is null or has room for a pointer.
+ */
+AtkdStatus atkd_workspace_create(size_t threads, struct AtkdWorkspace **workspace);
+
+/*
+ A workspace for the memory of a CUDA device, in its primary context, to be destroyed by
+ atkd_workspace_destroy once its calls are done. Calls may have up to `max_tokens` tokens, in up to as
+ many sequences; they are put on a stream and not waited for. Calls that share a workspace must run one
+ after the other: on one stream, or on streams that wait for each other.
+
+ A label that names no token of the vocabulary is met by a kernel, which drops its token; the next
+ atkd_workspace_synchronize returns the error.
+
+ # Safety
+ `workspace` is null or has room for a pointer.
+ */
+AtkdStatus atkd_workspace_create_cuda(int32_t device,
+                                      size_t max_tokens,
+                                      struct AtkdWorkspace **workspace);
+
+/*
+ Waits for what is on the CUstream, and returns the error of a kernel, if there was one since the last
+ time. Nothing to wait for in host memory.
+
+ # Safety
+ `workspace` is null or a workspace, `stream` is null or a stream of its device, on which the last call
+ was.
+ */
+AtkdStatus atkd_workspace_synchronize(struct AtkdWorkspace *workspace,
+                                      void *stream);
+
+/*
+ Null is nothing to destroy.
+
+ # Safety
+ `workspace` is null, or from a function above and not yet destroyed, and no call uses it.
+ */
+void atkd_workspace_destroy(struct AtkdWorkspace *workspace);
+
+/*
+ The loss and each token's terms, without a gradient: call->gradient.data must be null.
+
+ # Safety
+ As atkd_forward_backward.
+ */
+AtkdStatus atkd_forward(const struct AtkdObjective *objective,
+                        struct AtkdWorkspace *workspace,
+                        const struct AtkdCall *call);
+
+/*
+ The loss, each token's terms, and the gradient with respect to the student's logits. It goes to
+ call->gradient, of the student's dtype or float32, and over the student's logits if that names the
+ very same matrix. On an error that is not ATKD_PANIC nothing was written.
+
+ # Safety
+ Each pointer is null or valid for what it is described to hold; until the call returns nobody else
+ writes to what it reads, nor touches what it writes.
+ */
+AtkdStatus atkd_forward_backward(const struct AtkdObjective *objective,
+                                 struct AtkdWorkspace *workspace,
+                                 const struct AtkdCall *call);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* ATKD_H */

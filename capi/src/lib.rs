@@ -1,0 +1,242 @@
+//! The ATKD loss from C: `include/atkd.h`, generated from this crate by `tests/header.rs`.
+//!
+//! Every function can be called from any thread. None lets a panic out.
+#![expect(
+    rustdoc::broken_intra_doc_links,
+    reason = "the comments are for C, and brackets are shapes"
+)]
+
+mod settings;
+mod status;
+mod types;
+mod workspace;
+
+use std::ffi::{c_char, c_void};
+
+use atkd::Objective;
+
+use settings::objective;
+pub use settings::*;
+pub use status::*;
+use status::{Failure, guard};
+pub use types::*;
+use workspace::Place;
+
+/// What a program was compiled against; compare it with atkd_abi_version().
+pub const ATKD_ABI_VERSION: u32 = 1;
+
+/// A loss over tokens. Never changes: any number of threads may use one at once.
+pub struct AtkdObjective(Objective);
+
+/// Where calls run. Any number of threads may use one at once.
+pub struct AtkdWorkspace(Place);
+
+/// ATKD_ABI_VERSION of the library that is loaded. Other numbers mean another layout of the structs.
+#[unsafe(no_mangle)]
+pub extern "C" fn atkd_abi_version() -> u32 {
+    ATKD_ABI_VERSION
+}
+
+/// What went wrong in this thread's last call that did not return ATKD_OK, with the numbers that
+/// explain it; empty if there was none. Valid until this thread's next failing call.
+#[unsafe(no_mangle)]
+pub extern "C" fn atkd_error_message() -> *const c_char {
+    status::last_message()
+}
+
+/// The version of the library, such as "0.1.0".
+#[unsafe(no_mangle)]
+pub extern "C" fn atkd_version() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// The paper's ATKD: lambda 0.2, hard ratio 0.5, temperature 1, labels as targets, ignore index -100,
+/// the mean over valid tokens, no cross entropy.
+#[unsafe(no_mangle)]
+pub extern "C" fn atkd_default_settings() -> AtkdSettings {
+    AtkdSettings::default()
+}
+
+/// Checks the settings and makes an objective of them, to be destroyed by atkd_objective_destroy.
+///
+/// # Safety
+/// `settings` is null or points to settings, `objective` is null or has room for a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_objective_create(
+    settings: *const AtkdSettings,
+    objective: *mut *mut AtkdObjective,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's.
+        let settings = unsafe { settings.as_ref() }.ok_or(Failure::null("settings"))?;
+        let made = AtkdObjective(self::objective(settings)?);
+        // SAFETY: the caller's.
+        unsafe { put(objective, "objective", made) }
+    })
+}
+
+/// Null is nothing to destroy.
+///
+/// # Safety
+/// `objective` is null, or from atkd_objective_create and not yet destroyed, and no call uses it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_objective_destroy(objective: *mut AtkdObjective) {
+    // SAFETY: the caller's.
+    unsafe { destroy(objective) }
+}
+
+/// A workspace for host memory, to be destroyed by atkd_workspace_destroy. Its calls share `threads`
+/// threads of its own, or if that is 0, those that all of the process shares: one a core.
+///
+/// # Safety
+/// `workspace` is null or has room for a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_workspace_create(
+    threads: usize,
+    workspace: *mut *mut AtkdWorkspace,
+) -> AtkdStatus {
+    guard(|| {
+        let place = Place::host(threads)?;
+        // SAFETY: the caller's.
+        unsafe { put(workspace, "workspace", AtkdWorkspace(place)) }
+    })
+}
+
+/// A workspace for the memory of a CUDA device, in its primary context, to be destroyed by
+/// atkd_workspace_destroy once its calls are done. Calls may have up to `max_tokens` tokens, in up to as
+/// many sequences; they are put on a stream and not waited for. Calls that share a workspace must run one
+/// after the other: on one stream, or on streams that wait for each other.
+///
+/// A label that names no token of the vocabulary is met by a kernel, which drops its token; the next
+/// atkd_workspace_synchronize returns the error.
+///
+/// # Safety
+/// `workspace` is null or has room for a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_workspace_create_cuda(
+    device: i32,
+    max_tokens: usize,
+    workspace: *mut *mut AtkdWorkspace,
+) -> AtkdStatus {
+    guard(|| {
+        let place = Place::cuda(device, max_tokens)?;
+        // SAFETY: the caller's.
+        unsafe { put(workspace, "workspace", AtkdWorkspace(place)) }
+    })
+}
+
+/// Waits for what is on the CUstream, and returns the error of a kernel, if there was one since the last
+/// time. Nothing to wait for in host memory.
+///
+/// # Safety
+/// `workspace` is null or a workspace, `stream` is null or a stream of its device, on which the last call
+/// was.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_workspace_synchronize(
+    workspace: *mut AtkdWorkspace,
+    stream: *mut c_void,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's; shared, since other threads may be in a call with it.
+        let workspace = unsafe { workspace.as_ref() }.ok_or(Failure::null("workspace"))?;
+        // SAFETY: the caller's.
+        unsafe { workspace.0.synchronize(stream) }
+    })
+}
+
+/// Null is nothing to destroy.
+///
+/// # Safety
+/// `workspace` is null, or from a function above and not yet destroyed, and no call uses it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_workspace_destroy(workspace: *mut AtkdWorkspace) {
+    // SAFETY: the caller's.
+    unsafe { destroy(workspace) }
+}
+
+/// The loss and each token's terms, without a gradient: call->gradient.data must be null.
+///
+/// # Safety
+/// As atkd_forward_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_forward(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    call: *const AtkdCall,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's.
+        let call = unsafe { call.as_ref() }.ok_or(Failure::null("call"))?;
+        if !call.gradient.data.is_null() {
+            return Err(Failure::new(
+                ATKD_INVALID_ARGUMENT,
+                format!(
+                    "gradient.data is {:p}, but atkd_forward writes no gradient; set it to null, or use \
+                     atkd_forward_backward",
+                    call.gradient.data
+                ),
+            ));
+        }
+        // SAFETY: the caller's.
+        unsafe { run(objective, workspace, call, false) }
+    })
+}
+
+/// The loss, each token's terms, and the gradient with respect to the student's logits. It goes to
+/// call->gradient, of the student's dtype or float32, and over the student's logits if that names the
+/// very same matrix. On an error that is not ATKD_PANIC nothing was written.
+///
+/// # Safety
+/// Each pointer is null or valid for what it is described to hold; until the call returns nobody else
+/// writes to what it reads, nor touches what it writes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_forward_backward(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    call: *const AtkdCall,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's.
+        let call = unsafe { call.as_ref() }.ok_or(Failure::null("call"))?;
+        // SAFETY: the caller's.
+        unsafe { run(objective, workspace, call, true) }
+    })
+}
+
+/// # Safety
+/// As [`atkd_forward_backward`].
+unsafe fn run(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    call: &AtkdCall,
+    with_gradient: bool,
+) -> Result<(), Failure> {
+    // SAFETY: the caller's.
+    let objective = unsafe { objective.as_ref() }.ok_or(Failure::null("objective"))?;
+    // SAFETY: the caller's; shared, since other threads may be in a call with it.
+    let workspace = unsafe { workspace.as_ref() }.ok_or(Failure::null("workspace"))?;
+    // SAFETY: the caller's.
+    unsafe {
+        workspace.0.run(&objective.0, &call.parse(with_gradient)?, &call.output(), call.stream)
+    }
+}
+
+/// # Safety
+/// `to` is null or has room for a pointer.
+unsafe fn put<T>(to: *mut *mut T, name: &'static str, value: T) -> Result<(), Failure> {
+    if to.is_null() {
+        return Err(Failure::null(name));
+    }
+    // SAFETY: the caller's.
+    unsafe { to.write(Box::into_raw(Box::new(value))) };
+    Ok(())
+}
+
+/// # Safety
+/// `handle` is null or from [`put`], not yet destroyed and not in use.
+unsafe fn destroy<T>(handle: *mut T) {
+    if !handle.is_null() {
+        // SAFETY: the caller's.
+        drop(unsafe { Box::from_raw(handle) });
+    }
+}

@@ -1,0 +1,177 @@
+//! The settings of an objective as a C struct.
+
+use atkd::{Coefficient, Coefficients, Objective, Reduction, Target};
+
+use crate::status::Failure;
+
+/// The adaptive loss of the paper, ATKD_OBJECTIVE_*.
+pub const ATKD_OBJECTIVE_ATKD: i32 = 0;
+/// The plain KL divergence.
+pub const ATKD_OBJECTIVE_KL: i32 = 1;
+/// The target part alone.
+pub const ATKD_OBJECTIVE_TKD: i32 = 2;
+/// The diversity part alone.
+pub const ATKD_OBJECTIVE_DKD: i32 = 3;
+/// The coefficients in the settings.
+pub const ATKD_OBJECTIVE_DECOUPLED: i32 = 4;
+
+/// A coefficient that is `value`.
+pub const ATKD_COEFFICIENT_CONSTANT: i32 = 0;
+/// A coefficient that is the token's uncertainty.
+pub const ATKD_COEFFICIENT_UNCERTAINTY: i32 = 1;
+
+/// The label of the token.
+pub const ATKD_TARGET_LABEL: i32 = 0;
+/// The teacher's arg max.
+pub const ATKD_TARGET_TEACHER: i32 = 1;
+
+/// The mean over the valid tokens.
+pub const ATKD_REDUCTION_MEAN: i32 = 0;
+/// The sum over the valid tokens.
+pub const ATKD_REDUCTION_SUM: i32 = 1;
+/// That sum over `denominator`.
+pub const ATKD_REDUCTION_DENOMINATOR: i32 = 2;
+
+/// The weight of one term.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdCoefficient {
+    /// ATKD_COEFFICIENT_*.
+    pub kind: i32,
+    /// Of ATKD_COEFFICIENT_CONSTANT.
+    pub value: f64,
+}
+
+/// The weights of both terms for one group of tokens.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdCoefficients {
+    /// Of TKD, the target part.
+    pub tkd: AtkdCoefficient,
+    /// Of DKD, the diversity part.
+    pub dkd: AtkdCoefficient,
+}
+
+/// What is computed. Start from atkd_default_settings().
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdSettings {
+    /// ATKD_OBJECTIVE_*.
+    pub objective: i32,
+    /// ATKD_TARGET_*: which token splits a distribution.
+    pub target: i32,
+    /// ATKD_REDUCTION_*.
+    pub reduction: i32,
+    /// Not 0: the distillation terms are multiplied by the temperature's square.
+    pub temperature_squared: i32,
+    /// Tokens with this label are dropped.
+    pub ignore_index: i64,
+    /// In [0, 1]; of ATKD_OBJECTIVE_ATKD.
+    pub lambda: f64,
+    /// The share of the valid tokens that is hard, in [0, 1].
+    pub hard_ratio: f64,
+    /// Above 0.
+    pub temperature: f64,
+    /// Of the distillation terms, not negative.
+    pub kd_weight: f64,
+    /// Of the cross entropy, not negative.
+    pub ce_weight: f64,
+    /// Above 0; of ATKD_REDUCTION_DENOMINATOR.
+    pub denominator: f64,
+    /// Of ATKD_OBJECTIVE_DECOUPLED.
+    pub easy: AtkdCoefficients,
+    /// Of ATKD_OBJECTIVE_DECOUPLED.
+    pub hard: AtkdCoefficients,
+}
+
+impl Default for AtkdSettings {
+    fn default() -> Self {
+        let objective = Objective::default();
+        let coefficients = |of: Coefficients| AtkdCoefficients {
+            tkd: coefficient(of.tkd),
+            dkd: coefficient(of.dkd),
+        };
+        Self {
+            objective: ATKD_OBJECTIVE_ATKD,
+            target: ATKD_TARGET_LABEL,
+            reduction: ATKD_REDUCTION_MEAN,
+            temperature_squared: objective.temperature_squared().into(),
+            ignore_index: objective.ignore_index(),
+            lambda: 0.2,
+            hard_ratio: objective.hard_ratio(),
+            temperature: objective.temperature(),
+            kd_weight: objective.kd_weight(),
+            ce_weight: objective.ce_weight(),
+            denominator: 1.0,
+            easy: coefficients(objective.easy()),
+            hard: coefficients(objective.hard()),
+        }
+    }
+}
+
+fn coefficient(of: Coefficient) -> AtkdCoefficient {
+    match of {
+        Coefficient::Constant(value) => AtkdCoefficient { kind: ATKD_COEFFICIENT_CONSTANT, value },
+        Coefficient::Uncertainty => {
+            AtkdCoefficient { kind: ATKD_COEFFICIENT_UNCERTAINTY, value: 0.0 }
+        }
+    }
+}
+
+impl AtkdCoefficients {
+    fn parse(&self) -> Result<Coefficients, Failure> {
+        let parse = |of: AtkdCoefficient| match of.kind {
+            ATKD_COEFFICIENT_CONSTANT => Ok(Coefficient::Constant(of.value)),
+            ATKD_COEFFICIENT_UNCERTAINTY => Ok(Coefficient::Uncertainty),
+            kind => Err(Failure::value(
+                "a coefficient's kind",
+                kind,
+                "ATKD_COEFFICIENT_CONSTANT (0) or ATKD_COEFFICIENT_UNCERTAINTY (1)",
+            )),
+        };
+        Ok(Coefficients { tkd: parse(self.tkd)?, dkd: parse(self.dkd)? })
+    }
+}
+
+/// The objective that the settings describe.
+pub(crate) fn objective(settings: &AtkdSettings) -> Result<Objective, Failure> {
+    let objective = match settings.objective {
+        ATKD_OBJECTIVE_ATKD => Objective::atkd(settings.lambda)?,
+        ATKD_OBJECTIVE_KL => Objective::kl(),
+        ATKD_OBJECTIVE_TKD => Objective::tkd(),
+        ATKD_OBJECTIVE_DKD => Objective::dkd(),
+        ATKD_OBJECTIVE_DECOUPLED => {
+            Objective::decoupled(settings.easy.parse()?, settings.hard.parse()?)?
+        }
+        other => {
+            let allowed = "one of ATKD_OBJECTIVE_* (0 to 4)";
+            return Err(Failure::value("the objective", other, allowed));
+        }
+    };
+    let target = match settings.target {
+        ATKD_TARGET_LABEL => Target::Label,
+        ATKD_TARGET_TEACHER => Target::Teacher,
+        other => {
+            let allowed = "ATKD_TARGET_LABEL (0) or ATKD_TARGET_TEACHER (1)";
+            return Err(Failure::value("the target", other, allowed));
+        }
+    };
+    let reduction = match settings.reduction {
+        ATKD_REDUCTION_MEAN => Reduction::Mean,
+        ATKD_REDUCTION_SUM => Reduction::Sum,
+        ATKD_REDUCTION_DENOMINATOR => Reduction::Denominator(settings.denominator),
+        other => {
+            let allowed = "one of ATKD_REDUCTION_* (0 to 2)";
+            return Err(Failure::value("the reduction", other, allowed));
+        }
+    };
+    Ok(objective
+        .with_hard_ratio(settings.hard_ratio)?
+        .with_temperature(settings.temperature)?
+        .with_temperature_squared(settings.temperature_squared != 0)
+        .with_target(target)
+        .with_ignore_index(settings.ignore_index)
+        .with_reduction(reduction)?
+        .with_kd_weight(settings.kd_weight)?
+        .with_ce_weight(settings.ce_weight)?)
+}

@@ -1,0 +1,158 @@
+//! A call as a C struct.
+
+use std::ffi::c_void;
+
+use atkd::Dtype;
+use atkd::raw::{RawCall, RawLabels, RawLogits, RawOutput};
+
+use crate::status::Failure;
+
+/// IEEE 754 binary32.
+pub const ATKD_F32: i32 = 0;
+/// IEEE 754 binary16.
+pub const ATKD_F16: i32 = 1;
+/// bfloat16.
+pub const ATKD_BF16: i32 = 2;
+/// A 64-bit signed integer.
+pub const ATKD_I64: i32 = 3;
+/// A 32-bit signed integer.
+pub const ATKD_I32: i32 = 4;
+
+/// Logits, or a gradient, [tokens, vocab]: each row contiguous, rows `row_stride` elements apart.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdMatrix {
+    /// The first element, aligned to its size.
+    pub data: *mut c_void,
+    /// Elements from the start of one row to the start of the next, at least vocab.
+    pub row_stride: i64,
+    /// ATKD_F32, ATKD_F16 or ATKD_BF16.
+    pub dtype: i32,
+}
+
+/// One label a token, without gaps.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdLabels {
+    /// Null where there are none: the target must be ATKD_TARGET_TEACHER then.
+    pub data: *const c_void,
+    /// ATKD_I64 or ATKD_I32.
+    pub dtype: i32,
+}
+
+/// A token with the ignore index, in AtkdCall.modes.
+pub const ATKD_IGNORED: u8 = 0;
+/// A token that is not hard.
+pub const ATKD_EASY: u8 = 1;
+/// A token among those of which the teacher is least certain.
+pub const ATKD_HARD: u8 = 2;
+
+/// One batch. Every pointer but `stream` is to host memory, or for a CUDA workspace to its device's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdCall {
+    /// Rows, ignored ones included.
+    pub tokens: i64,
+    /// Logits in a row, at least 1.
+    pub vocab: i64,
+    /// The teacher's logits, which are never written to.
+    pub teacher: AtkdMatrix,
+    /// The student's logits, which are written to only if `gradient` names the same.
+    pub student: AtkdMatrix,
+    /// The labels.
+    pub labels: AtkdLabels,
+    /// Where the gradient goes.
+    pub gradient: AtkdMatrix,
+    /// One number that the gradient is multiplied by; null for 1.
+    pub upstream: *const f32,
+    /// Hard tokens are selected within each of this many sequences, or within the whole batch if it is
+    /// 0.
+    pub sequences: i64,
+    /// [sequences + 1]: sequence i is tokens offsets[i] to offsets[i + 1] - 1.
+    pub sequence_offsets: *const i64,
+    /// One number: the reduced loss. Null if not wanted; so are the others.
+    pub loss: *mut f32,
+    /// [tokens]: 1 - p(target) of the teacher.
+    pub uncertainty: *mut f32,
+    /// [tokens]: the target part.
+    pub tkd: *mut f32,
+    /// [tokens]: the diversity part.
+    pub dkd: *mut f32,
+    /// [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
+    pub modes: *mut u8,
+    /// The CUstream to work on, for a CUDA workspace; the default stream if null.
+    pub stream: *mut c_void,
+}
+
+fn size(name: &'static str, value: i64) -> Result<usize, Failure> {
+    usize::try_from(value).map_err(|_| {
+        Failure::new(
+            crate::ATKD_INVALID_ARGUMENT,
+            format!("{name} is {value}, but must not be negative"),
+        )
+    })
+}
+
+impl AtkdMatrix {
+    fn parse(&self) -> Result<RawLogits, Failure> {
+        let dtype = match self.dtype {
+            ATKD_F32 => Dtype::F32,
+            ATKD_F16 => Dtype::F16,
+            ATKD_BF16 => Dtype::Bf16,
+            other => {
+                let allowed = "ATKD_F32 (0), ATKD_F16 (1) or ATKD_BF16 (2)";
+                return Err(Failure::value("a matrix's dtype", other, allowed));
+            }
+        };
+        let row_stride = size("a row stride", self.row_stride)?;
+        Ok(RawLogits { address: self.data as u64, dtype, row_stride })
+    }
+}
+
+fn address<T>(pointer: *const T) -> Option<u64> {
+    (!pointer.is_null()).then_some(pointer as u64)
+}
+
+impl AtkdCall {
+    pub(crate) fn parse(&self, with_gradient: bool) -> Result<RawCall, Failure> {
+        let labels = match (address(self.labels.data), self.labels.dtype) {
+            (None, _) if self.tokens == 0 => Some(RawLabels::I64(0)),
+            (None, _) => None,
+            (Some(address), ATKD_I64) => Some(RawLabels::I64(address)),
+            (Some(address), ATKD_I32) => Some(RawLabels::I32(address)),
+            (Some(_), other) => {
+                let allowed = "ATKD_I64 (3) or ATKD_I32 (4)";
+                return Err(Failure::value("the labels' dtype", other, allowed));
+            }
+        };
+        let sequences = match size("sequences", self.sequences)? {
+            0 => None,
+            count => {
+                let offsets = address(self.sequence_offsets);
+                Some((offsets.ok_or(Failure::null("sequence_offsets"))?, count))
+            }
+        };
+        Ok(RawCall {
+            tokens: size("tokens", self.tokens)?,
+            vocab: size("vocab", self.vocab)?,
+            teacher: self.teacher.parse()?,
+            student: self.student.parse()?,
+            gradient: if with_gradient { Some(self.gradient.parse()?) } else { None },
+            labels,
+            sequences,
+            margins: None,
+            upstream: address(self.upstream),
+        })
+    }
+
+    pub(crate) fn output(&self) -> RawOutput {
+        RawOutput {
+            loss: address(self.loss),
+            uncertainty: address(self.uncertainty),
+            tkd: address(self.tkd),
+            dkd: address(self.dkd),
+            modes: address(self.modes),
+            faults: None,
+        }
+    }
+}

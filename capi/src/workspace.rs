@@ -1,0 +1,91 @@
+//! Where calls run: on threads, or on a CUDA device.
+
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use atkd::Objective;
+use atkd::cuda::cudarc::driver::CudaStream;
+use atkd::cuda::{self, Kernels, Workspace};
+use atkd::raw::{self, RawCall, RawOutput};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::status::{ATKD_INVALID_ARGUMENT, Failure};
+
+pub(crate) enum Place {
+    /// On the pool that all of the process shares if there is none.
+    Host(Option<ThreadPool>),
+    Cuda(Box<Mutex<Workspace>>),
+}
+
+impl Place {
+    pub(crate) fn host(threads: usize) -> Result<Self, Failure> {
+        if threads == 0 {
+            return Ok(Self::Host(None));
+        }
+        let pool = ThreadPoolBuilder::new().num_threads(threads).build().map_err(|error| {
+            let message = format!("{threads} threads cannot be started: {error}");
+            Failure::new(ATKD_INVALID_ARGUMENT, message)
+        })?;
+        Ok(Self::Host(Some(pool)))
+    }
+
+    pub(crate) fn cuda(device: i32, max_tokens: usize) -> Result<Self, Failure> {
+        let ordinal = usize::try_from(device)
+            .map_err(|_| Failure::value("the device", device, "not negative"))?;
+        let context = cuda::context(ordinal)?;
+        let kernels = Kernels::load(&context)?;
+        let stream = context.default_stream();
+        let mut workspace = Workspace::new(&kernels, &stream, max_tokens)?;
+        // Waits: other streams do not wait for this one, on which the memory was prepared.
+        workspace.read_loss(&stream)?;
+        Ok(Self::Cuda(Box::new(Mutex::new(workspace))))
+    }
+
+    /// # Safety
+    /// As [`raw::run`], or [`Workspace::launch`] and [`Workspace::copy_raw`].
+    pub(crate) unsafe fn run(
+        &self,
+        objective: &Objective,
+        call: &RawCall,
+        output: &RawOutput,
+        stream: *mut c_void,
+    ) -> Result<(), Failure> {
+        match self {
+            // SAFETY: the caller's.
+            Self::Host(None) => unsafe { raw::run(objective, call, output) }?,
+            Self::Host(Some(pool)) => {
+                // SAFETY: the caller's.
+                pool.install(|| unsafe { raw::run(objective, call, output) })?;
+            }
+            Self::Cuda(workspace) => {
+                let mut workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
+                // SAFETY: the caller's.
+                unsafe {
+                    let stream = wrap(&workspace, stream);
+                    workspace.launch(&stream, objective, call)?;
+                    workspace.copy_raw(&stream, output)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// `stream` is one of the workspace's device, or null.
+    pub(crate) unsafe fn synchronize(&self, stream: *mut c_void) -> Result<(), Failure> {
+        if let Self::Cuda(workspace) = self {
+            let mut workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: the caller's.
+            let stream = unsafe { wrap(&workspace, stream) };
+            workspace.read_loss(&stream)?;
+        }
+        Ok(())
+    }
+}
+
+/// # Safety
+/// `stream` is one of the workspace's device, or null, its default stream.
+unsafe fn wrap(workspace: &Workspace, stream: *mut c_void) -> Arc<CudaStream> {
+    // SAFETY: the caller's; the wrapper does not outlive the call.
+    unsafe { workspace.kernels().context().wrap_borrowed_stream(stream.cast()) }
+}

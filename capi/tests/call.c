@@ -1,0 +1,246 @@
+/* Calls every function of atkd.h; tests/c.rs compiles, links and runs it. */
+#undef NDEBUG
+#include <assert.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "atkd.h"
+
+enum { TOKENS = 40, VOCAB = 1000, STRIDE = 1003 };
+
+static float teacher[TOKENS * STRIDE], student[TOKENS * STRIDE], gradient[TOKENS * VOCAB];
+static int64_t labels[TOKENS];
+
+static void check(AtkdStatus status) {
+    if (status != ATKD_OK) {
+        fprintf(stderr, "status %d: %s\n", status, atkd_error_message());
+        exit(1);
+    }
+}
+
+static void expect_error(AtkdStatus actual, AtkdStatus expected, const char *part) {
+    if (actual != expected || strstr(atkd_error_message(), part) == NULL) {
+        fprintf(stderr, "status %d, message \"%s\"; expected %d, and \"%s\" in the message\n", actual,
+                atkd_error_message(), expected, part);
+        exit(1);
+    }
+}
+
+static void fill(void) {
+    uint64_t state = 1;
+    for (int i = 0; i < TOKENS * STRIDE; i++) {
+        float *to[2] = {&teacher[i], &student[i]};
+        for (int k = 0; k < 2; k++) {
+            state = state * 6364136223846793005u + 1442695040888963407u;
+            *to[k] = (float)(state >> 40) / (1 << 22) - 2.0f;
+        }
+    }
+    for (int i = 0; i < TOKENS; i++) {
+        labels[i] = i % 7 == 3 ? -100 : i * 17 % VOCAB;
+    }
+}
+
+static AtkdCall new_call(void) {
+    AtkdCall call = {0};
+    call.tokens = TOKENS;
+    call.vocab = VOCAB;
+    call.teacher = (AtkdMatrix){.data = teacher, .row_stride = STRIDE, .dtype = ATKD_F32};
+    call.student = (AtkdMatrix){.data = student, .row_stride = STRIDE, .dtype = ATKD_F32};
+    call.labels = (AtkdLabels){.data = labels, .dtype = ATKD_I64};
+    return call;
+}
+
+static double log_sum_exp(const float *row) {
+    double sum = 0;
+    for (int j = 0; j < VOCAB; j++) {
+        sum += exp(row[j]);
+    }
+    return log(sum);
+}
+
+/* KL(p || q), and its gradient q - p, from the textbook. */
+static void kl_against_the_textbook(AtkdWorkspace *workspace) {
+    AtkdSettings settings = atkd_default_settings();
+    settings.objective = ATKD_OBJECTIVE_KL;
+    settings.reduction = ATKD_REDUCTION_SUM;
+    AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+
+    float loss, upstream = 0.5f, uncertainty[TOKENS];
+    uint8_t modes[TOKENS];
+    AtkdCall call = new_call();
+    call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+    call.upstream = &upstream;
+    call.loss = &loss;
+    call.uncertainty = uncertainty;
+    call.modes = modes;
+    check(atkd_forward_backward(objective, workspace, &call));
+
+    double expected = 0;
+    int hard_tokens = 0;
+    for (int i = 0; i < TOKENS; i++) {
+        const float *a = &teacher[i * STRIDE], *b = &student[i * STRIDE];
+        double log_p = log_sum_exp(a), log_q = log_sum_exp(b);
+        int valid = labels[i] != -100;
+        for (int j = 0; j < VOCAB; j++) {
+            double p = exp(a[j] - log_p), q = exp(b[j] - log_q);
+            expected += valid ? p * (a[j] - log_p - b[j] + log_q) : 0;
+            assert(fabs(gradient[i * VOCAB + j] - (valid ? upstream * (q - p) : 0)) < 1e-7);
+        }
+        double unc = valid ? 1 - exp(a[labels[i]] - log_p) : 0;
+        assert(fabs(uncertainty[i] - unc) < 1e-6);
+        hard_tokens += modes[i] == ATKD_HARD;
+    }
+    assert(fabs(loss - expected) < 1e-6 * expected);
+    assert(hard_tokens == (34 + 1) / 2);
+
+    float alone;
+    call.gradient.data = NULL;
+    call.loss = &alone;
+    check(atkd_forward(objective, workspace, &call));
+    assert(alone == loss);
+    atkd_objective_destroy(objective);
+}
+
+struct job {
+    const AtkdObjective *objective;
+    AtkdWorkspace *workspace;
+    float loss;
+    float *gradient;
+};
+
+static void *run_job(void *argument) {
+    struct job *job = argument;
+    AtkdCall call = new_call();
+    call.gradient = (AtkdMatrix){.data = job->gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+    call.loss = &job->loss;
+    for (int i = 0; i < 20; i++) {
+        check(atkd_forward_backward(job->objective, job->workspace, &call));
+    }
+    return NULL;
+}
+
+static void threads_share_everything(AtkdWorkspace *workspace) {
+    enum { THREADS = 4 };
+    AtkdSettings settings = atkd_default_settings();
+    AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+    struct job jobs[THREADS];
+    pthread_t threads[THREADS];
+    for (int i = 0; i < THREADS; i++) {
+        jobs[i] = (struct job){objective, workspace, NAN, malloc(sizeof gradient)};
+        assert(pthread_create(&threads[i], NULL, run_job, &jobs[i]) == 0);
+    }
+    for (int i = 0; i < THREADS; i++) {
+        assert(pthread_join(threads[i], NULL) == 0);
+        assert(jobs[i].loss == jobs[0].loss && jobs[i].loss > 0);
+        assert(memcmp(jobs[i].gradient, jobs[0].gradient, sizeof gradient) == 0);
+    }
+    for (int i = 0; i < THREADS; i++) {
+        free(jobs[i].gradient);
+    }
+    atkd_objective_destroy(objective);
+}
+
+static void sequences_and_in_place(AtkdWorkspace *workspace) {
+    AtkdSettings settings = atkd_default_settings();
+    settings.hard_ratio = 0;
+    AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+    int64_t offsets[] = {0, 1, TOKENS};
+    uint8_t modes[TOKENS];
+    AtkdCall call = new_call();
+    call.sequences = 2;
+    call.sequence_offsets = offsets;
+    call.modes = modes;
+    call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+    check(atkd_forward_backward(objective, workspace, &call));
+    atkd_objective_destroy(objective);
+
+    float *copy = malloc(sizeof student);
+    memcpy(copy, student, sizeof student);
+    settings.hard_ratio = 1e-9; /* one token a sequence */
+    check(atkd_objective_create(&settings, &objective));
+    check(atkd_forward_backward(objective, workspace, &call));
+    int hard_tokens = 0;
+    for (int i = 0; i < TOKENS; i++) {
+        hard_tokens += modes[i] == ATKD_HARD;
+    }
+    assert(modes[0] == ATKD_HARD && hard_tokens == 2);
+    call.student.data = copy;
+    call.gradient = call.student;
+    check(atkd_forward_backward(objective, workspace, &call));
+    for (int i = 0; i < TOKENS; i++) {
+        assert(memcmp(&copy[i * STRIDE], &gradient[i * VOCAB], VOCAB * sizeof(float)) == 0);
+        if (i + 1 < TOKENS) {
+            size_t gap = (size_t)i * STRIDE + VOCAB;
+            assert(memcmp(&copy[gap], &student[gap], (STRIDE - VOCAB) * sizeof(float)) == 0);
+        }
+    }
+    free(copy);
+    atkd_objective_destroy(objective);
+}
+
+static void errors(AtkdWorkspace *workspace) {
+    AtkdSettings settings = atkd_default_settings();
+    AtkdObjective *objective;
+    settings.lambda = 7;
+    expect_error(atkd_objective_create(&settings, &objective), ATKD_INVALID_ARGUMENT, "lambda is 7");
+    settings.lambda = 0.2;
+    settings.target = 5;
+    expect_error(atkd_objective_create(&settings, &objective), ATKD_INVALID_ARGUMENT, "target is 5");
+    settings.target = ATKD_TARGET_LABEL;
+    expect_error(atkd_objective_create(&settings, NULL), ATKD_INVALID_ARGUMENT, "objective");
+    check(atkd_objective_create(&settings, &objective));
+
+    AtkdCall call = new_call();
+    expect_error(atkd_forward(NULL, workspace, &call), ATKD_INVALID_ARGUMENT, "objective");
+    expect_error(atkd_forward(objective, NULL, &call), ATKD_INVALID_ARGUMENT, "workspace");
+    expect_error(atkd_forward(objective, workspace, NULL), ATKD_INVALID_ARGUMENT, "call");
+    call.tokens = -3;
+    expect_error(atkd_forward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "tokens is -3");
+    call = new_call();
+    call.teacher.dtype = ATKD_I64;
+    expect_error(atkd_forward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "dtype is 3");
+    call = new_call();
+    call.student.row_stride = VOCAB - 1;
+    expect_error(atkd_forward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "row stride 999");
+    call = new_call();
+    int64_t label = labels[9];
+    labels[9] = VOCAB;
+    expect_error(atkd_forward(objective, workspace, &call), ATKD_INVALID_ARGUMENT,
+                 "label of token 9 is 1000");
+    labels[9] = label;
+    call.gradient = call.teacher;
+    expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "overlaps");
+    expect_error(atkd_forward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "gradient.data");
+    AtkdWorkspace *cuda;
+    expect_error(atkd_workspace_create_cuda(-1, TOKENS, &cuda), ATKD_INVALID_ARGUMENT, "device is -1");
+    /* On any machine: it has no driver, or fewer devices. */
+    assert(atkd_workspace_create_cuda(4096, TOKENS, &cuda) != ATKD_OK);
+    assert(strstr(atkd_error_message(), "driver") != NULL);
+    check(atkd_workspace_synchronize(workspace, NULL));
+    atkd_objective_destroy(objective);
+    atkd_objective_destroy(NULL);
+    atkd_workspace_destroy(NULL);
+}
+
+int main(void) {
+    assert(atkd_abi_version() == ATKD_ABI_VERSION);
+    assert(strlen(atkd_version()) > 0 && strlen(atkd_error_message()) == 0);
+    fill();
+    for (size_t threads = 0; threads < 3; threads++) {
+        AtkdWorkspace *workspace;
+        check(atkd_workspace_create(threads, &workspace));
+        kl_against_the_textbook(workspace);
+        threads_share_everything(workspace);
+        sequences_and_in_place(workspace);
+        errors(workspace);
+        atkd_workspace_destroy(workspace);
+    }
+    puts("all passed");
+    return 0;
+}

@@ -1,0 +1,9 @@
+"""The ATKD knowledge-distillation loss (Zhong et al., ACL 2024) and its gradient, fused.
+
+    loss = atkd.atkd_loss(student_logits, teacher_logits, labels)
+    loss.backward()
+"""
+
+from ._loss import ATKDLoss, Stats, atkd_loss
+
+__all__ = ["ATKDLoss", "Stats", "atkd_loss"]

@@ -1,0 +1,47 @@
+from typing import Optional, Tuple, final
+
+from typing_extensions import Self
+
+__all__ = ["Objective", "run_on_device", "run_on_host", "workspace_bytes"]
+
+@final
+class Objective:
+    def __new__(
+        cls,
+        objective: str,
+        lam: float,
+        hard_ratio: float,
+        temperature: float,
+        temperature_squared: bool,
+        target: str,
+        reduction: str,
+        ignore_index: int,
+        ce_weight: float,
+        kd_weight: float,
+    ) -> Self: ...
+
+def workspace_bytes(tokens: int) -> int: ...
+def run_on_host(
+    threads: int,
+    objective: Objective,
+    shape: Tuple[int, int],
+    student: Tuple[int, str, int],
+    teacher: Tuple[int, str, int],
+    labels: Optional[Tuple[int, str]],
+    sequences: Optional[Tuple[int, int]],
+    scale: Optional[int],
+    gradient: Optional[Tuple[int, str, int]],
+    outputs: Tuple[int, int, int],
+) -> None: ...
+def run_on_device(
+    place: Tuple[int, int, int, int],
+    objective: Objective,
+    shape: Tuple[int, int],
+    student: Tuple[int, str, int],
+    teacher: Tuple[int, str, int],
+    labels: Optional[Tuple[int, str]],
+    sequences: Optional[Tuple[int, int]],
+    scale: Optional[int],
+    gradient: Optional[Tuple[int, str, int]],
+    outputs: Tuple[int, int, int],
+) -> None: ...

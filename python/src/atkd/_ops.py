@@ -1,0 +1,299 @@
+"""The loss as an operator, `torch.ops.atkd.loss`, and as an autograd function."""
+
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import _atkd
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_LABEL_DTYPES = {torch.int64: "int64", torch.int32: "int32"}
+
+
+class Settings(NamedTuple):
+    """What the operator takes after the tensors; the order is its and `_atkd.Objective`'s."""
+
+    objective: str
+    lam: float
+    hard_ratio: float
+    temperature: float
+    temperature_squared: bool
+    target: str
+    reduction: str
+    ignore_index: int
+    ce_weight: float
+    kd_weight: float
+
+
+# The same, as the operator's schema says it.
+_SETTINGS = ", ".join(f"{kind.__name__} {name}" for name, kind in Settings.__annotations__.items())
+
+
+def check(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    per_sequence: bool,
+    settings: Settings,
+) -> None:
+    """Raises unless the tensors fit together. The settings themselves are checked natively."""
+    shape = list(student.shape)
+    for name, logits in [("student_logits", student), ("teacher_logits", teacher)]:
+        if logits.dtype not in _DTYPES:
+            raise TypeError(f"{name} are {logits.dtype}, but must be float32, float16 or bfloat16")
+        if logits.dim() < 2 or logits.shape[-1] == 0:
+            raise ValueError(f"{name} are {list(logits.shape)}, but must be [N, V] or [B, T, V]")
+    if list(teacher.shape) != shape:
+        raise ValueError(
+            f"student_logits are {shape}, but teacher_logits are {list(teacher.shape)}"
+        )
+    if teacher.device != student.device:
+        raise ValueError(
+            f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
+        )
+    if scale is not None:
+        # The operator's alone: the function makes its own.
+        if scale.dtype != torch.float32:
+            raise TypeError(f"scale is {scale.dtype}, but must be float32")
+        if scale.dim() != 0 or scale.device != student.device:
+            raise ValueError(
+                f"scale is {list(scale.shape)} on {scale.device}, "
+                f"but must be a scalar on {student.device}"
+            )
+    if per_sequence and student.dim() != 3:
+        raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {shape}')
+    if labels is None:
+        if settings.target == "label":
+            raise ValueError(
+                'labels are None, but target="label" needs one a token; '
+                'give labels, or target="teacher"'
+            )
+        return
+    if labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"labels are {labels.dtype}, but must be int64 or int32")
+    if list(labels.shape) != shape[:-1]:
+        raise ValueError(
+            f"labels are {list(labels.shape)}, but for logits {shape} must be {shape[:-1]}"
+        )
+    if labels.device != student.device:
+        raise ValueError(f"student_logits are on {student.device}, but labels on {labels.device}")
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """`[tokens, vocab]` with contiguous rows that do not overlap: a view where there is one."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    tokens, vocab = rows.shape
+    contiguous = vocab == 1 or rows.stride(1) == 1
+    apart = tokens <= 1 or rows.stride(0) >= vocab
+    return rows if contiguous and apart else rows.contiguous()
+
+
+def _matrix(rows: Tensor) -> Tuple[int, str, int]:
+    stride = rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+    return rows.data_ptr(), _DTYPES[rows.dtype], stride
+
+
+def _outputs(student: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """The loss; uncertainty, TKD, DKD; which tokens are hard."""
+    tokens = student.shape[:-1]
+    return (
+        student.new_empty((), dtype=torch.float32),
+        student.new_empty((3, *tokens), dtype=torch.float32),
+        student.new_empty(tokens, dtype=torch.bool),
+    )
+
+
+def _empty_gradient(student: Tensor, with_gradient: bool) -> Tensor:
+    # Gradients of a mean over many tokens are below what float16 holds, and a scaled loss could not
+    # bring them back.
+    dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
+    return student.new_empty(student.shape if with_gradient else (0,), dtype=dtype)
+
+
+def _run(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    gradient: Optional[Tensor],
+    per_sequence: bool,
+    settings: Tuple[Any, ...],
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """`student` and `gradient` are rows, `[tokens, vocab]`."""
+    device, tokens = student.device, student.shape[0]
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"student_logits are on {device}, but must be on the CPU or a CUDA device")
+    loss, terms, hard = _outputs(teacher)
+    teacher_rows = _rows(teacher)
+    flat_labels = None if labels is None else labels.contiguous()
+    offsets = None
+    if per_sequence:
+        batch, length = teacher.shape[:2]
+        offsets = torch.arange(batch + 1, dtype=torch.int64, device=device) * length
+    arguments = (
+        _atkd.Objective(*settings),
+        (tokens, student.shape[1]),
+        _matrix(student),
+        _matrix(teacher_rows),
+        None
+        if flat_labels is None
+        else (flat_labels.data_ptr(), _LABEL_DTYPES[flat_labels.dtype]),
+        None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1),
+        None if scale is None else scale.data_ptr(),
+        None if gradient is None else _matrix(gradient),
+        (loss.data_ptr(), terms.data_ptr(), hard.data_ptr()),
+    )
+    if device.type == "cpu":
+        _atkd.run_on_host(torch.get_num_threads(), *arguments)
+    elif tokens == 0:
+        loss.zero_()
+    else:
+        # torch's own memory: its allocator knows which stream, or captured graph, still uses it.
+        size = _atkd.workspace_bytes(tokens)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        faults = torch.empty(2, dtype=torch.int64, device=device)
+        with torch.cuda.device(device):
+            place = (
+                torch.cuda.current_device(),
+                torch.cuda.current_stream().cuda_stream,
+                workspace.data_ptr(),
+                faults.data_ptr(),
+            )
+            _atkd.run_on_device(place, *arguments)
+        # A label out of range: to raise would be to wait for the device.
+        loss.masked_fill_((faults != -1).any(), float("nan"))
+        # It holds 0 for an ignored token, 1 for an easy one, 2 for a hard one.
+        hard = hard.view(torch.uint8) == 2
+    if scale is not None:
+        loss.mul_(scale)
+    return loss, terms, hard
+
+
+@torch.library.custom_op(
+    "atkd::loss",
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, Tensor? labels, Tensor? scale, bool with_gradient, "
+    f"bool per_sequence, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    with_gradient: bool,
+    per_sequence: bool,
+    *settings: Any,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss; the gradient (float32 for float16 logits; empty unless `with_gradient`);
+    uncertainty, TKD, DKD as `[3, *tokens]`; which tokens are hard. Loss and gradient are multiplied by
+    `scale`, a float32 scalar on the logits' device.
+    """
+    check(student, teacher, labels, scale, per_sequence, Settings(*settings))
+    gradient = _empty_gradient(student, with_gradient)
+    to = _rows(gradient) if with_gradient else None
+    value, stats, hard = _run(_rows(student), teacher, labels, scale, to, per_sequence, settings)
+    return value, gradient, stats, hard
+
+
+@loss.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    with_gradient: bool,
+    per_sequence: bool,
+    *settings: Any,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    check(student, teacher, labels, scale, per_sequence, Settings(*settings))
+    value, stats, hard = _outputs(student)
+    return value, _empty_gradient(student, with_gradient), stats, hard
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running may run again (`retain_graph=True`)."""
+    # Not in every version of torch; where it is missing a copy is made.
+    known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return known is None or bool(known())
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient * upstream`, over the gradient's own memory if nobody needs it again."""
+    # Of another type while torch.compile traces.
+    if type(upstream) is not Tensor or _graph_is_kept():
+        return (gradient * upstream).to(dtype)
+    # Looking at the number costs nothing on the CPU; on a GPU it would stop the queue.
+    if upstream.device.type != "cpu" or upstream.item() != 1.0:
+        gradient.mul_(upstream)
+    return gradient.to(dtype)
+
+
+def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
+    _, gradient, stats, hard = output
+    ctx.mark_non_differentiable(gradient, stats, hard)
+    # Else backward gets zeros as large as the gradient, for the outputs that have none.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient)
+    ctx.with_gradient = inputs[4]
+    ctx.dtype = inputs[0].dtype
+    ctx.others = len(inputs) - 1
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
+    if not ctx.with_gradient:
+        raise RuntimeError("atkd::loss was called with with_gradient=False, and has no gradient")
+    (gradient,) = ctx.saved_tensors
+    return (_scaled(gradient, upstream, ctx.dtype), *[None] * ctx.others)
+
+
+loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+class Loss(torch.autograd.Function):
+    """`loss` without an operator's overhead, and with the gradient in place if asked: the version counter
+    of the student then tells autograd that its logits are gone, and backward raises if another operation
+    needs them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Optional[Tensor],
+        scale: Optional[Tensor],
+        inplace: bool,
+        per_sequence: bool,
+        settings: Settings,
+    ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
+        check(student, teacher, labels, scale, per_sequence, settings)
+        gradient = student.detach() if inplace else _empty_gradient(student, True)
+        rows = _rows(student)
+        to = rows if inplace else gradient.view(rows.shape)
+        value, stats, hard = _run(rows, teacher, labels, scale, to, per_sequence, settings)
+        if inplace:
+            if rows.data_ptr() != student.data_ptr():
+                gradient = rows.view(student.shape)
+            else:
+                torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = student.dtype
+        # In a tuple, where autograd leaves them alone.
+        return value, (stats, hard)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
+        (gradient,) = ctx.saved_tensors
+        return (_scaled(gradient, upstream, ctx.dtype), *[None] * 6)
+
+
+def runs_directly(student: Tensor) -> bool:
+    """Whether no compiler, tracer or tensor subclass wants to see an operator."""
+    return (
+        type(student) in (Tensor, torch.nn.Parameter)
+        and student.device.type in ("cpu", "cuda")
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

@@ -1,0 +1,46 @@
+//! The loss on CUDA devices, with all memory torch's.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use atkd::cuda::{self, Kernels};
+use atkd::raw::{RawCall, RawOutput};
+use atkd::{Objective, Result};
+use pyo3::prelude::*;
+
+/// The kernels, by the device's ordinal, in its primary context, which is torch's too.
+static KERNELS: Mutex<BTreeMap<usize, Arc<Kernels>>> = Mutex::new(BTreeMap::new());
+
+fn kernels(ordinal: usize) -> Result<Arc<Kernels>> {
+    let mut kernels = KERNELS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(kernels) = kernels.get(&ordinal) {
+        return Ok(kernels.clone());
+    }
+    let loaded = Kernels::load(&cuda::context(ordinal)?)?;
+    kernels.insert(ordinal, loaded.clone());
+    Ok(loaded)
+}
+
+/// Bytes of device memory that a call of so many tokens, in up to as many sequences, works in.
+#[pyfunction]
+pub fn workspace_bytes(tokens: usize) -> usize {
+    Kernels::workspace_bytes(tokens)
+}
+
+/// # Safety
+/// As [`Kernels::launch_raw`], for the CUstream at `stream`.
+pub unsafe fn run(
+    ordinal: usize,
+    stream: usize,
+    workspace: u64,
+    objective: &Objective,
+    call: &RawCall,
+    output: &RawOutput,
+) -> Result<()> {
+    let kernels = kernels(ordinal)?;
+    // SAFETY: the caller's; the wrapper does not outlive the call.
+    unsafe {
+        let stream = kernels.context().wrap_borrowed_stream(stream as *mut _);
+        kernels.launch_raw(&stream, objective, call, workspace, output)
+    }
+}

@@ -1,0 +1,209 @@
+//! The native half of the Python package: settings, and the loss on the addresses that torch gives.
+
+mod device;
+mod pages;
+mod threads;
+
+use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput};
+use atkd::{Dtype, Reduction, Target};
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+fn exception(error: atkd::Error) -> PyErr {
+    match error {
+        atkd::Error::Driver { .. } => PyRuntimeError::new_err(error.to_string()),
+        _ => PyValueError::new_err(error.to_string()),
+    }
+}
+
+fn unknown<T>(name: &str, value: &str, allowed: &str) -> PyResult<T> {
+    Err(PyValueError::new_err(format!("{name} is {value:?}, but must be {allowed}")))
+}
+
+/// What is computed, checked.
+#[pyclass(frozen, module = "atkd._atkd")]
+struct Objective(atkd::Objective);
+
+#[pymethods]
+impl Objective {
+    #[new]
+    #[expect(clippy::too_many_arguments, reason = "they are Python's keywords")]
+    fn new(
+        objective: &str,
+        lam: f64,
+        hard_ratio: f64,
+        temperature: f64,
+        temperature_squared: bool,
+        target: &str,
+        reduction: &str,
+        ignore_index: i64,
+        ce_weight: f64,
+        kd_weight: f64,
+    ) -> PyResult<Self> {
+        let objective = match objective {
+            "atkd" => atkd::Objective::atkd(lam).map_err(exception)?,
+            "kl" => atkd::Objective::kl(),
+            "tkd" => atkd::Objective::tkd(),
+            "dkd" => atkd::Objective::dkd(),
+            other => return unknown("objective", other, r#""atkd", "kl", "tkd" or "dkd""#),
+        };
+        let target = match target {
+            "label" => Target::Label,
+            "teacher" => Target::Teacher,
+            other => return unknown("target", other, r#""label" or "teacher""#),
+        };
+        let reduction = match reduction {
+            "mean" => Reduction::Mean,
+            "sum" => Reduction::Sum,
+            other => return unknown("reduction", other, r#""mean" or "sum""#),
+        };
+        objective
+            .with_target(target)
+            .with_ignore_index(ignore_index)
+            .with_temperature_squared(temperature_squared)
+            .with_hard_ratio(hard_ratio)
+            .and_then(|objective| objective.with_temperature(temperature))
+            .and_then(|objective| objective.with_reduction(reduction))
+            .and_then(|objective| objective.with_ce_weight(ce_weight))
+            .and_then(|objective| objective.with_kd_weight(kd_weight))
+            .map(Self)
+            .map_err(exception)
+    }
+}
+
+/// Address, dtype, row stride.
+type Matrix = (u64, String, usize);
+
+fn logits((address, dtype, row_stride): Matrix) -> PyResult<RawLogits> {
+    let dtype = match dtype.as_str() {
+        "float32" => Dtype::F32,
+        "float16" => Dtype::F16,
+        "bfloat16" => Dtype::Bf16,
+        other => {
+            let message = format!("logits are {other}, but must be float32, float16 or bfloat16");
+            return Err(PyTypeError::new_err(message));
+        }
+    };
+    Ok(RawLogits { address, dtype, row_stride })
+}
+
+/// The call, and the addresses of its results: the loss, float32; the terms, float32 `[3, tokens]`; a byte
+/// a token, `modes` of [`RawOutput`]. `sequences` is the address of int64 offsets, and how many sequences
+/// they make.
+#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
+fn call(
+    (tokens, vocab): (usize, usize),
+    student: Matrix,
+    teacher: Matrix,
+    labels: Option<(u64, String)>,
+    sequences: Option<(u64, usize)>,
+    scale: Option<u64>,
+    gradient: Option<Matrix>,
+    (loss, terms, modes): (u64, u64, u64),
+) -> PyResult<(RawCall, RawOutput)> {
+    let labels = match labels.as_ref().map(|(address, dtype)| (*address, dtype.as_str())) {
+        None => None,
+        Some((address, "int64")) => Some(RawLabels::I64(address)),
+        Some((address, "int32")) => Some(RawLabels::I32(address)),
+        Some((_, other)) => {
+            let message = format!("labels are {other}, but must be int64 or int32");
+            return Err(PyTypeError::new_err(message));
+        }
+    };
+    let call = RawCall {
+        tokens,
+        vocab,
+        teacher: logits(teacher)?,
+        student: logits(student)?,
+        gradient: gradient.map(logits).transpose()?,
+        labels,
+        sequences,
+        margins: None,
+        upstream: scale,
+    };
+    let column = |index: usize| Some(terms + (index * tokens * size_of::<f32>()) as u64);
+    let output = RawOutput {
+        loss: Some(loss),
+        uncertainty: column(0),
+        tkd: column(1),
+        dkd: column(2),
+        modes: Some(modes),
+        faults: None,
+    };
+    Ok((call, output))
+}
+
+/// The loss on host memory, by so many threads. The bytes that it leaves are bools: which tokens are hard.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
+fn run_on_host(
+    py: Python,
+    threads: usize,
+    objective: &Objective,
+    shape: (usize, usize),
+    student: Matrix,
+    teacher: Matrix,
+    labels: Option<(u64, String)>,
+    sequences: Option<(u64, usize)>,
+    scale: Option<u64>,
+    gradient: Option<Matrix>,
+    outputs: (u64, u64, u64),
+) -> PyResult<()> {
+    let (call, output) =
+        call(shape, student, teacher, labels, sequences, scale, gradient, outputs)?;
+    if let Some(gradient) = call.gradient.filter(|&gradient| gradient != call.student) {
+        pages::advise_huge(
+            gradient.address,
+            call.tokens * gradient.row_stride * gradient.dtype.size(),
+        );
+    }
+    py.detach(|| {
+        // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these
+        // shapes that it holds, and nobody else writes to them meanwhile.
+        threads::pool(threads)?
+            .install(|| unsafe { raw::run(&objective.0, &call, &output) })
+            .map_err(exception)?;
+        if call.tokens > 0 {
+            let (_, _, modes) = outputs;
+            // SAFETY: as above; every byte was just written.
+            let modes = unsafe { std::slice::from_raw_parts_mut(modes as *mut u8, call.tokens) };
+            modes.iter_mut().for_each(|mode| *mode = u8::from(*mode == raw::HARD));
+        }
+        Ok(())
+    })
+}
+
+/// The loss on a device: enqueued, not waited for. `place` is the device's ordinal, and the addresses of
+/// the stream, of `workspace_bytes` to work in, and of two int64, `faults` of [`RawOutput`].
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
+fn run_on_device(
+    py: Python,
+    place: (usize, usize, u64, u64),
+    objective: &Objective,
+    shape: (usize, usize),
+    student: Matrix,
+    teacher: Matrix,
+    labels: Option<(u64, String)>,
+    sequences: Option<(u64, usize)>,
+    scale: Option<u64>,
+    gradient: Option<Matrix>,
+    outputs: (u64, u64, u64),
+) -> PyResult<()> {
+    let (ordinal, stream, workspace, faults) = place;
+    let (call, mut output) =
+        call(shape, student, teacher, labels, sequences, scale, gradient, outputs)?;
+    output.faults = Some(faults);
+    // SAFETY: as for the host; and the memory is of torch's allocator, which hands it out again only in the
+    // order of the stream.
+    py.detach(|| unsafe { device::run(ordinal, stream, workspace, &objective.0, &call, &output) })
+        .map_err(exception)
+}
+
+#[pymodule]
+mod _atkd {
+    #[pymodule_export]
+    use super::device::workspace_bytes;
+    #[pymodule_export]
+    use super::{Objective, run_on_device, run_on_host};
+}

@@ -1,0 +1,88 @@
+"""The paper's definitions in float64, for torch.autograd to differentiate.
+
+Nothing here knows the fused form: softmax, split at the target, renormalise, two KL divergences.
+"""
+
+import math
+
+import torch
+
+
+def split(logits, target):
+    """log p_g, log(1 - p_g), and the log of the renormalised others, of logits `[N, V]`."""
+    at_target = torch.nn.functional.one_hot(target, logits.shape[-1]).bool()
+    log_p = torch.log_softmax(logits, -1)
+    others = log_p[~at_target].view(len(log_p), -1)
+    # 1 - p_g as the sum of the others: near p_g = 1 the difference has no digits.
+    log_rest = others.logsumexp(-1)
+    return log_p[at_target], log_rest, others - log_rest[:, None]
+
+
+def select(margin, hard_ratio):
+    """The `ceil(k * N)` of largest margin, equal ones by lower index."""
+    hard = torch.zeros_like(margin, dtype=torch.bool)
+    order = margin.argsort(descending=True, stable=True)
+    hard[order[: math.ceil(hard_ratio * len(margin))]] = True
+    return hard
+
+
+def atkd_loss(
+    student,
+    teacher,
+    labels=None,
+    lam=0.2,
+    hard_ratio=0.5,
+    temperature=1.0,
+    temperature_squared=False,
+    objective="atkd",
+    target="label",
+    selection="batch",
+    reduction="mean",
+    ignore_index=-100,
+    ce_weight=0.0,
+    kd_weight=1.0,
+    num_items_in_batch=None,
+    shift_labels=False,
+):
+    """The loss, and `(uncertainty, tkd, dkd, hard)` shaped as the labels."""
+    if shift_labels:
+        student, teacher, labels = student[..., :-1, :], teacher[..., :-1, :], labels[..., 1:]
+    assert student.dtype == teacher.dtype == torch.float64
+    shape = student.shape[:-1]
+    if labels is None:
+        labels = torch.zeros(shape, dtype=torch.int64)
+    valid = labels != ignore_index
+    sequence = torch.zeros(shape, dtype=torch.int64)
+    if selection == "sequence":
+        sequence += torch.arange(shape[0])[:, None]
+    student, teacher, labels, sequence = student[valid], teacher[valid], labels[valid], sequence[valid]
+    g = teacher.argmax(-1) if target == "teacher" else labels.long()
+
+    p, p_rest, p_hat = split(teacher / temperature, g)
+    q, q_rest, q_hat = split(student / temperature, g)
+    uncertainty = p_rest.exp()
+    tkd = p.exp() * (p - q) + p_rest.exp() * (p_rest - q_rest)
+    dkd = (p_hat.exp() * (p_hat - q_hat)).sum(-1)
+    ce = -split(student, g)[0]
+
+    hard = torch.zeros_like(g, dtype=torch.bool)
+    for i in sequence.unique():
+        hard[sequence == i] = select((p_rest - p)[sequence == i], hard_ratio)
+    kd = {
+        "atkd": torch.where(hard, (1 - lam) * (tkd + dkd), lam * dkd),
+        "kl": tkd + uncertainty * dkd,
+        "tkd": tkd,
+        "dkd": dkd,
+    }[objective]
+    if temperature_squared:
+        kd = kd * temperature**2
+    loss = (kd_weight * kd + ce_weight * ce).sum()
+    if num_items_in_batch is not None:
+        loss = loss / num_items_in_batch
+    elif reduction == "mean":
+        loss = loss / max(len(g), 1)
+
+    def put_back(values):
+        return torch.zeros(shape, dtype=values.dtype).masked_scatter(valid, values.detach())
+
+    return loss, [put_back(values) for values in (uncertainty, tkd, dkd, hard)]

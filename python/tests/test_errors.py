@@ -1,0 +1,87 @@
+"""Every error is a ValueError or TypeError that carries the numbers."""
+
+import pytest
+import torch
+from support import SETTINGS, batch
+
+import atkd
+
+STUDENT, TEACHER, LABELS = batch(6, 50, ignored=False)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"lam": 7.0}, "lambda is 7, but must be in \\[0, 1\\]"),
+        ({"hard_ratio": -0.5}, "hard ratio is -0.5"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"ce_weight": -1.0}, "cross-entropy weight is -1"),
+        ({"kd_weight": float("nan")}, "distillation weight is NaN"),
+        ({"objective": "jsd"}, 'objective is "jsd"'),
+        ({"target": "student"}, 'target is "student"'),
+        ({"reduction": "none"}, 'reduction is "none"'),
+        ({"selection": "token"}, 'selection is "token"'),
+    ],
+    ids=str,
+)
+def test_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        atkd.atkd_loss(STUDENT, TEACHER, LABELS, **settings)
+    with pytest.raises(ValueError, match=message):
+        atkd.ATKDLoss(**settings)
+
+
+@pytest.mark.parametrize(
+    "student, teacher, labels, settings, message",
+    [
+        (STUDENT, TEACHER[:5], LABELS, {}, r"\[6, 50\], but teacher_logits are \[5, 50\]"),
+        (STUDENT, TEACHER, LABELS[:5], {}, r"labels are \[5\].* must be \[6\]"),
+        (STUDENT[0], TEACHER[0], LABELS[0], {}, r"\[50\], but must be \[N, V\]"),
+        (STUDENT[:, :0], TEACHER[:, :0], LABELS, {}, r"\[6, 0\]"),
+        (STUDENT, TEACHER, None, {}, "labels are None"),
+        (STUDENT, TEACHER, LABELS, {"selection": "sequence"}, r"\[B, T, V\], but they are \[6, 50\]"),
+        (STUDENT, TEACHER.to("meta"), LABELS, {}, "on cpu, but teacher_logits on meta"),
+        (STUDENT, TEACHER, LABELS.to("meta"), {}, "on cpu, but labels on meta"),
+        (STUDENT, TEACHER, LABELS + 50, {}, "label of token 0 is .*vocabulary size 50"),
+        (STUDENT, TEACHER, LABELS - 99, {}, "ignore_index -100"),
+        (STUDENT, TEACHER, LABELS, {"num_items_in_batch": -3}, "num_items_in_batch is -3"),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_values(student, teacher, labels, settings, message, inplace):
+    student = student.clone().requires_grad_()
+    with pytest.raises(ValueError, match=message):
+        atkd.atkd_loss(student, teacher, labels, inplace=inplace, **settings)
+
+
+@pytest.mark.parametrize(
+    "student, teacher, labels, message",
+    [
+        (STUDENT.double(), TEACHER, LABELS, "student_logits are torch.float64"),
+        (STUDENT, TEACHER.int(), LABELS, "teacher_logits are torch.int32"),
+        (STUDENT, TEACHER, LABELS.float(), "labels are torch.float32"),
+        (STUDENT.numpy(), TEACHER, LABELS, "student_logits are a ndarray"),
+        (STUDENT, TEACHER, LABELS.tolist(), "labels are a list"),
+    ],
+)
+def test_types(student, teacher, labels, message):
+    with pytest.raises(TypeError, match=message):
+        atkd.atkd_loss(student, teacher, labels)
+
+
+def test_a_failed_call_leaves_the_logits_alone():
+    student = STUDENT.clone().requires_grad_()
+    labels = LABELS.clone()
+    labels[5] = 50
+    with pytest.raises(ValueError, match="token 5 is 50"):
+        atkd.atkd_loss(student, TEACHER, labels, inplace=True)
+    assert torch.equal(student.detach(), STUDENT)
+
+
+def test_scale():
+    for scale, error, message in [
+        (torch.tensor(1.0, dtype=torch.float64), TypeError, "scale is torch.float64"),
+        (torch.ones(2), ValueError, r"scale is \[2\]"),
+    ]:
+        with pytest.raises(error, match=message):
+            torch.ops.atkd.loss(STUDENT, TEACHER, LABELS, scale, False, False, *SETTINGS)

@@ -1,0 +1,173 @@
+"""Loss, gradient and terms of every token against float64 autograd of the paper's definitions."""
+
+import pytest
+import torch
+from support import assert_equal_to_definitions, assert_gradient, batch, exactly, weight
+
+import atkd
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("teacher_dtype", DTYPES)
+def test_every_dtype(dtype, teacher_dtype):
+    assert_equal_to_definitions(*batch(37, 1001, dtype=dtype, teacher_dtype=teacher_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [2, 3, 50257, 128256])
+def test_every_vocabulary(dtype, vocab):
+    assert_equal_to_definitions(*batch(5, vocab, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "kl"},
+        {"objective": "tkd"},
+        {"objective": "dkd"},
+        {"lam": 0.7},
+        {"hard_ratio": 0.0},
+        {"hard_ratio": 0.3},
+        {"hard_ratio": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 4.0, "temperature_squared": True},
+        {"target": "teacher"},
+        {"reduction": "sum"},
+        {"num_items_in_batch": 100},
+        {"ce_weight": 0.5},
+        {"ce_weight": 0.5, "kd_weight": 0.25, "temperature": 2.0},
+        {"kd_weight": 3.0},
+        {"ignore_index": 7},
+    ],
+    ids=str,
+)
+def test_every_setting(settings):
+    student, teacher, labels = batch(24, 500)
+    labels[labels == -100] = settings.get("ignore_index", -100)
+    assert_equal_to_definitions(student, teacher, labels, **settings)
+
+
+def test_sequences():
+    student, teacher, labels = batch(4, 6, 300)
+    whole = assert_equal_to_definitions(student, teacher, labels)
+    each = assert_equal_to_definitions(student, teacher, labels, selection="sequence")
+    assert not torch.equal(whole, each)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 200), (9, 200)])
+def test_shift_labels(shape):
+    student, teacher, labels = batch(*shape)
+    gradient = assert_equal_to_definitions(student, teacher, labels, shift_labels=True)
+    assert not gradient[..., -1, :].any()
+
+
+def test_labels_may_be_int32():
+    student, teacher, labels = batch(9, 100)
+    assert_equal_to_definitions(student, teacher, labels.int())
+
+
+def test_no_labels():
+    student, teacher, _ = batch(9, 100)
+    assert_equal_to_definitions(student, teacher, None, target="teacher")
+
+
+def test_large_logits():
+    student, teacher, labels = batch(16, 1000, spread=12.0)
+    assert_equal_to_definitions(student, teacher, labels)
+    # A confident teacher, and one that is sure of something else.
+    rows = torch.arange(16)
+    labels[labels == -100] = 5
+    teacher[rows, labels] = torch.where(rows % 2 == 0, 60.0, -60.0)
+    assert_equal_to_definitions(student, teacher, labels)
+
+
+def rows_of_a_wider_tensor(logits):
+    wide = torch.full((*logits.shape[:-1], logits.shape[-1] + 3), float("nan"), dtype=logits.dtype)
+    wide[..., : logits.shape[-1]] = logits
+    return wide[..., : logits.shape[-1]]
+
+
+def every_second_row(logits):
+    return logits.repeat_interleave(2, dim=-2)[..., ::2, :]
+
+
+def time_first(logits):
+    return logits.transpose(0, -2).contiguous().transpose(0, -2)
+
+
+def vocabulary_first(logits):
+    return logits.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("shape", [(8, 101), (2, 4, 101)])
+@pytest.mark.parametrize(
+    "view", [rows_of_a_wider_tensor, every_second_row, time_first, vocabulary_first]
+)
+def test_strides(view, shape, inplace):
+    student, teacher, labels = batch(*shape)
+    exact_loss, exact_gradient, _ = exactly(student, teacher, labels)
+    student.requires_grad_()
+    loss = atkd.atkd_loss(view(student), view(teacher), labels, inplace=inplace)
+    loss.backward()
+    assert abs(loss.item() - exact_loss) < 1e-6
+    assert_gradient(student.grad, exact_gradient, weight(student, labels))
+
+
+def test_expanded_teacher():
+    student, teacher, labels = batch(8, 101)
+    assert_equal_to_definitions(student, teacher[:1].expand(8, 101), labels)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_evenly_spaced_rows_are_not_copied(copies):
+    from atkd._ops import _rows
+
+    wide = torch.zeros(4, 6, 110)
+    views = [wide[..., :100], wide[:, 1], wide[1:2, ::2], wide]
+    copied = [wide[:, :3], wide.transpose(0, 1), wide[:1, :1].expand(4, 6, 110), wide[..., ::2]]
+    for logits in copied if copies else views:
+        assert (_rows(logits).data_ptr() != logits.data_ptr()) == copies
+
+
+@pytest.mark.parametrize("settings", [{}, {"reduction": "sum"}, {"num_items_in_batch": 12}], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("shape", [(0, 50), (2, 0, 50), (3, 50)])
+def test_no_valid_token_gives_exactly_zero(shape, settings, inplace):
+    student, teacher, labels = batch(*shape)
+    labels.fill_(-100)
+    leaf = student.clone().requires_grad_()
+    loss, stats = atkd.atkd_loss(
+        leaf * 1, teacher, labels, inplace=inplace, return_stats=True, **settings
+    )
+    loss.backward()
+    assert loss.item() == 0 and not leaf.grad.any() and leaf.grad.shape == shape
+    assert all(column.shape == labels.shape and not column.any() for column in stats)
+
+
+def test_non_finite_logits_stay_in_their_row():
+    student, teacher, labels = batch(6, 50, ignored=False)
+    student[1, 3] = float("nan")
+    # A vocabulary padded in both models.
+    student[:, 40:] = teacher[:, 40:] = float("-inf")
+    labels %= 40
+    leaf = student.clone().requires_grad_()
+    loss, stats = atkd.atkd_loss(leaf, teacher, labels, return_stats=True)
+    loss.backward()
+    assert loss.isnan() and stats.tkd.isnan().tolist() == [False, True, False, False, False, False]
+    finite = torch.tensor([0, 2, 3, 4, 5])
+    assert leaf.grad[finite].isfinite().all() and not leaf.grad[finite, 40:].any()
+
+
+def test_the_usual_code_is_off_where_the_package_is_not():
+    """Why this package: float32 softmax, 1e-8 in every logarithm."""
+    student, teacher, labels = batch(64, 32000, ignored=False)
+    exact = exactly(student, teacher, labels, objective="dkd")[0]
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    others = torch.ones_like(p).scatter_(1, labels[:, None], 0.0)
+    p, q = p * others / (p * others).sum(-1, True), q * others / (q * others).sum(-1, True)
+    usual = (p * ((p + 1e-8).log() - (q + 1e-8).log())).sum(-1).mean().item()
+    ours = atkd.atkd_loss(student, teacher, labels, objective="dkd").item()
+    assert abs(usual / exact - 1) > 1e-4 and abs(ours / exact - 1) < 1e-6

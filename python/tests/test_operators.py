@@ -1,0 +1,88 @@
+"""The operator as torch.library and torch.compile see them."""
+
+import pytest
+import torch
+from support import SETTINGS, batch
+
+import atkd
+
+CASES = {
+    "float32": batch(6, 40),
+    "float16": batch(6, 40, dtype=torch.float16),
+    "bfloat16": batch(2, 3, 40, dtype=torch.bfloat16),
+    "rows apart": tuple(t[:, ::2] if t.dim() == 2 else t for t in batch(6, 80)),
+    "empty": batch(0, 40),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scale", [None, 0.25])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_opcheck(case, scale, with_gradient):
+    student, teacher, labels = CASES[case]
+    scale = None if scale is None else torch.tensor(scale)
+    student = student.clone().requires_grad_(with_gradient)
+    arguments = (student, teacher, labels % 40, scale, with_gradient, False, *SETTINGS)
+    torch.library.opcheck(torch.ops.atkd.loss.default, arguments)
+
+
+def step(function, student, teacher, labels, **arguments):
+    leaf = student.clone().requires_grad_()
+    loss = function(leaf * 1, teacher, labels, **arguments)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compile_gives_the_same_bits(backend, inplace):
+    torch._dynamo.reset()
+    student, teacher, labels = batch(2, 8, 100)
+    module = atkd.ATKDLoss(shift_labels=True, inplace=inplace)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for actual, expected in zip(
+        step(compiled, student, teacher, labels), step(module, student, teacher, labels)
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_compile_around_a_model():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    head, inputs = torch.nn.Linear(16, 100), torch.randn(12, 16)
+    _, teacher, labels = batch(12, 100)
+
+    def loss(inputs):
+        value, stats = atkd.atkd_loss(
+            head(inputs), teacher, labels, num_items_in_batch=(labels != -100).sum(), return_stats=True
+        )
+        return 3 * value + stats.tkd.mean()
+
+    loss(inputs).backward()
+    expected = head.weight.grad.clone()
+    head.weight.grad = None
+    torch.compile(loss, fullgraph=True)(inputs).backward()
+    assert torch.allclose(head.weight.grad, expected, rtol=1e-5, atol=1e-8) and expected.any()
+
+
+def test_compile_with_another_number_of_tokens():
+    torch._dynamo.reset()
+    compiled = torch.compile(atkd.atkd_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in [4, 9, 17]:
+        data = batch(tokens, 60)
+        for actual, expected in zip(step(compiled, *data), step(atkd.atkd_loss, *data)):
+            assert torch.equal(actual, expected)
+
+
+def test_compile_forward_alone():
+    torch._dynamo.reset()
+    data = batch(9, 60)
+    with torch.no_grad():
+        compiled = torch.compile(atkd.atkd_loss, fullgraph=True)(*data)
+    assert torch.equal(compiled, atkd.atkd_loss(*data))
+
+
+def test_tensors_without_data_have_results_without_data():
+    data = [tensor.to("meta") for tensor in batch(2, 9, 60)]
+    loss, stats = atkd.atkd_loss(*data, return_stats=True)
+    assert loss.device.type == "meta" and loss.shape == () and stats.hard.shape == (2, 9)

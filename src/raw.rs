@@ -1,0 +1,483 @@
+//! Calls on memory that is known by its address alone, for other languages and frameworks; and the CPU
+//! loss on such a call.
+//!
+//! ```
+//! use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput};
+//! use atkd::{Dtype, Objective};
+//!
+//! let (teacher, student, labels) = ([2.0_f32, 1.0, 0.0], [1.0_f32, 1.0, 1.0], [0_i64]);
+//! let logits = |logits: &[f32; 3]| RawLogits {
+//!     address: logits.as_ptr() as u64,
+//!     dtype: Dtype::F32,
+//!     row_stride: 3,
+//! };
+//! let call = RawCall {
+//!     tokens: 1,
+//!     vocab: 3,
+//!     teacher: logits(&teacher),
+//!     student: logits(&student),
+//!     gradient: None,
+//!     labels: Some(RawLabels::I64(labels.as_ptr() as u64)),
+//!     sequences: None,
+//!     margins: None,
+//!     upstream: None,
+//! };
+//! let mut loss = 0.0_f32;
+//! let output = RawOutput { loss: Some(&raw mut loss as u64), ..RawOutput::default() };
+//! // SAFETY: the addresses are of arrays of the shapes given.
+//! unsafe { raw::run(&Objective::default(), &call, &output)? };
+//! assert!(loss > 0.0);
+//! # Ok::<(), atkd::Error>(())
+//! ```
+
+use half::{bf16, f16};
+
+use crate::logits::span;
+use crate::{
+    Batch, Dtype, Elements, ElementsMut, Error, Logits, LogitsMut, Objective, Result, Target,
+    TokenTerms, cpu,
+};
+
+/// Logits or a gradient `[tokens, vocab]` at an address, rows `row_stride` elements apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawLogits {
+    /// Of the first element.
+    pub address: u64,
+    /// The type of the elements.
+    pub dtype: Dtype,
+    /// Elements from row to row.
+    pub row_stride: usize,
+}
+
+/// One label a token at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RawLabels {
+    /// 64 bits each.
+    I64(u64),
+    /// 32 bits each.
+    I32(u64),
+}
+
+/// Everything that a call reads, and its gradient, by address. N is `tokens`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawCall {
+    /// Rows.
+    pub tokens: usize,
+    /// Logits in a row.
+    pub vocab: usize,
+    /// The teacher's logits.
+    pub teacher: RawLogits,
+    /// The student's logits.
+    pub student: RawLogits,
+    /// Where the gradient goes, of the student's dtype or float32; may be the student's logits
+    /// themselves. `None` for the loss alone.
+    pub gradient: Option<RawLogits>,
+    /// `None` for a batch without labels, with [`Target::Teacher`].
+    pub labels: Option<RawLabels>,
+    /// Hard tokens are selected within sequences: the address of their `count + 1` offsets, 64 bits each,
+    /// and `count`.
+    pub sequences: Option<(u64, usize)>,
+    /// The teacher's margins, float32 `[N]`, where they are known from elsewhere: hard tokens are selected
+    /// by these, and the teacher's logits are read once less.
+    pub margins: Option<u64>,
+    /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied.
+    pub upstream: Option<u64>,
+}
+
+impl RawCall {
+    /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
+    /// known.
+    pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
+        if self.labels.is_none() && objective.target() == Target::Label {
+            return Err(Error::NoLabels);
+        }
+        if let Some((_, 0)) = self.sequences
+            && self.tokens > 0
+        {
+            let (tokens, reason) = (self.tokens, "the last must be the number of tokens");
+            return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
+        }
+        let (labels, label_bytes) = match self.labels {
+            None => (0, 1),
+            Some(RawLabels::I64(address)) => (address, 8),
+            Some(RawLabels::I32(address)) => (address, 4),
+        };
+        for (what, address, multiple) in [
+            ("the labels", labels, label_bytes),
+            ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
+            ("the margins", self.margins.unwrap_or(0), 4),
+            ("the upstream gradient", self.upstream.unwrap_or(0), 4),
+        ] {
+            check_alignment(what, address, multiple)?;
+        }
+        let mut spans = Vec::with_capacity(3);
+        for (what, logits) in [
+            ("the teacher's logits", Some(self.teacher)),
+            ("the student's logits", Some(self.student)),
+            ("the gradient", self.gradient),
+        ] {
+            let Some(RawLogits { address, dtype, row_stride }) = logits else { continue };
+            let elements = crate::logits::span(what, self.tokens, self.vocab, row_stride)?;
+            if elements > 0 && address == 0 {
+                return Err(Error::Null { what, elements });
+            }
+            check_alignment(what, address, dtype.size() as u64)?;
+            let end = (elements as u64)
+                .checked_mul(dtype.size() as u64)
+                .and_then(|bytes| address.checked_add(bytes))
+                .filter(|&end| end <= isize::MAX as u64)
+                .ok_or(Error::Shape {
+                    what,
+                    tokens: self.tokens,
+                    vocab: self.vocab,
+                    row_stride,
+                    reason: "it ends beyond the address space",
+                })?;
+            spans.push((what, address, end));
+        }
+        let Some(gradient) = self.gradient else { return Ok(()) };
+        if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
+            let (student, actual) = (self.student.dtype, gradient.dtype);
+            return Err(Error::GradientDtype { student, actual });
+        }
+        let (_, start, end) = spans[2];
+        for &(what, other_start, other_end) in &spans[..2] {
+            let in_place = what == "the student's logits" && gradient == self.student;
+            if start < other_end && other_start < end && !in_place {
+                return Err(Error::Overlap {
+                    what,
+                    gradient: [start, end],
+                    other: [other_start, other_end],
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The mode of an ignored token.
+pub const IGNORED: u8 = 0;
+/// The mode of a token that is not hard.
+pub const EASY: u8 = 1;
+/// The mode of a hard token.
+pub const HARD: u8 = 2;
+
+/// Where the results of a call go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawOutput {
+    /// One float32: the reduced loss.
+    pub loss: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::uncertainty`].
+    pub uncertainty: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::tkd`].
+    pub tkd: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::dkd`].
+    pub dkd: Option<u64>,
+    /// One byte a token: [`IGNORED`], [`EASY`] or [`HARD`].
+    pub modes: Option<u64>,
+    /// Two 64-bit numbers, all ones where nothing is wrong: the first token whose label is out of range,
+    /// and the first sequence whose offsets are. Only a call on a GPU gets so far; on the CPU it is an
+    /// error.
+    pub faults: Option<u64>,
+}
+
+/// The loss on host memory, by the cores of rayon's current thread pool: forward alone if the call has no
+/// gradient.
+///
+/// # Errors
+/// As [`cpu::forward_backward`]; and if an address is null or not aligned, or the gradient overlaps what it
+/// is computed from without being the student's logits themselves. Nothing was written then.
+///
+/// # Safety
+/// Every address is of what it is described to be: logits and gradient of `(tokens - 1) * row_stride +
+/// vocab` elements, all of them initialised. Until the call returns nobody else writes to any of it, nor
+/// reads what is written: gradient and outputs.
+pub unsafe fn run(objective: &Objective, call: &RawCall, output: &RawOutput) -> Result<()> {
+    call.check(objective)?;
+    if call.margins.is_some() {
+        return Err(Error::HostMargins);
+    }
+    let mut objective = *objective;
+    if let Some(upstream) = call.upstream {
+        // SAFETY: the caller says that it is one number.
+        let upstream = unsafe { slice::<f32>("the upstream gradient", upstream, 1)?[0] };
+        let upstream = f64::from(upstream) * objective.upstream_gradient();
+        objective = objective.with_upstream_gradient(upstream)?;
+    }
+    let offsets;
+    // SAFETY: the caller's, for as long as this function runs. What is borrowed mutably overlaps nothing
+    // else: checked for the logits, and the caller's word for the rest.
+    let result = unsafe {
+        let teacher = call.logits(call.teacher)?;
+        let mut batch = match call.labels {
+            Some(RawLabels::I64(at)) => {
+                Batch::new(teacher, slice::<i64>("the labels", at, call.tokens)?)?
+            }
+            Some(RawLabels::I32(at)) => {
+                Batch::new(teacher, slice::<i32>("the labels", at, call.tokens)?)?
+            }
+            None => Batch::unlabelled(teacher),
+        };
+        if let Some((at, count)) = call.sequences {
+            let signed = slice::<i64>("the sequences' offsets", at, count + 1)?;
+            // A negative one becomes larger than any number of tokens.
+            offsets = signed.iter().map(|&offset| offset as usize).collect::<Vec<_>>();
+            batch = batch.with_sequences(&offsets)?;
+        }
+        match call.gradient {
+            None => cpu::forward(&objective, &batch, call.logits(call.student)?)?,
+            Some(gradient) if gradient == call.student => {
+                cpu::forward_backward_in_place(&objective, &batch, call.logits_mut(gradient)?)?
+            }
+            Some(gradient) => cpu::forward_backward(
+                &objective,
+                &batch,
+                call.logits(call.student)?,
+                call.logits_mut(gradient)?,
+            )?,
+        }
+    };
+    // SAFETY: the caller says that each has room for one number a token, the loss for one.
+    unsafe {
+        if let Some(loss) = output.loss {
+            (loss as *mut f32).write(result.loss as f32);
+        }
+        if let Some(faults) = output.faults {
+            (faults as *mut [u64; 2]).write([u64::MAX; 2]);
+        }
+        write(output.uncertainty, &result.tokens, |token| token.uncertainty as f32);
+        write(output.tkd, &result.tokens, |token| token.tkd as f32);
+        write(output.dkd, &result.tokens, |token| token.dkd as f32);
+        write(output.modes, &result.tokens, |token| match (token.valid, token.hard) {
+            (false, _) => IGNORED,
+            (true, false) => EASY,
+            (true, true) => HARD,
+        });
+    }
+    Ok(())
+}
+
+impl RawCall {
+    /// # Safety
+    /// As [`run`], for `'a`, of a call that is valid.
+    unsafe fn logits<'a>(&self, logits: RawLogits) -> Result<Logits<'a>> {
+        let RawLogits { address, dtype, row_stride } = logits;
+        let elements = span("logits", self.tokens, self.vocab, row_stride)?;
+        // SAFETY: the caller's.
+        let elements: Elements = unsafe {
+            match dtype {
+                Dtype::F32 => slice::<f32>("logits", address, elements)?.into(),
+                Dtype::F16 => slice::<f16>("logits", address, elements)?.into(),
+                Dtype::Bf16 => slice::<bf16>("logits", address, elements)?.into(),
+            }
+        };
+        Logits::strided(elements, self.tokens, self.vocab, row_stride)
+    }
+
+    /// # Safety
+    /// As [`run`], for `'a`, of a call that is valid.
+    unsafe fn logits_mut<'a>(&self, logits: RawLogits) -> Result<LogitsMut<'a>> {
+        /// # Safety
+        /// `address` is valid for `length` elements for `'a`.
+        unsafe fn slice_mut<'a, T>(address: u64, length: usize) -> &'a mut [T] {
+            if length == 0 {
+                return &mut [];
+            }
+            // SAFETY: the caller's.
+            unsafe { std::slice::from_raw_parts_mut(address as *mut T, length) }
+        }
+        let RawLogits { address, dtype, row_stride } = logits;
+        let elements = span("the gradient", self.tokens, self.vocab, row_stride)?;
+        // SAFETY: the caller's.
+        let elements: ElementsMut = unsafe {
+            match dtype {
+                Dtype::F32 => slice_mut::<f32>(address, elements).into(),
+                Dtype::F16 => slice_mut::<f16>(address, elements).into(),
+                Dtype::Bf16 => slice_mut::<bf16>(address, elements).into(),
+            }
+        };
+        LogitsMut::strided(elements, self.tokens, self.vocab, row_stride)
+    }
+}
+
+fn check_alignment(what: &'static str, address: u64, multiple: u64) -> Result<()> {
+    if address.is_multiple_of(multiple) {
+        Ok(())
+    } else {
+        Err(Error::Unaligned { what, address, multiple })
+    }
+}
+
+/// # Safety
+/// `address` is valid for `length` elements for `'a`, unless it is null, and aligned.
+unsafe fn slice<'a, T>(what: &'static str, address: u64, length: usize) -> Result<&'a [T]> {
+    if length == 0 {
+        return Ok(&[]);
+    }
+    if address == 0 {
+        return Err(Error::Null { what, elements: length });
+    }
+    // SAFETY: the caller's, and not null.
+    Ok(unsafe { std::slice::from_raw_parts(address as *const T, length) })
+}
+
+/// # Safety
+/// `address` is null, or has room for one value a token.
+unsafe fn write<T>(address: Option<u64>, tokens: &[TokenTerms], value: impl Fn(&TokenTerms) -> T) {
+    let Some(address) = address else { return };
+    for (i, token) in tokens.iter().enumerate() {
+        // SAFETY: inside the column.
+        unsafe { (address as *mut T).add(i).write(value(token)) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::forward_backward;
+
+    const TOKENS: usize = 3;
+    const VOCAB: usize = 5;
+
+    fn at<T>(data: &[T]) -> u64 {
+        data.as_ptr() as u64
+    }
+
+    fn logits(data: &[f32], row_stride: usize) -> RawLogits {
+        RawLogits { address: at(data), dtype: Dtype::F32, row_stride }
+    }
+
+    fn call(teacher: &[f32], student: &[f32], labels: &[i64], row_stride: usize) -> RawCall {
+        RawCall {
+            tokens: TOKENS,
+            vocab: VOCAB,
+            teacher: logits(teacher, row_stride),
+            student: logits(student, row_stride),
+            gradient: None,
+            labels: Some(RawLabels::I64(at(labels))),
+            sequences: None,
+            margins: None,
+            upstream: None,
+        }
+    }
+
+    fn random(seed: u64, count: usize) -> Vec<f32> {
+        let mut random = fastrand::Rng::with_seed(seed);
+        (0..count).map(|_| 4.0 * random.f32()).collect()
+    }
+
+    #[test]
+    fn same_as_on_slices() -> Result<()> {
+        let (teacher, student, labels) = (random(1, 15), random(2, 15), [4_i64, -100, 0]);
+        let objective = Objective::default();
+        let mut expected = vec![0_f32; 15];
+        let view = |v| Logits::new(v, TOKENS, VOCAB);
+        let batch = Batch::new(view(&teacher)?, &labels)?.with_sequences(&[0, 1, 3])?;
+        let to = LogitsMut::new(&mut expected, TOKENS, VOCAB)?;
+        let output = forward_backward(&objective, &batch, view(&student)?, to)?;
+
+        let mut loss = f32::NAN;
+        let mut terms = [[f32::NAN; TOKENS]; 3];
+        let mut modes = [9_u8; TOKENS];
+        let mut gradient = vec![f32::NAN; 15];
+        let to = RawOutput {
+            loss: Some(&raw mut loss as u64),
+            uncertainty: Some(terms[0].as_mut_ptr() as u64),
+            tkd: Some(terms[1].as_mut_ptr() as u64),
+            dkd: Some(terms[2].as_mut_ptr() as u64),
+            modes: Some(modes.as_mut_ptr() as u64),
+            faults: None,
+        };
+        let call = RawCall {
+            gradient: Some(RawLogits {
+                address: gradient.as_mut_ptr() as u64,
+                ..logits(&student, VOCAB)
+            }),
+            sequences: Some((at(&[0_i64, 1, 3]), 2)),
+            upstream: Some(at(&[2_f32])),
+            ..call(&teacher, &student, &labels, VOCAB)
+        };
+        // SAFETY: all are arrays of the shapes given.
+        unsafe { run(&objective, &call, &to)? };
+        assert_eq!(loss, output.loss as f32);
+        assert_eq!(gradient, expected.iter().map(|d| 2.0 * d).collect::<Vec<_>>());
+        for (i, token) in output.tokens.iter().enumerate() {
+            let expected = [token.uncertainty, token.tkd, token.dkd].map(|term| term as f32);
+            assert_eq!(terms.map(|column| column[i]), expected);
+            assert_eq!((modes[i] != IGNORED, modes[i] == HARD), (token.valid, token.hard));
+        }
+
+        let mut in_place = student.clone();
+        let place = RawLogits { address: in_place.as_mut_ptr() as u64, ..call.student };
+        let call = RawCall { student: place, gradient: Some(place), ..call };
+        // SAFETY: as before.
+        unsafe { run(&objective, &call, &to)? };
+        assert_eq!(in_place, gradient);
+        Ok(())
+    }
+
+    #[test]
+    fn rows_apart_leave_the_gaps_alone() -> Result<()> {
+        let (teacher, mut student, labels) = (random(1, 19), random(2, 19), [4_i64, -100, 0]);
+        let before = student.clone();
+        let place =
+            RawLogits { address: student.as_mut_ptr() as u64, ..logits(&before, VOCAB + 2) };
+        let call = RawCall {
+            student: place,
+            gradient: Some(place),
+            ..call(&teacher, &before, &labels, VOCAB + 2)
+        };
+        // SAFETY: 19 elements are two rows at stride 7, and a third of 5.
+        unsafe { run(&Objective::default(), &call, &RawOutput::default())? };
+        for (i, (now, before)) in student.iter().zip(&before).enumerate() {
+            assert_eq!(now == before, i % 7 >= VOCAB, "element {i}: {before} became {now}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_tokens_may_have_no_address() -> Result<()> {
+        let nowhere = RawLogits { address: 0, dtype: Dtype::F16, row_stride: VOCAB };
+        let mut loss = f32::NAN;
+        let call = RawCall {
+            tokens: 0,
+            teacher: nowhere,
+            student: nowhere,
+            labels: Some(RawLabels::I32(0)),
+            gradient: Some(nowhere),
+            ..call(&[], &[], &[], VOCAB)
+        };
+        let to = RawOutput { loss: Some(&raw mut loss as u64), ..RawOutput::default() };
+        // SAFETY: nothing but the loss is touched.
+        unsafe { run(&Objective::default(), &call, &to)? };
+        assert_eq!(loss, 0.0);
+        Ok(())
+    }
+
+    #[test]
+    fn impossible_addresses_are_errors() {
+        let (teacher, student, labels) = (random(1, 20), random(2, 20), [0_i64; TOKENS]);
+        let good = call(&teacher, &student, &labels, VOCAB);
+        let at = |logits: RawLogits, address| RawLogits { address, ..logits };
+        let fails = |call: RawCall, parts: [&str; 2]| {
+            // SAFETY: it fails before it touches anything.
+            let result = unsafe { run(&Objective::default(), &call, &RawOutput::default()) };
+            let message = result.unwrap_err().to_string();
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+        };
+        fails(RawCall { teacher: at(good.teacher, 0), ..good }, ["the teacher's logits", "15"]);
+        let odd = good.student.address + 2;
+        fails(
+            RawCall { student: at(good.student, odd), ..good },
+            ["the student's logits", &format!("{odd:#x}")],
+        );
+        fails(RawCall { labels: Some(RawLabels::I64(0)), ..good }, ["the labels", "3"]);
+        fails(RawCall { labels: Some(RawLabels::I64(4)), ..good }, ["the labels", "0x4"]);
+        let later = at(good.student, good.student.address + 4);
+        fails(RawCall { gradient: Some(later), ..good }, ["overlaps", "the student's logits"]);
+        fails(RawCall { gradient: Some(good.teacher), ..good }, ["overlaps", "teacher's"]);
+        fails(RawCall { tokens: usize::MAX / 8, ..good }, ["address space", "vocabulary 5"]);
+        fails(RawCall { labels: None, ..good }, ["no labels", ""]);
+        fails(RawCall { margins: Some(8), ..good }, ["margins", "CPU"]);
+    }
+}
