@@ -47,7 +47,8 @@ pub struct LaunchShape {
 
 impl fmt::Display for LaunchShape {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{} blocks of {} threads", self.grid, self.block)?;
+        let plural = if self.grid == 1 { "" } else { "s" };
+        write!(f, "{} block{plural} of {} threads", self.grid, self.block)?;
         if self.cluster > 1 { write!(f, ", clusters of {}", self.cluster) } else { Ok(()) }
     }
 }

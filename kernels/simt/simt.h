@@ -25,7 +25,7 @@ void simt_access(const void *at, uint64_t bytes, uint64_t alignment, bool write)
 // Shared memory for the declaration `slot` of block `rank` of the cluster, zeroed when the block starts.
 void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 // Ends the launch with an error.
-void simt_fault(const char *what, const char *name, uint64_t index);
+[[noreturn]] void simt_fault(const char *what, const char *name, uint64_t index);
 }
 
 #define ATKD_DEVICE inline

@@ -219,7 +219,7 @@ extern "C" fn simt_shared(slot: u64, bytes: u64, rank: u32) -> *mut c_void {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn simt_fault(what: *const c_char, name: *const c_char, index: u64) {
+unsafe extern "C" fn simt_fault(what: *const c_char, name: *const c_char, index: u64) -> ! {
     // SAFETY: both are string literals.
     let (what, name) = unsafe { (CStr::from_ptr(what), CStr::from_ptr(name)) };
     fault(format!("{}: {}[{index}]", what.to_string_lossy(), name.to_string_lossy()));
