@@ -148,6 +148,12 @@ ATKD_DEVICE void gradient_of(const GradientScales &scales, float teacher_max, fl
         if (AT_1) {
             value += scales.student_at_1 * exp2_fast(db * LOG2_E);
         }
-        g[k] = within == k ? scales.target : value;
+        g[k] = value;
+    }
+    if (within < CHUNK) {
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            g[k] = within == k ? scales.target : g[k];
+        }
     }
 }

@@ -90,16 +90,15 @@ ATKD_DEVICE float raised(float max, float chunk_max, float inverse_temperature) 
 }
 
 // Adds a chunk of both models, relative to the state's maxima. The target, and what lies outside the row,
-// are -inf in both; `masked` says that something is.
-template <bool AT_1>
-ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent,
-                     bool masked) {
+// are -inf in both; MASKED says that something is.
+template <bool AT_1, bool MASKED>
+ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent) {
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
         float da = a[k] - state.teacher_max, db = b[k] - state.student_max;
         float p = exp2_fast(da * exponent);
         float gap = da - db;
-        if (masked) {
+        if (MASKED) {
             // Not 0 * inf; and what the student rules out is counted, not multiplied.
             bool ruled_out = b[k] == OUTSIDE && a[k] != OUTSIDE;
             state.ruled_out |= ruled_out ? 1u : 0u;
@@ -111,6 +110,17 @@ ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const floa
         if (AT_1) {
             state.student_sum_at_1 += exp2_fast(db * LOG2_E);
         }
+    }
+}
+
+// As add, with few chunks masked: the others are spared what those take.
+template <bool AT_1>
+ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent,
+                     bool masked) {
+    if (masked) {
+        add<AT_1, true>(state, a, b, exponent);
+    } else {
+        add<AT_1, false>(state, a, b, exponent);
     }
 }
 
