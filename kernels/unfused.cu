@@ -1,6 +1,6 @@
 // The baseline that people replace: the loss and its gradient as an eager framework runs them, one kernel
 // a step, each with a full-size float32 result, and the usual 1e-8 in every logarithm. For benchmarks
-// only; the order of the steps is the host's (src/unfused.rs).
+// only; the order of the steps is the host's (src/unfused/device.rs).
 #include "batch.cuh"
 #include "reduce.cuh"
 

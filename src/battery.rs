@@ -60,6 +60,20 @@ impl Check {
     }
 }
 
+/// For tests.
+///
+/// # Panics
+/// If a case failed, with the first 40 that did.
+pub fn assert_all_pass(checks: &[Check]) {
+    let failed: Vec<&Check> = checks.iter().filter(|check| !check.passed()).collect();
+    let lines = failed.iter().take(40).map(|check| {
+        let Check { group, case, worst, detail } = check;
+        format!("{group} / {case}: {worst:.3} of the bound, {detail}")
+    });
+    let shown = lines.collect::<Vec<_>>().join("\n");
+    assert!(failed.is_empty(), "{} of {} cases failed:\n{shown}", failed.len(), checks.len());
+}
+
 /// The largest error so far, over what is allowed.
 struct Worst {
     ratio: f64,

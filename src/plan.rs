@@ -15,6 +15,11 @@ pub struct DeviceProperties {
     pub largest_cluster: u32,
 }
 
+impl DeviceProperties {
+    /// An NVIDIA H200, for plans where there is no device.
+    pub const H200: Self = Self { multiprocessors: 132, l2_bytes: 50 << 20, largest_cluster: 8 };
+}
+
 /// What a plan needs to know of a call. All sizes are at most `i32::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -171,8 +176,7 @@ fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, cluster: u32) -
 mod tests {
     use super::*;
 
-    const H200: DeviceProperties =
-        DeviceProperties { multiprocessors: 132, l2_bytes: 50 << 20, largest_cluster: 8 };
+    const H200: DeviceProperties = DeviceProperties::H200;
     const A100: DeviceProperties =
         DeviceProperties { multiprocessors: 108, l2_bytes: 40 << 20, largest_cluster: 1 };
 

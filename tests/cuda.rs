@@ -241,12 +241,7 @@ fn the_backend_passes_the_battery() {
         },
         |_| {},
     );
-    let failed: Vec<String> = checks
-        .iter()
-        .filter(|check| !check.passed())
-        .map(|check| format!("{}: {:.2} of the bound, {}", check.case, check.worst, check.detail))
-        .collect();
-    assert!(failed.is_empty(), "{} of {}:\n{}", failed.len(), checks.len(), failed.join("\n"));
+    battery::assert_all_pass(&checks);
 }
 
 #[test]

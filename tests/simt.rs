@@ -14,12 +14,7 @@ fn pass_the_battery(simulation: Simulation) {
         Ok(simulation.run(objective, batch, student, Some(&mut to), Extra::default())?.0)
     };
     let checks = battery::run(backend, |_| {});
-    let failed: Vec<String> = checks
-        .iter()
-        .filter(|check| !check.passed())
-        .map(|check| format!("{}: {:.2} of the bound, {}", check.case, check.worst, check.detail))
-        .collect();
-    assert!(failed.is_empty(), "{} of {}:\n{}", failed.len(), checks.len(), failed.join("\n"));
+    battery::assert_all_pass(&checks);
 }
 
 #[test]

@@ -23,10 +23,6 @@ pub struct Args {
     dtype: DtypeName,
 }
 
-/// What plans are shown for where there is no device.
-const H200: DeviceProperties =
-    DeviceProperties { multiprocessors: 132, l2_bytes: 50 << 20, largest_cluster: 8 };
-
 pub fn run(args: &Args) -> Result<ExitCode> {
     for (name, value) in [("--vocab", args.vocab), ("--tokens", args.tokens)] {
         anyhow::ensure!(
@@ -68,7 +64,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
     let (device, whose) = match &cuda {
         Ok(Backend::Cuda(kernels)) => (kernels.device(), "this device"),
-        _ => (H200, "an H200, since there is no device here"),
+        _ => (DeviceProperties::H200, "an H200, since there is no device here"),
     };
     let dtype = args.dtype.dtype();
     let problem = Problem {

@@ -45,9 +45,9 @@ impl Kernels {
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
         call.validate(objective)?;
-        let scopes = call.sequences.map_or(1, |(_, count)| count);
-        let layout = Layout { capacity: call.tokens.max(scopes) };
-        let plan = Plan::new(&self.device(), &call.problem(objective));
+        let problem = call.problem(objective);
+        let layout = Layout { capacity: call.tokens.max(problem.scopes) };
+        let plan = Plan::new(&self.device(), &problem);
         let launches = launches(objective, call, &plan, layout, workspace)?;
         let faults = workspace + offset_of!(atkd_summary, label_fault) as u64;
         let fill = |address, value, bytes| {

@@ -33,8 +33,7 @@ pub struct Simulation {
 impl Default for Simulation {
     /// An H200, with blocks of two warps and clusters of two blocks.
     fn default() -> Self {
-        let device =
-            DeviceProperties { multiprocessors: 132, l2_bytes: 50 << 20, largest_cluster: 8 };
+        let device = DeviceProperties::H200;
         Self { device, block: 64, cluster: 2, resident: true, seed: 0 }
     }
 }
