@@ -8,10 +8,10 @@
 #include "params.h"
 
 // As Rust's side asserts of its own (src/params.rs).
-static_assert(sizeof(atkd_summary) == 48 && sizeof(atkd_batch) == 88, "the layout is a contract");
+static_assert(sizeof(atkd_summary) == 56 && sizeof(atkd_batch) == 88, "the layout is a contract");
 static_assert(sizeof(atkd_teacher_margin) == 88 && sizeof(atkd_count_valid) == 96, "the layout is a contract");
-static_assert(sizeof(atkd_select_hard) == 128 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_rows) == 256 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
+static_assert(sizeof(atkd_select_hard) == 136 && sizeof(atkd_objective) == 80, "the layout is a contract");
+static_assert(sizeof(atkd_rows) == 280 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
 
 #ifdef __CUDACC__
 
@@ -88,7 +88,8 @@ ATKD_DEVICE float exp2_fast(float x) {
 
 template <class T> ATKD_DEVICE T load(const T *at) { return *at; }
 template <class T> ATKD_DEVICE void store(T *at, T value) { *at = value; }
-ATKD_DEVICE void add_atomic(uint32_t *at, uint32_t value) { atomicAdd(at, value); }
+// Returns what was there.
+ATKD_DEVICE uint32_t add_atomic(uint32_t *at, uint32_t value) { return atomicAdd(at, value); }
 ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
     atomicMin(reinterpret_cast<unsigned long long *>(at), static_cast<unsigned long long>(value));
 }
@@ -225,18 +226,24 @@ template <class T> ATKD_DEVICE void load_chunk(const Row<const T> &row, uint32_t
     unpack(load_packed(row, chunk), x);
 }
 
+template <class T> ATKD_DEVICE Packed<T> pack(const float (&x)[CHUNK]) {
+    constexpr uint32_t PER = Packed<T>::PER;
+    Packed<T> packed = {};
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        set_element<T>(packed.part[k / PER], k % PER, narrow<T>(x[k]));
+    }
+    return packed;
+}
+
 template <class T> ATKD_DEVICE void store_chunk(const Row<T> &row, uint32_t chunk, const float (&x)[CHUNK]) {
     int64_t start = static_cast<int64_t>(chunk) * CHUNK - row.lead;
     constexpr uint32_t PER = Packed<T>::PER;
     if (row.whole(chunk)) {
+        Packed<T> packed = pack<T>(x);
         ATKD_UNROLL
         for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-            Bytes16 bytes = {};
-            ATKD_UNROLL
-            for (uint32_t k = 0; k < PER; k++) {
-                set_element<T>(bytes, k, narrow<T>(x[i * PER + k]));
-            }
-            store16(row.data + start + i * PER, bytes);
+            store16(row.data + start + i * PER, packed.part[i]);
         }
     } else {
         ATKD_UNROLL

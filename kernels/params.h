@@ -28,6 +28,8 @@ typedef struct {
     uint32_t hard;
     uint32_t counted_valid; // of the call in progress
     uint32_t counted_hard;
+    uint32_t counted_wrong; // tokens whose mode was guessed wrong
+    uint32_t guess;         // the last call's threshold, a first guess at the next one's; any value is right
     uint32_t reserved;
 } atkd_summary;
 
@@ -67,6 +69,7 @@ typedef struct {
     const float *margins;   // [N], instead of the keys, which are then written; null for none
     const int64_t *offsets; // [scopes + 1]: scope s is tokens offsets[s]..offsets[s + 1]; null for one scope
     uint32_t *thresholds;   // [scopes]: the key of the last hard token; 0 where there is none
+    uint32_t *wrong;        // [N]: tokens whose modes, guessed before, turn out other; null if none were
     double hard_ratio;      // k of ceil(k * valid)
     uint32_t scopes;
     uint32_t count; // add the valid tokens to the summary's
@@ -86,7 +89,8 @@ typedef struct {
     double inverse_temperature; // 1 / T
 } atkd_objective;
 
-// row_stream, row_resident: terms of each token, and the gradient. One cluster a token.
+// row_resident, row_pipelined, row_stream: terms of each token, and the gradient. One cluster a token at a
+// time.
 typedef struct {
     atkd_batch batch;
     atkd_objective objective;
@@ -97,11 +101,16 @@ typedef struct {
     float *tkd;            // [N]
     float *dkd;            // [N]
     double *loss;          // [N], before the reduction
+    const uint32_t *wrong; // the tokens to do, counted in the summary; null for all
     int64_t student_stride;
     int64_t gradient_stride;
     double scale;        // of the gradient
     uint32_t mean;       // and over the number of valid tokens
     uint32_t write_keys; // they are not there yet
+    uint32_t guess;      // which tokens are hard by the summary's guess, and write modes
+    uint32_t clusters;   // of the launch
+    uint32_t stages;     // row_pipelined: rows that a cluster has room for
+    uint32_t reserved;
 } atkd_rows;
 
 // sum_losses: the reduced loss; ends the call. One block.

@@ -12,8 +12,8 @@ template <class P, class Q> struct Rows {
     Row<const P> teacher;
     Row<const Q> student;
 
-    ATKD_DEVICE explicit Rows(const atkd_rows &p)
-        : token(block_index() / cluster_blocks()), first(cluster_rank() * block_threads() + thread_index()),
+    ATKD_DEVICE Rows(const atkd_rows &p, uint32_t token_)
+        : token(token_), first(cluster_rank() * block_threads() + thread_index()),
           stride(cluster_blocks() * block_threads()), speaks(first == 0),
           teacher(teacher_row(p), p.batch.vocab, lead_of(teacher_row(p))),
           student(static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride, p.batch.vocab, teacher.lead) {}
@@ -31,6 +31,23 @@ template <class P, class Q> struct Rows {
         return target - (chunk * CHUNK - teacher.lead);
     }
 };
+
+// All tokens of the call, or those that are to be done again.
+ATKD_DEVICE uint32_t tokens_to_do(const atkd_rows &p) {
+    return p.wrong == nullptr ? p.batch.tokens : load(&p.batch.summary->counted_wrong);
+}
+ATKD_DEVICE uint32_t token_to_do(const atkd_rows &p, uint32_t index) {
+    return p.wrong == nullptr ? index : load(p.wrong + index);
+}
+
+// Calls f(token) for the tokens that are this cluster's to do.
+template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
+    uint32_t count = tokens_to_do(p);
+    ATKD_NO_UNROLL
+    for (uint32_t i = block_index() / cluster_blocks(); i < count; i += p.clusters) {
+        f(token_to_do(p, i));
+    }
+}
 
 ATKD_DEVICE void take_out(uint32_t within, float (&a)[CHUNK], float (&b)[CHUNK]) {
     ATKD_UNROLL
@@ -83,9 +100,14 @@ template <class G, class P, class Q> ATKD_DEVICE void drop_row(const atkd_rows &
     }
 }
 
+// Whether a token is hard: by its mode or, before the selection, by a guess of its outcome.
+ATKD_DEVICE bool is_hard(const atkd_rows &p, uint8_t mode, const Margins &margins) {
+    return p.guess != 0 ? key_of(float(margins.teacher)) >= load(&p.batch.summary->guess) : mode == ATKD_HARD;
+}
+
 // What a row's threads share, in shared memory.
-#define ATKD_ROW_SHARED()                                                                                     \
-    ATKD_SHARED(RowState<double>, warps, MAX_WARPS);                                                          \
+#define ATKD_ROW_SHARED(threads)                                                                              \
+    ATKD_SHARED(RowState<double>, warps, (threads) / WARP);                                                       \
     ATKD_SHARED(RowState<double>, whole, 1);                                                                  \
     ATKD_SHARED(GradientScales, scales, 1);                                                                   \
     ATKD_SHARED(float, target_logits, 2)
@@ -100,7 +122,7 @@ ATKD_DEVICE void read_target(const Rows<P, Q> &rows, uint32_t target, Floats &ta
 // From every thread's part of the row to the whole row's state and what its gradient needs, both in
 // shared memory, and the token's terms.
 template <class P, class Q, class Warps, class Whole, class Scales, class Floats>
-ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, bool hard, const RowState<float> &own,
+ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, const RowState<float> &own,
                             Warps &warps, Whole &whole, Scales &scales, const Floats &target_logits) {
     float exponent = p.batch.inverse_temperature * LOG2_E;
     RowState<double> of_warp = merge_warp(own, exponent);
@@ -115,7 +137,7 @@ ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, bool har
             double scale = p.mean != 0 ? p.scale / double(load(&p.batch.summary->counted_valid)) : p.scale;
             scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
             Margins margins = margins_of(p.objective, state, target_logits[0], target_logits[1]);
-            scales[0] = scales_of(p.objective, state, margins, hard, scale);
+            scales[0] = scales_of(p.objective, state, margins, is_hard(p, mode, margins), scale);
             whole[0] = state;
         }
     }
@@ -125,6 +147,7 @@ ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, bool har
         // The margins are computed again: kept, they would take registers from every thread.
         RowState<double> state = whole[0];
         Margins margins = margins_of(p.objective, state, target_logits[0], target_logits[1]);
+        bool hard = is_hard(p, mode, margins);
         Terms terms = terms_of(p.objective, state, margins, hard);
         store(p.uncertainty + rows.token, float(terms.uncertainty));
         store(p.tkd + rows.token, float(terms.tkd));
@@ -132,6 +155,9 @@ ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, bool har
         store(p.loss + rows.token, terms.loss);
         if (p.write_keys != 0) {
             store(p.batch.keys + rows.token, key_of(float(margins.teacher)));
+        }
+        if (p.guess != 0) {
+            store(p.batch.modes + rows.token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
         }
     }
 }

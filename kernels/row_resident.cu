@@ -1,15 +1,15 @@
-// Loss and gradient of one token a cluster whose registers hold the whole row of both models: each logit
-// is read once, the gradient written once. The host chooses clusters large enough; blocks of other
-// clusters on the same multiprocessor read while this one waits at its barriers.
+// Loss and gradient of one token a block at a time, whose registers hold the whole row of both models: each
+// logit is read once, the gradient written once. Other blocks on the same multiprocessor read while this one
+// waits at its barriers.
 #include "row.cuh"
 
 namespace {
 
-template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
+template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t token) {
     // Chunks of each model in a thread's registers: 128 bytes.
     constexpr uint32_t HELD = 128 / (CHUNK * sizeof(T));
-    ATKD_ROW_SHARED();
-    Rows<T, T> rows(p);
+    ATKD_ROW_SHARED(256);
+    Rows<T, T> rows(p, token);
     uint8_t mode = load(p.batch.modes + rows.token);
     int32_t signed_target = target_of(p.batch, rows.token);
     if (mode == ATKD_IGNORED || signed_target == IGNORED_TARGET) {
@@ -61,7 +61,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
             add<false>(own, a, b, exponent, masked);
         }
     }
-    settle_row(p, rows, mode == ATKD_HARD, own, warps, whole, scales, target_logits);
+    settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
     if (p.gradient == nullptr) {
         return;
     }
@@ -79,6 +79,10 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
             store_chunk(gradient, chunk, g);
         }
     }
+}
+
+template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
+    for_tokens(p, [&](uint32_t token) { row_resident<T>(p, token); });
 }
 
 } // namespace

@@ -1,13 +1,13 @@
-// Loss and gradient of one token a cluster, for any vocabulary, stride and alignment. One pass over the
+// Loss and gradient of one token a cluster at a time, for any vocabulary, stride and alignment. One pass over the
 // row for its state, a second for the gradient, whose reads should hit the L2 cache: the host chooses
 // clusters large enough, and so rows in flight few enough.
 #include "row.cuh"
 
 namespace {
 
-template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(const atkd_rows &p) {
-    ATKD_ROW_SHARED();
-    Rows<P, Q> rows(p);
+template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
+    ATKD_ROW_SHARED(384);
+    Rows<P, Q> rows(p, token);
     // Every thread reads mode and label: cached words, and no barrier to wait at.
     uint8_t mode = load(p.batch.modes + rows.token);
     int32_t target = target_of(p.batch, rows.token);
@@ -24,7 +24,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
                [&](uint32_t, uint32_t, const float (&a)[CHUNK], const float (&b)[CHUNK]) {
                    accumulate<AT_1>(own, a, b, inverse_temperature);
                });
-    settle_row(p, rows, mode == ATKD_HARD, own, warps, whole, scales, target_logits);
+    settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
     if (p.gradient == nullptr) {
         return;
     }
@@ -43,9 +43,9 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
 template <class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows &p) {
     // Cross entropy at a temperature other than 1 has a sum of its own.
     if (p.objective.ce_weight != 0 && p.objective.inverse_temperature != 1) {
-        row_stream<P, Q, G, true>(p);
+        for_tokens(p, [&](uint32_t token) { row_stream<P, Q, G, true>(p, token); });
     } else {
-        row_stream<P, Q, G, false>(p);
+        for_tokens(p, [&](uint32_t token) { row_stream<P, Q, G, false>(p, token); });
     }
 }
 

@@ -13,6 +13,8 @@ constexpr uint32_t DIGITS = 1u << DIGIT_BITS;
 // Where the next digit of the last hard key was found, for all threads of the block.
 enum Found { DIGIT, REMAINING, EQUALS, VALID, WANTED, FOUND_FIELDS };
 
+ATKD_DEVICE uint32_t lanes_below() { return (1u << thread_index() % WARP) - 1; }
+
 // The key of a token. Margins from outside become keys the first time.
 ATKD_DEVICE uint32_t key_at(const atkd_select_hard &p, uint32_t token, bool first) {
     if (p.margins == nullptr || !first) {
@@ -96,7 +98,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
             }
             // Margins are much alike in their first digits: one lane counts for all with the same.
             uint32_t alike = warp_match(digit);
-            if (digit != DIGITS && (alike & ((1u << thread_index() % WARP) - 1)) == 0) {
+            if (digit != DIGITS && (alike & lanes_below()) == 0) {
                 ATKD_ADD_SHARED(histograms, turn + digit, count_bits(alike));
             }
         }
@@ -155,19 +157,32 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
                 counts[thread_index() / WARP] = count_bits(votes);
             }
             ATKD_SYNC_BLOCK();
-            uint32_t place = equals_before + count_bits(votes & ((1u << thread_index() % WARP) - 1));
+            uint32_t place = equals_before + count_bits(votes & lanes_below());
             for (uint32_t warp = 0; warp < block_threads() / WARP; warp++) {
                 place += warp < thread_index() / WARP ? counts[warp] : 0;
                 equals_before += counts[warp];
             }
             hard = hard && !(equal && place >= remaining);
         }
+        uint8_t mode = static_cast<uint8_t>(key == 0 ? ATKD_IGNORED : hard ? ATKD_HARD : ATKD_EASY);
+        bool wrong = p.wrong != nullptr && token < end && load(p.batch.modes + token) != mode;
+        uint32_t votes = warp_ballot(wrong), place = 0;
+        if (thread_index() % WARP == 0 && votes != 0) {
+            place = add_atomic(&p.batch.summary->counted_wrong, count_bits(votes));
+        }
+        place = shuffle_from(place, 0) + count_bits(votes & lanes_below());
+        if (wrong) {
+            store(p.wrong + place, token);
+        }
         if (token < end) {
-            store(p.batch.modes + token, static_cast<uint8_t>(key == 0 ? ATKD_IGNORED : hard ? ATKD_HARD : ATKD_EASY));
+            store(p.batch.modes + token, mode);
         }
     }
     if (rank == 0 && thread_index() == 0) {
         store(p.thresholds + scope, threshold);
+        if (scope == 0) {
+            store(&p.batch.summary->guess, threshold);
+        }
         add_atomic(&p.batch.summary->counted_hard, uint32_t(found[WANTED]));
         if (p.count != 0) {
             add_atomic(&p.batch.summary->counted_valid, uint32_t(found[VALID]));

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use crate::params::*;
-use crate::plan::{LaunchShape, Plan, Problem};
+use crate::plan::{LaunchShape, Plan, Problem, RowKernel};
 pub use crate::raw::{RawCall, RawLabels, RawLogits};
 use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
 
@@ -17,6 +17,13 @@ impl RawCall {
             student: self.student.dtype,
             gradient: self.gradient.map_or(self.student.dtype, |gradient| gradient.dtype),
             sum_at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
+            aligned_alike: [Some(self.student), self.gradient].into_iter().flatten().all(|other| {
+                let offsets = |logits: RawLogits| {
+                    let size = logits.dtype.size() as u64;
+                    [logits.address % 16, logits.row_stride as u64 % 16 * size % 16]
+                };
+                offsets(other) == offsets(self.teacher)
+            }),
             scopes: self.sequences.map_or(1, |(_, count)| count),
         }
     }
@@ -93,6 +100,7 @@ kernels! {
     SelectHard(atkd_select_hard): select_hard;
     Rows(atkd_rows):
         row_resident_f32 row_resident_f16 row_resident_bf16
+        row_pipelined_f32 row_pipelined_f16 row_pipelined_bf16
         row_stream_f32_f32_f32 row_stream_f32_f16_f16 row_stream_f32_f16_f32
         row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32
         row_stream_f16_f32_f32 row_stream_f16_f16_f16 row_stream_f16_f16_f32
@@ -132,6 +140,14 @@ fn row_resident(dtype: Dtype) -> &'static str {
         Dtype::F32 => "row_resident_f32",
         Dtype::F16 => "row_resident_f16",
         Dtype::Bf16 => "row_resident_bf16",
+    }
+}
+
+fn row_pipelined(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F32 => "row_pipelined_f32",
+        Dtype::F16 => "row_pipelined_f16",
+        Dtype::Bf16 => "row_pipelined_bf16",
     }
 }
 
@@ -199,6 +215,8 @@ impl Layout {
             hard: 0,
             counted_valid: 0,
             counted_hard: 0,
+            counted_wrong: 0,
+            guess: 0,
             reserved: 0,
         }
     }
@@ -368,6 +386,15 @@ pub(crate) fn launches(
     let depends = objective.depends_on_selection();
     let needs_margins =
         objective.target() == Target::Teacher || (depends && call.margins.is_none());
+    // Instead of a pass over the teacher's logits before the rows, a guess, and some rows once more. A row
+    // whose gradient has replaced the student's logits cannot be done again.
+    let guess = depends
+        && call.margins.is_none()
+        && objective.target() == Target::Label
+        && scopes == 1
+        && call.gradient.is_none_or(|gradient| gradient.address != call.student.address);
+    // The column that only a target of the teacher's needs.
+    let wrong = if guess { column(TARGETS) as *mut u32 } else { std::ptr::null_mut() };
 
     let margin = Launch {
         kernel: teacher_margin(call.teacher.dtype),
@@ -391,9 +418,10 @@ pub(crate) fn launches(
             margins: call.margins.unwrap_or(0) as *const f32,
             offsets: call.sequences.map_or(0, |(address, _)| address) as *const i64,
             thresholds: column(THRESHOLDS) as *mut u32,
+            wrong,
             hard_ratio: objective.hard_ratio(),
             scopes: scopes as u32,
-            count: depends.into(),
+            count: (depends && !guess).into(),
         }),
     };
     let number = |coefficient| {
@@ -408,34 +436,42 @@ pub(crate) fn launches(
     // With one token the mean's own division, which the kernels do, is by 1.
     let scale = objective.reduction_scale(1);
     let gradient = call.gradient;
-    let rows = Launch {
-        kernel: match plan.resident {
-            true => row_resident(problem.student),
-            false => row_stream(problem.teacher, problem.student, problem.gradient),
+    let first = atkd_rows {
+        batch,
+        objective: atkd_objective {
+            tkd: [number(easy.tkd), number(hard.tkd)],
+            dkd: [number(easy.dkd), number(hard.dkd)],
+            ce_weight: objective.ce_weight(),
+            inverse_temperature,
         },
-        shape: plan.rows,
-        parameters: Parameters::Rows(atkd_rows {
-            batch,
-            objective: atkd_objective {
-                tkd: [number(easy.tkd), number(hard.tkd)],
-                dkd: [number(easy.dkd), number(hard.dkd)],
-                ce_weight: objective.ce_weight(),
-                inverse_temperature,
-            },
-            student: call.student.address as *const c_void,
-            gradient: gradient.map_or(0, |gradient| gradient.address) as *mut c_void,
-            upstream: call.upstream.unwrap_or(0) as *const f32,
-            uncertainty: column(UNCERTAINTY) as *mut f32,
-            tkd: column(TKD) as *mut f32,
-            dkd: column(DKD) as *mut f32,
-            loss: column(LOSS) as *mut f64,
-            student_stride: call.student.row_stride as i64,
-            gradient_stride: gradient.map_or(0, |gradient| gradient.row_stride as i64),
-            scale: scale * objective.upstream_gradient(),
-            mean,
-            write_keys: u32::from(!needs_margins && call.margins.is_none()),
-        }),
+        student: call.student.address as *const c_void,
+        gradient: gradient.map_or(0, |gradient| gradient.address) as *mut c_void,
+        upstream: call.upstream.unwrap_or(0) as *const f32,
+        uncertainty: column(UNCERTAINTY) as *mut f32,
+        tkd: column(TKD) as *mut f32,
+        dkd: column(DKD) as *mut f32,
+        loss: column(LOSS) as *mut f64,
+        wrong: std::ptr::null(),
+        student_stride: call.student.row_stride as i64,
+        gradient_stride: gradient.map_or(0, |gradient| gradient.row_stride as i64),
+        scale: scale * objective.upstream_gradient(),
+        mean,
+        write_keys: (guess || (!needs_margins && call.margins.is_none())).into(),
+        guess: guess.into(),
+        clusters: 0,
+        stages: plan.stages,
+        reserved: 0,
     };
+    let rows = |shape: LaunchShape, rows: atkd_rows| Launch {
+        kernel: match plan.row_kernel {
+            RowKernel::Resident => row_resident(problem.student),
+            RowKernel::Pipelined => row_pipelined(problem.student),
+            RowKernel::Stream => row_stream(problem.teacher, problem.student, problem.gradient),
+        },
+        shape,
+        parameters: Parameters::Rows(atkd_rows { clusters: shape.grid / shape.cluster, ..rows }),
+    };
+    let again = atkd_rows { wrong, guess: 0, write_keys: 0, ..first };
     let sum = Launch {
         kernel: "sum_losses",
         shape: plan.sum,
@@ -447,12 +483,15 @@ pub(crate) fn launches(
             mean,
         }),
     };
-    // Where nothing depends on which tokens are hard, they are told apart after the rows, whose margins
-    // then come with the loss.
-    let order = if depends {
-        [needs_margins.then_some(margin), Some(select), Some(rows), None, Some(sum)]
+    let first = rows(plan.rows, first);
+    let again = rows(plan.rows_again, again);
+    let order = if guess {
+        [Some(count), Some(first), Some(select), Some(again), Some(sum)]
+    } else if depends {
+        [needs_margins.then_some(margin), Some(select), Some(first), Some(sum), None]
     } else {
-        [needs_margins.then_some(margin), Some(count), Some(rows), Some(select), Some(sum)]
+        // Which tokens are hard is told after the rows, whose margins then come with the loss.
+        [needs_margins.then_some(margin), Some(count), Some(first), Some(select), Some(sum)]
     };
     // A grid without blocks cannot be launched, and has nothing to do.
     Ok(order.into_iter().flatten().filter(|launch| launch.shape.grid > 0))

@@ -19,11 +19,13 @@ pub struct atkd_summary {
     pub hard: u32,
     pub counted_valid: u32,
     pub counted_hard: u32,
+    pub counted_wrong: u32,
+    pub guess: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_summary"][::std::mem::size_of::<atkd_summary>() - 48usize];
+    ["Size of atkd_summary"][::std::mem::size_of::<atkd_summary>() - 56usize];
     ["Alignment of atkd_summary"][::std::mem::align_of::<atkd_summary>() - 8usize];
     ["Offset of field: atkd_summary::loss"][::std::mem::offset_of!(atkd_summary, loss) - 0usize];
     ["Offset of field: atkd_summary::label_fault"]
@@ -38,8 +40,11 @@ const _: () = {
         [::std::mem::offset_of!(atkd_summary, counted_valid) - 36usize];
     ["Offset of field: atkd_summary::counted_hard"]
         [::std::mem::offset_of!(atkd_summary, counted_hard) - 40usize];
+    ["Offset of field: atkd_summary::counted_wrong"]
+        [::std::mem::offset_of!(atkd_summary, counted_wrong) - 44usize];
+    ["Offset of field: atkd_summary::guess"][::std::mem::offset_of!(atkd_summary, guess) - 48usize];
     ["Offset of field: atkd_summary::reserved"]
-        [::std::mem::offset_of!(atkd_summary, reserved) - 44usize];
+        [::std::mem::offset_of!(atkd_summary, reserved) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -120,13 +125,14 @@ pub struct atkd_select_hard {
     pub margins: *const f32,
     pub offsets: *const i64,
     pub thresholds: *mut u32,
+    pub wrong: *mut u32,
     pub hard_ratio: f64,
     pub scopes: u32,
     pub count: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 128usize];
+    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 136usize];
     ["Alignment of atkd_select_hard"][::std::mem::align_of::<atkd_select_hard>() - 8usize];
     ["Offset of field: atkd_select_hard::batch"]
         [::std::mem::offset_of!(atkd_select_hard, batch) - 0usize];
@@ -136,12 +142,14 @@ const _: () = {
         [::std::mem::offset_of!(atkd_select_hard, offsets) - 96usize];
     ["Offset of field: atkd_select_hard::thresholds"]
         [::std::mem::offset_of!(atkd_select_hard, thresholds) - 104usize];
+    ["Offset of field: atkd_select_hard::wrong"]
+        [::std::mem::offset_of!(atkd_select_hard, wrong) - 112usize];
     ["Offset of field: atkd_select_hard::hard_ratio"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 112usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 120usize];
     ["Offset of field: atkd_select_hard::scopes"]
-        [::std::mem::offset_of!(atkd_select_hard, scopes) - 120usize];
+        [::std::mem::offset_of!(atkd_select_hard, scopes) - 128usize];
     ["Offset of field: atkd_select_hard::count"]
-        [::std::mem::offset_of!(atkd_select_hard, count) - 124usize];
+        [::std::mem::offset_of!(atkd_select_hard, count) - 132usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -189,15 +197,20 @@ pub struct atkd_rows {
     pub tkd: *mut f32,
     pub dkd: *mut f32,
     pub loss: *mut f64,
+    pub wrong: *const u32,
     pub student_stride: i64,
     pub gradient_stride: i64,
     pub scale: f64,
     pub mean: u32,
     pub write_keys: u32,
+    pub guess: u32,
+    pub clusters: u32,
+    pub stages: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 256usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 280usize];
     ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
     ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
     ["Offset of field: atkd_rows::objective"]
@@ -212,14 +225,21 @@ const _: () = {
     ["Offset of field: atkd_rows::tkd"][::std::mem::offset_of!(atkd_rows, tkd) - 200usize];
     ["Offset of field: atkd_rows::dkd"][::std::mem::offset_of!(atkd_rows, dkd) - 208usize];
     ["Offset of field: atkd_rows::loss"][::std::mem::offset_of!(atkd_rows, loss) - 216usize];
+    ["Offset of field: atkd_rows::wrong"][::std::mem::offset_of!(atkd_rows, wrong) - 224usize];
     ["Offset of field: atkd_rows::student_stride"]
-        [::std::mem::offset_of!(atkd_rows, student_stride) - 224usize];
+        [::std::mem::offset_of!(atkd_rows, student_stride) - 232usize];
     ["Offset of field: atkd_rows::gradient_stride"]
-        [::std::mem::offset_of!(atkd_rows, gradient_stride) - 232usize];
-    ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 240usize];
-    ["Offset of field: atkd_rows::mean"][::std::mem::offset_of!(atkd_rows, mean) - 248usize];
+        [::std::mem::offset_of!(atkd_rows, gradient_stride) - 240usize];
+    ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 248usize];
+    ["Offset of field: atkd_rows::mean"][::std::mem::offset_of!(atkd_rows, mean) - 256usize];
     ["Offset of field: atkd_rows::write_keys"]
-        [::std::mem::offset_of!(atkd_rows, write_keys) - 252usize];
+        [::std::mem::offset_of!(atkd_rows, write_keys) - 260usize];
+    ["Offset of field: atkd_rows::guess"][::std::mem::offset_of!(atkd_rows, guess) - 264usize];
+    ["Offset of field: atkd_rows::clusters"]
+        [::std::mem::offset_of!(atkd_rows, clusters) - 268usize];
+    ["Offset of field: atkd_rows::stages"][::std::mem::offset_of!(atkd_rows, stages) - 272usize];
+    ["Offset of field: atkd_rows::reserved"]
+        [::std::mem::offset_of!(atkd_rows, reserved) - 276usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

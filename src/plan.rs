@@ -11,13 +11,27 @@ pub struct DeviceProperties {
     pub multiprocessors: u32,
     /// Bytes of the L2 cache.
     pub l2_bytes: usize,
-    /// Blocks that can form a cluster: 8 from compute capability 9.0, 1 before.
-    pub largest_cluster: u32,
+    /// Bytes of shared memory of a multiprocessor, of which each block takes 1 KiB beside its own.
+    pub shared_bytes: usize,
+    /// How many clusters of 1, 2, 4, 8 and 16 blocks run at once, where three blocks of `row_pipelined`
+    /// fill a multiprocessor. All 0 on a device that has no bulk copies.
+    pub clusters: [u32; 5],
 }
 
 impl DeviceProperties {
-    /// An NVIDIA H200, for plans where there is no device.
-    pub const H200: Self = Self { multiprocessors: 132, l2_bytes: 50 << 20, largest_cluster: 8 };
+    /// An NVIDIA H200, for plans where there is no device. Its clusters are an estimate.
+    pub const H200: Self = Self {
+        multiprocessors: 132,
+        l2_bytes: 50 << 20,
+        shared_bytes: 228 << 10,
+        clusters: [396, 198, 99, 48, 22],
+    };
+
+    /// Blocks that can form a cluster without the driver's special leave: 8 from compute capability 9.0,
+    /// 1 before.
+    pub fn portable_cluster(&self) -> u32 {
+        if self.clusters[0] > 0 { 8 } else { 1 }
+    }
 }
 
 /// What a plan needs to know of a call. All sizes are at most `i32::MAX`.
@@ -35,6 +49,8 @@ pub struct Problem {
     pub gradient: Dtype,
     /// Whether cross entropy needs a sum of its own: it has a weight, and the temperature is not 1.
     pub sum_at_1: bool,
+    /// Whether rows of teacher, student and gradient start equally far from a multiple of 16 bytes.
+    pub aligned_alike: bool,
     /// Parts within which hard tokens are selected.
     pub scopes: usize,
 }
@@ -48,6 +64,8 @@ pub struct LaunchShape {
     pub block: u32,
     /// Blocks in a cluster.
     pub cluster: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
 }
 
 impl fmt::Display for LaunchShape {
@@ -55,6 +73,27 @@ impl fmt::Display for LaunchShape {
         let plural = if self.grid == 1 { "" } else { "s" };
         write!(f, "{} block{plural} of {} threads", self.grid, self.block)?;
         if self.cluster > 1 { write!(f, ", clusters of {}", self.cluster) } else { Ok(()) }
+    }
+}
+
+/// The kernels that compute a row's loss and gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowKernel {
+    /// `row_resident`: a block's registers hold the row, which is read once.
+    Resident,
+    /// `row_pipelined`: a cluster's shared memory holds the row, which is read once.
+    Pipelined,
+    /// `row_stream`: the row is read twice, the second time from the L2 cache.
+    Stream,
+}
+
+impl fmt::Display for RowKernel {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Resident => "row_resident",
+            Self::Pipelined => "row_pipelined",
+            Self::Stream => "row_stream",
+        })
     }
 }
 
@@ -67,11 +106,14 @@ pub struct Plan {
     pub count: LaunchShape,
     /// `select_hard`: the keys are read from the L2 cache.
     pub select: LaunchShape,
-    /// Both models' rows are read and the gradient is written, by `row_resident` or `row_stream`.
+    /// Which kernel reads both models' rows and writes the gradient.
+    pub row_kernel: RowKernel,
+    /// For all tokens.
     pub rows: LaunchShape,
-    /// Whether a cluster's registers hold a row, so that it is read once (`row_resident`); else it is read
-    /// twice (`row_stream`).
-    pub resident: bool,
+    /// For those that are to be done again.
+    pub rows_again: LaunchShape,
+    /// Rows that a cluster of `row_pipelined` has room for at once.
+    pub stages: u32,
     /// Bytes of the rows that are in flight at once: what a second read must find in the L2 cache.
     pub rows_in_flight_bytes: usize,
     /// `sum_losses`.
@@ -81,15 +123,22 @@ pub struct Plan {
 const WARP: usize = 32;
 /// Logits that a thread handles at once, as in kernels/memory.cuh.
 const CHUNK: usize = 8;
+/// As in kernels/row_pipelined.cu.
+const MOST_STAGES: u32 = 4;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
 const MARGIN_THREADS: usize = 384;
 const STREAM_THREADS: usize = 384;
 const RESIDENT_THREADS: usize = 256;
-const ROWS_BLOCKS: usize = 2;
+const RESIDENT_BLOCKS: usize = 2;
+const STREAM_BLOCKS: usize = 2;
+const PIPELINED_THREADS: usize = 256;
+const PIPELINED_BLOCKS: usize = 3;
 const COUNT_THREADS: usize = 256;
 const SELECT_THREADS: usize = 1024;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
 const HELD_BYTES: usize = 128;
+/// Of a block of `row_pipelined`, beside its stages: what its threads share, and what the device takes.
+const PIPELINED_SHARED_BYTES: usize = 640 + 1024;
 
 /// Threads for `work` items, `each` of them a thread, up to `most`.
 fn threads(work: usize, each: usize, most: usize) -> u32 {
@@ -99,21 +148,43 @@ fn threads(work: usize, each: usize, most: usize) -> u32 {
 /// A grid of whole clusters, as large as a device launches at most.
 fn shape(grid: usize, block: u32, cluster: u32) -> LaunchShape {
     let most = i32::MAX as u32 / cluster * cluster;
-    LaunchShape { grid: u32::try_from(grid).unwrap_or(most).min(most), block, cluster }
+    LaunchShape { grid: u32::try_from(grid).unwrap_or(most).min(most), block, cluster, shared: 0 }
 }
 
 impl Plan {
-    /// The plan of a call on a device.
+    /// The plan of a call on a device: the first kernel that can do it of those that read a row once, and
+    /// else `row_stream`.
     pub fn new(device: &DeviceProperties, problem: &Problem) -> Self {
+        [RowKernel::Resident, RowKernel::Pipelined]
+            .into_iter()
+            .find_map(|kernel| Self::with(device, problem, kernel, 1))
+            .or_else(|| Self::with(device, problem, RowKernel::Stream, 1))
+            .expect("row_stream can do any call")
+    }
+
+    /// The plan of a call by a kernel, with so many stages if it has any; none if that cannot do it.
+    pub fn with(
+        device: &DeviceProperties,
+        problem: &Problem,
+        row_kernel: RowKernel,
+        stages: u32,
+    ) -> Option<Self> {
         let Problem { tokens, vocab, scopes, .. } = *problem;
         // A row that starts off a chunk's boundary has up to one more.
         let chunks = (vocab + CHUNK - 1).div_ceil(CHUNK);
         let largest_scope = tokens.div_ceil(scopes.max(1));
         let select_blocks = (largest_scope.div_ceil(SELECT_THREADS).next_power_of_two() as u32)
-            .clamp(1, device.largest_cluster);
-        let resident = Self::resident(device, problem, chunks);
-        let rows = resident.unwrap_or_else(|| Self::stream(device, problem, chunks));
-        Self {
+            .clamp(1, device.portable_cluster());
+        let (rows, blocks) = match row_kernel {
+            RowKernel::Resident => (Self::resident(problem, chunks)?, RESIDENT_BLOCKS),
+            RowKernel::Pipelined => {
+                (Self::pipelined(device, problem, chunks, stages)?, PIPELINED_BLOCKS)
+            }
+            RowKernel::Stream => (Self::stream(device, problem, chunks), STREAM_BLOCKS),
+        };
+        let at_once = (device.multiprocessors as usize * blocks / rows.cluster as usize).max(1);
+        let again = tokens.min(at_once) * rows.cluster as usize;
+        Some(Self {
             margin: shape(tokens, threads(chunks, 4, MARGIN_THREADS), 1),
             count: shape(tokens.div_ceil(COUNT_THREADS), COUNT_THREADS as u32, 1),
             select: shape(
@@ -121,32 +192,44 @@ impl Plan {
                 threads(largest_scope, 1, SELECT_THREADS),
                 select_blocks,
             ),
+            row_kernel,
             rows,
-            resident: resident.is_some(),
+            rows_again: LaunchShape { grid: rows.grid.min(again as u32), ..rows },
+            stages,
             rows_in_flight_bytes: in_flight_bytes(device, problem, rows.cluster),
             sum: shape(1, threads(tokens, 4, 1024), 1),
-        }
+        })
     }
 
-    /// Clusters as small as hold a row, if any does.
-    fn resident(
+    /// A block a row.
+    fn resident(problem: &Problem, chunks: usize) -> Option<LaunchShape> {
+        let held = HELD_BYTES / (CHUNK * problem.student.size());
+        (problem.of_one_type() && chunks <= RESIDENT_THREADS * held)
+            .then(|| shape(problem.tokens, threads(chunks, held, RESIDENT_THREADS), 1))
+    }
+
+    /// Clusters as small as hold `stages` rows, as many as run at once.
+    fn pipelined(
         device: &DeviceProperties,
         problem: &Problem,
         chunks: usize,
+        stages: u32,
     ) -> Option<LaunchShape> {
-        let Problem { teacher, student, gradient, .. } = *problem;
-        if teacher != student || student != gradient || problem.sum_at_1 {
+        if !problem.of_one_type() || !problem.aligned_alike || !(1..=MOST_STAGES).contains(&stages) {
             return None;
         }
-        let held = HELD_BYTES / (CHUNK * student.size());
-        let cluster = chunks.div_ceil(RESIDENT_THREADS * held).next_power_of_two();
-        if cluster > device.largest_cluster as usize
-            || problem.tokens.saturating_mul(cluster) > i32::MAX as usize
-        {
-            return None;
-        }
-        let block = threads(chunks, held * cluster, RESIDENT_THREADS);
-        Some(shape(problem.tokens * cluster, block, cluster as u32))
+        let room = device.shared_bytes / PIPELINED_BLOCKS - PIPELINED_SHARED_BYTES;
+        device.clusters.iter().enumerate().find_map(|(log, &at_once)| {
+            let cluster = 1 << log;
+            let slice = 2 * chunks.div_ceil(cluster) * CHUNK * problem.student.size();
+            let shared = stages as usize * slice;
+            (at_once > 0 && shared <= room).then(|| {
+                // Threads that hold what bulk copies do not bring are of two warps.
+                let block = threads(chunks, 4 * cluster, PIPELINED_THREADS).max(2 * WARP as u32);
+                let grid = problem.tokens.min(at_once as usize) * cluster;
+                LaunchShape { shared: shared as u32, ..shape(grid, block, cluster as u32) }
+            })
+        })
     }
 
     /// Clusters only as large as it takes for the rows in flight to fill half of the L2 cache, and only
@@ -154,7 +237,7 @@ impl Plan {
     fn stream(device: &DeviceProperties, problem: &Problem, chunks: usize) -> LaunchShape {
         let tokens = problem.tokens;
         let mut cluster = 1;
-        while cluster < device.largest_cluster
+        while cluster < device.portable_cluster()
             && in_flight_bytes(device, problem, cluster) > device.l2_bytes / 2
             && chunks >= 2 * cluster as usize * STREAM_THREADS
             && tokens.saturating_mul(2 * cluster as usize) <= i32::MAX as usize
@@ -166,8 +249,15 @@ impl Plan {
     }
 }
 
+impl Problem {
+    /// What the kernels that read a row once are made for.
+    fn of_one_type(&self) -> bool {
+        self.teacher == self.student && self.student == self.gradient && !self.sum_at_1
+    }
+}
+
 fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, cluster: u32) -> usize {
-    let blocks = device.multiprocessors as usize * ROWS_BLOCKS;
+    let blocks = device.multiprocessors as usize * STREAM_BLOCKS;
     let rows = (blocks / cluster as usize).clamp(1, problem.tokens.max(1));
     rows * problem.vocab * (problem.teacher.size() + problem.student.size())
 }

@@ -149,9 +149,11 @@ template <class T> ATKD_DEVICE void store(T *at, T value) {
     simt_access(at, sizeof(T), alignof(T), true);
     *at = value;
 }
-ATKD_DEVICE void add_atomic(uint32_t *at, uint32_t value) {
+ATKD_DEVICE uint32_t add_atomic(uint32_t *at, uint32_t value) {
     simt_access(at, 4, 4, true);
+    uint32_t old = *at;
     *at += value;
+    return old;
 }
 ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
     simt_access(at, 8, 8, true);

@@ -9,7 +9,7 @@ use machine::Buffer;
 
 use crate::launch::{self, Layout, RawCall, RawLabels, RawLogits};
 use crate::params::atkd_summary;
-use crate::plan::{DeviceProperties, LaunchShape, Plan};
+use crate::plan::{DeviceProperties, LaunchShape, Plan, RowKernel};
 use crate::unfused::device;
 use crate::{Batch, Elements, Labels, Logits, LogitsMut, Objective, Output, Result};
 
@@ -24,8 +24,12 @@ pub struct Simulation {
     /// See `block`. Neither holds for rows that are held on chip, where it is the plan's blocks that have
     /// room for a row.
     pub cluster: u32,
-    /// Whether rows may be held on chip; else they are all read twice.
-    pub resident: bool,
+    /// The kernel for rows, where that can do the call; else it is the plan's choice.
+    pub row_kernel: Option<RowKernel>,
+    /// Rows that a cluster of `row_pipelined` has room for.
+    pub stages: u32,
+    /// The guess of the threshold from which tokens are hard.
+    pub guess: u32,
     /// Of the order in which blocks and threads take turns: no result may depend on it.
     pub seed: u64,
 }
@@ -34,7 +38,16 @@ impl Default for Simulation {
     /// An H200, with blocks of two warps and clusters of two blocks.
     fn default() -> Self {
         let device = DeviceProperties::H200;
-        Self { device, block: 64, cluster: 2, resident: true, seed: 0 }
+        Self {
+            device,
+            block: 64,
+            cluster: 2,
+            row_kernel: None,
+            stages: 1,
+            // Of a margin of 0: an uncertainty of a half.
+            guess: 1 << 31,
+            seed: 0,
+        }
     }
 }
 
@@ -198,17 +211,21 @@ impl Simulation {
         let mut workspace =
             vec![0xdead_beef_dead_beef_dead_beef_dead_beef_u128; layout.bytes() / 16];
         // SAFETY: the workspace starts with room for a summary, which any alignment of 8 suits.
-        unsafe { workspace.as_mut_ptr().cast::<atkd_summary>().write(Layout::empty_summary()) };
+        unsafe {
+            let summary = atkd_summary { guess: self.guess, ..Layout::empty_summary() };
+            workspace.as_mut_ptr().cast::<atkd_summary>().write(summary);
+        }
         buffers.extend(
             layout
                 .columns(address(&workspace) as usize)
                 .map(|(name, addresses)| Buffer::at(name, addresses)),
         );
 
-        let mut problem = call.problem(objective);
-        // A sum of its own is a reason to read a row twice.
-        problem.sum_at_1 |= !self.resident;
-        let plan = Plan::new(&self.device, &problem);
+        let problem = call.problem(objective);
+        let plan = self
+            .row_kernel
+            .and_then(|kernel| Plan::with(&self.device, &problem, kernel, self.stages))
+            .unwrap_or_else(|| Plan::new(&self.device, &problem));
         let mut traffic = Vec::new();
         for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
             let mut buffers = buffers.clone();
@@ -297,6 +314,9 @@ impl Simulation {
         if kernel.starts_with("row_resident") {
             // Its threads have room for a row, and not one chunk more.
             shape = planned;
+        } else if kernel.starts_with("row_pipelined") {
+            // Its clusters have.
+            shape = LaunchShape { block: planned.block.min(self.block), ..planned };
         } else if !of_tokens.contains(&kernel) {
             // Those have one thread a token.
             shape.block = shape.block.min(self.block);
@@ -358,6 +378,7 @@ mod tests {
             margins: std::ptr::null(),
             offsets: std::ptr::null(),
             thresholds: thresholds.as_mut_ptr(),
+            wrong: std::ptr::null_mut(),
             hard_ratio: 0.3,
             scopes: 1,
             count: 1,
@@ -376,10 +397,11 @@ mod tests {
             student: Dtype::Bf16,
             gradient: Dtype::Bf16,
             sum_at_1: false,
+            aligned_alike: true,
             scopes: 1,
         };
         let shape = Plan::new(&device, &problem).select;
-        assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8 });
+        assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8, shared: 0 });
         let parameters = (&raw const parameters).cast();
         // SAFETY: that is the kernel's block, and the buffers are what it points to.
         unsafe { run_kernel("select_hard", shape, seed, parameters, &mut buffers) }.unwrap();
