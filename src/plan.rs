@@ -13,11 +13,21 @@ pub struct DeviceProperties {
     pub l2_bytes: usize,
     /// Blocks that can form a cluster: 8 from compute capability 9.0, 1 before.
     pub largest_cluster: u32,
+    /// Bytes of shared memory of a multiprocessor, of which each block takes 1 KiB beside its own.
+    pub shared_bytes: usize,
+    /// Bytes of shared memory that a block can have.
+    pub block_shared_bytes: usize,
 }
 
 impl DeviceProperties {
     /// An NVIDIA H200, for plans where there is no device.
-    pub const H200: Self = Self { multiprocessors: 132, l2_bytes: 50 << 20, largest_cluster: 8 };
+    pub const H200: Self = Self {
+        multiprocessors: 132,
+        l2_bytes: 50 << 20,
+        largest_cluster: 8,
+        shared_bytes: 233_472,
+        block_shared_bytes: 232_448,
+    };
 }
 
 /// What a plan needs to know of a call. All sizes are at most `i32::MAX`.
@@ -48,13 +58,21 @@ pub struct LaunchShape {
     pub block: u32,
     /// Blocks in a cluster.
     pub cluster: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
 }
 
 impl fmt::Display for LaunchShape {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let plural = if self.grid == 1 { "" } else { "s" };
         write!(f, "{} block{plural} of {} threads", self.grid, self.block)?;
-        if self.cluster > 1 { write!(f, ", clusters of {}", self.cluster) } else { Ok(()) }
+        if self.cluster > 1 {
+            write!(f, ", clusters of {}", self.cluster)?;
+        }
+        if self.shared > 0 {
+            write!(f, ", {:.1} KB of shared memory", f64::from(self.shared) / 1e3)?;
+        }
+        Ok(())
     }
 }
 
@@ -99,7 +117,7 @@ fn threads(work: usize, each: usize, most: usize) -> u32 {
 /// A grid of whole clusters, as large as a device launches at most.
 fn shape(grid: usize, block: u32, cluster: u32) -> LaunchShape {
     let most = i32::MAX as u32 / cluster * cluster;
-    LaunchShape { grid: u32::try_from(grid).unwrap_or(most).min(most), block, cluster }
+    LaunchShape { grid: u32::try_from(grid).unwrap_or(most).min(most), block, cluster, shared: 0 }
 }
 
 impl Plan {
@@ -177,8 +195,13 @@ mod tests {
     use super::*;
 
     const H200: DeviceProperties = DeviceProperties::H200;
-    const A100: DeviceProperties =
-        DeviceProperties { multiprocessors: 108, l2_bytes: 40 << 20, largest_cluster: 1 };
+    const A100: DeviceProperties = DeviceProperties {
+        multiprocessors: 108,
+        l2_bytes: 40 << 20,
+        largest_cluster: 1,
+        shared_bytes: 167_936,
+        block_shared_bytes: 166_912,
+    };
 
     fn problem(tokens: usize, vocab: usize, teacher: Dtype, student: Dtype) -> Problem {
         Problem { tokens, vocab, teacher, student, gradient: student, sum_at_1: false, scopes: 1 }
@@ -233,14 +256,14 @@ mod tests {
     #[test]
     fn small_work_takes_small_blocks() {
         let plan = Plan::new(&H200, &problem(1, 1, Dtype::F32, Dtype::F32));
-        let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1 };
+        let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1, shared: 0 };
         assert_eq!([plan.margin, plan.rows, plan.select, plan.sum], [one_warp; 4]);
-        assert_eq!(plan.count, LaunchShape { grid: 1, block: 256, cluster: 1 });
+        assert_eq!(plan.count, LaunchShape { grid: 1, block: 256, cluster: 1, shared: 0 });
         let many = problem(131_072, 32_000, Dtype::Bf16, Dtype::Bf16);
-        let shape = LaunchShape { grid: 8, block: 1024, cluster: 8 };
+        let shape = LaunchShape { grid: 8, block: 1024, cluster: 8, shared: 0 };
         assert_eq!(Plan::new(&H200, &many).select, shape);
         let sequences = Problem { scopes: 64, ..problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16) };
-        let shape = LaunchShape { grid: 64, block: 128, cluster: 1 };
+        let shape = LaunchShape { grid: 64, block: 128, cluster: 1, shared: 0 };
         assert_eq!(Plan::new(&H200, &sequences).select, shape);
     }
 

@@ -475,7 +475,7 @@ fn broken(kernel: Kernel<Broken>, cluster: u32, seed: u64) -> Result<[u32; 64], 
     let mut memory = Memory([0; 64]);
     let parameters = Broken { data: memory.0.as_mut_ptr() };
     let mut buffers = [Buffer::output("data", &mut memory.0)];
-    let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster };
+    let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster, shared: 0 };
     // SAFETY: the kernel's parameters are these.
     unsafe { run("broken", shape, seed, kernel, &parameters, &mut buffers)? };
     Ok(memory.0)

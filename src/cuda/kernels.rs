@@ -2,8 +2,11 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute,
+    CUlaunchAttributeID as LaunchAttribute,
+};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError};
 use cudarc::nvrtc::Ptx;
 
 use super::driver;
@@ -63,7 +66,17 @@ impl Kernels {
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
             largest_cluster: if capability >= (9, 0) && compiled_for >= 90 { 8 } else { 1 },
+            shared_bytes: attribute(
+                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+            )? as usize,
+            block_shared_bytes: attribute(
+                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )? as usize,
         };
+        for function in functions.iter().filter(|(name, _)| name.starts_with("row_pipelined")) {
+            allow_shared_memory(function.1, device.block_shared_bytes)
+                .map_err(driver("giving a kernel shared memory"))?;
+        }
         Ok(Arc::new(Self { context: context.clone(), functions, device }))
     }
 
@@ -77,19 +90,32 @@ impl Kernels {
         self.device
     }
 
+    /// `after`: the stream's last work is a kernel of the same call, beside which this one may be made ready.
+    /// Every kernel begins by waiting for what is before it.
+    ///
     /// # Safety
     /// The addresses in the launch's parameters are of device memory of the sizes that go with them,
     /// which stays until the stream is done with it.
-    pub(super) unsafe fn launch(&self, stream: &CudaStream, launch: &Launch) -> Result<()> {
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            // SAFETY: a union of plain numbers.
-            value: unsafe { std::mem::zeroed() },
-        };
-        attribute.value.clusterDim.x = launch.shape.cluster;
-        attribute.value.clusterDim.y = 1;
-        attribute.value.clusterDim.z = 1;
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &CudaStream,
+        launch: &Launch,
+        after: bool,
+    ) -> Result<()> {
+        // SAFETY: plain numbers.
+        let [mut cluster, mut overlap]: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        cluster.id = LaunchAttribute::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        cluster.value.clusterDim.x = launch.shape.cluster;
+        cluster.value.clusterDim.y = 1;
+        cluster.value.clusterDim.z = 1;
+        overlap.id = LaunchAttribute::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        overlap.value.programmaticStreamSerializationAllowed = 1;
+        let mut attributes = [overlap; 2];
+        let mut count = usize::from(after && self.device.largest_cluster > 1);
+        if launch.shape.cluster > 1 {
+            attributes[count] = cluster;
+            count += 1;
+        }
         let config = sys::CUlaunchConfig {
             gridDimX: launch.shape.grid,
             gridDimY: 1,
@@ -97,10 +123,10 @@ impl Kernels {
             blockDimX: launch.shape.block,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: launch.shape.shared,
             hStream: stream.cu_stream(),
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(launch.shape.cluster > 1),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count as u32,
         };
         let mut parameters = [launch.parameters.as_ptr().cast_mut()];
         let parameters: *mut *mut c_void = parameters.as_mut_ptr();
@@ -110,4 +136,18 @@ impl Kernels {
             .result()
             .map_err(driver("launching a kernel"))
     }
+}
+
+/// All that a block can have, in place of the L1 cache.
+fn allow_shared_memory(
+    function: &CudaFunction,
+    block_shared_bytes: usize,
+) -> std::result::Result<(), DriverError> {
+    let dynamic = block_shared_bytes as i32 - function.shared_size_bytes()?;
+    function.set_attribute(
+        FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        dynamic,
+    )?;
+    function
+        .set_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
 }

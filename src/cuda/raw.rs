@@ -57,9 +57,9 @@ impl Kernels {
         };
         fill(workspace, 0, size_of::<atkd_summary>())?;
         fill(faults, 0xff, FAULTS)?;
-        for launch in launches {
+        for (i, launch) in launches.enumerate() {
             // SAFETY: the caller vouches for all addresses.
-            unsafe { self.launch(stream, &launch)? };
+            unsafe { self.launch(stream, &launch, i > 0)? };
         }
         // SAFETY: the caller's.
         unsafe { copy(stream, layout, workspace, call.tokens, output) }

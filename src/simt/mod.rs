@@ -1,6 +1,7 @@
 //! The CUDA kernels on the CPU: the same source files, compiled as C++ and run by a simulator that
 //! checks every access and every barrier. For tests on machines without a GPU; slow.
 
+mod bulk;
 pub mod machine;
 
 use std::ffi::c_void;
@@ -379,7 +380,7 @@ mod tests {
             scopes: 1,
         };
         let shape = Plan::new(&device, &problem).select;
-        assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8 });
+        assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8, shared: 0 });
         let parameters = (&raw const parameters).cast();
         // SAFETY: that is the kernel's block, and the buffers are what it points to.
         unsafe { run_kernel("select_hard", shape, seed, parameters, &mut buffers) }.unwrap();
