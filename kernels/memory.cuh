@@ -19,11 +19,31 @@ static_assert(sizeof(atkd_rows) == 280 && sizeof(atkd_sum_losses) == 32, "the la
 #include <cuda_fp16.h>
 
 #define ATKD_DEVICE __device__ __forceinline__
+
+// What machines before sm_90 do not know, they leave out.
+#if __CUDA_ARCH__ >= 900
+#define ATKD_SINCE_SM_90(...) asm volatile(__VA_ARGS__)
+#else
+#define ATKD_SINCE_SM_90(...)
+#endif
+
+// The next kernel may take its place on the machine as soon as this one has, and then waits here: so each
+// begins after all before it have ended, and what they wrote is there.
+ATKD_DEVICE void begin_kernel() {
+    ATKD_SINCE_SM_90("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+}
 // Blocks of at most `threads`, of which a multiprocessor should hold `blocks` at once.
 #define ATKD_KERNEL(name, params, threads, blocks)                                                            \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ params p)
+    static ATKD_DEVICE void name##_body(const params &p);                                                     \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ params p) {    \
+        begin_kernel();                                                                                       \
+        name##_body(p);                                                                                       \
+    }                                                                                                         \
+    static ATKD_DEVICE void name##_body(const params &p)
 // `count` elements of shared memory.
 #define ATKD_SHARED(type, name, count) __shared__ type name[count]
+// The shared memory that the launch asks for.
+#define ATKD_STAGED(name) extern __shared__ __align__(128) unsigned char name[]
 
 typedef __half f16;
 typedef __nv_bfloat16 bf16;
@@ -107,6 +127,73 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
                  "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
                  : "memory");
 }
+
+// Staged memory is accessed by offsets that are multiples of 16.
+typedef unsigned char *StagedMemory;
+ATKD_DEVICE Bytes16 load_staged(StagedMemory staged, uint32_t offset) {
+    return *reinterpret_cast<const Bytes16 *>(staged + offset);
+}
+ATKD_DEVICE void store_staged(StagedMemory staged, uint32_t offset, const Bytes16 &value) {
+    *reinterpret_cast<Bytes16 *>(staged + offset) = value;
+}
+
+// An mbarrier. A phase ends when as many threads have arrived as it was made for, and all bytes that they
+// expect have been loaded.
+struct Barrier {
+    uint64_t word;
+};
+ATKD_DEVICE uint32_t in_shared(const void *at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+ATKD_DEVICE void init_barrier(Barrier &barrier, uint32_t arrivals) {
+    ATKD_SINCE_SM_90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(&barrier)), "r"(arrivals)
+                     : "memory");
+}
+// By the thread that made barriers, before the block's or cluster's barrier after which others use them.
+ATKD_DEVICE void publish_barriers() { ATKD_SINCE_SM_90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+ATKD_DEVICE void arrive(Barrier &barrier) {
+    ATKD_SINCE_SM_90("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(in_shared(&barrier)) : "memory");
+}
+ATKD_DEVICE void arrive_expecting(Barrier &barrier, uint32_t bytes) {
+    ATKD_SINCE_SM_90("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
+                         in_shared(&barrier)),
+                     "r"(bytes)
+                     : "memory");
+}
+ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) {
+    ATKD_SINCE_SM_90("{\n.reg .pred done;\n"
+                     "again:\n"
+                     "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+                     "@!done bra again;\n}" ::"r"(in_shared(&barrier)),
+                     "r"(parity)
+                     : "memory");
+}
+#define ATKD_INIT_BARRIER(array, index, arrivals) init_barrier((array)[index], arrivals)
+#define ATKD_ARRIVE(array, index) arrive((array)[index])
+#define ATKD_EXPECT(array, index, bytes) arrive_expecting((array)[index], bytes)
+// Until the phase of this parity has ended; the first is 0.
+#define ATKD_WAIT(array, index, parity) wait_for((array)[index], parity)
+
+// Bulk copies, by the machine and in no order: of a multiple of 16 bytes, from and to multiples of 16.
+ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *from, uint32_t bytes, Barrier &barrier) {
+    ATKD_SINCE_SM_90(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            in_shared(staged + offset)),
+        "l"(from), "r"(bytes), "r"(in_shared(&barrier))
+        : "memory");
+}
+#define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
+    bulk_load(staged, offset, global, bytes, (array)[index])
+ATKD_DEVICE void bulk_store(void *to, StagedMemory staged, uint32_t offset, uint32_t bytes) {
+    ATKD_SINCE_SM_90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+                     "r"(in_shared(staged + offset)), "r"(bytes)
+                     : "memory");
+}
+ATKD_DEVICE void commit_bulk_stores() { ATKD_SINCE_SM_90("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the stores that this thread committed have read staged memory.
+ATKD_DEVICE void wait_bulk_stores_read() { ATKD_SINCE_SM_90("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Until they have written global memory.
+ATKD_DEVICE void wait_bulk_stores() { ATKD_SINCE_SM_90("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// By every thread that wrote staged memory, before the barrier after which bulk copies touch it.
+ATKD_DEVICE void fence_bulk() { ATKD_SINCE_SM_90("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 ATKD_DEVICE float widen(float x) { return x; }
 ATKD_DEVICE float widen(f16 x) { return __half2float(x); }

@@ -42,7 +42,7 @@ template <class T> struct Stages {
     }
 };
 
-template <class T, class Staged> ATKD_DEVICE Packed<T> load_chunk_staged(const Staged &staged, uint32_t offset) {
+template <class T> ATKD_DEVICE Packed<T> load_chunk_staged(StagedMemory staged, uint32_t offset) {
     Packed<T> packed;
     ATKD_UNROLL
     for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
@@ -50,8 +50,8 @@ template <class T, class Staged> ATKD_DEVICE Packed<T> load_chunk_staged(const S
     }
     return packed;
 }
-template <class T, class Staged>
-ATKD_DEVICE void store_chunk_staged(const Staged &staged, uint32_t offset, const Packed<T> &packed) {
+template <class T>
+ATKD_DEVICE void store_chunk_staged(StagedMemory staged, uint32_t offset, const Packed<T> &packed) {
     ATKD_UNROLL
     for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
         store_staged(staged, offset + 16 * i, packed.part[i]);
@@ -81,7 +81,7 @@ template <class T> struct Loader {
         }
     }
 
-    template <class Staged, class Barriers> ATKD_DEVICE void ask(const Staged &staged, Barriers &full) {
+    template <class Barriers> ATKD_DEVICE void ask(StagedMemory staged, Barriers &full) {
         if (token == NONE) {
             return;
         }
@@ -134,17 +134,17 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
         if (leads) {
             read_target(rows, target, target_logits);
         }
-        // What no bulk copy brings, two threads hold in registers: the row's first chunk and its last.
+        // The row's first chunk and its last, where no bulk copy brings them, are two threads' own to read.
         Slice slice(rows.teacher, stages.most);
-        bool holds_start = leads && slice.start < slice.whole_start;
-        bool holds_end = thread_index() == WARP && slice.whole_end < slice.end;
-        uint32_t held = holds_start ? slice.start : slice.whole_end;
-        Packed<T> held_teacher = {}, held_student = {};
-        if (holds_start || holds_end) {
-            held_teacher = load_packed(rows.teacher, held);
-            held_student = load_packed(rows.student, held);
-            take_out(rows.within(target, held), held_teacher);
-            take_out(rows.within(target, held), held_student);
+        bool has_start = leads && slice.start < slice.whole_start;
+        bool has_end = thread_index() == WARP && slice.whole_end < slice.end;
+        uint32_t end = has_start ? slice.start : slice.whole_end;
+        Packed<T> teacher_end = {}, student_end = {};
+        if (has_start || has_end) {
+            teacher_end = load_packed(rows.teacher, end);
+            student_end = load_packed(rows.student, end);
+            take_out(rows.within(target, end), teacher_end);
+            take_out(rows.within(target, end), student_end);
         }
 
         uint32_t stage = turn % p.stages;
@@ -172,8 +172,8 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
             }
             add_chunk(teacher, student);
         }
-        if (holds_start || holds_end) {
-            add_chunk(held_teacher, held_student);
+        if (has_start || has_end) {
+            add_chunk(teacher_end, student_end);
         }
         settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
 
@@ -197,10 +197,10 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
                             load_chunk_staged<T>(staged, at_student), g);
                 store_chunk_staged(staged, at_student, pack<T>(g));
             }
-            if (holds_start || holds_end) {
+            if (has_start || has_end) {
                 float g[CHUNK];
-                gradient_at(held, held_teacher, held_student, g);
-                store_chunk(gradient, held, g);
+                gradient_at(end, load_packed(rows.teacher, end), load_packed(rows.student, end), g);
+                store_chunk(gradient, end, g);
             }
             fence_bulk();
             ATKD_SYNC_BLOCK();
@@ -223,6 +223,13 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
 
 } // namespace
 
-ATKD_KERNEL(row_pipelined_f32, atkd_rows, 256, 3) { row_pipelined<float>(p); }
-ATKD_KERNEL(row_pipelined_f16, atkd_rows, 256, 3) { row_pipelined<f16>(p); }
-ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 256, 3) { row_pipelined<bf16>(p); }
+// Nothing where there are no bulk copies: no plan chooses it there.
+#if defined(__CUDACC__) && __CUDA_ARCH__ < 900
+#define ATKD_ROW_PIPELINED(T)
+#else
+#define ATKD_ROW_PIPELINED(T) row_pipelined<T>(p)
+#endif
+
+ATKD_KERNEL(row_pipelined_f32, atkd_rows, 256, 3) { ATKD_ROW_PIPELINED(float); }
+ATKD_KERNEL(row_pipelined_f16, atkd_rows, 256, 3) { ATKD_ROW_PIPELINED(f16); }
+ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 256, 3) { ATKD_ROW_PIPELINED(bf16); }

@@ -72,7 +72,13 @@ impl fmt::Display for LaunchShape {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let plural = if self.grid == 1 { "" } else { "s" };
         write!(f, "{} block{plural} of {} threads", self.grid, self.block)?;
-        if self.cluster > 1 { write!(f, ", clusters of {}", self.cluster) } else { Ok(()) }
+        if self.cluster > 1 {
+            write!(f, ", clusters of {}", self.cluster)?;
+        }
+        if self.shared > 0 {
+            write!(f, ", {:.1} KB of shared memory", f64::from(self.shared) / 1e3)?;
+        }
+        Ok(())
     }
 }
 
@@ -131,7 +137,7 @@ const STREAM_THREADS: usize = 384;
 const RESIDENT_THREADS: usize = 256;
 const RESIDENT_BLOCKS: usize = 2;
 const STREAM_BLOCKS: usize = 2;
-const PIPELINED_THREADS: usize = 256;
+pub(crate) const PIPELINED_THREADS: usize = 256;
 const PIPELINED_BLOCKS: usize = 3;
 const COUNT_THREADS: usize = 256;
 const SELECT_THREADS: usize = 1024;
@@ -218,7 +224,7 @@ impl Plan {
         if !problem.of_one_type() || !problem.aligned_alike || !(1..=MOST_STAGES).contains(&stages) {
             return None;
         }
-        let room = device.shared_bytes / PIPELINED_BLOCKS - PIPELINED_SHARED_BYTES;
+        let room = pipelined_room(device.shared_bytes);
         device.clusters.iter().enumerate().find_map(|(log, &at_once)| {
             let cluster = 1 << log;
             let slice = 2 * chunks.div_ceil(cluster) * CHUNK * problem.student.size();
@@ -249,6 +255,11 @@ impl Plan {
     }
 }
 
+/// Bytes of dynamic shared memory that each block of `row_pipelined` can have.
+pub(crate) fn pipelined_room(shared_bytes: usize) -> usize {
+    (shared_bytes / PIPELINED_BLOCKS).saturating_sub(PIPELINED_SHARED_BYTES)
+}
+
 impl Problem {
     /// What the kernels that read a row once are made for.
     fn of_one_type(&self) -> bool {
@@ -267,11 +278,24 @@ mod tests {
     use super::*;
 
     const H200: DeviceProperties = DeviceProperties::H200;
-    const A100: DeviceProperties =
-        DeviceProperties { multiprocessors: 108, l2_bytes: 40 << 20, largest_cluster: 1 };
+    const A100: DeviceProperties = DeviceProperties {
+        multiprocessors: 108,
+        l2_bytes: 40 << 20,
+        shared_bytes: 164 << 10,
+        clusters: [0; 5],
+    };
 
     fn problem(tokens: usize, vocab: usize, teacher: Dtype, student: Dtype) -> Problem {
-        Problem { tokens, vocab, teacher, student, gradient: student, sum_at_1: false, scopes: 1 }
+        Problem {
+            tokens,
+            vocab,
+            teacher,
+            student,
+            gradient: student,
+            sum_at_1: false,
+            aligned_alike: true,
+            scopes: 1,
+        }
     }
 
     #[test]
@@ -279,7 +303,8 @@ mod tests {
         let rows = |device, tokens, vocab| {
             let problem = problem(tokens, vocab, Dtype::F16, Dtype::Bf16);
             let plan = Plan::new(device, &problem);
-            assert!(!plan.resident && plan.rows.grid == tokens as u32 * plan.rows.cluster);
+            assert_eq!(plan.row_kernel, RowKernel::Stream);
+            assert_eq!(plan.rows.grid, tokens as u32 * plan.rows.cluster);
             (plan.rows.cluster, plan.rows_in_flight_bytes)
         };
         for vocab in [32_000, 50_257, 128_256, 151_936] {
@@ -296,41 +321,69 @@ mod tests {
     }
 
     #[test]
-    fn resident_rows_fit_the_registers() {
+    fn rows_on_chip_have_room() {
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             let held = HELD_BYTES / dtype.size();
-            for vocab in (1..140_000).step_by(97).chain([4096, 8192, 32_000, 128_256, 131_065]) {
+            for vocab in (1..300_000).step_by(97).chain([4096, 128_256, 151_936, 262_144]) {
                 let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype));
                 // Up to 7 places before the row in its first chunk.
-                let room = (plan.rows.block * plan.rows.cluster) as usize * held;
-                assert!(!plan.resident || room >= vocab + 7, "{vocab} {dtype}: {plan:?}");
-                assert_eq!(plan.resident, vocab + 7 <= 8 * 256 * held, "{vocab} {dtype}");
+                let room = match plan.row_kernel {
+                    RowKernel::Resident => plan.rows.block as usize * held,
+                    RowKernel::Pipelined => {
+                        assert!(plan.rows.grid / plan.rows.cluster <= 396 && plan.rows.block >= 64);
+                        (plan.rows.shared * plan.rows.cluster) as usize / (2 * dtype.size())
+                    }
+                    RowKernel::Stream => continue,
+                };
+                assert!(room >= vocab + 7, "{vocab} {dtype}: {plan:?}");
             }
         }
-        let rows = |vocab| Plan::new(&H200, &problem(8192, vocab, Dtype::Bf16, Dtype::Bf16)).rows;
-        assert_eq!((rows(4096).block, rows(4096).cluster), (96, 1));
-        assert_eq!((rows(32_000).block, rows(32_000).cluster), (256, 2));
-        assert_eq!((rows(128_256).block, rows(128_256).cluster), (256, 8));
-        let f32 = |vocab| Plan::new(&A100, &problem(8192, vocab, Dtype::F32, Dtype::F32));
-        assert!(f32(8000).resident && !f32(9000).resident);
-        let mut mixed = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
-        mixed.sum_at_1 = true;
-        assert!(!Plan::new(&H200, &mixed).resident);
-        mixed = Problem { sum_at_1: false, gradient: Dtype::F32, ..mixed };
-        assert!(!Plan::new(&H200, &mixed).resident);
+        let rows = |vocab, dtype| {
+            let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype));
+            (plan.row_kernel, plan.rows.block, plan.rows.cluster)
+        };
+        assert_eq!(rows(4096, Dtype::Bf16), (RowKernel::Resident, 96, 1));
+        assert_eq!(rows(16_377, Dtype::Bf16), (RowKernel::Resident, 256, 1));
+        for (vocab, cluster) in
+            [(16_378, 1), (32_000, 2), (50_257, 4), (128_256, 8), (151_936, 8), (262_144, 16)]
+        {
+            assert_eq!(rows(vocab, Dtype::F16), (RowKernel::Pipelined, 256, cluster), "{vocab}");
+        }
+        assert_eq!(rows(131_072, Dtype::F32), (RowKernel::Pipelined, 256, 16));
+        assert_eq!(rows(400_000, Dtype::Bf16).0, RowKernel::Stream);
+        let a100 = |vocab| Plan::new(&A100, &problem(8192, vocab, Dtype::F32, Dtype::F32));
+        assert_eq!(a100(8000).row_kernel, RowKernel::Resident);
+        assert_eq!(a100(9000).row_kernel, RowKernel::Stream);
+        let plain = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
+        for other in [
+            Problem { sum_at_1: true, ..plain },
+            Problem { gradient: Dtype::F32, ..plain },
+            Problem { aligned_alike: false, ..plain },
+        ] {
+            assert_eq!(Plan::new(&H200, &other).row_kernel, RowKernel::Stream);
+        }
+    }
+
+    #[test]
+    fn stages_take_larger_clusters() {
+        let rows = |stages| {
+            let problem = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
+            Plan::with(&H200, &problem, RowKernel::Pipelined, stages).map(|plan| plan.rows.cluster)
+        };
+        assert_eq!([0, 1, 2, 3, 4, 5].map(rows), [None, Some(2), Some(4), Some(8), Some(8), None]);
     }
 
     #[test]
     fn small_work_takes_small_blocks() {
         let plan = Plan::new(&H200, &problem(1, 1, Dtype::F32, Dtype::F32));
-        let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1 };
+        let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1, shared: 0 };
         assert_eq!([plan.margin, plan.rows, plan.select, plan.sum], [one_warp; 4]);
-        assert_eq!(plan.count, LaunchShape { grid: 1, block: 256, cluster: 1 });
+        assert_eq!(plan.count, LaunchShape { grid: 1, block: 256, cluster: 1, shared: 0 });
         let many = problem(131_072, 32_000, Dtype::Bf16, Dtype::Bf16);
-        let shape = LaunchShape { grid: 8, block: 1024, cluster: 8 };
+        let shape = LaunchShape { grid: 8, block: 1024, cluster: 8, shared: 0 };
         assert_eq!(Plan::new(&H200, &many).select, shape);
         let sequences = Problem { scopes: 64, ..problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16) };
-        let shape = LaunchShape { grid: 64, block: 128, cluster: 1 };
+        let shape = LaunchShape { grid: 64, block: 128, cluster: 1, shared: 0 };
         assert_eq!(Plan::new(&H200, &sequences).select, shape);
     }
 
@@ -340,11 +393,15 @@ mod tests {
         for vocab in [1, 100_000, most] {
             let problem = Problem { scopes: most, ..problem(most, vocab, Dtype::F32, Dtype::F32) };
             let plan = Plan::new(&H200, &problem);
-            for shape in [plan.margin, plan.count, plan.select, plan.rows, plan.sum] {
+            for shape in
+                [plan.margin, plan.count, plan.select, plan.rows, plan.rows_again, plan.sum]
+            {
                 assert!(shape.grid <= i32::MAX as u32, "{shape:?}");
                 assert!(shape.grid.is_multiple_of(shape.cluster), "{shape:?}");
             }
-            assert_eq!(plan.rows.grid, i32::MAX as u32);
+            assert!(
+                plan.row_kernel == RowKernel::Pipelined || plan.rows.grid == i32::MAX as u32
+            );
         }
     }
 }

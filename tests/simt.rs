@@ -1,7 +1,7 @@
 //! The CUDA kernels, run by the simulator: against float64, whatever the schedule, within their
 //! budgets of memory traffic; and the simulator, against kernels that are wrong.
 
-use atkd::plan::LaunchShape;
+use atkd::plan::{LaunchShape, RowKernel};
 use atkd::simt::machine::{Buffer, Kernel, run};
 use atkd::simt::{self, Extra, Simulation, Traffic};
 use atkd::{
@@ -24,7 +24,25 @@ fn the_kernels_pass_the_battery() {
 
 #[test]
 fn the_kernels_pass_the_battery_with_every_row_read_twice() {
-    pass_the_battery(Simulation { resident: false, seed: 1, ..Simulation::default() });
+    let row_kernel = Some(RowKernel::Stream);
+    pass_the_battery(Simulation { row_kernel, seed: 1, ..Simulation::default() });
+}
+
+/// Rows in the shared memory of few clusters, each of which has many to do.
+fn pipelined(cluster: usize, at_once: u32, stages: u32) -> Simulation {
+    let mut simulation =
+        Simulation { row_kernel: Some(RowKernel::Pipelined), stages, ..Simulation::default() };
+    simulation.device.clusters = [0; 5];
+    simulation.device.clusters[cluster.ilog2() as usize] = at_once;
+    // However large, so that small clusters hold large rows too.
+    simulation.device.shared_bytes = 16 << 20;
+    simulation
+}
+
+#[test]
+fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
+    pass_the_battery(Simulation { seed: 2, ..pipelined(1, 1, 1) });
+    pass_the_battery(Simulation { seed: 3, guess: 0, ..pipelined(2, 2, 2) });
 }
 
 struct Input {
@@ -71,8 +89,9 @@ impl Input {
 
 /// Every row is read twice, by such blocks and clusters.
 fn streamed(block: u32, cluster: u32, seed: u64) -> Simulation {
+    let row_kernel = Some(RowKernel::Stream);
     let mut simulation =
-        Simulation { block, cluster, seed, resident: false, ..Simulation::default() };
+        Simulation { block, cluster, seed, row_kernel, ..Simulation::default() };
     // No cache to speak of, so that every row long enough is a whole cluster's.
     simulation.device.l2_bytes = 1;
     simulation
@@ -83,8 +102,13 @@ fn the_schedule_changes_no_bit() {
     for (vocab, cluster) in [(1003, 1), (50_257, 4)] {
         let input = Input::new(3, vocab);
         for objective in [Objective::default(), Objective::default().with_target(Target::Teacher)] {
-            let held = Simulation { cluster, ..Simulation::default() };
-            for simulation in [streamed(32, cluster, 0), streamed(96, cluster, 0), held] {
+            for simulation in [
+                streamed(32, cluster, 0),
+                streamed(96, cluster, 0),
+                pipelined(cluster as usize, 1, 1),
+                pipelined(cluster as usize, 2, 2),
+                Simulation::default(),
+            ] {
                 let run = |seed| {
                     let simulation = Simulation { seed, ..simulation };
                     let (output, gradient, _) = input.run(simulation, &objective, Extra::default());
@@ -102,7 +126,8 @@ fn the_schedule_changes_no_bit() {
 /// Blocks and clusters as the plan for an H200 has them, where rows are read twice.
 #[test]
 fn planned_shapes() {
-    let planned = Simulation { block: 1024, cluster: 8, resident: false, ..Simulation::default() };
+    let row_kernel = Some(RowKernel::Stream);
+    let planned = Simulation { block: 1024, cluster: 8, row_kernel, ..Simulation::default() };
     let mut input = Input::new(140, 50_257);
     // Only the first rows count; the plan is for all, of which clusters of 4 hold half a cache.
     input.labels[3..].fill(-100);
@@ -122,7 +147,7 @@ fn planned_shapes() {
     }
     let names: Vec<_> = traffic.iter().map(|(name, _)| *name).collect();
     let rows = "row_stream_bf16_bf16_bf16";
-    assert_eq!(names, ["teacher_margin_bf16", "select_hard", rows, "sum_losses"]);
+    assert_eq!(names, ["count_valid", rows, "select_hard", rows, "sum_losses"]);
     // Each block of a row's cluster reads the row's label.
     assert_eq!(bytes(&traffic, rows, "labels").0 % (4 * 384 * 8), 0);
 }
@@ -148,8 +173,8 @@ fn in_place() {
     for (vocab, cluster) in [(33, 1), (12_301, 2)] {
         let input = Input::new(4, vocab);
         let objective = Objective::kl().with_ce_weight(0.5).unwrap();
-        for resident in [false, true] {
-            let simulation = |seed| Simulation { resident, ..streamed(64, cluster, seed) };
+        for simulation in [streamed(64, cluster, 0), pipelined(cluster as usize, 1, 2)] {
+            let simulation = |seed| Simulation { seed, ..simulation };
             let (output, gradient, _) = input.run(simulation(3), &objective, Extra::default());
             let mut student = input.student.clone();
             let mut view = LogitsMut::new(&mut student, input.tokens, vocab).unwrap();
@@ -256,7 +281,8 @@ fn bytes(traffic: &Traffic, kernel: &str, buffer: &str) -> (u64, u64) {
     (read, written)
 }
 
-/// The budget: margins read one volume, rows two volumes twice and write one, selection O(N).
+/// The budget: rows read two volumes twice and write one, selection O(N). Which tokens are hard is guessed;
+/// rows where the guess was wrong are done once more.
 #[test]
 fn kernels_read_and_write_what_they_should() {
     const ROWS: &str = "row_stream_bf16_bf16_bf16";
@@ -266,26 +292,20 @@ fn kernels_read_and_write_what_they_should() {
         let simulation = streamed(128, cluster, 1);
         let traffic = |objective: &Objective| input.run(simulation, objective, Extra::default()).2;
         let atkd = traffic(&Objective::default());
+        let names: Vec<_> = atkd.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, ["count_valid", ROWS, "select_hard", ROWS, "sum_losses"]);
+        assert_eq!(bytes(&atkd, "count_valid", "teacher"), (0, 0));
         // Beside the rows themselves, their target once more for each block.
         let target = 2 * input.tokens as u64;
         let targets = target * u64::from(cluster);
-        assert_eq!(bytes(&atkd, "teacher_margin_bf16", "teacher"), (volume + target, 0));
         assert_eq!(bytes(&atkd, ROWS, "teacher"), (2 * volume + targets, 0));
         assert_eq!(bytes(&atkd, ROWS, "student"), (2 * volume + targets, 0));
         assert_eq!(bytes(&atkd, ROWS, "gradient"), (0, volume));
         // 16 bytes at a time, but for the target.
-        for (kernel, buffer) in [
-            ("teacher_margin_bf16", "teacher"),
-            (ROWS, "teacher"),
-            (ROWS, "student"),
-            (ROWS, "gradient"),
-        ] {
-            let (read, written, accesses) = counts(&atkd, kernel, buffer);
+        for buffer in ["teacher", "student", "gradient"] {
+            let (read, written, accesses) = counts(&atkd, ROWS, buffer);
             let single = accesses - (read + written) / 16;
-            assert!(
-                single <= targets,
-                "{kernel}, {buffer}: {single} accesses of less than 16 bytes"
-            );
+            assert!(single <= targets, "{buffer}: {single} accesses of less than 16 bytes");
         }
         // Four digits, then the modes.
         let keys = 4 * input.tokens as u64;
@@ -301,6 +321,18 @@ fn kernels_read_and_write_what_they_should() {
             assert_eq!(bytes(&kl, "count_valid", "teacher"), (0, 0));
             assert_eq!(bytes(&kl, ROWS, "teacher"), (2 * volume + targets, 0));
         }
+        let mut in_place = input.student.clone();
+        let mut student = LogitsMut::new(&mut in_place, input.tokens, vocab).unwrap();
+        let objective = Objective::default();
+        let (_, in_place) = simulation
+            .run_in_place(&objective, &input.batch(), &mut student, Extra::default())
+            .unwrap();
+        // Nothing can be done again where the student's logits are gone.
+        let names: Vec<_> = in_place.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, ["teacher_margin_bf16", "select_hard", ROWS, "sum_losses"]);
+        assert_eq!(bytes(&in_place, "teacher_margin_bf16", "teacher"), (volume + target, 0));
+        let (read, _, accesses) = counts(&in_place, "teacher_margin_bf16", "teacher");
+        assert!(accesses - read / 16 <= target);
         let student = input.view(&input.student);
         let (_, forward) = simulation
             .run(&Objective::kl(), &input.batch(), student, None, Extra::default())
@@ -310,21 +342,63 @@ fn kernels_read_and_write_what_they_should() {
     }
 }
 
-/// Where registers hold the rows, each is read once and the gradient written once: three volumes.
+/// Rows that are held on chip are read once and the gradient is written once: three volumes.
 #[test]
-fn resident_rows_are_read_once() {
-    for (dtype, vocab, cluster) in [("bf16", 4096, 1), ("bf16", 50_257, 4), ("bf16", 128_256, 8)] {
+fn rows_on_chip_are_read_once() {
+    for (vocab, kernel, blocks) in [
+        (4096, "row_resident_bf16", 1),
+        (32_000, "row_pipelined_bf16", 2),
+        (50_257, "row_pipelined_bf16", 4),
+        (128_256, "row_pipelined_bf16", 8),
+        (262_144, "row_pipelined_bf16", 16),
+    ] {
         let input = Input::new(2, vocab);
         let (_, _, traffic) = input.run(Simulation::default(), &Objective::kl(), Extra::default());
-        let kernel = format!("row_resident_{dtype}");
         let volume = (input.tokens * vocab * 2) as u64;
-        let targets = 2 * input.tokens as u64 * cluster;
-        assert_eq!(bytes(&traffic, &kernel, "teacher"), (volume + targets, 0));
-        assert_eq!(bytes(&traffic, &kernel, "student"), (volume + targets, 0));
-        assert_eq!(bytes(&traffic, &kernel, "gradient"), (0, volume));
-        let (_, written, accesses) = counts(&traffic, &kernel, "gradient");
-        // 16 bytes at a time but for the ends of rows that start off a boundary.
-        assert!(accesses <= written / 16 + 16 * input.tokens as u64, "{accesses} of {written}");
+        // What each block reads beside: the target; the ends of a row that starts off a boundary, twice.
+        let targets = 2 * input.tokens as u64 * blocks;
+        let ends = if vocab % 8 == 0 { 0 } else { 2 * input.tokens as u64 * 14 };
+        for buffer in ["teacher", "student"] {
+            let (read, written) = bytes(&traffic, kernel, buffer);
+            assert!((volume + targets..=volume + targets + ends).contains(&read), "{vocab}: {read}");
+            assert_eq!(written, 0);
+        }
+        let (_, written, accesses) = counts(&traffic, kernel, "gradient");
+        assert_eq!(written, volume);
+        // 16 bytes or more at a time but for the ends.
+        assert!(accesses <= written / 16 + 14 * input.tokens as u64, "{accesses} of {written}");
+    }
+}
+
+/// Whatever the guess, the outcome has the same bits; the better it is, the fewer rows are done again.
+#[test]
+fn a_guess_changes_nothing_but_the_work() {
+    let mut input = Input::new(40, 300);
+    input.labels[5] = -100;
+    let objective = Objective::default().with_ce_weight(0.1).unwrap();
+    for simulation in [streamed(64, 2, 1), pipelined(2, 3, 1), Simulation::default()] {
+        let run = |guess| {
+            let simulation = Simulation { guess, ..simulation };
+            let (output, gradient, traffic) = input.run(simulation, &objective, Extra::default());
+            let (again, buffers) = &traffic[3];
+            assert_eq!(*again, traffic[1].0);
+            let gradient_bytes = buffers.iter().find(|b| b.name() == "gradient").unwrap().written;
+            ((output, gradient), gradient_bytes / 600)
+        };
+        let (expected, wrong) = run(0);
+        // All were taken for hard, and half of 39 are.
+        assert_eq!((expected.0.summary().hard_tokens, wrong), (20, 19));
+        assert_eq!(run(u32::MAX), (expected.clone(), 20));
+        let threshold = expected
+            .0
+            .tokens
+            .iter()
+            .filter(|token| token.hard)
+            .map(|token| (token.margin as f32).to_bits() | 1 << 31)
+            .min()
+            .unwrap();
+        assert_eq!(run(threshold), (expected.clone(), 0));
+        assert_eq!(run(threshold + 1), (expected, 1));
     }
 }
 
@@ -475,7 +549,7 @@ fn broken(kernel: Kernel<Broken>, cluster: u32, seed: u64) -> Result<[u32; 64], 
     let mut memory = Memory([0; 64]);
     let parameters = Broken { data: memory.0.as_mut_ptr() };
     let mut buffers = [Buffer::output("data", &mut memory.0)];
-    let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster };
+    let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster, shared: 0 };
     // SAFETY: the kernel's parameters are these.
     unsafe { run("broken", shape, seed, kernel, &parameters, &mut buffers)? };
     Ok(memory.0)

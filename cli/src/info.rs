@@ -3,7 +3,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use atkd::cpu;
 use atkd::cuda::Kernels;
-use atkd::plan::{DeviceProperties, Plan, Problem};
+use atkd::plan::{DeviceProperties, Plan, Problem, RowKernel};
 use clap::ValueEnum;
 
 use crate::backend::{Backend, Choice};
@@ -74,6 +74,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         student: dtype,
         gradient: dtype,
         sum_at_1: false,
+        aligned_alike: true,
         scopes: 1,
     };
     let plan = Plan::new(&device, &problem);
@@ -82,30 +83,33 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         ("teacher_margin", plan.margin),
         ("count_valid", plan.count),
         ("select_hard", plan.select),
-        (if plan.resident { "row_resident" } else { "row_stream" }, plan.rows),
+        (&plan.row_kernel.to_string(), plan.rows),
         ("sum_losses", plan.sum),
     ] {
         table.add_row([kernel, &shape.to_string()]);
     }
-    let in_flight = plan.rows_in_flight_bytes as f64 / 1e6;
-    let why = if plan.resident {
-        format!(
-            "A row of both models fits the registers of a cluster of {}, so each logit is read once.",
-            plan.rows.cluster
-        )
-    } else {
-        format!(
-            "A row of both models does not fit the registers of a cluster of {}, so it is read twice. In \
-             clusters of {}, the rows in flight at once are {in_flight:.1} MB, which the second read {} in the \
-             L2 cache (half of it is taken as safe).",
-            device.largest_cluster,
-            plan.rows.cluster,
+    let cluster = plan.rows.cluster;
+    let why = match plan.row_kernel {
+        RowKernel::Resident => {
+            "A row of both models fits the registers of a block, so each logit is read once.".into()
+        }
+        RowKernel::Pipelined => format!(
+            "A row of both models is more than a block's registers hold. The shared memory of a cluster of \
+             {cluster} holds it, three blocks to a multiprocessor, so each logit is read once. {} clusters \
+             run at once, and take turns at the rows.",
+            plan.rows.grid / cluster
+        ),
+        RowKernel::Stream => format!(
+            "No cluster here holds a row of both models, so it is read twice. In clusters of {cluster}, the \
+             rows in flight at once are {:.1} MB, which the second read {} in the L2 cache (half of it is \
+             taken as safe).",
+            plan.rows_in_flight_bytes as f64 / 1e6,
             if plan.rows_in_flight_bytes <= device.l2_bytes / 2 {
                 "finds"
             } else {
                 "does not all find"
             },
-        )
+        ),
     };
     crate::print(&format!(
         "\n{} x {} {dtype} on {whose} ({} multiprocessors, L2 cache {:.1} MB):\n\n{}\n\n{why}",

@@ -22,6 +22,18 @@ void simt_sync_cluster(uint32_t line);
 void simt_exchange(uint64_t value, uint64_t *lanes);
 // Before `bytes` at `at` are touched. Does not return if they must not be.
 void simt_access(const void *at, uint64_t bytes, uint64_t alignment, bool write);
+// 16 bytes of staged memory.
+void simt_load_staged(uint32_t offset, void *to);
+void simt_store_staged(uint32_t offset, const void *from);
+void simt_init_barrier(struct Barrier *barrier, uint32_t arrivals);
+// Expects so many bytes more.
+void simt_arrive(struct Barrier *barrier, uint32_t bytes);
+void simt_wait_for(struct Barrier *barrier, uint32_t parity, uint32_t line);
+void simt_bulk_load(uint32_t offset, const void *from, uint32_t bytes, struct Barrier *barrier);
+void simt_bulk_store(void *to, uint32_t offset, uint32_t bytes);
+void simt_commit_bulk_stores();
+void simt_wait_bulk_stores(bool written);
+void simt_fence_bulk();
 // Shared memory for the declaration `slot` of block `rank` of the cluster, zeroed when the block starts.
 void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 // Ends the launch with an error.
@@ -38,6 +50,21 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 #define ATKD_ADD_SHARED(array, index, value) (array).add(index, value)
 #define ATKD_SHARED(type, name, count)                                                                        \
     SharedArray<type, count> name(__COUNTER__, cluster_rank(), #name)
+
+#define ATKD_STAGED(name) StagedMemory name
+#define ATKD_INIT_BARRIER(array, index, arrivals) simt_init_barrier((array).barrier(index), arrivals)
+#define ATKD_ARRIVE(array, index) simt_arrive((array).barrier(index), 0)
+#define ATKD_EXPECT(array, index, bytes) simt_arrive((array).barrier(index), bytes)
+#define ATKD_WAIT(array, index, parity) simt_wait_for((array).barrier(index), parity, __LINE__)
+#define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
+    bulk_load(staged, offset, global, bytes, (array).barrier(index))
+
+// As in src/simt/bulk.rs.
+struct Barrier {
+    const char *name;
+    uint32_t index, source, arrivals, pending, phase;
+    int32_t bytes, under_way;
+};
 
 // An array in shared memory. An element that nobody has written cannot be read.
 template <class T, uint32_t N> class SharedArray {
@@ -77,6 +104,16 @@ template <class T, uint32_t N> class SharedArray {
             simt_fault("access outside an array in shared memory", name_, index);
         }
         return Element(*this, index);
+    }
+
+    T *barrier(uint32_t index) const {
+        if (index >= N) {
+            simt_fault("access outside an array in shared memory", name_, index);
+        }
+        T *barrier = cells_->value + index;
+        barrier->name = name_;
+        barrier->index = index;
+        return barrier;
     }
 
     void add(uint32_t index, T value) const {
@@ -173,6 +210,27 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
     simt_access(at, 16, 16, true);
     std::memcpy(at, &value, 16);
 }
+
+struct StagedMemory {};
+ATKD_DEVICE Bytes16 load_staged(StagedMemory, uint32_t offset) {
+    Bytes16 value;
+    simt_load_staged(offset, &value);
+    return value;
+}
+ATKD_DEVICE void store_staged(StagedMemory, uint32_t offset, const Bytes16 &value) {
+    simt_store_staged(offset, &value);
+}
+ATKD_DEVICE void bulk_load(StagedMemory, uint32_t offset, const void *from, uint32_t bytes, Barrier *barrier) {
+    simt_bulk_load(offset, from, bytes, barrier);
+}
+ATKD_DEVICE void bulk_store(void *to, StagedMemory, uint32_t offset, uint32_t bytes) {
+    simt_bulk_store(to, offset, bytes);
+}
+ATKD_DEVICE void publish_barriers() {}
+ATKD_DEVICE void commit_bulk_stores() { simt_commit_bulk_stores(); }
+ATKD_DEVICE void wait_bulk_stores_read() { simt_wait_bulk_stores(false); }
+ATKD_DEVICE void wait_bulk_stores() { simt_wait_bulk_stores(true); }
+ATKD_DEVICE void fence_bulk() { simt_fence_bulk(); }
 
 template <class T> ATKD_DEVICE T from_bits(uint32_t bits);
 template <> ATKD_DEVICE float from_bits<float>(uint32_t bits) {

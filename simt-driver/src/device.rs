@@ -102,6 +102,17 @@ pub struct Allocation {
     pub layout: std::alloc::Layout,
 }
 
+pub struct Function {
+    pub context: usize,
+    pub kernel: &'static str,
+    /// Of its parameter block.
+    pub bytes: usize,
+    /// Bytes of dynamic shared memory that a launch may ask for.
+    pub shared: u32,
+    /// Whether it may run in clusters of more than 8 blocks.
+    pub large_clusters: bool,
+}
+
 /// Contexts, streams, events, functions and graphs by their handles. A context's handle is also that of
 /// its default stream.
 #[derive(Default)]
@@ -111,7 +122,7 @@ pub struct Driver {
     pub memory: BTreeMap<usize, Allocation>,
     pub streams: HashMap<usize, Stream>,
     pub events: HashMap<usize, Event>,
-    pub functions: HashMap<usize, (usize, &'static str, usize)>,
+    pub functions: HashMap<usize, Function>,
     pub graphs: HashMap<usize, Vec<Work>>,
     pub launches: u64,
 }

@@ -27,11 +27,12 @@ use atkd::cuda::cudarc::driver::sys::{
     CUfunction, CUfunction_attribute, CUgraph, CUgraphExec, CUlaunchAttributeID, CUlaunchConfig,
     CUmodule, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode, CUstreamCaptureStatus,
 };
-use atkd::plan::LaunchShape;
+use atkd::plan::{DeviceProperties, LaunchShape};
 use atkd::simt::find_kernel;
 
 use device::{
-    Answer, CURRENT_CONTEXT, Capture, Context, Done, Driver, Event, Recorded, Stream, Work,
+    Answer, CURRENT_CONTEXT, Capture, Context, Done, Driver, Event, Function, Recorded, Stream,
+    Work,
 };
 
 mod device;
@@ -39,6 +40,12 @@ pub use device::{BLOCK, CLUSTER};
 
 /// Device 2 is for tests that end its context.
 const DEVICES: usize = 3;
+/// Bytes of dynamic shared memory that a launch may ask for where nothing was set.
+const DEFAULT_SHARED: u32 = 48 << 10;
+/// Bytes of static shared memory of every kernel.
+const STATIC_SHARED_BYTES: c_int = 1024;
+/// Bytes of shared memory that a block can have.
+const BLOCK_SHARED_BYTES: c_int = 227 << 10;
 /// What starts a fat binary.
 const FAT_BINARY: u32 = 0xba55_ed50;
 
@@ -150,12 +157,18 @@ driver! {
         const MINOR: u32 = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32;
         const MULTIPROCESSORS: u32 = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as u32;
         const L2: u32 = Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE as u32;
+        const SHARED: u32 =
+            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR as u32;
+        const BLOCK_SHARED: u32 =
+            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as u32;
         const POOLS: u32 = Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED as u32;
         give(value, match attribute {
             MAJOR => 9,
             MINOR => 0,
             MULTIPROCESSORS => 132,
             L2 => l2_bytes(),
+            SHARED => DeviceProperties::H200.shared_bytes as c_int,
+            BLOCK_SHARED => BLOCK_SHARED_BYTES,
             POOLS => 1,
             _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
         })
@@ -211,15 +224,56 @@ driver! {
         let name = unsafe { CStr::from_ptr(name) }.to_str().unwrap_or_default();
         let (kernel, bytes) = find_kernel(name).ok_or(CUDA_ERROR_NOT_FOUND)?;
         let id = driver.new_handle();
-        driver.functions.insert(id, (context, kernel, bytes));
+        driver.functions.insert(id, Function {
+            context,
+            kernel,
+            bytes,
+            shared: DEFAULT_SHARED,
+            large_clusters: false,
+        });
         give(function, handle(id))
     }
 
     fn cuFuncGetAttribute(driver, value: *mut c_int, attribute: c_uint, function: CUfunction) {
         const PTX_VERSION: u32 = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION as u32;
+        const STATIC_SHARED: u32 =
+            CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as u32;
         driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
-        // As of machine code for sm_90.
-        if attribute == PTX_VERSION { give(value, 90) } else { Err(CUDA_ERROR_NOT_SUPPORTED) }
+        give(value, match attribute {
+            // As of machine code for sm_90.
+            PTX_VERSION => 90,
+            STATIC_SHARED => STATIC_SHARED_BYTES,
+            _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
+        })
+    }
+
+    fn cuFuncSetAttribute(driver, function: CUfunction, attribute: c_uint, value: c_int) {
+        const DYNAMIC_SHARED: u32 =
+            CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as u32;
+        const CARVEOUT: u32 =
+            CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as u32;
+        let function = driver.functions.get_mut(&(function as usize));
+        let function = function.ok_or(CUDA_ERROR_INVALID_HANDLE)?;
+        const LARGE_CLUSTERS: u32 =
+            CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED as u32;
+        let most = BLOCK_SHARED_BYTES - STATIC_SHARED_BYTES;
+        match attribute {
+            DYNAMIC_SHARED if (0..=most).contains(&value) => function.shared = value as u32,
+            CARVEOUT if (-1..=100).contains(&value) => {}
+            LARGE_CLUSTERS if (0..=1).contains(&value) => function.large_clusters = value == 1,
+            DYNAMIC_SHARED | CARVEOUT | LARGE_CLUSTERS => return Err(CUDA_ERROR_INVALID_VALUE),
+            _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
+        }
+        Ok(())
+    }
+
+    fn cuOccupancyMaxActiveClusters(
+        driver, clusters: *mut c_int, function: CUfunction, config: *const CUlaunchConfig
+    ) {
+        driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
+        // SAFETY: the caller's configuration, with the size of a cluster as its one attribute.
+        let blocks = unsafe { (*(*config).attrs).value.clusterDim.x };
+        give(clusters, DeviceProperties::H200.clusters[blocks.ilog2() as usize] as c_int)
     }
 
     fn cuMemAlloc_v2(driver, address: *mut CUdeviceptr, bytes: usize) {
@@ -475,7 +529,8 @@ driver! {
         };
         let stream = driver.stream(config.hStream)?;
         let function = driver.functions.get(&(function as usize));
-        let &(context, kernel, bytes) = function.ok_or(CUDA_ERROR_INVALID_HANDLE)?;
+        let &Function { context, kernel, bytes, shared, large_clusters } =
+            function.ok_or(CUDA_ERROR_INVALID_HANDLE)?;
         if context != driver.context()? || context != driver.streams[&stream].context {
             return Err(CUDA_ERROR_INVALID_HANDLE);
         }
@@ -483,22 +538,37 @@ driver! {
         let (grid, block) = (config.gridDimX, config.blockDimX);
         supported(
             [config.gridDimY, config.gridDimZ, config.blockDimY, config.blockDimZ] == [1; 4]
-                && config.sharedMemBytes == 0
                 && extra.is_null()
                 && block.is_multiple_of(32),
         )?;
-        if grid == 0 || grid > i32::MAX as u32 || !(1..=1024).contains(&block) {
+        if grid == 0
+            || grid > i32::MAX as u32
+            || !(1..=1024).contains(&block)
+            || config.sharedMemBytes > shared
+        {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
         let mut cluster = 1;
         for attribute in attributes {
-            supported(attribute.id == CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)?;
-            // SAFETY: the attribute is of this kind.
-            let size = unsafe { attribute.value.clusterDim };
-            supported((size.y, size.z) == (1, 1))?;
-            cluster = size.x;
+            // SAFETY of both: the attribute is of this kind.
+            match attribute.id {
+                CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION => {
+                    let size = unsafe { attribute.value.clusterDim };
+                    supported((size.y, size.z) == (1, 1))?;
+                    cluster = size.x;
+                }
+                // Here a kernel starts when the one before has ended, as it may on a device.
+                CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION => {
+                    count("programmatic launch");
+                    supported(
+                        unsafe { attribute.value.programmaticStreamSerializationAllowed } == 1,
+                    )?;
+                }
+                _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
+            }
         }
-        if !(1..=8).contains(&cluster) || !grid.is_multiple_of(cluster) {
+        let most = if large_clusters { 16 } else { 8 };
+        if !(1..=most).contains(&cluster) || !grid.is_multiple_of(cluster) {
             return Err(CUDA_ERROR_INVALID_CLUSTER_SIZE);
         }
         let mut words = vec![0_u64; bytes.div_ceil(8)];
@@ -506,7 +576,7 @@ driver! {
         unsafe {
             words.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping((*parameters).cast(), bytes);
         }
-        let shape = LaunchShape { grid, block, cluster };
+        let shape = LaunchShape { grid, block, cluster, shared: config.sharedMemBytes };
         driver.enqueue(stream, Work::Launch { kernel, shape, parameters: words.into() })
     }
 

@@ -2,13 +2,16 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute,
+    CUlaunchAttributeID as LaunchAttribute,
+};
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError};
 use cudarc::nvrtc::Ptx;
 
 use super::driver;
 use crate::launch::{KERNELS, Launch};
-use crate::plan::DeviceProperties;
+use crate::plan::{DeviceProperties, PIPELINED_THREADS, pipelined_room};
 use crate::{Error, Result};
 
 /// Machine code for several architectures, and PTX; empty if there was no nvcc.
@@ -20,6 +23,8 @@ pub struct Kernels {
     context: Arc<CudaContext>,
     functions: HashMap<&'static str, CudaFunction>,
     device: DeviceProperties,
+    /// See [`guess`](Self::guess).
+    guess: CudaSlice<u32>,
 }
 
 impl Kernels {
@@ -59,12 +64,26 @@ impl Kernels {
         // A device may run PTX of an older architecture, whose kernels know of no clusters.
         let compiled_for =
             functions["select_hard"].ptx_version().map_err(driver("asking for a kernel"))?;
-        let device = DeviceProperties {
+        let mut device = DeviceProperties {
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
-            largest_cluster: if capability >= (9, 0) && compiled_for >= 90 { 8 } else { 1 },
+            shared_bytes: attribute(
+                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+            )? as usize,
+            clusters: [0; 5],
         };
-        Ok(Arc::new(Self { context: context.clone(), functions, device }))
+        if capability >= (9, 0) && compiled_for >= 90 {
+            let most =
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+            for (_, function) in functions.iter().filter(|f| f.0.starts_with("row_pipelined")) {
+                allow_clusters(function, most).map_err(driver("preparing a kernel"))?;
+            }
+            let function = &functions["row_pipelined_bf16"];
+            device.clusters = [1, 2, 4, 8, 16].map(|size| clusters_at_once(function, &device, size));
+        }
+        let guess = context.default_stream().alloc_zeros(1);
+        let guess = guess.map_err(driver("allocating a word"))?;
+        Ok(Arc::new(Self { context: context.clone(), functions, device, guess }))
     }
 
     /// The context that they were loaded into.
@@ -77,19 +96,34 @@ impl Kernels {
         self.device
     }
 
+    /// Where the threshold of a call whose workspace is not kept is left for the next as a guess: any value
+    /// is right.
+    pub(super) fn guess(&self) -> u64 {
+        self.guess.device_ptr(self.guess.stream()).0
+    }
+
+    /// `after`: the stream's last work is a kernel of the same call, beside which this one may be made ready.
+    /// Every kernel begins by waiting for what is before it.
+    ///
     /// # Safety
     /// The addresses in the launch's parameters are of device memory of the sizes that go with them,
     /// which stays until the stream is done with it.
-    pub(super) unsafe fn launch(&self, stream: &CudaStream, launch: &Launch) -> Result<()> {
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            // SAFETY: a union of plain numbers.
-            value: unsafe { std::mem::zeroed() },
-        };
-        attribute.value.clusterDim.x = launch.shape.cluster;
-        attribute.value.clusterDim.y = 1;
-        attribute.value.clusterDim.z = 1;
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &CudaStream,
+        launch: &Launch,
+        after: bool,
+    ) -> Result<()> {
+        // SAFETY: plain numbers.
+        let mut overlap: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        overlap.id = LaunchAttribute::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        overlap.value.programmaticStreamSerializationAllowed = 1;
+        let mut attributes = [overlap; 2];
+        let mut count = usize::from(after && self.device.clusters[0] > 0);
+        if launch.shape.cluster > 1 {
+            attributes[count] = cluster_of(launch.shape.cluster);
+            count += 1;
+        }
         let config = sys::CUlaunchConfig {
             gridDimX: launch.shape.grid,
             gridDimY: 1,
@@ -97,10 +131,10 @@ impl Kernels {
             blockDimX: launch.shape.block,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: launch.shape.shared,
             hStream: stream.cu_stream(),
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(launch.shape.cluster > 1),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count as u32,
         };
         let mut parameters = [launch.parameters.as_ptr().cast_mut()];
         let parameters: *mut *mut c_void = parameters.as_mut_ptr();
@@ -110,4 +144,53 @@ impl Kernels {
             .result()
             .map_err(driver("launching a kernel"))
     }
+}
+
+fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
+    // SAFETY: plain numbers.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = LaunchAttribute::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim.x = blocks;
+    attribute.value.clusterDim.y = 1;
+    attribute.value.clusterDim.z = 1;
+    attribute
+}
+
+/// All the shared memory that a block can have, in place of the L1 cache; and clusters of 16 blocks.
+fn allow_clusters(
+    function: &CudaFunction,
+    block_shared_bytes: i32,
+) -> std::result::Result<(), DriverError> {
+    let dynamic = block_shared_bytes - function.shared_size_bytes()?;
+    for (attribute, value) in [
+        (FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic),
+        (FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+        (FunctionAttribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
+    ] {
+        function.set_attribute(attribute, value)?;
+    }
+    Ok(())
+}
+
+/// How many clusters of so many blocks, with as much shared memory as a plan gives them, run at once; 0 if
+/// the device has none of this size.
+fn clusters_at_once(function: &CudaFunction, device: &DeviceProperties, blocks: u32) -> u32 {
+    let mut attribute = cluster_of(blocks);
+    let config = sys::CUlaunchConfig {
+        gridDimX: blocks,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: PIPELINED_THREADS as u32,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: pipelined_room(device.shared_bytes) as u32,
+        hStream: std::ptr::null_mut(),
+        attrs: &raw mut attribute,
+        numAttrs: 1,
+    };
+    let mut clusters = 0;
+    // SAFETY: the configuration and its attribute outlive the call.
+    unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, function.cu_function(), &config) }
+        .result()
+        .map_or(0, |()| clusters as u32)
 }

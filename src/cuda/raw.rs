@@ -25,7 +25,7 @@ impl Kernels {
     }
 
     /// Enqueues a call that works in memory of the caller, which needs no preparation, and has its results
-    /// copied to where they are wanted. Nothing is kept from call to call: the memory may come from an
+    /// copied to where they are wanted. Nothing that matters is kept from call to call: the memory may come from an
     /// allocator that follows streams and captured graphs.
     ///
     /// # Errors
@@ -57,10 +57,18 @@ impl Kernels {
         };
         fill(workspace, 0, size_of::<atkd_summary>())?;
         fill(faults, 0xff, FAULTS)?;
-        for launch in launches {
+        let guess = workspace + offset_of!(atkd_summary, guess) as u64;
+        let copy_guess = |to, from| {
+            // SAFETY: a word of the workspace, and one of these kernels'.
+            unsafe { result::memcpy_dtod_async(to, from, size_of::<u32>(), stream.cu_stream()) }
+                .map_err(driver("copying a guess"))
+        };
+        copy_guess(guess, self.guess())?;
+        for (i, launch) in launches.enumerate() {
             // SAFETY: the caller vouches for all addresses.
-            unsafe { self.launch(stream, &launch)? };
+            unsafe { self.launch(stream, &launch, i > 0)? };
         }
+        copy_guess(self.guess(), guess)?;
         // SAFETY: the caller's.
         unsafe { copy(stream, layout, workspace, call.tokens, output) }
     }

@@ -52,7 +52,7 @@ impl Unfused {
         let launches = launches(call, &self.kernels.device(), address)?;
         for launch in &launches {
             // SAFETY: the caller vouches for the call's addresses, the layout for this memory's.
-            unsafe { self.kernels.launch(stream, launch)? };
+            unsafe { self.kernels.launch(stream, launch, false)? };
         }
         Ok(launches.len())
     }

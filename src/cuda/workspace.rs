@@ -222,9 +222,10 @@ impl Workspace {
             clock.clear();
             clock.push(("", tick(stream)?));
         }
-        for launch in launches {
+        for (i, launch) in launches.enumerate() {
+            let after = i > 0 && self.clock.is_none();
             // SAFETY: the caller vouches for the call's addresses, the layout for the workspace's.
-            unsafe { self.kernels.launch(stream, &launch)? };
+            unsafe { self.kernels.launch(stream, &launch, after)? };
             if let Some(clock) = &mut self.clock {
                 clock.push((launch.kernel, tick(stream)?));
             }

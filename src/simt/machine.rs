@@ -242,7 +242,7 @@ pub unsafe fn run<P: 'static>(
     parameters: &P,
     buffers: &mut [Buffer],
 ) -> Result<(), String> {
-    let LaunchShape { grid, block, cluster } = shape;
+    let LaunchShape { grid, block, cluster, .. } = shape;
     assert!(block > 0 && block.is_multiple_of(WARP as u32), "{block} threads are no whole warps");
     assert!(grid.is_multiple_of(cluster), "{grid} blocks are no whole clusters of {cluster}");
     let threads = (block * cluster) as usize;
