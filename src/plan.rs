@@ -388,6 +388,13 @@ mod tests {
     }
 
     #[test]
+    fn shapes_in_words() {
+        let shape = LaunchShape { grid: 264, block: 256, cluster: 2, shared: 64_100 };
+        let words = "264 blocks of 256 threads, clusters of 2, 64.1 KB of shared memory";
+        assert_eq!(shape.to_string(), words);
+    }
+
+    #[test]
     fn grids_stay_within_what_a_device_launches() {
         let most = i32::MAX as usize;
         for vocab in [1, 100_000, most] {

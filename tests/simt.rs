@@ -526,6 +526,14 @@ struct Broken {
     data: *mut u32,
 }
 
+/// As `kernels/simt/broken.cpp` has it.
+#[repr(C)]
+struct StagedRows {
+    from: *const u32,
+    to: *mut u32,
+    rows: u32,
+}
+
 unsafe extern "C" {
     fn broken_missing_barrier(parameters: &Broken);
     fn broken_divergent_barrier(parameters: &Broken);
@@ -540,6 +548,27 @@ unsafe extern "C" {
     fn broken_cluster_barrier(parameters: &Broken);
     fn broken_remote(parameters: &Broken);
     fn broken_rank(parameters: &Broken);
+    fn broken_unwaited_read(parameters: &Broken);
+    fn broken_early_parity(parameters: &Broken);
+    fn broken_late_parity(parameters: &Broken);
+    fn broken_few_bytes(parameters: &Broken);
+    fn broken_many_bytes(parameters: &Broken);
+    fn broken_arrivals(parameters: &Broken);
+    fn broken_early_barrier(parameters: &Broken);
+    fn broken_refill(parameters: &Broken);
+    fn broken_rewrite(parameters: &Broken);
+    fn broken_refill_of_the_read(parameters: &Broken);
+    fn broken_unfenced(parameters: &Broken);
+    fn broken_unwritten_staged(parameters: &Broken);
+    fn broken_bulk_alignment(parameters: &Broken);
+    fn broken_bulk_size(parameters: &Broken);
+    fn broken_bulk_outside(parameters: &Broken);
+    fn broken_staged_bounds(parameters: &Broken);
+    fn broken_unwaited_store(parameters: &Broken);
+    fn broken_uncommitted_store(parameters: &Broken);
+    fn broken_unwaited_load(parameters: &Broken);
+    fn broken_early_read(parameters: &Broken);
+    fn staged_rows(parameters: &StagedRows);
 }
 
 /// What a block of two warps, or two blocks of one, of a broken kernel leave behind.
@@ -549,7 +578,7 @@ fn broken(kernel: Kernel<Broken>, cluster: u32, seed: u64) -> Result<[u32; 64], 
     let mut memory = Memory([0; 64]);
     let parameters = Broken { data: memory.0.as_mut_ptr() };
     let mut buffers = [Buffer::output("data", &mut memory.0)];
-    let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster, shared: 0 };
+    let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster, shared: 512 };
     // SAFETY: the kernel's parameters are these.
     unsafe { run("broken", shape, seed, kernel, &parameters, &mut buffers)? };
     Ok(memory.0)
@@ -565,10 +594,12 @@ fn caught(kernel: Kernel<Broken>, cluster: u32, words: &[&str]) {
 
 #[test]
 fn a_missing_barrier_shows_in_the_schedule() {
-    for (kernel, cluster) in
-        [(broken_missing_barrier as Kernel<Broken>, 1), (broken_missing_cluster_barrier, 2)]
-    {
-        let results: Vec<_> = (0..4).map(|seed| broken(kernel, cluster, seed).unwrap()).collect();
+    for (kernel, cluster) in [
+        (broken_missing_barrier as Kernel<Broken>, 1),
+        (broken_missing_cluster_barrier, 2),
+        (broken_early_read, 1),
+    ] {
+        let results: Vec<_> = (0..9).map(|seed| broken(kernel, cluster, seed).unwrap()).collect();
         assert!(results.iter().any(|result| *result != results[0]));
     }
 }
@@ -598,4 +629,86 @@ fn shared_memory_that_nobody_wrote() {
     caught(broken_remote, 2, &["block 0 of the cluster, which has ended"]);
     caught(broken_rank, 2, &["block 2 in a cluster of 2"]);
     caught(broken_shared_bounds, 1, &["outside an array", "cells["]);
+}
+
+#[test]
+fn bulk_copies_that_nobody_waited_for() {
+    let load = "staged memory before a wait for the bulk load that fills it";
+    let store = "staged memory before a wait for the bulk store that reads it";
+    caught(broken_unwaited_read, 1, &["read of", load]);
+    // The phase before the first is over, until the first is.
+    for seed in 0..9 {
+        let fault = broken(broken_early_parity, 1, seed).unwrap_err();
+        assert!(fault.contains(load) || fault.contains("wait for phase 1 of full[0]"), "{fault}");
+    }
+    caught(broken_refill, 1, &["thread 0", "bulk load of", store, "byte 0"]);
+    caught(broken_rewrite, 1, &["write of", store]);
+    caught(broken_unwaited_store, 1, &["thread 0", "ended without a wait for its bulk stores"]);
+    caught(broken_uncommitted_store, 1, &["thread 0", "bulk store that it did not commit"]);
+    caught(broken_unwaited_load, 1, &["block ended without a wait for a bulk load"]);
+    let results = (0..9).map(|seed| broken(broken_refill_of_the_read, 1, seed));
+    assert!(results.into_iter().any(|result| result.is_err_and(|fault| fault.contains(load))));
+}
+
+#[test]
+fn phases_that_end_too_early_or_never() {
+    for seed in 0..9 {
+        let fault = broken(broken_few_bytes, 1, seed).unwrap_err();
+        assert!(fault.contains("bulk loads bring 128 bytes more than full[0] expects"), "{fault}");
+    }
+    caught(
+        broken_many_bytes,
+        1,
+        &["deadlock", "64 threads", "wait for phase 0 of full[0] in line"],
+    );
+    caught(
+        broken_late_parity,
+        1,
+        &["deadlock", "64 threads", "wait for phase 1 of full[0] in line"],
+    );
+    caught(broken_arrivals, 1, &["more than 1 arrivals in a phase of full[0]"]);
+    caught(broken_early_barrier, 1, &["a barrier that nobody has initialised: full[0]"]);
+}
+
+#[test]
+fn bulk_copies_that_a_gpu_would_punish() {
+    caught(broken_bulk_alignment, 1, &["read of 16 bytes", "no multiple of 16"]);
+    caught(broken_bulk_size, 1, &["bulk load of 24 bytes"]);
+    caught(broken_bulk_outside, 1, &["read of 512 bytes outside the buffers", "byte 0 of data"]);
+    caught(broken_staged_bounds, 1, &["bulk load of 256 bytes outside", "byte 384 of 512"]);
+    caught(broken_unfenced, 1, &["bulk store", "written without a fence"]);
+    caught(broken_unwritten_staged, 1, &["bulk store", "nobody has written"]);
+}
+
+/// From buffer to buffer, and in place.
+#[test]
+fn staged_rows_for_any_schedule() {
+    const ROWS: u32 = 5;
+    let numbers: Vec<u128> = (0..2 * u128::from(ROWS) * 64).map(|i| i << 64 | i << 31).collect();
+    let words = |memory: &[u128]| -> Vec<u32> {
+        memory.iter().flat_map(|x| [0, 32, 64, 96].map(|shift| (x >> shift) as u32)).collect()
+    };
+    let expected: Vec<u32> = words(&numbers).iter().map(|x| x + 1).collect();
+    let bytes = 16 * numbers.len() as u64;
+    let shape = LaunchShape { grid: 2, block: 64, cluster: 2, shared: 2048 };
+    for seed in 0..50 {
+        let (from, mut to) = (numbers.clone(), vec![0; numbers.len()]);
+        let mut buffers = [Buffer::input("from", &from), Buffer::output("to", &mut to)];
+        let (from, to_address) = (from.as_ptr().cast(), to.as_mut_ptr().cast());
+        let parameters = StagedRows { from, to: to_address, rows: ROWS };
+        // SAFETY: the kernel's parameters are these.
+        unsafe { run("rows", shape, seed, staged_rows, &parameters, &mut buffers) }.unwrap();
+        let counts = buffers.map(|b| (b.read, b.written, b.accesses));
+        let rows = 2 * u64::from(ROWS);
+        assert_eq!(counts, [(bytes, 0, 2 * rows), (0, bytes, rows)]);
+        assert_eq!(words(&to), expected, "seed {seed}");
+
+        let mut memory = numbers.clone();
+        let mut buffers = [Buffer::output("memory", &mut memory)];
+        let to = memory.as_mut_ptr().cast();
+        let parameters = StagedRows { from: to, to, rows: ROWS };
+        // SAFETY: as above.
+        unsafe { run("rows", shape, seed, staged_rows, &parameters, &mut buffers) }.unwrap();
+        assert_eq!(words(&memory), expected, "in place, seed {seed}");
+    }
 }

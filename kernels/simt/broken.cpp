@@ -103,3 +103,302 @@ ATKD_KERNEL(broken_rank, atkd_broken, 32, 1) {
     ATKD_SHARED(uint32_t, cells, 32);
     store(p.data + thread_index(), uint32_t(ATKD_REMOTE(cells, 0, 2)));
 }
+
+constexpr uint32_t ALL = 256; // bytes of the data
+
+template <class Barriers> void make(Barriers &full) {
+    if (thread_index() == 0) {
+        ATKD_INIT_BARRIER(full, 0, 1);
+        publish_barriers();
+    }
+    ATKD_SYNC_BLOCK();
+}
+
+template <class Barriers>
+void load_all(const atkd_broken &p, StagedMemory staged, Barriers &full, uint32_t expected = ALL) {
+    if (thread_index() == 0) {
+        ATKD_EXPECT(full, 0, expected);
+        ATKD_BULK_LOAD(staged, 0, p.data, ALL, full, 0);
+    }
+}
+
+void store_all(const atkd_broken &p, StagedMemory staged) {
+    bulk_store(p.data, staged, 0, ALL);
+    commit_bulk_stores();
+}
+
+void add_one(StagedMemory staged) {
+    if (thread_index() < ALL / 16) {
+        Bytes16 value = load_staged(staged, 16 * thread_index());
+        value.word[0]++;
+        store_staged(staged, 16 * thread_index(), value);
+    }
+}
+
+// The wait is one thread's, with no barrier after it.
+ATKD_KERNEL(broken_unwaited_read, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+    ATKD_SYNC_BLOCK();
+    if (thread_index() == 63) {
+        ATKD_WAIT(full, 0, 0);
+    }
+    add_one(staged);
+}
+
+ATKD_KERNEL(broken_early_parity, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+    ATKD_SYNC_BLOCK();
+    ATKD_WAIT(full, 0, 1);
+    add_one(staged);
+}
+
+ATKD_KERNEL(broken_late_parity, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+    ATKD_WAIT(full, 0, 0);
+    ATKD_WAIT(full, 0, 1);
+}
+
+ATKD_KERNEL(broken_few_bytes, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full, ALL / 2);
+    ATKD_WAIT(full, 0, 0);
+}
+
+ATKD_KERNEL(broken_many_bytes, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full, 2 * ALL);
+    ATKD_WAIT(full, 0, 0);
+}
+
+// The second comes before the first one's bytes.
+ATKD_KERNEL(broken_arrivals, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    if (thread_index() == 0) {
+        ATKD_EXPECT(full, 0, ALL);
+        ATKD_ARRIVE(full, 0);
+        ATKD_BULK_LOAD(staged, 0, p.data, ALL, full, 0);
+    }
+    ATKD_WAIT(full, 0, 0);
+}
+
+// Other threads do not wait for the barrier to be made.
+ATKD_KERNEL(broken_early_barrier, atkd_broken, 64, 1) {
+    ATKD_SHARED(Barrier, full, 1);
+    if (thread_index() == 0) {
+        ATKD_SYNC_BLOCK();
+        ATKD_INIT_BARRIER(full, 0, 63);
+        publish_barriers();
+    } else {
+        ATKD_ARRIVE(full, 0);
+        ATKD_SYNC_BLOCK();
+    }
+    store(p.data + thread_index(), 1u);
+}
+
+ATKD_KERNEL(broken_refill, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+    ATKD_WAIT(full, 0, 0);
+    if (thread_index() == 0) {
+        store_all(p, staged);
+    }
+    load_all(p, staged, full);
+}
+
+ATKD_KERNEL(broken_rewrite, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+    ATKD_WAIT(full, 0, 0);
+    if (thread_index() == 0) {
+        store_all(p, staged);
+    }
+    ATKD_SYNC_BLOCK();
+    add_one(staged);
+}
+
+// Some threads still read what others refill.
+ATKD_KERNEL(broken_refill_of_the_read, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+    ATKD_WAIT(full, 0, 0);
+    load_all(p, staged, full);
+    if (thread_index() > 0) {
+        load_staged(staged, 0);
+    }
+    ATKD_WAIT(full, 0, 1);
+}
+
+ATKD_KERNEL(broken_unfenced, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+    ATKD_WAIT(full, 0, 0);
+    fence_bulk();
+    add_one(staged);
+    ATKD_SYNC_BLOCK();
+    if (thread_index() == 0) {
+        store_all(p, staged);
+        wait_bulk_stores();
+    }
+}
+
+ATKD_KERNEL(broken_unwritten_staged, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    if (thread_index() == 0) {
+        store_all(p, staged);
+        wait_bulk_stores();
+    }
+}
+
+ATKD_KERNEL(broken_bulk_alignment, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    ATKD_BULK_LOAD(staged, 0, p.data + 1, 16, full, 0);
+}
+
+ATKD_KERNEL(broken_bulk_size, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    ATKD_BULK_LOAD(staged, 0, p.data, 24, full, 0);
+}
+
+ATKD_KERNEL(broken_bulk_outside, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    ATKD_BULK_LOAD(staged, 0, p.data, 2 * ALL, full, 0);
+}
+
+// There are 512 bytes.
+ATKD_KERNEL(broken_staged_bounds, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    ATKD_BULK_LOAD(staged, 512 - 128, p.data, ALL, full, 0);
+}
+
+ATKD_KERNEL(broken_unwaited_store, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+    ATKD_WAIT(full, 0, 0);
+    if (thread_index() == 0) {
+        store_all(p, staged);
+        wait_bulk_stores_read();
+    }
+}
+
+ATKD_KERNEL(broken_uncommitted_store, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+    ATKD_WAIT(full, 0, 0);
+    if (thread_index() == 0) {
+        bulk_store(p.data, staged, 0, ALL);
+        wait_bulk_stores();
+    }
+}
+
+ATKD_KERNEL(broken_unwaited_load, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    make(full);
+    load_all(p, staged, full);
+}
+
+// Global memory is read before the bulk store that writes it is waited for.
+ATKD_KERNEL(broken_early_read, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    if (thread_index() == 0) {
+        store_staged(staged, 0, {{7, 7, 7, 7}});
+        fence_bulk();
+        bulk_store(p.data, staged, 0, 16);
+        commit_bulk_stores();
+        wait_bulk_stores_read();
+    }
+    ATKD_SYNC_BLOCK();
+    store(p.data + thread_index(), load(p.data + thread_index() % 4));
+    if (thread_index() == 0) {
+        wait_bulk_stores();
+    }
+}
+
+typedef struct {
+    const uint32_t *from;
+    uint32_t *to;
+    uint32_t rows; // of 1024 bytes
+} atkd_staged_rows;
+
+// Not broken: adds 1 to every number, each block of the cluster on its own rows, of which two are staged.
+ATKD_KERNEL(staged_rows, atkd_staged_rows, 64, 1) {
+    constexpr uint32_t BYTES = 1024;
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 2);
+    ATKD_SHARED(Barrier, done, 2);
+    const uint32_t *from = p.from + block_index() * p.rows * (BYTES / 4);
+    uint32_t *to = p.to + block_index() * p.rows * (BYTES / 4);
+    bool copies = thread_index() == 0;
+    if (copies) {
+        for (uint32_t stage = 0; stage < 2; stage++) {
+            ATKD_INIT_BARRIER(full, stage, 1);
+            ATKD_INIT_BARRIER(done, stage, 64);
+        }
+        publish_barriers();
+    }
+    ATKD_SYNC_BLOCK();
+    for (uint32_t row = 0; row <= p.rows; row++) {
+        if (copies && row < p.rows) {
+            uint32_t stage = row % 2;
+            wait_bulk_stores_read();
+            ATKD_EXPECT(full, stage, BYTES);
+            // In two parts, the last one first.
+            ATKD_BULK_LOAD(staged, stage * BYTES + 256, from + row * (BYTES / 4) + 64, BYTES - 256, full, stage);
+            ATKD_BULK_LOAD(staged, stage * BYTES, from + row * (BYTES / 4), 256, full, stage);
+        }
+        if (row > 0) {
+            uint32_t stage = (row - 1) % 2, parity = (row - 1) / 2 % 2, at = stage * BYTES + 16 * thread_index();
+            ATKD_WAIT(full, stage, parity);
+            Bytes16 value = load_staged(staged, at);
+            for (uint32_t i = 0; i < 4; i++) {
+                value.word[i]++;
+            }
+            store_staged(staged, at, value);
+            fence_bulk();
+            ATKD_ARRIVE(done, stage);
+            if (copies) {
+                ATKD_WAIT(done, stage, parity);
+                bulk_store(to + (row - 1) * (BYTES / 4), staged, stage * BYTES, BYTES);
+                commit_bulk_stores();
+            }
+        }
+    }
+    if (copies) {
+        wait_bulk_stores();
+    }
+}

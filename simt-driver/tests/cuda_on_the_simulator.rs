@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use atkd::cuda::RawCall;
 use atkd::cuda::cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus};
 use atkd::cuda::cudarc::driver::{CudaSlice, DevicePtr, DriverError};
+use atkd::cuda::cudarc::nvrtc::Ptx;
 use atkd::{Error, Objective, Target};
 
 use cuda::{Gpu, Input, Loaded};
@@ -77,15 +78,18 @@ fn calls_only_launch() {
             ("launch", &mut |loaded| loaded.launch(&objective, &raw).unwrap()),
         ];
         for (what, call) in &mut calls {
-            let names = [kernels, &["cuLaunchKernelEx", "cuCtxGetCurrent", "cu"]].concat();
+            let names = ["programmatic launch", "cuLaunchKernelEx", "cuCtxGetCurrent", "cu"];
+            let names = [kernels, &names].concat();
             let before: Vec<u64> = names.iter().map(|name| count(name)).collect();
             call(&mut loaded);
             let counts: Vec<u64> =
                 names.iter().zip(before).map(|(name, before)| count(name) - before).collect();
-            let (by_kernel, [launches, current, functions]) =
-                counts.split_last_chunk::<3>().unwrap();
+            let (by_kernel, [overlapping, launches, current, functions]) =
+                counts.split_last_chunk::<4>().unwrap();
             assert!(by_kernel.iter().all(|&launches| launches == 1), "{what}: {counts:?}");
             assert_eq!(*launches, kernels.len() as u64, "{what}");
+            // All but the first, before which may be anything.
+            assert_eq!(*overlapping, launches - 1, "{what}");
             assert_eq!(*functions, launches + current, "{what}");
         }
     }
@@ -93,6 +97,38 @@ fn calls_only_launch() {
 
 fn code<T>(result: Result<T, DriverError>) -> CUresult {
     result.map_or_else(|error| error.0, |_| CUresult::CUDA_SUCCESS)
+}
+
+/// More than 48 KiB of shared memory must be allowed first.
+#[test]
+fn shared_memory_is_what_was_allowed() {
+    let Some(gpu) = Gpu::new() else { return };
+    let image = Ptx::from_binary(0xba55_ed50_u32.to_ne_bytes().into());
+    let function = gpu.context.load_module(image).unwrap().load_function("sum_losses").unwrap();
+    let stream = gpu.context.new_stream().unwrap();
+    // Captured and never run.
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    let launch = |bytes| {
+        let mut block = [0_u64; 4];
+        let mut parameters = [block.as_mut_ptr().cast()];
+        // SAFETY: plain numbers and pointers; the block is as large as the kernel's.
+        unsafe {
+            let mut config: sys::CUlaunchConfig = std::mem::zeroed();
+            (config.gridDimX, config.gridDimY, config.gridDimZ) = (1, 1, 1);
+            (config.blockDimX, config.blockDimY, config.blockDimZ) = (32, 1, 1);
+            (config.sharedMemBytes, config.hStream) = (bytes, stream.cu_stream());
+            let (function, extra) = (function.cu_function(), std::ptr::null_mut());
+            sys::cuLaunchKernelEx(&config, function, parameters.as_mut_ptr(), extra)
+        }
+    };
+    let (success, invalid) = (CUresult::CUDA_SUCCESS, CUresult::CUDA_ERROR_INVALID_VALUE);
+    assert_eq!((launch(48 << 10), launch((48 << 10) + 1)), (success, invalid));
+    let most = 232_448 - function.shared_size_bytes().unwrap();
+    let dynamic = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    let allow = |bytes| code(function.set_attribute(dynamic, bytes));
+    assert_eq!((allow(most + 1), allow(most)), (invalid, success));
+    assert_eq!((launch(most as u32), launch(most as u32 + 1)), (success, invalid));
+    stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap();
 }
 
 /// What a real driver refuses within a capture, as its documentation says.

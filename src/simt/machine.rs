@@ -10,6 +10,8 @@ use corosensei::{Coroutine, CoroutineResult, Yielder};
 
 use crate::plan::LaunchShape;
 
+mod bulk;
+
 const WARP: usize = 32;
 
 /// A kernel with its parameter block: the entry that `kernels/simt` compiles.
@@ -62,6 +64,10 @@ enum State {
     Cluster(u32),
     /// At a warp operation.
     Exchange,
+    /// For the phase of this parity, in this line.
+    Phase(*mut bulk::Barrier, u32, u32),
+    /// For bulk stores of its own.
+    Stores,
     Done,
 }
 
@@ -74,12 +80,15 @@ struct Machine<'a> {
     first_block: u32,
     thread: usize,
     states: Vec<State>,
+    /// The threads in that state.
+    ready: Vec<usize>,
     yielders: Vec<*const Yielder<(), ()>>,
     given: Vec<u64>,
     /// What the lanes of each warp gave last time.
     exchanged: Vec<[u64; WARP]>,
     /// By block of the cluster and declaration.
     shared: HashMap<(u32, u64), Box<[u64]>>,
+    bulk: bulk::Bulk,
     buffers: &'a mut [Buffer],
     fault: Option<String>,
 }
@@ -93,6 +102,13 @@ impl Machine<'_> {
     fn threads_of(&self, rank: u32) -> Range<usize> {
         let block = self.shape.block as usize;
         rank as usize * block..(rank as usize + 1) * block
+    }
+
+    /// Records the first error.
+    fn blame(&mut self, thread: usize, what: &str) {
+        let (kernel, block) = (self.kernel, self.block_of(thread));
+        let thread = thread as u32 % self.shape.block;
+        self.fault.get_or_insert(format!("{kernel}, block {block}, thread {thread}: {what}"));
     }
 }
 
@@ -119,16 +135,11 @@ fn wait(state: State) {
     }
 }
 
-/// Records the first error and never returns to the kernel.
+/// Records an error and never returns to the kernel.
 fn fault(what: String) -> ! {
     // SAFETY: see `machine`.
-    unsafe {
-        let machine = machine();
-        let (block, thread) =
-            (machine.block_of(machine.thread), machine.thread as u32 % machine.shape.block);
-        let kernel = machine.kernel;
-        machine.fault.get_or_insert(format!("{kernel}, block {block}, thread {thread}: {what}"));
-    }
+    let machine = unsafe { machine() };
+    machine.blame(machine.thread, &what);
     loop {
         wait(State::Done);
     }
@@ -242,8 +253,9 @@ pub unsafe fn run<P: 'static>(
     parameters: &P,
     buffers: &mut [Buffer],
 ) -> Result<(), String> {
-    let LaunchShape { grid, block, cluster, .. } = shape;
+    let LaunchShape { grid, block, cluster, shared } = shape;
     assert!(block > 0 && block.is_multiple_of(WARP as u32), "{block} threads are no whole warps");
+    assert!(shared.is_multiple_of(16), "{shared} bytes of shared memory are no multiple of 16");
     assert!(grid.is_multiple_of(cluster), "{grid} blocks are no whole clusters of {cluster}");
     let threads = (block * cluster) as usize;
     let mut random = fastrand::Rng::with_seed(seed);
@@ -260,10 +272,12 @@ pub unsafe fn run<P: 'static>(
             first_block: index * cluster,
             thread: 0,
             states: vec![State::Ready; threads],
+            ready: (0..threads).collect(),
             yielders: vec![std::ptr::null(); threads],
             given: vec![0; threads],
             exchanged: vec![[0; WARP]; threads / WARP],
             shared: HashMap::new(),
+            bulk: bulk::Bulk::new(shape),
             buffers: &mut *buffers,
             fault: None,
         };
@@ -298,7 +312,7 @@ pub unsafe fn run<P: 'static>(
     Ok(())
 }
 
-/// Lets threads take turns until all are done. `resume` returns whether its thread ended.
+/// Lets threads and bulk copies take turns until all are done. `resume` returns whether its thread ended.
 fn schedule(
     machine: *mut Machine,
     random: &mut fastrand::Rng,
@@ -306,21 +320,38 @@ fn schedule(
 ) -> Result<(), String> {
     // SAFETY of each `(*machine)`: it outlives this call, and no coroutine runs meanwhile.
     let threads = unsafe { &*machine }.states.len();
-    let mut ready: Vec<usize> = (0..threads).collect();
     // Threads that wait at a barrier, of each block and of the cluster.
     let mut waiting = vec![0; unsafe { &*machine }.shape.cluster as usize];
     let mut waiting_for_cluster = 0;
-    while !ready.is_empty() {
-        let thread = ready.swap_remove(random.usize(..ready.len()));
-        unsafe { (*machine).thread = thread };
-        let ended = resume(thread);
+    loop {
+        let paused = unsafe { &mut *machine };
+        let (ready, copies) = (paused.ready.len(), paused.bulk.copies());
+        if ready + copies == 0 {
+            break;
+        }
+        let turn = random.usize(..ready + copies);
+        let thread = (turn < ready).then(|| paused.ready.swap_remove(turn));
+        let ended = match thread {
+            Some(thread) => {
+                paused.thread = thread;
+                resume(thread)
+            }
+            None => {
+                paused.copy(random);
+                false
+            }
+        };
         let machine = unsafe { &mut *machine };
+        if let Some(thread) = thread
+            && ended
+        {
+            machine.states[thread] = State::Done;
+            machine.check_end(thread);
+        }
         if let Some(fault) = machine.fault.take() {
             return Err(fault);
         }
-        if ended {
-            machine.states[thread] = State::Done;
-        }
+        let Some(thread) = thread else { continue };
         // Who waits goes on as soon as all have met that wait together.
         let rank = thread / machine.shape.block as usize;
         let (met, count) = match machine.states[thread] {
@@ -332,12 +363,12 @@ fn schedule(
                 }
                 machine.exchanged[warp].copy_from_slice(&machine.given[lanes.clone()]);
                 machine.states[lanes.clone()].fill(State::Ready);
-                ready.extend(lanes);
+                machine.ready.extend(lanes);
                 continue;
             }
             State::Block(_) => (machine.threads_of(rank as u32), &mut waiting[rank]),
             State::Cluster(_) => (0..threads, &mut waiting_for_cluster),
-            State::Done => continue,
+            State::Phase(..) | State::Stores | State::Done => continue,
             State::Ready => unreachable!("a thread stops to wait or to end"),
         };
         *count += 1;
@@ -348,7 +379,8 @@ fn schedule(
             }
             *count = 0;
             machine.states[met.clone()].fill(State::Ready);
-            ready.extend(met);
+            machine.ready.extend(met.clone());
+            machine.bulk.meet(met);
         }
     }
     let machine = unsafe { &*machine };
@@ -375,6 +407,12 @@ fn deadlock(machine: &Machine) -> String {
                 State::Block(line) => format!("wait at the barrier in line {line}"),
                 State::Cluster(line) => format!("wait at the cluster's barrier in line {line}"),
                 State::Exchange => "wait for the rest of their warp".into(),
+                State::Phase(barrier, parity, line) => {
+                    // SAFETY: in the machine's shared memory.
+                    let barrier = unsafe { &**barrier };
+                    format!("wait for phase {parity} of {} in line {line}", barrier.name())
+                }
+                State::Stores => "wait for their bulk stores".into(),
                 State::Done => "have ended".into(),
                 State::Ready => "are ready".into(),
             };

@@ -1,7 +1,6 @@
 //! The CUDA kernels on the CPU: the same source files, compiled as C++ and run by a simulator that
 //! checks every access and every barrier. For tests on machines without a GPU; slow.
 
-mod bulk;
 pub mod machine;
 
 use std::ffi::c_void;

@@ -1,0 +1,455 @@
+//! Staged memory, the barriers at which bulk copies are waited for, and the copies, which take turns with the
+//! threads: a kernel may count on no more than it waited for.
+
+use super::*;
+
+/// The most bytes that a barrier counts.
+const MOST_EXPECTED: i32 = (1 << 20) - 1;
+
+/// As in kernels/simt/simt.h. Zeroed where nobody initialised it.
+#[repr(C)]
+#[derive(Debug)]
+pub(super) struct Barrier {
+    name: *const c_char,
+    index: u32,
+    source: u32,
+    /// Of a phase, and still to come in this one.
+    arrivals: u32,
+    pending: u32,
+    /// Phases that have ended.
+    phase: u32,
+    /// Expected and not yet loaded.
+    bytes: i32,
+    /// Of bulk loads that have not been done.
+    under_way: i32,
+}
+
+impl Barrier {
+    pub(super) fn name(&self) -> String {
+        // SAFETY: a string literal.
+        format!("{}[{}]", unsafe { CStr::from_ptr(self.name) }.to_string_lossy(), self.index)
+    }
+}
+
+/// How many phases of each barrier, and how many groups of each thread's bulk stores, are known to be over:
+/// by waiting for them, or from a thread that was met at a barrier. By the source's number.
+type Knowledge = Vec<u32>;
+
+/// What must be known before an access.
+#[derive(Clone, Copy, Debug, Default)]
+struct Over {
+    source: u32,
+    count: u32,
+}
+
+impl Over {
+    fn known(self, knowledge: &Knowledge) -> bool {
+        knowledge.get(self.source as usize).is_some_and(|&count| count >= self.count)
+            || self.count == 0
+    }
+}
+
+fn learn(knowledge: &mut Knowledge, from: &[u32]) {
+    knowledge.resize(knowledge.len().max(from.len()), 0);
+    knowledge.iter_mut().zip(from).for_each(|(known, &count)| *known = count.max(*known));
+}
+
+/// 16 bytes of staged memory.
+#[derive(Clone, Debug, Default)]
+struct Piece {
+    bytes: [u8; 16],
+    written: bool,
+    /// By a bulk load.
+    filled: Over,
+    /// By a bulk store.
+    read: Over,
+    /// The thread that wrote it, and how often that had fenced.
+    writer: Option<(usize, u32)>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Thread {
+    knowledge: Knowledge,
+    fences: u32,
+    /// Of its bulk stores, if it had any.
+    source: Option<u32>,
+    /// Bulk stores that are not committed.
+    open: u32,
+    /// Groups of them that are, and those that were waited for until written.
+    committed: u32,
+    written: u32,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Load(*mut Barrier),
+    /// With what was read.
+    Store(u32, Option<Vec<u8>>),
+}
+
+#[derive(Debug)]
+struct Copy {
+    thread: usize,
+    /// What is still to be done.
+    offset: u32,
+    bytes: u32,
+    global: usize,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+pub(super) struct Bulk {
+    /// By block of the cluster.
+    staged: Vec<Vec<Piece>>,
+    threads: Vec<Thread>,
+    /// By source: what who arrived at a barrier knew.
+    released: Vec<Knowledge>,
+    copies: Vec<Copy>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Access {
+    Read,
+    Write,
+    BulkLoad,
+    BulkStore,
+}
+
+impl Bulk {
+    pub(super) fn new(shape: LaunchShape) -> Self {
+        let pieces = vec![Piece::default(); shape.shared as usize / 16];
+        Self {
+            staged: vec![pieces; shape.cluster as usize],
+            threads: vec![Thread::default(); (shape.block * shape.cluster) as usize],
+            released: Vec::new(),
+            copies: Vec::new(),
+        }
+    }
+
+    /// How many copies are under way.
+    pub(super) fn copies(&self) -> usize {
+        self.copies.len()
+    }
+
+    fn new_source(&mut self) -> u32 {
+        self.released.push(Knowledge::new());
+        self.released.len() as u32 - 1
+    }
+
+    /// Threads met at a barrier.
+    pub(super) fn meet(&mut self, met: Range<usize>) {
+        if self.released.is_empty() {
+            return;
+        }
+        let mut all = Knowledge::new();
+        self.threads[met.clone()].iter().for_each(|thread| learn(&mut all, &thread.knowledge));
+        self.threads[met].iter_mut().for_each(|thread| thread.knowledge.clone_from(&all));
+    }
+}
+
+impl Machine<'_> {
+    fn rank_of(&self, thread: usize) -> usize {
+        thread / self.shape.block as usize
+    }
+
+    /// The running thread's pieces of staged memory, if it may touch them so.
+    fn access(&mut self, access: Access, offset: u32, bytes: u32) -> Result<&mut [Piece], String> {
+        let what = match access {
+            Access::Read => "read",
+            Access::Write => "write",
+            Access::BulkLoad => "bulk load",
+            Access::BulkStore => "bulk store",
+        };
+        let rank = self.rank_of(self.thread);
+        let Bulk { staged, threads, .. } = &mut self.bulk;
+        if !(offset | bytes).is_multiple_of(16) || bytes == 0 {
+            return Err(format!("{what} of {bytes} bytes at byte {offset} of staged memory"));
+        }
+        let (start, end) = (offset as usize / 16, (offset as usize + bytes as usize) / 16);
+        let Some(pieces) = staged[rank].get_mut(start..end) else {
+            let shared = self.shape.shared;
+            return Err(format!(
+                "{what} of {bytes} bytes outside staged memory: byte {offset} of {shared}"
+            ));
+        };
+        let reads = matches!(access, Access::Read | Access::BulkStore);
+        let bulk = matches!(access, Access::BulkLoad | Access::BulkStore);
+        let knowledge = &threads[self.thread].knowledge;
+        for (i, piece) in pieces.iter().enumerate() {
+            let mistake = if !piece.filled.known(knowledge) {
+                "before a wait for the bulk load that fills it"
+            } else if !reads && !piece.read.known(knowledge) {
+                "before a wait for the bulk store that reads it"
+            } else if reads && !piece.written {
+                "that nobody has written"
+            } else if bulk && piece.writer.is_some_and(|(by, fences)| threads[by].fences == fences)
+            {
+                "that was written without a fence"
+            } else {
+                continue;
+            };
+            return Err(format!(
+                "{what} of staged memory {mistake}: byte {}",
+                offset as usize + 16 * i
+            ));
+        }
+        Ok(pieces)
+    }
+
+    /// Ends the barrier's phase if nothing is missing.
+    fn settle(&mut self, barrier: *mut Barrier) -> Result<(), String> {
+        // SAFETY: in shared memory, which lives as long as the machine.
+        let this = unsafe { &mut *barrier };
+        if this.pending > 0 || this.bytes > 0 {
+            return Ok(());
+        }
+        let more = this.under_way - this.bytes;
+        if more > 0 {
+            return Err(format!("bulk loads bring {more} bytes more than {} expects", this.name()));
+        }
+        this.phase += 1;
+        this.pending = this.arrivals;
+        self.wake(|state| matches!(state, State::Phase(at, ..) if at == barrier));
+        Ok(())
+    }
+
+    fn wake(&mut self, waits: impl Fn(State) -> bool) {
+        for (thread, state) in self.states.iter_mut().enumerate() {
+            if waits(*state) {
+                *state = State::Ready;
+                self.ready.push(thread);
+            }
+        }
+    }
+
+    /// One step of some bulk copy.
+    pub(super) fn copy(&mut self, random: &mut fastrand::Rng) {
+        let index = random.usize(..self.bulk.copies.len());
+        let thread = self.bulk.copies[index].thread;
+        let rank = self.rank_of(thread);
+        let copy = &mut self.bulk.copies[index];
+        let pieces = &mut self.bulk.staged[rank][copy.offset as usize / 16..];
+        let result = match &mut copy.kind {
+            Kind::Load(barrier) => {
+                let barrier = *barrier;
+                let count = random.u32(1..=copy.bytes / 16);
+                for piece in &mut pieces[..count as usize] {
+                    // SAFETY: so much was checked when the copy began. The barrier: see `settle`.
+                    piece.bytes = unsafe { *(copy.global as *const [u8; 16]) };
+                    copy.global += 16;
+                }
+                copy.offset += 16 * count;
+                copy.bytes -= 16 * count;
+                let done = copy.bytes == 0;
+                unsafe {
+                    (*barrier).bytes -= 16 * count as i32;
+                    (*barrier).under_way -= 16 * count as i32;
+                }
+                if done {
+                    self.bulk.copies.swap_remove(index);
+                }
+                self.settle(barrier)
+            }
+            Kind::Store(_, read @ None) => {
+                let pieces = &pieces[..copy.bytes as usize / 16];
+                *read = Some(pieces.iter().flat_map(|piece| piece.bytes).collect());
+                Ok(())
+            }
+            Kind::Store(_, Some(bytes)) => {
+                // SAFETY: so much was checked when the copy began.
+                unsafe { (copy.global as *mut u8).copy_from(bytes.as_ptr(), bytes.len()) };
+                self.bulk.copies.swap_remove(index);
+                Ok(())
+            }
+        };
+        if self.states[thread] == State::Stores {
+            self.states[thread] = State::Ready;
+            self.ready.push(thread);
+        }
+        if let Err(what) = result {
+            self.blame(thread, &what);
+        }
+    }
+
+    /// When a thread has ended.
+    pub(super) fn check_end(&mut self, thread: usize) {
+        let Thread { open, committed, written, .. } = self.bulk.threads[thread];
+        if open > 0 {
+            self.blame(thread, "ended with a bulk store that it did not commit");
+        } else if written < committed {
+            self.blame(thread, "ended without a wait for its bulk stores");
+        }
+        let rank = self.rank_of(thread);
+        let block = self.threads_of(rank as u32);
+        if self.shape.shared == 0 || self.states[block.clone()].iter().any(|&s| s != State::Done) {
+            return;
+        }
+        self.bulk.meet(block);
+        let knowledge = &self.bulk.threads[thread].knowledge;
+        let waited = |piece: &Piece| piece.filled.known(knowledge);
+        if let Some(i) = self.bulk.staged[rank].iter().position(|piece| !waited(piece)) {
+            let what = format!("its block ended without a wait for a bulk load: byte {}", 16 * i);
+            self.blame(thread, &what);
+        }
+    }
+}
+
+/// As `machine`, with what the running thread does here.
+///
+/// SAFETY: see `machine`.
+unsafe fn current<'a>() -> (&'a mut Machine<'static>, usize) {
+    let machine = unsafe { machine() };
+    let thread = machine.thread;
+    (machine, thread)
+}
+
+/// SAFETY: in the shared memory of a machine that lives; the reference ends before the next switch.
+unsafe fn initialised<'a>(barrier: *mut Barrier) -> &'a mut Barrier {
+    let barrier = unsafe { &mut *barrier };
+    if barrier.arrivals == 0 {
+        fault(format!("use of a barrier that nobody has initialised: {}", barrier.name()));
+    }
+    barrier
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_load_staged(offset: u32, to: *mut [u8; 16]) {
+    // SAFETY: see `machine`; the caller has room for the bytes. So below.
+    unsafe {
+        let piece = machine().access(Access::Read, offset, 16).unwrap_or_else(|e| fault(e));
+        *to = piece[0].bytes;
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_store_staged(offset: u32, from: *const [u8; 16]) {
+    unsafe {
+        let (machine, thread) = current();
+        let fences = machine.bulk.threads[thread].fences;
+        let pieces = machine.access(Access::Write, offset, 16).unwrap_or_else(|e| fault(e));
+        pieces[0].bytes = *from;
+        pieces[0].written = true;
+        pieces[0].writer = Some((thread, fences));
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_init_barrier(barrier: *mut Barrier, arrivals: u32) {
+    let barrier = unsafe { &mut *barrier };
+    if barrier.arrivals > 0 || arrivals == 0 {
+        fault(format!("{} is initialised twice, or for no arrivals", barrier.name()));
+    }
+    barrier.source = unsafe { machine() }.bulk.new_source();
+    (barrier.arrivals, barrier.pending) = (arrivals, arrivals);
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_arrive(barrier: *mut Barrier, bytes: u32) {
+    let (machine, thread) = unsafe { current() };
+    let this = unsafe { initialised(barrier) };
+    let bulk = &mut machine.bulk;
+    learn(&mut bulk.released[this.source as usize], &bulk.threads[thread].knowledge);
+    if this.pending == 0 {
+        fault(format!("more than {} arrivals in a phase of {}", this.arrivals, this.name()));
+    }
+    this.pending -= 1;
+    this.bytes = this.bytes.saturating_add_unsigned(bytes);
+    if this.bytes > MOST_EXPECTED {
+        fault(format!("{} expects {} bytes, more than {MOST_EXPECTED}", this.name(), this.bytes));
+    }
+    machine.settle(barrier).unwrap_or_else(|e| fault(e));
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_wait_for(barrier: *mut Barrier, parity: u32, line: u32) {
+    if parity > 1 {
+        fault(format!("wait for parity {parity}"));
+    }
+    while unsafe { initialised(barrier) }.phase % 2 == parity {
+        wait(State::Phase(barrier, parity, line));
+    }
+    let (machine, thread) = unsafe { current() };
+    let this = unsafe { initialised(barrier) };
+    let bulk = &mut machine.bulk;
+    let released = &mut bulk.released[this.source as usize];
+    released.resize(released.len().max(this.source as usize + 1), 0);
+    released[this.source as usize] = this.phase;
+    learn(&mut bulk.threads[thread].knowledge, released);
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_bulk_load(
+    offset: u32,
+    from: *const c_void,
+    bytes: u32,
+    barrier: *mut Barrier,
+) {
+    simt_access(from, bytes.into(), 16, false);
+    let (machine, thread) = unsafe { current() };
+    let this = unsafe { initialised(barrier) };
+    let pieces = machine.access(Access::BulkLoad, offset, bytes).unwrap_or_else(|e| fault(e));
+    let filled = Over { source: this.source, count: this.phase + 1 };
+    for piece in pieces {
+        (piece.written, piece.filled, piece.writer) = (true, filled, None);
+    }
+    this.under_way += bytes as i32;
+    let (global, kind) = (from as usize, Kind::Load(barrier));
+    machine.bulk.copies.push(Copy { thread, offset, bytes, global, kind });
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_bulk_store(to: *mut c_void, offset: u32, bytes: u32) {
+    simt_access(to, bytes.into(), 16, true);
+    let (machine, thread) = unsafe { current() };
+    let known = machine.bulk.threads[thread].source;
+    let source = known.unwrap_or_else(|| machine.bulk.new_source());
+    let this = &mut machine.bulk.threads[thread];
+    this.source = Some(source);
+    this.open += 1;
+    let group = this.committed;
+    let pieces = machine.access(Access::BulkStore, offset, bytes).unwrap_or_else(|e| fault(e));
+    pieces.iter_mut().for_each(|piece| piece.read = Over { source, count: group + 1 });
+    let (global, kind) = (to as usize, Kind::Store(group, None));
+    machine.bulk.copies.push(Copy { thread, offset, bytes, global, kind });
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_commit_bulk_stores() {
+    let (machine, thread) = unsafe { current() };
+    let this = &mut machine.bulk.threads[thread];
+    this.committed += 1;
+    this.open = 0;
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_wait_bulk_stores(written: bool) {
+    let under_way = || {
+        let (machine, thread) = unsafe { current() };
+        let committed = machine.bulk.threads[thread].committed;
+        machine.bulk.copies.iter().any(|copy| match &copy.kind {
+            Kind::Store(group, read) => {
+                copy.thread == thread && *group < committed && (written || read.is_none())
+            }
+            Kind::Load(_) => false,
+        })
+    };
+    while under_way() {
+        wait(State::Stores);
+    }
+    let (machine, thread) = unsafe { current() };
+    let this = &mut machine.bulk.threads[thread];
+    if let Some(source) = this.source {
+        let mut read = vec![0; source as usize + 1];
+        read[source as usize] = this.committed;
+        learn(&mut this.knowledge, &read);
+    }
+    if written {
+        this.written = this.committed;
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_fence_bulk() {
+    let (machine, thread) = unsafe { current() };
+    machine.bulk.threads[thread].fences += 1;
+}
