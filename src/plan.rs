@@ -103,6 +103,15 @@ impl fmt::Display for RowKernel {
     }
 }
 
+/// A kernel for rows that is to be used wherever it can do the call, for tests and measurements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preference {
+    /// The kernel.
+    pub row_kernel: RowKernel,
+    /// Rows that a cluster of `row_pipelined` has room for at once, up to 4.
+    pub stages: u32,
+}
+
 /// The launch of every kernel that a call may need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -158,23 +167,24 @@ fn shape(grid: usize, block: u32, cluster: u32) -> LaunchShape {
 }
 
 impl Plan {
-    /// The plan of a call on a device: the first kernel that can do it of those that read a row once, and
-    /// else `row_stream`.
-    pub fn new(device: &DeviceProperties, problem: &Problem) -> Self {
-        [RowKernel::Resident, RowKernel::Pipelined]
+    /// The plan of a call on a device: by the preferred kernel if that can do the call, else by the first of
+    /// those that read a row once, else by `row_stream`.
+    pub fn new(
+        device: &DeviceProperties,
+        problem: &Problem,
+        preferred: Option<Preference>,
+    ) -> Self {
+        let by_itself = [RowKernel::Resident, RowKernel::Pipelined, RowKernel::Stream]
+            .map(|row_kernel| Preference { row_kernel, stages: 1 });
+        preferred
             .into_iter()
-            .find_map(|kernel| Self::with(device, problem, kernel, 1))
-            .or_else(|| Self::with(device, problem, RowKernel::Stream, 1))
+            .chain(by_itself)
+            .find_map(|choice| Self::with(device, problem, choice))
             .expect("row_stream can do any call")
     }
 
-    /// The plan of a call by a kernel, with so many stages if it has any; none if that cannot do it.
-    pub fn with(
-        device: &DeviceProperties,
-        problem: &Problem,
-        row_kernel: RowKernel,
-        stages: u32,
-    ) -> Option<Self> {
+    fn with(device: &DeviceProperties, problem: &Problem, choice: Preference) -> Option<Self> {
+        let Preference { row_kernel, stages } = choice;
         let Problem { tokens, vocab, scopes, .. } = *problem;
         // A row that starts off a chunk's boundary has up to one more.
         let chunks = (vocab + CHUNK - 1).div_ceil(CHUNK);
@@ -221,7 +231,8 @@ impl Plan {
         chunks: usize,
         stages: u32,
     ) -> Option<LaunchShape> {
-        if !problem.of_one_type() || !problem.aligned_alike || !(1..=MOST_STAGES).contains(&stages) {
+        if !problem.of_one_type() || !problem.aligned_alike || !(1..=MOST_STAGES).contains(&stages)
+        {
             return None;
         }
         let room = pipelined_room(device.shared_bytes);
@@ -302,7 +313,7 @@ mod tests {
     fn streamed_rows_in_flight_fit_the_cache() {
         let rows = |device, tokens, vocab| {
             let problem = problem(tokens, vocab, Dtype::F16, Dtype::Bf16);
-            let plan = Plan::new(device, &problem);
+            let plan = Plan::new(device, &problem, None);
             assert_eq!(plan.row_kernel, RowKernel::Stream);
             assert_eq!(plan.rows.grid, tokens as u32 * plan.rows.cluster);
             (plan.rows.cluster, plan.rows_in_flight_bytes)
@@ -325,7 +336,7 @@ mod tests {
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             let held = HELD_BYTES / dtype.size();
             for vocab in (1..300_000).step_by(97).chain([4096, 128_256, 151_936, 262_144]) {
-                let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype));
+                let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype), None);
                 // Up to 7 places before the row in its first chunk.
                 let room = match plan.row_kernel {
                     RowKernel::Resident => plan.rows.block as usize * held,
@@ -339,7 +350,7 @@ mod tests {
             }
         }
         let rows = |vocab, dtype| {
-            let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype));
+            let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype), None);
             (plan.row_kernel, plan.rows.block, plan.rows.cluster)
         };
         assert_eq!(rows(4096, Dtype::Bf16), (RowKernel::Resident, 96, 1));
@@ -351,7 +362,7 @@ mod tests {
         }
         assert_eq!(rows(131_072, Dtype::F32), (RowKernel::Pipelined, 256, 16));
         assert_eq!(rows(400_000, Dtype::Bf16).0, RowKernel::Stream);
-        let a100 = |vocab| Plan::new(&A100, &problem(8192, vocab, Dtype::F32, Dtype::F32));
+        let a100 = |vocab| Plan::new(&A100, &problem(8192, vocab, Dtype::F32, Dtype::F32), None);
         assert_eq!(a100(8000).row_kernel, RowKernel::Resident);
         assert_eq!(a100(9000).row_kernel, RowKernel::Stream);
         let plain = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
@@ -360,7 +371,7 @@ mod tests {
             Problem { gradient: Dtype::F32, ..plain },
             Problem { aligned_alike: false, ..plain },
         ] {
-            assert_eq!(Plan::new(&H200, &other).row_kernel, RowKernel::Stream);
+            assert_eq!(Plan::new(&H200, &other, None).row_kernel, RowKernel::Stream);
         }
     }
 
@@ -368,23 +379,24 @@ mod tests {
     fn stages_take_larger_clusters() {
         let rows = |stages| {
             let problem = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
-            Plan::with(&H200, &problem, RowKernel::Pipelined, stages).map(|plan| plan.rows.cluster)
+            let choice = Preference { row_kernel: RowKernel::Pipelined, stages };
+            Plan::with(&H200, &problem, choice).map(|plan| plan.rows.cluster)
         };
         assert_eq!([0, 1, 2, 3, 4, 5].map(rows), [None, Some(2), Some(4), Some(8), Some(8), None]);
     }
 
     #[test]
     fn small_work_takes_small_blocks() {
-        let plan = Plan::new(&H200, &problem(1, 1, Dtype::F32, Dtype::F32));
+        let plan = Plan::new(&H200, &problem(1, 1, Dtype::F32, Dtype::F32), None);
         let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1, shared: 0 };
         assert_eq!([plan.margin, plan.rows, plan.select, plan.sum], [one_warp; 4]);
         assert_eq!(plan.count, LaunchShape { grid: 1, block: 256, cluster: 1, shared: 0 });
         let many = problem(131_072, 32_000, Dtype::Bf16, Dtype::Bf16);
         let shape = LaunchShape { grid: 8, block: 1024, cluster: 8, shared: 0 };
-        assert_eq!(Plan::new(&H200, &many).select, shape);
+        assert_eq!(Plan::new(&H200, &many, None).select, shape);
         let sequences = Problem { scopes: 64, ..problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16) };
         let shape = LaunchShape { grid: 64, block: 128, cluster: 1, shared: 0 };
-        assert_eq!(Plan::new(&H200, &sequences).select, shape);
+        assert_eq!(Plan::new(&H200, &sequences, None).select, shape);
     }
 
     #[test]
@@ -399,16 +411,14 @@ mod tests {
         let most = i32::MAX as usize;
         for vocab in [1, 100_000, most] {
             let problem = Problem { scopes: most, ..problem(most, vocab, Dtype::F32, Dtype::F32) };
-            let plan = Plan::new(&H200, &problem);
+            let plan = Plan::new(&H200, &problem, None);
             for shape in
                 [plan.margin, plan.count, plan.select, plan.rows, plan.rows_again, plan.sum]
             {
                 assert!(shape.grid <= i32::MAX as u32, "{shape:?}");
                 assert!(shape.grid.is_multiple_of(shape.cluster), "{shape:?}");
             }
-            assert!(
-                plan.row_kernel == RowKernel::Pipelined || plan.rows.grid == i32::MAX as u32
-            );
+            assert!(plan.row_kernel == RowKernel::Pipelined || plan.rows.grid == i32::MAX as u32);
         }
     }
 }

@@ -14,6 +14,7 @@ use atkd::cuda::{
     self, DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, RawCall, RawLabels,
     RawLogits, Workspace,
 };
+use atkd::plan::{Preference, RowKernel};
 use atkd::{
     Batch, Dtype, Error, Logits, LogitsMut, Objective, Output, Reduction, Result, Target, battery,
     reference,
@@ -259,6 +260,37 @@ fn in_place_beside_and_again_are_the_same_bits() {
             loaded.in_place(&objective).unwrap();
             let output = loaded.workspace.read(&gpu.stream).unwrap();
             assert_eq!((output, gpu.stream.clone_dtoh(&loaded.student).unwrap()), first);
+        }
+    }
+}
+
+/// Whichever kernel does the rows, and for a plan that would choose another; with more tokens than run at
+/// once, some of them ignored, and a first guess that is wrong.
+#[test]
+fn every_kernel_for_rows() {
+    let Some(gpu) = Gpu::new() else { return };
+    for (row_kernel, stages) in [
+        (RowKernel::Resident, 1),
+        (RowKernel::Pipelined, 1),
+        (RowKernel::Pipelined, 3),
+        (RowKernel::Stream, 1),
+    ] {
+        let preferred = Some(Preference { row_kernel, stages });
+        let kernels = Kernels::load_preferring(&gpu.context, preferred).unwrap();
+        let gpu = Gpu { context: gpu.context.clone(), stream: gpu.stream.clone(), kernels };
+        for (tokens, vocab) in [(900, 40), (7, 1003), (3, 20_011)] {
+            let mut input = Input::new(tokens, vocab, 5);
+            for i in (0..tokens).step_by(4) {
+                input.labels[i] = -100;
+            }
+            let mut loaded = Loaded::new(&gpu, &gpu.stream, &input);
+            let mut first = None;
+            for _ in 0..2 {
+                loaded.backward(&Objective::default(), None).unwrap();
+                let result = loaded.read();
+                input.check(&Objective::default(), &result);
+                assert_eq!(*first.get_or_insert(result.clone()), result, "{row_kernel} {vocab}");
+            }
         }
     }
 }

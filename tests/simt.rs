@@ -1,7 +1,7 @@
 //! The CUDA kernels, run by the simulator: against float64, whatever the schedule, within their
 //! budgets of memory traffic; and the simulator, against kernels that are wrong.
 
-use atkd::plan::{LaunchShape, RowKernel};
+use atkd::plan::{LaunchShape, Preference, RowKernel};
 use atkd::simt::machine::{Buffer, Kernel, run};
 use atkd::simt::{self, Extra, Simulation, Traffic};
 use atkd::{
@@ -22,16 +22,18 @@ fn the_kernels_pass_the_battery() {
     pass_the_battery(Simulation::default());
 }
 
+fn preferring(row_kernel: RowKernel, stages: u32) -> Simulation {
+    Simulation { preferred: Some(Preference { row_kernel, stages }), ..Simulation::default() }
+}
+
 #[test]
 fn the_kernels_pass_the_battery_with_every_row_read_twice() {
-    let row_kernel = Some(RowKernel::Stream);
-    pass_the_battery(Simulation { row_kernel, seed: 1, ..Simulation::default() });
+    pass_the_battery(Simulation { seed: 1, ..preferring(RowKernel::Stream, 1) });
 }
 
 /// Rows in the shared memory of few clusters, each of which has many to do.
 fn pipelined(cluster: usize, at_once: u32, stages: u32) -> Simulation {
-    let mut simulation =
-        Simulation { row_kernel: Some(RowKernel::Pipelined), stages, ..Simulation::default() };
+    let mut simulation = preferring(RowKernel::Pipelined, stages);
     simulation.device.clusters = [0; 5];
     simulation.device.clusters[cluster.ilog2() as usize] = at_once;
     // However large, so that small clusters hold large rows too.
@@ -89,9 +91,7 @@ impl Input {
 
 /// Every row is read twice, by such blocks and clusters.
 fn streamed(block: u32, cluster: u32, seed: u64) -> Simulation {
-    let row_kernel = Some(RowKernel::Stream);
-    let mut simulation =
-        Simulation { block, cluster, seed, row_kernel, ..Simulation::default() };
+    let mut simulation = Simulation { block, cluster, seed, ..preferring(RowKernel::Stream, 1) };
     // No cache to speak of, so that every row long enough is a whole cluster's.
     simulation.device.l2_bytes = 1;
     simulation
@@ -126,8 +126,7 @@ fn the_schedule_changes_no_bit() {
 /// Blocks and clusters as the plan for an H200 has them, where rows are read twice.
 #[test]
 fn planned_shapes() {
-    let row_kernel = Some(RowKernel::Stream);
-    let planned = Simulation { block: 1024, cluster: 8, row_kernel, ..Simulation::default() };
+    let planned = Simulation { block: 1024, cluster: 8, ..preferring(RowKernel::Stream, 1) };
     let mut input = Input::new(140, 50_257);
     // Only the first rows count; the plan is for all, of which clusters of 4 hold half a cache.
     input.labels[3..].fill(-100);
@@ -360,7 +359,10 @@ fn rows_on_chip_are_read_once() {
         let ends = if vocab % 8 == 0 { 0 } else { 2 * input.tokens as u64 * 14 };
         for buffer in ["teacher", "student"] {
             let (read, written) = bytes(&traffic, kernel, buffer);
-            assert!((volume + targets..=volume + targets + ends).contains(&read), "{vocab}: {read}");
+            assert!(
+                (volume + targets..=volume + targets + ends).contains(&read),
+                "{vocab}: {read}"
+            );
             assert_eq!(written, 0);
         }
         let (_, written, accesses) = counts(&traffic, kernel, "gradient");

@@ -3,8 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use atkd::cuda::{self, Kernels};
+use atkd::plan::{Preference, RowKernel};
 use atkd::{Batch, Logits, LogitsMut, Objective, Output, battery, cpu, reference, simt};
 use clap::ValueEnum;
 
@@ -20,6 +21,45 @@ pub enum Choice {
     Simt,
     /// The definitions in float64, slow.
     Reference,
+}
+
+/// Which kernel does the rows on a GPU.
+#[derive(clap::Args)]
+pub struct RowKernelArgs {
+    /// A kernel for rows other than the plan's choice, wherever it can do the call; only with cuda
+    #[arg(long, value_enum)]
+    row_kernel: Option<RowKernelName>,
+    /// Rows that a cluster of the pipelined kernel has room for at once, up to 4
+    #[arg(long, default_value_t = 1, requires = "row_kernel")]
+    stages: u32,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum RowKernelName {
+    /// A block's registers hold a row
+    Resident,
+    /// A cluster's shared memory holds a row
+    Pipelined,
+    /// A row is read twice
+    Stream,
+}
+
+impl RowKernelArgs {
+    pub fn backend(&self, choice: Choice) -> Result<Backend> {
+        let Some(name) = self.row_kernel else { return choice.backend() };
+        let row_kernel = match name {
+            RowKernelName::Resident => RowKernel::Resident,
+            RowKernelName::Pipelined => RowKernel::Pipelined,
+            RowKernelName::Stream => RowKernel::Stream,
+        };
+        match choice.backend()? {
+            Backend::Cuda(kernels) => {
+                let preferred = Preference { row_kernel, stages: self.stages };
+                Ok(Backend::Cuda(Kernels::load_preferring(kernels.context(), Some(preferred))?))
+            }
+            other => bail!("--row-kernel chooses among CUDA kernels, but the backend is {other}"),
+        }
+    }
 }
 
 impl Choice {

@@ -5,7 +5,7 @@ use anyhow::Result;
 use atkd::battery::{self, Check};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::backend::Choice;
+use crate::backend::{Choice, RowKernelArgs};
 
 /// Check a backend: every shape, dtype and edge case against float64 and finite differences.
 ///
@@ -16,13 +16,15 @@ pub struct Args {
     /// What is checked
     #[arg(long, value_enum, default_value = "auto")]
     backend: Choice,
+    #[command(flatten)]
+    row_kernel: RowKernelArgs,
     /// List every case, not only the groups
     #[arg(long)]
     verbose: bool,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let backend = args.backend.backend()?;
+    let backend = args.row_kernel.backend(args.backend)?;
     let bar = ProgressBar::new(battery::len() as u64)
         .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} cases, {eta} left  {msg}")?);
     let checks = battery::run(

@@ -77,7 +77,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         aligned_alike: true,
         scopes: 1,
     };
-    let plan = Plan::new(&device, &problem);
+    let plan = Plan::new(&device, &problem, None);
     let mut table = crate::table(&["kernel", "launch"]);
     for (kernel, shape) in [
         ("teacher_margin", plan.margin),

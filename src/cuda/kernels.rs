@@ -11,7 +11,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::driver;
 use crate::launch::{KERNELS, Launch};
-use crate::plan::{DeviceProperties, PIPELINED_THREADS, pipelined_room};
+use crate::plan::{DeviceProperties, PIPELINED_THREADS, Plan, Preference, Problem, pipelined_room};
 use crate::{Error, Result};
 
 /// Machine code for several architectures, and PTX; empty if there was no nvcc.
@@ -23,6 +23,7 @@ pub struct Kernels {
     context: Arc<CudaContext>,
     functions: HashMap<&'static str, CudaFunction>,
     device: DeviceProperties,
+    preferred: Option<Preference>,
     /// See [`guess`](Self::guess).
     guess: CudaSlice<u32>,
 }
@@ -40,6 +41,17 @@ impl Kernels {
     /// # Errors
     /// If this build has no kernels, or none that run on the device.
     pub fn load(context: &Arc<CudaContext>) -> Result<Arc<Self>> {
+        Self::load_preferring(context, None)
+    }
+
+    /// As [`load`](Self::load), with a kernel for rows that is not the plan's choice.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_preferring(
+        context: &Arc<CudaContext>,
+        preferred: Option<Preference>,
+    ) -> Result<Arc<Self>> {
         if FAT_BINARY.is_empty() {
             return Err(Error::NoKernels { hint: env!("ATKD_NO_KERNELS") });
         }
@@ -73,17 +85,17 @@ impl Kernels {
             clusters: [0; 5],
         };
         if capability >= (9, 0) && compiled_for >= 90 {
-            let most =
-                attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+            let most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
             for (_, function) in functions.iter().filter(|f| f.0.starts_with("row_pipelined")) {
                 allow_clusters(function, most).map_err(driver("preparing a kernel"))?;
             }
             let function = &functions["row_pipelined_bf16"];
-            device.clusters = [1, 2, 4, 8, 16].map(|size| clusters_at_once(function, &device, size));
+            device.clusters =
+                [1, 2, 4, 8, 16].map(|size| clusters_at_once(function, &device, size));
         }
         let guess = context.default_stream().alloc_zeros(1);
         let guess = guess.map_err(driver("allocating a word"))?;
-        Ok(Arc::new(Self { context: context.clone(), functions, device, guess }))
+        Ok(Arc::new(Self { context: context.clone(), functions, device, preferred, guess }))
     }
 
     /// The context that they were loaded into.
@@ -94,6 +106,11 @@ impl Kernels {
     /// What plans are made for.
     pub fn device(&self) -> DeviceProperties {
         self.device
+    }
+
+    /// How a call is cut into blocks.
+    pub fn plan(&self, problem: &Problem) -> Plan {
+        Plan::new(&self.device, problem, self.preferred)
     }
 
     /// Where the threshold of a call whose workspace is not kept is left for the next as a guess: any value

@@ -8,7 +8,6 @@ use cudarc::driver::{CudaStream, DevicePtr, result};
 use super::{Kernels, Workspace, driver};
 use crate::launch::{Layout, RawCall, launches};
 use crate::params::atkd_summary;
-use crate::plan::Plan;
 use crate::raw::RawOutput;
 use crate::{Objective, Result};
 
@@ -47,7 +46,7 @@ impl Kernels {
         call.validate(objective)?;
         let problem = call.problem(objective);
         let layout = Layout { capacity: call.tokens.max(problem.scopes) };
-        let plan = Plan::new(&self.device(), &problem);
+        let plan = self.plan(&problem);
         let launches = launches(objective, call, &plan, layout, workspace)?;
         let faults = workspace + offset_of!(atkd_summary, label_fault) as u64;
         let fill = |address, value, bytes| {

@@ -8,7 +8,6 @@ use cudarc::driver::{
 use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, driver};
 use crate::launch::{Layout, RawCall, RawLogits, check_faults, launches, read_summary};
 use crate::params::atkd_summary;
-use crate::plan::Plan;
 use crate::{Error, Objective, Output, Result};
 
 /// What a call computes on its way and leaves behind: the loss, every token's terms, its mode. 33 bytes a
@@ -213,7 +212,7 @@ impl Workspace {
         let context = self.kernels.context();
         context.bind_to_thread().map_err(driver("using the context"))?;
         call.validate(objective)?;
-        let plan = Plan::new(&self.kernels.device(), &call.problem(objective));
+        let plan = self.kernels.plan(&call.problem(objective));
         let launches = launches(objective, call, &plan, self.layout, self.address)?;
         // Orders this call and those on other streams; within a capture the caller does.
         let ordered = !tracked_capture(stream, self.memory.context())?;

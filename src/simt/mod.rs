@@ -9,7 +9,7 @@ use machine::Buffer;
 
 use crate::launch::{self, Layout, RawCall, RawLabels, RawLogits};
 use crate::params::atkd_summary;
-use crate::plan::{DeviceProperties, LaunchShape, Plan, RowKernel};
+use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
 use crate::{Batch, Elements, Labels, Logits, LogitsMut, Objective, Output, Result};
 
@@ -24,10 +24,8 @@ pub struct Simulation {
     /// See `block`. Neither holds for rows that are held on chip, where it is the plan's blocks that have
     /// room for a row.
     pub cluster: u32,
-    /// The kernel for rows, where that can do the call; else it is the plan's choice.
-    pub row_kernel: Option<RowKernel>,
-    /// Rows that a cluster of `row_pipelined` has room for.
-    pub stages: u32,
+    /// The kernel for rows, if it is not to be the plan's choice.
+    pub preferred: Option<Preference>,
     /// The guess of the threshold from which tokens are hard.
     pub guess: u32,
     /// Of the order in which blocks and threads take turns: no result may depend on it.
@@ -42,8 +40,7 @@ impl Default for Simulation {
             device,
             block: 64,
             cluster: 2,
-            row_kernel: None,
-            stages: 1,
+            preferred: None,
             // Of a margin of 0: an uncertainty of a half.
             guess: 1 << 31,
             seed: 0,
@@ -222,10 +219,7 @@ impl Simulation {
         );
 
         let problem = call.problem(objective);
-        let plan = self
-            .row_kernel
-            .and_then(|kernel| Plan::with(&self.device, &problem, kernel, self.stages))
-            .unwrap_or_else(|| Plan::new(&self.device, &problem));
+        let plan = Plan::new(&self.device, &problem, self.preferred);
         let mut traffic = Vec::new();
         for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
             let mut buffers = buffers.clone();
@@ -400,7 +394,7 @@ mod tests {
             aligned_alike: true,
             scopes: 1,
         };
-        let shape = Plan::new(&device, &problem).select;
+        let shape = Plan::new(&device, &problem, None).select;
         assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8, shared: 0 });
         let parameters = (&raw const parameters).cast();
         // SAFETY: that is the kernel's block, and the buffers are what it points to.

@@ -94,7 +94,7 @@ pub(crate) fn launches(
 
     // The fused call's own selection and reduction are the best there is for the baseline too.
     let ranked = RawCall { margins: Some(uncertainty), sequences: None, ..*call };
-    let plan = Plan::new(device, &ranked.problem(&objective));
+    let plan = Plan::new(device, &ranked.problem(&objective), None);
     let mut fused = launch::launches(&objective, &ranked, &plan, memory.layout(), address)?;
     let select = fused.find(|launch| launch.kernel == "select_hard").expect("ATKD selects");
     let reduce = fused.find(|launch| launch.kernel == "sum_losses").expect("every call ends so");

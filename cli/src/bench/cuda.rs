@@ -80,31 +80,16 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
         })
     };
     let forward = RawCall { gradient: None, ..call };
-    add("fused", 4, time("fused", &objective, &call)?);
+    add("fused", 3, time("fused", &objective, &call)?);
     add("fused, KL", 3, time("fused, KL", &Objective::kl(), &call)?);
-    add("loss alone", 3, time("loss alone", &objective, &forward)?);
+    add("loss alone", 2, time("loss alone", &objective, &forward)?);
 
     workspace.take_times();
-    let mut by_kernel: Vec<(&str, Vec<f64>)> = Vec::new();
-    median(size, bar, "by kernel", || {
-        // SAFETY: as above; `times` awaits the kernels.
-        unsafe { workspace.launch(stream, &objective, &call) }?;
-        for (kernel, milliseconds) in workspace.times()? {
-            match by_kernel.iter_mut().find(|(name, _)| *name == kernel) {
-                Some((_, times)) => times.push(f64::from(milliseconds) / 1e3),
-                None => by_kernel.push((kernel, vec![f64::from(milliseconds) / 1e3])),
-            }
-        }
-        Ok(0.0)
-    })?;
-    for (kernel, mut times) in by_kernel {
-        times.sort_by(f64::total_cmp);
-        let volumes = match kernel {
-            _ if kernel.starts_with("teacher_margin") => 1,
-            _ if kernel.starts_with("row_") => 3,
-            _ => 0,
-        };
-        add(kernel, volumes, times[times.len() / 2]);
+    let by_kernel = times_by_kernel(size, bar, &mut workspace, stream, &objective, &call)?;
+    for (i, (kernel, seconds)) in by_kernel.iter().enumerate() {
+        let again = by_kernel[..i].iter().any(|(before, _)| before == kernel);
+        let volumes = if kernel.starts_with("row_") && !again { 3 } else { 0 };
+        add(&format!("{kernel}{}", if again { ", again" } else { "" }), volumes, *seconds);
     }
 
     match Unfused::new(kernels, stream, tokens, vocab) {
@@ -118,7 +103,44 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
         }
         Err(error) => skipped.push(format!("unfused at {tokens} x {vocab}: {error}")),
     }
+
+    // Last: the student's logits become gradients, and of gradients, which takes as long.
+    let in_place = RawCall { gradient: Some(call.student), ..call };
+    let by_kernel = times_by_kernel(size, bar, &mut workspace, stream, &objective, &in_place)?;
+    let (margin, seconds) = by_kernel[0];
+    add(margin, 1, seconds);
+    let mut workspace = Workspace::new(kernels, stream, tokens)?;
+    let seconds = elapsed(size, bar, "fused, in place", stream, || {
+        // SAFETY: as above.
+        Ok(unsafe { workspace.launch(stream, &objective, &in_place) }?)
+    })?;
+    add("fused, in place", 4, seconds);
     Ok(Measured { size, copy, timings, skipped })
+}
+
+/// The median seconds of each kernel of a call, in their order.
+fn times_by_kernel(
+    size: Size,
+    bar: &ProgressBar,
+    workspace: &mut Workspace,
+    stream: &Arc<CudaStream>,
+    objective: &Objective,
+    call: &RawCall,
+) -> Result<Vec<(&'static str, f64)>> {
+    let mut runs = Vec::new();
+    median(size, bar, "by kernel", || {
+        // SAFETY: the caller's call; `times` awaits the kernels.
+        unsafe { workspace.launch(stream, objective, call) }?;
+        runs.push(workspace.times()?);
+        Ok(0.0)
+    })?;
+    Ok((0..runs[0].len())
+        .map(|i| {
+            let mut times: Vec<f32> = runs.iter().map(|run| run[i].1).collect();
+            times.sort_by(f32::total_cmp);
+            (runs[0][i].0, f64::from(times[times.len() / 2]) / 1e3)
+        })
+        .collect())
 }
 
 /// Random logits of the size, on the device.

@@ -9,14 +9,16 @@ use atkd::Dtype;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use crate::backend::{Backend, Choice};
+use crate::backend::{Backend, Choice, RowKernelArgs};
 use crate::tensors::DtypeName;
 
 /// Time the fused loss and gradient against the unfused one.
 ///
 /// GB/s counts volumes, [tokens, vocab] elements: three for loss and gradient (teacher and student read,
-/// gradient written), two for the loss alone, whatever a variant really moves; four for a whole CUDA call,
+/// gradient written), two for the loss alone, whatever a variant really moves; four for a CUDA call in place,
 /// whose selection reads the teacher once more. It is compared with what copying memory reaches here and now.
+/// Elsewhere a CUDA call guesses its selection from the call before, here the same batch, and so is right. In
+/// training some rows are guessed wrong and done once more.
 ///
 /// Example: atkd bench --backend cuda --tokens 2048,8192 --vocab 32000,128256 --dtype bf16 --save results
 #[derive(clap::Args)]
@@ -24,6 +26,8 @@ pub struct Args {
     /// What is timed
     #[arg(long, value_enum, default_value = "auto")]
     backend: Choice,
+    #[command(flatten)]
+    row_kernel: RowKernelArgs,
     /// Rows; several sizes with commas between
     #[arg(long, value_delimiter = ',', default_value = "256")]
     tokens: Vec<usize>,
@@ -77,7 +81,7 @@ struct Measured {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let backend = args.backend.backend()?;
+    let backend = args.row_kernel.backend(args.backend)?;
     let dtype = args.dtype.dtype();
     let mut sizes = Vec::new();
     for &tokens in &args.tokens {
