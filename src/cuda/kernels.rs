@@ -111,6 +111,7 @@ impl Kernels {
         overlap.id = LaunchAttribute::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         overlap.value.programmaticStreamSerializationAllowed = 1;
         let mut attributes = [overlap; 2];
+        // Clusters came with it.
         let mut count = usize::from(after && self.device.largest_cluster > 1);
         if launch.shape.cluster > 1 {
             attributes[count] = cluster;
