@@ -150,7 +150,8 @@ ATKD_DEVICE void init_barrier(Barrier &barrier, uint32_t arrivals) {
 // By the thread that made barriers, before the block's or cluster's barrier after which others use them.
 ATKD_DEVICE void publish_barriers() { ATKD_SINCE_SM_90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 ATKD_DEVICE void arrive(Barrier &barrier) {
-    ATKD_SINCE_SM_90("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(in_shared(&barrier)) : "memory");
+    ATKD_SINCE_SM_90("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(in_shared(&barrier))
+                     : "memory");
 }
 ATKD_DEVICE void arrive_expecting(Barrier &barrier, uint32_t bytes) {
     ATKD_SINCE_SM_90("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -173,7 +174,8 @@ ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) {
 #define ATKD_WAIT(array, index, parity) wait_for((array)[index], parity)
 
 // Bulk copies, by the machine and in no order: of a multiple of 16 bytes, from and to multiples of 16.
-ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *from, uint32_t bytes, Barrier &barrier) {
+ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *from, uint32_t bytes,
+                           Barrier &barrier) {
     ATKD_SINCE_SM_90(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
             in_shared(staged + offset)),
@@ -189,7 +191,9 @@ ATKD_DEVICE void bulk_store(void *to, StagedMemory staged, uint32_t offset, uint
 }
 ATKD_DEVICE void commit_bulk_stores() { ATKD_SINCE_SM_90("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until the stores that this thread committed have read staged memory.
-ATKD_DEVICE void wait_bulk_stores_read() { ATKD_SINCE_SM_90("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+ATKD_DEVICE void wait_bulk_stores_read() {
+    ATKD_SINCE_SM_90("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 // Until they have written global memory.
 ATKD_DEVICE void wait_bulk_stores() { ATKD_SINCE_SM_90("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // By every thread that wrote staged memory, before the barrier after which bulk copies touch it.

@@ -378,11 +378,13 @@ ATKD_KERNEL(staged_rows, atkd_staged_rows, 64, 1) {
             wait_bulk_stores_read();
             ATKD_EXPECT(full, stage, BYTES);
             // In two parts, the last one first.
-            ATKD_BULK_LOAD(staged, stage * BYTES + 256, from + row * (BYTES / 4) + 64, BYTES - 256, full, stage);
-            ATKD_BULK_LOAD(staged, stage * BYTES, from + row * (BYTES / 4), 256, full, stage);
+            const uint32_t *at = from + row * (BYTES / 4);
+            ATKD_BULK_LOAD(staged, stage * BYTES + 256, at + 64, BYTES - 256, full, stage);
+            ATKD_BULK_LOAD(staged, stage * BYTES, at, 256, full, stage);
         }
         if (row > 0) {
-            uint32_t stage = (row - 1) % 2, parity = (row - 1) / 2 % 2, at = stage * BYTES + 16 * thread_index();
+            uint32_t stage = (row - 1) % 2, parity = (row - 1) / 2 % 2;
+            uint32_t at = stage * BYTES + 16 * thread_index();
             ATKD_WAIT(full, stage, parity);
             Bytes16 value = load_staged(staged, at);
             for (uint32_t i = 0; i < 4; i++) {

@@ -3,7 +3,7 @@
 //
 // It is a test instrument. Every access to global memory is checked against the buffers given and for
 // alignment, and counted; shared memory knows which of its elements were written; a barrier that some
-// threads never reach is an error and not a hang.
+// threads never reach is an error and not a hang. Bulk copies are done at any time until they are waited for.
 #pragma once
 
 #include <cmath>

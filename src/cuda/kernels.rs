@@ -24,6 +24,8 @@ pub struct Kernels {
     functions: HashMap<&'static str, CudaFunction>,
     device: DeviceProperties,
     preferred: Option<Preference>,
+    /// Whether a kernel may be made ready while the one before it runs.
+    overlap: bool,
     /// See [`guess`](Self::guess).
     guess: CudaSlice<u32>,
 }
@@ -93,9 +95,23 @@ impl Kernels {
             device.clusters =
                 [1, 2, 4, 8, 16].map(|size| clusters_at_once(function, &device, size));
         }
+        let mut driver_version = 0;
+        // SAFETY: writes one number.
+        unsafe { sys::cuDriverGetVersion(&mut driver_version) }
+            .result()
+            .map_err(driver("asking for the driver's version"))?;
+        // Before 12.3 such launches cannot be captured.
+        let overlap = device.clusters[0] > 0 && driver_version >= 12030;
         let guess = context.default_stream().alloc_zeros(1);
         let guess = guess.map_err(driver("allocating a word"))?;
-        Ok(Arc::new(Self { context: context.clone(), functions, device, preferred, guess }))
+        Ok(Arc::new(Self {
+            context: context.clone(),
+            functions,
+            device,
+            preferred,
+            overlap,
+            guess,
+        }))
     }
 
     /// The context that they were loaded into.
@@ -136,7 +152,7 @@ impl Kernels {
         overlap.id = LaunchAttribute::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         overlap.value.programmaticStreamSerializationAllowed = 1;
         let mut attributes = [overlap; 2];
-        let mut count = usize::from(after && self.device.clusters[0] > 0);
+        let mut count = usize::from(after && self.overlap);
         if launch.shape.cluster > 1 {
             attributes[count] = cluster_of(launch.shape.cluster);
             count += 1;

@@ -325,12 +325,12 @@ fn schedule(
     let mut waiting_for_cluster = 0;
     loop {
         let paused = unsafe { &mut *machine };
-        let (ready, copies) = (paused.ready.len(), paused.bulk.copies());
-        if ready + copies == 0 {
+        let ready = paused.ready.len();
+        let copy = paused.bulk.takes_turn(ready == 0);
+        if ready == 0 && !copy {
             break;
         }
-        let turn = random.usize(..ready + copies);
-        let thread = (turn < ready).then(|| paused.ready.swap_remove(turn));
+        let thread = (!copy).then(|| paused.ready.swap_remove(random.usize(..ready)));
         let ended = match thread {
             Some(thread) => {
                 paused.thread = thread;

@@ -105,6 +105,8 @@ pub(super) struct Bulk {
     /// By source: what who arrived at a barrier knew.
     released: Vec<Knowledge>,
     copies: Vec<Copy>,
+    /// How many turns threads have before a copy does.
+    rest: u32,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -123,12 +125,17 @@ impl Bulk {
             threads: vec![Thread::default(); (shape.block * shape.cluster) as usize],
             released: Vec::new(),
             copies: Vec::new(),
+            rest: 0,
         }
     }
 
-    /// How many copies are under way.
-    pub(super) fn copies(&self) -> usize {
-        self.copies.len()
+    /// Whether a copy has the next turn; `idle` if no thread can.
+    pub(super) fn takes_turn(&mut self, idle: bool) -> bool {
+        if self.copies.is_empty() || idle || self.rest == 0 {
+            return !self.copies.is_empty();
+        }
+        self.rest -= 1;
+        false
     }
 
     fn new_source(&mut self) -> u32 {
@@ -224,6 +231,8 @@ impl Machine<'_> {
 
     /// One step of some bulk copy.
     pub(super) fn copy(&mut self, random: &mut fastrand::Rng) {
+        // At once, or when threads have been through many barriers, or between.
+        self.bulk.rest = (1 << random.u32(..10)) - 1;
         let index = random.usize(..self.bulk.copies.len());
         let thread = self.bulk.copies[index].thread;
         let rank = self.rank_of(thread);
