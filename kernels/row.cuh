@@ -11,12 +11,15 @@ template <class P, class Q> struct Rows {
     bool speaks;
     Row<const P> teacher;
     Row<const Q> student;
+    // Chunks that are whole in both, from the teacher's first on.
+    uint32_t wholes;
 
     ATKD_DEVICE explicit Rows(const atkd_rows &p)
         : token(block_index() / cluster_blocks()), first(cluster_rank() * block_threads() + thread_index()),
           stride(cluster_blocks() * block_threads()), speaks(first == 0),
           teacher(teacher_row(p), p.batch.vocab, lead_of(teacher_row(p))),
-          student(static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride, p.batch.vocab, teacher.lead) {}
+          student(static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride, p.batch.vocab, teacher.lead),
+          wholes(student.wholes == 0 ? 0 : teacher.wholes) {}
 
     ATKD_DEVICE const P *teacher_row(const atkd_rows &p) const {
         return static_cast<const P *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
@@ -26,43 +29,37 @@ template <class P, class Q> struct Rows {
         return Row<G>(static_cast<G *>(p.gradient) + int64_t(token) * p.gradient_stride, p.batch.vocab, teacher.lead);
     }
 
+    ATKD_DEVICE bool whole(uint32_t chunk) const { return chunk - teacher.first_whole < wholes; }
+
+    ATKD_DEVICE uint32_t chunk_of(uint32_t target) const { return (target + teacher.lead) / CHUNK; }
+
     // Where the target lies in a chunk; CHUNK or more if it is in another.
     ATKD_DEVICE uint32_t within(uint32_t target, uint32_t chunk) const {
         return target - (chunk * CHUNK - teacher.lead);
     }
 };
 
-ATKD_DEVICE void take_out(uint32_t within, float (&a)[CHUNK], float (&b)[CHUNK]) {
-    ATKD_UNROLL
-    for (uint32_t k = 0; k < CHUNK; k++) {
-        if (within == k) {
-            a[k] = b[k] = OUTSIDE;
-        }
-    }
-}
-
-// Calls f(chunk, where the target lies in it, teacher, student) for the thread's chunks, with the target
-// taken out. The next chunk is read before f may write this one: nothing moves a read ahead of a write to
-// what could be the same memory, but a thread's chunks are its own.
-template <class P, class Q, class F> ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, uint32_t target, F f) {
+// Calls f(chunk, teacher, student) for the thread's chunks, and before that begin(..) with the first of
+// them, or with -inf alone. The next chunk is read before f may write this one: nothing moves a read ahead
+// of a write to what could be the same memory, but a thread's chunks are its own.
+template <class P, class Q, class Begin, class F>
+ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, Begin begin, F f) {
     uint32_t chunks = rows.teacher.chunks(), chunk = rows.first;
-    Packed<P> teacher = {};
-    Packed<Q> student = {};
+    Packed<P> next_teacher = nothing<P>();
+    Packed<Q> next_student = nothing<Q>();
     if (chunk < chunks) {
-        teacher = load_packed(rows.teacher, chunk);
-        student = load_packed(rows.student, chunk);
+        next_teacher = load_packed(rows.teacher, chunk);
+        next_student = load_packed(rows.student, chunk);
     }
+    begin(chunk, next_teacher, next_student);
     for (; chunk < chunks; chunk += rows.stride) {
-        float a[CHUNK], b[CHUNK];
-        unpack(teacher, a);
-        unpack(student, b);
+        Packed<P> teacher = next_teacher;
+        Packed<Q> student = next_student;
         if (chunk + rows.stride < chunks) {
-            teacher = load_packed(rows.teacher, chunk + rows.stride);
-            student = load_packed(rows.student, chunk + rows.stride);
+            next_teacher = load_packed(rows.teacher, chunk + rows.stride);
+            next_student = load_packed(rows.student, chunk + rows.stride);
         }
-        uint32_t within = rows.within(target, chunk);
-        take_out(within, a, b);
-        f(chunk, within, a, b);
+        f(chunk, teacher, student);
     }
 }
 
@@ -85,7 +82,7 @@ template <class G, class P, class Q> ATKD_DEVICE void drop_row(const atkd_rows &
 
 // What a row's threads share, in shared memory.
 #define ATKD_ROW_SHARED()                                                                                     \
-    ATKD_SHARED(RowState<double>, warps, MAX_WARPS);                                                          \
+    ATKD_SHARED(RowState<float>, warps, MAX_WARPS);                                                           \
     ATKD_SHARED(RowState<double>, whole, 1);                                                                  \
     ATKD_SHARED(GradientScales, scales, 1);                                                                   \
     ATKD_SHARED(float, target_logits, 2)
@@ -97,13 +94,13 @@ ATKD_DEVICE void read_target(const Rows<P, Q> &rows, uint32_t target, Floats &ta
     target_logits[1] = widen(load(rows.student.data + target));
 }
 
-// From every thread's part of the row to the whole row's state and what its gradient needs, both in
-// shared memory, and the token's terms.
-template <class P, class Q, class Warps, class Whole, class Scales, class Floats>
+// From every thread's part of the row, relative to its warp's references, to the whole row's state and
+// what its gradient needs, both in shared memory, and the token's terms.
+template <bool AT_1 = false, class P, class Q, class Warps, class Whole, class Scales, class Floats>
 ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, bool hard, const RowState<float> &own,
                             Warps &warps, Whole &whole, Scales &scales, const Floats &target_logits) {
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    RowState<double> of_warp = merge_warp(own, exponent);
+    RowState<float> of_warp = merge_warp<AT_1>(own);
     if (thread_index() % WARP == 0) {
         warps[thread_index() / WARP] = of_warp;
     }
@@ -114,7 +111,7 @@ ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, bool har
         if (thread_index() == 0) {
             double scale = p.mean != 0 ? p.scale / double(load(&p.batch.summary->counted_valid)) : p.scale;
             scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
-            Margins margins = margins_of(p.objective, state, target_logits[0], target_logits[1]);
+            Margins margins = margins_of(p.objective, state, exponent, target_logits[0], target_logits[1]);
             scales[0] = scales_of(p.objective, state, margins, hard, scale);
             whole[0] = state;
         }
@@ -124,7 +121,7 @@ ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, bool har
     if (rows.speaks) {
         // The margins are computed again: kept, they would take registers from every thread.
         RowState<double> state = whole[0];
-        Margins margins = margins_of(p.objective, state, target_logits[0], target_logits[1]);
+        Margins margins = margins_of(p.objective, state, exponent, target_logits[0], target_logits[1]);
         Terms terms = terms_of(p.objective, state, margins, hard);
         store(p.uncertainty + rows.token, float(terms.uncertainty));
         store(p.tkd + rows.token, float(terms.tkd));
@@ -136,24 +133,17 @@ ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, bool har
     }
 }
 
-// The gradient of a chunk. The target is -inf in both models, and gets what is its own.
+// The gradient of a chunk, but for the target.
 template <bool AT_1>
-ATKD_DEVICE void gradient_of(const GradientScales &scales, float teacher_max, float student_max, float exponent,
-                             uint32_t within, const float (&a)[CHUNK], const float (&b)[CHUNK], float (&g)[CHUNK]) {
+ATKD_DEVICE void gradient_of(const GradientScales &scales, float teacher_reference, float student_reference,
+                             float exponent, const float (&a)[CHUNK], const float (&b)[CHUNK], float (&g)[CHUNK]) {
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
-        float db = b[k] - student_max;
-        float value =
-            scales.student * exp2_fast(db * exponent) - scales.teacher * exp2_fast((a[k] - teacher_max) * exponent);
+        float teacher = exp2_fast(fmaf(a[k], exponent, -teacher_reference));
+        float student = exp2_fast(fmaf(b[k], exponent, -student_reference));
+        g[k] = fmaf(scales.student, student, -(scales.teacher * teacher));
         if (AT_1) {
-            value += scales.student_at_1 * exp2_fast(db * LOG2_E);
-        }
-        g[k] = value;
-    }
-    if (within < CHUNK) {
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            g[k] = within == k ? scales.target : g[k];
+            g[k] += scales.student_at_1 * exp2_fast(fmaf(b[k], LOG2_E, -reference_at_1(student_reference, exponent)));
         }
     }
 }

@@ -12,53 +12,65 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
     Rows<T, T> rows(p);
     uint8_t mode = load(p.batch.modes + rows.token);
     int32_t signed_target = target_of(p.batch, rows.token);
-    if (mode == ATKD_IGNORED || signed_target == IGNORED_TARGET) {
+    if (ATKD_RARELY(mode == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
         drop_row<T>(p, rows);
         return;
     }
-    uint32_t chunks = rows.teacher.chunks();
+    uint32_t target = uint32_t(signed_target), chunks = rows.teacher.chunks();
+    uint32_t first_chunk = 0, last_chunk = chunks - 1, target_chunk = rows.chunk_of(target);
+    bool has_edge = rows.wholes == 0 || (rows.first == first_chunk && rows.teacher.lead > 0), has_target = false;
     Packed<T> teacher[HELD], student[HELD];
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         uint32_t chunk = rows.first + i * rows.stride;
-        if (chunk < chunks) {
-            teacher[i] = load_packed(rows.teacher, chunk);
-            student[i] = load_packed(rows.student, chunk);
+        if (rows.whole(chunk)) {
+            teacher[i] = load_whole(rows.teacher, chunk);
+            student[i] = load_whole(rows.student, chunk);
+        }
+        has_edge |= chunk == last_chunk;
+        has_target |= chunk == target_chunk;
+    }
+    if (ATKD_RARELY(has_edge)) {
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < HELD; i++) {
+            uint32_t chunk = rows.first + i * rows.stride;
+            if (chunk < chunks && !rows.whole(chunk)) {
+                teacher[i] = load_packed(rows.teacher, chunk);
+                student[i] = load_packed(rows.student, chunk);
+            }
         }
     }
-    uint32_t target = uint32_t(signed_target);
+    if (ATKD_RARELY(has_target)) {
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < HELD; i++) {
+            if (rows.first + i * rows.stride == target_chunk) {
+                take_out(rows.within(target, target_chunk), teacher[i]);
+                take_out(rows.within(target, target_chunk), student[i]);
+            }
+        }
+    }
     if (thread_index() == 0) {
         read_target(rows, target, target_logits);
     }
 
     // The maxima first, so that no sum must be rebased.
-    RowState<float> own = RowState<float>::empty();
-    bool masked = false;
+    Largest<T> teacher_max, student_max;
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
-        uint32_t chunk = rows.first + i * rows.stride;
-        if (chunk < chunks) {
-            uint32_t within = rows.within(target, chunk);
-            if (within < CHUNK) {
-                take_out(within, teacher[i]);
-                take_out(within, student[i]);
-            }
-            float a[CHUNK], b[CHUNK];
-            unpack(teacher[i], a);
-            unpack(student[i], b);
-            own.teacher_max = fmaxf(own.teacher_max, max_of(a));
-            own.student_max = fmaxf(own.student_max, max_of(b));
-            masked |= fminf(min_of(a), min_of(b)) == OUTSIDE;
+        if (rows.first + i * rows.stride < chunks) {
+            teacher_max.add(teacher[i]);
+            student_max.add(student[i]);
         }
     }
     float exponent = p.batch.inverse_temperature * LOG2_E;
+    auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         if (rows.first + i * rows.stride < chunks) {
             float a[CHUNK], b[CHUNK];
             unpack(teacher[i], a);
             unpack(student[i], b);
-            add<false>(own, a, b, exponent, masked);
+            add<false>(own, a, b, exponent);
         }
     }
     settle_row(p, rows, mode == ATKD_HARD, own, warps, whole, scales, target_logits);
@@ -67,6 +79,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
     }
     GradientScales row_scales = scales[0];
     RowState<double> state = whole[0];
+    float teacher_reference = state.teacher_reference, student_reference = state.student_reference;
     Row<T> gradient = rows.template gradient<T>(p);
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
@@ -75,9 +88,12 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
             float a[CHUNK], b[CHUNK], g[CHUNK];
             unpack(teacher[i], a);
             unpack(student[i], b);
-            gradient_of<false>(row_scales, state.teacher_max, state.student_max, exponent, rows.within(target, chunk), a, b, g);
+            gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
             store_chunk(gradient, chunk, g);
         }
+    }
+    if (ATKD_RARELY(has_target)) {
+        store(gradient.data + target, narrow<T>(row_scales.target));
     }
 }
 

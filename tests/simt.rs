@@ -266,13 +266,13 @@ fn kernels_read_and_write_what_they_should() {
         let simulation = streamed(128, cluster, 1);
         let traffic = |objective: &Objective| input.run(simulation, objective, Extra::default()).2;
         let atkd = traffic(&Objective::default());
-        // Beside the rows themselves, their target once more for each block.
+        // Beside the rows themselves, their target once more: read by each block, and written.
         let target = 2 * input.tokens as u64;
         let targets = target * u64::from(cluster);
         assert_eq!(bytes(&atkd, "teacher_margin_bf16", "teacher"), (volume + target, 0));
         assert_eq!(bytes(&atkd, ROWS, "teacher"), (2 * volume + targets, 0));
         assert_eq!(bytes(&atkd, ROWS, "student"), (2 * volume + targets, 0));
-        assert_eq!(bytes(&atkd, ROWS, "gradient"), (0, volume));
+        assert_eq!(bytes(&atkd, ROWS, "gradient"), (0, volume + target));
         // 16 bytes at a time, but for the target.
         for (kernel, buffer) in [
             ("teacher_margin_bf16", "teacher"),
@@ -318,10 +318,11 @@ fn resident_rows_are_read_once() {
         let (_, _, traffic) = input.run(Simulation::default(), &Objective::kl(), Extra::default());
         let kernel = format!("row_resident_{dtype}");
         let volume = (input.tokens * vocab * 2) as u64;
-        let targets = 2 * input.tokens as u64 * cluster;
+        let target = 2 * input.tokens as u64;
+        let targets = target * cluster;
         assert_eq!(bytes(&traffic, &kernel, "teacher"), (volume + targets, 0));
         assert_eq!(bytes(&traffic, &kernel, "student"), (volume + targets, 0));
-        assert_eq!(bytes(&traffic, &kernel, "gradient"), (0, volume));
+        assert_eq!(bytes(&traffic, &kernel, "gradient"), (0, volume + target));
         let (_, written, accesses) = counts(&traffic, &kernel, "gradient");
         // 16 bytes at a time but for the ends of rows that start off a boundary.
         assert!(accesses <= written / 16 + 16 * input.tokens as u64, "{accesses} of {written}");
