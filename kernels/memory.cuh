@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "params.h"
 
 // As Rust's side asserts of its own (src/params.rs).
@@ -83,6 +85,12 @@ ATKD_DEVICE int32_t warp_max(int32_t value) { return __reduce_max_sync(0xfffffff
 // The lanes whose value is this lane's.
 ATKD_DEVICE uint32_t warp_match(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return __popc(bits); }
+
+// The same value. What was computed from it is computed again, and not kept in registers until then.
+ATKD_DEVICE uint32_t forget(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
 
 // 2^x, 0 below 2^-126; relative error 2^-22.
 ATKD_DEVICE float exp2_fast(float x) {
@@ -188,7 +196,11 @@ template <class T> struct Row {
     ATKD_DEVICE bool whole(uint32_t chunk) const { return chunk - first_whole < wholes; }
 
     // Where a chunk starts, which may be before the row.
-    ATKD_DEVICE T *at(uint32_t chunk) const { return data - lead + uint64_t(chunk) * CHUNK; }
+    ATKD_DEVICE T *at(uint32_t chunk) const {
+        // In bytes, which an address takes fewer instructions from than elements.
+        auto bytes = reinterpret_cast<uint8_t *>(const_cast<std::remove_const_t<T> *>(data)) - lead * sizeof(T);
+        return reinterpret_cast<T *>(bytes + uint64_t(chunk) * (CHUNK * sizeof(T)));
+    }
 };
 
 // How many elements before the row a multiple of 16 bytes lies, fewer than CHUNK.
@@ -254,6 +266,14 @@ template <class T> ATKD_DEVICE void unpack(const Packed<T> &packed, float (&x)[C
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
         x[k] = widen(element_of<T>(packed.part[k / PER], k % PER));
+    }
+}
+// A bf16 is the upper half of the float: one instruction each.
+template <> ATKD_DEVICE void unpack(const Packed<bf16> &packed, float (&x)[CHUNK]) {
+    ATKD_UNROLL
+    for (uint32_t i = 0; i < 4; i++) {
+        x[2 * i] = from_bits<float>(packed.part[0].word[i] << 16);
+        x[2 * i + 1] = from_bits<float>(packed.part[0].word[i] & 0xffff0000u);
     }
 }
 

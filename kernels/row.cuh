@@ -31,6 +31,16 @@ template <class P, class Q> struct Rows {
 
     ATKD_DEVICE bool whole(uint32_t chunk) const { return chunk - teacher.first_whole < wholes; }
 
+    ATKD_DEVICE void load(uint32_t chunk, Packed<P> &teacher_chunk, Packed<Q> &student_chunk) const {
+        if (ATKD_RARELY(!whole(chunk))) {
+            teacher_chunk = load_packed(teacher, chunk);
+            student_chunk = load_packed(student, chunk);
+        } else {
+            teacher_chunk = load_whole(teacher, chunk);
+            student_chunk = load_whole(student, chunk);
+        }
+    }
+
     ATKD_DEVICE uint32_t chunk_of(uint32_t target) const { return (target + teacher.lead) / CHUNK; }
 
     // Where the target lies in a chunk; CHUNK or more if it is in another.
@@ -48,16 +58,14 @@ ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, Begin begin, F f) {
     Packed<P> next_teacher = nothing<P>();
     Packed<Q> next_student = nothing<Q>();
     if (chunk < chunks) {
-        next_teacher = load_packed(rows.teacher, chunk);
-        next_student = load_packed(rows.student, chunk);
+        rows.load(chunk, next_teacher, next_student);
     }
     begin(chunk, next_teacher, next_student);
     for (; chunk < chunks; chunk += rows.stride) {
         Packed<P> teacher = next_teacher;
         Packed<Q> student = next_student;
         if (chunk + rows.stride < chunks) {
-            next_teacher = load_packed(rows.teacher, chunk + rows.stride);
-            next_student = load_packed(rows.student, chunk + rows.stride);
+            rows.load(chunk + rows.stride, next_teacher, next_student);
         }
         f(chunk, teacher, student);
     }

@@ -17,8 +17,8 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
         return;
     }
     uint32_t target = uint32_t(signed_target), chunks = rows.teacher.chunks();
-    uint32_t first_chunk = 0, last_chunk = chunks - 1, target_chunk = rows.chunk_of(target);
-    bool has_edge = rows.wholes == 0 || (rows.first == first_chunk && rows.teacher.lead > 0), has_target = false;
+    uint32_t target_chunk = rows.chunk_of(target);
+    bool has_edge = rows.wholes == 0 || (rows.first == 0 && rows.teacher.lead > 0), has_target = false;
     Packed<T> teacher[HELD], student[HELD];
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
@@ -27,7 +27,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
             teacher[i] = load_whole(rows.teacher, chunk);
             student[i] = load_whole(rows.student, chunk);
         }
-        has_edge |= chunk == last_chunk;
+        has_edge |= chunk == chunks - 1;
         has_target |= chunk == target_chunk;
     }
     if (ATKD_RARELY(has_edge)) {
@@ -81,6 +81,8 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
     RowState<double> state = whole[0];
     float teacher_reference = state.teacher_reference, student_reference = state.student_reference;
     Row<T> gradient = rows.template gradient<T>(p);
+    rows.first = forget(rows.first);
+    has_target = false;
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         uint32_t chunk = rows.first + i * rows.stride;
@@ -90,6 +92,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
             unpack(student[i], b);
             gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
             store_chunk(gradient, chunk, g);
+            has_target |= chunk == target_chunk;
         }
     }
     if (ATKD_RARELY(has_target)) {
