@@ -5,8 +5,6 @@
 
 #include <stdint.h>
 
-#include <type_traits>
-
 #include "params.h"
 
 // As Rust's side asserts of its own (src/params.rs).
@@ -51,6 +49,11 @@ ATKD_DEVICE uint32_t cluster_rank() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
+ATKD_DEVICE uint32_t cluster_index() {
+    uint32_t index;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
 ATKD_DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -63,6 +66,7 @@ template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t rank) {
 #else
 ATKD_DEVICE uint32_t cluster_blocks() { return 1; }
 ATKD_DEVICE uint32_t cluster_rank() { return 0; }
+ATKD_DEVICE uint32_t cluster_index() { return blockIdx.x; }
 ATKD_DEVICE void sync_cluster() { __syncthreads(); }
 template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t) { return *at; }
 #endif
@@ -112,7 +116,15 @@ ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
 struct alignas(16) Bytes16 {
     uint32_t word[4];
 };
-ATKD_DEVICE Bytes16 load16(const void *at) { return *static_cast<const Bytes16 *>(at); }
+// From global memory, whose addresses Row computes as integers.
+ATKD_DEVICE Bytes16 load16(const void *at) {
+    Bytes16 value;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+                 : "l"(at)
+                 : "memory");
+    return value;
+}
 ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
     // Nobody reads a gradient soon: it must not push the rows that are read again out of L2.
     asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.word[0]),
@@ -197,9 +209,9 @@ template <class T> struct Row {
 
     // Where a chunk starts, which may be before the row.
     ATKD_DEVICE T *at(uint32_t chunk) const {
-        // In bytes, which an address takes fewer instructions from than elements.
-        auto bytes = reinterpret_cast<uint8_t *>(const_cast<std::remove_const_t<T> *>(data)) - lead * sizeof(T);
-        return reinterpret_cast<T *>(bytes + uint64_t(chunk) * (CHUNK * sizeof(T)));
+        // Of integers the compiler makes one instruction, of pointers three.
+        uintptr_t start = reinterpret_cast<uintptr_t>(data) - lead * sizeof(T);
+        return reinterpret_cast<T *>(start + uint64_t(chunk) * (CHUNK * sizeof(T)));
     }
 };
 
@@ -299,6 +311,18 @@ template <class T> ATKD_DEVICE uint32_t pack_word(const float (&x)[CHUNK], uint3
 }
 template <> ATKD_DEVICE uint32_t pack_word<float>(const float (&x)[CHUNK], uint32_t i) { return to_bits(x[i]); }
 
+template <class T> ATKD_DEVICE void store_whole(const Row<T> &row, uint32_t chunk, const float (&x)[CHUNK]) {
+    ATKD_UNROLL
+    for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
+        Bytes16 bytes = {};
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < 4; k++) {
+            bytes.word[k] = pack_word<T>(x, 4 * i + k);
+        }
+        store16(row.at(chunk) + i * Packed<T>::PER, bytes);
+    }
+}
+
 template <class T> ATKD_DEVICE void store_chunk(const Row<T> &row, uint32_t chunk, const float (&x)[CHUNK]) {
     if (ATKD_RARELY(!row.whole(chunk))) {
         ATKD_UNROLL
@@ -310,13 +334,5 @@ template <class T> ATKD_DEVICE void store_chunk(const Row<T> &row, uint32_t chun
         }
         return;
     }
-    ATKD_UNROLL
-    for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-        Bytes16 bytes = {};
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < 4; k++) {
-            bytes.word[k] = pack_word<T>(x, 4 * i + k);
-        }
-        store16(row.at(chunk) + i * Packed<T>::PER, bytes);
-    }
+    store_whole(row, chunk, x);
 }

@@ -15,7 +15,7 @@ template <class P, class Q> struct Rows {
     uint32_t wholes;
 
     ATKD_DEVICE explicit Rows(const atkd_rows &p)
-        : token(block_index() / cluster_blocks()), first(cluster_rank() * block_threads() + thread_index()),
+        : token(cluster_index()), first(cluster_rank() * block_threads() + thread_index()),
           stride(cluster_blocks() * block_threads()), speaks(first == 0),
           teacher(teacher_row(p), p.batch.vocab, lead_of(teacher_row(p))),
           student(static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride, p.batch.vocab, teacher.lead),
@@ -153,5 +153,12 @@ ATKD_DEVICE void gradient_of(const GradientScales &scales, float teacher_referen
         if (AT_1) {
             g[k] += scales.student_at_1 * exp2_fast(fmaf(b[k], LOG2_E, -reference_at_1(student_reference, exponent)));
         }
+    }
+}
+
+ATKD_DEVICE void put_target(uint32_t within, float value, float (&g)[CHUNK]) {
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        g[k] = within == k ? value : g[k];
     }
 }

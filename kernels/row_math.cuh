@@ -72,6 +72,9 @@ template <class Real> struct RowState {
         return state;
     }
 
+    // Not if anything was masked.
+    ATKD_DEVICE bool finite() const { return fabsf(weighted_gap) < -OUTSIDE; }
+
     // The same sums relative to new references, neither below the old one.
     ATKD_DEVICE void rebase(float new_teacher, float new_student, float exponent) {
         float dp = teacher_reference - new_teacher, dq = student_reference - new_student;
@@ -174,7 +177,7 @@ template <bool AT_1>
 ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent) {
     RowState<float> before = state;
     add<AT_1, false>(state, a, b, exponent);
-    if (ATKD_RARELY(!(fabsf(state.weighted_gap) < -OUTSIDE))) {
+    if (ATKD_RARELY(!state.finite())) {
         state = before;
         add<AT_1, true>(state, a, b, exponent);
     }
@@ -185,7 +188,7 @@ template <bool AT_1>
 ATKD_DEVICE void accumulate(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent) {
     RowState<float> before = state;
     add<AT_1, false>(state, a, b, exponent);
-    bool fits = fabsf(state.weighted_gap) < -OUTSIDE && state.teacher_sum - before.teacher_sum < HEADROOM &&
+    bool fits = state.finite() && state.teacher_sum - before.teacher_sum < HEADROOM &&
                 state.student_sum - before.student_sum < HEADROOM &&
                 (!AT_1 || state.student_sum_at_1 - before.student_sum_at_1 < HEADROOM);
     if (ATKD_RARELY(!fits)) {

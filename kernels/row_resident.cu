@@ -16,36 +16,30 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
         drop_row<T>(p, rows);
         return;
     }
-    uint32_t target = uint32_t(signed_target), chunks = rows.teacher.chunks();
-    uint32_t target_chunk = rows.chunk_of(target);
-    bool has_edge = rows.wholes == 0 || (rows.first == 0 && rows.teacher.lead > 0), has_target = false;
+    uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
+    // Bit i: chunk i exists; and it is neither the target's nor ends outside the row.
+    uint32_t held = 0, plain = 0;
     Packed<T> teacher[HELD], student[HELD];
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         uint32_t chunk = rows.first + i * rows.stride;
+        held |= (chunk < rows.teacher.chunks() ? 1u : 0u) << i;
         if (rows.whole(chunk)) {
             teacher[i] = load_whole(rows.teacher, chunk);
             student[i] = load_whole(rows.student, chunk);
+            plain |= (chunk != target_chunk ? 1u : 0u) << i;
         }
-        has_edge |= chunk == chunks - 1;
-        has_target |= chunk == target_chunk;
     }
-    if (ATKD_RARELY(has_edge)) {
+    if (ATKD_RARELY(held != plain)) {
         ATKD_UNROLL
         for (uint32_t i = 0; i < HELD; i++) {
             uint32_t chunk = rows.first + i * rows.stride;
-            if (chunk < chunks && !rows.whole(chunk)) {
-                teacher[i] = load_packed(rows.teacher, chunk);
-                student[i] = load_packed(rows.student, chunk);
-            }
-        }
-    }
-    if (ATKD_RARELY(has_target)) {
-        ATKD_UNROLL
-        for (uint32_t i = 0; i < HELD; i++) {
-            if (rows.first + i * rows.stride == target_chunk) {
-                take_out(rows.within(target, target_chunk), teacher[i]);
-                take_out(rows.within(target, target_chunk), student[i]);
+            if (((held & ~plain) >> i & 1) != 0) {
+                if (!rows.whole(chunk)) {
+                    rows.load(chunk, teacher[i], student[i]);
+                }
+                take_out(rows.within(target, chunk), teacher[i]);
+                take_out(rows.within(target, chunk), student[i]);
             }
         }
     }
@@ -57,20 +51,35 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
     Largest<T> teacher_max, student_max;
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
-        if (rows.first + i * rows.stride < chunks) {
+        if ((held >> i & 1) != 0) {
             teacher_max.add(teacher[i]);
             student_max.add(student[i]);
         }
     }
     float exponent = p.batch.inverse_temperature * LOG2_E;
     auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
+    RowState<float> empty = own;
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
-        if (rows.first + i * rows.stride < chunks) {
+        if ((plain >> i & 1) != 0) {
             float a[CHUNK], b[CHUNK];
             unpack(teacher[i], a);
             unpack(student[i], b);
-            add<false>(own, a, b, exponent);
+            add<false, false>(own, a, b, exponent);
+        }
+    }
+    bool masked = !own.finite();
+    if (ATKD_RARELY(held != plain || masked)) {
+        own = masked ? empty : own;
+        uint32_t left = masked ? held : held & ~plain;
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < HELD; i++) {
+            if ((left >> i & 1) != 0) {
+                float a[CHUNK], b[CHUNK];
+                unpack(teacher[i], a);
+                unpack(student[i], b);
+                add<false, true>(own, a, b, exponent);
+            }
         }
     }
     settle_row(p, rows, mode == ATKD_HARD, own, warps, whole, scales, target_logits);
@@ -81,22 +90,31 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
     RowState<double> state = whole[0];
     float teacher_reference = state.teacher_reference, student_reference = state.student_reference;
     Row<T> gradient = rows.template gradient<T>(p);
+    plain = gradient.wholes == 0 ? 0 : plain;
     rows.first = forget(rows.first);
-    has_target = false;
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
-        uint32_t chunk = rows.first + i * rows.stride;
-        if (chunk < chunks) {
+        if ((plain >> i & 1) != 0) {
             float a[CHUNK], b[CHUNK], g[CHUNK];
             unpack(teacher[i], a);
             unpack(student[i], b);
             gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
-            store_chunk(gradient, chunk, g);
-            has_target |= chunk == target_chunk;
+            store_whole(gradient, rows.first + i * rows.stride, g);
         }
     }
-    if (ATKD_RARELY(has_target)) {
-        store(gradient.data + target, narrow<T>(row_scales.target));
+    if (ATKD_RARELY(held != plain)) {
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < HELD; i++) {
+            uint32_t chunk = rows.first + i * rows.stride, within = rows.within(target, chunk);
+            if (((held & ~plain) >> i & 1) != 0) {
+                float a[CHUNK], b[CHUNK], g[CHUNK];
+                unpack(teacher[i], a);
+                unpack(student[i], b);
+                gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
+                put_target(within, row_scales.target, g);
+                store_chunk(gradient, chunk, g);
+            }
+        }
     }
 }
 

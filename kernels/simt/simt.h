@@ -102,6 +102,7 @@ ATKD_DEVICE uint32_t thread_index() { return simt_thread_index(); }
 ATKD_DEVICE uint32_t block_threads() { return simt_block_threads(); }
 ATKD_DEVICE uint32_t block_index() { return simt_block_index(); }
 ATKD_DEVICE uint32_t cluster_blocks() { return simt_cluster_blocks(); }
+ATKD_DEVICE uint32_t cluster_index() { return simt_block_index() / simt_cluster_blocks(); }
 ATKD_DEVICE uint32_t cluster_rank() { return simt_block_index() % simt_cluster_blocks(); }
 
 template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
