@@ -232,10 +232,11 @@ ATKD_DEVICE Margins margins_of(const atkd_objective &objective, const RowState<d
     Margins m;
     m.teacher = margin_of(state.teacher_reference, state.teacher_sum, teacher_target, exponent);
     m.student = margin_of(state.student_reference, state.student_sum, student_target, exponent);
-    m.student_at_1 = objective.inverse_temperature == 1.0
-                         ? m.student
-                         : margin_of(reference_at_1(state.student_reference, exponent), state.student_sum_at_1,
-                                     student_target, LOG2_E);
+    m.student_at_1 = m.student;
+    if (ATKD_RARELY(objective.ce_weight != 0 && objective.inverse_temperature != 1.0)) {
+        m.student_at_1 = margin_of(reference_at_1(state.student_reference, exponent), state.student_sum_at_1,
+                                   student_target, LOG2_E);
+    }
     bool gap_not_a_number = state.teacher_sum != 0 && state.ruled_out == 0 && state.weighted_gap != state.weighted_gap;
     m.not_a_number = m.teacher != m.teacher || m.student != m.student || gap_not_a_number;
     return m;
