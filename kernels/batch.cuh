@@ -16,7 +16,7 @@ ATKD_DEVICE int32_t label_of(const atkd_batch &batch, uint32_t token) {
     if (label == batch.ignore_index) {
         return IGNORED_TARGET;
     }
-    if (label < 0 || label >= batch.vocab) {
+    if (ATKD_RARELY(label < 0 || label >= batch.vocab)) {
         min_atomic(&batch.summary->label_fault, token);
         return IGNORED_TARGET;
     }

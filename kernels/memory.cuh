@@ -13,6 +13,10 @@ static_assert(sizeof(atkd_teacher_margin) == 88 && sizeof(atkd_count_valid) == 9
 static_assert(sizeof(atkd_select_hard) == 136 && sizeof(atkd_objective) == 80, "the layout is a contract");
 static_assert(sizeof(atkd_rows) == 280 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
 
+// A condition that few rows or chunks meet: its branch leaves the common path, which is what
+// scripts/kernel-instructions counts.
+#define ATKD_RARELY(condition) __builtin_expect(!!(condition), 0)
+
 #ifdef __CUDACC__
 
 #include <cuda_bf16.h>
@@ -65,6 +69,11 @@ ATKD_DEVICE uint32_t cluster_rank() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
+ATKD_DEVICE uint32_t cluster_index() {
+    uint32_t index;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
 ATKD_DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -77,6 +86,7 @@ template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t rank) {
 #else
 ATKD_DEVICE uint32_t cluster_blocks() { return 1; }
 ATKD_DEVICE uint32_t cluster_rank() { return 0; }
+ATKD_DEVICE uint32_t cluster_index() { return blockIdx.x; }
 ATKD_DEVICE void sync_cluster() { __syncthreads(); }
 template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t) { return *at; }
 #endif
@@ -95,9 +105,16 @@ template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
     return __shfl_sync(0xffffffffu, value, static_cast<int>(lane));
 }
 ATKD_DEVICE uint32_t warp_ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+ATKD_DEVICE int32_t warp_max(int32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 // The lanes whose value is this lane's.
 ATKD_DEVICE uint32_t warp_match(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return __popc(bits); }
+
+// The same value. What was computed from it is computed again, and not kept in registers until then.
+ATKD_DEVICE uint32_t forget(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
 
 // 2^x, 0 below 2^-126; relative error 2^-22.
 ATKD_DEVICE float exp2_fast(float x) {
@@ -120,7 +137,15 @@ ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
 struct alignas(16) Bytes16 {
     uint32_t word[4];
 };
-ATKD_DEVICE Bytes16 load16(const void *at) { return *static_cast<const Bytes16 *>(at); }
+// From global memory, whose addresses Row computes as integers.
+ATKD_DEVICE Bytes16 load16(const void *at) {
+    Bytes16 value;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+                 : "l"(at)
+                 : "memory");
+    return value;
+}
 ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
     // Nobody reads a gradient soon: it must not push the rows that are read again out of L2.
     asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.word[0]),
@@ -216,6 +241,31 @@ ATKD_DEVICE uint32_t to_bits(float x) { return __float_as_uint(x); }
 ATKD_DEVICE uint32_t to_bits(f16 x) { return __half_as_ushort(x); }
 ATKD_DEVICE uint32_t to_bits(bf16 x) { return __bfloat16_as_ushort(x); }
 
+// Two elements of half precision in a word, the first in its lower half.
+template <class T> ATKD_DEVICE uint32_t narrow_two(float first, float second);
+template <> ATKD_DEVICE uint32_t narrow_two<f16>(float first, float second) {
+    uint32_t two;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(second), "f"(first));
+    return two;
+}
+template <> ATKD_DEVICE uint32_t narrow_two<bf16>(float first, float second) {
+    uint32_t two;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(second), "f"(first));
+    return two;
+}
+// The larger of each; NaN only if both are.
+template <class T> ATKD_DEVICE uint32_t max_of_two(uint32_t a, uint32_t b);
+template <> ATKD_DEVICE uint32_t max_of_two<f16>(uint32_t a, uint32_t b) {
+    uint32_t max;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
+    return max;
+}
+template <> ATKD_DEVICE uint32_t max_of_two<bf16>(uint32_t a, uint32_t b) {
+    uint32_t max;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
+    return max;
+}
+
 #else
 #include "simt/simt.h"
 #endif
@@ -233,18 +283,27 @@ template <class T> struct Row {
     uint32_t vocab;
     // Chunk c is elements c * CHUNK - lead ... + CHUNK - 1.
     uint32_t lead;
-    // Whether chunks start at a multiple of 16 bytes.
-    bool aligned;
+    // Chunks that lie in the row and start at a multiple of 16 bytes.
+    uint32_t first_whole, wholes;
 
     // `lead` is given by the row that leads; a row of another alignment is read element by element.
     ATKD_DEVICE Row(T *row, uint32_t vocab_, uint32_t lead_)
-        : data(row), vocab(vocab_), lead(lead_),
-          aligned((reinterpret_cast<uintptr_t>(row) - lead_ * sizeof(T)) % 16 == 0) {}
+        : data(row), vocab(vocab_), lead(lead_), first_whole(lead_ > 0 ? 1 : 0), wholes(0) {
+        uint32_t end = (vocab + lead) / CHUNK;
+        if ((reinterpret_cast<uintptr_t>(row) - lead * sizeof(T)) % 16 == 0 && end > first_whole) {
+            wholes = end - first_whole;
+        }
+    }
 
     ATKD_DEVICE uint32_t chunks() const { return (vocab + lead + CHUNK - 1) / CHUNK; }
 
-    ATKD_DEVICE bool whole(uint32_t chunk) const {
-        return aligned && (chunk > 0 || lead == 0) && (chunk + 1) * CHUNK - lead <= vocab;
+    ATKD_DEVICE bool whole(uint32_t chunk) const { return chunk - first_whole < wholes; }
+
+    // Where a chunk starts, which may be before the row.
+    ATKD_DEVICE T *at(uint32_t chunk) const {
+        // Of integers the compiler makes one instruction, of pointers three.
+        uintptr_t start = reinterpret_cast<uintptr_t>(data) - lead * sizeof(T);
+        return reinterpret_cast<T *>(start + uint64_t(chunk) * (CHUNK * sizeof(T)));
     }
 };
 
@@ -272,23 +331,36 @@ template <class T> ATKD_DEVICE void set_element(Bytes16 &bytes, uint32_t index, 
     word = sizeof(T) == 4 ? bits : index % 2 == 1 ? (word & 0xffffu) | bits << 16 : (word & 0xffff0000u) | bits;
 }
 
+template <class T> ATKD_DEVICE Packed<T> load_whole(const Row<const T> &row, uint32_t chunk) {
+    Packed<T> packed = {};
+    ATKD_UNROLL
+    for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
+        packed.part[i] = load16(row.at(chunk) + i * Packed<T>::PER);
+    }
+    return packed;
+}
+
 // -inf outside the row.
 template <class T> ATKD_DEVICE Packed<T> load_packed(const Row<const T> &row, uint32_t chunk) {
-    int64_t start = static_cast<int64_t>(chunk) * CHUNK - row.lead;
-    Packed<T> packed = {};
-    constexpr uint32_t PER = Packed<T>::PER;
-    if (row.whole(chunk)) {
-        ATKD_UNROLL
-        for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-            packed.part[i] = load16(row.data + start + i * PER);
-        }
-    } else {
+    if (ATKD_RARELY(!row.whole(chunk))) {
+        Packed<T> packed = {};
+        constexpr uint32_t PER = Packed<T>::PER;
         ATKD_UNROLL
         for (uint32_t k = 0; k < CHUNK; k++) {
-            int64_t j = start + k;
-            T z = j >= 0 && j < row.vocab ? load(row.data + j) : narrow<T>(OUTSIDE);
+            uint32_t j = chunk * CHUNK + k - row.lead;
+            T z = j < row.vocab ? load(row.data + j) : narrow<T>(OUTSIDE);
             set_element<T>(packed.part[k / PER], k % PER, z);
         }
+        return packed;
+    }
+    return load_whole(row, chunk);
+}
+
+template <class T> ATKD_DEVICE Packed<T> nothing() {
+    Packed<T> packed = {};
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        set_element<T>(packed.part[k / Packed<T>::PER], k % Packed<T>::PER, narrow<T>(OUTSIDE));
     }
     return packed;
 }
@@ -300,16 +372,29 @@ template <class T> ATKD_DEVICE void unpack(const Packed<T> &packed, float (&x)[C
         x[k] = widen(element_of<T>(packed.part[k / PER], k % PER));
     }
 }
+// A bf16 is the upper half of the float: one instruction each.
+template <> ATKD_DEVICE void unpack(const Packed<bf16> &packed, float (&x)[CHUNK]) {
+    ATKD_UNROLL
+    for (uint32_t i = 0; i < 4; i++) {
+        x[2 * i] = from_bits<float>(packed.part[0].word[i] << 16);
+        x[2 * i + 1] = from_bits<float>(packed.part[0].word[i] & 0xffff0000u);
+    }
+}
 
-// Makes one element -inf.
-template <class T> ATKD_DEVICE void take_out(uint32_t within, Packed<T> &packed) {
+// Replaces one element.
+template <class T> ATKD_DEVICE void put(uint32_t within, T value, Packed<T> &packed) {
     constexpr uint32_t PER = Packed<T>::PER;
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
         if (within == k) {
-            set_element<T>(packed.part[k / PER], k % PER, narrow<T>(OUTSIDE));
+            set_element<T>(packed.part[k / PER], k % PER, value);
         }
     }
+}
+
+// Makes one element -inf.
+template <class T> ATKD_DEVICE void take_out(uint32_t within, Packed<T> &packed) {
+    put(within, narrow<T>(OUTSIDE), packed);
 }
 
 // A chunk, widened; -inf outside the row.
@@ -317,32 +402,39 @@ template <class T> ATKD_DEVICE void load_chunk(const Row<const T> &row, uint32_t
     unpack(load_packed(row, chunk), x);
 }
 
+// Word i of a chunk in memory.
+template <class T> ATKD_DEVICE uint32_t pack_word(const float (&x)[CHUNK], uint32_t i) {
+    return narrow_two<T>(x[2 * i], x[2 * i + 1]);
+}
+template <> ATKD_DEVICE uint32_t pack_word<float>(const float (&x)[CHUNK], uint32_t i) { return to_bits(x[i]); }
+
 template <class T> ATKD_DEVICE Packed<T> pack(const float (&x)[CHUNK]) {
-    constexpr uint32_t PER = Packed<T>::PER;
     Packed<T> packed = {};
     ATKD_UNROLL
-    for (uint32_t k = 0; k < CHUNK; k++) {
-        set_element<T>(packed.part[k / PER], k % PER, narrow<T>(x[k]));
+    for (uint32_t i = 0; i < 4 * Packed<T>::PARTS; i++) {
+        packed.part[i / 4].word[i % 4] = pack_word<T>(x, i);
     }
     return packed;
 }
 
+template <class T> ATKD_DEVICE void store_whole(const Row<T> &row, uint32_t chunk, const float (&x)[CHUNK]) {
+    Packed<T> packed = pack<T>(x);
+    ATKD_UNROLL
+    for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
+        store16(row.at(chunk) + i * Packed<T>::PER, packed.part[i]);
+    }
+}
+
 template <class T> ATKD_DEVICE void store_chunk(const Row<T> &row, uint32_t chunk, const float (&x)[CHUNK]) {
-    int64_t start = static_cast<int64_t>(chunk) * CHUNK - row.lead;
-    constexpr uint32_t PER = Packed<T>::PER;
-    if (row.whole(chunk)) {
-        Packed<T> packed = pack<T>(x);
-        ATKD_UNROLL
-        for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-            store16(row.data + start + i * PER, packed.part[i]);
-        }
-    } else {
+    if (ATKD_RARELY(!row.whole(chunk))) {
         ATKD_UNROLL
         for (uint32_t k = 0; k < CHUNK; k++) {
-            int64_t j = start + k;
-            if (j >= 0 && j < row.vocab) {
+            uint32_t j = chunk * CHUNK + k - row.lead;
+            if (j < row.vocab) {
                 store(row.data + j, narrow<T>(x[k]));
             }
         }
+        return;
     }
+    store_whole(row, chunk, x);
 }

@@ -43,27 +43,24 @@ struct Sum {
         result = reduced_;                                                                                    \
     } while (0)
 
-// The state of a row of which each lane has a part, in every lane. In double: sums over thousands of
-// float32 parts keep their digits. All fields take each step together, so that their shuffles overlap.
-template <class Real>
-ATKD_DEVICE RowState<double> merge_warp(RowState<Real> part, float exponent) {
-    float teacher_max = part.teacher_max, student_max = part.student_max;
-    ATKD_NO_UNROLL
-    for (uint32_t mask = WARP / 2; mask > 0; mask /= 2) {
-        teacher_max = fmaxf(teacher_max, shuffle_xor(teacher_max, mask));
-        student_max = fmaxf(student_max, shuffle_xor(student_max, mask));
-    }
-    part.rebase(teacher_max, student_max, exponent);
-    RowState<double> state = {double(part.teacher_sum), double(part.weighted_gap), double(part.student_sum),
-                              double(part.student_sum_at_1), teacher_max, student_max, part.ruled_out};
-    ATKD_NO_UNROLL
+// Relative to the same references in all lanes.
+template <class Real> ATKD_DEVICE void share_references(RowState<Real> &part, float exponent) {
+    part.rebase(max_of_warp(part.teacher_reference), max_of_warp(part.student_reference), exponent);
+}
+
+// The state of a row of which each lane has a part, in every lane; all share their references. All
+// fields take each step together, so that their shuffles overlap.
+template <bool AT_1, class Real> ATKD_DEVICE RowState<Real> merge_warp(RowState<Real> state) {
+    ATKD_UNROLL
     for (uint32_t mask = WARP / 2; mask > 0; mask /= 2) {
         state.teacher_sum += shuffle_xor(state.teacher_sum, mask);
         state.weighted_gap += shuffle_xor(state.weighted_gap, mask);
         state.student_sum += shuffle_xor(state.student_sum, mask);
-        state.student_sum_at_1 += shuffle_xor(state.student_sum_at_1, mask);
-        state.ruled_out |= shuffle_xor(state.ruled_out, mask);
+        if (AT_1) {
+            state.student_sum_at_1 += shuffle_xor(state.student_sum_at_1, mask);
+        }
     }
+    state.ruled_out = warp_ballot(state.ruled_out != 0);
     return state;
 }
 
@@ -73,8 +70,11 @@ template <class Warps> ATKD_DEVICE RowState<double> merge_cluster(const Warps &w
     RowState<double> part = RowState<double>::empty();
     ATKD_NO_UNROLL
     for (uint32_t i = thread_index() % WARP; i < warps_a_block * cluster_blocks(); i += WARP) {
-        RowState<double> other = ATKD_REMOTE(warps, i % warps_a_block, i / warps_a_block);
-        part.merge(other, exponent);
+        RowState<float> warp = ATKD_REMOTE(warps, i % warps_a_block, i / warps_a_block);
+        part.merge({warp.teacher_sum, warp.weighted_gap, warp.student_sum, warp.student_sum_at_1,
+                    warp.teacher_reference, warp.student_reference, warp.ruled_out},
+                   exponent);
     }
-    return merge_warp(part, exponent);
+    share_references(part, exponent);
+    return merge_warp<true>(part);
 }

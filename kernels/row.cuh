@@ -11,12 +11,15 @@ template <class P, class Q> struct Rows {
     bool speaks;
     Row<const P> teacher;
     Row<const Q> student;
+    // Chunks that are whole in both, from the teacher's first on.
+    uint32_t wholes;
 
     ATKD_DEVICE Rows(const atkd_rows &p, uint32_t token_)
         : token(token_), first(cluster_rank() * block_threads() + thread_index()),
           stride(cluster_blocks() * block_threads()), speaks(first == 0),
           teacher(teacher_row(p), p.batch.vocab, lead_of(teacher_row(p))),
-          student(static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride, p.batch.vocab, teacher.lead) {}
+          student(static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride, p.batch.vocab, teacher.lead),
+          wholes(student.wholes == 0 ? 0 : teacher.wholes) {}
 
     ATKD_DEVICE const P *teacher_row(const atkd_rows &p) const {
         return static_cast<const P *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
@@ -25,6 +28,20 @@ template <class P, class Q> struct Rows {
     template <class G> ATKD_DEVICE Row<G> gradient(const atkd_rows &p) const {
         return Row<G>(static_cast<G *>(p.gradient) + int64_t(token) * p.gradient_stride, p.batch.vocab, teacher.lead);
     }
+
+    ATKD_DEVICE bool whole(uint32_t chunk) const { return chunk - teacher.first_whole < wholes; }
+
+    ATKD_DEVICE void load(uint32_t chunk, Packed<P> &teacher_chunk, Packed<Q> &student_chunk) const {
+        if (ATKD_RARELY(!whole(chunk))) {
+            teacher_chunk = load_packed(teacher, chunk);
+            student_chunk = load_packed(student, chunk);
+        } else {
+            teacher_chunk = load_whole(teacher, chunk);
+            student_chunk = load_whole(student, chunk);
+        }
+    }
+
+    ATKD_DEVICE uint32_t chunk_of(uint32_t target) const { return (target + teacher.lead) / CHUNK; }
 
     // Where the target lies in a chunk; CHUNK or more if it is in another.
     ATKD_DEVICE uint32_t within(uint32_t target, uint32_t chunk) const {
@@ -44,42 +61,30 @@ ATKD_DEVICE uint32_t token_to_do(const atkd_rows &p, uint32_t index) {
 template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
     uint32_t count = tokens_to_do(p);
     ATKD_NO_UNROLL
-    for (uint32_t i = block_index() / cluster_blocks(); i < count; i += p.clusters) {
+    for (uint32_t i = cluster_index(); i < count; i += p.clusters) {
         f(token_to_do(p, i));
     }
 }
 
-ATKD_DEVICE void take_out(uint32_t within, float (&a)[CHUNK], float (&b)[CHUNK]) {
-    ATKD_UNROLL
-    for (uint32_t k = 0; k < CHUNK; k++) {
-        if (within == k) {
-            a[k] = b[k] = OUTSIDE;
-        }
-    }
-}
-
-// Calls f(chunk, where the target lies in it, teacher, student) for the thread's chunks, with the target
-// taken out. The next chunk is read before f may write this one: nothing moves a read ahead of a write to
-// what could be the same memory, but a thread's chunks are its own.
-template <class P, class Q, class F> ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, uint32_t target, F f) {
+// Calls f(chunk, teacher, student) for the thread's chunks, and before that begin(..) with the first of
+// them, or with -inf alone. The next chunk is read before f may write this one: nothing moves a read ahead
+// of a write to what could be the same memory, but a thread's chunks are its own.
+template <class P, class Q, class Begin, class F>
+ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, Begin begin, F f) {
     uint32_t chunks = rows.teacher.chunks(), chunk = rows.first;
-    Packed<P> teacher = {};
-    Packed<Q> student = {};
+    Packed<P> next_teacher = nothing<P>();
+    Packed<Q> next_student = nothing<Q>();
     if (chunk < chunks) {
-        teacher = load_packed(rows.teacher, chunk);
-        student = load_packed(rows.student, chunk);
+        rows.load(chunk, next_teacher, next_student);
     }
+    begin(chunk, next_teacher, next_student);
     for (; chunk < chunks; chunk += rows.stride) {
-        float a[CHUNK], b[CHUNK];
-        unpack(teacher, a);
-        unpack(student, b);
+        Packed<P> teacher = next_teacher;
+        Packed<Q> student = next_student;
         if (chunk + rows.stride < chunks) {
-            teacher = load_packed(rows.teacher, chunk + rows.stride);
-            student = load_packed(rows.student, chunk + rows.stride);
+            rows.load(chunk + rows.stride, next_teacher, next_student);
         }
-        uint32_t within = rows.within(target, chunk);
-        take_out(within, a, b);
-        f(chunk, within, a, b);
+        f(chunk, teacher, student);
     }
 }
 
@@ -107,7 +112,7 @@ ATKD_DEVICE bool is_hard(const atkd_rows &p, uint8_t mode, const Margins &margin
 
 // What a row's threads share, in shared memory.
 #define ATKD_ROW_SHARED(threads)                                                                              \
-    ATKD_SHARED(RowState<double>, warps, (threads) / WARP);                                                       \
+    ATKD_SHARED(RowState<float>, warps, (threads) / WARP);                                                    \
     ATKD_SHARED(RowState<double>, whole, 1);                                                                  \
     ATKD_SHARED(GradientScales, scales, 1);                                                                   \
     ATKD_SHARED(float, target_logits, 2)
@@ -119,13 +124,13 @@ ATKD_DEVICE void read_target(const Rows<P, Q> &rows, uint32_t target, Floats &ta
     target_logits[1] = widen(load(rows.student.data + target));
 }
 
-// From every thread's part of the row to the whole row's state and what its gradient needs, both in
-// shared memory, and the token's terms.
-template <class P, class Q, class Warps, class Whole, class Scales, class Floats>
+// From every thread's part of the row, relative to its warp's references, to the whole row's state and
+// what its gradient needs, both in shared memory, and the token's terms.
+template <bool AT_1 = false, class P, class Q, class Warps, class Whole, class Scales, class Floats>
 ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, const RowState<float> &own,
                             Warps &warps, Whole &whole, Scales &scales, const Floats &target_logits) {
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    RowState<double> of_warp = merge_warp(own, exponent);
+    RowState<float> of_warp = merge_warp<AT_1>(own);
     if (thread_index() % WARP == 0) {
         warps[thread_index() / WARP] = of_warp;
     }
@@ -136,7 +141,7 @@ ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t 
         if (thread_index() == 0) {
             double scale = p.mean != 0 ? p.scale / double(load(&p.batch.summary->counted_valid)) : p.scale;
             scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
-            Margins margins = margins_of(p.objective, state, target_logits[0], target_logits[1]);
+            Margins margins = margins_of(p.objective, state, exponent, target_logits[0], target_logits[1]);
             scales[0] = scales_of(p.objective, state, margins, is_hard(p, mode, margins), scale);
             whole[0] = state;
         }
@@ -146,7 +151,7 @@ ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t 
     if (rows.speaks) {
         // The margins are computed again: kept, they would take registers from every thread.
         RowState<double> state = whole[0];
-        Margins margins = margins_of(p.objective, state, target_logits[0], target_logits[1]);
+        Margins margins = margins_of(p.objective, state, exponent, target_logits[0], target_logits[1]);
         bool hard = is_hard(p, mode, margins);
         Terms terms = terms_of(p.objective, state, margins, hard);
         store(p.uncertainty + rows.token, float(terms.uncertainty));
@@ -162,24 +167,24 @@ ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t 
     }
 }
 
-// The gradient of a chunk. The target is -inf in both models, and gets what is its own.
+// The gradient of a chunk, but for the target.
 template <bool AT_1>
-ATKD_DEVICE void gradient_of(const GradientScales &scales, float teacher_max, float student_max, float exponent,
-                             uint32_t within, const float (&a)[CHUNK], const float (&b)[CHUNK], float (&g)[CHUNK]) {
+ATKD_DEVICE void gradient_of(const GradientScales &scales, float teacher_reference, float student_reference,
+                             float exponent, const float (&a)[CHUNK], const float (&b)[CHUNK], float (&g)[CHUNK]) {
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
-        float db = b[k] - student_max;
-        float value =
-            scales.student * exp2_fast(db * exponent) - scales.teacher * exp2_fast((a[k] - teacher_max) * exponent);
+        float teacher = exp2_fast(fmaf(a[k], exponent, -teacher_reference));
+        float student = exp2_fast(fmaf(b[k], exponent, -student_reference));
+        g[k] = fmaf(scales.student, student, -(scales.teacher * teacher));
         if (AT_1) {
-            value += scales.student_at_1 * exp2_fast(db * LOG2_E);
+            g[k] += scales.student_at_1 * exp2_fast(fmaf(b[k], LOG2_E, -reference_at_1(student_reference, exponent)));
         }
-        g[k] = value;
     }
-    if (within < CHUNK) {
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            g[k] = within == k ? scales.target : g[k];
-        }
+}
+
+ATKD_DEVICE void put_target(uint32_t within, float value, float (&g)[CHUNK]) {
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        g[k] = within == k ? value : g[k];
     }
 }

@@ -20,42 +20,82 @@
 // A finite stand-in for the maximum of nothing, or of -inf alone: z - max stays a number.
 constexpr float NO_MAX = -3.402823466e38f;
 
-// How far a logit over the temperature may exceed what exponentials are relative to. The sums lose no
-// digits to it, and few chunks need a rebase.
-constexpr float HEADROOM = 2.0f;
+// The maximum of the warp's floats, none of them NaN, by way of integers that order as they do.
+ATKD_DEVICE float max_of_warp(float x) {
+    int32_t bits = static_cast<int32_t>(to_bits(x));
+    int32_t max = warp_max(bits ^ (bits >> 31 & 0x7fffffff));
+    return from_bits<float>(static_cast<uint32_t>(max ^ (max >> 31 & 0x7fffffff)));
+}
+
+// What the exponentials of a chunk may come to while they are relative to less than its maximum. Exponents
+// below 4 lose no digits, and a chunk of no more than that maximum comes to 8 at most.
+constexpr float HEADROOM = 16.0f;
 
 constexpr float LOG2_E = 1.44269504f;
+constexpr double LN_2 = 0.69314718055994530942;
 
-// One pass over a row, or a part of it, target left out. Sums are relative to a maximum of each model
-// (or a little less), so that logits of any size lose no digits. At temperature T exponents are
-// (z - max) / T, while weighted_gap is in logits.
+// Exponentials are 2^(z * exponent - reference), exponent = log2(e) / T: one multiply-add each, rounded
+// once. The reference is a maximum (or a little less), so that logits of any size lose no digits; its own
+// rounding is no error, since the sums, the margins and the gradient share it.
+ATKD_DEVICE float reference_of(float max, float exponent) { return fmaxf(max * exponent, NO_MAX); }
+// The same for 2^(z * log2(e)).
+ATKD_DEVICE float reference_at_1(float reference, float exponent) {
+    return reference_of(reference, LOG2_E / exponent);
+}
+
+// What a sum starts from, so that the maximum itself, on which a peaked row's loss hangs, counts as exactly
+// 2^residue, the residue being the reference's rounding, and not with exp2_fast's error.
+ATKD_DEVICE float start_of(float max, float reference, float exponent) {
+    float residue = fmaf(max, exponent, -reference), x = residue * float(LN_2);
+    return fabsf(x) < 0.01f ? fmaf(x, fmaf(x, 0.5f, 1.0f), 1.0f) - exp2_fast(residue) : 0.0f;
+}
+
+// One pass over a row, or a part of it, target left out. With the exponents
+// x_j = z^p_j * exponent - teacher_reference, y_j = z^q_j * exponent - student_reference:
 template <class Real> struct RowState {
-    Real teacher_sum;      // sum e^{(z^p_j - max_p) / T}
-    Real weighted_gap;     // sum e^{(z^p_j - max_p) / T} ((z^p_j - max_p) - (z^q_j - max_q))
-    Real student_sum;      // sum e^{(z^q_j - max_q) / T}
-    Real student_sum_at_1; // sum e^{z^q_j - max_q}, for cross entropy
-    float teacher_max, student_max;
+    Real teacher_sum;      // sum 2^x_j
+    Real weighted_gap;     // sum 2^x_j (x_j - y_j)
+    Real student_sum;      // sum 2^y_j
+    Real student_sum_at_1; // sum 2^(z^q_j * log2(e) - reference_at_1), for cross entropy
+    float teacher_reference, student_reference;
     uint32_t ruled_out; // the student rules out (-inf) a token that the teacher does not
 
     static ATKD_DEVICE RowState empty() { return {0, 0, 0, 0, NO_MAX, NO_MAX, 0}; }
 
-    // The same sums relative to new maxima, neither below the old one.
-    ATKD_DEVICE void rebase(float new_teacher_max, float new_student_max, float exponent) {
-        float dp = teacher_max - new_teacher_max, dq = student_max - new_student_max;
-        Real teacher = exp2_fast(dp * exponent), student = exp2_fast(dq * exponent);
+    // From a lane's maxima; the references are the warp's.
+    static ATKD_DEVICE RowState from(float teacher_max, float student_max, float exponent) {
+        RowState state = empty();
+        state.teacher_reference = reference_of(max_of_warp(teacher_max), exponent);
+        state.student_reference = reference_of(max_of_warp(student_max), exponent);
+        state.teacher_sum = start_of(teacher_max, state.teacher_reference, exponent);
+        state.student_sum = start_of(student_max, state.student_reference, exponent);
+        return state;
+    }
+
+    // Not if anything was masked.
+    ATKD_DEVICE bool finite() const { return fabsf(weighted_gap) < -OUTSIDE; }
+
+    // The same sums relative to new references, neither below the old one.
+    ATKD_DEVICE void rebase(float new_teacher, float new_student, float exponent) {
+        float dp = teacher_reference - new_teacher, dq = student_reference - new_student;
+        Real teacher = exp2_fast(dp), student = exp2_fast(dq);
         // A part that holds nothing has no gap to carry, and its distance may overflow.
         Real shift = teacher_sum == 0 ? 0 : teacher_sum * (Real(dp) - Real(dq));
         weighted_gap = teacher == 0 ? Real(0) : teacher * (weighted_gap + shift);
         teacher_sum *= teacher;
         student_sum *= student;
-        student_sum_at_1 *= exp2_fast(dq * LOG2_E);
-        teacher_max = new_teacher_max;
-        student_max = new_student_max;
+        if (student_sum_at_1 != 0) {
+            student_sum_at_1 *=
+                exp2_fast(reference_at_1(student_reference, exponent) - reference_at_1(new_student, exponent));
+        }
+        teacher_reference = new_teacher;
+        student_reference = new_student;
     }
 
     // Another part of the same row.
     ATKD_DEVICE void merge(RowState other, float exponent) {
-        float teacher = fmaxf(teacher_max, other.teacher_max), student = fmaxf(student_max, other.student_max);
+        float teacher = fmaxf(teacher_reference, other.teacher_reference);
+        float student = fmaxf(student_reference, other.student_reference);
         rebase(teacher, student, exponent);
         other.rebase(teacher, student, exponent);
         teacher_sum += other.teacher_sum;
@@ -66,6 +106,38 @@ template <class Real> struct RowState {
     }
 };
 
+// The largest of many elements, NaN aside.
+template <class T> struct Largest {
+    uint32_t two = to_bits(narrow<T>(OUTSIDE)) * 0x10001u;
+
+    ATKD_DEVICE void add(const Packed<T> &packed) {
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < 4; i++) {
+            two = max_of_two<T>(two, packed.part[0].word[i]);
+        }
+    }
+    ATKD_DEVICE float value() const {
+        return fmaxf(fmaxf(OUTSIDE, widen(from_bits<T>(two))), widen(from_bits<T>(two >> 16)));
+    }
+};
+template <> struct Largest<float> {
+    float one = OUTSIDE;
+
+    ATKD_DEVICE void add(const Packed<float> &packed) {
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            one = fmaxf(one, from_bits<float>(packed.part[k / 4].word[k % 4]));
+        }
+    }
+    ATKD_DEVICE float value() const { return one; }
+};
+
+template <class T> ATKD_DEVICE float max_of(const Packed<T> &packed) {
+    Largest<T> largest;
+    largest.add(packed);
+    return largest.value();
+}
+
 ATKD_DEVICE float max_of(const float (&x)[CHUNK]) {
     float max = x[0];
     ATKD_UNROLL
@@ -75,29 +147,15 @@ ATKD_DEVICE float max_of(const float (&x)[CHUNK]) {
     return max;
 }
 
-ATKD_DEVICE float min_of(const float (&x)[CHUNK]) {
-    float min = x[0];
-    ATKD_UNROLL
-    for (uint32_t k = 1; k < CHUNK; k++) {
-        min = fminf(min, x[k]);
-    }
-    return min;
-}
-
-// What a chunk's exponentials must be relative to, given that those before were relative to `max`.
-ATKD_DEVICE float raised(float max, float chunk_max, float inverse_temperature) {
-    return (chunk_max - max) * inverse_temperature > HEADROOM ? chunk_max : max;
-}
-
-// Adds a chunk of both models, relative to the state's maxima. The target, and what lies outside the row,
-// are -inf in both; MASKED says that something is.
+// Adds a chunk of both models, relative to the state's references. The target, and what lies outside the
+// row, are -inf in both; MASKED says that something is.
 template <bool AT_1, bool MASKED>
 ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent) {
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
-        float da = a[k] - state.teacher_max, db = b[k] - state.student_max;
-        float p = exp2_fast(da * exponent);
-        float gap = da - db;
+        float x = fmaf(a[k], exponent, -state.teacher_reference);
+        float y = fmaf(b[k], exponent, -state.student_reference);
+        float p = exp2_fast(x), gap = x - y;
         if (MASKED) {
             // Not 0 * inf; and what the student rules out is counted, not multiplied.
             bool ruled_out = b[k] == OUTSIDE && a[k] != OUTSIDE;
@@ -105,45 +163,48 @@ ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const floa
             gap = p == 0.0f || ruled_out ? 0.0f : gap;
         }
         state.teacher_sum += p;
-        state.weighted_gap += p * gap;
-        state.student_sum += exp2_fast(db * exponent);
+        state.weighted_gap = fmaf(p, gap, state.weighted_gap);
+        state.student_sum += exp2_fast(y);
         if (AT_1) {
-            state.student_sum_at_1 += exp2_fast(db * LOG2_E);
+            state.student_sum_at_1 +=
+                exp2_fast(fmaf(b[k], LOG2_E, -reference_at_1(state.student_reference, exponent)));
         }
     }
 }
 
-// As add, with few chunks masked: the others are spared what those take.
+// As add, and again with care where something was masked, which leaves no finite gap.
 template <bool AT_1>
-ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent,
-                     bool masked) {
-    if (masked) {
+ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent) {
+    RowState<float> before = state;
+    add<AT_1, false>(state, a, b, exponent);
+    if (ATKD_RARELY(!state.finite())) {
+        state = before;
         add<AT_1, true>(state, a, b, exponent);
-    } else {
-        add<AT_1, false>(state, a, b, exponent);
     }
 }
 
-// As add, and raises the maxima where the chunk exceeds them by much.
+// As add, and raises the references where the chunk exceeds them by much.
 template <bool AT_1>
-ATKD_DEVICE void accumulate(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK],
-                            float inverse_temperature) {
-    float exponent = inverse_temperature * LOG2_E;
-    float teacher_max = raised(state.teacher_max, max_of(a), inverse_temperature);
-    // At temperature 1 the same distance is a larger exponent.
-    float student_max = raised(state.student_max, max_of(b), AT_1 ? fmaxf(inverse_temperature, 1.0f) : inverse_temperature);
-    if (teacher_max != state.teacher_max || student_max != state.student_max) {
-        state.rebase(teacher_max, student_max, exponent);
+ATKD_DEVICE void accumulate(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent) {
+    RowState<float> before = state;
+    add<AT_1, false>(state, a, b, exponent);
+    bool fits = state.finite() && state.teacher_sum - before.teacher_sum < HEADROOM &&
+                state.student_sum - before.student_sum < HEADROOM &&
+                (!AT_1 || state.student_sum_at_1 - before.student_sum_at_1 < HEADROOM);
+    if (ATKD_RARELY(!fits)) {
+        state = before;
+        state.rebase(fmaxf(state.teacher_reference, reference_of(max_of(a), exponent)),
+                     fmaxf(state.student_reference, reference_of(max_of(b), exponent)), exponent);
+        add<AT_1, true>(state, a, b, exponent);
     }
-    add<AT_1>(state, a, b, exponent, fminf(min_of(a), min_of(b)) == OUTSIDE);
 }
 
 // The log-odds against the target: log sum_{j != g} e^{(z_j - z_g) / T}.
-ATKD_DEVICE double margin_of(float max, double sum, float target, double inverse_temperature) {
+ATKD_DEVICE double margin_of(float reference, double sum, float target, float exponent) {
     if (target == -OUTSIDE) {
         return nan("");
     }
-    return log(sum) + (double(max) - double(target)) * inverse_temperature;
+    return log(sum) + (double(reference) - double(target) * double(exponent)) * LN_2;
 }
 
 ATKD_DEVICE double sigmoid(double x) {
@@ -166,15 +227,16 @@ struct Margins {
     bool not_a_number;
 };
 
-ATKD_DEVICE Margins margins_of(const atkd_objective &objective, const RowState<double> &state, float teacher_target,
-                               float student_target) {
-    double inverse_temperature = objective.inverse_temperature;
+ATKD_DEVICE Margins margins_of(const atkd_objective &objective, const RowState<double> &state, float exponent,
+                               float teacher_target, float student_target) {
     Margins m;
-    m.teacher = margin_of(state.teacher_max, state.teacher_sum, teacher_target, inverse_temperature);
-    m.student = margin_of(state.student_max, state.student_sum, student_target, inverse_temperature);
-    m.student_at_1 = inverse_temperature == 1.0
-                         ? m.student
-                         : margin_of(state.student_max, state.student_sum_at_1, student_target, 1.0);
+    m.teacher = margin_of(state.teacher_reference, state.teacher_sum, teacher_target, exponent);
+    m.student = margin_of(state.student_reference, state.student_sum, student_target, exponent);
+    m.student_at_1 = m.student;
+    if (ATKD_RARELY(objective.ce_weight != 0 && objective.inverse_temperature != 1.0)) {
+        m.student_at_1 = margin_of(reference_at_1(state.student_reference, exponent), state.student_sum_at_1,
+                                   student_target, LOG2_E);
+    }
     bool gap_not_a_number = state.teacher_sum != 0 && state.ruled_out == 0 && state.weighted_gap != state.weighted_gap;
     m.not_a_number = m.teacher != m.teacher || m.student != m.student || gap_not_a_number;
     return m;
@@ -185,7 +247,7 @@ ATKD_DEVICE double coefficient_of(const atkd_coefficient &coefficient, double un
 }
 
 // The gradient with respect to z_j is
-// student e^{(z^q_j - max_q) / T} - teacher e^{(z^p_j - max_p) / T} + student_at_1 e^{z^q_j - max_q}.
+// student 2^y_j - teacher 2^x_j + student_at_1 2^(z^q_j * log2(e) - reference_at_1).
 struct GradientScales {
     float teacher, student, student_at_1;
     float target; // the gradient at the target
@@ -239,8 +301,8 @@ ATKD_DEVICE Terms terms_of(const atkd_objective &objective, const RowState<doubl
                                       : softplus(w) - softplus(u) - sigmoid(u) * (w - u);
     terms.dkd = 0;
     if (state.teacher_sum != 0) {
-        double dkd = state.weighted_gap / state.teacher_sum * objective.inverse_temperature -
-                     log(state.teacher_sum) + log(state.student_sum);
+        double dkd =
+            state.weighted_gap / state.teacher_sum * LN_2 - log(state.teacher_sum) + log(state.student_sum);
         // Rounding may fall below 0, a divergence cannot.
         terms.dkd = state.ruled_out != 0 ? infinity : fmax(dkd, 0.0);
     }

@@ -66,7 +66,7 @@ template <class T> struct Loader {
     uint32_t next, token, asked;
 
     ATKD_DEVICE Loader(const atkd_rows &p_, const Stages<T> &stages_)
-        : p(p_), stages(stages_), next(block_index() / cluster_blocks()), token(NONE), asked(0) {}
+        : p(p_), stages(stages_), next(cluster_index()), token(NONE), asked(0) {}
 
     // Which row is next. Known early, it can be asked for as soon as there is room.
     ATKD_DEVICE void look() {
@@ -89,11 +89,10 @@ template <class T> struct Loader {
         Slice slice(rows.teacher, stages.most);
         uint32_t stage = asked % p.stages, place = slice.whole_start - slice.start;
         uint32_t bytes = (slice.whole_end - slice.whole_start) * Stages<T>::CHUNK_BYTES;
-        int64_t first = int64_t(slice.whole_start) * CHUNK - rows.teacher.lead;
         ATKD_EXPECT(full, stage, 2 * bytes);
         if (bytes > 0) {
-            ATKD_BULK_LOAD(staged, stages.teacher(stage, place), rows.teacher.data + first, bytes, full, stage);
-            ATKD_BULK_LOAD(staged, stages.student(stage, place), rows.student.data + first, bytes, full, stage);
+            ATKD_BULK_LOAD(staged, stages.teacher(stage, place), rows.teacher.at(slice.whole_start), bytes, full, stage);
+            ATKD_BULK_LOAD(staged, stages.student(stage, place), rows.student.at(slice.whole_start), bytes, full, stage);
         }
         asked += 1;
         look();
@@ -120,93 +119,125 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
             loader.ask(staged, full);
         }
     }
-    float inverse_temperature = p.batch.inverse_temperature, exponent = inverse_temperature * LOG2_E;
+    float exponent = p.batch.inverse_temperature * LOG2_E;
     uint32_t turn = 0;
     for_tokens(p, [&](uint32_t token) {
         Rows<T, T> rows(p, token);
         uint8_t mode = load(p.batch.modes + token);
         int32_t signed_target = target_of(p.batch, token);
-        if (mode == ATKD_IGNORED || signed_target == IGNORED_TARGET) {
+        if (ATKD_RARELY(mode == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
             drop_row<T>(p, rows);
             return;
         }
-        uint32_t target = uint32_t(signed_target);
+        uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
         if (leads) {
             read_target(rows, target, target_logits);
         }
         // The row's first chunk and its last, where no bulk copy brings them, are two threads' own to read.
         Slice slice(rows.teacher, stages.most);
         bool has_start = leads && slice.start < slice.whole_start;
-        bool has_end = thread_index() == WARP && slice.whole_end < slice.end;
+        bool has_end = has_start || (thread_index() == WARP && slice.whole_end < slice.end);
         uint32_t end = has_start ? slice.start : slice.whole_end;
-        Packed<T> teacher_end = {}, student_end = {};
-        if (has_start || has_end) {
-            teacher_end = load_packed(rows.teacher, end);
-            student_end = load_packed(rows.student, end);
-            take_out(rows.within(target, end), teacher_end);
-            take_out(rows.within(target, end), student_end);
+        auto read_end = [&](Packed<T> &teacher, Packed<T> &student) {
+            rows.load(end, teacher, student);
+            take_out(rows.within(target, end), teacher);
+            take_out(rows.within(target, end), student);
+        };
+        Largest<T> teacher_max, student_max;
+        if (ATKD_RARELY(has_end)) {
+            Packed<T> teacher, student;
+            read_end(teacher, student);
+            teacher_max.add(teacher);
+            student_max.add(student);
         }
 
         uint32_t stage = turn % p.stages;
         ATKD_WAIT(full, stage, turn / p.stages % 2);
         turn += 1;
-        RowState<float> own = RowState<float>::empty();
-        auto add_chunk = [&](const Packed<T> &teacher, const Packed<T> &student) {
-            float a[CHUNK], b[CHUNK];
-            unpack(teacher, a);
-            unpack(student, b);
-            accumulate<false>(own, a, b, inverse_temperature);
-        };
-        for (uint32_t chunk = slice.whole_start + thread_index(); chunk < slice.whole_end; chunk += block_threads()) {
-            uint32_t at_teacher = stages.teacher(stage, chunk - slice.start);
-            uint32_t at_student = stages.student(stage, chunk - slice.start);
-            Packed<T> teacher = load_chunk_staged<T>(staged, at_teacher);
-            Packed<T> student = load_chunk_staged<T>(staged, at_student);
-            uint32_t within = rows.within(target, chunk);
-            if (within < CHUNK) {
-                take_out(within, teacher);
-                take_out(within, student);
-                store_chunk_staged(staged, at_teacher, teacher);
-                store_chunk_staged(staged, at_student, student);
-                fence_bulk();
+        auto for_wholes = [&](auto f) {
+            for (uint32_t chunk = slice.whole_start + thread_index(); chunk < slice.whole_end; chunk += block_threads()) {
+                f(chunk, load_chunk_staged<T>(staged, stages.teacher(stage, chunk - slice.start)),
+                  load_chunk_staged<T>(staged, stages.student(stage, chunk - slice.start)));
             }
-            add_chunk(teacher, student);
-        }
-        if (has_start || has_end) {
-            add_chunk(teacher_end, student_end);
+        };
+        // The maxima first, so that no sum must be rebased.
+        bool has_target = false;
+        for_wholes([&](uint32_t chunk, Packed<T> teacher, Packed<T> student) {
+            if (ATKD_RARELY(chunk == target_chunk)) {
+                has_target = true;
+                take_out(rows.within(target, chunk), teacher);
+                take_out(rows.within(target, chunk), student);
+            }
+            teacher_max.add(teacher);
+            student_max.add(student);
+        });
+        auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
+        RowState<float> empty = own;
+        for_wholes([&](uint32_t chunk, const Packed<T> &teacher, const Packed<T> &student) {
+            if (chunk != target_chunk) {
+                float a[CHUNK], b[CHUNK];
+                unpack(teacher, a);
+                unpack(student, b);
+                add<false, false>(own, a, b, exponent);
+            }
+        });
+        bool masked = !own.finite();
+        if (ATKD_RARELY(has_end || has_target || masked)) {
+            own = masked ? empty : own;
+            auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student) {
+                float a[CHUNK], b[CHUNK];
+                unpack(teacher, a);
+                unpack(student, b);
+                add<false, true>(own, a, b, exponent);
+            };
+            for_wholes([&](uint32_t chunk, Packed<T> teacher, Packed<T> student) {
+                if (masked || chunk == target_chunk) {
+                    take_out(rows.within(target, chunk), teacher);
+                    take_out(rows.within(target, chunk), student);
+                    add_with_care(teacher, student);
+                }
+            });
+            if (has_end) {
+                Packed<T> teacher, student;
+                read_end(teacher, student);
+                add_with_care(teacher, student);
+            }
         }
         settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
 
         if (p.gradient != nullptr) {
             GradientScales row_scales = scales[0];
             RowState<double> state = whole[0];
-            float teacher_max = state.teacher_max, student_max = state.student_max;
+            float teacher_reference = state.teacher_reference, student_reference = state.student_reference;
             Row<T> gradient = rows.template gradient<T>(p);
-            auto gradient_at = [&](uint32_t chunk, const Packed<T> &teacher, const Packed<T> &student,
-                                   float (&g)[CHUNK]) {
-                float a[CHUNK], b[CHUNK];
+            for_wholes([&](uint32_t chunk, const Packed<T> &teacher, const Packed<T> &student) {
+                float a[CHUNK], b[CHUNK], g[CHUNK];
                 unpack(teacher, a);
                 unpack(student, b);
-                gradient_of<false>(row_scales, teacher_max, student_max, exponent, rows.within(target, chunk), a, b, g);
-            };
-            for (uint32_t chunk = slice.whole_start + thread_index(); chunk < slice.whole_end;
-                 chunk += block_threads()) {
-                uint32_t at_student = stages.student(stage, chunk - slice.start);
-                float g[CHUNK];
-                gradient_at(chunk, load_chunk_staged<T>(staged, stages.teacher(stage, chunk - slice.start)),
-                            load_chunk_staged<T>(staged, at_student), g);
-                store_chunk_staged(staged, at_student, pack<T>(g));
+                gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
+                store_chunk_staged(staged, stages.student(stage, chunk - slice.start), pack<T>(g));
+            });
+            if (ATKD_RARELY(has_target)) {
+                uint32_t at = stages.student(stage, target_chunk - slice.start);
+                Packed<T> packed = load_chunk_staged<T>(staged, at);
+                put(rows.within(target, target_chunk), narrow<T>(row_scales.target), packed);
+                store_chunk_staged(staged, at, packed);
             }
-            if (has_start || has_end) {
-                float g[CHUNK];
-                gradient_at(end, load_packed(rows.teacher, end), load_packed(rows.student, end), g);
+            if (ATKD_RARELY(has_end)) {
+                Packed<T> teacher, student;
+                read_end(teacher, student);
+                float a[CHUNK], b[CHUNK], g[CHUNK];
+                unpack(teacher, a);
+                unpack(student, b);
+                gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
+                put_target(rows.within(target, end), row_scales.target, g);
                 store_chunk(gradient, end, g);
             }
             fence_bulk();
             ATKD_SYNC_BLOCK();
             uint32_t bytes = (slice.whole_end - slice.whole_start) * Stages<T>::CHUNK_BYTES;
             if (leads && bytes > 0) {
-                bulk_store(gradient.data + (int64_t(slice.whole_start) * CHUNK - gradient.lead), staged,
+                bulk_store(gradient.at(slice.whole_start), staged,
                            stages.student(stage, slice.whole_start - slice.start), bytes);
                 commit_bulk_stores();
                 wait_bulk_stores_read();

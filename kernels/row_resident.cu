@@ -12,53 +12,74 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
     Rows<T, T> rows(p, token);
     uint8_t mode = load(p.batch.modes + rows.token);
     int32_t signed_target = target_of(p.batch, rows.token);
-    if (mode == ATKD_IGNORED || signed_target == IGNORED_TARGET) {
+    if (ATKD_RARELY(mode == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
         drop_row<T>(p, rows);
         return;
     }
-    uint32_t chunks = rows.teacher.chunks();
+    uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
+    // Bit i: chunk i exists; and it is neither the target's nor ends outside the row.
+    uint32_t held = 0, plain = 0;
     Packed<T> teacher[HELD], student[HELD];
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         uint32_t chunk = rows.first + i * rows.stride;
-        if (chunk < chunks) {
-            teacher[i] = load_packed(rows.teacher, chunk);
-            student[i] = load_packed(rows.student, chunk);
+        held |= (chunk < rows.teacher.chunks() ? 1u : 0u) << i;
+        if (rows.whole(chunk)) {
+            teacher[i] = load_whole(rows.teacher, chunk);
+            student[i] = load_whole(rows.student, chunk);
+            plain |= (chunk != target_chunk ? 1u : 0u) << i;
         }
     }
-    uint32_t target = uint32_t(signed_target);
+    if (ATKD_RARELY(held != plain)) {
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < HELD; i++) {
+            uint32_t chunk = rows.first + i * rows.stride;
+            if (((held & ~plain) >> i & 1) != 0) {
+                if (!rows.whole(chunk)) {
+                    rows.load(chunk, teacher[i], student[i]);
+                }
+                take_out(rows.within(target, chunk), teacher[i]);
+                take_out(rows.within(target, chunk), student[i]);
+            }
+        }
+    }
     if (thread_index() == 0) {
         read_target(rows, target, target_logits);
     }
 
     // The maxima first, so that no sum must be rebased.
-    RowState<float> own = RowState<float>::empty();
-    bool masked = false;
+    Largest<T> teacher_max, student_max;
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
-        uint32_t chunk = rows.first + i * rows.stride;
-        if (chunk < chunks) {
-            uint32_t within = rows.within(target, chunk);
-            if (within < CHUNK) {
-                take_out(within, teacher[i]);
-                take_out(within, student[i]);
-            }
-            float a[CHUNK], b[CHUNK];
-            unpack(teacher[i], a);
-            unpack(student[i], b);
-            own.teacher_max = fmaxf(own.teacher_max, max_of(a));
-            own.student_max = fmaxf(own.student_max, max_of(b));
-            masked |= fminf(min_of(a), min_of(b)) == OUTSIDE;
+        if ((held >> i & 1) != 0) {
+            teacher_max.add(teacher[i]);
+            student_max.add(student[i]);
         }
     }
     float exponent = p.batch.inverse_temperature * LOG2_E;
+    auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
+    RowState<float> empty = own;
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
-        if (rows.first + i * rows.stride < chunks) {
+        if ((plain >> i & 1) != 0) {
             float a[CHUNK], b[CHUNK];
             unpack(teacher[i], a);
             unpack(student[i], b);
-            add<false>(own, a, b, exponent, masked);
+            add<false, false>(own, a, b, exponent);
+        }
+    }
+    bool masked = !own.finite();
+    if (ATKD_RARELY(held != plain || masked)) {
+        own = masked ? empty : own;
+        uint32_t left = masked ? held : held & ~plain;
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < HELD; i++) {
+            if ((left >> i & 1) != 0) {
+                float a[CHUNK], b[CHUNK];
+                unpack(teacher[i], a);
+                unpack(student[i], b);
+                add<false, true>(own, a, b, exponent);
+            }
         }
     }
     settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
@@ -67,16 +88,32 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
     }
     GradientScales row_scales = scales[0];
     RowState<double> state = whole[0];
+    float teacher_reference = state.teacher_reference, student_reference = state.student_reference;
     Row<T> gradient = rows.template gradient<T>(p);
+    plain = gradient.wholes == 0 ? 0 : plain;
+    rows.first = forget(rows.first);
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
-        uint32_t chunk = rows.first + i * rows.stride;
-        if (chunk < chunks) {
+        if ((plain >> i & 1) != 0) {
             float a[CHUNK], b[CHUNK], g[CHUNK];
             unpack(teacher[i], a);
             unpack(student[i], b);
-            gradient_of<false>(row_scales, state.teacher_max, state.student_max, exponent, rows.within(target, chunk), a, b, g);
-            store_chunk(gradient, chunk, g);
+            gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
+            store_whole(gradient, rows.first + i * rows.stride, g);
+        }
+    }
+    if (ATKD_RARELY(held != plain)) {
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < HELD; i++) {
+            uint32_t chunk = rows.first + i * rows.stride, within = rows.within(target, chunk);
+            if (((held & ~plain) >> i & 1) != 0) {
+                float a[CHUNK], b[CHUNK], g[CHUNK];
+                unpack(teacher[i], a);
+                unpack(student[i], b);
+                gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
+                put_target(within, row_scales.target, g);
+                store_chunk(gradient, chunk, g);
+            }
         }
     }
 }

@@ -10,39 +10,65 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     Rows<P, Q> rows(p, token);
     // Every thread reads mode and label: cached words, and no barrier to wait at.
     uint8_t mode = load(p.batch.modes + rows.token);
-    int32_t target = target_of(p.batch, rows.token);
-    if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
+    int32_t signed_target = target_of(p.batch, rows.token);
+    if (ATKD_RARELY(mode == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
         drop_row<G>(p, rows);
         return;
     }
+    uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
     if (thread_index() == 0) {
-        read_target(rows, uint32_t(target), target_logits);
+        read_target(rows, target, target_logits);
     }
-    RowState<float> own = RowState<float>::empty();
-    float inverse_temperature = p.batch.inverse_temperature;
-    for_chunks(rows, uint32_t(target),
-               [&](uint32_t, uint32_t, const float (&a)[CHUNK], const float (&b)[CHUNK]) {
-                   accumulate<AT_1>(own, a, b, inverse_temperature);
-               });
-    settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
+    auto without_target = [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
+        if (ATKD_RARELY(chunk == target_chunk)) {
+            take_out(rows.within(target, chunk), teacher);
+            take_out(rows.within(target, chunk), student);
+        }
+    };
+    RowState<float> own;
+    float exponent = p.batch.inverse_temperature * LOG2_E;
+    for_chunks(
+        rows,
+        // A guess at the maxima, so that few chunks exceed it.
+        [&](uint32_t chunk, Packed<P> teacher, Packed<Q> student) {
+            without_target(chunk, teacher, student);
+            own = RowState<float>::from(max_of(teacher), max_of(student), exponent);
+        },
+        [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
+            without_target(chunk, teacher, student);
+            float a[CHUNK], b[CHUNK];
+            unpack(teacher, a);
+            unpack(student, b);
+            accumulate<AT_1>(own, a, b, exponent);
+        });
+    share_references(own, exponent);
+    settle_row<AT_1>(p, rows, mode, own, warps, whole, scales, target_logits);
     if (p.gradient == nullptr) {
         return;
     }
     GradientScales row_scales = scales[0];
     RowState<double> state = whole[0];
-    float teacher_max = state.teacher_max, student_max = state.student_max, exponent = inverse_temperature * LOG2_E;
+    float teacher_reference = state.teacher_reference, student_reference = state.student_reference;
     Row<G> gradient = rows.template gradient<G>(p);
-    for_chunks(rows, uint32_t(target),
-               [&](uint32_t chunk, uint32_t within, const float (&a)[CHUNK], const float (&b)[CHUNK]) {
-                   float g[CHUNK];
-                   gradient_of<AT_1>(row_scales, teacher_max, student_max, exponent, within, a, b, g);
-                   store_chunk(gradient, chunk, g);
-               });
+    bool has_target = false;
+    for_chunks(
+        rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
+        [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
+            float a[CHUNK], b[CHUNK], g[CHUNK];
+            unpack(teacher, a);
+            unpack(student, b);
+            gradient_of<AT_1>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
+            store_chunk(gradient, chunk, g);
+            has_target |= chunk == target_chunk;
+        });
+    if (ATKD_RARELY(has_target)) {
+        store(gradient.data + target, narrow<G>(row_scales.target));
+    }
 }
 
 template <class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows &p) {
     // Cross entropy at a temperature other than 1 has a sum of its own.
-    if (p.objective.ce_weight != 0 && p.objective.inverse_temperature != 1) {
+    if (ATKD_RARELY(p.objective.ce_weight != 0 && p.objective.inverse_temperature != 1)) {
         for_tokens(p, [&](uint32_t token) { row_stream<P, Q, G, true>(p, token); });
     } else {
         for_tokens(p, [&](uint32_t token) { row_stream<P, Q, G, false>(p, token); });

@@ -42,7 +42,7 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
     }
     ATKD_SYNC_BLOCK();
     int32_t target = shared_target[0];
-    if (target == IGNORED_TARGET) {
+    if (ATKD_RARELY(target == IGNORED_TARGET)) {
         if (thread_index() == 0) {
             store(p.batch.keys + token, 0u);
             if (p.batch.target == ATKD_TARGET_TEACHER) {
@@ -51,47 +51,58 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
         }
         return;
     }
-    if (p.batch.target == ATKD_TARGET_TEACHER) {
+    if (ATKD_RARELY(p.batch.target == ATKD_TARGET_TEACHER)) {
         target = static_cast<int32_t>(arg_max(row, maxima, indices));
     }
 
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    float own_max = NO_MAX, own_sum = 0;
-    uint32_t chunk = thread_index(), chunks = row.chunks();
-    Packed<T> next = {};
+    uint32_t chunk = thread_index(), chunks = row.chunks(), target_chunk = (uint32_t(target) + row.lead) / CHUNK;
+    auto without_target = [&](Packed<T> &packed) {
+        if (ATKD_RARELY(chunk == target_chunk)) {
+            take_out(uint32_t(target) - (chunk * CHUNK - row.lead), packed);
+        }
+    };
+    Packed<T> next = nothing<T>();
     if (chunk < chunks) {
         next = load_packed(row, chunk);
     }
+    // A guess at the maximum, so that few chunks exceed it.
+    Packed<T> guess = next;
+    without_target(guess);
+    float max = max_of(guess), own_reference = reference_of(max_of_warp(max), exponent);
+    float own_sum = start_of(max, own_reference, exponent);
     for (; chunk < chunks; chunk += block_threads()) {
-        float x[CHUNK];
-        unpack(next, x);
+        Packed<T> packed = next;
         // The next chunk is on its way while this one is added.
         if (chunk + block_threads() < chunks) {
             next = load_packed(row, chunk + block_threads());
         }
+        without_target(packed);
+        float x[CHUNK];
+        unpack(packed, x);
+        float sum = own_sum;
         ATKD_UNROLL
         for (uint32_t k = 0; k < CHUNK; k++) {
-            if (chunk * CHUNK - row.lead + k == static_cast<uint32_t>(target)) {
-                x[k] = OUTSIDE;
+            sum += exp2_fast(fmaf(x[k], exponent, -own_reference));
+        }
+        if (ATKD_RARELY(!(sum - own_sum < HEADROOM))) {
+            float reference = fmaxf(own_reference, reference_of(max_of(x), exponent));
+            sum = own_sum * exp2_fast(own_reference - reference);
+            own_reference = reference;
+            ATKD_UNROLL
+            for (uint32_t k = 0; k < CHUNK; k++) {
+                sum += exp2_fast(fmaf(x[k], exponent, -reference));
             }
         }
-        float max = raised(own_max, max_of(x), p.batch.inverse_temperature);
-        if (max != own_max) {
-            own_sum *= exp2_fast((own_max - max) * exponent);
-            own_max = max;
-        }
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            own_sum += exp2_fast((x[k] - own_max) * exponent);
-        }
+        own_sum = sum;
     }
-    float max;
-    ATKD_REDUCE_BLOCK(max, own_max, Max(), maxima);
+    float reference;
+    ATKD_REDUCE_BLOCK(reference, own_reference, Max(), maxima);
     double sum;
-    ATKD_REDUCE_BLOCK(sum, double(own_sum) * double(exp2_fast((own_max - max) * exponent)), Sum(), sums);
+    ATKD_REDUCE_BLOCK(sum, double(own_sum) * double(exp2_fast(own_reference - reference)), Sum(), sums);
     if (thread_index() == 0) {
         float target_logit = widen(load(data + target));
-        float margin = float(margin_of(max, sum, target_logit, p.batch.inverse_temperature));
+        float margin = float(margin_of(reference, sum, target_logit, exponent));
         store(p.batch.keys + token, key_of(margin));
         if (p.batch.target == ATKD_TARGET_TEACHER) {
             store(p.batch.targets + token, target);

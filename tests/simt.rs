@@ -294,12 +294,12 @@ fn kernels_read_and_write_what_they_should() {
         let names: Vec<_> = atkd.iter().map(|(name, _)| *name).collect();
         assert_eq!(names, ["count_valid", ROWS, "select_hard", ROWS, "sum_losses"]);
         assert_eq!(bytes(&atkd, "count_valid", "teacher"), (0, 0));
-        // Beside the rows themselves, their target once more for each block.
+        // Beside the rows themselves, their target once more: read by each block, and written.
         let target = 2 * input.tokens as u64;
         let targets = target * u64::from(cluster);
         assert_eq!(bytes(&atkd, ROWS, "teacher"), (2 * volume + targets, 0));
         assert_eq!(bytes(&atkd, ROWS, "student"), (2 * volume + targets, 0));
-        assert_eq!(bytes(&atkd, ROWS, "gradient"), (0, volume));
+        assert_eq!(bytes(&atkd, ROWS, "gradient"), (0, volume + target));
         // 16 bytes at a time, but for the target.
         for buffer in ["teacher", "student", "gradient"] {
             let (read, written, accesses) = counts(&atkd, ROWS, buffer);

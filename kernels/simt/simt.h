@@ -6,6 +6,7 @@
 // threads never reach is an error and not a hang. Bulk copies are done at any time until they are waited for.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -138,6 +139,7 @@ ATKD_DEVICE uint32_t thread_index() { return simt_thread_index(); }
 ATKD_DEVICE uint32_t block_threads() { return simt_block_threads(); }
 ATKD_DEVICE uint32_t block_index() { return simt_block_index(); }
 ATKD_DEVICE uint32_t cluster_blocks() { return simt_cluster_blocks(); }
+ATKD_DEVICE uint32_t cluster_index() { return simt_block_index() / simt_cluster_blocks(); }
 ATKD_DEVICE uint32_t cluster_rank() { return simt_block_index() % simt_cluster_blocks(); }
 
 template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
@@ -168,6 +170,15 @@ ATKD_DEVICE uint32_t warp_ballot(bool vote) {
     }
     return votes;
 }
+ATKD_DEVICE int32_t warp_max(int32_t value) {
+    uint64_t lanes[32];
+    simt_exchange(static_cast<uint32_t>(value), lanes);
+    for (uint64_t lane : lanes) {
+        value = std::max(value, static_cast<int32_t>(lane));
+    }
+    return value;
+}
+ATKD_DEVICE uint32_t forget(uint32_t value) { return value; }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
 
 // As wrong as a GPU's may be: by up to 2^-22, up or down at the argument's whim.
@@ -287,4 +298,12 @@ template <> ATKD_DEVICE f16 narrow<f16>(float x) {
     // Rounding up to the next power of two carries into the exponent by itself.
     uint32_t bits = units + (uint32_t(unit + 24) << 10);
     return {static_cast<uint16_t>(sign | bits)};
+}
+
+template <class T> ATKD_DEVICE uint32_t narrow_two(float first, float second) {
+    return to_bits(narrow<T>(first)) | to_bits(narrow<T>(second)) << 16;
+}
+template <class T> ATKD_DEVICE uint32_t max_of_two(uint32_t a, uint32_t b) {
+    auto max = [](uint32_t x, uint32_t y) { return std::fmax(widen(from_bits<T>(x)), widen(from_bits<T>(y))); };
+    return narrow_two<T>(max(a, b), max(a >> 16, b >> 16));
 }
