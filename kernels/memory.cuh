@@ -75,7 +75,7 @@ ATKD_DEVICE uint32_t cluster_index() {
     return index;
 }
 ATKD_DEVICE void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 // What block `rank` of the cluster has where this one has `at`, in shared memory.
 template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t rank) {

@@ -64,9 +64,17 @@ template <bool AT_1, class Real> ATKD_DEVICE RowState<Real> merge_warp(RowState<
     return state;
 }
 
-// The state of a row from those of all warps of the cluster, in every lane of the calling warp.
-template <class Warps> ATKD_DEVICE RowState<double> merge_cluster(const Warps &warps, float exponent) {
-    uint32_t warps_a_block = block_threads() / WARP;
+// Into shared memory, the state of a row of which the warp has a part.
+template <bool AT_1, class Warps> ATKD_DEVICE void post_state(const RowState<float> &part, Warps &warps) {
+    RowState<float> of_warp = merge_warp<AT_1>(part);
+    if (thread_index() % WARP == 0) {
+        warps[thread_index() / WARP] = of_warp;
+    }
+}
+
+// The state of a row from those that the warps of the cluster have posted, in every lane of the calling warp.
+template <class Warps>
+ATKD_DEVICE RowState<double> merge_cluster(const Warps &warps, uint32_t warps_a_block, float exponent) {
     RowState<double> part = RowState<double>::empty();
     ATKD_NO_UNROLL
     for (uint32_t i = thread_index() % WARP; i < warps_a_block * cluster_blocks(); i += WARP) {

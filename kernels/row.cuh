@@ -64,6 +64,8 @@ template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
     for (uint32_t i = cluster_index(); i < count; i += p.clusters) {
         f(token_to_do(p, i));
     }
+    // No block ends while another may read what it shares.
+    ATKD_SYNC_CLUSTER();
 }
 
 // Calls f(chunk, teacher, student) for the thread's chunks, and before that begin(..) with the first of
@@ -124,60 +126,73 @@ ATKD_DEVICE void read_target(const Rows<P, Q> &rows, uint32_t target, Floats &ta
     target_logits[1] = widen(load(rows.student.data + target));
 }
 
-// From every thread's part of the row, relative to its warp's references, to the whole row's state and
-// what its gradient needs, both in shared memory, and the token's terms.
-template <bool AT_1 = false, class P, class Q, class Warps, class Whole, class Scales, class Floats>
-ATKD_DEVICE void settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, const RowState<float> &own,
-                            Warps &warps, Whole &whole, Scales &scales, const Floats &target_logits) {
+// The state of the whole row and what its gradient needs, both in shared memory, from the states of all warps
+// of the cluster; by one warp.
+template <class Warps, class Whole, class Scales, class Floats>
+ATKD_DEVICE void merge_row(const atkd_rows &p, uint8_t mode, const Warps &warps, uint32_t warps_a_block, Whole &whole,
+                           Scales &scales, const Floats &target_logits) {
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    RowState<float> of_warp = merge_warp<AT_1>(own);
+    RowState<double> state = merge_cluster(warps, warps_a_block, exponent);
     if (thread_index() % WARP == 0) {
-        warps[thread_index() / WARP] = of_warp;
+        double scale = p.mean != 0 ? p.scale / double(load(&p.batch.summary->counted_valid)) : p.scale;
+        scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
+        Margins margins = margins_of(p.objective, state, exponent, target_logits[0], target_logits[1]);
+        scales[0] = scales_of(p.objective, state, margins, is_hard(p, mode, margins), scale);
+        whole[0] = state;
     }
+}
+
+// The terms of the token; by one thread of the cluster.
+template <class P, class Q, class Whole, class Floats>
+ATKD_DEVICE void tell_terms(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, const Whole &whole,
+                            const Floats &target_logits) {
+    // The margins are computed again: kept, they would take registers from every thread.
+    RowState<double> state = whole[0];
+    Margins margins = margins_of(p.objective, state, p.batch.inverse_temperature * LOG2_E, target_logits[0],
+                                 target_logits[1]);
+    bool hard = is_hard(p, mode, margins);
+    Terms terms = terms_of(p.objective, state, margins, hard);
+    store(p.uncertainty + rows.token, float(terms.uncertainty));
+    store(p.tkd + rows.token, float(terms.tkd));
+    store(p.dkd + rows.token, float(terms.dkd));
+    store(p.loss + rows.token, terms.loss);
+    if (p.write_keys != 0) {
+        store(p.batch.keys + rows.token, key_of(float(margins.teacher)));
+    }
+    if (p.guess != 0) {
+        store(p.batch.modes + rows.token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
+    }
+}
+
+// From every thread's part of the row, relative to its warp's references, to what its gradient needs, and the
+// token's terms.
+template <bool AT_1 = false, class P, class Q, class Warps, class Whole, class Scales, class Floats>
+ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode,
+                                      const RowState<float> &own, Warps &warps, Whole &whole, Scales &scales,
+                                      const Floats &target_logits) {
+    post_state<AT_1>(own, warps);
     ATKD_SYNC_CLUSTER();
-    // One warp of each block merges, rather than one that the other blocks would wait for.
-    if (thread_index() < WARP) {
-        RowState<double> state = merge_cluster(warps, exponent);
-        if (thread_index() == 0) {
-            double scale = p.mean != 0 ? p.scale / double(load(&p.batch.summary->counted_valid)) : p.scale;
-            scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
-            Margins margins = margins_of(p.objective, state, exponent, target_logits[0], target_logits[1]);
-            scales[0] = scales_of(p.objective, state, margins, is_hard(p, mode, margins), scale);
-            whole[0] = state;
-        }
+    if (rows.first < WARP) {
+        merge_row(p, mode, warps, block_threads() / WARP, whole, scales, target_logits);
     }
-    // Before other blocks' shared memory is gone, and this block's scales are read.
     ATKD_SYNC_CLUSTER();
     if (rows.speaks) {
-        // The margins are computed again: kept, they would take registers from every thread.
-        RowState<double> state = whole[0];
-        Margins margins = margins_of(p.objective, state, exponent, target_logits[0], target_logits[1]);
-        bool hard = is_hard(p, mode, margins);
-        Terms terms = terms_of(p.objective, state, margins, hard);
-        store(p.uncertainty + rows.token, float(terms.uncertainty));
-        store(p.tkd + rows.token, float(terms.tkd));
-        store(p.dkd + rows.token, float(terms.dkd));
-        store(p.loss + rows.token, terms.loss);
-        if (p.write_keys != 0) {
-            store(p.batch.keys + rows.token, key_of(float(margins.teacher)));
-        }
-        if (p.guess != 0) {
-            store(p.batch.modes + rows.token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
-        }
+        tell_terms(p, rows, mode, whole, target_logits);
     }
+    return ATKD_REMOTE(scales, 0, 0);
 }
 
 // The gradient of a chunk, but for the target.
 template <bool AT_1>
-ATKD_DEVICE void gradient_of(const GradientScales &scales, float teacher_reference, float student_reference,
-                             float exponent, const float (&a)[CHUNK], const float (&b)[CHUNK], float (&g)[CHUNK]) {
+ATKD_DEVICE void gradient_of(const GradientScales &scales, float exponent, const float (&a)[CHUNK],
+                             const float (&b)[CHUNK], float (&g)[CHUNK]) {
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
-        float teacher = exp2_fast(fmaf(a[k], exponent, -teacher_reference));
-        float student = exp2_fast(fmaf(b[k], exponent, -student_reference));
+        float teacher = exp2_fast(fmaf(a[k], exponent, -scales.teacher_reference));
+        float student = exp2_fast(fmaf(b[k], exponent, -scales.student_reference));
         g[k] = fmaf(scales.student, student, -(scales.teacher * teacher));
         if (AT_1) {
-            g[k] += scales.student_at_1 * exp2_fast(fmaf(b[k], LOG2_E, -reference_at_1(student_reference, exponent)));
+            g[k] += scales.student_at_1 * exp2_fast(fmaf(b[k], LOG2_E, -reference_at_1(scales.student_reference, exponent)));
         }
     }
 }

@@ -248,18 +248,19 @@ ATKD_DEVICE double coefficient_of(const atkd_coefficient &coefficient, double un
 
 // The gradient with respect to z_j is
 // student 2^y_j - teacher 2^x_j + student_at_1 2^(z^q_j * log2(e) - reference_at_1).
-struct GradientScales {
+struct alignas(16) GradientScales {
     float teacher, student, student_at_1;
     float target; // the gradient at the target
+    float teacher_reference, student_reference;
 };
 
-// What the whole block waits for between its two passes, and so no more than that. `scale` is the
+// What the whole cluster waits for between its two passes, and so no more than that. `scale` is the
 // reduction's and the upstream gradient's.
 ATKD_DEVICE GradientScales scales_of(const atkd_objective &objective, const RowState<double> &state,
                                      const Margins &m, bool hard, double scale) {
     if (m.not_a_number) {
         float not_a_number = nanf("");
-        return {not_a_number, not_a_number, not_a_number, not_a_number};
+        return {not_a_number, not_a_number, not_a_number, not_a_number, 0, 0};
     }
     double inverse_temperature = objective.inverse_temperature;
     bool at_1 = inverse_temperature != 1.0;
@@ -279,7 +280,8 @@ ATKD_DEVICE GradientScales scales_of(const atkd_objective &objective, const RowS
     double sum_at_1 = at_1 ? state.student_sum_at_1 : state.student_sum;
     double student_at_1 = sum_at_1 == 0 ? 0 : gamma_at_1 * scale / sum_at_1;
     return {float(teacher), float(at_1 ? student : student + student_at_1), at_1 ? float(student_at_1) : 0.0f,
-            float(-(gamma * inverse_temperature + gamma_at_1) * scale)};
+            float(-(gamma * inverse_temperature + gamma_at_1) * scale), state.teacher_reference,
+            state.student_reference};
 }
 
 struct Terms {

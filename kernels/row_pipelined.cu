@@ -8,18 +8,21 @@ namespace {
 
 constexpr uint32_t MOST_STAGES = 4;
 
-// The chunks of a row that are this block's.
+// The chunks of a row that are this block's, by their places in its slice.
 struct Slice {
-    uint32_t start, end;
+    uint32_t start, places;
     // Those that share no 16 bytes with what is not in the row: they come and go by bulk copies.
     uint32_t whole_start, whole_end;
 
     template <class T> ATKD_DEVICE Slice(const Row<const T> &row, uint32_t most) {
         uint32_t chunks = row.chunks();
         start = cluster_rank() * most < chunks ? cluster_rank() * most : chunks;
-        end = most < chunks - start ? start + most : chunks;
-        whole_start = start < end && !row.whole(start) ? start + 1 : start;
-        whole_end = whole_start < end && !row.whole(end - 1) ? end - 1 : end;
+        places = most < chunks - start ? most : chunks - start;
+        whole_start = places > 0 && !row.whole(start) ? 1 : 0;
+        whole_end = whole_start < places && !row.whole(start + places - 1) ? places - 1 : places;
+    }
+    template <class T> ATKD_DEVICE uint32_t whole_bytes() const {
+        return (whole_end - whole_start) * uint32_t(CHUNK * sizeof(T));
     }
 };
 
@@ -34,12 +37,8 @@ template <class T> struct Stages {
         uint32_t chunks = (p.batch.vocab + CHUNK - 1 + CHUNK - 1) / CHUNK;
         most = (chunks + cluster_blocks() - 1) / cluster_blocks();
     }
-    ATKD_DEVICE uint32_t teacher(uint32_t stage, uint32_t place) const {
-        return (2 * stage * most + place) * CHUNK_BYTES;
-    }
-    ATKD_DEVICE uint32_t student(uint32_t stage, uint32_t place) const {
-        return ((2 * stage + 1) * most + place) * CHUNK_BYTES;
-    }
+    ATKD_DEVICE uint32_t teacher(uint32_t stage) const { return 2 * stage * most * CHUNK_BYTES; }
+    ATKD_DEVICE uint32_t student(uint32_t stage) const { return (2 * stage + 1) * most * CHUNK_BYTES; }
 };
 
 template <class T> ATKD_DEVICE Packed<T> load_chunk_staged(StagedMemory staged, uint32_t offset) {
@@ -87,12 +86,14 @@ template <class T> struct Loader {
         }
         Rows<T, T> rows(p, token);
         Slice slice(rows.teacher, stages.most);
-        uint32_t stage = asked % p.stages, place = slice.whole_start - slice.start;
-        uint32_t bytes = (slice.whole_end - slice.whole_start) * Stages<T>::CHUNK_BYTES;
+        uint32_t stage = asked % p.stages, before = slice.whole_start * Stages<T>::CHUNK_BYTES;
+        uint32_t bytes = slice.template whole_bytes<T>();
         ATKD_EXPECT(full, stage, 2 * bytes);
         if (bytes > 0) {
-            ATKD_BULK_LOAD(staged, stages.teacher(stage, place), rows.teacher.at(slice.whole_start), bytes, full, stage);
-            ATKD_BULK_LOAD(staged, stages.student(stage, place), rows.student.at(slice.whole_start), bytes, full, stage);
+            const T *teacher = rows.teacher.at(slice.start + slice.whole_start);
+            const T *student = rows.student.at(slice.start + slice.whole_start);
+            ATKD_BULK_LOAD(staged, stages.teacher(stage) + before, teacher, bytes, full, stage);
+            ATKD_BULK_LOAD(staged, stages.student(stage) + before, student, bytes, full, stage);
         }
         asked += 1;
         look();
@@ -101,14 +102,19 @@ template <class T> struct Loader {
 
 template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
     ATKD_STAGED(staged);
+    // Of each stage: the row has come; its gradient is complete.
     ATKD_SHARED(Barrier, full, MOST_STAGES);
-    ATKD_ROW_SHARED(256);
+    ATKD_SHARED(Barrier, written, MOST_STAGES);
+    ATKD_ROW_SHARED(128);
+    // All warps work on the row but the last, which does what takes time and not throughput.
+    uint32_t workers = block_threads() - WARP;
+    bool works = thread_index() < workers, leads = thread_index() == workers;
     Stages<T> stages(p);
     Loader<T> loader(p, stages);
-    bool leads = thread_index() == 0;
     if (leads) {
         for (uint32_t stage = 0; stage < p.stages; stage++) {
             ATKD_INIT_BARRIER(full, stage, 1);
+            ATKD_INIT_BARRIER(written, stage, workers);
         }
         publish_barriers();
     }
@@ -123,128 +129,144 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
     uint32_t turn = 0;
     for_tokens(p, [&](uint32_t token) {
         Rows<T, T> rows(p, token);
+        rows.speaks = leads && cluster_rank() == 0;
         uint8_t mode = load(p.batch.modes + token);
         int32_t signed_target = target_of(p.batch, token);
         if (ATKD_RARELY(mode == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
             drop_row<T>(p, rows);
             return;
         }
-        uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
-        if (leads) {
-            read_target(rows, target, target_logits);
-        }
-        // The row's first chunk and its last, where no bulk copy brings them, are two threads' own to read.
+        uint32_t target = uint32_t(signed_target);
         Slice slice(rows.teacher, stages.most);
-        bool has_start = leads && slice.start < slice.whole_start;
-        bool has_end = has_start || (thread_index() == WARP && slice.whole_end < slice.end);
-        uint32_t end = has_start ? slice.start : slice.whole_end;
-        auto read_end = [&](Packed<T> &teacher, Packed<T> &student) {
-            rows.load(end, teacher, student);
-            take_out(rows.within(target, end), teacher);
-            take_out(rows.within(target, end), student);
-        };
-        Largest<T> teacher_max, student_max;
-        if (ATKD_RARELY(has_end)) {
-            Packed<T> teacher, student;
-            read_end(teacher, student);
-            teacher_max.add(teacher);
-            student_max.add(student);
-        }
-
-        uint32_t stage = turn % p.stages;
-        ATKD_WAIT(full, stage, turn / p.stages % 2);
+        uint32_t stage = turn % p.stages, parity = turn / p.stages % 2;
         turn += 1;
+        uint32_t at_teacher = stages.teacher(stage), at_student = stages.student(stage);
+
+        // The row's first chunk and its last, where no bulk copy brings them, are two threads' own to read.
+        bool has_start = thread_index() == 0 && slice.whole_start > 0;
+        bool has_end = has_start || (thread_index() == WARP && slice.whole_end < slice.places);
+        uint32_t end = slice.start + (has_start ? 0 : slice.whole_end), end_target = rows.within(target, end);
+        auto with_end = [&](auto f) {
+            Packed<T> teacher, student;
+            rows.load(end, teacher, student);
+            take_out(end_target, teacher);
+            take_out(end_target, student);
+            f(teacher, student);
+        };
+        uint32_t first = slice.whole_start + thread_index();
         auto for_wholes = [&](auto f) {
-            for (uint32_t chunk = slice.whole_start + thread_index(); chunk < slice.whole_end; chunk += block_threads()) {
-                f(chunk, load_chunk_staged<T>(staged, stages.teacher(stage, chunk - slice.start)),
-                  load_chunk_staged<T>(staged, stages.student(stage, chunk - slice.start)));
+            for (uint32_t place = first; place < slice.whole_end; place += workers) {
+                uint32_t at = place * Stages<T>::CHUNK_BYTES;
+                f(place, load_chunk_staged<T>(staged, at_teacher + at), load_chunk_staged<T>(staged, at_student + at));
             }
         };
-        // The maxima first, so that no sum must be rebased.
+        // Where the target is in a chunk that a bulk copy brings, and whose chunk that is.
+        uint32_t target_place = rows.chunk_of(target) - slice.start, target_within = rows.within(target, rows.chunk_of(target));
         bool has_target = false;
-        for_wholes([&](uint32_t chunk, Packed<T> teacher, Packed<T> student) {
-            if (ATKD_RARELY(chunk == target_chunk)) {
-                has_target = true;
-                take_out(rows.within(target, chunk), teacher);
-                take_out(rows.within(target, chunk), student);
-            }
-            teacher_max.add(teacher);
-            student_max.add(student);
-        });
-        auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
-        RowState<float> empty = own;
-        for_wholes([&](uint32_t chunk, const Packed<T> &teacher, const Packed<T> &student) {
-            if (chunk != target_chunk) {
-                float a[CHUNK], b[CHUNK];
-                unpack(teacher, a);
-                unpack(student, b);
-                add<false, false>(own, a, b, exponent);
-            }
-        });
-        bool masked = !own.finite();
-        if (ATKD_RARELY(has_end || has_target || masked)) {
-            own = masked ? empty : own;
-            auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student) {
-                float a[CHUNK], b[CHUNK];
-                unpack(teacher, a);
-                unpack(student, b);
-                add<false, true>(own, a, b, exponent);
+        if (works) {
+            // The maxima first, so that no sum must be rebased.
+            Largest<T> teacher_max, student_max;
+            auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student) {
+                teacher_max.add(teacher);
+                student_max.add(student);
             };
-            for_wholes([&](uint32_t chunk, Packed<T> teacher, Packed<T> student) {
-                if (masked || chunk == target_chunk) {
-                    take_out(rows.within(target, chunk), teacher);
-                    take_out(rows.within(target, chunk), student);
-                    add_with_care(teacher, student);
+            if (ATKD_RARELY(has_end)) {
+                with_end(add_to_max);
+            }
+            ATKD_WAIT(full, stage, parity);
+            for_wholes([&](uint32_t place, Packed<T> teacher, Packed<T> student) {
+                if (ATKD_RARELY(place == target_place)) {
+                    has_target = true;
+                    take_out(target_within, teacher);
+                    take_out(target_within, student);
+                }
+                add_to_max(teacher, student);
+            });
+            auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
+            RowState<float> empty = own;
+            for_wholes([&](uint32_t place, const Packed<T> &teacher, const Packed<T> &student) {
+                if (place != target_place) {
+                    float a[CHUNK], b[CHUNK];
+                    unpack(teacher, a);
+                    unpack(student, b);
+                    add<false, false>(own, a, b, exponent);
                 }
             });
-            if (has_end) {
-                Packed<T> teacher, student;
-                read_end(teacher, student);
-                add_with_care(teacher, student);
+            bool masked = !own.finite();
+            if (ATKD_RARELY(has_end || has_target || masked)) {
+                own = masked ? empty : own;
+                auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student) {
+                    float a[CHUNK], b[CHUNK];
+                    unpack(teacher, a);
+                    unpack(student, b);
+                    add<false, true>(own, a, b, exponent);
+                };
+                for_wholes([&](uint32_t place, Packed<T> teacher, Packed<T> student) {
+                    if (place == target_place) {
+                        take_out(target_within, teacher);
+                        take_out(target_within, student);
+                    } else if (!masked) {
+                        return;
+                    }
+                    add_with_care(teacher, student);
+                });
+                if (has_end) {
+                    with_end(add_with_care);
+                }
             }
+            post_state<false>(own, warps);
+        } else if (rows.speaks) {
+            read_target(rows, target, target_logits);
         }
-        settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
-
-        if (p.gradient != nullptr) {
-            GradientScales row_scales = scales[0];
-            RowState<double> state = whole[0];
-            float teacher_reference = state.teacher_reference, student_reference = state.student_reference;
-            Row<T> gradient = rows.template gradient<T>(p);
-            for_wholes([&](uint32_t chunk, const Packed<T> &teacher, const Packed<T> &student) {
+        ATKD_SYNC_CLUSTER();
+        if (!works && cluster_rank() == 0) {
+            merge_row(p, mode, warps, workers / WARP, whole, scales, target_logits);
+        }
+        ATKD_SYNC_CLUSTER();
+        if (works && p.gradient != nullptr) {
+            GradientScales row_scales = ATKD_REMOTE(scales, 0, 0);
+            for_wholes([&](uint32_t place, const Packed<T> &teacher, const Packed<T> &student) {
                 float a[CHUNK], b[CHUNK], g[CHUNK];
                 unpack(teacher, a);
                 unpack(student, b);
-                gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
-                store_chunk_staged(staged, stages.student(stage, chunk - slice.start), pack<T>(g));
+                gradient_of<false>(row_scales, exponent, a, b, g);
+                store_chunk_staged(staged, at_student + place * Stages<T>::CHUNK_BYTES, pack<T>(g));
             });
             if (ATKD_RARELY(has_target)) {
-                uint32_t at = stages.student(stage, target_chunk - slice.start);
+                uint32_t at = at_student + target_place * Stages<T>::CHUNK_BYTES;
                 Packed<T> packed = load_chunk_staged<T>(staged, at);
-                put(rows.within(target, target_chunk), narrow<T>(row_scales.target), packed);
+                put(target_within, narrow<T>(row_scales.target), packed);
                 store_chunk_staged(staged, at, packed);
             }
             if (ATKD_RARELY(has_end)) {
-                Packed<T> teacher, student;
-                read_end(teacher, student);
-                float a[CHUNK], b[CHUNK], g[CHUNK];
-                unpack(teacher, a);
-                unpack(student, b);
-                gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
-                put_target(rows.within(target, end), row_scales.target, g);
-                store_chunk(gradient, end, g);
+                with_end([&](const Packed<T> &teacher, const Packed<T> &student) {
+                    float a[CHUNK], b[CHUNK], g[CHUNK];
+                    unpack(teacher, a);
+                    unpack(student, b);
+                    gradient_of<false>(row_scales, exponent, a, b, g);
+                    put_target(end_target, row_scales.target, g);
+                    store_chunk(rows.template gradient<T>(p), end, g);
+                });
             }
             fence_bulk();
-            ATKD_SYNC_BLOCK();
-            uint32_t bytes = (slice.whole_end - slice.whole_start) * Stages<T>::CHUNK_BYTES;
-            if (leads && bytes > 0) {
-                bulk_store(gradient.at(slice.whole_start), staged,
-                           stages.student(stage, slice.whole_start - slice.start), bytes);
-                commit_bulk_stores();
-                wait_bulk_stores_read();
-            }
+            ATKD_ARRIVE(written, stage);
         }
         if (leads) {
+            uint32_t bytes = slice.template whole_bytes<T>();
+            if (p.gradient != nullptr) {
+                ATKD_WAIT(written, stage, parity);
+                if (bytes > 0) {
+                    bulk_store(rows.template gradient<T>(p).at(slice.start + slice.whole_start), staged,
+                               at_student + slice.whole_start * Stages<T>::CHUNK_BYTES, bytes);
+                    commit_bulk_stores();
+                    wait_bulk_stores_read();
+                }
+            }
             loader.ask(staged, full);
+        }
+        // Beside the next row's way here.
+        if (rows.speaks) {
+            tell_terms(p, rows, mode, whole, target_logits);
         }
     });
     if (leads) {
@@ -261,6 +283,6 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
 #define ATKD_ROW_PIPELINED(T) row_pipelined<T>(p)
 #endif
 
-ATKD_KERNEL(row_pipelined_f32, atkd_rows, 256, 3) { ATKD_ROW_PIPELINED(float); }
-ATKD_KERNEL(row_pipelined_f16, atkd_rows, 256, 3) { ATKD_ROW_PIPELINED(f16); }
-ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 256, 3) { ATKD_ROW_PIPELINED(bf16); }
+ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, 3) { ATKD_ROW_PIPELINED(float); }
+ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, 3) { ATKD_ROW_PIPELINED(f16); }
+ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, 3) { ATKD_ROW_PIPELINED(bf16); }

@@ -43,7 +43,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
             }
         }
     }
-    if (thread_index() == 0) {
+    if (rows.speaks) {
         read_target(rows, target, target_logits);
     }
 
@@ -82,13 +82,10 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
             }
         }
     }
-    settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
+    GradientScales row_scales = settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
     if (p.gradient == nullptr) {
         return;
     }
-    GradientScales row_scales = scales[0];
-    RowState<double> state = whole[0];
-    float teacher_reference = state.teacher_reference, student_reference = state.student_reference;
     Row<T> gradient = rows.template gradient<T>(p);
     plain = gradient.wholes == 0 ? 0 : plain;
     rows.first = forget(rows.first);
@@ -98,7 +95,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
             float a[CHUNK], b[CHUNK], g[CHUNK];
             unpack(teacher[i], a);
             unpack(student[i], b);
-            gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
+            gradient_of<false>(row_scales, exponent, a, b, g);
             store_whole(gradient, rows.first + i * rows.stride, g);
         }
     }
@@ -110,7 +107,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
                 float a[CHUNK], b[CHUNK], g[CHUNK];
                 unpack(teacher[i], a);
                 unpack(student[i], b);
-                gradient_of<false>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
+                gradient_of<false>(row_scales, exponent, a, b, g);
                 put_target(within, row_scales.target, g);
                 store_chunk(gradient, chunk, g);
             }

@@ -16,7 +16,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
         return;
     }
     uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
-    if (thread_index() == 0) {
+    if (rows.speaks) {
         read_target(rows, target, target_logits);
     }
     auto without_target = [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
@@ -42,13 +42,11 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
             accumulate<AT_1>(own, a, b, exponent);
         });
     share_references(own, exponent);
-    settle_row<AT_1>(p, rows, mode, own, warps, whole, scales, target_logits);
+    GradientScales row_scales =
+        settle_row<AT_1>(p, rows, mode, own, warps, whole, scales, target_logits);
     if (p.gradient == nullptr) {
         return;
     }
-    GradientScales row_scales = scales[0];
-    RowState<double> state = whole[0];
-    float teacher_reference = state.teacher_reference, student_reference = state.student_reference;
     Row<G> gradient = rows.template gradient<G>(p);
     bool has_target = false;
     for_chunks(
@@ -57,7 +55,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
             float a[CHUNK], b[CHUNK], g[CHUNK];
             unpack(teacher, a);
             unpack(student, b);
-            gradient_of<AT_1>(row_scales, teacher_reference, student_reference, exponent, a, b, g);
+            gradient_of<AT_1>(row_scales, exponent, a, b, g);
             store_chunk(gradient, chunk, g);
             has_target |= chunk == target_chunk;
         });

@@ -146,7 +146,7 @@ const STREAM_THREADS: usize = 384;
 const RESIDENT_THREADS: usize = 256;
 const RESIDENT_BLOCKS: usize = 2;
 const STREAM_BLOCKS: usize = 2;
-pub(crate) const PIPELINED_THREADS: usize = 256;
+pub(crate) const PIPELINED_THREADS: usize = 160;
 const PIPELINED_BLOCKS: usize = 3;
 const COUNT_THREADS: usize = 256;
 const SELECT_THREADS: usize = 1024;
@@ -241,8 +241,9 @@ impl Plan {
             let slice = 2 * chunks.div_ceil(cluster) * CHUNK * problem.student.size();
             let shared = stages as usize * slice;
             (at_once > 0 && shared <= room).then(|| {
-                // Threads that hold what bulk copies do not bring are of two warps.
-                let block = threads(chunks, 4 * cluster, PIPELINED_THREADS).max(2 * WARP as u32);
+                // The last warp serves the others, and chunks that no bulk copy brings take two of them.
+                let workers = threads(chunks, 8 * cluster, PIPELINED_THREADS - WARP);
+                let block = (workers + WARP as u32).max(3 * WARP as u32);
                 let grid = problem.tokens.min(at_once as usize) * cluster;
                 LaunchShape { shared: shared as u32, ..shape(grid, block, cluster as u32) }
             })
@@ -341,7 +342,7 @@ mod tests {
                 let room = match plan.row_kernel {
                     RowKernel::Resident => plan.rows.block as usize * held,
                     RowKernel::Pipelined => {
-                        assert!(plan.rows.grid / plan.rows.cluster <= 396 && plan.rows.block >= 64);
+                        assert!(plan.rows.grid / plan.rows.cluster <= 396 && plan.rows.block >= 96);
                         (plan.rows.shared * plan.rows.cluster) as usize / (2 * dtype.size())
                     }
                     RowKernel::Stream => continue,
@@ -358,9 +359,9 @@ mod tests {
         for (vocab, cluster) in
             [(16_378, 1), (32_000, 2), (50_257, 4), (128_256, 8), (151_936, 8), (262_144, 16)]
         {
-            assert_eq!(rows(vocab, Dtype::F16), (RowKernel::Pipelined, 256, cluster), "{vocab}");
+            assert_eq!(rows(vocab, Dtype::F16), (RowKernel::Pipelined, 160, cluster), "{vocab}");
         }
-        assert_eq!(rows(131_072, Dtype::F32), (RowKernel::Pipelined, 256, 16));
+        assert_eq!(rows(131_072, Dtype::F32), (RowKernel::Pipelined, 160, 16));
         assert_eq!(rows(400_000, Dtype::Bf16).0, RowKernel::Stream);
         let a100 = |vocab| Plan::new(&A100, &problem(8192, vocab, Dtype::F32, Dtype::F32), None);
         assert_eq!(a100(8000).row_kernel, RowKernel::Resident);

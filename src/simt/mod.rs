@@ -309,8 +309,8 @@ impl Simulation {
             // Its threads have room for a row, and not one chunk more.
             shape = planned;
         } else if kernel.starts_with("row_pipelined") {
-            // Its clusters have.
-            shape = LaunchShape { block: planned.block.min(self.block), ..planned };
+            // Its clusters have; and a block has at least three warps.
+            shape = LaunchShape { block: planned.block.min(self.block.max(96)), ..planned };
         } else if !of_tokens.contains(&kernel) {
             // Those have one thread a token.
             shape.block = shape.block.min(self.block);
