@@ -24,7 +24,9 @@ class Stats(NamedTuple):
 def _scale(num_items: Union[int, float, Tensor], device: torch.device) -> Tensor:
     """Its reciprocal as a float32 scalar on the device, computed there."""
     if isinstance(num_items, Tensor):
-        items = num_items.reshape(()).to(device, torch.float32, non_blocking=True)
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items_in_batch is {list(num_items.shape)}, but must be one number")
+        items = num_items.detach().reshape(()).to(device, torch.float32, non_blocking=True)
     elif num_items < 0:
         raise ValueError(f"num_items_in_batch is {num_items}, but must not be negative")
     else:
@@ -111,8 +113,8 @@ def atkd_loss(
     scale = None
     if num_items_in_batch is not None:
         reduction, scale = "sum", _scale(num_items_in_batch, student_logits.device)
-    if shift_labels and labels is not None:
-        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    if shift_labels and labels is not None and labels.dim() > 0:
+        labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     settings = (
         objective,
         lam,
