@@ -87,9 +87,9 @@ fn logits((address, dtype, row_stride): Matrix) -> PyResult<RawLogits> {
     Ok(RawLogits { address, dtype, row_stride })
 }
 
-/// The call, and the addresses of its results: the loss, float32; the terms, float32 `[3, tokens]`; a byte
-/// a token, `modes` of [`RawOutput`]. `sequences` is the address of int64 offsets, and how many sequences
-/// they make.
+/// The call, and the addresses of its results: the loss, float32; and as `stats` the terms, float32
+/// `[3, tokens]`, and a byte a token, `modes` of [`RawOutput`]. `sequences` is the address of int64
+/// offsets, and how many sequences they make.
 #[expect(clippy::too_many_arguments, reason = "they are what a call is")]
 fn call(
     (tokens, vocab): (usize, usize),
@@ -99,7 +99,8 @@ fn call(
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
-    (loss, terms, modes): (u64, u64, u64),
+    loss: u64,
+    stats: Option<(u64, u64)>,
 ) -> PyResult<(RawCall, RawOutput)> {
     let labels = match labels.as_ref().map(|(address, dtype)| (*address, dtype.as_str())) {
         None => None,
@@ -121,13 +122,14 @@ fn call(
         margins: None,
         upstream: scale,
     };
-    let column = |index: usize| Some(terms + (index * tokens * size_of::<f32>()) as u64);
+    let column =
+        |index: usize| stats.map(|(terms, _)| terms + (index * tokens * size_of::<f32>()) as u64);
     let output = RawOutput {
         loss: Some(loss),
         uncertainty: column(0),
         tkd: column(1),
         dkd: column(2),
-        modes: Some(modes),
+        modes: stats.map(|(_, modes)| modes),
         faults: None,
     };
     Ok((call, output))
@@ -147,10 +149,11 @@ fn run_on_host(
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
-    outputs: (u64, u64, u64),
+    loss: u64,
+    stats: Option<(u64, u64)>,
 ) -> PyResult<()> {
     let (call, output) =
-        call(shape, student, teacher, labels, sequences, scale, gradient, outputs)?;
+        call(shape, student, teacher, labels, sequences, scale, gradient, loss, stats)?;
     if let Some(gradient) = call.gradient.filter(|&gradient| gradient != call.student) {
         pages::advise_huge(
             gradient.address,
@@ -163,8 +166,7 @@ fn run_on_host(
         threads::pool(threads)?
             .install(|| unsafe { raw::run(&objective.0, &call, &output) })
             .map_err(exception)?;
-        if call.tokens > 0 {
-            let (_, _, modes) = outputs;
+        if let Some(modes) = output.modes.filter(|_| call.tokens > 0) {
             // SAFETY: as above; every byte was just written.
             let modes = unsafe { std::slice::from_raw_parts_mut(modes as *mut u8, call.tokens) };
             modes.iter_mut().for_each(|mode| *mode = u8::from(*mode == raw::HARD));
@@ -188,11 +190,12 @@ fn run_on_device(
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
-    outputs: (u64, u64, u64),
+    loss: u64,
+    stats: Option<(u64, u64)>,
 ) -> PyResult<()> {
     let (ordinal, stream, workspace, faults) = place;
     let (call, mut output) =
-        call(shape, student, teacher, labels, sequences, scale, gradient, outputs)?;
+        call(shape, student, teacher, labels, sequences, scale, gradient, loss, stats)?;
     output.faults = Some(faults);
     // SAFETY: as for the host; and the memory is of torch's allocator, which hands it out again only in the
     // order of the stream.

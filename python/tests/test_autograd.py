@@ -85,6 +85,13 @@ def test_kept_graphs_accumulate():
     assert torch.allclose(thrice.grad, 3 * once.grad, rtol=1e-6, atol=0)
 
 
+def test_a_second_derivative_raises():
+    student, teacher, labels = batch(8, 50)
+    loss = atkd.atkd_loss(student.requires_grad_(), teacher, labels)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        loss.backward(create_graph=True)
+
+
 def test_in_place_raises_if_the_logits_are_needed():
     student, teacher, labels = batch(8, 50)
     logits = student.requires_grad_().tanh()

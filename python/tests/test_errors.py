@@ -45,6 +45,8 @@ def test_settings(settings, message):
         (STUDENT, TEACHER, LABELS + 50, {}, "label of token 0 is .*vocabulary size 50"),
         (STUDENT, TEACHER, LABELS - 99, {}, "ignore_index -100"),
         (STUDENT, TEACHER, LABELS, {"num_items_in_batch": -3}, "num_items_in_batch is -3"),
+        (STUDENT, TEACHER, LABELS, {"num_items_in_batch": torch.ones(2)}, r"batch is \[2\]"),
+        (STUDENT, TEACHER, LABELS[0], {"shift_labels": True}, r"labels are \[\]"),
     ],
 )
 @pytest.mark.parametrize("inplace", [False, True])
@@ -67,6 +69,14 @@ def test_values(student, teacher, labels, settings, message, inplace):
 def test_types(student, teacher, labels, message):
     with pytest.raises(TypeError, match=message):
         atkd.atkd_loss(student, teacher, labels)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lam": "0.2"}, {"objective": None}, {"ignore_index": None}], ids=str
+)
+def test_types_of_settings(settings):
+    with pytest.raises(TypeError):
+        atkd.atkd_loss(STUDENT, TEACHER, LABELS, **settings)
 
 
 def test_a_failed_call_leaves_the_logits_alone():

@@ -132,7 +132,10 @@ def test_evenly_spaced_rows_are_not_copied(copies):
         assert (_rows(logits).data_ptr() != logits.data_ptr()) == copies
 
 
-@pytest.mark.parametrize("settings", [{}, {"reduction": "sum"}, {"num_items_in_batch": 12}], ids=str)
+SETTINGS = [{}, {"reduction": "sum"}, {"num_items_in_batch": 12}, {"shift_labels": True}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("shape", [(0, 50), (2, 0, 50), (3, 50)])
 def test_no_valid_token_gives_exactly_zero(shape, settings, inplace):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import SETTINGS, batch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import atkd
 
@@ -34,10 +35,11 @@ def step(function, student, teacher, labels, **arguments):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_compile_gives_the_same_bits(backend, inplace):
+def test_compile_gives_the_same_bits(backend, dtype, inplace):
     torch._dynamo.reset()
-    student, teacher, labels = batch(2, 8, 100)
+    student, teacher, labels = batch(2, 8, 100, dtype=dtype)
     module = atkd.ATKDLoss(shift_labels=True, inplace=inplace)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     for actual, expected in zip(
@@ -80,6 +82,27 @@ def test_compile_forward_alone():
     with torch.no_grad():
         compiled = torch.compile(atkd.atkd_loss, fullgraph=True)(*data)
     assert torch.equal(compiled, atkd.atkd_loss(*data))
+
+
+def test_traces_hold_for_other_logits():
+    student, teacher, labels = batch(9, 60)
+    other = batch(9, 60, seed=1)[0].requires_grad_()
+
+    def gradient(logits):
+        return torch.autograd.grad(2 * atkd.atkd_loss(logits, teacher, labels), logits)[0]
+
+    for function in gradient, lambda logits: atkd.atkd_loss(logits, teacher, labels):
+        traced = make_fx(function)(student.requires_grad_())
+        assert torch.equal(traced(other), function(other))
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda *data: atkd.atkd_loss(*data), (student, teacher, labels))
+        assert torch.equal(traced(other, teacher, labels), atkd.atkd_loss(other, teacher, labels))
+
+
+def test_vmap():
+    data = batch(3, 9, 60)
+    losses = torch.func.vmap(atkd.atkd_loss)(*data)
+    assert torch.equal(losses, torch.stack([atkd.atkd_loss(*each) for each in zip(*data)]))
 
 
 def test_tensors_without_data_have_results_without_data():

@@ -31,7 +31,8 @@ def run_on_host(
     sequences: Optional[Tuple[int, int]],
     scale: Optional[int],
     gradient: Optional[Tuple[int, str, int]],
-    outputs: Tuple[int, int, int],
+    loss: int,
+    stats: Optional[Tuple[int, int]],
 ) -> None: ...
 def run_on_device(
     place: Tuple[int, int, int, int],
@@ -43,5 +44,6 @@ def run_on_device(
     sequences: Optional[Tuple[int, int]],
     scale: Optional[int],
     gradient: Optional[Tuple[int, str, int]],
-    outputs: Tuple[int, int, int],
+    loss: int,
+    stats: Optional[Tuple[int, int]],
 ) -> None: ...

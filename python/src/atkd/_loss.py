@@ -24,7 +24,9 @@ class Stats(NamedTuple):
 def _scale(num_items: Union[int, float, Tensor], device: torch.device) -> Tensor:
     """Its reciprocal as a float32 scalar on the device, computed there."""
     if isinstance(num_items, Tensor):
-        items = num_items.reshape(()).to(device, torch.float32, non_blocking=True)
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items_in_batch is {list(num_items.shape)}, but must be one number")
+        items = num_items.detach().reshape(()).to(device, torch.float32, non_blocking=True)
     elif num_items < 0:
         raise ValueError(f"num_items_in_batch is {num_items}, but must not be negative")
     else:
@@ -106,13 +108,14 @@ def atkd_loss(
     _check_type("teacher_logits", teacher_logits)
     if labels is not None:
         _check_type("labels", labels)
-    teacher_logits = teacher_logits.detach()
+    if teacher_logits.requires_grad:
+        teacher_logits = teacher_logits.detach()
     scale = None
     if num_items_in_batch is not None:
         reduction, scale = "sum", _scale(num_items_in_batch, student_logits.device)
-    if shift_labels and labels is not None:
-        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    settings = _ops.Settings(
+    if shift_labels and labels is not None and labels.dim() > 0:
+        labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    settings = (
         objective,
         lam,
         hard_ratio,
@@ -127,11 +130,16 @@ def atkd_loss(
     per_sequence = _is_per_sequence(selection)
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     tensors = student_logits, teacher_logits, labels, scale
-    if with_gradient and _ops.runs_directly(student_logits):
-        loss, (stats, hard) = _ops.Loss.apply(*tensors, inplace, per_sequence, settings)
+    if _ops.runs_directly(student_logits):
+        loss, stats = _ops.Loss.apply(
+            *tensors, with_gradient, inplace, per_sequence, settings, return_stats
+        )
     else:
-        loss, _, stats, hard = _ops.loss(*tensors, with_gradient, per_sequence, *settings)
-    return (loss, Stats(*stats.unbind(), hard)) if return_stats else loss
+        loss, _, *stats = _ops.loss(*tensors, with_gradient, per_sequence, *settings)
+    if not return_stats:
+        return loss
+    terms, hard = stats
+    return loss, Stats(*terms.unbind(), hard)
 
 
 class ATKDLoss(torch.nn.Module):

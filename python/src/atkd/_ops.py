@@ -9,6 +9,10 @@ from . import _atkd
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _LABEL_DTYPES = {torch.int64: "int64", torch.int32: "int32"}
+_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
+
+# Uncertainty, TKD, DKD as `[3, *tokens]`; which tokens are hard.
+Stats = Tuple[Tensor, Tensor]
 
 
 class Settings(NamedTuple):
@@ -30,26 +34,31 @@ class Settings(NamedTuple):
 _SETTINGS = ", ".join(f"{kind.__name__} {name}" for name, kind in Settings.__annotations__.items())
 
 
+def _are_apart(one: Tensor, other: Tensor) -> bool:
+    """Whether their devices differ. On the CPU without asking for these, which is slow."""
+    return not (one.is_cpu and other.is_cpu) and one.device != other.device
+
+
 def check(
     student: Tensor,
     teacher: Tensor,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     per_sequence: bool,
-    settings: Settings,
+    settings: Tuple[Any, ...],
 ) -> None:
     """Raises unless the tensors fit together. The settings themselves are checked natively."""
-    shape = list(student.shape)
+    shape = student.shape
     for name, logits in [("student_logits", student), ("teacher_logits", teacher)]:
         if logits.dtype not in _DTYPES:
             raise TypeError(f"{name} are {logits.dtype}, but must be float32, float16 or bfloat16")
-        if logits.dim() < 2 or logits.shape[-1] == 0:
+        if len(logits.shape) < 2 or logits.shape[-1] == 0:
             raise ValueError(f"{name} are {list(logits.shape)}, but must be [N, V] or [B, T, V]")
-    if list(teacher.shape) != shape:
+    if teacher.shape != shape:
         raise ValueError(
-            f"student_logits are {shape}, but teacher_logits are {list(teacher.shape)}"
+            f"student_logits are {list(shape)}, but teacher_logits are {list(teacher.shape)}"
         )
-    if teacher.device != student.device:
+    if _are_apart(teacher, student):
         raise ValueError(
             f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
         )
@@ -57,15 +66,15 @@ def check(
         # The operator's alone: the function makes its own.
         if scale.dtype != torch.float32:
             raise TypeError(f"scale is {scale.dtype}, but must be float32")
-        if scale.dim() != 0 or scale.device != student.device:
+        if scale.dim() != 0 or _are_apart(scale, student):
             raise ValueError(
                 f"scale is {list(scale.shape)} on {scale.device}, "
                 f"but must be a scalar on {student.device}"
             )
-    if per_sequence and student.dim() != 3:
-        raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {shape}')
+    if per_sequence and len(shape) != 3:
+        raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {list(shape)}')
     if labels is None:
-        if settings.target == "label":
+        if Settings(*settings).target == "label":
             raise ValueError(
                 'labels are None, but target="label" needs one a token; '
                 'give labels, or target="teacher"'
@@ -73,43 +82,44 @@ def check(
         return
     if labels.dtype not in _LABEL_DTYPES:
         raise TypeError(f"labels are {labels.dtype}, but must be int64 or int32")
-    if list(labels.shape) != shape[:-1]:
+    if labels.shape != shape[:-1]:
         raise ValueError(
-            f"labels are {list(labels.shape)}, but for logits {shape} must be {shape[:-1]}"
+            f"labels are {list(labels.shape)}, but for logits {list(shape)} "
+            f"must be {list(shape[:-1])}"
         )
-    if labels.device != student.device:
+    if _are_apart(labels, student):
         raise ValueError(f"student_logits are on {student.device}, but labels on {labels.device}")
 
 
 def _rows(logits: Tensor) -> Tensor:
     """`[tokens, vocab]` with contiguous rows that do not overlap: a view where there is one."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    tokens, vocab = rows.shape
-    contiguous = vocab == 1 or rows.stride(1) == 1
-    apart = tokens <= 1 or rows.stride(0) >= vocab
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    (tokens, vocab), (step, inner) = rows.shape, rows.stride()
+    contiguous = vocab == 1 or inner == 1
+    apart = tokens <= 1 or step >= vocab
     return rows if contiguous and apart else rows.contiguous()
 
 
 def _matrix(rows: Tensor) -> Tuple[int, str, int]:
-    stride = rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+    stride = rows.stride()[0] if rows.shape[0] > 1 else rows.shape[1]
     return rows.data_ptr(), _DTYPES[rows.dtype], stride
 
 
-def _outputs(student: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """The loss; uncertainty, TKD, DKD; which tokens are hard."""
+def _empty_stats(student: Tensor) -> Stats:
     tokens = student.shape[:-1]
     return (
-        student.new_empty((), dtype=torch.float32),
         student.new_empty((3, *tokens), dtype=torch.float32),
         student.new_empty(tokens, dtype=torch.bool),
     )
 
 
-def _empty_gradient(student: Tensor, with_gradient: bool) -> Tensor:
+def _empty_gradient(student: Tensor, with_gradient: bool = True) -> Tensor:
     # Gradients of a mean over many tokens are below what float16 holds, and a scaled loss could not
     # bring them back.
     dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
-    return student.new_empty(student.shape if with_gradient else (0,), dtype=dtype)
+    if not with_gradient:
+        return student.new_empty((0,), dtype=dtype)
+    return torch.empty_like(student, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _run(
@@ -120,38 +130,47 @@ def _run(
     gradient: Optional[Tensor],
     per_sequence: bool,
     settings: Tuple[Any, ...],
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """`student` and `gradient` are rows, `[tokens, vocab]`."""
-    device, tokens = student.device, student.shape[0]
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"student_logits are on {device}, but must be on the CPU or a CUDA device")
-    loss, terms, hard = _outputs(teacher)
-    teacher_rows = _rows(teacher)
+    with_stats: bool,
+) -> Tuple[Tensor, Optional[Stats]]:
+    """The loss, and the statistics if asked. In place if `gradient` is `student`."""
+    if not (student.is_cpu or student.is_cuda):
+        raise ValueError(
+            f"student_logits are on {student.device}, but must be on the CPU or a CUDA device"
+        )
+    if student.is_cpu:
+        # The quickest of torch's ways.
+        loss = torch.empty_like(_SCALAR)
+    else:
+        loss = student.new_empty((), dtype=torch.float32)
+    stats = _empty_stats(teacher) if with_stats else None
+    student_rows, teacher_rows = _rows(student), _rows(teacher)
+    tokens, vocab = student_rows.shape
     flat_labels = None if labels is None else labels.contiguous()
     offsets = None
     if per_sequence:
         batch, length = teacher.shape[:2]
-        offsets = torch.arange(batch + 1, dtype=torch.int64, device=device) * length
+        offsets = torch.arange(batch + 1, dtype=torch.int64, device=student.device) * length
     arguments = (
         _atkd.Objective(*settings),
-        (tokens, student.shape[1]),
-        _matrix(student),
+        (tokens, vocab),
+        _matrix(student_rows),
         _matrix(teacher_rows),
         None
         if flat_labels is None
         else (flat_labels.data_ptr(), _LABEL_DTYPES[flat_labels.dtype]),
         None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1),
         None if scale is None else scale.data_ptr(),
-        None if gradient is None else _matrix(gradient),
-        (loss.data_ptr(), terms.data_ptr(), hard.data_ptr()),
+        None if gradient is None else _matrix(_rows(gradient)),
+        loss.data_ptr(),
+        None if stats is None else (stats[0].data_ptr(), stats[1].data_ptr()),
     )
-    if device.type == "cpu":
+    if student.is_cpu:
         _atkd.run_on_host(torch.get_num_threads(), *arguments)
     elif tokens == 0:
         loss.zero_()
     else:
         # torch's own memory: its allocator knows which stream, or captured graph, still uses it.
-        size = _atkd.workspace_bytes(tokens)
+        device, size = student.device, _atkd.workspace_bytes(tokens)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         faults = torch.empty(2, dtype=torch.int64, device=device)
         with torch.cuda.device(device):
@@ -164,11 +183,12 @@ def _run(
             _atkd.run_on_device(place, *arguments)
         # A label out of range: to raise would be to wait for the device.
         loss.masked_fill_((faults != -1).any(), float("nan"))
-        # It holds 0 for an ignored token, 1 for an easy one, 2 for a hard one.
-        hard = hard.view(torch.uint8) == 2
+        if stats is not None:
+            # It holds 0 for an ignored token, 1 for an easy one, 2 for a hard one.
+            stats = stats[0], stats[1].view(torch.uint8) == 2
     if scale is not None:
         loss.mul_(scale)
-    return loss, terms, hard
+    return loss, stats
 
 
 @torch.library.custom_op(
@@ -190,11 +210,12 @@ def loss(
     uncertainty, TKD, DKD as `[3, *tokens]`; which tokens are hard. Loss and gradient are multiplied by
     `scale`, a float32 scalar on the logits' device.
     """
-    check(student, teacher, labels, scale, per_sequence, Settings(*settings))
+    check(student, teacher, labels, scale, per_sequence, settings)
     gradient = _empty_gradient(student, with_gradient)
-    to = _rows(gradient) if with_gradient else None
-    value, stats, hard = _run(_rows(student), teacher, labels, scale, to, per_sequence, settings)
-    return value, gradient, stats, hard
+    to = gradient if with_gradient else None
+    value, stats = _run(student, teacher, labels, scale, to, per_sequence, settings, True)
+    assert stats is not None
+    return value, gradient, *stats
 
 
 @loss.register_fake
@@ -207,9 +228,18 @@ def _(
     per_sequence: bool,
     *settings: Any,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    check(student, teacher, labels, scale, per_sequence, Settings(*settings))
-    value, stats, hard = _outputs(student)
-    return value, _empty_gradient(student, with_gradient), stats, hard
+    check(student, teacher, labels, scale, per_sequence, settings)
+    value = student.new_empty((), dtype=torch.float32)
+    return value, _empty_gradient(student, with_gradient), *_empty_stats(student)
+
+
+def _is_watched() -> bool:
+    """Whether a tracer or a transform such as vmap wants to see each operation."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
 
 
 def _graph_is_kept() -> bool:
@@ -219,15 +249,17 @@ def _graph_is_kept() -> bool:
     return known is None or bool(known())
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """`gradient * upstream`, over the gradient's own memory if nobody needs it again."""
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """`gradient * upstream`, over the gradient's own memory if nobody needs it again. Autograd converts it
+    to the logits' dtype.
+    """
     # Of another type while torch.compile traces.
-    if type(upstream) is not Tensor or _graph_is_kept():
-        return (gradient * upstream).to(dtype)
+    if type(upstream) is not Tensor or _is_watched() or _graph_is_kept():
+        return gradient * upstream
     # Looking at the number costs nothing on the CPU; on a GPU it would stop the queue.
-    if upstream.device.type != "cpu" or upstream.item() != 1.0:
+    if not upstream.is_cpu or upstream.item() != 1.0:
         gradient.mul_(upstream)
-    return gradient.to(dtype)
+    return gradient
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
@@ -237,7 +269,6 @@ def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient)
     ctx.with_gradient = inputs[4]
-    ctx.dtype = inputs[0].dtype
     ctx.others = len(inputs) - 1
 
 
@@ -245,7 +276,7 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ..
     if not ctx.with_gradient:
         raise RuntimeError("atkd::loss was called with with_gradient=False, and has no gradient")
     (gradient,) = ctx.saved_tensors
-    return (_scaled(gradient, upstream, ctx.dtype), *[None] * ctx.others)
+    return (_scaled(gradient, upstream), *[None] * ctx.others)
 
 
 loss.register_autograd(_backward, setup_context=_setup_context)
@@ -264,36 +295,42 @@ class Loss(torch.autograd.Function):
         teacher: Tensor,
         labels: Optional[Tensor],
         scale: Optional[Tensor],
+        with_gradient: bool,
         inplace: bool,
         per_sequence: bool,
-        settings: Settings,
-    ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
+        settings: Tuple[Any, ...],
+        with_stats: bool,
+    ) -> Tuple[Tensor, Optional[Stats]]:
         check(student, teacher, labels, scale, per_sequence, settings)
-        gradient = student.detach() if inplace else _empty_gradient(student, True)
-        rows = _rows(student)
-        to = rows if inplace else gradient.view(rows.shape)
-        value, stats, hard = _run(rows, teacher, labels, scale, to, per_sequence, settings)
+        inplace = inplace and with_gradient
+        place = _rows(student.detach()) if inplace else student
+        gradient = None
+        if with_gradient:
+            gradient = place if inplace else _empty_gradient(student)
+        value, stats = _run(
+            place, teacher, labels, scale, gradient, per_sequence, settings, with_stats
+        )
         if inplace:
-            if rows.data_ptr() != student.data_ptr():
-                gradient = rows.view(student.shape)
-            else:
+            gradient = place.view(student.shape)
+            if place.data_ptr() == student.data_ptr():
                 torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(gradient)
-        ctx.dtype = student.dtype
         # In a tuple, where autograd leaves them alone.
-        return value, (stats, hard)
+        return value, stats
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the gradient of atkd_loss has no derivative (create_graph=True)")
         (gradient,) = ctx.saved_tensors
-        return (_scaled(gradient, upstream, ctx.dtype), *[None] * 6)
+        return (_scaled(gradient, upstream), *[None] * 8)
 
 
 def runs_directly(student: Tensor) -> bool:
-    """Whether no compiler, tracer or tensor subclass wants to see an operator."""
+    """Whether no compiler, tracer, transform or tensor subclass wants to see an operator."""
     return (
-        type(student) in (Tensor, torch.nn.Parameter)
-        and student.device.type in ("cpu", "cuda")
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        not torch.compiler.is_compiling()
+        and type(student) in (Tensor, torch.nn.Parameter)
+        and (student.is_cpu or student.is_cuda)
+        and not _is_watched()
     )
