@@ -47,7 +47,9 @@ ATKD_DEVICE void begin_kernel() {
 // `count` elements of shared memory.
 #define ATKD_SHARED(type, name, count) __shared__ type name[count]
 // The shared memory that the launch asks for.
-#define ATKD_STAGED(name) extern __shared__ __align__(128) unsigned char name[]
+#define ATKD_STAGED(name)                                                                                     \
+    extern __shared__ __align__(128) unsigned char name##_memory[];                                           \
+    StagedMemory name = {in_shared(name##_memory)}
 
 typedef __half f16;
 typedef __nv_bfloat16 bf16;
@@ -153,13 +155,24 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
                  : "memory");
 }
 
+ATKD_DEVICE uint32_t in_shared(const void *at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
 // Staged memory is accessed by offsets that are multiples of 16.
-typedef unsigned char *StagedMemory;
+struct StagedMemory {
+    uint32_t address;
+};
 ATKD_DEVICE Bytes16 load_staged(StagedMemory staged, uint32_t offset) {
-    return *reinterpret_cast<const Bytes16 *>(staged + offset);
+    Bytes16 value;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+                 : "r"(staged.address + offset)
+                 : "memory");
+    return value;
 }
 ATKD_DEVICE void store_staged(StagedMemory staged, uint32_t offset, const Bytes16 &value) {
-    *reinterpret_cast<Bytes16 *>(staged + offset) = value;
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(staged.address + offset), "r"(value.word[0]),
+                 "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+                 : "memory");
 }
 
 // An mbarrier. A phase ends when as many threads have arrived as it was made for, and all bytes that they
@@ -167,7 +180,6 @@ ATKD_DEVICE void store_staged(StagedMemory staged, uint32_t offset, const Bytes1
 struct Barrier {
     uint64_t word;
 };
-ATKD_DEVICE uint32_t in_shared(const void *at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 ATKD_DEVICE void init_barrier(Barrier &barrier, uint32_t arrivals) {
     ATKD_SINCE_SM_90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(&barrier)), "r"(arrivals)
                      : "memory");
@@ -203,7 +215,7 @@ ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *fro
                            Barrier &barrier) {
     ATKD_SINCE_SM_90(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            in_shared(staged + offset)),
+            staged.address + offset),
         "l"(from), "r"(bytes), "r"(in_shared(&barrier))
         : "memory");
 }
@@ -211,7 +223,7 @@ ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *fro
     bulk_load(staged, offset, global, bytes, (array)[index])
 ATKD_DEVICE void bulk_store(void *to, StagedMemory staged, uint32_t offset, uint32_t bytes) {
     ATKD_SINCE_SM_90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-                     "r"(in_shared(staged + offset)), "r"(bytes)
+                     "r"(staged.address + offset), "r"(bytes)
                      : "memory");
 }
 ATKD_DEVICE void commit_bulk_stores() { ATKD_SINCE_SM_90("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -143,8 +143,8 @@ ATKD_DEVICE void merge_row(const atkd_rows &p, uint8_t mode, const Warps &warps,
 }
 
 // The terms of the token; by one thread of the cluster.
-template <class P, class Q, class Whole, class Floats>
-ATKD_DEVICE void tell_terms(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, const Whole &whole,
+template <class Whole, class Floats>
+ATKD_DEVICE void tell_terms(const atkd_rows &p, uint32_t token, uint8_t mode, const Whole &whole,
                             const Floats &target_logits) {
     // The margins are computed again: kept, they would take registers from every thread.
     RowState<double> state = whole[0];
@@ -152,15 +152,15 @@ ATKD_DEVICE void tell_terms(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t 
                                  target_logits[1]);
     bool hard = is_hard(p, mode, margins);
     Terms terms = terms_of(p.objective, state, margins, hard);
-    store(p.uncertainty + rows.token, float(terms.uncertainty));
-    store(p.tkd + rows.token, float(terms.tkd));
-    store(p.dkd + rows.token, float(terms.dkd));
-    store(p.loss + rows.token, terms.loss);
+    store(p.uncertainty + token, float(terms.uncertainty));
+    store(p.tkd + token, float(terms.tkd));
+    store(p.dkd + token, float(terms.dkd));
+    store(p.loss + token, terms.loss);
     if (p.write_keys != 0) {
-        store(p.batch.keys + rows.token, key_of(float(margins.teacher)));
+        store(p.batch.keys + token, key_of(float(margins.teacher)));
     }
     if (p.guess != 0) {
-        store(p.batch.modes + rows.token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
+        store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
     }
 }
 
@@ -177,7 +177,7 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
     }
     ATKD_SYNC_CLUSTER();
     if (rows.speaks) {
-        tell_terms(p, rows, mode, whole, target_logits);
+        tell_terms(p, rows.token, mode, whole, target_logits);
     }
     return ATKD_REMOTE(scales, 0, 0);
 }

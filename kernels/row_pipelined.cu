@@ -14,16 +14,26 @@ struct Slice {
     // Those that share no 16 bytes with what is not in the row: they come and go by bulk copies.
     uint32_t whole_start, whole_end;
 
-    template <class T> ATKD_DEVICE Slice(const Row<const T> &row, uint32_t most) {
+    template <class T> static ATKD_DEVICE Slice of(const Row<const T> &row, uint32_t most) {
         uint32_t chunks = row.chunks();
-        start = cluster_rank() * most < chunks ? cluster_rank() * most : chunks;
-        places = most < chunks - start ? most : chunks - start;
-        whole_start = places > 0 && !row.whole(start) ? 1 : 0;
-        whole_end = whole_start < places && !row.whole(start + places - 1) ? places - 1 : places;
+        uint32_t start = cluster_rank() * most < chunks ? cluster_rank() * most : chunks;
+        uint32_t places = most < chunks - start ? most : chunks - start;
+        uint32_t whole_start = places > 0 && !row.whole(start) ? 1 : 0;
+        bool ends_outside = whole_start < places && !row.whole(start + places - 1);
+        return {start, places, whole_start, ends_outside ? places - 1 : places};
     }
     template <class T> ATKD_DEVICE uint32_t whole_bytes() const {
         return (whole_end - whole_start) * uint32_t(CHUNK * sizeof(T));
     }
+};
+
+// What a block needs to know of a row that is on its way.
+struct alignas(16) Coming {
+    Slice slice;
+    // The place of the chunk that holds the target, where in it that is, and the thread whose chunk it is, if a
+    // bulk copy brings it to this block.
+    uint32_t target_place, target_within, target_thread;
+    uint32_t mode;
 };
 
 // Where a block's slices lie in its shared memory: stage by stage, the teacher's, then the student's, which
@@ -59,35 +69,45 @@ ATKD_DEVICE void store_chunk_staged(StagedMemory staged, uint32_t offset, const 
 
 // Asks for rows ahead of their turn; by one thread of the block.
 template <class T> struct Loader {
-    static constexpr uint32_t NONE = 0xffffffffu;
     const atkd_rows &p;
     Stages<T> stages;
-    uint32_t next, token, asked;
+    uint32_t workers, count, next, stage;
+    // Of the next row, if there is one. Known early, it can be asked for as soon as there is room.
+    uint32_t token, mode;
+    int32_t target;
 
-    ATKD_DEVICE Loader(const atkd_rows &p_, const Stages<T> &stages_)
-        : p(p_), stages(stages_), next(cluster_index()), token(NONE), asked(0) {}
+    ATKD_DEVICE Loader(const atkd_rows &p_, const Stages<T> &stages_, uint32_t workers_)
+        : p(p_), stages(stages_), workers(workers_), count(tokens_to_do(p_)), next(cluster_index()), stage(0) {}
 
-    // Which row is next. Known early, it can be asked for as soon as there is room.
     ATKD_DEVICE void look() {
-        uint32_t count = tokens_to_do(p);
-        token = NONE;
-        while (token == NONE && next < count) {
-            uint32_t candidate = token_to_do(p, next);
-            next += p.clusters;
-            bool ignored = load(p.batch.modes + candidate) == ATKD_IGNORED ||
-                           target_of(p.batch, candidate) == IGNORED_TARGET;
-            token = ignored ? NONE : candidate;
+        if (next < count) {
+            token = token_to_do(p, next);
+            mode = load(p.batch.modes + token);
+            target = target_of(p.batch, token);
         }
     }
 
-    template <class Barriers> ATKD_DEVICE void ask(StagedMemory staged, Barriers &full) {
-        if (token == NONE) {
+    template <class Comings, class Barriers>
+    ATKD_DEVICE void ask(StagedMemory staged, Comings &coming, Barriers &full) {
+        if (next >= count) {
             return;
         }
         Rows<T, T> rows(p, token);
-        Slice slice(rows.teacher, stages.most);
-        uint32_t stage = asked % p.stages, before = slice.whole_start * Stages<T>::CHUNK_BYTES;
-        uint32_t bytes = slice.template whole_bytes<T>();
+        Slice slice = Slice::of(rows.teacher, stages.most);
+        Coming row = {slice, 0, 0, 0xffffffffu, mode};
+        uint32_t before = slice.whole_start * Stages<T>::CHUNK_BYTES, bytes = slice.template whole_bytes<T>();
+        if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
+            row.mode = ATKD_IGNORED;
+            bytes = 0;
+        } else {
+            uint32_t target_chunk = rows.chunk_of(uint32_t(target));
+            row.target_place = target_chunk - slice.start;
+            row.target_within = rows.within(uint32_t(target), target_chunk);
+            if (row.target_place >= slice.whole_start && row.target_place < slice.whole_end) {
+                row.target_thread = (row.target_place - slice.whole_start) % workers;
+            }
+        }
+        coming[stage] = row;
         ATKD_EXPECT(full, stage, 2 * bytes);
         if (bytes > 0) {
             const T *teacher = rows.teacher.at(slice.start + slice.whole_start);
@@ -95,26 +115,28 @@ template <class T> struct Loader {
             ATKD_BULK_LOAD(staged, stages.teacher(stage) + before, teacher, bytes, full, stage);
             ATKD_BULK_LOAD(staged, stages.student(stage) + before, student, bytes, full, stage);
         }
-        asked += 1;
+        stage = stage + 1 == p.stages ? 0 : stage + 1;
+        next += p.clusters;
         look();
     }
 };
 
 template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
     ATKD_STAGED(staged);
-    // Of each stage: the row has come; its gradient is complete.
+    // Of each stage: the row has come; all threads but the one that asks for rows are done with it.
     ATKD_SHARED(Barrier, full, MOST_STAGES);
-    ATKD_SHARED(Barrier, written, MOST_STAGES);
+    ATKD_SHARED(Barrier, done, MOST_STAGES);
+    ATKD_SHARED(Coming, coming, MOST_STAGES);
     ATKD_ROW_SHARED(128);
     // All warps work on the row but the last, which does what takes time and not throughput.
     uint32_t workers = block_threads() - WARP;
-    bool works = thread_index() < workers, leads = thread_index() == workers;
+    bool works = thread_index() < workers, leads = thread_index() == workers, speaks = leads && cluster_rank() == 0;
     Stages<T> stages(p);
-    Loader<T> loader(p, stages);
+    Loader<T> loader(p, stages, workers);
     if (leads) {
         for (uint32_t stage = 0; stage < p.stages; stage++) {
             ATKD_INIT_BARRIER(full, stage, 1);
-            ATKD_INIT_BARRIER(written, stage, workers);
+            ATKD_INIT_BARRIER(done, stage, block_threads() - 1);
         }
         publish_barriers();
     }
@@ -122,152 +144,163 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
     if (leads) {
         loader.look();
         for (uint32_t stage = 0; stage < p.stages; stage++) {
-            loader.ask(staged, full);
+            loader.ask(staged, coming, full);
         }
     }
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    uint32_t turn = 0;
+    uint32_t stage = 0, parity = 0;
     for_tokens(p, [&](uint32_t token) {
-        Rows<T, T> rows(p, token);
-        rows.speaks = leads && cluster_rank() == 0;
-        uint8_t mode = load(p.batch.modes + token);
-        int32_t signed_target = target_of(p.batch, token);
-        if (ATKD_RARELY(mode == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
-            drop_row<T>(p, rows);
-            return;
-        }
-        uint32_t target = uint32_t(signed_target);
-        Slice slice(rows.teacher, stages.most);
-        uint32_t stage = turn % p.stages, parity = turn / p.stages % 2;
-        turn += 1;
+        ATKD_WAIT(full, stage, parity);
+        Coming row = coming[stage];
         uint32_t at_teacher = stages.teacher(stage), at_student = stages.student(stage);
-
-        // The row's first chunk and its last, where no bulk copy brings them, are two threads' own to read.
-        bool has_start = thread_index() == 0 && slice.whole_start > 0;
-        bool has_end = has_start || (thread_index() == WARP && slice.whole_end < slice.places);
-        uint32_t end = slice.start + (has_start ? 0 : slice.whole_end), end_target = rows.within(target, end);
-        auto with_end = [&](auto f) {
-            Packed<T> teacher, student;
-            rows.load(end, teacher, student);
-            take_out(end_target, teacher);
-            take_out(end_target, student);
-            f(teacher, student);
-        };
-        uint32_t first = slice.whole_start + thread_index();
-        auto for_wholes = [&](auto f) {
-            for (uint32_t place = first; place < slice.whole_end; place += workers) {
-                uint32_t at = place * Stages<T>::CHUNK_BYTES;
-                f(place, load_chunk_staged<T>(staged, at_teacher + at), load_chunk_staged<T>(staged, at_student + at));
-            }
-        };
-        // Where the target is in a chunk that a bulk copy brings, and whose chunk that is.
-        uint32_t target_place = rows.chunk_of(target) - slice.start, target_within = rows.within(target, rows.chunk_of(target));
-        bool has_target = false;
-        if (works) {
-            // The maxima first, so that no sum must be rebased.
-            Largest<T> teacher_max, student_max;
-            auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student) {
-                teacher_max.add(teacher);
-                student_max.add(student);
-            };
-            if (ATKD_RARELY(has_end)) {
-                with_end(add_to_max);
-            }
-            ATKD_WAIT(full, stage, parity);
-            for_wholes([&](uint32_t place, Packed<T> teacher, Packed<T> student) {
-                if (ATKD_RARELY(place == target_place)) {
-                    has_target = true;
-                    take_out(target_within, teacher);
-                    take_out(target_within, student);
+        if (ATKD_RARELY(row.mode == ATKD_IGNORED)) {
+            Rows<T, T> rows(p, token);
+            rows.speaks = speaks;
+            drop_row<T>(p, rows);
+        } else {
+            // The row's first chunk and its last, where no bulk copy brings them, are two threads' own to read.
+            bool has_start = thread_index() == 0 && row.slice.whole_start > 0;
+            bool has_end = has_start || (thread_index() == WARP && row.slice.whole_end < row.slice.places);
+            uint32_t end = has_start ? 0 : row.slice.whole_end;
+            auto with_end = [&](auto f) {
+                Packed<T> teacher, student;
+                Rows<T, T>(p, token).load(row.slice.start + end, teacher, student);
+                if (end == row.target_place) {
+                    take_out(row.target_within, teacher);
+                    take_out(row.target_within, student);
                 }
-                add_to_max(teacher, student);
-            });
-            auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
-            RowState<float> empty = own;
-            for_wholes([&](uint32_t place, const Packed<T> &teacher, const Packed<T> &student) {
-                if (place != target_place) {
+                f(teacher, student);
+            };
+            // Another thread has the target.
+            bool has_target = thread_index() == row.target_thread;
+            auto with_target = [&](auto f) {
+                uint32_t at = row.target_place * Stages<T>::CHUNK_BYTES;
+                Packed<T> teacher = load_chunk_staged<T>(staged, at_teacher + at);
+                Packed<T> student = load_chunk_staged<T>(staged, at_student + at);
+                take_out(row.target_within, teacher);
+                take_out(row.target_within, student);
+                f(teacher, student);
+            };
+            auto for_wholes = [&](auto f) {
+                for (uint32_t place = row.slice.whole_start + thread_index(); place < row.slice.whole_end;
+                     place += workers) {
+                    uint32_t at = place * Stages<T>::CHUNK_BYTES;
+                    f(place, load_chunk_staged<T>(staged, at_teacher + at),
+                      load_chunk_staged<T>(staged, at_student + at));
+                }
+            };
+            // All but the target's, which only one warp has to look for.
+            auto for_others = [&](auto f) {
+                if (ATKD_RARELY(thread_index() / WARP == row.target_thread / WARP)) {
+                    for_wholes([&](uint32_t place, const Packed<T> &teacher, const Packed<T> &student) {
+                        if (place != row.target_place) {
+                            f(teacher, student);
+                        }
+                    });
+                } else {
+                    for_wholes([&](uint32_t, const Packed<T> &teacher, const Packed<T> &student) { f(teacher, student); });
+                }
+            };
+            if (works) {
+                // The maxima first, so that no sum must be rebased.
+                Largest<T> teacher_max, student_max;
+                auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student) {
+                    teacher_max.add(teacher);
+                    student_max.add(student);
+                };
+                for_others(add_to_max);
+                if (ATKD_RARELY(has_target)) {
+                    with_target(add_to_max);
+                }
+                if (ATKD_RARELY(has_end)) {
+                    with_end(add_to_max);
+                }
+                auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
+                RowState<float> empty = own;
+                for_others([&](const Packed<T> &teacher, const Packed<T> &student) {
                     float a[CHUNK], b[CHUNK];
                     unpack(teacher, a);
                     unpack(student, b);
                     add<false, false>(own, a, b, exponent);
-                }
-            });
-            bool masked = !own.finite();
-            if (ATKD_RARELY(has_end || has_target || masked)) {
-                own = masked ? empty : own;
+                });
                 auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student) {
                     float a[CHUNK], b[CHUNK];
                     unpack(teacher, a);
                     unpack(student, b);
                     add<false, true>(own, a, b, exponent);
                 };
-                for_wholes([&](uint32_t place, Packed<T> teacher, Packed<T> student) {
-                    if (place == target_place) {
-                        take_out(target_within, teacher);
-                        take_out(target_within, student);
-                    } else if (!masked) {
-                        return;
-                    }
-                    add_with_care(teacher, student);
-                });
-                if (has_end) {
+                if (ATKD_RARELY(!own.finite())) {
+                    own = empty;
+                    for_others(add_with_care);
+                }
+                if (ATKD_RARELY(has_target)) {
+                    with_target(add_with_care);
+                }
+                if (ATKD_RARELY(has_end)) {
                     with_end(add_with_care);
                 }
+                post_state<false>(own, warps);
+            } else if (speaks) {
+                uint32_t target = (row.slice.start + row.target_place) * CHUNK + row.target_within;
+                Rows<T, T> rows(p, token);
+                read_target(rows, target - rows.teacher.lead, target_logits);
             }
-            post_state<false>(own, warps);
-        } else if (rows.speaks) {
-            read_target(rows, target, target_logits);
-        }
-        ATKD_SYNC_CLUSTER();
-        if (!works && cluster_rank() == 0) {
-            merge_row(p, mode, warps, workers / WARP, whole, scales, target_logits);
-        }
-        ATKD_SYNC_CLUSTER();
-        if (works && p.gradient != nullptr) {
-            GradientScales row_scales = ATKD_REMOTE(scales, 0, 0);
-            for_wholes([&](uint32_t place, const Packed<T> &teacher, const Packed<T> &student) {
-                float a[CHUNK], b[CHUNK], g[CHUNK];
-                unpack(teacher, a);
-                unpack(student, b);
-                gradient_of<false>(row_scales, exponent, a, b, g);
-                store_chunk_staged(staged, at_student + place * Stages<T>::CHUNK_BYTES, pack<T>(g));
-            });
-            if (ATKD_RARELY(has_target)) {
-                uint32_t at = at_student + target_place * Stages<T>::CHUNK_BYTES;
-                Packed<T> packed = load_chunk_staged<T>(staged, at);
-                put(target_within, narrow<T>(row_scales.target), packed);
-                store_chunk_staged(staged, at, packed);
+            ATKD_SYNC_CLUSTER();
+            if (!works && cluster_rank() == 0) {
+                merge_row(p, uint8_t(row.mode), warps, workers / WARP, whole, scales, target_logits);
             }
-            if (ATKD_RARELY(has_end)) {
-                with_end([&](const Packed<T> &teacher, const Packed<T> &student) {
+            ATKD_SYNC_CLUSTER();
+            if (works && p.gradient != nullptr) {
+                GradientScales row_scales = ATKD_REMOTE(scales, 0, 0);
+                for_wholes([&](uint32_t place, const Packed<T> &teacher, const Packed<T> &student) {
                     float a[CHUNK], b[CHUNK], g[CHUNK];
                     unpack(teacher, a);
                     unpack(student, b);
                     gradient_of<false>(row_scales, exponent, a, b, g);
-                    put_target(end_target, row_scales.target, g);
-                    store_chunk(rows.template gradient<T>(p), end, g);
+                    store_chunk_staged(staged, at_student + place * Stages<T>::CHUNK_BYTES, pack<T>(g));
                 });
+                if (ATKD_RARELY(has_target)) {
+                    uint32_t at = at_student + row.target_place * Stages<T>::CHUNK_BYTES;
+                    Packed<T> packed = load_chunk_staged<T>(staged, at);
+                    put(row.target_within, narrow<T>(row_scales.target), packed);
+                    store_chunk_staged(staged, at, packed);
+                }
+                if (ATKD_RARELY(has_end)) {
+                    with_end([&](const Packed<T> &teacher, const Packed<T> &student) {
+                        float a[CHUNK], b[CHUNK], g[CHUNK];
+                        unpack(teacher, a);
+                        unpack(student, b);
+                        gradient_of<false>(row_scales, exponent, a, b, g);
+                        if (end == row.target_place) {
+                            put_target(row.target_within, row_scales.target, g);
+                        }
+                        store_chunk(Rows<T, T>(p, token).template gradient<T>(p), row.slice.start + end, g);
+                    });
+                }
+                fence_bulk();
             }
-            fence_bulk();
-            ATKD_ARRIVE(written, stage);
+        }
+        if (!leads) {
+            ATKD_ARRIVE(done, stage);
         }
         if (leads) {
-            uint32_t bytes = slice.template whole_bytes<T>();
-            if (p.gradient != nullptr) {
-                ATKD_WAIT(written, stage, parity);
-                if (bytes > 0) {
-                    bulk_store(rows.template gradient<T>(p).at(slice.start + slice.whole_start), staged,
-                               at_student + slice.whole_start * Stages<T>::CHUNK_BYTES, bytes);
-                    commit_bulk_stores();
-                    wait_bulk_stores_read();
-                }
+            ATKD_WAIT(done, stage, parity);
+            uint32_t bytes = row.slice.template whole_bytes<T>();
+            if (p.gradient != nullptr && row.mode != ATKD_IGNORED && bytes > 0) {
+                Row<T> gradient = Rows<T, T>(p, token).template gradient<T>(p);
+                bulk_store(gradient.at(row.slice.start + row.slice.whole_start), staged,
+                           at_student + row.slice.whole_start * Stages<T>::CHUNK_BYTES, bytes);
+                commit_bulk_stores();
+                wait_bulk_stores_read();
             }
-            loader.ask(staged, full);
+            loader.ask(staged, coming, full);
+            // Beside the next row's way here.
+            if (speaks && row.mode != ATKD_IGNORED) {
+                tell_terms(p, token, uint8_t(row.mode), whole, target_logits);
+            }
         }
-        // Beside the next row's way here.
-        if (rows.speaks) {
-            tell_terms(p, rows, mode, whole, target_logits);
-        }
+        stage = stage + 1 == p.stages ? 0 : stage + 1;
+        parity ^= stage == 0 ? 1 : 0;
     });
     if (leads) {
         wait_bulk_stores();
