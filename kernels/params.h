@@ -110,7 +110,7 @@ typedef struct {
     uint32_t guess;      // which tokens are hard by the summary's guess, and write modes
     uint32_t clusters;   // of the launch
     uint32_t stages;     // row_pipelined: rows that a cluster has room for
-    uint32_t reserved;
+    uint32_t slice;      // row_pipelined: chunks of a row that a block has room for
 } atkd_rows;
 
 // sum_losses: the reduced loss; ends the call. One block.

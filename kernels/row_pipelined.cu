@@ -7,6 +7,7 @@
 namespace {
 
 constexpr uint32_t MOST_STAGES = 4;
+template <class T> constexpr uint32_t CHUNK_BYTES = CHUNK * sizeof(T);
 
 // The chunks of a row that are this block's, by their places in its slice.
 struct Slice {
@@ -23,7 +24,7 @@ struct Slice {
         return {start, places, whole_start, ends_outside ? places - 1 : places};
     }
     template <class T> ATKD_DEVICE uint32_t whole_bytes() const {
-        return (whole_end - whole_start) * uint32_t(CHUNK * sizeof(T));
+        return (whole_end - whole_start) * CHUNK_BYTES<T>;
     }
 };
 
@@ -38,18 +39,12 @@ struct alignas(16) Coming {
 
 // Where a block's slices lie in its shared memory: stage by stage, the teacher's, then the student's, which
 // the gradient replaces.
-template <class T> struct Stages {
-    static constexpr uint32_t CHUNK_BYTES = CHUNK * sizeof(T);
-    // Chunks that there is room for in a slice. A row that starts off a chunk's boundary has one more.
-    uint32_t most;
-
-    ATKD_DEVICE explicit Stages(const atkd_rows &p) {
-        uint32_t chunks = (p.batch.vocab + CHUNK - 1 + CHUNK - 1) / CHUNK;
-        most = (chunks + cluster_blocks() - 1) / cluster_blocks();
-    }
-    ATKD_DEVICE uint32_t teacher(uint32_t stage) const { return 2 * stage * most * CHUNK_BYTES; }
-    ATKD_DEVICE uint32_t student(uint32_t stage) const { return (2 * stage + 1) * most * CHUNK_BYTES; }
-};
+template <class T> ATKD_DEVICE uint32_t teacher_at(const atkd_rows &p, uint32_t stage) {
+    return 2 * stage * p.slice * CHUNK_BYTES<T>;
+}
+template <class T> ATKD_DEVICE uint32_t student_at(const atkd_rows &p, uint32_t stage) {
+    return teacher_at<T>(p, stage) + p.slice * CHUNK_BYTES<T>;
+}
 
 template <class T> ATKD_DEVICE Packed<T> load_chunk_staged(StagedMemory staged, uint32_t offset) {
     Packed<T> packed;
@@ -70,14 +65,13 @@ ATKD_DEVICE void store_chunk_staged(StagedMemory staged, uint32_t offset, const 
 // Asks for rows ahead of their turn; by one thread of the block.
 template <class T> struct Loader {
     const atkd_rows &p;
-    Stages<T> stages;
     uint32_t workers, count, next, stage;
     // Of the next row, if there is one. Known early, it can be asked for as soon as there is room.
     uint32_t token, mode;
     int32_t target;
 
-    ATKD_DEVICE Loader(const atkd_rows &p_, const Stages<T> &stages_, uint32_t workers_)
-        : p(p_), stages(stages_), workers(workers_), count(tokens_to_do(p_)), next(cluster_index()), stage(0) {}
+    ATKD_DEVICE Loader(const atkd_rows &p_, uint32_t workers_)
+        : p(p_), workers(workers_), count(tokens_to_do(p_)), next(cluster_index()), stage(0) {}
 
     ATKD_DEVICE void look() {
         if (next < count) {
@@ -93,9 +87,9 @@ template <class T> struct Loader {
             return;
         }
         Rows<T, T> rows(p, token);
-        Slice slice = Slice::of(rows.teacher, stages.most);
+        Slice slice = Slice::of(rows.teacher, p.slice);
         Coming row = {slice, 0, 0, 0xffffffffu, mode};
-        uint32_t before = slice.whole_start * Stages<T>::CHUNK_BYTES, bytes = slice.template whole_bytes<T>();
+        uint32_t before = slice.whole_start * CHUNK_BYTES<T>, bytes = slice.template whole_bytes<T>();
         if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
             row.mode = ATKD_IGNORED;
             bytes = 0;
@@ -112,8 +106,8 @@ template <class T> struct Loader {
         if (bytes > 0) {
             const T *teacher = rows.teacher.at(slice.start + slice.whole_start);
             const T *student = rows.student.at(slice.start + slice.whole_start);
-            ATKD_BULK_LOAD(staged, stages.teacher(stage) + before, teacher, bytes, full, stage);
-            ATKD_BULK_LOAD(staged, stages.student(stage) + before, student, bytes, full, stage);
+            ATKD_BULK_LOAD(staged, teacher_at<T>(p, stage) + before, teacher, bytes, full, stage);
+            ATKD_BULK_LOAD(staged, student_at<T>(p, stage) + before, student, bytes, full, stage);
         }
         stage = stage + 1 == p.stages ? 0 : stage + 1;
         next += p.clusters;
@@ -131,8 +125,7 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
     // All warps work on the row but the last, which does what takes time and not throughput.
     uint32_t workers = block_threads() - WARP;
     bool works = thread_index() < workers, leads = thread_index() == workers, speaks = leads && cluster_rank() == 0;
-    Stages<T> stages(p);
-    Loader<T> loader(p, stages, workers);
+    Loader<T> loader(p, workers);
     if (leads) {
         for (uint32_t stage = 0; stage < p.stages; stage++) {
             ATKD_INIT_BARRIER(full, stage, 1);
@@ -152,7 +145,8 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
     for_tokens(p, [&](uint32_t token) {
         ATKD_WAIT(full, stage, parity);
         Coming row = coming[stage];
-        uint32_t at_teacher = stages.teacher(stage), at_student = stages.student(stage);
+        // Kept, and not computed anew for every pass.
+        uint32_t at_teacher = forget(teacher_at<T>(p, stage)), at_student = forget(student_at<T>(p, stage));
         if (ATKD_RARELY(row.mode == ATKD_IGNORED)) {
             Rows<T, T> rows(p, token);
             rows.speaks = speaks;
@@ -174,7 +168,7 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
             // Another thread has the target.
             bool has_target = thread_index() == row.target_thread;
             auto with_target = [&](auto f) {
-                uint32_t at = row.target_place * Stages<T>::CHUNK_BYTES;
+                uint32_t at = row.target_place * CHUNK_BYTES<T>;
                 Packed<T> teacher = load_chunk_staged<T>(staged, at_teacher + at);
                 Packed<T> student = load_chunk_staged<T>(staged, at_student + at);
                 take_out(row.target_within, teacher);
@@ -184,7 +178,7 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
             auto for_wholes = [&](auto f) {
                 for (uint32_t place = row.slice.whole_start + thread_index(); place < row.slice.whole_end;
                      place += workers) {
-                    uint32_t at = place * Stages<T>::CHUNK_BYTES;
+                    uint32_t at = place * CHUNK_BYTES<T>;
                     f(place, load_chunk_staged<T>(staged, at_teacher + at),
                       load_chunk_staged<T>(staged, at_student + at));
                 }
@@ -257,10 +251,10 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
                     unpack(teacher, a);
                     unpack(student, b);
                     gradient_of<false>(row_scales, exponent, a, b, g);
-                    store_chunk_staged(staged, at_student + place * Stages<T>::CHUNK_BYTES, pack<T>(g));
+                    store_chunk_staged(staged, at_student + place * CHUNK_BYTES<T>, pack<T>(g));
                 });
                 if (ATKD_RARELY(has_target)) {
-                    uint32_t at = at_student + row.target_place * Stages<T>::CHUNK_BYTES;
+                    uint32_t at = at_student + row.target_place * CHUNK_BYTES<T>;
                     Packed<T> packed = load_chunk_staged<T>(staged, at);
                     put(row.target_within, narrow<T>(row_scales.target), packed);
                     store_chunk_staged(staged, at, packed);
@@ -289,7 +283,7 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
             if (p.gradient != nullptr && row.mode != ATKD_IGNORED && bytes > 0) {
                 Row<T> gradient = Rows<T, T>(p, token).template gradient<T>(p);
                 bulk_store(gradient.at(row.slice.start + row.slice.whole_start), staged,
-                           at_student + row.slice.whole_start * Stages<T>::CHUNK_BYTES, bytes);
+                           at_student + row.slice.whole_start * CHUNK_BYTES<T>, bytes);
                 commit_bulk_stores();
                 wait_bulk_stores_read();
             }

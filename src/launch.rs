@@ -460,7 +460,7 @@ pub(crate) fn launches(
         guess: guess.into(),
         clusters: 0,
         stages: plan.stages,
-        reserved: 0,
+        slice: plan.slice_chunks,
     };
     let rows = |shape: LaunchShape, rows: atkd_rows| Launch {
         kernel: match plan.row_kernel {

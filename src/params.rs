@@ -206,7 +206,7 @@ pub struct atkd_rows {
     pub guess: u32,
     pub clusters: u32,
     pub stages: u32,
-    pub reserved: u32,
+    pub slice: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -238,8 +238,8 @@ const _: () = {
     ["Offset of field: atkd_rows::clusters"]
         [::std::mem::offset_of!(atkd_rows, clusters) - 268usize];
     ["Offset of field: atkd_rows::stages"][::std::mem::offset_of!(atkd_rows, stages) - 272usize];
-    ["Offset of field: atkd_rows::reserved"]
-        [::std::mem::offset_of!(atkd_rows, reserved) - 276usize];
+    ["Offset of field: atkd_rows::slice"]
+        [::std::mem::offset_of!(atkd_rows, slice) - 276usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -129,6 +129,8 @@ pub struct Plan {
     pub rows_again: LaunchShape,
     /// Rows that a cluster of `row_pipelined` has room for at once.
     pub stages: u32,
+    /// Chunks of a row that a block of a cluster has room for.
+    pub slice_chunks: u32,
     /// Bytes of the rows that are in flight at once: what a second read must find in the L2 cache.
     pub rows_in_flight_bytes: usize,
     /// `sum_losses`.
@@ -212,6 +214,7 @@ impl Plan {
             rows,
             rows_again: LaunchShape { grid: rows.grid.min(again as u32), ..rows },
             stages,
+            slice_chunks: chunks.div_ceil(rows.cluster as usize) as u32,
             rows_in_flight_bytes: in_flight_bytes(device, problem, rows.cluster),
             sum: shape(1, threads(tokens, 4, 1024), 1),
         })
