@@ -442,6 +442,23 @@ fn bench_reports_what_scripts_read() {
 }
 
 #[test]
+fn bench_saves_numbers_a_table_and_a_plot() {
+    let files = Files::new();
+    let folder = files.path("results");
+    let options = ["--tokens", "4", "--vocab", "200,400", "--runs", "1", "--save"];
+    let output = atkd(&["bench"]).args(options).arg(&folder).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let read = |name| std::fs::read_to_string(folder.join(name)).unwrap();
+    assert!(serde_json::from_str::<Value>(&read("bench.json")).unwrap()["results"].is_array());
+    assert_eq!(read("bench.md"), String::from_utf8(output.stdout).unwrap());
+    let plot = read("bench.svg");
+    for word in ["<svg", "copying memory", "fused in place", "vocabulary V"] {
+        assert!(plot.contains(word), "{word}");
+    }
+    fails(atkd(&["bench", "--backend", "cpu", "--row-kernel", "stream"]), &["CUDA kernels", "cpu"]);
+}
+
+#[test]
 fn info_names_every_backend() {
     let output = atkd(&["info"]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();

@@ -1,5 +1,6 @@
 mod cpu;
 mod cuda;
+mod plot;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -43,7 +44,7 @@ pub struct Args {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-    /// Also write bench.json, and bench.md with the table, into this folder
+    /// Also write bench.json, bench.md with the table, and bench.svg, GB/s over V, into this folder
     #[arg(long, value_name = "FOLDER")]
     save: Option<PathBuf>,
 }
@@ -124,6 +125,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             .and_then(|()| std::fs::write(folder.join("bench.json"), &json))
             .and_then(|()| std::fs::write(folder.join("bench.md"), &table))
             .with_context(|| format!("cannot write to {}", folder.display()))?;
+        let title = format!("{device}, {dtype}");
+        plot::save(&folder.join("bench.svg"), &title, &measured)
+            .with_context(|| format!("cannot draw into {}", folder.display()))?;
     }
     crate::print(if args.json { &json } else { &table })?;
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,75 @@
+//! A picture of a benchmark: the bandwidth that variants reach, over the vocabulary.
+
+use std::path::Path;
+
+use anyhow::{Result, anyhow};
+use plotters::prelude::*;
+
+use super::Measured;
+
+/// Tells variants apart; those of a whole call come first.
+const COLORS: [RGBColor; 6] = [
+    RGBColor(31, 119, 180),
+    RGBColor(255, 127, 14),
+    RGBColor(44, 160, 44),
+    RGBColor(214, 39, 40),
+    RGBColor(148, 103, 189),
+    RGBColor(140, 86, 75),
+];
+
+/// GB/s over V beside what a copy reaches, for the largest number of tokens measured.
+pub fn save(path: &Path, title: &str, measured: &[Measured]) -> Result<()> {
+    let tokens = measured.iter().map(|at| at.size.tokens).max().unwrap_or(0);
+    let mut sizes: Vec<&Measured> = measured.iter().filter(|at| at.size.tokens == tokens).collect();
+    sizes.sort_by_key(|at| at.size.vocab);
+    let vocab = |at: &Measured| at.size.vocab as f64;
+    let (first, last) = (vocab(sizes[0]), vocab(sizes[sizes.len() - 1]));
+    let mut lines = vec![(
+        "copying memory".to_owned(),
+        sizes.iter().map(|at| (vocab(at), at.copy / 1e9)).collect::<Vec<_>>(),
+    )];
+    for timing in sizes[0].timings.iter().filter(|timing| timing.volumes > 0) {
+        let points = sizes.iter().filter_map(|at| {
+            let timing = at.timings.iter().find(|other| other.variant == timing.variant)?;
+            Some((vocab(at), at.bytes_per_second(timing) / 1e9))
+        });
+        lines.push((timing.variant.clone(), points.collect()));
+    }
+    let most = lines.iter().flat_map(|(_, points)| points).fold(0.0_f64, |most, at| most.max(at.1));
+
+    let area = SVGBackend::new(path, (900, 520)).into_drawing_area();
+    area.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&area)
+        .caption(title, ("sans-serif", 18))
+        .margin(12)
+        .x_label_area_size(42)
+        .y_label_area_size(60)
+        .build_cartesian_2d((first / 1.1..last * 1.1).log_scale(), 0.0..1.15 * most)
+        .map_err(|error| anyhow!("{error}"))?;
+    chart
+        .configure_mesh()
+        .x_desc("vocabulary V")
+        .y_desc("GB/s")
+        .x_labels(5)
+        .x_label_formatter(&|vocab| format!("{vocab:.0}"))
+        .y_label_formatter(&|rate| format!("{rate:.0}"))
+        .max_light_lines(0)
+        .draw()?;
+    for (i, (name, points)) in lines.into_iter().enumerate() {
+        let color = if i == 0 { BLACK } else { COLORS[(i - 1) % COLORS.len()] };
+        let dots = points.clone();
+        chart
+            .draw_series(LineSeries::new(points, color.stroke_width(2)))?
+            .label(name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
+        chart.draw_series(dots.into_iter().map(|at| Circle::new(at, 3, color.filled())))?;
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::LowerRight)
+        .background_style(WHITE.mix(0.85))
+        .border_style(BLACK)
+        .draw()?;
+    area.present()?;
+    Ok(())
+}
