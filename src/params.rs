@@ -238,8 +238,7 @@ const _: () = {
     ["Offset of field: atkd_rows::clusters"]
         [::std::mem::offset_of!(atkd_rows, clusters) - 268usize];
     ["Offset of field: atkd_rows::stages"][::std::mem::offset_of!(atkd_rows, stages) - 272usize];
-    ["Offset of field: atkd_rows::slice"]
-        [::std::mem::offset_of!(atkd_rows, slice) - 276usize];
+    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 276usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -358,10 +358,7 @@ fn rows_on_chip_are_read_once() {
         let ends = if vocab % 8 == 0 { 0 } else { 2 * 14 * target };
         for buffer in ["teacher", "student"] {
             let (read, written) = bytes(&traffic, kernel, buffer);
-            assert!(
-                (volume + target..=volume + target + ends).contains(&read),
-                "{vocab}: {read}"
-            );
+            assert!((volume + target..=volume + target + ends).contains(&read), "{vocab}: {read}");
             assert_eq!(written, 0);
         }
         let (_, written, accesses) = counts(&traffic, kernel, "gradient");

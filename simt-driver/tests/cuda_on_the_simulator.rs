@@ -94,7 +94,7 @@ fn calls_only_launch() {
             let (by_kernel, [overlapping, launches, current, functions]) =
                 counts.split_last_chunk::<4>().unwrap();
             assert_eq!(by_kernel, expected.map(|(_, launches)| launches), "{what}");
-            assert_eq!(*launches, by_kernel.iter().sum(), "{what}");
+            assert_eq!(*launches, by_kernel.iter().sum::<u64>(), "{what}");
             // All but the first, before which may be anything.
             assert_eq!(*overlapping, launches - 1, "{what}");
             assert_eq!(*functions, launches + current, "{what}");

@@ -26,8 +26,11 @@ pub struct Kernels {
     preferred: Option<Preference>,
     /// Whether a kernel may be made ready while the one before it runs.
     overlap: bool,
-    /// See [`guess`](Self::guess).
-    guess: CudaSlice<u32>,
+    /// Where the threshold of a call whose workspace is not kept is left for the next as a guess: any value
+    /// is right.
+    pub(super) guess: u64,
+    /// What holds it.
+    _memory: CudaSlice<u32>,
 }
 
 impl Kernels {
@@ -102,8 +105,11 @@ impl Kernels {
             .map_err(driver("asking for the driver's version"))?;
         // Before 12.3 such launches cannot be captured.
         let overlap = device.clusters[0] > 0 && driver_version >= 12030;
-        let guess = context.default_stream().alloc_zeros(1);
-        let guess = guess.map_err(driver("allocating a word"))?;
+        // Other streams use it, without an event to wait for.
+        let stream = context.default_stream();
+        let memory = stream.alloc_zeros(1).map_err(driver("allocating a word"))?;
+        let (guess, _) = memory.device_ptr(&stream);
+        stream.synchronize().map_err(driver("allocating a word"))?;
         Ok(Arc::new(Self {
             context: context.clone(),
             functions,
@@ -111,6 +117,7 @@ impl Kernels {
             preferred,
             overlap,
             guess,
+            _memory: memory,
         }))
     }
 
@@ -127,12 +134,6 @@ impl Kernels {
     /// How a call is cut into blocks.
     pub fn plan(&self, problem: &Problem) -> Plan {
         Plan::new(&self.device, problem, self.preferred)
-    }
-
-    /// Where the threshold of a call whose workspace is not kept is left for the next as a guess: any value
-    /// is right.
-    pub(super) fn guess(&self) -> u64 {
-        self.guess.device_ptr(self.guess.stream()).0
     }
 
     /// `after`: the stream's last work is a kernel of the same call, beside which this one may be made ready.

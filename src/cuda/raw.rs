@@ -62,12 +62,12 @@ impl Kernels {
             unsafe { result::memcpy_dtod_async(to, from, size_of::<u32>(), stream.cu_stream()) }
                 .map_err(driver("copying a guess"))
         };
-        copy_guess(guess, self.guess())?;
+        copy_guess(guess, self.guess)?;
         for (i, launch) in launches.enumerate() {
             // SAFETY: the caller vouches for all addresses.
             unsafe { self.launch(stream, &launch, i > 0)? };
         }
-        copy_guess(self.guess(), guess)?;
+        copy_guess(self.guess, guess)?;
         // SAFETY: the caller's.
         unsafe { copy(stream, layout, workspace, call.tokens, output) }
     }
