@@ -449,7 +449,7 @@ fn bench_saves_numbers_a_table_and_a_plot() {
     let output = atkd(&["bench"]).args(options).arg(&folder).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let read = |name| std::fs::read_to_string(folder.join(name)).unwrap();
-    assert!(serde_json::from_str::<Value>(&read("bench.json")).unwrap()["results"].is_array());
+    assert!(serde_json::from_str::<serde_json::Value>(&read("bench.json")).unwrap()["results"].is_array());
     assert_eq!(read("bench.md"), String::from_utf8(output.stdout).unwrap());
     let plot = read("bench.svg");
     for word in ["<svg", "copying memory", "fused in place", "vocabulary V"] {
