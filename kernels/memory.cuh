@@ -8,10 +8,10 @@
 #include "params.h"
 
 // As Rust's side asserts of its own (src/params.rs).
-static_assert(sizeof(atkd_summary) == 56 && sizeof(atkd_batch) == 88, "the layout is a contract");
+static_assert(sizeof(atkd_summary) == 1080 && sizeof(atkd_batch) == 88, "the layout is a contract");
 static_assert(sizeof(atkd_teacher_margin) == 88 && sizeof(atkd_count_valid) == 96, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 136 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_rows) == 280 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
+static_assert(sizeof(atkd_rows) == 288 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.
@@ -130,6 +130,21 @@ ATKD_DEVICE uint32_t add_atomic(uint32_t *at, uint32_t value) { return atomicAdd
 ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
     atomicMin(reinterpret_cast<unsigned long long *>(at), static_cast<unsigned long long>(value));
 }
+// Who sees what was added sees what was written before.
+ATKD_DEVICE void add_release(uint32_t *at, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+ATKD_DEVICE uint32_t load_acquire(const uint32_t *at) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+}
+// Until the top bit is another than before, by a block that runs at once with this one.
+ATKD_DEVICE void wait_for_flip(const uint32_t *at, uint32_t before) {
+    while ((load_acquire(at) ^ before) >> 31 == 0) {
+    }
+}
+#define ATKD_WAIT_FOR_FLIP(at, before) wait_for_flip(at, before)
 // In shared memory.
 #define ATKD_ADD_SHARED(array, index, value) atomicAdd(&(array)[index], value)
 

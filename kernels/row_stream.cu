@@ -1,6 +1,6 @@
-// Loss and gradient of one token a cluster at a time, for any vocabulary, stride and alignment. One pass over the
-// row for its state, a second for the gradient, whose reads should hit the L2 cache: the host chooses
-// clusters large enough, and so rows in flight few enough.
+// Loss and gradient of one token a cluster or team at a time, for any vocabulary, stride and alignment. One pass
+// over the row for its state, a second for the gradient, whose reads should hit the L2 cache: the host chooses
+// clusters or teams large enough, and so rows in flight few enough.
 #include "row.cuh"
 
 namespace {
@@ -16,7 +16,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
         return;
     }
     uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
-    if (rows.speaks) {
+    if (rows.speaks || (p.team > 1 && thread_index() == 0)) {
         read_target(rows, target, target_logits);
     }
     auto without_target = [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {

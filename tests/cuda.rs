@@ -269,13 +269,16 @@ fn in_place_beside_and_again_are_the_same_bits() {
 #[test]
 fn every_kernel_for_rows() {
     let Some(gpu) = Gpu::new() else { return };
-    for (row_kernel, stages) in [
-        (RowKernel::Resident, 1),
-        (RowKernel::Pipelined, 1),
-        (RowKernel::Pipelined, 3),
-        (RowKernel::Stream, 1),
+    for (row_kernel, stages, team) in [
+        (RowKernel::Resident, 1, 0),
+        (RowKernel::Pipelined, 1, 0),
+        (RowKernel::Pipelined, 3, 0),
+        (RowKernel::Stream, 1, 0),
+        (RowKernel::Stream, 1, 1),
+        (RowKernel::Stream, 1, 2),
+        (RowKernel::Stream, 1, 32),
     ] {
-        let preferred = Some(Preference { row_kernel, stages });
+        let preferred = Some(Preference { row_kernel, stages, team });
         let kernels = Kernels::load_preferring(&gpu.context, preferred).unwrap();
         let gpu = Gpu { context: gpu.context.clone(), stream: gpu.stream.clone(), kernels };
         for (tokens, vocab) in [(900, 40), (7, 1003), (3, 20_011)] {

@@ -98,6 +98,16 @@ ATKD_KERNEL(broken_remote, atkd_broken, 32, 1) {
     }
 }
 
+// Only one of two blocks comes to where both should meet.
+ATKD_KERNEL(broken_team, atkd_broken, 32, 1) {
+    if (block_index() == 0) {
+        if (thread_index() == 0) {
+            add_release(p.data, 1u << 30);
+        }
+        ATKD_WAIT_FOR_FLIP(p.data, 0);
+    }
+}
+
 // There are two blocks in the cluster.
 ATKD_KERNEL(broken_rank, atkd_broken, 32, 1) {
     ATKD_SHARED(uint32_t, cells, 32);

@@ -44,6 +44,7 @@ const DEVICES: usize = 3;
 const DEFAULT_SHARED: u32 = 48 << 10;
 /// Bytes of static shared memory of every kernel.
 const STATIC_SHARED_BYTES: c_int = 1024;
+const MULTIPROCESSORS: c_int = 132;
 /// Bytes of shared memory that a block can have.
 const BLOCK_SHARED_BYTES: c_int = 227 << 10;
 /// What starts a fat binary.
@@ -155,7 +156,7 @@ driver! {
         driver.context_of_device(device)?;
         const MAJOR: u32 = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as u32;
         const MINOR: u32 = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32;
-        const MULTIPROCESSORS: u32 = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as u32;
+        const COUNT: u32 = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as u32;
         const L2: u32 = Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE as u32;
         const SHARED: u32 =
             Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR as u32;
@@ -165,7 +166,7 @@ driver! {
         give(value, match attribute {
             MAJOR => 9,
             MINOR => 0,
-            MULTIPROCESSORS => 132,
+            COUNT => MULTIPROCESSORS,
             L2 => l2_bytes(),
             SHARED => DeviceProperties::H200.shared_bytes as c_int,
             BLOCK_SHARED => BLOCK_SHARED_BYTES,
@@ -548,9 +549,9 @@ driver! {
         {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
-        let mut cluster = 1;
+        let (mut cluster, mut team) = (1, 1);
         for attribute in attributes {
-            // SAFETY of both: the attribute is of this kind.
+            // SAFETY of each: the attribute is of this kind.
             match attribute.id {
                 CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION => {
                     let size = unsafe { attribute.value.clusterDim };
@@ -564,9 +565,19 @@ driver! {
                         unsafe { attribute.value.programmaticStreamSerializationAllowed } == 1,
                     )?;
                 }
+                CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE => {
+                    count("cooperative launch");
+                    supported(unsafe { attribute.value.cooperative } == 1)?;
+                    // Whatever teams there are, all of them run at once.
+                    team = grid;
+                }
                 _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
             }
         }
+        if team > 2 * MULTIPROCESSORS as u32 {
+            return Err(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
+        }
+        supported(team == 1 || attributes.len() == 1)?;
         let most = if large_clusters { 16 } else { 8 };
         if !(1..=most).contains(&cluster) || !grid.is_multiple_of(cluster) {
             return Err(CUDA_ERROR_INVALID_CLUSTER_SIZE);
@@ -576,7 +587,7 @@ driver! {
         unsafe {
             words.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping((*parameters).cast(), bytes);
         }
-        let shape = LaunchShape { grid, block, cluster, shared: config.sharedMemBytes };
+        let shape = LaunchShape { grid, block, cluster, team, shared: config.sharedMemBytes };
         driver.enqueue(stream, Work::Launch { kernel, shape, parameters: words.into() })
     }
 
