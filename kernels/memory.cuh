@@ -57,7 +57,8 @@ ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
 ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_SYNC_BLOCK() __syncthreads()
 
-// A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block.
+// A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block; a row's blocks
+// are a team there, of a launch whose blocks all run at once, which read what they tell each other in global memory.
 #if __CUDA_ARCH__ >= 900
 ATKD_DEVICE uint32_t cluster_blocks() {
     uint32_t blocks;
@@ -83,12 +84,14 @@ template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t rank) {
     asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(at), "r"(rank));
     return *reinterpret_cast<const T *>(address);
 }
+ATKD_DEVICE uint32_t team_blocks(const atkd_rows &) { return 1; }
 #else
 ATKD_DEVICE uint32_t cluster_blocks() { return 1; }
 ATKD_DEVICE uint32_t cluster_rank() { return 0; }
 ATKD_DEVICE uint32_t cluster_index() { return blockIdx.x; }
 ATKD_DEVICE void sync_cluster() { __syncthreads(); }
 template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t) { return *at; }
+ATKD_DEVICE uint32_t team_blocks(const atkd_rows &p) { return p.team; }
 #endif
 #define ATKD_SYNC_CLUSTER() sync_cluster()
 #define ATKD_REMOTE(array, index, rank) load_remote(&(array)[index], rank)
@@ -152,13 +155,20 @@ ATKD_DEVICE void wait_for_flip(const uint32_t *at, uint32_t before) {
 struct alignas(16) Bytes16 {
     uint32_t word[4];
 };
-// From global memory, whose addresses Row computes as integers.
-ATKD_DEVICE Bytes16 load16(const void *at) {
+// From global memory, whose addresses Row computes as integers. What is read for the LAST time may leave the L2
+// cache before what is to be read again.
+template <bool LAST> ATKD_DEVICE Bytes16 load16(const void *at) {
     Bytes16 value;
-    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
-                 : "l"(at)
-                 : "memory");
+#define ATKD_LOAD16(instruction)                                                                              \
+    asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                                                       \
+                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])         \
+                 : "l"(at)                                                                                    \
+                 : "memory")
+    if (LAST) {
+        ATKD_LOAD16("ld.global.cs.v4.b32");
+    } else {
+        ATKD_LOAD16("ld.global.v4.b32");
+    }
     return value;
 }
 ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
@@ -346,11 +356,11 @@ template <class T> ATKD_DEVICE void set_element(Bytes16 &bytes, uint32_t index, 
     word = sizeof(T) == 4 ? bits : index % 2 == 1 ? (word & 0xffffu) | bits << 16 : (word & 0xffff0000u) | bits;
 }
 
-template <class T> ATKD_DEVICE Packed<T> load_whole(const Row<const T> &row, uint32_t chunk) {
+template <bool LAST = false, class T> ATKD_DEVICE Packed<T> load_whole(const Row<const T> &row, uint32_t chunk) {
     Packed<T> packed = {};
     ATKD_UNROLL
     for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-        packed.part[i] = load16(row.at(chunk) + i * Packed<T>::PER);
+        packed.part[i] = load16<LAST>(row.at(chunk) + i * Packed<T>::PER);
     }
     return packed;
 }

@@ -22,7 +22,7 @@
 #define ATKD_TEAM_BLOCKS 512u
 #define ATKD_TEAM_STATE 48u
 
-// One a workspace: what a call comes to. Between calls the counters are 0.
+// One a workspace: what a call comes to. Between calls the counters are 0, but for the top bits of `arrived`.
 typedef struct {
     double loss;
     uint64_t label_fault;  // the lowest token whose label is out of range, since the host last looked
@@ -35,7 +35,7 @@ typedef struct {
     uint32_t counted_wrong; // tokens whose mode was guessed wrong
     uint32_t guess;         // the last call's threshold, a first guess at the next one's; any value is right
     uint32_t reserved;
-    uint32_t arrived[ATKD_TEAM_BLOCKS / 2]; // by team: its blocks have met where the top bit flips, the others 0
+    uint32_t arrived[ATKD_TEAM_BLOCKS / 2]; // by team, whose blocks have met when the top bit flips
 } atkd_summary;
 
 // Teacher and labels of a call, and what its kernels share.
@@ -94,8 +94,8 @@ typedef struct {
     double inverse_temperature; // 1 / T
 } atkd_objective;
 
-// row_resident, row_pipelined, row_stream: terms of each token, and the gradient. One cluster, or team, a token
-// at a time.
+// row_resident, row_pipelined, row_stream: terms of each token, and the gradient. One cluster, or team, a
+// token at a time.
 typedef struct {
     atkd_batch batch;
     atkd_objective objective;
@@ -115,7 +115,7 @@ typedef struct {
     uint32_t write_keys; // they are not there yet
     uint32_t guess;      // which tokens are hard by the summary's guess, and write modes
     uint32_t clusters;   // of the launch, or teams
-    uint32_t team;       // blocks of a team, a power of two up to 32; 1 where there are none
+    uint32_t team;       // blocks of a team, a power of two up to 32; 1 where there are clusters
     uint32_t stages;     // row_pipelined: rows that a cluster has room for
 } atkd_rows;
 

@@ -124,8 +124,8 @@ pub struct Preference {
     pub row_kernel: RowKernel,
     /// Rows that a cluster of `row_pipelined` has room for at once, up to 4.
     pub stages: u32,
-    /// Blocks of a team of `row_stream`, a power of two up to 32; 0 for clusters, or for the plan's choice where
-    /// there are none.
+    /// Blocks of a team of `row_stream` where there are no clusters, a power of two up to 32; 0 for the plan's
+    /// choice.
     pub team: u32,
 }
 
@@ -287,10 +287,13 @@ impl Plan {
         let tokens = problem.tokens;
         let at_once =
             (device.multiprocessors as usize * STREAM_BLOCKS).min(ATKD_TEAM_BLOCKS as usize);
-        let clusters = team == 0 && device.portable_cluster() > 1;
+        let clusters = device.portable_cluster() > 1;
         let most =
             if clusters { device.portable_cluster() as usize } else { MOST_TEAM.min(at_once) };
         let mut blocks = team.max(1) as usize;
+        if blocks > most || !blocks.is_power_of_two() || (team > 0 && clusters) {
+            return None;
+        }
         while team == 0
             && 2 * blocks <= most
             && in_flight_bytes(device, problem, blocks) > device.l2_bytes / 2
@@ -300,14 +303,11 @@ impl Plan {
             blocks *= 2;
         }
         let block = threads(chunks, 4 * blocks, STREAM_THREADS);
-        let in_teams = || {
-            let grid = tokens.min(at_once / blocks) * blocks;
-            LaunchShape { team: blocks as u32, ..shape(grid, block, 1) }
-        };
-        (blocks <= most && blocks.is_power_of_two()).then(|| match clusters || blocks == 1 {
-            true => shape(tokens * blocks, block, blocks as u32),
-            false => in_teams(),
-        })
+        if clusters || blocks == 1 {
+            return Some(shape(tokens * blocks, block, blocks as u32));
+        }
+        let grid = tokens.min(at_once / blocks) * blocks;
+        Some(LaunchShape { team: blocks as u32, ..shape(grid, block, 1) })
     }
 }
 
@@ -483,7 +483,7 @@ mod tests {
         for team in [3, 64] {
             let choice = Preference { row_kernel: RowKernel::Stream, stages: 1, team };
             let problem = problem(9, 9, Dtype::F32, Dtype::F16);
-            assert_eq!(Plan::with(&H200, &problem, choice), None);
+            assert_eq!(Plan::with(&A100, &problem, choice), None);
         }
     }
 

@@ -52,6 +52,7 @@ fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
 fn in_teams(team: u32, teams: u32) -> Simulation {
     let preferred = Some(Preference { row_kernel: RowKernel::Stream, stages: 1, team });
     let mut simulation = Simulation { preferred, ..Simulation::default() };
+    simulation.device.clusters = [0; 5];
     simulation.device.multiprocessors = (team * teams).div_ceil(2);
     simulation
 }

@@ -47,7 +47,7 @@ ATKD_KERNEL(broken_write_outside, atkd_broken, 64, 1) { store(p.data - thread_in
 
 ATKD_KERNEL(broken_alignment, atkd_broken, 64, 1) {
     if (thread_index() == 0) {
-        store16(p.data, load16(p.data + 1));
+        store16(p.data, load16<false>(p.data + 1));
     }
 }
 

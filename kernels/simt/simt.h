@@ -145,6 +145,7 @@ ATKD_DEVICE uint32_t block_index() { return simt_block_index(); }
 ATKD_DEVICE uint32_t cluster_blocks() { return simt_cluster_blocks(); }
 ATKD_DEVICE uint32_t cluster_index() { return simt_block_index() / simt_cluster_blocks(); }
 ATKD_DEVICE uint32_t cluster_rank() { return simt_block_index() % simt_cluster_blocks(); }
+ATKD_DEVICE uint32_t team_blocks(const atkd_rows &p) { return p.team; }
 
 template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
     uint64_t bits = 0, lanes[32];
@@ -225,7 +226,7 @@ ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
 struct Bytes16 {
     uint32_t word[4];
 };
-ATKD_DEVICE Bytes16 load16(const void *at) {
+template <bool LAST> ATKD_DEVICE Bytes16 load16(const void *at) {
     simt_access(at, 16, 16, false);
     Bytes16 value;
     std::memcpy(&value, at, 16);

@@ -31,20 +31,19 @@ use atkd::plan::{DeviceProperties, LaunchShape};
 use atkd::simt::find_kernel;
 
 use device::{
-    Answer, CURRENT_CONTEXT, Capture, Context, Done, Driver, Event, Function, Recorded, Stream,
-    Work,
+    Answer, CURRENT_CONTEXT, Capture, Context, Done, Driver, Event, Function, Recorded, SMALL,
+    Stream, Work,
 };
 
 mod device;
 pub use device::{BLOCK, CLUSTER};
 
-/// Device 2 is for tests that end its context.
-const DEVICES: usize = 3;
+/// Device 2 is for tests that end its context, device 3 a small one without clusters.
+const DEVICES: usize = 4;
 /// Bytes of dynamic shared memory that a launch may ask for where nothing was set.
 const DEFAULT_SHARED: u32 = 48 << 10;
 /// Bytes of static shared memory of every kernel.
 const STATIC_SHARED_BYTES: c_int = 1024;
-const MULTIPROCESSORS: c_int = 132;
 /// Bytes of shared memory that a block can have.
 const BLOCK_SHARED_BYTES: c_int = 227 << 10;
 /// What starts a fat binary.
@@ -95,6 +94,10 @@ fn handle<T>(handle: usize) -> *mut T {
 fn l2_bytes() -> c_int {
     let asked_for = std::env::var("ATKD_SIMT_L2_BYTES").ok().and_then(|bytes| bytes.parse().ok());
     asked_for.unwrap_or(50 << 20)
+}
+
+fn multiprocessors(small: bool) -> c_int {
+    if small { 3 } else { 132 }
 }
 
 /// The functions of the driver: their answers are the errors that a caller gets. Pointers are the caller's
@@ -164,9 +167,10 @@ driver! {
             Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as u32;
         const POOLS: u32 = Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED as u32;
         give(value, match attribute {
+            MAJOR if device == SMALL => 8,
             MAJOR => 9,
             MINOR => 0,
-            COUNT => MULTIPROCESSORS,
+            COUNT => multiprocessors(device == SMALL),
             L2 => l2_bytes(),
             SHARED => DeviceProperties::H200.shared_bytes as c_int,
             BLOCK_SHARED => BLOCK_SHARED_BYTES,
@@ -239,10 +243,11 @@ driver! {
         const PTX_VERSION: u32 = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION as u32;
         const STATIC_SHARED: u32 =
             CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as u32;
-        driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
+        let function = driver.functions.get(&(function as usize));
+        let small = driver.is_small(function.ok_or(CUDA_ERROR_INVALID_HANDLE)?.context);
         give(value, match attribute {
-            // As of machine code for sm_90.
-            PTX_VERSION => 90,
+            // As of machine code for sm_80 or sm_90.
+            PTX_VERSION => if small { 80 } else { 90 },
             STATIC_SHARED => STATIC_SHARED_BYTES,
             _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
         })
@@ -574,10 +579,11 @@ driver! {
                 _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
             }
         }
-        if team > 2 * MULTIPROCESSORS as u32 {
+        let small = driver.is_small(context);
+        if team > 2 * multiprocessors(small) as u32 {
             return Err(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
         }
-        supported(team == 1 || attributes.len() == 1)?;
+        supported(attributes.len() <= 1 || (team == 1 && !small))?;
         let most = if large_clusters { 16 } else { 8 };
         if !(1..=most).contains(&cluster) || !grid.is_multiple_of(cluster) {
             return Err(CUDA_ERROR_INVALID_CLUSTER_SIZE);
