@@ -8,10 +8,10 @@
 #include "params.h"
 
 // As Rust's side asserts of its own (src/params.rs).
-static_assert(sizeof(atkd_summary) == 56 && sizeof(atkd_batch) == 88, "the layout is a contract");
+static_assert(sizeof(atkd_summary) == 1080 && sizeof(atkd_batch) == 88, "the layout is a contract");
 static_assert(sizeof(atkd_teacher_margin) == 88 && sizeof(atkd_count_valid) == 96, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 136 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_rows) == 280 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
+static_assert(sizeof(atkd_rows) == 296 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.
@@ -59,7 +59,8 @@ ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
 ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_SYNC_BLOCK() __syncthreads()
 
-// A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block.
+// A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block; a row's blocks
+// are a team there, of a launch whose blocks all run at once, which read what they tell each other in global memory.
 #if __CUDA_ARCH__ >= 900
 ATKD_DEVICE uint32_t cluster_blocks() {
     uint32_t blocks;
@@ -85,12 +86,14 @@ template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t rank) {
     asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(at), "r"(rank));
     return *reinterpret_cast<const T *>(address);
 }
+ATKD_DEVICE uint32_t team_blocks(const atkd_rows &) { return 1; }
 #else
 ATKD_DEVICE uint32_t cluster_blocks() { return 1; }
 ATKD_DEVICE uint32_t cluster_rank() { return 0; }
 ATKD_DEVICE uint32_t cluster_index() { return blockIdx.x; }
 ATKD_DEVICE void sync_cluster() { __syncthreads(); }
 template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t) { return *at; }
+ATKD_DEVICE uint32_t team_blocks(const atkd_rows &p) { return p.team; }
 #endif
 #define ATKD_SYNC_CLUSTER() sync_cluster()
 #define ATKD_REMOTE(array, index, rank) load_remote(&(array)[index], rank)
@@ -132,6 +135,21 @@ ATKD_DEVICE uint32_t add_atomic(uint32_t *at, uint32_t value) { return atomicAdd
 ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
     atomicMin(reinterpret_cast<unsigned long long *>(at), static_cast<unsigned long long>(value));
 }
+// Who sees what was added sees what was written before.
+ATKD_DEVICE void add_release(uint32_t *at, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+ATKD_DEVICE uint32_t load_acquire(const uint32_t *at) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+}
+// Until the top bit is another than before, by a block that runs at once with this one.
+ATKD_DEVICE void wait_for_flip(const uint32_t *at, uint32_t before) {
+    while ((load_acquire(at) ^ before) >> 31 == 0) {
+    }
+}
+#define ATKD_WAIT_FOR_FLIP(at, before) wait_for_flip(at, before)
 // In shared memory.
 #define ATKD_ADD_SHARED(array, index, value) atomicAdd(&(array)[index], value)
 
@@ -139,13 +157,20 @@ ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
 struct alignas(16) Bytes16 {
     uint32_t word[4];
 };
-// From global memory, whose addresses Row computes as integers.
-ATKD_DEVICE Bytes16 load16(const void *at) {
+// From global memory, whose addresses Row computes as integers. What is read for the LAST time may leave the L2
+// cache before what is to be read again.
+template <bool LAST> ATKD_DEVICE Bytes16 load16(const void *at) {
     Bytes16 value;
-    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
-                 : "l"(at)
-                 : "memory");
+#define ATKD_LOAD16(instruction)                                                                              \
+    asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                                                       \
+                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])         \
+                 : "l"(at)                                                                                    \
+                 : "memory")
+    if (LAST) {
+        ATKD_LOAD16("ld.global.cs.v4.b32");
+    } else {
+        ATKD_LOAD16("ld.global.v4.b32");
+    }
     return value;
 }
 ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
@@ -343,11 +368,11 @@ template <class T> ATKD_DEVICE void set_element(Bytes16 &bytes, uint32_t index, 
     word = sizeof(T) == 4 ? bits : index % 2 == 1 ? (word & 0xffffu) | bits << 16 : (word & 0xffff0000u) | bits;
 }
 
-template <class T> ATKD_DEVICE Packed<T> load_whole(const Row<const T> &row, uint32_t chunk) {
+template <bool LAST = false, class T> ATKD_DEVICE Packed<T> load_whole(const Row<const T> &row, uint32_t chunk) {
     Packed<T> packed = {};
     ATKD_UNROLL
     for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-        packed.part[i] = load16(row.at(chunk) + i * Packed<T>::PER);
+        packed.part[i] = load16<LAST>(row.at(chunk) + i * Packed<T>::PER);
     }
     return packed;
 }

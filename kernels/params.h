@@ -18,7 +18,11 @@
 // Of a fault word: nothing is wrong.
 #define ATKD_NO_FAULT (~(uint64_t)0)
 
-// One a workspace: what a call comes to. Between calls the counters are 0.
+// Blocks that a launch in teams has at most, and the bytes of a row's state that each tells its team.
+#define ATKD_TEAM_BLOCKS 512u
+#define ATKD_TEAM_STATE 48u
+
+// One a workspace: what a call comes to. Between calls the counters are 0, but for the top bits of `arrived`.
 typedef struct {
     double loss;
     uint64_t label_fault;  // the lowest token whose label is out of range, since the host last looked
@@ -31,6 +35,7 @@ typedef struct {
     uint32_t counted_wrong; // tokens whose mode was guessed wrong
     uint32_t guess;         // the last call's threshold, a first guess at the next one's; any value is right
     uint32_t reserved;
+    uint32_t arrived[ATKD_TEAM_BLOCKS / 2]; // by team, whose blocks have met when the top bit flips
 } atkd_summary;
 
 // Teacher and labels of a call, and what its kernels share.
@@ -89,8 +94,8 @@ typedef struct {
     double inverse_temperature; // 1 / T
 } atkd_objective;
 
-// row_resident, row_pipelined, row_stream: terms of each token, and the gradient. One cluster a token at a
-// time.
+// row_resident, row_pipelined, row_stream: terms of each token, and the gradient. One cluster, or team, a
+// token at a time.
 typedef struct {
     atkd_batch batch;
     atkd_objective objective;
@@ -101,6 +106,7 @@ typedef struct {
     float *tkd;            // [N]
     float *dkd;            // [N]
     double *loss;          // [N], before the reduction
+    void *states;          // [2][ATKD_TEAM_BLOCKS], of ATKD_TEAM_STATE bytes
     const uint32_t *wrong; // the tokens to do, counted in the summary; null for all
     int64_t student_stride;
     int64_t gradient_stride;
@@ -108,9 +114,11 @@ typedef struct {
     uint32_t mean;       // and over the number of valid tokens
     uint32_t write_keys; // they are not there yet
     uint32_t guess;      // which tokens are hard by the summary's guess, and write modes
-    uint32_t clusters;   // of the launch
+    uint32_t clusters;   // of the launch, or teams
+    uint32_t team;       // blocks of a team, a power of two up to 32; 1 where there are clusters
     uint32_t stages;     // row_pipelined: rows that a cluster has room for
     uint32_t slice;      // row_pipelined: chunks of a row that a block has room for
+    uint32_t reserved;
 } atkd_rows;
 
 // sum_losses: the reduced loss; ends the call. One block.

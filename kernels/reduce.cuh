@@ -1,6 +1,6 @@
 // A value from all threads' parts: across the warp by shuffles, across the block through shared memory,
-// across the cluster through each other's shared memory. The order is fixed, so the result is the same
-// bits every time.
+// across the cluster through each other's shared memory, across a team through global memory. The order is
+// fixed, so the result is the same bits every time.
 #pragma once
 
 #include "row_math.cuh"
@@ -83,6 +83,30 @@ ATKD_DEVICE RowState<double> merge_cluster(const Warps &warps, uint32_t warps_a_
                     warp.teacher_reference, warp.student_reference, warp.ruled_out},
                    exponent);
     }
+    share_references(part, exponent);
+    return merge_warp<true>(part);
+}
+
+// A power of two.
+ATKD_DEVICE uint32_t team_rank(const atkd_rows &p) { return block_index() & (team_blocks(p) - 1); }
+
+// The same from the states that the blocks of a team have; by one warp of each, and of the same bits in all. A
+// state lies in one of two places in turn: it is overwritten after the team has met once more, where each block
+// comes only when it has read it.
+ATKD_DEVICE RowState<double> merge_team(const RowState<double> &own, const atkd_rows &p, float exponent) {
+    static_assert(sizeof own == ATKD_TEAM_STATE, "the layout is a contract");
+    uint32_t lane = thread_index() % WARP, rank = team_rank(p);
+    uint32_t *arrived = p.batch.summary->arrived + block_index() / team_blocks(p);
+    // Of one lane, which goes on only when all have looked.
+    uint32_t before = shuffle_from(load_acquire(arrived), 0);
+    auto *states = static_cast<RowState<double> *>(p.states) + (before >> 31) * ATKD_TEAM_BLOCKS + block_index();
+    if (lane == 0) {
+        store(states, own);
+        // In all 2^31.
+        add_release(arrived, rank == 0 ? (1u << 31) - (team_blocks(p) - 1) : 1);
+    }
+    ATKD_WAIT_FOR_FLIP(arrived, before);
+    RowState<double> part = lane < team_blocks(p) ? load(states - rank + lane) : RowState<double>::empty();
     share_references(part, exponent);
     return merge_warp<true>(part);
 }

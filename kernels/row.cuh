@@ -4,10 +4,11 @@
 #include "batch.cuh"
 #include "reduce.cuh"
 
-// One token's row, as a thread of its cluster sees it. Chunks are dealt to the cluster's threads in turn.
+// One token's row, as a thread of its cluster or team sees it. Chunks are dealt to the threads of all its blocks
+// in turn.
 template <class P, class Q> struct Rows {
     uint32_t token, first, stride;
-    // One thread of the cluster writes the token's terms.
+    // One thread of them all writes the token's terms.
     bool speaks;
     Row<const P> teacher;
     Row<const Q> student;
@@ -15,8 +16,8 @@ template <class P, class Q> struct Rows {
     uint32_t wholes;
 
     ATKD_DEVICE Rows(const atkd_rows &p, uint32_t token_)
-        : token(token_), first(cluster_rank() * block_threads() + thread_index()),
-          stride(cluster_blocks() * block_threads()), speaks(first == 0),
+        : token(token_), first((cluster_rank() + team_rank(p)) * block_threads() + thread_index()),
+          stride(cluster_blocks() * team_blocks(p) * block_threads()), speaks(first == 0),
           teacher(teacher_row(p), p.batch.vocab, lead_of(teacher_row(p))),
           student(static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride, p.batch.vocab, teacher.lead),
           wholes(student.wholes == 0 ? 0 : teacher.wholes) {}
@@ -31,13 +32,14 @@ template <class P, class Q> struct Rows {
 
     ATKD_DEVICE bool whole(uint32_t chunk) const { return chunk - teacher.first_whole < wholes; }
 
+    template <bool LAST = false>
     ATKD_DEVICE void load(uint32_t chunk, Packed<P> &teacher_chunk, Packed<Q> &student_chunk) const {
         if (ATKD_RARELY(!whole(chunk))) {
             teacher_chunk = load_packed(teacher, chunk);
             student_chunk = load_packed(student, chunk);
         } else {
-            teacher_chunk = load_whole(teacher, chunk);
-            student_chunk = load_whole(student, chunk);
+            teacher_chunk = load_whole<LAST>(teacher, chunk);
+            student_chunk = load_whole<LAST>(student, chunk);
         }
     }
 
@@ -57,11 +59,10 @@ ATKD_DEVICE uint32_t token_to_do(const atkd_rows &p, uint32_t index) {
     return p.wrong == nullptr ? index : load(p.wrong + index);
 }
 
-// Calls f(token) for the tokens that are this cluster's to do.
+// Calls f(token) for the tokens that are this cluster's, or team's, to do.
 template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
-    uint32_t count = tokens_to_do(p);
     ATKD_NO_UNROLL
-    for (uint32_t i = cluster_index(); i < count; i += p.clusters) {
+    for (uint32_t i = cluster_index() / team_blocks(p); i < tokens_to_do(p); i += p.clusters) {
         f(token_to_do(p, i));
     }
     // No block ends while another may read what it shares.
@@ -70,21 +71,21 @@ template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
 
 // Calls f(chunk, teacher, student) for the thread's chunks, and before that begin(..) with the first of
 // them, or with -inf alone. The next chunk is read before f may write this one: nothing moves a read ahead
-// of a write to what could be the same memory, but a thread's chunks are its own.
-template <class P, class Q, class Begin, class F>
+// of a write to what could be the same memory, but a thread's chunks are its own. They are read for the LAST time.
+template <bool LAST, class P, class Q, class Begin, class F>
 ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, Begin begin, F f) {
     uint32_t chunks = rows.teacher.chunks(), chunk = rows.first;
     Packed<P> next_teacher = nothing<P>();
     Packed<Q> next_student = nothing<Q>();
     if (chunk < chunks) {
-        rows.load(chunk, next_teacher, next_student);
+        rows.template load<LAST>(chunk, next_teacher, next_student);
     }
     begin(chunk, next_teacher, next_student);
     for (; chunk < chunks; chunk += rows.stride) {
         Packed<P> teacher = next_teacher;
         Packed<Q> student = next_student;
         if (chunk + rows.stride < chunks) {
-            rows.load(chunk + rows.stride, next_teacher, next_student);
+            rows.template load<LAST>(chunk + rows.stride, next_teacher, next_student);
         }
         f(chunk, teacher, student);
     }
@@ -127,12 +128,15 @@ ATKD_DEVICE void read_target(const Rows<P, Q> &rows, uint32_t target, Floats &ta
 }
 
 // The state of the whole row and what its gradient needs, both in shared memory, from the states of all warps
-// of the cluster; by one warp.
+// of the cluster or team; by one warp, of the cluster or of each block of the team.
 template <class Warps, class Whole, class Scales, class Floats>
 ATKD_DEVICE void merge_row(const atkd_rows &p, uint8_t mode, const Warps &warps, uint32_t warps_a_block, Whole &whole,
                            Scales &scales, const Floats &target_logits) {
     float exponent = p.batch.inverse_temperature * LOG2_E;
     RowState<double> state = merge_cluster(warps, warps_a_block, exponent);
+    if (team_blocks(p) > 1) {
+        state = merge_team(state, p, exponent);
+    }
     if (thread_index() % WARP == 0) {
         double scale = p.mean != 0 ? p.scale / double(load(&p.batch.summary->counted_valid)) : p.scale;
         scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
@@ -142,7 +146,7 @@ ATKD_DEVICE void merge_row(const atkd_rows &p, uint8_t mode, const Warps &warps,
     }
 }
 
-// The terms of the token; by one thread of the cluster.
+// The terms of the token; by one thread.
 template <class Whole, class Floats>
 ATKD_DEVICE void tell_terms(const atkd_rows &p, uint32_t token, uint8_t mode, const Whole &whole,
                             const Floats &target_logits) {
@@ -172,7 +176,7 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
                                       const Floats &target_logits) {
     post_state<AT_1>(own, warps);
     ATKD_SYNC_CLUSTER();
-    if (rows.first < WARP) {
+    if (rows.first < WARP || (team_blocks(p) > 1 && thread_index() < WARP)) {
         merge_row(p, mode, warps, block_threads() / WARP, whole, scales, target_logits);
     }
     ATKD_SYNC_CLUSTER();

@@ -1,6 +1,6 @@
-// Loss and gradient of one token a cluster at a time, for any vocabulary, stride and alignment. One pass over the
-// row for its state, a second for the gradient, whose reads should hit the L2 cache: the host chooses
-// clusters large enough, and so rows in flight few enough.
+// Loss and gradient of one token a cluster or team at a time, for any vocabulary, stride and alignment. One pass
+// over the row for its state, a second for the gradient, whose reads should hit the L2 cache: the host chooses
+// clusters or teams large enough, and so rows in flight few enough.
 #include "row.cuh"
 
 namespace {
@@ -16,7 +16,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
         return;
     }
     uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
-    if (rows.speaks) {
+    if (rows.speaks || (team_blocks(p) > 1 && thread_index() == 0)) {
         read_target(rows, target, target_logits);
     }
     auto without_target = [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
@@ -27,7 +27,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     };
     RowState<float> own;
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    for_chunks(
+    for_chunks<false>(
         rows,
         // A guess at the maxima, so that few chunks exceed it.
         [&](uint32_t chunk, Packed<P> teacher, Packed<Q> student) {
@@ -47,10 +47,13 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     if (p.gradient == nullptr) {
         return;
     }
-    Row<G> gradient = rows.template gradient<G>(p);
+    // Computed again: kept, it would take registers from what one warp does in between.
+    Rows<P, Q> again(p, forget(token));
+    Row<G> gradient = again.template gradient<G>(p);
+    target_chunk = again.chunk_of(target);
     bool has_target = false;
-    for_chunks(
-        rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
+    for_chunks<true>(
+        again, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
         [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
             float a[CHUNK], b[CHUNK], g[CHUNK];
             unpack(teacher, a);

@@ -191,7 +191,10 @@ const THRESHOLDS: usize = 5;
 const TARGETS: usize = 6;
 const MODES: usize = 7;
 
-/// The layout of the memory that the kernels of a call share: a summary, then the columns.
+/// What the blocks of a team tell each other: of every block two states.
+const STATES_BYTES: usize = 2 * (ATKD_TEAM_BLOCKS * ATKD_TEAM_STATE) as usize;
+
+/// The layout of the memory that the kernels of a call share: a summary, the columns, the teams' states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     /// For how many tokens, and sequences, there is room.
@@ -199,8 +202,13 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Bytes in all: 33 a token and a constant.
+    /// Bytes in all: 33 a token and 50 KB.
     pub fn bytes(self) -> usize {
+        self.states() + STATES_BYTES
+    }
+
+    /// Bytes before the teams' states.
+    fn states(self) -> usize {
         self.column(COLUMNS.len())
     }
 
@@ -218,6 +226,7 @@ impl Layout {
             counted_wrong: 0,
             guess: 0,
             reserved: 0,
+            arrived: [0; _],
         }
     }
 
@@ -239,7 +248,9 @@ impl Layout {
             let start = address + self.column(i);
             (*name, start..start + bytes * self.capacity)
         });
-        std::iter::once(summary).chain(columns)
+        let states = address + self.states();
+        let states = ("teams' states", states..states + STATES_BYTES);
+        [summary, states].into_iter().chain(columns)
     }
 
     /// Where columns lie for callers that read them on the device.
@@ -451,6 +462,7 @@ pub(crate) fn launches(
         tkd: column(TKD) as *mut f32,
         dkd: column(DKD) as *mut f32,
         loss: column(LOSS) as *mut f64,
+        states: (workspace + layout.states() as u64) as *mut c_void,
         wrong: std::ptr::null(),
         student_stride: call.student.row_stride as i64,
         gradient_stride: gradient.map_or(0, |gradient| gradient.row_stride as i64),
@@ -459,8 +471,10 @@ pub(crate) fn launches(
         write_keys: (guess || (!needs_margins && call.margins.is_none())).into(),
         guess: guess.into(),
         clusters: 0,
+        team: 1,
         stages: plan.stages,
         slice: plan.slice_chunks,
+        reserved: 0,
     };
     let rows = |shape: LaunchShape, rows: atkd_rows| Launch {
         kernel: match plan.row_kernel {
@@ -469,7 +483,11 @@ pub(crate) fn launches(
             RowKernel::Stream => row_stream(problem.teacher, problem.student, problem.gradient),
         },
         shape,
-        parameters: Parameters::Rows(atkd_rows { clusters: shape.grid / shape.cluster, ..rows }),
+        parameters: Parameters::Rows(atkd_rows {
+            clusters: shape.grid / shape.blocks_a_row(),
+            team: shape.team,
+            ..rows
+        }),
     };
     let again = atkd_rows { wrong, guess: 0, write_keys: 0, ..first };
     let sum = Launch {
@@ -502,10 +520,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_workspace_takes_33_bytes_a_token() {
+    fn a_workspace_takes_33_bytes_a_token_and_50_kb() {
         for capacity in [0, 1, 15, 16, 17, 8192, 1 << 22] {
             let bytes = Layout { capacity }.bytes();
-            assert!(bytes <= 33 * capacity + 1024, "{bytes} bytes for {capacity} tokens");
+            assert!(bytes <= 33 * capacity + 51_200, "{bytes} bytes for {capacity} tokens");
         }
     }
 

@@ -8,6 +8,8 @@ pub const ATKD_TARGET_TEACHER: u32 = 1;
 pub const ATKD_IGNORED: u32 = 0;
 pub const ATKD_EASY: u32 = 1;
 pub const ATKD_HARD: u32 = 2;
+pub const ATKD_TEAM_BLOCKS: u32 = 512;
+pub const ATKD_TEAM_STATE: u32 = 48;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_summary {
@@ -22,10 +24,11 @@ pub struct atkd_summary {
     pub counted_wrong: u32,
     pub guess: u32,
     pub reserved: u32,
+    pub arrived: [u32; 256usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_summary"][::std::mem::size_of::<atkd_summary>() - 56usize];
+    ["Size of atkd_summary"][::std::mem::size_of::<atkd_summary>() - 1080usize];
     ["Alignment of atkd_summary"][::std::mem::align_of::<atkd_summary>() - 8usize];
     ["Offset of field: atkd_summary::loss"][::std::mem::offset_of!(atkd_summary, loss) - 0usize];
     ["Offset of field: atkd_summary::label_fault"]
@@ -45,6 +48,8 @@ const _: () = {
     ["Offset of field: atkd_summary::guess"][::std::mem::offset_of!(atkd_summary, guess) - 48usize];
     ["Offset of field: atkd_summary::reserved"]
         [::std::mem::offset_of!(atkd_summary, reserved) - 52usize];
+    ["Offset of field: atkd_summary::arrived"]
+        [::std::mem::offset_of!(atkd_summary, arrived) - 56usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -197,6 +202,7 @@ pub struct atkd_rows {
     pub tkd: *mut f32,
     pub dkd: *mut f32,
     pub loss: *mut f64,
+    pub states: *mut ::std::os::raw::c_void,
     pub wrong: *const u32,
     pub student_stride: i64,
     pub gradient_stride: i64,
@@ -205,12 +211,14 @@ pub struct atkd_rows {
     pub write_keys: u32,
     pub guess: u32,
     pub clusters: u32,
+    pub team: u32,
     pub stages: u32,
     pub slice: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 280usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 296usize];
     ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
     ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
     ["Offset of field: atkd_rows::objective"]
@@ -225,20 +233,24 @@ const _: () = {
     ["Offset of field: atkd_rows::tkd"][::std::mem::offset_of!(atkd_rows, tkd) - 200usize];
     ["Offset of field: atkd_rows::dkd"][::std::mem::offset_of!(atkd_rows, dkd) - 208usize];
     ["Offset of field: atkd_rows::loss"][::std::mem::offset_of!(atkd_rows, loss) - 216usize];
-    ["Offset of field: atkd_rows::wrong"][::std::mem::offset_of!(atkd_rows, wrong) - 224usize];
+    ["Offset of field: atkd_rows::states"][::std::mem::offset_of!(atkd_rows, states) - 224usize];
+    ["Offset of field: atkd_rows::wrong"][::std::mem::offset_of!(atkd_rows, wrong) - 232usize];
     ["Offset of field: atkd_rows::student_stride"]
-        [::std::mem::offset_of!(atkd_rows, student_stride) - 232usize];
+        [::std::mem::offset_of!(atkd_rows, student_stride) - 240usize];
     ["Offset of field: atkd_rows::gradient_stride"]
-        [::std::mem::offset_of!(atkd_rows, gradient_stride) - 240usize];
-    ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 248usize];
-    ["Offset of field: atkd_rows::mean"][::std::mem::offset_of!(atkd_rows, mean) - 256usize];
+        [::std::mem::offset_of!(atkd_rows, gradient_stride) - 248usize];
+    ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 256usize];
+    ["Offset of field: atkd_rows::mean"][::std::mem::offset_of!(atkd_rows, mean) - 264usize];
     ["Offset of field: atkd_rows::write_keys"]
-        [::std::mem::offset_of!(atkd_rows, write_keys) - 260usize];
-    ["Offset of field: atkd_rows::guess"][::std::mem::offset_of!(atkd_rows, guess) - 264usize];
+        [::std::mem::offset_of!(atkd_rows, write_keys) - 268usize];
+    ["Offset of field: atkd_rows::guess"][::std::mem::offset_of!(atkd_rows, guess) - 272usize];
     ["Offset of field: atkd_rows::clusters"]
-        [::std::mem::offset_of!(atkd_rows, clusters) - 268usize];
-    ["Offset of field: atkd_rows::stages"][::std::mem::offset_of!(atkd_rows, stages) - 272usize];
-    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 276usize];
+        [::std::mem::offset_of!(atkd_rows, clusters) - 276usize];
+    ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 280usize];
+    ["Offset of field: atkd_rows::stages"][::std::mem::offset_of!(atkd_rows, stages) - 284usize];
+    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 288usize];
+    ["Offset of field: atkd_rows::reserved"]
+        [::std::mem::offset_of!(atkd_rows, reserved) - 292usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

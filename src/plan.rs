@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::Dtype;
+use crate::params::ATKD_TEAM_BLOCKS;
 
 /// What a plan needs to know of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,8 +65,18 @@ pub struct LaunchShape {
     pub block: u32,
     /// Blocks in a cluster.
     pub cluster: u32,
+    /// Blocks in a team, which share a row as a cluster does, but through global memory. If more than 1, all blocks
+    /// of the launch run at once.
+    pub team: u32,
     /// Bytes of dynamic shared memory of a block.
     pub shared: u32,
+}
+
+impl LaunchShape {
+    /// Blocks that share a row: of a cluster or of a team.
+    pub fn blocks_a_row(&self) -> u32 {
+        self.cluster * self.team
+    }
 }
 
 impl fmt::Display for LaunchShape {
@@ -74,6 +85,9 @@ impl fmt::Display for LaunchShape {
         write!(f, "{} block{plural} of {} threads", self.grid, self.block)?;
         if self.cluster > 1 {
             write!(f, ", clusters of {}", self.cluster)?;
+        }
+        if self.team > 1 {
+            write!(f, ", teams of {}", self.team)?;
         }
         if self.shared > 0 {
             write!(f, ", {:.1} KB of shared memory", f64::from(self.shared) / 1e3)?;
@@ -110,6 +124,9 @@ pub struct Preference {
     pub row_kernel: RowKernel,
     /// Rows that a cluster of `row_pipelined` has room for at once, up to 4.
     pub stages: u32,
+    /// Blocks of a team of `row_stream` where there are no clusters, a power of two up to 32; 0 for the plan's
+    /// choice.
+    pub team: u32,
 }
 
 /// The launch of every kernel that a call may need.
@@ -142,6 +159,8 @@ const WARP: usize = 32;
 const CHUNK: usize = 8;
 /// As in kernels/row_pipelined.cu.
 const MOST_STAGES: u32 = 4;
+/// As many as a warp has lanes.
+const MOST_TEAM: usize = WARP;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
 const MARGIN_THREADS: usize = 384;
 const STREAM_THREADS: usize = 384;
@@ -165,7 +184,13 @@ fn threads(work: usize, each: usize, most: usize) -> u32 {
 /// A grid of whole clusters, as large as a device launches at most.
 fn shape(grid: usize, block: u32, cluster: u32) -> LaunchShape {
     let most = i32::MAX as u32 / cluster * cluster;
-    LaunchShape { grid: u32::try_from(grid).unwrap_or(most).min(most), block, cluster, shared: 0 }
+    LaunchShape {
+        grid: u32::try_from(grid).unwrap_or(most).min(most),
+        block,
+        cluster,
+        team: 1,
+        shared: 0,
+    }
 }
 
 impl Plan {
@@ -177,7 +202,7 @@ impl Plan {
         preferred: Option<Preference>,
     ) -> Self {
         let by_itself = [RowKernel::Resident, RowKernel::Pipelined, RowKernel::Stream]
-            .map(|row_kernel| Preference { row_kernel, stages: 1 });
+            .map(|row_kernel| Preference { row_kernel, stages: 1, team: 0 });
         preferred
             .into_iter()
             .chain(by_itself)
@@ -186,7 +211,7 @@ impl Plan {
     }
 
     fn with(device: &DeviceProperties, problem: &Problem, choice: Preference) -> Option<Self> {
-        let Preference { row_kernel, stages } = choice;
+        let Preference { row_kernel, stages, team } = choice;
         let Problem { tokens, vocab, scopes, .. } = *problem;
         // A row that starts off a chunk's boundary has up to one more.
         let chunks = (vocab + CHUNK - 1).div_ceil(CHUNK);
@@ -198,10 +223,11 @@ impl Plan {
             RowKernel::Pipelined => {
                 (Self::pipelined(device, problem, chunks, stages)?, PIPELINED_BLOCKS)
             }
-            RowKernel::Stream => (Self::stream(device, problem, chunks), STREAM_BLOCKS),
+            RowKernel::Stream => (Self::stream(device, problem, chunks, team)?, STREAM_BLOCKS),
         };
-        let at_once = (device.multiprocessors as usize * blocks / rows.cluster as usize).max(1);
-        let again = tokens.min(at_once) * rows.cluster as usize;
+        let a_row = rows.blocks_a_row() as usize;
+        let at_once = (device.multiprocessors as usize * blocks / a_row).max(1);
+        let again = tokens.min(at_once) * a_row;
         Some(Self {
             margin: shape(tokens, threads(chunks, 4, MARGIN_THREADS), 1),
             count: shape(tokens.div_ceil(COUNT_THREADS), COUNT_THREADS as u32, 1),
@@ -215,7 +241,7 @@ impl Plan {
             rows_again: LaunchShape { grid: rows.grid.min(again as u32), ..rows },
             stages,
             slice_chunks: chunks.div_ceil(rows.cluster as usize) as u32,
-            rows_in_flight_bytes: in_flight_bytes(device, problem, rows.cluster),
+            rows_in_flight_bytes: in_flight_bytes(device, problem, a_row),
             sum: shape(1, threads(tokens, 4, 1024), 1),
         })
     }
@@ -253,20 +279,38 @@ impl Plan {
         })
     }
 
-    /// Clusters only as large as it takes for the rows in flight to fill half of the L2 cache, and only
-    /// where every thread still has a chunk.
-    fn stream(device: &DeviceProperties, problem: &Problem, chunks: usize) -> LaunchShape {
+    /// Clusters, or teams where there are none, only as large as it takes for the rows in flight to fill half of the
+    /// L2 cache, and only where every thread still has a chunk.
+    fn stream(
+        device: &DeviceProperties,
+        problem: &Problem,
+        chunks: usize,
+        team: u32,
+    ) -> Option<LaunchShape> {
         let tokens = problem.tokens;
-        let mut cluster = 1;
-        while cluster < device.portable_cluster()
-            && in_flight_bytes(device, problem, cluster) > device.l2_bytes / 2
-            && chunks >= 2 * cluster as usize * STREAM_THREADS
-            && tokens.saturating_mul(2 * cluster as usize) <= i32::MAX as usize
-        {
-            cluster *= 2;
+        let at_once =
+            (device.multiprocessors as usize * STREAM_BLOCKS).min(ATKD_TEAM_BLOCKS as usize);
+        let clusters = device.portable_cluster() > 1;
+        let most =
+            if clusters { device.portable_cluster() as usize } else { MOST_TEAM.min(at_once) };
+        let mut blocks = team.max(1) as usize;
+        if blocks > most || !blocks.is_power_of_two() || (team > 0 && clusters) {
+            return None;
         }
-        let block = threads(chunks, 4 * cluster as usize, STREAM_THREADS);
-        shape(tokens * cluster as usize, block, cluster)
+        while team == 0
+            && 2 * blocks <= most
+            && in_flight_bytes(device, problem, blocks) > device.l2_bytes / 2
+            && chunks >= 2 * blocks * STREAM_THREADS
+            && tokens.saturating_mul(2 * blocks) <= i32::MAX as usize
+        {
+            blocks *= 2;
+        }
+        let block = threads(chunks, 4 * blocks, STREAM_THREADS);
+        if clusters || blocks == 1 {
+            return Some(shape(tokens * blocks, block, blocks as u32));
+        }
+        let grid = tokens.min(at_once / blocks) * blocks;
+        Some(LaunchShape { team: blocks as u32, ..shape(grid, block, 1) })
     }
 }
 
@@ -282,9 +326,9 @@ impl Problem {
     }
 }
 
-fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, cluster: u32) -> usize {
+fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, blocks_a_row: usize) -> usize {
     let blocks = device.multiprocessors as usize * STREAM_BLOCKS;
-    let rows = (blocks / cluster as usize).clamp(1, problem.tokens.max(1));
+    let rows = (blocks / blocks_a_row).clamp(1, problem.tokens.max(1));
     rows * problem.vocab * (problem.teacher.size() + problem.student.size())
 }
 
@@ -319,8 +363,9 @@ mod tests {
             let problem = problem(tokens, vocab, Dtype::F16, Dtype::Bf16);
             let plan = Plan::new(device, &problem, None);
             assert_eq!(plan.row_kernel, RowKernel::Stream);
-            assert_eq!(plan.rows.grid, tokens as u32 * plan.rows.cluster);
-            (plan.rows.cluster, plan.rows_in_flight_bytes)
+            let LaunchShape { grid, cluster, .. } = plan.rows;
+            assert!(plan.rows.team > 1 || grid == tokens as u32 * cluster);
+            (plan.rows.blocks_a_row(), plan.rows_in_flight_bytes)
         };
         for vocab in [32_000, 50_257, 128_256, 151_936] {
             let (_, bytes) = rows(&H200, 8192, vocab);
@@ -330,7 +375,11 @@ mod tests {
         // Larger clusters there are not; the whole cache holds the rows still.
         assert!(rows(&H200, 8192, 256_000).1 < H200.l2_bytes);
         assert_eq!(rows(&H200, 8192, 4096).0, 1);
-        assert_eq!(rows(&A100, 8192, 128_256).0, 1);
+        for (vocab, team) in [(16_384, 1), (32_000, 2), (50_257, 4), (128_256, 8), (256_000, 16)] {
+            let (blocks, bytes) = rows(&A100, 8192, vocab);
+            assert_eq!(blocks, team, "{vocab}");
+            assert!(bytes <= A100.l2_bytes / 2, "{vocab}: {bytes}");
+        }
         // So few rows are in flight together anyway.
         assert_eq!(rows(&H200, 32, 128_256).0, 1);
     }
@@ -383,7 +432,7 @@ mod tests {
     fn stages_take_larger_clusters() {
         let rows = |stages| {
             let problem = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
-            let choice = Preference { row_kernel: RowKernel::Pipelined, stages };
+            let choice = Preference { row_kernel: RowKernel::Pipelined, stages, team: 0 };
             Plan::with(&H200, &problem, choice).map(|plan| plan.rows.cluster)
         };
         assert_eq!([0, 1, 2, 3, 4, 5].map(rows), [None, Some(2), Some(4), Some(8), Some(8), None]);
@@ -392,22 +441,53 @@ mod tests {
     #[test]
     fn small_work_takes_small_blocks() {
         let plan = Plan::new(&H200, &problem(1, 1, Dtype::F32, Dtype::F32), None);
-        let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1, shared: 0 };
+        let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1, team: 1, shared: 0 };
         assert_eq!([plan.margin, plan.rows, plan.select, plan.sum], [one_warp; 4]);
-        assert_eq!(plan.count, LaunchShape { grid: 1, block: 256, cluster: 1, shared: 0 });
+        assert_eq!(plan.count, LaunchShape { block: 256, ..one_warp });
         let many = problem(131_072, 32_000, Dtype::Bf16, Dtype::Bf16);
-        let shape = LaunchShape { grid: 8, block: 1024, cluster: 8, shared: 0 };
+        let shape = LaunchShape { grid: 8, block: 1024, cluster: 8, ..one_warp };
         assert_eq!(Plan::new(&H200, &many, None).select, shape);
         let sequences = Problem { scopes: 64, ..problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16) };
-        let shape = LaunchShape { grid: 64, block: 128, cluster: 1, shared: 0 };
+        let shape = LaunchShape { grid: 64, block: 128, ..one_warp };
         assert_eq!(Plan::new(&H200, &sequences, None).select, shape);
     }
 
     #[test]
     fn shapes_in_words() {
-        let shape = LaunchShape { grid: 264, block: 256, cluster: 2, shared: 64_100 };
+        let shape = LaunchShape { grid: 264, block: 256, cluster: 2, team: 1, shared: 64_100 };
         let words = "264 blocks of 256 threads, clusters of 2, 64.1 KB of shared memory";
         assert_eq!(shape.to_string(), words);
+        let shape = LaunchShape { cluster: 1, team: 4, shared: 0, ..shape };
+        assert_eq!(shape.to_string(), "264 blocks of 256 threads, teams of 4");
+    }
+
+    #[test]
+    fn all_teams_run_at_once() {
+        for multiprocessors in [1, 2, 3, 58, 82, 108, 300] {
+            let device = DeviceProperties { multiprocessors, l2_bytes: 1, ..A100 };
+            for tokens in [0, 1, 3, 100, i32::MAX as usize] {
+                for preferred in [0, 1, 2, 16, 32] {
+                    let problem = problem(tokens, 256_000, Dtype::F32, Dtype::F16);
+                    let team = preferred;
+                    let choice = Preference { row_kernel: RowKernel::Stream, stages: 1, team };
+                    let Some(plan) = Plan::with(&device, &problem, choice) else {
+                        assert!(preferred > 2 * multiprocessors);
+                        continue;
+                    };
+                    for shape in [plan.rows, plan.rows_again] {
+                        assert!(preferred == 0 || shape.team == preferred);
+                        assert!(shape.grid.is_multiple_of(shape.team));
+                        let most = (2 * multiprocessors).min(ATKD_TEAM_BLOCKS);
+                        assert!(shape.team == 1 || shape.grid <= most, "{shape:?}");
+                    }
+                }
+            }
+        }
+        for team in [3, 64] {
+            let choice = Preference { row_kernel: RowKernel::Stream, stages: 1, team };
+            let problem = problem(9, 9, Dtype::F32, Dtype::F16);
+            assert_eq!(Plan::with(&A100, &problem, choice), None);
+        }
     }
 
     #[test]

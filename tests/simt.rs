@@ -23,7 +23,8 @@ fn the_kernels_pass_the_battery() {
 }
 
 fn preferring(row_kernel: RowKernel, stages: u32) -> Simulation {
-    Simulation { preferred: Some(Preference { row_kernel, stages }), ..Simulation::default() }
+    let preferred = Some(Preference { row_kernel, stages, team: 0 });
+    Simulation { preferred, ..Simulation::default() }
 }
 
 #[test]
@@ -45,6 +46,20 @@ fn pipelined(cluster: usize, at_once: u32, stages: u32) -> Simulation {
 fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
     pass_the_battery(Simulation { seed: 2, ..pipelined(1, 1, 1) });
     pass_the_battery(Simulation { seed: 3, guess: 0, ..pipelined(2, 2, 2) });
+}
+
+/// Rows read twice by few teams, each of which has many to do.
+fn in_teams(team: u32, teams: u32) -> Simulation {
+    let preferred = Some(Preference { row_kernel: RowKernel::Stream, stages: 1, team });
+    let mut simulation = Simulation { preferred, ..Simulation::default() };
+    simulation.device.clusters = [0; 5];
+    simulation.device.multiprocessors = (team * teams).div_ceil(2);
+    simulation
+}
+
+#[test]
+fn the_kernels_pass_the_battery_in_teams() {
+    pass_the_battery(Simulation { seed: 4, block: 32, ..in_teams(4, 2) });
 }
 
 struct Input {
@@ -87,6 +102,22 @@ impl Input {
             simulation.run(objective, &self.batch(), student, Some(&mut to), extra).unwrap();
         (output, gradient, traffic)
     }
+
+    /// Against the CPU.
+    fn check(&self, objective: &Objective, (output, gradient): &(Output, Vec<bf16>)) {
+        let mut expected = vec![bf16::NAN; self.tokens * self.vocab];
+        let to = LogitsMut::new(&mut expected, self.tokens, self.vocab).unwrap();
+        let student = self.view(&self.student);
+        let by_cpu = cpu::forward_backward(objective, &self.batch(), student, to).unwrap();
+        approx::assert_relative_eq!(output.loss, by_cpu.loss, max_relative = 1e-6);
+        for (i, (&actual, &expected)) in gradient.iter().zip(&expected).enumerate() {
+            let (actual, expected) = (actual.to_f32(), expected.to_f32());
+            assert!(
+                (actual - expected).abs() <= 0.01 * expected.abs() + 1e-9,
+                "{i}: {actual} {expected}"
+            );
+        }
+    }
 }
 
 /// Every row is read twice, by such blocks and clusters.
@@ -107,6 +138,9 @@ fn the_schedule_changes_no_bit() {
                 streamed(96, cluster, 0),
                 pipelined(cluster as usize, 1, 1),
                 pipelined(cluster as usize, 2, 2),
+                in_teams(2, 1),
+                in_teams(4, 2),
+                Simulation { block: 32, ..in_teams(32, 1) },
                 Simulation::default(),
             ] {
                 let run = |seed| {
@@ -123,6 +157,44 @@ fn the_schedule_changes_no_bit() {
     }
 }
 
+/// However many teams share the rows, an ignored one among them.
+#[test]
+fn teams_of_any_number() {
+    let mut input = Input::new(9, 1003);
+    input.labels[4] = -100;
+    let objective = Objective::default().with_ce_weight(0.1).unwrap();
+    for team in [2, 8, 32] {
+        let run = |teams| {
+            let simulation = Simulation { block: 32, ..in_teams(team, teams) };
+            let (output, gradient, _) = input.run(simulation, &objective, Extra::default());
+            (output, gradient)
+        };
+        let expected = run(9);
+        input.check(&objective, &expected);
+        for teams in [1, 2, 4] {
+            assert_eq!(run(teams), expected, "{teams} teams of {team}");
+        }
+    }
+}
+
+/// Blocks and teams as the plan for a device without clusters has them.
+#[test]
+fn planned_teams() {
+    let mut simulation = Simulation::default();
+    simulation.device.clusters = [0; 5];
+    simulation.device.multiprocessors = 3;
+    simulation.device.l2_bytes = 1;
+    let mut input = Input::new(7, 20_011);
+    input.labels[3] = -100;
+    let (output, _, traffic) = input.run(simulation, &Objective::default(), Extra::default());
+    let rows = "row_stream_bf16_bf16_bf16";
+    assert_eq!(traffic[1].0, rows);
+    // Each of 4 blocks of a team reads each row's label.
+    assert_eq!(bytes(&traffic, rows, "labels").0, 7 * 4 * 64 * 8);
+    let (expected, _, _) = input.run(in_teams(4, 1), &Objective::default(), Extra::default());
+    assert_eq!(output, expected);
+}
+
 /// Blocks and clusters as the plan for an H200 has them, where rows are read twice.
 #[test]
 fn planned_shapes() {
@@ -131,19 +203,8 @@ fn planned_shapes() {
     // Only the first rows count; the plan is for all, of which clusters of 4 hold half a cache.
     input.labels[3..].fill(-100);
     let (output, gradient, traffic) = input.run(planned, &Objective::default(), Extra::default());
-    let mut expected = vec![bf16::NAN; input.tokens * input.vocab];
-    let to = LogitsMut::new(&mut expected, input.tokens, input.vocab).unwrap();
-    let student = input.view(&input.student);
-    let by_cpu = cpu::forward_backward(&Objective::default(), &input.batch(), student, to).unwrap();
-    approx::assert_relative_eq!(output.loss, by_cpu.loss, max_relative = 1e-6);
     assert_eq!(output.summary().hard_tokens, 2);
-    for (i, (&actual, &expected)) in gradient.iter().zip(&expected).enumerate() {
-        let (actual, expected) = (actual.to_f32(), expected.to_f32());
-        assert!(
-            (actual - expected).abs() <= 0.01 * expected.abs() + 1e-9,
-            "{i}: {actual} {expected}"
-        );
-    }
+    input.check(&Objective::default(), &(output, gradient));
     let names: Vec<_> = traffic.iter().map(|(name, _)| *name).collect();
     let rows = "row_stream_bf16_bf16_bf16";
     assert_eq!(names, ["count_valid", rows, "select_hard", rows, "sum_losses"]);
@@ -157,12 +218,15 @@ fn labels_of_32_bits_and_the_loss_alone() {
     let narrow: Vec<i32> = input.labels.iter().map(|&label| label as i32).collect();
     let batch = Batch::new(input.view(&input.teacher), &narrow).unwrap();
     let student = input.view(&input.student);
-    for objective in [Objective::default(), Objective::kl()] {
-        let (expected, _, _) = input.run(Simulation::default(), &objective, Extra::default());
-        let (output, traffic) =
-            Simulation::default().run(&objective, &batch, student, None, Extra::default()).unwrap();
-        assert_eq!(output, expected);
-        assert!(traffic.iter().all(|(_, buffers)| buffers.iter().all(|b| b.name() != "gradient")));
+    for simulation in [Simulation::default(), in_teams(2, 2)] {
+        for objective in [Objective::default(), Objective::kl()] {
+            let (expected, _, _) = input.run(simulation, &objective, Extra::default());
+            let (output, traffic) =
+                simulation.run(&objective, &batch, student, None, Extra::default()).unwrap();
+            assert_eq!(output, expected);
+            let written = |b: &Buffer| b.name() == "gradient";
+            assert!(!traffic.iter().any(|(_, buffers)| buffers.iter().any(written)));
+        }
     }
 }
 
@@ -172,7 +236,9 @@ fn in_place() {
     for (vocab, cluster) in [(33, 1), (12_301, 2)] {
         let input = Input::new(4, vocab);
         let objective = Objective::kl().with_ce_weight(0.5).unwrap();
-        for simulation in [streamed(64, cluster, 0), pipelined(cluster as usize, 1, 2)] {
+        for simulation in
+            [streamed(64, cluster, 0), pipelined(cluster as usize, 1, 2), in_teams(4, 2)]
+        {
             let simulation = |seed| Simulation { seed, ..simulation };
             let (output, gradient, _) = input.run(simulation(3), &objective, Extra::default());
             let mut student = input.student.clone();
@@ -374,7 +440,9 @@ fn a_guess_changes_nothing_but_the_work() {
     let mut input = Input::new(40, 300);
     input.labels[5] = -100;
     let objective = Objective::default().with_ce_weight(0.1).unwrap();
-    for simulation in [streamed(64, 2, 1), pipelined(2, 3, 1), Simulation::default()] {
+    for simulation in
+        [streamed(64, 2, 1), pipelined(2, 3, 1), in_teams(2, 3), Simulation::default()]
+    {
         let run = |guess| {
             let simulation = Simulation { guess, ..simulation };
             let (output, gradient, traffic) = input.run(simulation, &objective, Extra::default());
@@ -545,6 +613,7 @@ unsafe extern "C" {
     fn broken_missing_cluster_barrier(parameters: &Broken);
     fn broken_cluster_barrier(parameters: &Broken);
     fn broken_remote(parameters: &Broken);
+    fn broken_team(parameters: &Broken);
     fn broken_rank(parameters: &Broken);
     fn broken_unwaited_read(parameters: &Broken);
     fn broken_early_parity(parameters: &Broken);
@@ -571,12 +640,16 @@ unsafe extern "C" {
 
 /// What a block of two warps, or two blocks of one, of a broken kernel leave behind.
 fn broken(kernel: Kernel<Broken>, cluster: u32, seed: u64) -> Result<[u32; 64], String> {
+    let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster, team: 1, shared: 512 };
+    broken_in(shape, kernel, seed)
+}
+
+fn broken_in(shape: LaunchShape, kernel: Kernel<Broken>, seed: u64) -> Result<[u32; 64], String> {
     #[repr(align(16))]
     struct Memory([u32; 64]);
     let mut memory = Memory([0; 64]);
     let parameters = Broken { data: memory.0.as_mut_ptr() };
     let mut buffers = [Buffer::output("data", &mut memory.0)];
-    let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster, shared: 512 };
     // SAFETY: the kernel's parameters are these.
     unsafe { run("broken", shape, seed, kernel, &parameters, &mut buffers)? };
     Ok(memory.0)
@@ -612,6 +685,20 @@ fn barriers_that_threads_never_reach() {
         1,
         &["deadlock", "rest of their warp", "2 threads (first 5) of block 0 have ended"],
     );
+}
+
+const TEAM: LaunchShape = LaunchShape { grid: 2, block: 32, cluster: 1, team: 2, shared: 0 };
+
+#[test]
+fn teams_that_never_meet() {
+    let fault = broken_in(TEAM, broken_team, 3).unwrap_err();
+    for words in [
+        "broken: deadlock",
+        "32 threads (first 0) of block 0 wait for their team in line",
+        "of block 1 have ended",
+    ] {
+        assert!(fault.contains(words), "{words:?} is not in {fault:?}");
+    }
 }
 
 #[test]
@@ -688,7 +775,7 @@ fn staged_rows_for_any_schedule() {
     };
     let expected: Vec<u32> = words(&numbers).iter().map(|x| x + 1).collect();
     let bytes = 16 * numbers.len() as u64;
-    let shape = LaunchShape { grid: 2, block: 64, cluster: 2, shared: 2048 };
+    let shape = LaunchShape { grid: 2, block: 64, cluster: 2, team: 1, shared: 2048 };
     for seed in 0..50 {
         let (from, mut to) = (numbers.clone(), vec![0; numbers.len()]);
         let mut buffers = [Buffer::input("from", &from), Buffer::output("to", &mut to)];

@@ -32,6 +32,10 @@ pub struct RowKernelArgs {
     /// Rows that a cluster of the pipelined kernel has room for at once, up to 4
     #[arg(long, default_value_t = 1, requires = "row_kernel")]
     stages: u32,
+    /// Blocks that share a row of the stream kernel on a device without clusters, a power of two up to 32; 0 for
+    /// the plan's choice
+    #[arg(long, default_value_t = 0, requires = "row_kernel")]
+    team: u32,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -54,7 +58,7 @@ impl RowKernelArgs {
         };
         match choice.backend()? {
             Backend::Cuda(kernels) => {
-                let preferred = Preference { row_kernel, stages: self.stages };
+                let preferred = Preference { row_kernel, stages: self.stages, team: self.team };
                 Ok(Backend::Cuda(Kernels::load_preferring(kernels.context(), Some(preferred))?))
             }
             other => bail!("--row-kernel chooses among CUDA kernels, but the backend is {other}"),

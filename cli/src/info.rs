@@ -89,6 +89,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         table.add_row([kernel, &shape.to_string()]);
     }
     let cluster = plan.rows.cluster;
+    let a_row = match (plan.rows.blocks_a_row(), plan.rows.team) {
+        (1, _) => "With a block a row".into(),
+        (blocks, 1) => format!("In clusters of {blocks}"),
+        (_, team) => format!("In teams of {team} blocks, which all run at once,"),
+    };
     let why = match plan.row_kernel {
         RowKernel::Resident => {
             "A row of both models fits the registers of a block, so each logit is read once.".into()
@@ -100,7 +105,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             plan.rows.grid / cluster
         ),
         RowKernel::Stream => format!(
-            "No cluster here holds a row of both models, so it is read twice. In clusters of {cluster}, the \
+            "No cluster here holds a row of both models, so it is read twice. {a_row}, the \
              rows in flight at once are {:.1} MB, which the second read {} in the L2 cache (half of it is \
              taken as safe).",
             plan.rows_in_flight_bytes as f64 / 1e6,

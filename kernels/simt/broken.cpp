@@ -47,7 +47,7 @@ ATKD_KERNEL(broken_write_outside, atkd_broken, 64, 1) { store(p.data - thread_in
 
 ATKD_KERNEL(broken_alignment, atkd_broken, 64, 1) {
     if (thread_index() == 0) {
-        store16(p.data, load16(p.data + 1));
+        store16(p.data, load16<false>(p.data + 1));
     }
 }
 
@@ -95,6 +95,16 @@ ATKD_KERNEL(broken_remote, atkd_broken, 32, 1) {
             ATKD_SYNC_BLOCK();
         }
         store(p.data + thread_index(), uint32_t(ATKD_REMOTE(cells, thread_index(), 0)));
+    }
+}
+
+// Only one of two blocks comes to where both should meet.
+ATKD_KERNEL(broken_team, atkd_broken, 32, 1) {
+    if (block_index() == 0) {
+        if (thread_index() == 0) {
+            add_release(p.data, 1u << 30);
+        }
+        ATKD_WAIT_FOR_FLIP(p.data, 0);
     }
 }
 

@@ -23,6 +23,9 @@ void simt_sync_cluster(uint32_t line);
 void simt_exchange(uint64_t value, uint64_t *lanes);
 // Before `bytes` at `at` are touched. Does not return if they must not be.
 void simt_access(const void *at, uint64_t bytes, uint64_t alignment, bool write);
+// Another thread may wait for what is there now to change; and this one does.
+void simt_changed(const uint32_t *at);
+void simt_wait_for_change(const uint32_t *at, uint32_t line);
 // 16 bytes of staged memory.
 void simt_load_staged(uint32_t offset, void *to);
 void simt_store_staged(uint32_t offset, const void *from);
@@ -48,6 +51,7 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 #define ATKD_SYNC_BLOCK() simt_sync_block(__LINE__)
 #define ATKD_SYNC_CLUSTER() simt_sync_cluster(__LINE__)
 #define ATKD_REMOTE(array, index, rank) (array).remote(index, rank)
+#define ATKD_WAIT_FOR_FLIP(at, before) wait_for_flip(at, before, __LINE__)
 #define ATKD_ADD_SHARED(array, index, value) (array).add(index, value)
 #define ATKD_SHARED(type, name, count)                                                                        \
     SharedArray<type, count> name(__COUNTER__, cluster_rank(), #name)
@@ -141,6 +145,7 @@ ATKD_DEVICE uint32_t block_index() { return simt_block_index(); }
 ATKD_DEVICE uint32_t cluster_blocks() { return simt_cluster_blocks(); }
 ATKD_DEVICE uint32_t cluster_index() { return simt_block_index() / simt_cluster_blocks(); }
 ATKD_DEVICE uint32_t cluster_rank() { return simt_block_index() % simt_cluster_blocks(); }
+ATKD_DEVICE uint32_t team_blocks(const atkd_rows &p) { return p.team; }
 
 template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
     uint64_t bits = 0, lanes[32];
@@ -203,6 +208,16 @@ ATKD_DEVICE uint32_t add_atomic(uint32_t *at, uint32_t value) {
     *at += value;
     return old;
 }
+ATKD_DEVICE void add_release(uint32_t *at, uint32_t value) {
+    add_atomic(at, value);
+    simt_changed(at);
+}
+ATKD_DEVICE uint32_t load_acquire(const uint32_t *at) { return load(at); }
+ATKD_DEVICE void wait_for_flip(const uint32_t *at, uint32_t before, uint32_t line) {
+    while ((load_acquire(at) ^ before) >> 31 == 0) {
+        simt_wait_for_change(at, line);
+    }
+}
 ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
     simt_access(at, 8, 8, true);
     *at = value < *at ? value : *at;
@@ -211,7 +226,7 @@ ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
 struct Bytes16 {
     uint32_t word[4];
 };
-ATKD_DEVICE Bytes16 load16(const void *at) {
+template <bool LAST> ATKD_DEVICE Bytes16 load16(const void *at) {
     simt_access(at, 16, 16, false);
     Bytes16 value;
     std::memcpy(&value, at, 16);

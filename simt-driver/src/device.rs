@@ -19,6 +19,8 @@ use atkd::simt::machine::Buffer;
 pub const BLOCK: u32 = 64;
 /// Blocks of a simulated cluster, at most.
 pub const CLUSTER: u32 = 2;
+/// The small device, without clusters.
+pub const SMALL: CUdevice = 3;
 
 const FRESH_MEMORY: u8 = 0xcd;
 
@@ -143,6 +145,10 @@ impl Driver {
             true => Err(CUDA_ERROR_NOT_INITIALIZED),
             false => contexts.copied().ok_or(CUDA_ERROR_INVALID_DEVICE),
         }
+    }
+
+    pub fn is_small(&self, context: usize) -> bool {
+        self.context_of_device(SMALL) == Ok(context)
     }
 
     /// The thread's context, if work can go on in it.

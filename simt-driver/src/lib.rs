@@ -31,15 +31,15 @@ use atkd::plan::{DeviceProperties, LaunchShape};
 use atkd::simt::find_kernel;
 
 use device::{
-    Answer, CURRENT_CONTEXT, Capture, Context, Done, Driver, Event, Function, Recorded, Stream,
-    Work,
+    Answer, CURRENT_CONTEXT, Capture, Context, Done, Driver, Event, Function, Recorded, SMALL,
+    Stream, Work,
 };
 
 mod device;
 pub use device::{BLOCK, CLUSTER};
 
-/// Device 2 is for tests that end its context.
-const DEVICES: usize = 3;
+/// Device 2 is for tests that end its context, device 3 a small one without clusters.
+const DEVICES: usize = 4;
 /// Bytes of dynamic shared memory that a launch may ask for where nothing was set.
 const DEFAULT_SHARED: u32 = 48 << 10;
 /// Bytes of static shared memory of every kernel.
@@ -94,6 +94,10 @@ fn handle<T>(handle: usize) -> *mut T {
 fn l2_bytes() -> c_int {
     let asked_for = std::env::var("ATKD_SIMT_L2_BYTES").ok().and_then(|bytes| bytes.parse().ok());
     asked_for.unwrap_or(50 << 20)
+}
+
+fn multiprocessors(small: bool) -> c_int {
+    if small { 3 } else { 132 }
 }
 
 /// The functions of the driver: their answers are the errors that a caller gets. Pointers are the caller's
@@ -155,7 +159,7 @@ driver! {
         driver.context_of_device(device)?;
         const MAJOR: u32 = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as u32;
         const MINOR: u32 = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32;
-        const MULTIPROCESSORS: u32 = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as u32;
+        const COUNT: u32 = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as u32;
         const L2: u32 = Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE as u32;
         const SHARED: u32 =
             Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR as u32;
@@ -163,9 +167,10 @@ driver! {
             Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as u32;
         const POOLS: u32 = Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED as u32;
         give(value, match attribute {
+            MAJOR if device == SMALL => 8,
             MAJOR => 9,
             MINOR => 0,
-            MULTIPROCESSORS => 132,
+            COUNT => multiprocessors(device == SMALL),
             L2 => l2_bytes(),
             SHARED => DeviceProperties::H200.shared_bytes as c_int,
             BLOCK_SHARED => BLOCK_SHARED_BYTES,
@@ -238,10 +243,11 @@ driver! {
         const PTX_VERSION: u32 = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION as u32;
         const STATIC_SHARED: u32 =
             CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as u32;
-        driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
+        let function = driver.functions.get(&(function as usize));
+        let small = driver.is_small(function.ok_or(CUDA_ERROR_INVALID_HANDLE)?.context);
         give(value, match attribute {
-            // As of machine code for sm_90.
-            PTX_VERSION => 90,
+            // As of machine code for sm_80 or sm_90.
+            PTX_VERSION => if small { 80 } else { 90 },
             STATIC_SHARED => STATIC_SHARED_BYTES,
             _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
         })
@@ -548,9 +554,9 @@ driver! {
         {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
-        let mut cluster = 1;
+        let (mut cluster, mut team) = (1, 1);
         for attribute in attributes {
-            // SAFETY of both: the attribute is of this kind.
+            // SAFETY of each: the attribute is of this kind.
             match attribute.id {
                 CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION => {
                     let size = unsafe { attribute.value.clusterDim };
@@ -564,9 +570,20 @@ driver! {
                         unsafe { attribute.value.programmaticStreamSerializationAllowed } == 1,
                     )?;
                 }
+                CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE => {
+                    count("cooperative launch");
+                    supported(unsafe { attribute.value.cooperative } == 1)?;
+                    // Whatever teams there are, all of them run at once.
+                    team = grid;
+                }
                 _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
             }
         }
+        let small = driver.is_small(context);
+        if team > 2 * multiprocessors(small) as u32 {
+            return Err(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
+        }
+        supported(attributes.len() <= 1 || (team == 1 && !small))?;
         let most = if large_clusters { 16 } else { 8 };
         if !(1..=most).contains(&cluster) || !grid.is_multiple_of(cluster) {
             return Err(CUDA_ERROR_INVALID_CLUSTER_SIZE);
@@ -576,7 +593,7 @@ driver! {
         unsafe {
             words.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping((*parameters).cast(), bytes);
         }
-        let shape = LaunchShape { grid, block, cluster, shared: config.sharedMemBytes };
+        let shape = LaunchShape { grid, block, cluster, team, shared: config.sharedMemBytes };
         driver.enqueue(stream, Work::Launch { kernel, shape, parameters: words.into() })
     }
 

@@ -102,6 +102,19 @@ fn calls_only_launch() {
     }
 }
 
+/// Where teams run, all blocks of a launch must fit the device, and nothing overlaps.
+#[test]
+fn teams_are_launched_together() {
+    let Some(gpu) = Gpu::or_skip(3) else { return };
+    assert_eq!(gpu.kernels.device().portable_cluster(), 1);
+    let mut loaded = Loaded::new(&gpu, &gpu.stream, &Input::new(9, 20_011, 1));
+    let names = ["cooperative launch", "programmatic launch", "cuLaunchKernelEx"];
+    let before = names.map(count);
+    loaded.backward(&Objective::default(), None).unwrap();
+    let after = names.map(count);
+    assert_eq!(std::array::from_fn(|i| after[i] - before[i]), [2, 0, 5]);
+}
+
 fn code<T>(result: Result<T, DriverError>) -> CUresult {
     result.map_or_else(|error| error.0, |_| CUresult::CUDA_SUCCESS)
 }

@@ -97,6 +97,8 @@ impl Kernels {
             let function = &functions["row_pipelined_bf16"];
             device.clusters =
                 [1, 2, 4, 8, 16].map(|size| clusters_at_once(function, &device, size));
+            // These kernels know of no teams.
+            device.clusters[0] = device.clusters[0].max(1);
         }
         let mut driver_version = 0;
         // SAFETY: writes one number.
@@ -136,7 +138,8 @@ impl Kernels {
         Plan::new(&self.device, problem, self.preferred)
     }
 
-    /// `after`: the stream's last work is a kernel of the same call, beside which this one may be made ready.
+    /// `after`: the stream's last work is a kernel of the same call, beside which this one may be made ready,
+    /// but for kernels in teams.
     /// Every kernel begins by waiting for what is before it.
     ///
     /// # Safety
@@ -153,9 +156,15 @@ impl Kernels {
         overlap.id = LaunchAttribute::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         overlap.value.programmaticStreamSerializationAllowed = 1;
         let mut attributes = [overlap; 2];
-        let mut count = usize::from(after && self.overlap);
+        let in_teams = launch.shape.team > 1;
+        let mut count = usize::from(after && self.overlap && !in_teams);
         if launch.shape.cluster > 1 {
             attributes[count] = cluster_of(launch.shape.cluster);
+            count += 1;
+        }
+        if in_teams {
+            attributes[count].id = LaunchAttribute::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+            attributes[count].value.cooperative = 1;
             count += 1;
         }
         let config = sys::CUlaunchConfig {

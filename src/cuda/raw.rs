@@ -63,9 +63,11 @@ impl Kernels {
                 .map_err(driver("copying a guess"))
         };
         copy_guess(guess, self.guess)?;
-        for (i, launch) in launches.enumerate() {
+        let mut after = false;
+        for launch in launches {
             // SAFETY: the caller vouches for all addresses.
-            unsafe { self.launch(stream, &launch, i > 0)? };
+            unsafe { self.launch(stream, &launch, after)? };
+            after = launch.shape.team == 1;
         }
         copy_guess(self.guess, guess)?;
         // SAFETY: the caller's.

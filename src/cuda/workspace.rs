@@ -11,7 +11,7 @@ use crate::params::atkd_summary;
 use crate::{Error, Objective, Output, Result};
 
 /// What a call computes on its way and leaves behind: the loss, every token's terms, its mode. 33 bytes a
-/// token, on the device; made once, used by one call after another.
+/// token and 50 KB, on the device; made once, used by one call after another.
 #[derive(Debug)]
 pub struct Workspace {
     kernels: Arc<Kernels>,
@@ -221,10 +221,11 @@ impl Workspace {
             clock.clear();
             clock.push(("", tick(stream)?));
         }
-        for (i, launch) in launches.enumerate() {
-            let after = i > 0 && self.clock.is_none();
+        let mut after = false;
+        for launch in launches {
             // SAFETY: the caller vouches for the call's addresses, the layout for the workspace's.
             unsafe { self.kernels.launch(stream, &launch, after)? };
+            after = launch.shape.team == 1 && self.clock.is_none();
             if let Some(clock) = &mut self.clock {
                 clock.push((launch.kernel, tick(stream)?));
             }

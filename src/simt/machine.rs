@@ -68,15 +68,17 @@ enum State {
     Phase(*mut bulk::Barrier, u32, u32),
     /// For bulk stores of its own.
     Stores,
+    /// For the top bit of this word, in this line.
+    Flip(*const u32, u32),
     Done,
 }
 
-/// The cluster that is running, and what the callbacks from C++ work on. Threads are numbered through
-/// all blocks of the cluster.
+/// The blocks that are running, a cluster or all of a launch in teams, and what the callbacks from C++ work
+/// on. Threads are numbered through all of them.
 struct Machine<'a> {
     kernel: &'static str,
     shape: LaunchShape,
-    /// The cluster's first.
+    /// The first that is running.
     first_block: u32,
     thread: usize,
     states: Vec<State>,
@@ -86,8 +88,8 @@ struct Machine<'a> {
     given: Vec<u64>,
     /// What the lanes of each warp gave last time.
     exchanged: Vec<[u64; WARP]>,
-    /// By block of the cluster and declaration.
-    shared: HashMap<(u32, u64), Box<[u64]>>,
+    /// By block and declaration.
+    shared: HashMap<(usize, u64), Box<[u64]>>,
     bulk: bulk::Bulk,
     buffers: &'a mut [Buffer],
     fault: Option<String>,
@@ -98,10 +100,25 @@ impl Machine<'_> {
         self.first_block + thread as u32 / self.shape.block
     }
 
-    /// The threads of a block, by its rank in the cluster.
-    fn threads_of(&self, rank: u32) -> Range<usize> {
+    /// The threads of a block, by its place among those that are running.
+    fn threads_of(&self, place: usize) -> Range<usize> {
         let block = self.shape.block as usize;
-        rank as usize * block..(rank as usize + 1) * block
+        place * block..(place + 1) * block
+    }
+
+    /// The place of a thread's block, and of the first block of its cluster.
+    fn places_of(&self, thread: usize) -> (usize, usize) {
+        let (place, cluster) = (thread / self.shape.block as usize, self.shape.cluster as usize);
+        (place, place / cluster * cluster)
+    }
+
+    fn wake(&mut self, waits: impl Fn(State) -> bool) {
+        for (thread, state) in self.states.iter_mut().enumerate() {
+            if waits(*state) {
+                *state = State::Ready;
+                self.ready.push(thread);
+            }
+        }
     }
 
     /// Records the first error.
@@ -217,16 +234,27 @@ extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: 
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn simt_changed(at: *const u32) {
+    unsafe { machine() }.wake(|state| matches!(state, State::Flip(word, _) if word == at));
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_wait_for_change(at: *const u32, line: u32) {
+    wait(State::Flip(at, line));
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn simt_shared(slot: u64, bytes: u64, rank: u32) -> *mut c_void {
     let machine = unsafe { machine() };
     if rank >= machine.shape.cluster {
         fault(format!("shared memory of block {rank} in a cluster of {}", machine.shape.cluster));
     }
-    if machine.states[machine.threads_of(rank)].iter().all(|&state| state == State::Done) {
+    let place = machine.places_of(machine.thread).1 + rank as usize;
+    if machine.states[machine.threads_of(place)].iter().all(|&state| state == State::Done) {
         fault(format!("shared memory of block {rank} of the cluster, which has ended"));
     }
     let words = (bytes as usize).div_ceil(8);
-    machine.shared.entry((rank, slot)).or_insert_with(|| vec![0; words].into()).as_mut_ptr().cast()
+    machine.shared.entry((place, slot)).or_insert_with(|| vec![0; words].into()).as_mut_ptr().cast()
 }
 
 #[unsafe(no_mangle)]
@@ -253,23 +281,24 @@ pub unsafe fn run<P: 'static>(
     parameters: &P,
     buffers: &mut [Buffer],
 ) -> Result<(), String> {
-    let LaunchShape { grid, block, cluster, shared } = shape;
+    let LaunchShape { grid, block, cluster, team, shared } = shape;
     assert!(block > 0 && block.is_multiple_of(WARP as u32), "{block} threads are no whole warps");
     assert!(shared.is_multiple_of(16), "{shared} bytes of shared memory are no multiple of 16");
     assert!(grid.is_multiple_of(cluster), "{grid} blocks are no whole clusters of {cluster}");
-    let threads = (block * cluster) as usize;
+    let at_once = if team > 1 { grid } else { cluster };
+    let threads = (block * at_once) as usize;
     let mut random = fastrand::Rng::with_seed(seed);
     let mut stacks: Vec<DefaultStack> = Vec::new();
     for _ in 0..threads {
         stacks.push(DefaultStack::new(64 << 10).map_err(|error| format!("no stack: {error}"))?);
     }
-    let mut clusters: Vec<u32> = (0..grid / cluster).collect();
-    random.shuffle(&mut clusters);
-    for index in clusters {
+    let mut firsts: Vec<u32> = (0..grid).step_by(at_once as usize).collect();
+    random.shuffle(&mut firsts);
+    for first_block in firsts {
         let mut machine = Machine {
             kernel,
             shape,
-            first_block: index * cluster,
+            first_block,
             thread: 0,
             states: vec![State::Ready; threads],
             ready: (0..threads).collect(),
@@ -277,7 +306,7 @@ pub unsafe fn run<P: 'static>(
             given: vec![0; threads],
             exchanged: vec![[0; WARP]; threads / WARP],
             shared: HashMap::new(),
-            bulk: bulk::Bulk::new(shape),
+            bulk: bulk::Bulk::new(at_once as usize, threads, shared),
             buffers: &mut *buffers,
             fault: None,
         };
@@ -320,9 +349,9 @@ fn schedule(
 ) -> Result<(), String> {
     // SAFETY of each `(*machine)`: it outlives this call, and no coroutine runs meanwhile.
     let threads = unsafe { &*machine }.states.len();
-    // Threads that wait at a barrier, of each block and of the cluster.
-    let mut waiting = vec![0; unsafe { &*machine }.shape.cluster as usize];
-    let mut waiting_for_cluster = 0;
+    // Threads that wait at a barrier, of each block and, by its first block, of each cluster.
+    let mut waiting = vec![0; threads];
+    let mut waiting_for_cluster = waiting.clone();
     loop {
         let paused = unsafe { &mut *machine };
         let ready = paused.ready.len();
@@ -353,7 +382,7 @@ fn schedule(
         }
         let Some(thread) = thread else { continue };
         // Who waits goes on as soon as all have met that wait together.
-        let rank = thread / machine.shape.block as usize;
+        let (place, first) = machine.places_of(thread);
         let (met, count) = match machine.states[thread] {
             State::Exchange => {
                 let warp = thread / WARP;
@@ -366,9 +395,13 @@ fn schedule(
                 machine.ready.extend(lanes);
                 continue;
             }
-            State::Block(_) => (machine.threads_of(rank as u32), &mut waiting[rank]),
-            State::Cluster(_) => (0..threads, &mut waiting_for_cluster),
-            State::Phase(..) | State::Stores | State::Done => continue,
+            State::Block(_) => (machine.threads_of(place), &mut waiting[place]),
+            State::Cluster(_) => {
+                let last = first + machine.shape.cluster as usize - 1;
+                let met = machine.threads_of(first).start..machine.threads_of(last).end;
+                (met, &mut waiting_for_cluster[first])
+            }
+            State::Phase(..) | State::Stores | State::Flip(..) | State::Done => continue,
             State::Ready => unreachable!("a thread stops to wait or to end"),
         };
         *count += 1;
@@ -413,6 +446,7 @@ fn deadlock(machine: &Machine) -> String {
                     format!("wait for phase {parity} of {} in line {line}", barrier.name())
                 }
                 State::Stores => "wait for their bulk stores".into(),
+                State::Flip(_, line) => format!("wait for their team in line {line}"),
                 State::Done => "have ended".into(),
                 State::Ready => "are ready".into(),
             };

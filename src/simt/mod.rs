@@ -395,7 +395,7 @@ mod tests {
             scopes: 1,
         };
         let shape = Plan::new(&device, &problem, None).select;
-        assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8, shared: 0 });
+        assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8, team: 1, shared: 0 });
         let parameters = (&raw const parameters).cast();
         // SAFETY: that is the kernel's block, and the buffers are what it points to.
         unsafe { run_kernel("select_hard", shape, seed, parameters, &mut buffers) }.unwrap();

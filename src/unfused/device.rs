@@ -60,7 +60,7 @@ pub(crate) fn launches(
     let [max, sum, p_target, q_target, uncertainty, rest, dkd, d_rest, factor, dot]: [u64;
         VECTORS] = std::array::from_fn(|i| address + (memory.vectors() + i * tokens * 4) as u64);
 
-    let rows = LaunchShape { grid: tokens as u32, block: 512, cluster: 1, shared: 0 };
+    let rows = LaunchShape { grid: tokens as u32, block: 512, cluster: 1, team: 1, shared: 0 };
     let step = |kernel, a: u64, b: u64, row: u64, constant, out: u64| Launch {
         kernel,
         shape: rows,
@@ -108,7 +108,7 @@ pub(crate) fn launches(
     let [p, q, mask] = [m[0], m[1], m[2]];
     let of_tokens = |kernel, d_q: u64| Launch {
         kernel,
-        shape: LaunchShape { grid: tokens.div_ceil(256) as u32, block: 256, cluster: 1, shared: 0 },
+        shape: LaunchShape { grid: tokens.div_ceil(256) as u32, block: 256, ..rows },
         parameters: Parameters::UnfusedTokens(atkd_unfused_tokens {
             p: p as *const f32,
             q: q as *const f32,

@@ -99,7 +99,7 @@ struct Copy {
 
 #[derive(Debug)]
 pub(super) struct Bulk {
-    /// By block of the cluster.
+    /// By block.
     staged: Vec<Vec<Piece>>,
     threads: Vec<Thread>,
     /// By source: what who arrived at a barrier knew.
@@ -118,11 +118,10 @@ enum Access {
 }
 
 impl Bulk {
-    pub(super) fn new(shape: LaunchShape) -> Self {
-        let pieces = vec![Piece::default(); shape.shared as usize / 16];
+    pub(super) fn new(blocks: usize, threads: usize, shared: u32) -> Self {
         Self {
-            staged: vec![pieces; shape.cluster as usize],
-            threads: vec![Thread::default(); (shape.block * shape.cluster) as usize],
+            staged: vec![vec![Piece::default(); shared as usize / 16]; blocks],
+            threads: vec![Thread::default(); threads],
             released: Vec::new(),
             copies: Vec::new(),
             rest: 0,
@@ -155,10 +154,6 @@ impl Bulk {
 }
 
 impl Machine<'_> {
-    fn rank_of(&self, thread: usize) -> usize {
-        thread / self.shape.block as usize
-    }
-
     /// The running thread's pieces of staged memory, if it may touch them so.
     fn access(&mut self, access: Access, offset: u32, bytes: u32) -> Result<&mut [Piece], String> {
         let what = match access {
@@ -167,13 +162,13 @@ impl Machine<'_> {
             Access::BulkLoad => "bulk load",
             Access::BulkStore => "bulk store",
         };
-        let rank = self.rank_of(self.thread);
+        let (place, _) = self.places_of(self.thread);
         let Bulk { staged, threads, .. } = &mut self.bulk;
         if !(offset | bytes).is_multiple_of(16) || bytes == 0 {
             return Err(format!("{what} of {bytes} bytes at byte {offset} of staged memory"));
         }
         let (start, end) = (offset as usize / 16, (offset as usize + bytes as usize) / 16);
-        let Some(pieces) = staged[rank].get_mut(start..end) else {
+        let Some(pieces) = staged[place].get_mut(start..end) else {
             let shared = self.shape.shared;
             return Err(format!(
                 "{what} of {bytes} bytes outside staged memory: byte {offset} of {shared}"
@@ -220,24 +215,15 @@ impl Machine<'_> {
         Ok(())
     }
 
-    fn wake(&mut self, waits: impl Fn(State) -> bool) {
-        for (thread, state) in self.states.iter_mut().enumerate() {
-            if waits(*state) {
-                *state = State::Ready;
-                self.ready.push(thread);
-            }
-        }
-    }
-
     /// One step of some bulk copy.
     pub(super) fn copy(&mut self, random: &mut fastrand::Rng) {
         // At once, or when threads have been through many barriers, or between.
         self.bulk.rest = (1 << random.u32(..10)) - 1;
         let index = random.usize(..self.bulk.copies.len());
         let thread = self.bulk.copies[index].thread;
-        let rank = self.rank_of(thread);
+        let (place, _) = self.places_of(thread);
         let copy = &mut self.bulk.copies[index];
-        let pieces = &mut self.bulk.staged[rank][copy.offset as usize / 16..];
+        let pieces = &mut self.bulk.staged[place][copy.offset as usize / 16..];
         let result = match &mut copy.kind {
             Kind::Load(barrier) => {
                 let barrier = *barrier;
@@ -288,15 +274,15 @@ impl Machine<'_> {
         } else if written < committed {
             self.blame(thread, "ended without a wait for its bulk stores");
         }
-        let rank = self.rank_of(thread);
-        let block = self.threads_of(rank as u32);
+        let (place, _) = self.places_of(thread);
+        let block = self.threads_of(place);
         if self.shape.shared == 0 || self.states[block.clone()].iter().any(|&s| s != State::Done) {
             return;
         }
         self.bulk.meet(block);
         let knowledge = &self.bulk.threads[thread].knowledge;
         let waited = |piece: &Piece| piece.filled.known(knowledge);
-        if let Some(i) = self.bulk.staged[rank].iter().position(|piece| !waited(piece)) {
+        if let Some(i) = self.bulk.staged[place].iter().position(|piece| !waited(piece)) {
             let what = format!("its block ended without a wait for a bulk load: byte {}", 16 * i);
             self.blame(thread, &what);
         }
