@@ -59,8 +59,8 @@ ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
 ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_SYNC_BLOCK() __syncthreads()
 
-// A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block; a row's blocks
-// are a team there, of a launch whose blocks all run at once, which read what they tell each other in global memory.
+// A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block; there the
+// blocks of a row are a team, in a launch whose blocks all run at once, and meet through global memory.
 #if __CUDA_ARCH__ >= 900
 ATKD_DEVICE uint32_t cluster_blocks() {
     uint32_t blocks;
@@ -157,8 +157,8 @@ ATKD_DEVICE void wait_for_flip(const uint32_t *at, uint32_t before) {
 struct alignas(16) Bytes16 {
     uint32_t word[4];
 };
-// From global memory, whose addresses Row computes as integers. What is read for the LAST time may leave the L2
-// cache before what is to be read again.
+// From global memory, whose addresses Row computes as integers. What is read for the LAST time may leave the
+// caches before what is to be read again.
 template <bool LAST> ATKD_DEVICE Bytes16 load16(const void *at) {
     Bytes16 value;
 #define ATKD_LOAD16(instruction)                                                                              \
@@ -368,7 +368,8 @@ template <class T> ATKD_DEVICE void set_element(Bytes16 &bytes, uint32_t index, 
     word = sizeof(T) == 4 ? bits : index % 2 == 1 ? (word & 0xffffu) | bits << 16 : (word & 0xffff0000u) | bits;
 }
 
-template <bool LAST = false, class T> ATKD_DEVICE Packed<T> load_whole(const Row<const T> &row, uint32_t chunk) {
+template <bool LAST = false, class T>
+ATKD_DEVICE Packed<T> load_whole(const Row<const T> &row, uint32_t chunk) {
     Packed<T> packed = {};
     ATKD_UNROLL
     for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {

@@ -90,19 +90,20 @@ ATKD_DEVICE RowState<double> merge_cluster(const Warps &warps, uint32_t warps_a_
 // A power of two.
 ATKD_DEVICE uint32_t team_rank(const atkd_rows &p) { return block_index() & (team_blocks(p) - 1); }
 
-// The same from the states that the blocks of a team have; by one warp of each, and of the same bits in all. A
-// state lies in one of two places in turn: it is overwritten after the team has met once more, where each block
-// comes only when it has read it.
+// The same from the states that the blocks of a team have; by one warp of each, and of the same bits in all.
+// A state lies in one of two places in turn: it is overwritten after the team has met once more, to where each
+// block comes only when it has read it.
 ATKD_DEVICE RowState<double> merge_team(const RowState<double> &own, const atkd_rows &p, float exponent) {
     static_assert(sizeof own == ATKD_TEAM_STATE, "the layout is a contract");
     uint32_t lane = thread_index() % WARP, rank = team_rank(p);
     uint32_t *arrived = p.batch.summary->arrived + block_index() / team_blocks(p);
     // Of one lane, which goes on only when all have looked.
     uint32_t before = shuffle_from(load_acquire(arrived), 0);
-    auto *states = static_cast<RowState<double> *>(p.states) + (before >> 31) * ATKD_TEAM_BLOCKS + block_index();
+    auto *states = static_cast<RowState<double> *>(p.states) + block_index();
+    states += (before >> 31) * ATKD_TEAM_BLOCKS;
     if (lane == 0) {
         store(states, own);
-        // In all 2^31.
+        // The team's come to 2^31.
         add_release(arrived, rank == 0 ? (1u << 31) - (team_blocks(p) - 1) : 1);
     }
     ATKD_WAIT_FOR_FLIP(arrived, before);

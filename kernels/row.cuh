@@ -4,8 +4,8 @@
 #include "batch.cuh"
 #include "reduce.cuh"
 
-// One token's row, as a thread of its cluster or team sees it. Chunks are dealt to the threads of all its blocks
-// in turn.
+// One token's row, as a thread of its cluster or team sees it. Chunks are dealt to the threads of all its
+// blocks in turn.
 template <class P, class Q> struct Rows {
     uint32_t token, first, stride;
     // One thread of them all writes the token's terms.
@@ -61,8 +61,9 @@ ATKD_DEVICE uint32_t token_to_do(const atkd_rows &p, uint32_t index) {
 
 // Calls f(token) for the tokens that are this cluster's, or team's, to do.
 template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
+    uint32_t count = tokens_to_do(p);
     ATKD_NO_UNROLL
-    for (uint32_t i = cluster_index() / team_blocks(p); i < tokens_to_do(p); i += p.clusters) {
+    for (uint32_t i = cluster_index() / team_blocks(p); i < count; i += p.clusters) {
         f(token_to_do(p, i));
     }
     // No block ends while another may read what it shares.
@@ -71,7 +72,7 @@ template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
 
 // Calls f(chunk, teacher, student) for the thread's chunks, and before that begin(..) with the first of
 // them, or with -inf alone. The next chunk is read before f may write this one: nothing moves a read ahead
-// of a write to what could be the same memory, but a thread's chunks are its own. They are read for the LAST time.
+// of a write to what could be the same memory, but a thread's chunks are its own. LAST: of reads.
 template <bool LAST, class P, class Q, class Begin, class F>
 ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, Begin begin, F f) {
     uint32_t chunks = rows.teacher.chunks(), chunk = rows.first;

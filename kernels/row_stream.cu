@@ -1,6 +1,6 @@
-// Loss and gradient of one token a cluster or team at a time, for any vocabulary, stride and alignment. One pass
-// over the row for its state, a second for the gradient, whose reads should hit the L2 cache: the host chooses
-// clusters or teams large enough, and so rows in flight few enough.
+// Loss and gradient of one token a cluster or team at a time, for any vocabulary, stride and alignment. One
+// pass over the row for its state, a second for the gradient, whose reads should hit the L2 cache: the host
+// chooses clusters or teams large enough, and so rows in flight few enough.
 #include "row.cuh"
 
 namespace {
@@ -47,13 +47,13 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     if (p.gradient == nullptr) {
         return;
     }
-    // Computed again: kept, it would take registers from what one warp does in between.
-    Rows<P, Q> again(p, forget(token));
-    Row<G> gradient = again.template gradient<G>(p);
-    target_chunk = again.chunk_of(target);
+    Row<G> gradient = rows.template gradient<G>(p);
+    // Kept, what follows from these would take registers from what one warp did between the passes.
+    rows.first = forget(rows.first);
+    rows.wholes = forget(rows.wholes);
     bool has_target = false;
     for_chunks<true>(
-        again, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
+        rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
         [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
             float a[CHUNK], b[CHUNK], g[CHUNK];
             unpack(teacher, a);

@@ -65,8 +65,8 @@ pub struct LaunchShape {
     pub block: u32,
     /// Blocks in a cluster.
     pub cluster: u32,
-    /// Blocks in a team, which share a row as a cluster does, but through global memory. If more than 1, all blocks
-    /// of the launch run at once.
+    /// Blocks in a team, which share a row as a cluster does, but through global memory. If more than 1, all
+    /// blocks of the launch run at once.
     pub team: u32,
     /// Bytes of dynamic shared memory of a block.
     pub shared: u32,
@@ -124,8 +124,8 @@ pub struct Preference {
     pub row_kernel: RowKernel,
     /// Rows that a cluster of `row_pipelined` has room for at once, up to 4.
     pub stages: u32,
-    /// Blocks of a team of `row_stream` where there are no clusters, a power of two up to 32; 0 for the plan's
-    /// choice.
+    /// Blocks of a team of `row_stream` where there are no clusters, a power of two up to 32; 0 for the
+    /// plan's choice.
     pub team: u32,
 }
 
@@ -279,8 +279,8 @@ impl Plan {
         })
     }
 
-    /// Clusters, or teams where there are none, only as large as it takes for the rows in flight to fill half of the
-    /// L2 cache, and only where every thread still has a chunk.
+    /// Clusters, or teams where there are none, only as large as it takes for the rows in flight to fill half of
+    /// the L2 cache, and only where every thread still has a chunk.
     fn stream(
         device: &DeviceProperties,
         problem: &Problem,

@@ -32,8 +32,8 @@ pub struct RowKernelArgs {
     /// Rows that a cluster of the pipelined kernel has room for at once, up to 4
     #[arg(long, default_value_t = 1, requires = "row_kernel")]
     stages: u32,
-    /// Blocks that share a row of the stream kernel on a device without clusters, a power of two up to 32; 0 for
-    /// the plan's choice
+    /// Blocks that share a row of the stream kernel on a device without clusters, a power of two up to 32; 0
+    /// for the plan's choice
     #[arg(long, default_value_t = 0, requires = "row_kernel")]
     team: u32,
 }
