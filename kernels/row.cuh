@@ -188,9 +188,12 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
 }
 
 // The gradient of a chunk, but for the target.
-template <bool AT_1>
-ATKD_DEVICE void gradient_of(const GradientScales &scales, float exponent, const float (&a)[CHUNK],
-                             const float (&b)[CHUNK], float (&g)[CHUNK]) {
+template <bool AT_1, class P, class Q>
+ATKD_DEVICE void gradient_of(const GradientScales &scales, float exponent, const Packed<P> &teacher_chunk,
+                             const Packed<Q> &student_chunk, float (&g)[CHUNK]) {
+    float a[CHUNK], b[CHUNK];
+    unpack(teacher_chunk, a);
+    unpack(student_chunk, b);
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
         float teacher = exp2_fast(fmaf(a[k], exponent, -scales.teacher_reference));

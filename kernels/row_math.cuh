@@ -138,19 +138,13 @@ template <class T> ATKD_DEVICE float max_of(const Packed<T> &packed) {
     return largest.value();
 }
 
-ATKD_DEVICE float max_of(const float (&x)[CHUNK]) {
-    float max = x[0];
-    ATKD_UNROLL
-    for (uint32_t k = 1; k < CHUNK; k++) {
-        max = fmaxf(max, x[k]);
-    }
-    return max;
-}
-
 // Adds a chunk of both models, relative to the state's references. The target, and what lies outside the
 // row, are -inf in both; MASKED says that something is.
-template <bool AT_1, bool MASKED>
-ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent) {
+template <bool AT_1, bool MASKED, class P, class Q>
+ATKD_DEVICE void add(RowState<float> &state, const Packed<P> &teacher, const Packed<Q> &student, float exponent) {
+    float a[CHUNK], b[CHUNK];
+    unpack(teacher, a);
+    unpack(student, b);
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
         float x = fmaf(a[k], exponent, -state.teacher_reference);
@@ -172,30 +166,20 @@ ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const floa
     }
 }
 
-// As add, and again with care where something was masked, which leaves no finite gap.
-template <bool AT_1>
-ATKD_DEVICE void add(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent) {
-    RowState<float> before = state;
-    add<AT_1, false>(state, a, b, exponent);
-    if (ATKD_RARELY(!state.finite())) {
-        state = before;
-        add<AT_1, true>(state, a, b, exponent);
-    }
-}
-
 // As add, and raises the references where the chunk exceeds them by much.
-template <bool AT_1>
-ATKD_DEVICE void accumulate(RowState<float> &state, const float (&a)[CHUNK], const float (&b)[CHUNK], float exponent) {
+template <bool AT_1, class P, class Q>
+ATKD_DEVICE void accumulate(RowState<float> &state, const Packed<P> &teacher, const Packed<Q> &student,
+                            float exponent) {
     RowState<float> before = state;
-    add<AT_1, false>(state, a, b, exponent);
+    add<AT_1, false>(state, teacher, student, exponent);
     bool fits = state.finite() && state.teacher_sum - before.teacher_sum < HEADROOM &&
                 state.student_sum - before.student_sum < HEADROOM &&
                 (!AT_1 || state.student_sum_at_1 - before.student_sum_at_1 < HEADROOM);
     if (ATKD_RARELY(!fits)) {
         state = before;
-        state.rebase(fmaxf(state.teacher_reference, reference_of(max_of(a), exponent)),
-                     fmaxf(state.student_reference, reference_of(max_of(b), exponent)), exponent);
-        add<AT_1, true>(state, a, b, exponent);
+        state.rebase(fmaxf(state.teacher_reference, reference_of(max_of(teacher), exponent)),
+                     fmaxf(state.student_reference, reference_of(max_of(student), exponent)), exponent);
+        add<AT_1, true>(state, teacher, student, exponent);
     }
 }
 

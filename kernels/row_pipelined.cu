@@ -165,7 +165,6 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
                 }
                 f(teacher, student);
             };
-            // Another thread has the target.
             bool has_target = thread_index() == row.target_thread;
             auto with_target = [&](auto f) {
                 uint32_t at = row.target_place * CHUNK_BYTES<T>;
@@ -212,16 +211,10 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
                 auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
                 RowState<float> empty = own;
                 for_others([&](const Packed<T> &teacher, const Packed<T> &student) {
-                    float a[CHUNK], b[CHUNK];
-                    unpack(teacher, a);
-                    unpack(student, b);
-                    add<false, false>(own, a, b, exponent);
+                    add<false, false>(own, teacher, student, exponent);
                 });
                 auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student) {
-                    float a[CHUNK], b[CHUNK];
-                    unpack(teacher, a);
-                    unpack(student, b);
-                    add<false, true>(own, a, b, exponent);
+                    add<false, true>(own, teacher, student, exponent);
                 };
                 if (ATKD_RARELY(!own.finite())) {
                     own = empty;
@@ -247,10 +240,8 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
             if (works && p.gradient != nullptr) {
                 GradientScales row_scales = ATKD_REMOTE(scales, 0, 0);
                 for_wholes([&](uint32_t place, const Packed<T> &teacher, const Packed<T> &student) {
-                    float a[CHUNK], b[CHUNK], g[CHUNK];
-                    unpack(teacher, a);
-                    unpack(student, b);
-                    gradient_of<false>(row_scales, exponent, a, b, g);
+                    float g[CHUNK];
+                    gradient_of<false>(row_scales, exponent, teacher, student, g);
                     store_chunk_staged(staged, at_student + place * CHUNK_BYTES<T>, pack<T>(g));
                 });
                 if (ATKD_RARELY(has_target)) {
@@ -261,10 +252,8 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
                 }
                 if (ATKD_RARELY(has_end)) {
                     with_end([&](const Packed<T> &teacher, const Packed<T> &student) {
-                        float a[CHUNK], b[CHUNK], g[CHUNK];
-                        unpack(teacher, a);
-                        unpack(student, b);
-                        gradient_of<false>(row_scales, exponent, a, b, g);
+                        float g[CHUNK];
+                        gradient_of<false>(row_scales, exponent, teacher, student, g);
                         if (end == row.target_place) {
                             put_target(row.target_within, row_scales.target, g);
                         }

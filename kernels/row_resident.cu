@@ -62,10 +62,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         if ((plain >> i & 1) != 0) {
-            float a[CHUNK], b[CHUNK];
-            unpack(teacher[i], a);
-            unpack(student[i], b);
-            add<false, false>(own, a, b, exponent);
+            add<false, false>(own, teacher[i], student[i], exponent);
         }
     }
     bool masked = !own.finite();
@@ -75,10 +72,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
         ATKD_UNROLL
         for (uint32_t i = 0; i < HELD; i++) {
             if ((left >> i & 1) != 0) {
-                float a[CHUNK], b[CHUNK];
-                unpack(teacher[i], a);
-                unpack(student[i], b);
-                add<false, true>(own, a, b, exponent);
+                add<false, true>(own, teacher[i], student[i], exponent);
             }
         }
     }
@@ -92,10 +86,8 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         if ((plain >> i & 1) != 0) {
-            float a[CHUNK], b[CHUNK], g[CHUNK];
-            unpack(teacher[i], a);
-            unpack(student[i], b);
-            gradient_of<false>(row_scales, exponent, a, b, g);
+            float g[CHUNK];
+            gradient_of<false>(row_scales, exponent, teacher[i], student[i], g);
             store_whole(gradient, rows.first + i * rows.stride, g);
         }
     }
@@ -104,10 +96,8 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
         for (uint32_t i = 0; i < HELD; i++) {
             uint32_t chunk = rows.first + i * rows.stride, within = rows.within(target, chunk);
             if (((held & ~plain) >> i & 1) != 0) {
-                float a[CHUNK], b[CHUNK], g[CHUNK];
-                unpack(teacher[i], a);
-                unpack(student[i], b);
-                gradient_of<false>(row_scales, exponent, a, b, g);
+                float g[CHUNK];
+                gradient_of<false>(row_scales, exponent, teacher[i], student[i], g);
                 put_target(within, row_scales.target, g);
                 store_chunk(gradient, chunk, g);
             }

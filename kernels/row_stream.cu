@@ -36,10 +36,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
         },
         [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
             without_target(chunk, teacher, student);
-            float a[CHUNK], b[CHUNK];
-            unpack(teacher, a);
-            unpack(student, b);
-            accumulate<AT_1>(own, a, b, exponent);
+            accumulate<AT_1>(own, teacher, student, exponent);
         });
     share_references(own, exponent);
     GradientScales row_scales =
@@ -55,10 +52,8 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     for_chunks<true>(
         rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
         [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
-            float a[CHUNK], b[CHUNK], g[CHUNK];
-            unpack(teacher, a);
-            unpack(student, b);
-            gradient_of<AT_1>(row_scales, exponent, a, b, g);
+            float g[CHUNK];
+            gradient_of<AT_1>(row_scales, exponent, teacher, student, g);
             store_chunk(gradient, chunk, g);
             has_target |= chunk == target_chunk;
         });

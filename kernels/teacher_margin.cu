@@ -86,7 +86,7 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
             sum += exp2_fast(fmaf(x[k], exponent, -own_reference));
         }
         if (ATKD_RARELY(!(sum - own_sum < HEADROOM))) {
-            float reference = fmaxf(own_reference, reference_of(max_of(x), exponent));
+            float reference = fmaxf(own_reference, reference_of(max_of(packed), exponent));
             sum = own_sum * exp2_fast(own_reference - reference);
             own_reference = reference;
             ATKD_UNROLL
