@@ -127,28 +127,15 @@ pub struct Launch {
     pub parameters: Parameters,
 }
 
-fn teacher_margin(teacher: Dtype) -> &'static str {
-    match teacher {
-        Dtype::F32 => "teacher_margin_f32",
-        Dtype::F16 => "teacher_margin_f16",
-        Dtype::Bf16 => "teacher_margin_bf16",
-    }
-}
-
-fn row_resident(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::F32 => "row_resident_f32",
-        Dtype::F16 => "row_resident_f16",
-        Dtype::Bf16 => "row_resident_bf16",
-    }
-}
-
-fn row_pipelined(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::F32 => "row_pipelined_f32",
-        Dtype::F16 => "row_pipelined_f16",
-        Dtype::Bf16 => "row_pipelined_bf16",
-    }
+/// The name of the kernel for logits of one type.
+macro_rules! of_dtype {
+    ($kernel:literal, $dtype:expr) => {
+        match $dtype {
+            Dtype::F32 => concat!($kernel, "_f32"),
+            Dtype::F16 => concat!($kernel, "_f16"),
+            Dtype::Bf16 => concat!($kernel, "_bf16"),
+        }
+    };
 }
 
 fn row_stream(teacher: Dtype, student: Dtype, gradient: Dtype) -> &'static str {
@@ -408,7 +395,7 @@ pub(crate) fn launches(
     let wrong = if guess { column(TARGETS) as *mut u32 } else { std::ptr::null_mut() };
 
     let margin = Launch {
-        kernel: teacher_margin(call.teacher.dtype),
+        kernel: of_dtype!("teacher_margin", call.teacher.dtype),
         shape: plan.margin,
         parameters: Parameters::TeacherMargin(atkd_teacher_margin { batch }),
     };
@@ -478,8 +465,8 @@ pub(crate) fn launches(
     };
     let rows = |shape: LaunchShape, rows: atkd_rows| Launch {
         kernel: match plan.row_kernel {
-            RowKernel::Resident => row_resident(problem.student),
-            RowKernel::Pipelined => row_pipelined(problem.student),
+            RowKernel::Resident => of_dtype!("row_resident", problem.student),
+            RowKernel::Pipelined => of_dtype!("row_pipelined", problem.student),
             RowKernel::Stream => row_stream(problem.teacher, problem.student, problem.gradient),
         },
         shape,
