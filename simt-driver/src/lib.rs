@@ -11,9 +11,10 @@
 //!
 //! What it does not simulate: kernels other than atkd's; more than [`BLOCK`] threads a block and [`CLUSTER`]
 //! blocks a cluster, where a kernel takes any number; registers, launch bounds and other limits of
-//! occupancy, but for cooperative launches, of two blocks a multiprocessor at most; kernels that start before those ahead of them end; the time that anything takes; the default
-//! stream's waiting for blocking streams, which cannot be made; captures that fork to other streams or
-//! allocate; pinned and managed memory; copies between devices. Calls for those return `CUDA_ERROR_NOT_SUPPORTED` or are missing.
+//! occupancy, but for cooperative launches, of two blocks a multiprocessor at most; kernels that start
+//! before those ahead of them end; the time that anything takes; the default stream's waiting for blocking
+//! streams, which cannot be made; captures that fork to other streams or allocate; pinned and managed
+//! memory; copies between devices. Calls for those return `CUDA_ERROR_NOT_SUPPORTED` or are missing.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -2,7 +2,6 @@
 #![cfg(target_os = "linux")]
 
 use std::ffi::{CString, c_char};
-use std::sync::OnceLock;
 
 use atkd::cuda::RawCall;
 use atkd::cuda::cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus};
@@ -11,27 +10,20 @@ use atkd::cuda::cudarc::nvrtc::Ptx;
 use atkd::{Error, Objective, Target};
 
 use cuda::{Gpu, Input, Loaded};
-use libloading::Library;
 
 #[path = "../../tests/cuda.rs"]
 mod cuda;
 
-static DRIVER: OnceLock<Library> = OnceLock::new();
+mod loader;
 
-/// Runs before `main`: once the simulated driver is loaded, its name, libcuda.so, stands for it in every
-/// test. A cache without room makes clusters of all rows that are long enough.
+/// A cache without room makes clusters of all rows that are long enough.
 #[used]
 #[unsafe(link_section = ".init_array")]
 static LOAD_DRIVER: extern "C" fn() = {
     extern "C" fn load_driver() {
         // SAFETY: there is no other thread yet.
         unsafe { std::env::set_var("ATKD_SIMT_L2_BYTES", "1") };
-        let test = std::env::current_exe().expect("this process has a file");
-        let driver = test.with_file_name("libatkd_simt_driver.so");
-        // SAFETY: the library does nothing when it is loaded.
-        let loaded = unsafe { Library::new(&driver) };
-        let loaded = loaded.unwrap_or_else(|error| panic!("{}: {error}", driver.display()));
-        DRIVER.get_or_init(|| loaded);
+        loader::load_driver();
     }
     load_driver
 };
@@ -41,7 +33,7 @@ fn count(name: &str) -> u64 {
     let name = CString::new(name).unwrap();
     // SAFETY: the simulated driver has this function.
     unsafe {
-        let driver = DRIVER.get().expect("it is loaded before main");
+        let driver = loader::DRIVER.get().expect("it is loaded before main");
         let count = driver
             .get::<unsafe extern "C" fn(*const c_char) -> u64>(b"simt_driver_count")
             .expect("the simulated driver counts");

@@ -2,30 +2,17 @@
 #![cfg(target_os = "linux")]
 
 use std::io::Write;
-use std::sync::OnceLock;
 
 use atkd::cuda::cudarc::driver::DevicePtr;
 use atkd::cuda::{self, Kernels, RawCall, RawLabels, RawLogits, Workspace};
 use atkd::raw::{self, RawOutput};
 use atkd::{Batch, Dtype, Error, Logits, LogitsMut, Objective, cpu};
-use libloading::Library;
 
-static DRIVER: OnceLock<Library> = OnceLock::new();
+mod loader;
 
-/// Runs before `main`: see `cuda_on_the_simulator.rs`.
 #[used]
 #[unsafe(link_section = ".init_array")]
-static LOAD_DRIVER: extern "C" fn() = {
-    extern "C" fn load_driver() {
-        let test = std::env::current_exe().expect("this process has a file");
-        let driver = test.with_file_name("libatkd_simt_driver.so");
-        // SAFETY: the library does nothing when it is loaded.
-        let loaded = unsafe { Library::new(&driver) };
-        let loaded = loaded.unwrap_or_else(|error| panic!("{}: {error}", driver.display()));
-        DRIVER.get_or_init(|| loaded);
-    }
-    load_driver
-};
+static LOAD_DRIVER: extern "C" fn() = loader::load_driver;
 
 const TOKENS: usize = 6;
 const VOCAB: usize = 50;

@@ -1,0 +1,17 @@
+//! Loads the simulated driver; its name, libcuda.so, then stands for it in every test of the process.
+
+use std::sync::OnceLock;
+
+use libloading::Library;
+
+pub static DRIVER: OnceLock<Library> = OnceLock::new();
+
+/// Before `main`, since a test's thread may be the first to look for the driver.
+pub extern "C" fn load_driver() {
+    let test = std::env::current_exe().expect("this process has a file");
+    let driver = test.with_file_name("libatkd_simt_driver.so");
+    // SAFETY: the library does nothing when it is loaded.
+    let loaded = unsafe { Library::new(&driver) };
+    let loaded = loaded.unwrap_or_else(|error| panic!("{}: {error}", driver.display()));
+    DRIVER.get_or_init(|| loaded);
+}
