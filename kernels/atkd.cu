@@ -6,4 +6,5 @@
 #include "select_hard.cu"
 #include "sum_losses.cu"
 #include "teacher_margin.cu"
+#include "token_terms.cu"
 #include "unfused.cu"

@@ -11,7 +11,8 @@
 static_assert(sizeof(atkd_summary) == 1080 && sizeof(atkd_batch) == 88, "the layout is a contract");
 static_assert(sizeof(atkd_teacher_margin) == 88 && sizeof(atkd_count_valid) == 96, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 136 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_rows) == 296 && sizeof(atkd_sum_losses) == 32, "the layout is a contract");
+static_assert(sizeof(atkd_rows) == 296 && sizeof(atkd_token_terms) == 200, "the layout is a contract");
+static_assert(sizeof(atkd_sum_losses) == 32, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.
@@ -46,10 +47,16 @@ ATKD_DEVICE void begin_kernel() {
     static ATKD_DEVICE void name##_body(const params &p)
 // `count` elements of shared memory.
 #define ATKD_SHARED(type, name, count) __shared__ type name[count]
+// The same as a member of a struct, of which a kernel has one. Its address is computed once: of an array by itself
+// it is computed for every access.
+#define ATKD_SHARED_MEMBER(type, name, count) type name[count]
+#define ATKD_SHARED_STRUCT(type, name)                                                                        \
+    __shared__ type name##_memory;                                                                            \
+    type &name = *static_cast<type *>(__cvta_shared_to_generic(forget(in_shared(&name##_memory))))
 // The shared memory that the launch asks for.
 #define ATKD_STAGED(name)                                                                                     \
-    extern __shared__ __align__(128) unsigned char name##_memory[];                                           \
-    StagedMemory name = {in_shared(name##_memory)}
+    extern __shared__ __align__(16) unsigned char name##_memory[];                                           \
+    StagedMemory name = {forget(in_shared(name##_memory))}
 
 typedef __half f16;
 typedef __nv_bfloat16 bf16;
@@ -109,6 +116,7 @@ template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
 template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
     return __shfl_sync(0xffffffffu, value, static_cast<int>(lane));
 }
+ATKD_DEVICE void sync_warp() { __syncwarp(); }
 ATKD_DEVICE uint32_t warp_ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 ATKD_DEVICE int32_t warp_max(int32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 // The lanes whose value is this lane's.
@@ -229,11 +237,46 @@ ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) {
                      "r"(parity)
                      : "memory");
 }
+// As wait_for, and sees what other blocks pushed.
+ATKD_DEVICE void wait_for_pushes(Barrier &barrier, uint32_t parity) {
+    ATKD_SINCE_SM_90("{\n.reg .pred done;\n"
+                     "again:\n"
+                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                     "@!done bra again;\n}" ::"r"(in_shared(&barrier)),
+                     "r"(parity)
+                     : "memory");
+}
+// Pieces of 16 or 8 bytes, into the place that they have here of block `rank`'s shared memory; their bytes count
+// on the barrier there.
+template <class T> ATKD_DEVICE void push(const T *at, uint32_t rank, const T &value, const Barrier *barrier) {
+    static_assert(sizeof(T) == 16 || sizeof(T) == 8, "one instruction");
+    union {
+        T value;
+        uint32_t word[sizeof(T) / 4];
+    } image = {value};
+    uint32_t to, counts;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(in_shared(at)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(in_shared(barrier)), "r"(rank));
+    if (sizeof(T) == 16) {
+        ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                             to),
+                         "r"(image.word[0]), "r"(image.word[1]), "r"(image.word[sizeof(T) / 8]),
+                         "r"(image.word[sizeof(T) / 4 - 1]), "r"(counts)
+                         : "memory");
+    } else {
+        ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
+                         "r"(image.word[0]), "r"(image.word[1]), "r"(counts)
+                         : "memory");
+    }
+}
+#define ATKD_PUSH(array, index, rank, value, barriers, barrier)                                               \
+    push(&(array)[index], rank, value, &(barriers)[barrier])
 #define ATKD_INIT_BARRIER(array, index, arrivals) init_barrier((array)[index], arrivals)
 #define ATKD_ARRIVE(array, index) arrive((array)[index])
 #define ATKD_EXPECT(array, index, bytes) arrive_expecting((array)[index], bytes)
 // Until the phase of this parity has ended; the first is 0.
 #define ATKD_WAIT(array, index, parity) wait_for((array)[index], parity)
+#define ATKD_WAIT_FOR_PUSHES(array, index, parity) wait_for_pushes((array)[index], parity)
 
 // Bulk copies, by the machine and in no order: of a multiple of 16 bytes, from and to multiples of 16.
 ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *from, uint32_t bytes,

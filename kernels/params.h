@@ -94,18 +94,18 @@ typedef struct {
     double inverse_temperature; // 1 / T
 } atkd_objective;
 
-// row_resident, row_pipelined, row_stream: terms of each token, and the gradient. One cluster, or team, a
-// token at a time.
+// row_resident, row_pipelined, row_stream: what the terms of each token follow from, and the gradient. One
+// cluster, or team, a token at a time.
 typedef struct {
     atkd_batch batch;
     atkd_objective objective;
-    const void *student;   // logits [N, V]
-    void *gradient;        // [N, V], may be student; null for the loss alone
-    const float *upstream; // the gradient of what comes after, or null for 1
-    float *uncertainty;    // [N]
-    float *tkd;            // [N]
-    float *dkd;            // [N]
-    double *loss;          // [N], before the reduction
+    const void *student;         // logits [N, V]
+    void *gradient;              // [N, V], may be student; null for the loss alone
+    const float *upstream;       // the gradient of what comes after, or null for 1
+    float *teacher_margin;       // [N]
+    float *student_margin;       // [N]
+    float *dkd;                  // [N]
+    double *student_margin_at_1; // [N], if cross entropy has a weight: the student's at temperature 1
     void *states;          // [2][ATKD_TEAM_BLOCKS], of ATKD_TEAM_STATE bytes
     const uint32_t *wrong; // the tokens to do, counted in the summary; null for all
     int64_t student_stride;
@@ -120,6 +120,16 @@ typedef struct {
     uint32_t slice;      // row_pipelined: chunks of a row that a block has room for
     uint32_t reserved;
 } atkd_rows;
+
+// token_terms: the terms of each token, over what they follow from. One thread a token.
+typedef struct {
+    atkd_batch batch;
+    atkd_objective objective;
+    float *uncertainty; // [N], over the teacher's margin
+    float *tkd;         // [N], over the student's
+    float *dkd;         // [N]
+    double *loss;       // [N], before the reduction; over the student's margin at temperature 1
+} atkd_token_terms;
 
 // sum_losses: the reduced loss; ends the call. One block.
 typedef struct {

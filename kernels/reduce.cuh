@@ -43,16 +43,17 @@ struct Sum {
         result = reduced_;                                                                                    \
     } while (0)
 
-// Relative to the same references in all lanes.
-template <class Real> ATKD_DEVICE void share_references(RowState<Real> &part, float exponent) {
-    part.rebase(max_of_warp(part.teacher_reference), max_of_warp(part.student_reference), exponent);
+// Relative to the same maxima in all lanes.
+template <class Real> ATKD_DEVICE void share_maxima(RowState<Real> &part, float exponent) {
+    part.rebase(max_of_warp(part.teacher_max), max_of_warp(part.student_max), exponent);
 }
 
-// The state of a row of which each lane has a part, in every lane; all share their references. All
-// fields take each step together, so that their shuffles overlap.
-template <bool AT_1, class Real> ATKD_DEVICE RowState<Real> merge_warp(RowState<Real> state) {
+// The state of a row of which each lane has a part, in every lane; all share their maxima. All
+// fields take each step together, so that their shuffles overlap. With fewer LANES, each group of so many has all
+// parts.
+template <bool AT_1, uint32_t LANES = WARP, class Real> ATKD_DEVICE RowState<Real> merge_warp(RowState<Real> state) {
     ATKD_UNROLL
-    for (uint32_t mask = WARP / 2; mask > 0; mask /= 2) {
+    for (uint32_t mask = LANES / 2; mask > 0; mask /= 2) {
         state.teacher_sum += shuffle_xor(state.teacher_sum, mask);
         state.weighted_gap += shuffle_xor(state.weighted_gap, mask);
         state.student_sum += shuffle_xor(state.student_sum, mask);
@@ -80,10 +81,10 @@ ATKD_DEVICE RowState<double> merge_cluster(const Warps &warps, uint32_t warps_a_
     for (uint32_t i = thread_index() % WARP; i < warps_a_block * cluster_blocks(); i += WARP) {
         RowState<float> warp = ATKD_REMOTE(warps, i % warps_a_block, i / warps_a_block);
         part.merge({warp.teacher_sum, warp.weighted_gap, warp.student_sum, warp.student_sum_at_1,
-                    warp.teacher_reference, warp.student_reference, warp.ruled_out},
+                    warp.teacher_max, warp.student_max, warp.ruled_out},
                    exponent);
     }
-    share_references(part, exponent);
+    share_maxima(part, exponent);
     return merge_warp<true>(part);
 }
 
@@ -108,6 +109,6 @@ ATKD_DEVICE RowState<double> merge_team(const RowState<double> &own, const atkd_
     }
     ATKD_WAIT_FOR_FLIP(arrived, before);
     RowState<double> part = lane < team_blocks(p) ? load(states - rank + lane) : RowState<double>::empty();
-    share_references(part, exponent);
+    share_maxima(part, exponent);
     return merge_warp<true>(part);
 }

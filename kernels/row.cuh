@@ -8,7 +8,7 @@
 // blocks in turn.
 template <class P, class Q> struct Rows {
     uint32_t token, first, stride;
-    // One thread of them all writes the token's terms.
+    // One thread of them all.
     bool speaks;
     Row<const P> teacher;
     Row<const Q> student;
@@ -98,92 +98,132 @@ template <class G, class P, class Q> ATKD_DEVICE void drop_row(const atkd_rows &
     for (uint32_t chunk = rows.first; p.gradient != nullptr && chunk < rows.teacher.chunks(); chunk += rows.stride) {
         store_chunk(rows.template gradient<G>(p), chunk, zeros);
     }
-    if (rows.speaks) {
-        store(p.uncertainty + rows.token, 0.0f);
-        store(p.tkd + rows.token, 0.0f);
-        store(p.dkd + rows.token, 0.0f);
-        store(p.loss + rows.token, 0.0);
-        if (p.write_keys != 0) {
-            store(p.batch.keys + rows.token, 0u);
-        }
+    if (rows.speaks && p.write_keys != 0) {
+        store(p.batch.keys + rows.token, 0u);
     }
-}
-
-// Whether a token is hard: by its mode or, before the selection, by a guess of its outcome.
-ATKD_DEVICE bool is_hard(const atkd_rows &p, uint8_t mode, const Margins &margins) {
-    return p.guess != 0 ? key_of(float(margins.teacher)) >= load(&p.batch.summary->guess) : mode == ATKD_HARD;
 }
 
 // What a row's threads share, in shared memory.
 #define ATKD_ROW_SHARED(threads)                                                                              \
     ATKD_SHARED(RowState<float>, warps, (threads) / WARP);                                                    \
-    ATKD_SHARED(RowState<double>, whole, 1);                                                                  \
-    ATKD_SHARED(GradientScales, scales, 1);                                                                   \
-    ATKD_SHARED(float, target_logits, 2)
+    ATKD_SHARED(GradientScales, scales, 1)
 
-// By one thread, before a gradient in place overwrites them.
-template <class P, class Q, class Floats>
-ATKD_DEVICE void read_target(const Rows<P, Q> &rows, uint32_t target, Floats &target_logits) {
-    target_logits[0] = widen(load(rows.teacher.data + target));
-    target_logits[1] = widen(load(rows.student.data + target));
+// The lanes of the warp that settles a row: what is done to the sums of teacher and student is the same, and
+// done at once.
+constexpr uint32_t TEACHER = 0, STUDENT = 1, STUDENT_AT_1 = 2, MEAN = 3;
+
+// The logit of the target, of two lanes; before a gradient in place overwrites it.
+template <class P, class Q>
+ATKD_DEVICE float target_logit_of(const atkd_rows &p, uint32_t token, uint32_t target) {
+    uint32_t lane = thread_index() % WARP;
+    auto teacher = static_cast<const P *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
+    auto student = static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride;
+    return lane == TEACHER   ? widen(load(teacher + target))
+           : lane == STUDENT ? widen(load(student + target))
+                             : 0.0f;
 }
 
-// The state of the whole row and what its gradient needs, both in shared memory, from the states of all warps
-// of the cluster or team; by one warp, of the cluster or of each block of the team.
-template <class Warps, class Whole, class Scales, class Floats>
-ATKD_DEVICE void merge_row(const atkd_rows &p, uint8_t mode, const Warps &warps, uint32_t warps_a_block, Whole &whole,
-                           Scales &scales, const Floats &target_logits) {
+// What the row's gradient needs, in every lane, from the state of the row, which every lane has. Margins and DKD
+// go to token_terms, if this warp tells them: there a lane has a token of its own.
+ATKD_DEVICE GradientScales settle(const atkd_rows &p, uint32_t token, uint8_t mode, const RowState<double> &state,
+                                  float target_logit, bool tells) {
+    const atkd_objective &objective = p.objective;
+    uint32_t lane = thread_index() % WARP;
+    bool at_1 = has_sum_at_1(objective);
+    target_logit = shuffle_from(target_logit, lane == TEACHER ? TEACHER : STUDENT);
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    RowState<double> state = merge_cluster(warps, warps_a_block, exponent);
-    if (team_blocks(p) > 1) {
-        state = merge_team(state, p, exponent);
+    double sum = lane == TEACHER ? state.teacher_sum : state.student_sum;
+    float max = lane == TEACHER ? state.teacher_max : state.student_max;
+    if (lane == STUDENT_AT_1 && at_1) {
+        sum = state.student_sum_at_1;
+        exponent = LOG2_E;
     }
-    if (thread_index() % WARP == 0) {
-        double scale = p.mean != 0 ? p.scale / double(load(&p.batch.summary->counted_valid)) : p.scale;
-        scale *= p.upstream == nullptr ? 1.0 : double(load(p.upstream));
-        Margins margins = margins_of(p.objective, state, exponent, target_logits[0], target_logits[1]);
-        scales[0] = scales_of(p.objective, state, margins, is_hard(p, mode, margins), scale);
-        whole[0] = state;
+    sum += correction_of(max, exponent);
+    if (lane == MEAN) {
+        sum = p.mean != 0 ? load(&p.batch.summary->counted_valid) : 1;
     }
+    // A sum of 0 belongs to exponentials that are all 0, and so is their share of the gradient.
+    double inverse = sum == 0 ? 0 : 1 / sum, log_sum = log(sum);
+    double margin = margin_of(log_sum, reference_of(max, exponent), target_logit, exponent);
+    double e = exp(-fabs(margin)), share = 1 / (1 + e);
+    double sigmoid = (margin <= 0 ? e : 1) * share;
+
+    double teacher_margin = shuffle_from(margin, TEACHER), uncertainty = shuffle_from(sigmoid, TEACHER);
+    // On the side where the teacher's sigmoid is small; swapping "the target" for "not the target" flips
+    // the sign.
+    double sign = teacher_margin > 0 ? -1 : 1;
+    double flipped = sign * ((sign * margin <= 0 ? e : 1) * share);
+    double slope = shuffle_from(flipped, STUDENT) - shuffle_from(flipped, TEACHER);
+    // By the token's mode or, before the selection, by a guess of its outcome.
+    uint32_t key = key_of(float(teacher_margin));
+    bool hard = p.guess != 0 ? key >= load(&p.batch.summary->guess) : mode == ATKD_HARD;
+    // Where the teacher has no mass off the target, DKD is 0 whatever the student does.
+    double beta = state.teacher_sum == 0 ? 0 : coefficient_of(objective.dkd[hard ? 1 : 0], uncertainty);
+    double gamma = coefficient_of(objective.tkd[hard ? 1 : 0], uncertainty) * slope;
+    double gamma_at_1 = weighted(objective.ce_weight, shuffle_from(sigmoid, at_1 ? STUDENT_AT_1 : STUDENT));
+    double at_t = objective.inverse_temperature;
+    double coefficient = lane == TEACHER   ? beta * at_t
+                         : lane == STUDENT ? (beta + gamma) * at_t + (at_1 ? 0 : gamma_at_1)
+                                           : gamma_at_1;
+    double scale = p.scale * shuffle_from(inverse, MEAN) * (p.upstream == nullptr ? 1.0 : load(p.upstream));
+    float own = float(coefficient * scale * inverse);
+
+    bool gap_not_a_number = state.teacher_sum != 0 && state.ruled_out == 0 && state.weighted_gap != state.weighted_gap;
+    bool not_a_number = gap_not_a_number || warp_ballot(lane <= STUDENT && margin != margin) != 0;
+    double dkd = state.weighted_gap * inverse * LN_2 - log_sum + shuffle_from(log_sum, STUDENT);
+    // Rounding may fall below 0, a divergence cannot.
+    dkd = not_a_number             ? nan("")
+          : state.teacher_sum == 0 ? 0
+          : state.ruled_out != 0   ? -double(OUTSIDE)
+                                   : fmax(dkd, 0.0);
+    if (tells && lane == TEACHER) {
+        store(p.teacher_margin + token, float(margin));
+        store(p.dkd + token, float(dkd));
+        if (p.write_keys != 0) {
+            store(p.batch.keys + token, key);
+        }
+        if (p.guess != 0) {
+            store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
+        }
+    }
+    if (tells && lane == STUDENT) {
+        store(p.student_margin + token, float(margin));
+    }
+    if (tells && objective.ce_weight != 0 && lane == (at_1 ? STUDENT_AT_1 : STUDENT)) {
+        store(p.student_margin_at_1 + token, margin);
+    }
+    if (not_a_number) {
+        float nothing = nanf("");
+        return {nothing, nothing, nothing, nothing, {0, 0, 0}};
+    }
+    return {shuffle_from(own, TEACHER),
+            shuffle_from(own, STUDENT),
+            at_1 ? shuffle_from(own, STUDENT_AT_1) : 0.0f,
+            float(-(gamma * at_t + gamma_at_1) * scale),
+            state.references(p.batch.inverse_temperature * LOG2_E)};
 }
 
-// The terms of the token; by one thread.
-template <class Whole, class Floats>
-ATKD_DEVICE void tell_terms(const atkd_rows &p, uint32_t token, uint8_t mode, const Whole &whole,
-                            const Floats &target_logits) {
-    // The margins are computed again: kept, they would take registers from every thread.
-    RowState<double> state = whole[0];
-    Margins margins = margins_of(p.objective, state, p.batch.inverse_temperature * LOG2_E, target_logits[0],
-                                 target_logits[1]);
-    bool hard = is_hard(p, mode, margins);
-    Terms terms = terms_of(p.objective, state, margins, hard);
-    store(p.uncertainty + token, float(terms.uncertainty));
-    store(p.tkd + token, float(terms.tkd));
-    store(p.dkd + token, float(terms.dkd));
-    store(p.loss + token, terms.loss);
-    if (p.write_keys != 0) {
-        store(p.batch.keys + token, key_of(float(margins.teacher)));
-    }
-    if (p.guess != 0) {
-        store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
-    }
-}
-
-// From every thread's part of the row, relative to its warp's references, to what its gradient needs, and the
-// token's terms.
-template <bool AT_1 = false, class P, class Q, class Warps, class Whole, class Scales, class Floats>
-ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode,
-                                      const RowState<float> &own, Warps &warps, Whole &whole, Scales &scales,
-                                      const Floats &target_logits) {
+// From every thread's part of the row, relative to its warp's maxima, to what its gradient needs.
+template <bool AT_1 = false, class P, class Q, class Warps, class Scales>
+ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, uint32_t target,
+                                      const RowState<float> &own, Warps &warps, Scales &scales) {
+    // One warp of the cluster; of a team, one of each block.
+    bool settles = thread_index() < WARP && cluster_rank() == 0;
+    float target_logit = settles ? target_logit_of<P, Q>(p, rows.token, target) : 0;
     post_state<AT_1>(own, warps);
     ATKD_SYNC_CLUSTER();
-    if (rows.first < WARP || (team_blocks(p) > 1 && thread_index() < WARP)) {
-        merge_row(p, mode, warps, block_threads() / WARP, whole, scales, target_logits);
+    if (settles) {
+        float exponent = p.batch.inverse_temperature * LOG2_E;
+        RowState<double> state = merge_cluster(warps, block_threads() / WARP, exponent);
+        if (team_blocks(p) > 1) {
+            state = merge_team(state, p, exponent);
+        }
+        GradientScales settled = settle(p, rows.token, mode, state, target_logit, rows.first < WARP);
+        if (thread_index() == 0) {
+            scales[0] = settled;
+        }
     }
     ATKD_SYNC_CLUSTER();
-    if (rows.speaks) {
-        tell_terms(p, rows.token, mode, whole, target_logits);
-    }
     return ATKD_REMOTE(scales, 0, 0);
 }
 
@@ -196,11 +236,11 @@ ATKD_DEVICE void gradient_of(const GradientScales &scales, float exponent, const
     unpack(student_chunk, b);
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
-        float teacher = exp2_fast(fmaf(a[k], exponent, -scales.teacher_reference));
-        float student = exp2_fast(fmaf(b[k], exponent, -scales.student_reference));
+        float teacher = exp2_fast(fmaf(a[k], exponent, -scales.references.teacher));
+        float student = exp2_fast(fmaf(b[k], exponent, -scales.references.student));
         g[k] = fmaf(scales.student, student, -(scales.teacher * teacher));
         if (AT_1) {
-            g[k] += scales.student_at_1 * exp2_fast(fmaf(b[k], LOG2_E, -reference_at_1(scales.student_reference, exponent)));
+            g[k] += scales.student_at_1 * exp2_fast(fmaf(b[k], LOG2_E, -scales.references.student_at_1));
         }
     }
 }

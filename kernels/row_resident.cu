@@ -43,9 +43,6 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
             }
         }
     }
-    if (rows.speaks) {
-        read_target(rows, target, target_logits);
-    }
 
     // The maxima first, so that no sum must be rebased.
     Largest<T> teacher_max, student_max;
@@ -57,12 +54,13 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
         }
     }
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    auto own = RowState<float>::from(teacher_max.value(), student_max.value(), exponent);
+    auto own = RowState<float>::from(teacher_max.value(), student_max.value());
     RowState<float> empty = own;
+    References references = own.references(exponent);
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         if ((plain >> i & 1) != 0) {
-            add<false, false>(own, teacher[i], student[i], exponent);
+            add<false, false>(own, references, teacher[i], student[i], exponent);
         }
     }
     bool masked = !own.finite();
@@ -72,11 +70,11 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
         ATKD_UNROLL
         for (uint32_t i = 0; i < HELD; i++) {
             if ((left >> i & 1) != 0) {
-                add<false, true>(own, teacher[i], student[i], exponent);
+                add<false, true>(own, references, teacher[i], student[i], exponent);
             }
         }
     }
-    GradientScales row_scales = settle_row(p, rows, mode, own, warps, whole, scales, target_logits);
+    GradientScales row_scales = settle_row(p, rows, mode, target, own, warps, scales);
     if (p.gradient == nullptr) {
         return;
     }

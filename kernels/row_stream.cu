@@ -16,9 +16,6 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
         return;
     }
     uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
-    if (rows.speaks || (team_blocks(p) > 1 && thread_index() == 0)) {
-        read_target(rows, target, target_logits);
-    }
     auto without_target = [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
         if (ATKD_RARELY(chunk == target_chunk)) {
             take_out(rows.within(target, chunk), teacher);
@@ -26,21 +23,22 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
         }
     };
     RowState<float> own;
+    References references;
     float exponent = p.batch.inverse_temperature * LOG2_E;
     for_chunks<false>(
         rows,
         // A guess at the maxima, so that few chunks exceed it.
         [&](uint32_t chunk, Packed<P> teacher, Packed<Q> student) {
             without_target(chunk, teacher, student);
-            own = RowState<float>::from(max_of(teacher), max_of(student), exponent);
+            own = RowState<float>::from(max_of(teacher), max_of(student));
+            references = own.references(exponent);
         },
         [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
             without_target(chunk, teacher, student);
-            accumulate<AT_1>(own, teacher, student, exponent);
+            accumulate<AT_1>(own, references, teacher, student, exponent);
         });
-    share_references(own, exponent);
-    GradientScales row_scales =
-        settle_row<AT_1>(p, rows, mode, own, warps, whole, scales, target_logits);
+    share_maxima(own, exponent);
+    GradientScales row_scales = settle_row<AT_1>(p, rows, mode, target, own, warps, scales);
     if (p.gradient == nullptr) {
         return;
     }

@@ -69,8 +69,7 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
     // A guess at the maximum, so that few chunks exceed it.
     Packed<T> guess = next;
     without_target(guess);
-    float max = max_of(guess), own_reference = reference_of(max_of_warp(max), exponent);
-    float own_sum = start_of(max, own_reference, exponent);
+    float own_max = max_of_warp(max_of(guess)), own_reference = reference_of(own_max, exponent), own_sum = 0;
     for (; chunk < chunks; chunk += block_threads()) {
         Packed<T> packed = next;
         // The next chunk is on its way while this one is added.
@@ -86,7 +85,8 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
             sum += exp2_fast(fmaf(x[k], exponent, -own_reference));
         }
         if (ATKD_RARELY(!(sum - own_sum < HEADROOM))) {
-            float reference = fmaxf(own_reference, reference_of(max_of(packed), exponent));
+            own_max = fmaxf(own_max, max_of(packed));
+            float reference = reference_of(own_max, exponent);
             sum = own_sum * exp2_fast(own_reference - reference);
             own_reference = reference;
             ATKD_UNROLL
@@ -96,13 +96,14 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
         }
         own_sum = sum;
     }
-    float reference;
-    ATKD_REDUCE_BLOCK(reference, own_reference, Max(), maxima);
+    float max;
+    ATKD_REDUCE_BLOCK(max, own_max, Max(), maxima);
+    float reference = reference_of(max, exponent);
     double sum;
     ATKD_REDUCE_BLOCK(sum, double(own_sum) * double(exp2_fast(own_reference - reference)), Sum(), sums);
     if (thread_index() == 0) {
         float target_logit = widen(load(data + target));
-        float margin = float(margin_of(reference, sum, target_logit, exponent));
+        float margin = float(margin_of(log(sum + correction_of(max, exponent)), reference, target_logit, exponent));
         store(p.batch.keys + token, key_of(margin));
         if (p.batch.target == ATKD_TARGET_TEACHER) {
             store(p.batch.targets + token, target);

@@ -107,6 +107,7 @@ kernels! {
         row_stream_f16_bf16_bf16 row_stream_f16_bf16_f32
         row_stream_bf16_f32_f32 row_stream_bf16_f16_f16 row_stream_bf16_f16_f32
         row_stream_bf16_bf16_bf16 row_stream_bf16_bf16_f32;
+    TokenTerms(atkd_token_terms): token_terms;
     SumLosses(atkd_sum_losses): sum_losses;
     Unfused(atkd_unfused):
         unfused_copy_f32 unfused_widen_f16 unfused_widen_bf16 unfused_narrow_f16 unfused_narrow_bf16
@@ -434,21 +435,22 @@ pub(crate) fn launches(
     // With one token the mean's own division, which the kernels do, is by 1.
     let scale = objective.reduction_scale(1);
     let gradient = call.gradient;
+    let weights = atkd_objective {
+        tkd: [number(easy.tkd), number(hard.tkd)],
+        dkd: [number(easy.dkd), number(hard.dkd)],
+        ce_weight: objective.ce_weight(),
+        inverse_temperature,
+    };
     let first = atkd_rows {
         batch,
-        objective: atkd_objective {
-            tkd: [number(easy.tkd), number(hard.tkd)],
-            dkd: [number(easy.dkd), number(hard.dkd)],
-            ce_weight: objective.ce_weight(),
-            inverse_temperature,
-        },
+        objective: weights,
         student: call.student.address as *const c_void,
         gradient: gradient.map_or(0, |gradient| gradient.address) as *mut c_void,
         upstream: call.upstream.unwrap_or(0) as *const f32,
-        uncertainty: column(UNCERTAINTY) as *mut f32,
-        tkd: column(TKD) as *mut f32,
+        teacher_margin: column(UNCERTAINTY) as *mut f32,
+        student_margin: column(TKD) as *mut f32,
         dkd: column(DKD) as *mut f32,
-        loss: column(LOSS) as *mut f64,
+        student_margin_at_1: column(LOSS) as *mut f64,
         states: (workspace + layout.states() as u64) as *mut c_void,
         wrong: std::ptr::null(),
         student_stride: call.student.row_stride as i64,
@@ -477,6 +479,18 @@ pub(crate) fn launches(
         }),
     };
     let again = atkd_rows { wrong, guess: 0, write_keys: 0, ..first };
+    let terms = Launch {
+        kernel: "token_terms",
+        shape: plan.terms,
+        parameters: Parameters::TokenTerms(atkd_token_terms {
+            batch,
+            objective: weights,
+            uncertainty: column(UNCERTAINTY) as *mut f32,
+            tkd: column(TKD) as *mut f32,
+            dkd: column(DKD) as *mut f32,
+            loss: column(LOSS) as *mut f64,
+        }),
+    };
     let sum = Launch {
         kernel: "sum_losses",
         shape: plan.sum,
@@ -490,16 +504,17 @@ pub(crate) fn launches(
     };
     let first = rows(plan.rows, first);
     let again = rows(plan.rows_again, again);
-    let order = if guess {
-        [Some(count), Some(first), Some(select), Some(again), Some(sum)]
+    let rows = if guess {
+        [Some(count), Some(first), Some(select), Some(again)]
     } else if depends {
-        [needs_margins.then_some(margin), Some(select), Some(first), Some(sum), None]
+        [needs_margins.then_some(margin), Some(select), Some(first), None]
     } else {
         // Which tokens are hard is told after the rows, whose margins then come with the loss.
-        [needs_margins.then_some(margin), Some(count), Some(first), Some(select), Some(sum)]
+        [needs_margins.then_some(margin), Some(count), Some(first), Some(select)]
     };
+    let order = rows.into_iter().flatten().chain([terms, sum]);
     // A grid without blocks cannot be launched, and has nothing to do.
-    Ok(order.into_iter().flatten().filter(|launch| launch.shape.grid > 0))
+    Ok(order.filter(|launch| launch.shape.grid > 0))
 }
 
 #[cfg(test)]

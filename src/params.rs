@@ -198,10 +198,10 @@ pub struct atkd_rows {
     pub student: *const ::std::os::raw::c_void,
     pub gradient: *mut ::std::os::raw::c_void,
     pub upstream: *const f32,
-    pub uncertainty: *mut f32,
-    pub tkd: *mut f32,
+    pub teacher_margin: *mut f32,
+    pub student_margin: *mut f32,
     pub dkd: *mut f32,
-    pub loss: *mut f64,
+    pub student_margin_at_1: *mut f64,
     pub states: *mut ::std::os::raw::c_void,
     pub wrong: *const u32,
     pub student_stride: i64,
@@ -228,11 +228,13 @@ const _: () = {
         [::std::mem::offset_of!(atkd_rows, gradient) - 176usize];
     ["Offset of field: atkd_rows::upstream"]
         [::std::mem::offset_of!(atkd_rows, upstream) - 184usize];
-    ["Offset of field: atkd_rows::uncertainty"]
-        [::std::mem::offset_of!(atkd_rows, uncertainty) - 192usize];
-    ["Offset of field: atkd_rows::tkd"][::std::mem::offset_of!(atkd_rows, tkd) - 200usize];
+    ["Offset of field: atkd_rows::teacher_margin"]
+        [::std::mem::offset_of!(atkd_rows, teacher_margin) - 192usize];
+    ["Offset of field: atkd_rows::student_margin"]
+        [::std::mem::offset_of!(atkd_rows, student_margin) - 200usize];
     ["Offset of field: atkd_rows::dkd"][::std::mem::offset_of!(atkd_rows, dkd) - 208usize];
-    ["Offset of field: atkd_rows::loss"][::std::mem::offset_of!(atkd_rows, loss) - 216usize];
+    ["Offset of field: atkd_rows::student_margin_at_1"]
+        [::std::mem::offset_of!(atkd_rows, student_margin_at_1) - 216usize];
     ["Offset of field: atkd_rows::states"][::std::mem::offset_of!(atkd_rows, states) - 224usize];
     ["Offset of field: atkd_rows::wrong"][::std::mem::offset_of!(atkd_rows, wrong) - 232usize];
     ["Offset of field: atkd_rows::student_stride"]
@@ -251,6 +253,33 @@ const _: () = {
     ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 288usize];
     ["Offset of field: atkd_rows::reserved"]
         [::std::mem::offset_of!(atkd_rows, reserved) - 292usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_token_terms {
+    pub batch: atkd_batch,
+    pub objective: atkd_objective,
+    pub uncertainty: *mut f32,
+    pub tkd: *mut f32,
+    pub dkd: *mut f32,
+    pub loss: *mut f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 200usize];
+    ["Alignment of atkd_token_terms"][::std::mem::align_of::<atkd_token_terms>() - 8usize];
+    ["Offset of field: atkd_token_terms::batch"]
+        [::std::mem::offset_of!(atkd_token_terms, batch) - 0usize];
+    ["Offset of field: atkd_token_terms::objective"]
+        [::std::mem::offset_of!(atkd_token_terms, objective) - 88usize];
+    ["Offset of field: atkd_token_terms::uncertainty"]
+        [::std::mem::offset_of!(atkd_token_terms, uncertainty) - 168usize];
+    ["Offset of field: atkd_token_terms::tkd"]
+        [::std::mem::offset_of!(atkd_token_terms, tkd) - 176usize];
+    ["Offset of field: atkd_token_terms::dkd"]
+        [::std::mem::offset_of!(atkd_token_terms, dkd) - 184usize];
+    ["Offset of field: atkd_token_terms::loss"]
+        [::std::mem::offset_of!(atkd_token_terms, loss) - 192usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -150,6 +150,8 @@ pub struct Plan {
     pub slice_chunks: u32,
     /// Bytes of the rows that are in flight at once: what a second read must find in the L2 cache.
     pub rows_in_flight_bytes: usize,
+    /// `token_terms`: each token's terms, from what its row came to.
+    pub terms: LaunchShape,
     /// `sum_losses`.
     pub sum: LaunchShape,
 }
@@ -169,12 +171,12 @@ const RESIDENT_BLOCKS: usize = 2;
 const STREAM_BLOCKS: usize = 2;
 pub(crate) const PIPELINED_THREADS: usize = 160;
 const PIPELINED_BLOCKS: usize = 3;
-const COUNT_THREADS: usize = 256;
+const TOKEN_THREADS: usize = 256;
 const SELECT_THREADS: usize = 1024;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
 const HELD_BYTES: usize = 128;
 /// Of a block of `row_pipelined`, beside its stages: what its threads share, and what the device takes.
-const PIPELINED_SHARED_BYTES: usize = 640 + 1024;
+const PIPELINED_SHARED_BYTES: usize = 736 + 1024;
 
 /// Threads for `work` items, `each` of them a thread, up to `most`.
 fn threads(work: usize, each: usize, most: usize) -> u32 {
@@ -230,7 +232,7 @@ impl Plan {
         let again = tokens.min(at_once) * a_row;
         Some(Self {
             margin: shape(tokens, threads(chunks, 4, MARGIN_THREADS), 1),
-            count: shape(tokens.div_ceil(COUNT_THREADS), COUNT_THREADS as u32, 1),
+            count: shape(tokens.div_ceil(TOKEN_THREADS), TOKEN_THREADS as u32, 1),
             select: shape(
                 scopes * select_blocks as usize,
                 threads(largest_scope, 1, SELECT_THREADS),
@@ -242,6 +244,7 @@ impl Plan {
             stages,
             slice_chunks: chunks.div_ceil(rows.cluster as usize) as u32,
             rows_in_flight_bytes: in_flight_bytes(device, problem, a_row),
+            terms: shape(tokens.div_ceil(TOKEN_THREADS), TOKEN_THREADS as u32, 1),
             sum: shape(1, threads(tokens, 4, 1024), 1),
         })
     }
@@ -270,11 +273,9 @@ impl Plan {
             let slice = 2 * chunks.div_ceil(cluster) * CHUNK * problem.student.size();
             let shared = stages as usize * slice;
             (at_once > 0 && shared <= room).then(|| {
-                // The last warp serves the others, and chunks that no bulk copy brings take two of them.
-                let workers = threads(chunks, 8 * cluster, PIPELINED_THREADS - WARP);
-                let block = (workers + WARP as u32).max(3 * WARP as u32);
                 let grid = problem.tokens.min(at_once as usize) * cluster;
-                LaunchShape { shared: shared as u32, ..shape(grid, block, cluster as u32) }
+                let shape = shape(grid, PIPELINED_THREADS as u32, cluster as u32);
+                LaunchShape { shared: shared as u32, ..shape }
             })
         })
     }
@@ -394,7 +395,7 @@ mod tests {
                 let room = match plan.row_kernel {
                     RowKernel::Resident => plan.rows.block as usize * held,
                     RowKernel::Pipelined => {
-                        assert!(plan.rows.grid / plan.rows.cluster <= 396 && plan.rows.block >= 96);
+                        assert!(plan.rows.grid / plan.rows.cluster <= 396 && plan.rows.block == 160);
                         (plan.rows.shared * plan.rows.cluster) as usize / (2 * dtype.size())
                     }
                     RowKernel::Stream => continue,
@@ -443,7 +444,7 @@ mod tests {
         let plan = Plan::new(&H200, &problem(1, 1, Dtype::F32, Dtype::F32), None);
         let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1, team: 1, shared: 0 };
         assert_eq!([plan.margin, plan.rows, plan.select, plan.sum], [one_warp; 4]);
-        assert_eq!(plan.count, LaunchShape { block: 256, ..one_warp });
+        assert_eq!([plan.count, plan.terms], [LaunchShape { block: 256, ..one_warp }; 2]);
         let many = problem(131_072, 32_000, Dtype::Bf16, Dtype::Bf16);
         let shape = LaunchShape { grid: 8, block: 1024, cluster: 8, ..one_warp };
         assert_eq!(Plan::new(&H200, &many, None).select, shape);
@@ -497,7 +498,7 @@ mod tests {
             let problem = Problem { scopes: most, ..problem(most, vocab, Dtype::F32, Dtype::F32) };
             let plan = Plan::new(&H200, &problem, None);
             for shape in
-                [plan.margin, plan.count, plan.select, plan.rows, plan.rows_again, plan.sum]
+                [plan.margin, plan.count, plan.select, plan.rows, plan.rows_again, plan.terms]
             {
                 assert!(shape.grid <= i32::MAX as u32, "{shape:?}");
                 assert!(shape.grid.is_multiple_of(shape.cluster), "{shape:?}");

@@ -33,6 +33,8 @@ void simt_init_barrier(struct Barrier *barrier, uint32_t arrivals);
 // Expects so many bytes more.
 void simt_arrive(struct Barrier *barrier, uint32_t bytes);
 void simt_wait_for(struct Barrier *barrier, uint32_t parity, uint32_t line);
+// To an element of shared memory of block `rank`.
+void simt_push(uint32_t rank, void *to, uint8_t *written, const void *from, uint32_t bytes, struct Barrier *barrier);
 void simt_bulk_load(uint32_t offset, const void *from, uint32_t bytes, struct Barrier *barrier);
 void simt_bulk_store(void *to, uint32_t offset, uint32_t bytes);
 void simt_commit_bulk_stores();
@@ -56,11 +58,16 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 #define ATKD_SHARED(type, name, count)                                                                        \
     SharedArray<type, count> name(__COUNTER__, cluster_rank(), #name)
 
+#define ATKD_SHARED_MEMBER(type, name, count) SharedArray<type, count> name{__COUNTER__, cluster_rank(), #name}
+#define ATKD_SHARED_STRUCT(type, name) type name
 #define ATKD_STAGED(name) StagedMemory name
 #define ATKD_INIT_BARRIER(array, index, arrivals) simt_init_barrier((array).barrier(index), arrivals)
 #define ATKD_ARRIVE(array, index) simt_arrive((array).barrier(index), 0)
 #define ATKD_EXPECT(array, index, bytes) simt_arrive((array).barrier(index), bytes)
 #define ATKD_WAIT(array, index, parity) simt_wait_for((array).barrier(index), parity, __LINE__)
+#define ATKD_WAIT_FOR_PUSHES(array, index, parity) ATKD_WAIT(array, index, parity)
+#define ATKD_PUSH(array, index, rank, value, barriers, which)                                                 \
+    (array).push(index, rank, value, (barriers).of_block(rank).barrier(which))
 #define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
     bulk_load(staged, offset, global, bytes, (array).barrier(index))
 
@@ -102,7 +109,18 @@ template <class T, uint32_t N> class SharedArray {
     SharedArray(uint64_t slot, uint32_t rank, const char *name)
         : cells_(static_cast<Cells *>(simt_shared(slot, sizeof(Cells), rank))), slot_(slot), name_(name) {}
 
-    T remote(uint32_t index, uint32_t rank) const { return SharedArray(slot_, rank, name_)[index]; }
+    SharedArray of_block(uint32_t rank) const { return SharedArray(slot_, rank, name_); }
+
+    T remote(uint32_t index, uint32_t rank) const { return of_block(rank)[index]; }
+
+    // Nobody can read the element until it has come.
+    void push(uint32_t index, uint32_t rank, const T &value, Barrier *barrier) const {
+        if (index >= N) {
+            simt_fault("push outside an array in shared memory", name_, index);
+        }
+        Cells *cells = of_block(rank).cells_;
+        simt_push(rank, cells->value + index, cells->written + index, &value, sizeof value, barrier);
+    }
 
     Element operator[](uint32_t index) const {
         if (index >= N) {
@@ -157,6 +175,7 @@ template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
 template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
     return shuffle_from(value, simt_thread_index() % 32 ^ mask);
 }
+ATKD_DEVICE void sync_warp() { shuffle_from(0u, 0); }
 ATKD_DEVICE uint32_t warp_match(uint32_t value) {
     uint64_t lanes[32];
     simt_exchange(value, lanes);

@@ -304,13 +304,10 @@ impl Simulation {
         shape.cluster = shape.cluster.min(self.cluster);
         shape.grid = clusters * shape.cluster;
         let of_tokens =
-            ["count_valid", "unfused_targets", "unfused_losses", "unfused_target_gradient"];
-        if kernel.starts_with("row_resident") {
-            // Its threads have room for a row, and not one chunk more.
+            ["count_valid", "token_terms", "unfused_targets", "unfused_losses", "unfused_target_gradient"];
+        if kernel.starts_with("row_resident") || kernel.starts_with("row_pipelined") {
+            // A row takes all of their threads, or clusters.
             shape = planned;
-        } else if kernel.starts_with("row_pipelined") {
-            // Its clusters have; and a block has at least three warps.
-            shape = LaunchShape { block: planned.block.min(self.block.max(96)), ..planned };
         } else if !of_tokens.contains(&kernel) {
             // Those have one thread a token.
             shape.block = shape.block.min(self.block);

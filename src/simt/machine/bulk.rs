@@ -85,6 +85,8 @@ enum Kind {
     Load(*mut Barrier),
     /// With what was read.
     Store(u32, Option<Vec<u8>>),
+    /// To an element of shared memory of the block in that place; and what says that it is written.
+    Push(*mut Barrier, usize, Vec<u8>, *mut u8),
 }
 
 #[derive(Debug)]
@@ -245,6 +247,18 @@ impl Machine<'_> {
                 }
                 self.settle(barrier)
             }
+            Kind::Push(barrier, _, bytes, written) => {
+                let barrier = *barrier;
+                // SAFETY: in shared memory, which lives as long as the machine.
+                unsafe {
+                    (copy.global as *mut u8).copy_from(bytes.as_ptr(), bytes.len());
+                    **written = 1;
+                    (*barrier).bytes -= bytes.len() as i32;
+                    (*barrier).under_way -= bytes.len() as i32;
+                }
+                self.bulk.copies.swap_remove(index);
+                self.settle(barrier)
+            }
             Kind::Store(_, read @ None) => {
                 let pieces = &pieces[..copy.bytes as usize / 16];
                 *read = Some(pieces.iter().flat_map(|piece| piece.bytes).collect());
@@ -278,6 +292,9 @@ impl Machine<'_> {
         let block = self.threads_of(place);
         if self.shape.shared == 0 || self.states[block.clone()].iter().any(|&s| s != State::Done) {
             return;
+        }
+        if self.bulk.copies.iter().any(|c| matches!(c.kind, Kind::Push(_, to, ..) if to == place)) {
+            self.blame(thread, "its block ended before a push to it came");
         }
         self.bulk.meet(block);
         let knowledge = &self.bulk.threads[thread].knowledge;
@@ -393,6 +410,31 @@ unsafe extern "C" fn simt_bulk_load(
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn simt_push(
+    rank: u32,
+    to: *mut u8,
+    written: *mut u8,
+    from: *const u8,
+    bytes: u32,
+    barrier: *mut Barrier,
+) {
+    let (machine, thread) = unsafe { current() };
+    let this = unsafe { initialised(barrier) };
+    this.under_way += bytes as i32;
+    // A wait for it knows what this thread did.
+    let bulk = &mut machine.bulk;
+    learn(&mut bulk.released[this.source as usize], &bulk.threads[thread].knowledge);
+    // SAFETY: so many bytes are given; `written` is in shared memory.
+    let value = unsafe {
+        *written = 0;
+        std::slice::from_raw_parts(from, bytes as usize).to_vec()
+    };
+    let place = machine.places_of(thread).1 + rank as usize;
+    let kind = Kind::Push(barrier, place, value, written);
+    machine.bulk.copies.push(Copy { thread, offset: 0, bytes, global: to as usize, kind });
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn simt_bulk_store(to: *mut c_void, offset: u32, bytes: u32) {
     simt_access(to, bytes.into(), 16, true);
     let (machine, thread) = unsafe { current() };
@@ -425,7 +467,7 @@ unsafe extern "C" fn simt_wait_bulk_stores(written: bool) {
             Kind::Store(group, read) => {
                 copy.thread == thread && *group < committed && (written || read.is_none())
             }
-            Kind::Load(_) => false,
+            Kind::Load(_) | Kind::Push(..) => false,
         })
     };
     while under_way() {
