@@ -258,13 +258,14 @@ template <class T> ATKD_DEVICE void push(const T *at, uint32_t rank, const T &va
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(in_shared(at)), "r"(rank));
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(in_shared(barrier)), "r"(rank));
     if (sizeof(T) == 16) {
-        ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                             to),
+        ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+                         "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                          "r"(image.word[0]), "r"(image.word[1]), "r"(image.word[sizeof(T) / 8]),
                          "r"(image.word[sizeof(T) / 4 - 1]), "r"(counts)
                          : "memory");
     } else {
-        ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
+        ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 "
+                         "[%0], {%1, %2}, [%3];" ::"r"(to),
                          "r"(image.word[0]), "r"(image.word[1]), "r"(counts)
                          : "memory");
     }

@@ -36,8 +36,8 @@ constexpr uint32_t NO_TOKEN = 0xffffffffu;
 struct alignas(16) Coming {
     Slice slice;
     uint32_t token; // NO_TOKEN: there is no row to come
-    // The target, the place of its chunk, where in that it is, and the thread whose chunk it is, if a bulk copy brings
-    // it to this block.
+    // The target, the place of its chunk, where in that it is, and the thread whose chunk it is, if a bulk copy
+    // brings it to this block.
     uint32_t target, target_place;
     uint8_t target_within, target_thread;
     uint8_t mode;
@@ -270,7 +270,8 @@ ATKD_DEVICE void work(const atkd_rows &p, Shared &shared, StagedMemory staged, c
     }
     PushedScales scales = shared.scales[0];
     PushedReferences of_row = shared.references[0];
-    GradientScales row_scales = {scales.teacher, scales.student, 0, scales.target, {of_row.teacher, of_row.student, 0}};
+    References of_gradient = {of_row.teacher, of_row.student, 0};
+    GradientScales row_scales = {scales.teacher, scales.student, 0, scales.target, of_gradient};
     for_wholes([&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student) {
         float g[CHUNK];
         gradient_of<false>(row_scales, exponent, teacher, student, g);

@@ -14,18 +14,19 @@ pub struct DeviceProperties {
     pub l2_bytes: usize,
     /// Bytes of shared memory of a multiprocessor, of which each block takes 1 KiB beside its own.
     pub shared_bytes: usize,
-    /// How many clusters of 1, 2, 4, 8 and 16 blocks run at once, where three blocks of `row_pipelined`
-    /// fill a multiprocessor. All 0 on a device that has no bulk copies.
-    pub clusters: [u32; 5],
+    /// How many clusters of 1 to 16 blocks run at once, where three blocks of `row_pipelined` fill a
+    /// multiprocessor. All 0 on a device that has no bulk copies.
+    pub clusters: [u32; 16],
 }
 
 impl DeviceProperties {
-    /// An NVIDIA H200, for plans where there is no device. Its clusters are an estimate.
+    /// An NVIDIA H200, for plans where there is no device. Its clusters are an estimate: a cluster lies within
+    /// one of the groups in which its multiprocessors come, taken to be six of 16 and two of 18.
     pub const H200: Self = Self {
         multiprocessors: 132,
         l2_bytes: 50 << 20,
         shared_bytes: 228 << 10,
-        clusters: [396, 198, 99, 48, 22],
+        clusters: [396, 198, 132, 98, 74, 66, 50, 48, 42, 34, 32, 32, 26, 24, 24, 24],
     };
 
     /// Blocks that can form a cluster without the driver's special leave: 8 from compute capability 9.0,
@@ -268,8 +269,7 @@ impl Plan {
             return None;
         }
         let room = pipelined_room(device.shared_bytes);
-        device.clusters.iter().enumerate().find_map(|(log, &at_once)| {
-            let cluster = 1 << log;
+        (1..).zip(device.clusters).find_map(|(cluster, at_once)| {
             let slice = 2 * chunks.div_ceil(cluster) * CHUNK * problem.student.size();
             let shared = stages as usize * slice;
             (at_once > 0 && shared <= room).then(|| {
@@ -342,7 +342,7 @@ mod tests {
         multiprocessors: 108,
         l2_bytes: 40 << 20,
         shared_bytes: 164 << 10,
-        clusters: [0; 5],
+        clusters: [0; 16],
     };
 
     fn problem(tokens: usize, vocab: usize, teacher: Dtype, student: Dtype) -> Problem {
@@ -395,7 +395,9 @@ mod tests {
                 let room = match plan.row_kernel {
                     RowKernel::Resident => plan.rows.block as usize * held,
                     RowKernel::Pipelined => {
-                        assert!(plan.rows.grid / plan.rows.cluster <= 396 && plan.rows.block == 160);
+                        assert!(
+                            plan.rows.grid / plan.rows.cluster <= 396 && plan.rows.block == 160
+                        );
                         (plan.rows.shared * plan.rows.cluster) as usize / (2 * dtype.size())
                     }
                     RowKernel::Stream => continue,
@@ -410,11 +412,11 @@ mod tests {
         assert_eq!(rows(4096, Dtype::Bf16), (RowKernel::Resident, 96, 1));
         assert_eq!(rows(16_377, Dtype::Bf16), (RowKernel::Resident, 256, 1));
         for (vocab, cluster) in
-            [(16_378, 1), (32_000, 2), (50_257, 4), (128_256, 8), (151_936, 8), (262_144, 16)]
+            [(16_378, 1), (32_000, 2), (50_257, 3), (128_256, 7), (152_064, 8), (262_144, 14)]
         {
             assert_eq!(rows(vocab, Dtype::F16), (RowKernel::Pipelined, 160, cluster), "{vocab}");
         }
-        assert_eq!(rows(131_072, Dtype::F32), (RowKernel::Pipelined, 160, 16));
+        assert_eq!(rows(131_072, Dtype::F32), (RowKernel::Pipelined, 160, 14));
         assert_eq!(rows(400_000, Dtype::Bf16).0, RowKernel::Stream);
         let a100 = |vocab| Plan::new(&A100, &problem(8192, vocab, Dtype::F32, Dtype::F32), None);
         assert_eq!(a100(8000).row_kernel, RowKernel::Resident);
@@ -436,7 +438,7 @@ mod tests {
             let choice = Preference { row_kernel: RowKernel::Pipelined, stages, team: 0 };
             Plan::with(&H200, &problem, choice).map(|plan| plan.rows.cluster)
         };
-        assert_eq!([0, 1, 2, 3, 4, 5].map(rows), [None, Some(2), Some(4), Some(8), Some(8), None]);
+        assert_eq!([0, 1, 2, 3, 4, 5].map(rows), [None, Some(2), Some(4), Some(6), Some(7), None]);
     }
 
     #[test]

@@ -880,7 +880,10 @@ fn times_of_the_kernels() {
         let kernels: Vec<_> = times.iter().map(|(kernel, _)| *kernel).collect();
         let rows = kernels[1];
         assert!(rows.starts_with("row_"), "{rows}");
-        assert_eq!(kernels, ["count_valid", rows, "select_hard", rows, "token_terms", "sum_losses"]);
+        assert_eq!(
+            kernels,
+            ["count_valid", rows, "select_hard", rows, "token_terms", "sum_losses"]
+        );
         assert!(times.iter().all(|&(_, milliseconds)| milliseconds >= 0.0));
     }
 }

@@ -35,8 +35,8 @@ fn the_kernels_pass_the_battery_with_every_row_read_twice() {
 /// Rows in the shared memory of few clusters, each of which has many to do.
 fn pipelined(cluster: usize, at_once: u32, stages: u32) -> Simulation {
     let mut simulation = preferring(RowKernel::Pipelined, stages);
-    simulation.device.clusters = [0; 5];
-    simulation.device.clusters[cluster.ilog2() as usize] = at_once;
+    simulation.device.clusters = [0; 16];
+    simulation.device.clusters[cluster as usize - 1] = at_once;
     // However large, so that small clusters hold large rows too.
     simulation.device.shared_bytes = 16 << 20;
     simulation
@@ -45,14 +45,14 @@ fn pipelined(cluster: usize, at_once: u32, stages: u32) -> Simulation {
 #[test]
 fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
     pass_the_battery(Simulation { seed: 2, ..pipelined(1, 1, 1) });
-    pass_the_battery(Simulation { seed: 3, guess: 0, ..pipelined(2, 2, 2) });
+    pass_the_battery(Simulation { seed: 3, guess: 0, ..pipelined(3, 2, 2) });
 }
 
 /// Rows read twice by few teams, each of which has many to do.
 fn in_teams(team: u32, teams: u32) -> Simulation {
     let preferred = Some(Preference { row_kernel: RowKernel::Stream, stages: 1, team });
     let mut simulation = Simulation { preferred, ..Simulation::default() };
-    simulation.device.clusters = [0; 5];
+    simulation.device.clusters = [0; 16];
     simulation.device.multiprocessors = (team * teams).div_ceil(2);
     simulation
 }
@@ -181,7 +181,7 @@ fn teams_of_any_number() {
 #[test]
 fn planned_teams() {
     let mut simulation = Simulation::default();
-    simulation.device.clusters = [0; 5];
+    simulation.device.clusters = [0; 16];
     simulation.device.multiprocessors = 3;
     simulation.device.l2_bytes = 1;
     let mut input = Input::new(7, 20_011);
@@ -393,7 +393,10 @@ fn kernels_read_and_write_what_they_should() {
             .unwrap();
         // Nothing can be done again where the student's logits are gone.
         let names: Vec<_> = in_place.iter().map(|(name, _)| *name).collect();
-        assert_eq!(names, ["teacher_margin_bf16", "select_hard", ROWS, "token_terms", "sum_losses"]);
+        assert_eq!(
+            names,
+            ["teacher_margin_bf16", "select_hard", ROWS, "token_terms", "sum_losses"]
+        );
         assert_eq!(bytes(&in_place, "teacher_margin_bf16", "teacher"), (volume + target, 0));
         let (read, _, accesses) = counts(&in_place, "teacher_margin_bf16", "teacher");
         assert!(accesses - read / 16 <= target);
@@ -615,6 +618,10 @@ unsafe extern "C" {
     fn broken_remote(parameters: &Broken);
     fn broken_team(parameters: &Broken);
     fn broken_rank(parameters: &Broken);
+    fn broken_unwaited_push(parameters: &Broken);
+    fn broken_push_to_the_ended(parameters: &Broken);
+    fn broken_large_push(parameters: &Broken);
+    fn broken_small_push(parameters: &Broken);
     fn broken_unwaited_read(parameters: &Broken);
     fn broken_early_parity(parameters: &Broken);
     fn broken_late_parity(parameters: &Broken);
@@ -736,10 +743,26 @@ fn bulk_copies_that_nobody_waited_for() {
 }
 
 #[test]
+fn pushes_that_nobody_waited_for() {
+    // What has not come cannot be read; but it may have come.
+    let results = (0..9).map(|seed| broken(broken_unwaited_push, 2, seed));
+    let words = "nobody has written: cells[0]";
+    assert!(results.into_iter().any(|result| result.is_err_and(|fault| fault.contains(words))));
+    let results = (0..9).map(|seed| broken(broken_push_to_the_ended, 2, seed));
+    let words = "ended before a push to it came";
+    assert!(results.into_iter().any(|result| result.is_err_and(|fault| fault.contains(words))));
+    for seed in 0..9 {
+        let fault = broken(broken_large_push, 2, seed).unwrap_err();
+        assert!(fault.contains("8 bytes more come than come[0] expects"), "{fault}");
+    }
+    caught(broken_small_push, 2, &["deadlock", "wait for phase 0 of come[0] in line"]);
+}
+
+#[test]
 fn phases_that_end_too_early_or_never() {
     for seed in 0..9 {
         let fault = broken(broken_few_bytes, 1, seed).unwrap_err();
-        assert!(fault.contains("bulk loads bring 128 bytes more than full[0] expects"), "{fault}");
+        assert!(fault.contains("128 bytes more come than full[0] expects"), "{fault}");
     }
     caught(
         broken_many_bytes,

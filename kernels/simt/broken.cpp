@@ -124,6 +124,49 @@ template <class Barriers> void make(Barriers &full) {
     ATKD_SYNC_BLOCK();
 }
 
+// Each of two blocks pushes 16 bytes to the other, which expects so many.
+template <class Barriers, class Cells>
+void exchange(const atkd_broken &p, Barriers &come, Cells &cells, uint32_t expected) {
+    if (thread_index() == 0) {
+        ATKD_INIT_BARRIER(come, 0, 1);
+        publish_barriers();
+    }
+    ATKD_SYNC_CLUSTER();
+    if (thread_index() == 0) {
+        ATKD_EXPECT(come, 0, expected);
+        ATKD_PUSH(cells, 0, 1 - cluster_rank(), Bytes16({load(p.data)}), come, 0);
+    }
+}
+
+ATKD_KERNEL(broken_unwaited_push, atkd_broken, 32, 1) {
+    ATKD_SHARED(Barrier, come, 1);
+    ATKD_SHARED(Bytes16, cells, 1);
+    exchange(p, come, cells, 16);
+    ATKD_SYNC_CLUSTER();
+    store(p.data + block_index() * 32 + thread_index(), Bytes16(cells[0]).word[0]);
+}
+
+// The block does not wait for what is pushed to it.
+ATKD_KERNEL(broken_push_to_the_ended, atkd_broken, 32, 1) {
+    ATKD_SHARED(Barrier, come, 1);
+    ATKD_SHARED(Bytes16, cells, 1);
+    exchange(p, come, cells, 16);
+}
+
+ATKD_KERNEL(broken_large_push, atkd_broken, 32, 1) {
+    ATKD_SHARED(Barrier, come, 1);
+    ATKD_SHARED(Bytes16, cells, 1);
+    exchange(p, come, cells, 8);
+    ATKD_WAIT_FOR_PUSHES(come, 0, 0);
+}
+
+ATKD_KERNEL(broken_small_push, atkd_broken, 32, 1) {
+    ATKD_SHARED(Barrier, come, 1);
+    ATKD_SHARED(Bytes16, cells, 1);
+    exchange(p, come, cells, 24);
+    ATKD_WAIT_FOR_PUSHES(come, 0, 0);
+}
+
 template <class Barriers>
 void load_all(const atkd_broken &p, StagedMemory staged, Barriers &full, uint32_t expected = ALL) {
     if (thread_index() == 0) {

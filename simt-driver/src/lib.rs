@@ -280,7 +280,7 @@ driver! {
         driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
         // SAFETY: the caller's configuration, with the size of a cluster as its one attribute.
         let blocks = unsafe { (*(*config).attrs).value.clusterDim.x };
-        give(clusters, DeviceProperties::H200.clusters[blocks.ilog2() as usize] as c_int)
+        give(clusters, DeviceProperties::H200.clusters[blocks as usize - 1] as c_int)
     }
 
     fn cuMemAlloc_v2(driver, address: *mut CUdeviceptr, bytes: usize) {

@@ -87,7 +87,7 @@ impl Kernels {
             shared_bytes: attribute(
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
             )? as usize,
-            clusters: [0; 5],
+            clusters: [0; 16],
         };
         if capability >= (9, 0) && compiled_for >= 90 {
             let most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
@@ -96,7 +96,7 @@ impl Kernels {
             }
             let function = &functions["row_pipelined_bf16"];
             device.clusters =
-                [1, 2, 4, 8, 16].map(|size| clusters_at_once(function, &device, size));
+                std::array::from_fn(|i| clusters_at_once(function, &device, i as u32 + 1));
             // These kernels know of no teams.
             device.clusters[0] = device.clusters[0].max(1);
         }

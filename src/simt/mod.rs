@@ -303,8 +303,13 @@ impl Simulation {
         let clusters = shape.grid / shape.cluster;
         shape.cluster = shape.cluster.min(self.cluster);
         shape.grid = clusters * shape.cluster;
-        let of_tokens =
-            ["count_valid", "token_terms", "unfused_targets", "unfused_losses", "unfused_target_gradient"];
+        let of_tokens = [
+            "count_valid",
+            "token_terms",
+            "unfused_targets",
+            "unfused_losses",
+            "unfused_target_gradient",
+        ];
         if kernel.starts_with("row_resident") || kernel.starts_with("row_pipelined") {
             // A row takes all of their threads, or clusters.
             shape = planned;

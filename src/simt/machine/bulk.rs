@@ -209,7 +209,7 @@ impl Machine<'_> {
         }
         let more = this.under_way - this.bytes;
         if more > 0 {
-            return Err(format!("bulk loads bring {more} bytes more than {} expects", this.name()));
+            return Err(format!("{more} bytes more come than {} expects", this.name()));
         }
         this.phase += 1;
         this.pending = this.arrivals;
@@ -290,11 +290,14 @@ impl Machine<'_> {
         }
         let (place, _) = self.places_of(thread);
         let block = self.threads_of(place);
-        if self.shape.shared == 0 || self.states[block.clone()].iter().any(|&s| s != State::Done) {
+        if self.states[block.clone()].iter().any(|&state| state != State::Done) {
             return;
         }
         if self.bulk.copies.iter().any(|c| matches!(c.kind, Kind::Push(_, to, ..) if to == place)) {
             self.blame(thread, "its block ended before a push to it came");
+        }
+        if self.shape.shared == 0 {
+            return;
         }
         self.bulk.meet(block);
         let knowledge = &self.bulk.threads[thread].knowledge;
