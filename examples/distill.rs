@@ -164,7 +164,7 @@ fn run(args: &Args) -> Result<()> {
         teacher.parameters() as f64 / 1e6,
         students[0].model.parameters() as f64 / 1e6
     );
-    train_students(&mut students, &teacher, &text, &held_out, args)?;
+    let margins = train_students(&mut students, &teacher, &text, &held_out, args)?;
 
     let teacher_terms = held_out.measure(&teacher, None)?;
     let mut rows = vec![Row::new("teacher", &teacher_terms, None, TIME)];
@@ -184,6 +184,17 @@ fn run(args: &Args) -> Result<()> {
     report::write_results(&args.out, &rows)?;
     report::write_curves(&args.out, &curves, rows[0].loss)?;
     report::write_uncertainty(&args.out, &teacher_terms, hard)?;
+    let wrong = [1, 4, 16].map(|batches| BATCH * TIME * batches).map(|tokens| {
+        let share = report::guessed_wrong(&margins, tokens, &selection);
+        share.map(|share| format!("{:.1}% of {tokens}", 100.0 * share))
+    });
+    let wrong: Vec<_> = wrong.into_iter().flatten().collect();
+    if !wrong.is_empty() {
+        println!(
+            "tokens of a batch that the threshold of the one before takes for hard or easy wrongly: {}",
+            wrong.join(", ")
+        );
+    }
     println!(
         "{} held-out tokens, losses in nats a token, ± standard error over sequences; cross entropy \
          weighs {} and distillation {}; {:.0} s\ntables and plots: {}",
@@ -308,27 +319,33 @@ fn train_teacher(text: &Text, steps: usize, seed: u64) -> Result<Model> {
     Ok(model)
 }
 
-/// All students take a step on one batch, with the teacher's logits of it, before the next batch.
+/// All students take a step on one batch, with the teacher's logits of it, before the next batch. Returns the
+/// teacher's margins of all batches.
 fn train_students(
     students: &mut [Student],
     teacher: &Model,
     text: &Text,
     held_out: &HeldOut,
     args: &Args,
-) -> Result<()> {
+) -> Result<Vec<f64>> {
     let mut rng = fastrand::Rng::with_seed(args.seed ^ 0x5e1e_c7ed);
+    let mut margins = Vec::new();
     let every = args.steps.div_ceil(MEASUREMENTS);
     let bar = progress("students", args.steps)?;
     for step in 1..=args.steps {
         let batch = Batch::random(&text.train, &mut rng)?;
         let teacher_logits = teacher.logits(&batch.inputs)?.detach();
         let rate = learning_rate(STUDENT_RATE, step, args.steps);
-        students.par_iter_mut().try_for_each(|student| -> Result<()> {
+        let step_of = |student: &mut Student| -> Result<Vec<TokenTerms>> {
             let logits = student.model.logits(&batch.inputs)?;
-            let loss = loss(&student.objective, &logits, &teacher_logits, &batch.labels)?;
+            let (loss, output) =
+                loss_with_output(&student.objective, &logits, &teacher_logits, &batch.labels)?;
             student.optimizer.set_learning_rate(rate);
-            Ok(student.optimizer.step(&loss.backward()?)?)
-        })?;
+            student.optimizer.step(&loss.backward()?)?;
+            Ok(output.tokens)
+        };
+        let terms = students.par_iter_mut().map(step_of).collect::<Result<Vec<_>>>()?;
+        margins.extend(terms[0].iter().map(|token| token.margin));
         if step % every == 0 || step == args.steps {
             for student in &mut *students {
                 let terms = held_out.measure(&student.model, None)?;
@@ -338,5 +355,5 @@ fn train_students(
         bar.inc(1);
     }
     bar.finish();
-    Ok(())
+    Ok(margins)
 }

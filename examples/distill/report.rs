@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use atkd::TokenTerms;
+use atkd::{Objective, TokenTerms};
 use comfy_table::{CellAlignment, Table, presets};
 use plotters::coord::ranged1d::Ranged;
 use plotters::prelude::*;
@@ -63,6 +63,27 @@ impl Row {
             divergence: mean(terms.iter().map(|token| token.tkd + token.uncertainty * token.dkd)),
         }
     }
+}
+
+/// The share of a batch's tokens that the threshold of the batch before takes for hard or easy wrongly, in the
+/// median over batches of so many tokens; none with fewer than two of them, or none hard. The guess that
+/// spares the CUDA path a pass over the teacher's logits is as good as that.
+pub fn guessed_wrong(margins: &[f64], tokens: usize, selection: &Objective) -> Option<f64> {
+    let hard = selection.hard_count(tokens);
+    let threshold = |batch: &[f64]| {
+        let mut sorted = batch.to_vec();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        sorted.get(hard.wrapping_sub(1)).copied()
+    };
+    let batches: Vec<&[f64]> = margins.chunks_exact(tokens).collect();
+    let wrong = batches.windows(2).map(|pair| {
+        let (guess, exact) = (threshold(pair[0])?, threshold(pair[1])?);
+        let count = pair[1].iter().filter(|&&u| (u >= guess) != (u >= exact)).count();
+        Some(count as f64 / tokens as f64)
+    });
+    let mut wrong = wrong.collect::<Option<Vec<f64>>>()?;
+    wrong.sort_by(f64::total_cmp);
+    wrong.get(wrong.len() / 2).copied()
 }
 
 /// 0 of nothing.
