@@ -54,10 +54,23 @@ static DRIVER: LazyLock<Mutex<Driver>> = LazyLock::new(Mutex::default);
 
 thread_local! {
     static CALLS: RefCell<HashMap<&'static str, u64>> = RefCell::default();
+    /// What the next launch of a kernel is refused by.
+    static REFUSED: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
 fn count(name: &'static str) {
     CALLS.with_borrow_mut(|calls| *calls.entry(name).or_default() += 1);
+}
+
+/// Refuses this thread's next launch of the kernel of that name, for want of memory.
+///
+/// # Safety
+/// `name` is a string of C's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn simt_driver_refuse(name: *const c_char) {
+    // SAFETY: as this function's.
+    let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+    REFUSED.set(Some(name.into()));
 }
 
 /// How many calls of driver functions, and launches of kernels, whose name starts with `name`, this
@@ -542,6 +555,9 @@ driver! {
             return Err(CUDA_ERROR_INVALID_HANDLE);
         }
         count(kernel);
+        if REFUSED.with_borrow_mut(|name| name.take_if(|name| name == kernel)).is_some() {
+            return Err(CUDA_ERROR_OUT_OF_MEMORY);
+        }
         let (grid, block) = (config.gridDimX, config.blockDimX);
         supported(
             [config.gridDimY, config.gridDimZ, config.blockDimY, config.blockDimZ] == [1; 4]

@@ -41,6 +41,35 @@ fn count(name: &str) -> u64 {
     }
 }
 
+/// Refuses the next launch of a kernel.
+fn refuse(kernel: &str) {
+    let kernel = CString::new(kernel).unwrap();
+    // SAFETY: the simulated driver has this function.
+    unsafe {
+        let driver = loader::DRIVER.get().expect("it is loaded before main");
+        let refuse = driver
+            .get::<unsafe extern "C" fn(*const c_char)>(b"simt_driver_refuse")
+            .expect("the simulated driver refuses");
+        refuse(kernel.as_ptr())
+    }
+}
+
+/// A call that fails halfway leaves nothing behind that the next one counts.
+#[test]
+fn calls_of_which_a_launch_fails() {
+    let Some(gpu) = Gpu::new() else { return };
+    let mut loaded = Loaded::new(&gpu, &gpu.stream, &Input::new(9, 300, 1));
+    loaded.backward(&Objective::default(), None).unwrap();
+    let expected = loaded.workspace.read_loss(&gpu.stream).unwrap();
+    for kernel in ["count_valid", "row_resident_bf16", "select_hard", "token_terms", "sum_losses"] {
+        refuse(kernel);
+        let error = loaded.backward(&Objective::default(), None).unwrap_err();
+        assert!(error.to_string().contains("OUT_OF_MEMORY"), "{error}");
+        loaded.backward(&Objective::default(), None).unwrap();
+        assert_eq!(loaded.workspace.read_loss(&gpu.stream).unwrap(), expected, "{kernel}");
+    }
+}
+
 #[test]
 fn the_driver_is_the_simulated_one() {
     let before = count("cuInit");

@@ -216,19 +216,27 @@ impl Workspace {
         let launches = launches(objective, call, &plan, self.layout, self.address)?;
         // Orders this call and those on other streams; within a capture the caller does.
         let ordered = !tracked_capture(stream, self.memory.context())?;
-        let _guard = ordered.then(|| self.memory.device_ptr_mut(stream));
+        let guard = ordered.then(|| self.memory.device_ptr_mut(stream));
         if let Some(clock) = &mut self.clock {
             clock.clear();
             clock.push(("", tick(stream)?));
         }
-        let mut after = false;
-        for launch in launches {
+        let (kernels, clock, mut after) = (&self.kernels, &mut self.clock, false);
+        let launched = launches.into_iter().try_for_each(|launch| {
             // SAFETY: the caller vouches for the call's addresses, the layout for the workspace's.
-            unsafe { self.kernels.launch(stream, &launch, after)? };
-            after = launch.shape.team == 1 && self.clock.is_none();
-            if let Some(clock) = &mut self.clock {
+            unsafe { kernels.launch(stream, &launch, after)? };
+            after = launch.shape.team == 1 && clock.is_none();
+            if let Some(clock) = clock {
                 clock.push((launch.kernel, tick(stream)?));
             }
+            Ok(())
+        });
+        drop(guard);
+        if launched.is_err() {
+            // The last kernel of a call leaves the counters at 0 for the next, and did not run. Where this fails
+            // too, there is nothing to rescue: the context, or the capture, is gone.
+            let _ = write_summary(stream, &mut self.memory, &Layout::empty_summary());
+            return launched;
         }
         self.last = Some(Last { objective: *objective, tokens: call.tokens, vocab: call.vocab });
         Ok(())
