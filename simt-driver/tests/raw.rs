@@ -12,14 +12,32 @@ mod loader;
 
 #[used]
 #[unsafe(link_section = ".init_array")]
-static LOAD_DRIVER: extern "C" fn() = loader::load_driver;
+static LOAD_DRIVER: extern "C" fn() = {
+    extern "C" fn load_driver() {
+        // A cache without room takes several blocks to a row.
+        // SAFETY: there is no other thread yet.
+        unsafe { std::env::set_var("ATKD_SIMT_L2_BYTES", "1") };
+        loader::load_driver();
+    }
+    load_driver
+};
 
 const TOKENS: usize = 6;
-const VOCAB: usize = 50;
+const VOCAB: usize = 13_003;
 
 #[test]
 fn results_go_where_they_are_wanted() {
-    let context = cuda::context(0).unwrap();
+    results_go_where_they_are_wanted_on(0);
+}
+
+/// Where the blocks of a row are a team.
+#[test]
+fn results_go_where_they_are_wanted_without_clusters() {
+    results_go_where_they_are_wanted_on(3);
+}
+
+fn results_go_where_they_are_wanted_on(device: usize) {
+    let context = cuda::context(device).unwrap();
     let kernels = match Kernels::load(&context) {
         Err(error @ Error::NoKernels { .. }) => {
             let _ = writeln!(std::io::stderr(), "SKIPPED: {error}");
@@ -27,10 +45,11 @@ fn results_go_where_they_are_wanted() {
         }
         kernels => kernels.unwrap(),
     };
+    assert_eq!(kernels.device().portable_cluster() > 1, device == 0);
     let stream = context.default_stream();
     let mut random = fastrand::Rng::with_seed(1);
     let mut logits = || -> Vec<f32> { (0..TOKENS * VOCAB).map(|_| 4.0 * random.f32()).collect() };
-    let (teacher, student, labels) = (logits(), logits(), [3_i64, -100, 0, 49, 7, 7]);
+    let (teacher, student, labels) = (logits(), logits(), [3_i64, -100, 0, 13_002, 7, 7]);
     let objective = Objective::default();
 
     let mut gradient = vec![0_f32; TOKENS * VOCAB];
@@ -109,7 +128,7 @@ fn results_go_where_they_are_wanted() {
     }
     check();
 
-    stream.memcpy_htod(&[3_i64, -100, 0, 50, 7, 7], &mut labels_on_device).unwrap();
+    stream.memcpy_htod(&[3_i64, -100, 0, 13_003, 7, 7], &mut labels_on_device).unwrap();
     // SAFETY: as above.
     unsafe { kernels.launch_raw(&stream, &objective, &call, address, &output) }.unwrap();
     assert_eq!(stream.clone_dtoh(&faults).unwrap(), [3, u64::MAX]);
