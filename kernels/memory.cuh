@@ -209,7 +209,7 @@ ATKD_DEVICE void store_staged(StagedMemory staged, uint32_t offset, const Bytes1
 }
 
 // An mbarrier. A phase ends when as many threads have arrived as it was made for, and all bytes that they
-// expect have been loaded.
+// expect have come.
 struct Barrier {
     uint64_t word;
 };

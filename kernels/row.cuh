@@ -166,10 +166,12 @@ ATKD_DEVICE GradientScales settle(const atkd_rows &p, uint32_t token, uint8_t mo
                          : lane == STUDENT ? (beta + gamma) * at_t + (at_1 ? 0 : gamma_at_1)
                                            : gamma_at_1;
     double scale = p.scale * shuffle_from(inverse, MEAN) * (p.upstream == nullptr ? 1.0 : load(p.upstream));
-    float own = float(coefficient * scale * inverse);
+    // Not 0 times an infinite upstream gradient.
+    float own = inverse == 0 ? 0.0f : float(coefficient * scale * inverse);
 
     bool has_gap = state.teacher_sum != 0 && state.ruled_out == 0;
-    bool not_a_number = (has_gap && state.weighted_gap != state.weighted_gap) || warp_ballot(lane <= STUDENT && margin != margin) != 0;
+    bool gap_is_nan = has_gap && state.weighted_gap != state.weighted_gap;
+    bool not_a_number = gap_is_nan || warp_ballot(lane <= STUDENT && margin != margin) != 0;
     double dkd = state.weighted_gap * inverse * LN_2 - log_sum + shuffle_from(log_sum, STUDENT);
     // Rounding may fall below 0, a divergence cannot.
     dkd = not_a_number             ? nan("")

@@ -11,8 +11,8 @@
 //   dloss/db_j = (beta + gamma) qhat_j - beta phat_j (j != g)   dloss/db_g = -gamma
 //   beta = c_dkd     gamma = c_tkd (sigmoid(w) - sigmoid(u)) + c_ce sigmoid(w)
 //
-// The passes over a row are in float32. What is done once a row is in double: a few dozen operations
-// beside a hundred thousand, and nothing is lost where terms cancel.
+// The passes over a row are in float32. What is done once a row, or token, is in double: a few dozen operations
+// beside a hundred thousand. The margins and DKD go from one to the other as float32.
 #pragma once
 
 #include "memory.cuh"
@@ -140,7 +140,7 @@ template <class T> ATKD_DEVICE float max_of(const Packed<T> &packed) {
     return largest.value();
 }
 
-// Adds a chunk of both models, relative to the state's references. The target, and what lies outside the
+// Adds a chunk of both models, relative to the references of the state's maxima. The target, and what lies outside the
 // row, are -inf in both; MASKED says that something is.
 template <bool AT_1, bool MASKED, class P, class Q>
 ATKD_DEVICE void add(RowState<float> &state, const References &references, const Packed<P> &teacher,

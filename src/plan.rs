@@ -257,7 +257,8 @@ impl Plan {
             .then(|| shape(problem.tokens, threads(chunks, held, RESIDENT_THREADS), 1))
     }
 
-    /// Clusters as small as hold `stages` rows, as many as run at once.
+    /// Clusters as small as hold `stages` rows, as many as run at once. Of two blocks at least: in a cluster of
+    /// one there is nobody to push to, and PTX leaves `st.async` undefined.
     fn pipelined(
         device: &DeviceProperties,
         problem: &Problem,
@@ -269,7 +270,7 @@ impl Plan {
             return None;
         }
         let room = pipelined_room(device.shared_bytes);
-        (1..).zip(device.clusters).find_map(|(cluster, at_once)| {
+        (1..).zip(device.clusters).skip(1).find_map(|(cluster, at_once)| {
             let slice = 2 * chunks.div_ceil(cluster) * CHUNK * problem.student.size();
             let shared = stages as usize * slice;
             (at_once > 0 && shared <= room).then(|| {
@@ -412,7 +413,7 @@ mod tests {
         assert_eq!(rows(4096, Dtype::Bf16), (RowKernel::Resident, 96, 1));
         assert_eq!(rows(16_377, Dtype::Bf16), (RowKernel::Resident, 256, 1));
         for (vocab, cluster) in
-            [(16_378, 1), (32_000, 2), (50_257, 3), (128_256, 7), (152_064, 8), (262_144, 14)]
+            [(16_378, 2), (32_000, 2), (50_257, 3), (128_256, 7), (152_064, 8), (262_144, 14)]
         {
             assert_eq!(rows(vocab, Dtype::F16), (RowKernel::Pipelined, 160, cluster), "{vocab}");
         }

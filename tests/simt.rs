@@ -44,7 +44,7 @@ fn pipelined(cluster: usize, at_once: u32, stages: u32) -> Simulation {
 
 #[test]
 fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
-    pass_the_battery(Simulation { seed: 2, ..pipelined(1, 1, 1) });
+    pass_the_battery(Simulation { seed: 2, ..pipelined(2, 1, 1) });
     pass_the_battery(Simulation { seed: 3, guess: 0, ..pipelined(3, 2, 2) });
 }
 
@@ -620,6 +620,7 @@ unsafe extern "C" {
     fn broken_rank(parameters: &Broken);
     fn broken_unwaited_push(parameters: &Broken);
     fn broken_push_to_the_ended(parameters: &Broken);
+    fn broken_lonely_push(parameters: &Broken);
     fn broken_large_push(parameters: &Broken);
     fn broken_small_push(parameters: &Broken);
     fn broken_unwaited_read(parameters: &Broken);
@@ -755,6 +756,7 @@ fn pushes_that_nobody_waited_for() {
         let fault = broken(broken_large_push, 2, seed).unwrap_err();
         assert!(fault.contains("8 bytes more come than come[0] expects"), "{fault}");
     }
+    caught(broken_lonely_push, 1, &["push in a cluster of one block"]);
     caught(broken_small_push, 2, &["deadlock", "wait for phase 0 of come[0] in line"]);
 }
 

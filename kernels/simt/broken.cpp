@@ -153,6 +153,18 @@ ATKD_KERNEL(broken_push_to_the_ended, atkd_broken, 32, 1) {
     exchange(p, come, cells, 16);
 }
 
+// To the block itself, which is alone.
+ATKD_KERNEL(broken_lonely_push, atkd_broken, 64, 1) {
+    ATKD_SHARED(Barrier, come, 1);
+    ATKD_SHARED(Bytes16, cells, 1);
+    make(come);
+    if (thread_index() == 0) {
+        ATKD_EXPECT(come, 0, 16);
+        ATKD_PUSH(cells, 0, 0, Bytes16({load(p.data)}), come, 0);
+    }
+    ATKD_WAIT_FOR_PUSHES(come, 0, 0);
+}
+
 ATKD_KERNEL(broken_large_push, atkd_broken, 32, 1) {
     ATKD_SHARED(Barrier, come, 1);
     ATKD_SHARED(Bytes16, cells, 1);

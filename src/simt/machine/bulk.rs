@@ -423,6 +423,10 @@ unsafe extern "C" fn simt_push(
 ) {
     let (machine, thread) = unsafe { current() };
     let this = unsafe { initialised(barrier) };
+    if machine.shape.cluster == 1 {
+        // As PTX says of `st.async`.
+        fault("push in a cluster of one block, which is undefined".into());
+    }
     this.under_way += bytes as i32;
     // A wait for it knows what this thread did.
     let bulk = &mut machine.bulk;
