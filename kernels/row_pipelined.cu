@@ -52,19 +52,28 @@ template <class T> ATKD_DEVICE uint32_t student_at(const atkd_rows &p, uint32_t 
     return teacher_at<T>(p, stage) + p.slice * CHUNK_BYTES<T>;
 }
 
-template <class T> ATKD_DEVICE Packed<T> load_chunk_staged(StagedMemory staged, uint32_t offset) {
+// Where part i of a chunk lies. Of chunks of two parts, 32 bytes from lane to lane, every other four lanes take the
+// second first, or else eight lanes' parts would lie in half of the banks.
+template <class T> ATKD_DEVICE uint32_t part_at(uint32_t offset, uint32_t i, bool swapped) {
+    return offset + (Packed<T>::PARTS == 2 && swapped ? 16 - 16 * i : 16 * i);
+}
+ATKD_DEVICE bool swaps_parts() { return (thread_index() & 4) != 0; }
+
+template <class T>
+ATKD_DEVICE Packed<T> load_chunk_staged(StagedMemory staged, uint32_t offset, bool swapped = false) {
     Packed<T> packed;
     ATKD_UNROLL
     for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-        packed.part[i] = load_staged(staged, offset + 16 * i);
+        packed.part[i] = load_staged(staged, part_at<T>(offset, i, swapped));
     }
     return packed;
 }
 template <class T>
-ATKD_DEVICE void store_chunk_staged(StagedMemory staged, uint32_t offset, const Packed<T> &packed) {
+ATKD_DEVICE void store_chunk_staged(StagedMemory staged, uint32_t offset, const Packed<T> &packed,
+                                    bool swapped = false) {
     ATKD_UNROLL
     for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-        store_staged(staged, offset + 16 * i, packed.part[i]);
+        store_staged(staged, part_at<T>(offset, i, swapped), packed.part[i]);
     }
 }
 
@@ -205,7 +214,8 @@ ATKD_DEVICE void work(const atkd_rows &p, Shared &shared, StagedMemory staged, c
     auto for_wholes = [&](auto f) {
         constexpr uint32_t STEP = WORKERS * CHUNK_BYTES<T>, TOGETHER = 4;
         auto one = [&](uint32_t at) {
-            f(at, load_chunk_staged<T>(staged, at), load_chunk_staged<T>(staged, at + to_student));
+            f(at, load_chunk_staged<T>(staged, at, swaps_parts()),
+              load_chunk_staged<T>(staged, at + to_student, swaps_parts()));
         };
         uint32_t at = first_at;
         ATKD_NO_UNROLL
@@ -275,7 +285,7 @@ ATKD_DEVICE void work(const atkd_rows &p, Shared &shared, StagedMemory staged, c
     for_wholes([&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student) {
         float g[CHUNK];
         gradient_of<false>(row_scales, exponent, teacher, student, g);
-        store_chunk_staged(staged, at + to_student, pack<T>(g));
+        store_chunk_staged(staged, at + to_student, pack<T>(g), swaps_parts());
     });
     if (ATKD_RARELY(has_own)) {
         if (has_target) {
