@@ -1,7 +1,7 @@
 // Loss and gradient of one token a cluster at a time, whose shared memory holds the whole row of both models:
 // each logit is read once, the gradient written once. Rows come and gradients leave by bulk copies. While a
-// cluster waits for one, or at its barriers, clusters on the same multiprocessors work; with several stages,
-// its own next rows are on their way too.
+// cluster waits, for a row or for all of its blocks, others on the same multiprocessors work; with several
+// stages, its own next rows are on their way too.
 #include "row.cuh"
 
 namespace {
@@ -77,7 +77,7 @@ ATKD_DEVICE void store_chunk_staged(StagedMemory staged, uint32_t offset, const 
     }
 }
 
-// A state as it is pushed to another block.
+// A state as it is posted in the block and pushed to another.
 struct alignas(16) Sums {
     float teacher, weighted_gap, student;
     uint32_t ruled_out;
@@ -85,6 +85,10 @@ struct alignas(16) Sums {
 struct alignas(8) Maxima {
     float teacher, student;
 };
+ATKD_DEVICE Sums sums_of(const RowState<float> &state) {
+    return {state.teacher_sum, state.weighted_gap, state.student_sum, state.ruled_out};
+}
+ATKD_DEVICE Maxima maxima_of(const RowState<float> &state) { return {state.teacher_max, state.student_max}; }
 template <class Real> ATKD_DEVICE RowState<Real> state_of(const Sums &sums, const Maxima &maxima) {
     return {sums.teacher, sums.weighted_gap, sums.student, 0, maxima.teacher, maxima.student, sums.ruled_out};
 }
@@ -268,9 +272,8 @@ ATKD_DEVICE void work(const atkd_rows &p, Shared &shared, StagedMemory staged, c
     for_own(add_with_care);
     RowState<float> of_warp = merge_warp<false>(own);
     if (thread_index() % WARP == 0) {
-        uint32_t warp = thread_index() / WARP;
-        shared.warp_sums[warp] = {of_warp.teacher_sum, of_warp.weighted_gap, of_warp.student_sum, of_warp.ruled_out};
-        shared.warp_maxima[warp] = {of_warp.teacher_max, of_warp.student_max};
+        shared.warp_sums[thread_index() / WARP] = sums_of(of_warp);
+        shared.warp_maxima[thread_index() / WARP] = maxima_of(of_warp);
         ATKD_ARRIVE(shared.posted, 0);
     }
 
@@ -330,10 +333,8 @@ ATKD_DEVICE void serve(const atkd_rows &p, Shared &shared, const Coming &row, ui
     share_maxima(of_block, exponent);
     of_block = merge_warp<false, WORKING_WARPS>(of_block);
     if (lane == 0) {
-        Sums sums = {of_block.teacher_sum, of_block.weighted_gap, of_block.student_sum, of_block.ruled_out};
-        Maxima maxima = {of_block.teacher_max, of_block.student_max};
-        ATKD_PUSH(shared.block_sums, cluster_rank(), 0, sums, shared.gathered, 0);
-        ATKD_PUSH(shared.block_maxima, cluster_rank(), 0, maxima, shared.gathered, 0);
+        ATKD_PUSH(shared.block_sums, cluster_rank(), 0, sums_of(of_block), shared.gathered, 0);
+        ATKD_PUSH(shared.block_maxima, cluster_rank(), 0, maxima_of(of_block), shared.gathered, 0);
     }
     if (settles) {
         ATKD_WAIT_FOR_PUSHES(shared.gathered, 0, parity);
