@@ -36,7 +36,7 @@ fn the_kernels_pass_the_battery_with_every_row_read_twice() {
 fn pipelined(cluster: usize, at_once: u32, stages: u32) -> Simulation {
     let mut simulation = preferring(RowKernel::Pipelined, stages);
     simulation.device.clusters = [0; 16];
-    simulation.device.clusters[cluster as usize - 1] = at_once;
+    simulation.device.clusters[cluster - 1] = at_once;
     // However large, so that small clusters hold large rows too.
     simulation.device.shared_bytes = 16 << 20;
     simulation
