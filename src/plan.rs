@@ -500,9 +500,9 @@ mod tests {
         for vocab in [1, 100_000, most] {
             let problem = Problem { scopes: most, ..problem(most, vocab, Dtype::F32, Dtype::F32) };
             let plan = Plan::new(&H200, &problem, None);
-            for shape in
-                [plan.margin, plan.count, plan.select, plan.rows, plan.rows_again, plan.terms]
-            {
+            let rows = [plan.rows, plan.rows_again];
+            let others = [plan.margin, plan.count, plan.select, plan.terms, plan.sum];
+            for shape in rows.into_iter().chain(others) {
                 assert!(shape.grid <= i32::MAX as u32, "{shape:?}");
                 assert!(shape.grid.is_multiple_of(shape.cluster), "{shape:?}");
             }
