@@ -16,17 +16,9 @@ mod cuda;
 
 mod loader;
 
-/// A cache without room makes clusters of all rows that are long enough.
 #[used]
 #[unsafe(link_section = ".init_array")]
-static LOAD_DRIVER: extern "C" fn() = {
-    extern "C" fn load_driver() {
-        // SAFETY: there is no other thread yet.
-        unsafe { std::env::set_var("ATKD_SIMT_L2_BYTES", "1") };
-        loader::load_driver();
-    }
-    load_driver
-};
+static LOAD_DRIVER: extern "C" fn() = loader::load_driver;
 
 /// How many calls of driver functions, or launches of kernels, whose name starts so, this thread made.
 fn count(name: &str) -> u64 {

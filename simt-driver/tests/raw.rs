@@ -12,15 +12,7 @@ mod loader;
 
 #[used]
 #[unsafe(link_section = ".init_array")]
-static LOAD_DRIVER: extern "C" fn() = {
-    extern "C" fn load_driver() {
-        // A cache without room takes several blocks to a row.
-        // SAFETY: there is no other thread yet.
-        unsafe { std::env::set_var("ATKD_SIMT_L2_BYTES", "1") };
-        loader::load_driver();
-    }
-    load_driver
-};
+static LOAD_DRIVER: extern "C" fn() = loader::load_driver;
 
 const TOKENS: usize = 6;
 const VOCAB: usize = 13_003;

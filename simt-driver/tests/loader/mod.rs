@@ -8,6 +8,9 @@ pub static DRIVER: OnceLock<Library> = OnceLock::new();
 
 /// Before `main`, since a test's thread may be the first to look for the driver.
 pub extern "C" fn load_driver() {
+    // A cache without room takes several blocks to all rows that are long enough.
+    // SAFETY: there is no other thread yet.
+    unsafe { std::env::set_var("ATKD_SIMT_L2_BYTES", "1") };
     let test = std::env::current_exe().expect("this process has a file");
     let driver = test.with_file_name("libatkd_simt_driver.so");
     // SAFETY: the library does nothing when it is loaded.
