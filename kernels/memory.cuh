@@ -229,23 +229,16 @@ ATKD_DEVICE void arrive_expecting(Barrier &barrier, uint32_t bytes) {
                      "r"(bytes)
                      : "memory");
 }
-ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) {
-    ATKD_SINCE_SM_90("{\n.reg .pred done;\n"
-                     "again:\n"
-                     "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-                     "@!done bra again;\n}" ::"r"(in_shared(&barrier)),
-                     "r"(parity)
-                     : "memory");
-}
+#define ATKD_WAIT_SEEING(scope, barrier, parity)                                                              \
+    ATKD_SINCE_SM_90("{\n.reg .pred done;\n"                                                                  \
+                     "again:\n"                                                                               \
+                     "mbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 done, [%0], %1;\n"           \
+                     "@!done bra again;\n}" ::"r"(in_shared(&(barrier))),                                     \
+                     "r"(parity)                                                                              \
+                     : "memory")
+ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) { ATKD_WAIT_SEEING("cta", barrier, parity); }
 // As wait_for, and sees what other blocks pushed.
-ATKD_DEVICE void wait_for_pushes(Barrier &barrier, uint32_t parity) {
-    ATKD_SINCE_SM_90("{\n.reg .pred done;\n"
-                     "again:\n"
-                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-                     "@!done bra again;\n}" ::"r"(in_shared(&barrier)),
-                     "r"(parity)
-                     : "memory");
-}
+ATKD_DEVICE void wait_for_pushes(Barrier &barrier, uint32_t parity) { ATKD_WAIT_SEEING("cluster", barrier, parity); }
 // Pieces of 16 or 8 bytes, into the place that they have here of block `rank`'s shared memory; their bytes count
 // on the barrier there.
 template <class T> ATKD_DEVICE void push(const T *at, uint32_t rank, const T &value, const Barrier *barrier) {
@@ -257,11 +250,11 @@ template <class T> ATKD_DEVICE void push(const T *at, uint32_t rank, const T &va
     uint32_t to, counts;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(in_shared(at)), "r"(rank));
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(in_shared(barrier)), "r"(rank));
-    if (sizeof(T) == 16) {
+    if constexpr (sizeof(T) == 16) {
         ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
                          "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-                         "r"(image.word[0]), "r"(image.word[1]), "r"(image.word[sizeof(T) / 8]),
-                         "r"(image.word[sizeof(T) / 4 - 1]), "r"(counts)
+                         "r"(image.word[0]), "r"(image.word[1]), "r"(image.word[2]), "r"(image.word[3]),
+                         "r"(counts)
                          : "memory");
     } else {
         ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 "

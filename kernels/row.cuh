@@ -4,6 +4,14 @@
 #include "batch.cuh"
 #include "reduce.cuh"
 
+// Where a token's row of either model starts.
+template <class P> ATKD_DEVICE const P *teacher_row(const atkd_rows &p, uint32_t token) {
+    return static_cast<const P *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
+}
+template <class Q> ATKD_DEVICE const Q *student_row(const atkd_rows &p, uint32_t token) {
+    return static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride;
+}
+
 // One token's row, as a thread of its cluster or team sees it. Chunks are dealt to the threads of all its
 // blocks in turn.
 template <class P, class Q> struct Rows {
@@ -18,13 +26,9 @@ template <class P, class Q> struct Rows {
     ATKD_DEVICE Rows(const atkd_rows &p, uint32_t token_)
         : token(token_), first((cluster_rank() + team_rank(p)) * block_threads() + thread_index()),
           stride(cluster_blocks() * team_blocks(p) * block_threads()), speaks(first == 0),
-          teacher(teacher_row(p), p.batch.vocab, lead_of(teacher_row(p))),
-          student(static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride, p.batch.vocab, teacher.lead),
+          teacher(teacher_row<P>(p, token), p.batch.vocab, lead_of(teacher_row<P>(p, token))),
+          student(student_row<Q>(p, token), p.batch.vocab, teacher.lead),
           wholes(student.wholes == 0 ? 0 : teacher.wholes) {}
-
-    ATKD_DEVICE const P *teacher_row(const atkd_rows &p) const {
-        return static_cast<const P *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
-    }
 
     template <class G> ATKD_DEVICE Row<G> gradient(const atkd_rows &p) const {
         return Row<G>(static_cast<G *>(p.gradient) + int64_t(token) * p.gradient_stride, p.batch.vocab, teacher.lead);
@@ -116,8 +120,8 @@ constexpr uint32_t TEACHER = 0, STUDENT = 1, STUDENT_AT_1 = 2, MEAN = 3;
 template <class P, class Q>
 ATKD_DEVICE float target_logit_of(const atkd_rows &p, uint32_t token, uint32_t target) {
     uint32_t lane = thread_index() % WARP;
-    auto teacher = static_cast<const P *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
-    auto student = static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride;
+    const P *teacher = teacher_row<P>(p, token);
+    const Q *student = student_row<Q>(p, token);
     return lane == TEACHER   ? widen(load(teacher + target))
            : lane == STUDENT ? widen(load(student + target))
                              : 0.0f;
