@@ -25,13 +25,15 @@
 //! let mut loss = 0.0_f32;
 //! let output = RawOutput { loss: Some(&raw mut loss as u64), ..RawOutput::default() };
 //! // SAFETY: the addresses are of arrays of the shapes given.
-//! unsafe { raw::run(&Objective::default(), &call, &output)? };
+//! unsafe { raw::run(None, &Objective::default(), &call, &output)? };
 //! assert!(loss > 0.0);
 //! # Ok::<(), atkd::Error>(())
 //! ```
 
 use half::{bf16, f16};
+use rayon::ThreadPool;
 
+use crate::cpu::Workers;
 use crate::logits::span;
 use crate::{
     Batch, Dtype, Elements, ElementsMut, Error, Logits, LogitsMut, Objective, Result, Target,
@@ -181,8 +183,8 @@ pub struct RawOutput {
     pub faults: Option<u64>,
 }
 
-/// The loss on host memory, by the cores of rayon's current thread pool: forward alone if the call has no
-/// gradient.
+/// The loss on host memory: forward alone if the call has no gradient. The calling thread works, and all but
+/// one of the threads of `pool`, or of rayon's current pool.
 ///
 /// # Errors
 /// As [`cpu::forward_backward`]; and if an address is null or not aligned, or the gradient overlaps what it
@@ -192,7 +194,12 @@ pub struct RawOutput {
 /// Every address is of what it is described to be: logits and gradient of `(tokens - 1) * row_stride +
 /// vocab` elements, all of them initialised. Until the call returns nobody else writes to any of it, nor
 /// reads what is written: gradient and outputs.
-pub unsafe fn run(objective: &Objective, call: &RawCall, output: &RawOutput) -> Result<()> {
+pub unsafe fn run(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    call: &RawCall,
+    output: &RawOutput,
+) -> Result<()> {
     call.check(objective)?;
     if call.margins.is_some() {
         return Err(Error::HostMargins);
@@ -204,6 +211,7 @@ pub unsafe fn run(objective: &Objective, call: &RawCall, output: &RawOutput) -> 
         let upstream = f64::from(upstream) * objective.upstream_gradient();
         objective = objective.with_upstream_gradient(upstream)?;
     }
+    let workers = Workers::of(pool);
     let offsets;
     // SAFETY: the caller's, for as long as this function runs. What is borrowed mutably overlaps nothing
     // else: checked for the logits, and the caller's word for the rest.
@@ -225,16 +233,15 @@ pub unsafe fn run(objective: &Objective, call: &RawCall, output: &RawOutput) -> 
             batch = batch.with_sequences(&offsets)?;
         }
         match call.gradient {
-            None => cpu::forward(&objective, &batch, call.logits(call.student)?)?,
+            None => cpu::forward_by(workers, &objective, &batch, call.logits(call.student)?)?,
             Some(gradient) if gradient == call.student => {
-                cpu::forward_backward_in_place(&objective, &batch, call.logits_mut(gradient)?)?
+                let student = call.logits_mut(gradient)?;
+                cpu::forward_backward_in_place_by(workers, &objective, &batch, student)?
             }
-            Some(gradient) => cpu::forward_backward(
-                &objective,
-                &batch,
-                call.logits(call.student)?,
-                call.logits_mut(gradient)?,
-            )?,
+            Some(gradient) => {
+                let (student, gradient) = (call.logits(call.student)?, call.logits_mut(gradient)?);
+                cpu::forward_backward_by(workers, &objective, &batch, student, gradient)?
+            }
         }
     };
     // SAFETY: the caller says that each has room for one number a token, the loss for one.
@@ -398,7 +405,7 @@ mod tests {
             ..call(&teacher, &student, &labels, VOCAB)
         };
         // SAFETY: all are arrays of the shapes given.
-        unsafe { run(&objective, &call, &to)? };
+        unsafe { run(None, &objective, &call, &to)? };
         assert_eq!(loss, output.loss as f32);
         assert_eq!(gradient, expected.iter().map(|d| 2.0 * d).collect::<Vec<_>>());
         for (i, token) in output.tokens.iter().enumerate() {
@@ -411,7 +418,7 @@ mod tests {
         let place = RawLogits { address: in_place.as_mut_ptr() as u64, ..call.student };
         let call = RawCall { student: place, gradient: Some(place), ..call };
         // SAFETY: as before.
-        unsafe { run(&objective, &call, &to)? };
+        unsafe { run(None, &objective, &call, &to)? };
         assert_eq!(in_place, gradient);
         Ok(())
     }
@@ -428,7 +435,7 @@ mod tests {
             ..call(&teacher, &before, &labels, VOCAB + 2)
         };
         // SAFETY: 19 elements are two rows at stride 7, and a third of 5.
-        unsafe { run(&Objective::default(), &call, &RawOutput::default())? };
+        unsafe { run(None, &Objective::default(), &call, &RawOutput::default())? };
         for (i, (now, before)) in student.iter().zip(&before).enumerate() {
             assert_eq!(now == before, i % 7 >= VOCAB, "element {i}: {before} became {now}");
         }
@@ -449,7 +456,7 @@ mod tests {
         };
         let to = RawOutput { loss: Some(&raw mut loss as u64), ..RawOutput::default() };
         // SAFETY: nothing but the loss is touched.
-        unsafe { run(&Objective::default(), &call, &to)? };
+        unsafe { run(None, &Objective::default(), &call, &to)? };
         assert_eq!(loss, 0.0);
         Ok(())
     }
@@ -461,7 +468,7 @@ mod tests {
         let at = |logits: RawLogits, address| RawLogits { address, ..logits };
         let fails = |call: RawCall, parts: [&str; 2]| {
             // SAFETY: it fails before it touches anything.
-            let result = unsafe { run(&Objective::default(), &call, &RawOutput::default()) };
+            let result = unsafe { run(None, &Objective::default(), &call, &RawOutput::default()) };
             let message = result.unwrap_err().to_string();
             assert!(parts.iter().all(|part| message.contains(part)), "{message}");
         };

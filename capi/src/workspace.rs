@@ -52,11 +52,7 @@ impl Place {
     ) -> Result<(), Failure> {
         match self {
             // SAFETY: the caller's.
-            Self::Host(None) => unsafe { raw::run(objective, call, output) }?,
-            Self::Host(Some(pool)) => {
-                // SAFETY: the caller's.
-                pool.install(|| unsafe { raw::run(objective, call, output) })?;
-            }
+            Self::Host(pool) => unsafe { raw::run(pool.as_ref(), objective, call, output) }?,
             Self::Cuda(workspace) => {
                 let mut workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
                 // SAFETY: the caller's.

@@ -131,9 +131,12 @@ def measure(loss, student, teacher, labels, runs):
         # The in-place loss overwrites them.
         logits = student.clone().requires_grad_()
         synchronize(device)
-        # OpenMP's threads spin for a few milliseconds after the copy, on cores that are wanted.
-        time.sleep(0.05)
         before()
+        # OpenMP's threads spin for a few milliseconds after the copy, on cores that are wanted. Busy, as a
+        # training step is until the loss: after a sleep Linux may wake all threads on one core.
+        start = time.perf_counter() + 0.02
+        while time.perf_counter() < start:
+            pass
         start = time.perf_counter()
         loss(logits, teacher, labels).backward()
         synchronize(device)

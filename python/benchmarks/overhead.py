@@ -3,8 +3,9 @@
     python overhead.py [--rounds 7 --runs 40 --tokens 256 --vocab 32000]
 
 Each run makes one call of each kind, the native one on addresses prepared beforehand; a round is their medians.
-`around` is the time of a forward call outside its native part. `backward of x * 1` is PyTorch's, of one number,
-as cold. The last line is the median round, as a share of the native call.
+`around` is the time of a forward call outside its native part; `bare` is that of an autograd function which does
+nothing, called as cold: PyTorch's own part of it. So is `backward of x * 1`, of one number. The last line is the
+median round, as a share of the native call.
 """
 
 import argparse
@@ -16,7 +17,17 @@ import torch
 import atkd
 from atkd import _atkd, _ops
 
-KINDS = ["native", "forward", "around", "forward + backward", "backward", "backward of x * 1"]
+KINDS = ["native", "forward", "around", "bare", "forward + backward", "backward", "backward of x * 1"]
+
+
+class Bare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None
 
 
 def main():
@@ -57,7 +68,13 @@ def main():
         middle = time.perf_counter()
         loss.backward()
         end = time.perf_counter()
-        yield from [middle - start, middle - start - inside[0], end - start, end - middle]
+        forward, backward, around = middle - start, end - middle, middle - start - inside[0]
+        native(*direct)
+        start = time.perf_counter()
+        bare = Bare.apply(student)
+        bare_time = time.perf_counter() - start
+        del bare
+        yield from [forward, around, bare_time, forward + backward, backward]
         native(*direct)
         scalar = one * 1
         start = time.perf_counter()

@@ -161,11 +161,10 @@ fn run_on_host(
         );
     }
     py.detach(|| {
+        let pool = threads::pool(threads)?;
         // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these
         // shapes that it holds, and nobody else writes to them meanwhile.
-        threads::pool(threads)?
-            .install(|| unsafe { raw::run(&objective.0, &call, &output) })
-            .map_err(exception)?;
+        unsafe { raw::run(Some(&pool), &objective.0, &call, &output) }.map_err(exception)?;
         if let Some(modes) = output.modes.filter(|_| call.tokens > 0) {
             // SAFETY: as above; every byte was just written.
             let modes = unsafe { std::slice::from_raw_parts_mut(modes as *mut u8, call.tokens) };

@@ -3,16 +3,23 @@
 //! The loops are written once over a [`Vector`]; [`Instructions`] picks the widest one that the
 //! machine has.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
-use half::bf16;
+use half::{bf16, f16};
 
 #[cfg(target_arch = "x86_64")]
 use super::vector::{Avx2, Avx512};
-use super::vector::{MAX_LANES, Portable, Vector};
+use super::vector::{INTEGERS, MAX_LANES, OCTAVES_BELOW, Portable, Vector};
 
 /// Below it a power of 2 is subnormal, and taken as 0.
 const LOWEST_LOG2: f32 = -126.0;
+
+/// How many octaves above 1 an exponential may be, and not be noticed: with those below it a power of 2,
+/// so that a bit tells.
+const OCTAVES_ABOVE: usize = 3;
+const OCTAVES: usize = OCTAVES_BELOW + OCTAVES_ABOVE;
+const _: () = assert!(OCTAVES.is_power_of_two());
 
 /// log2(e) / T, what a logit difference is multiplied by to become an exponent of 2. Its rounding and
 /// the product's change e^y, y = x / T <= 0, by |y| e^y times 1.2e-7: never more than 5e-8.
@@ -46,6 +53,18 @@ impl Logit for f32 {
     #[inline(always)]
     fn widen(self) -> f32 {
         self
+    }
+}
+
+impl Logit for f16 {
+    const NEG_INFINITY: f16 = f16::NEG_INFINITY;
+    #[inline(always)]
+    fn load<V: Vector>(from: &[f16]) -> V {
+        V::load_f16(from)
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
     }
 }
 
@@ -110,8 +129,8 @@ pub struct Sums {
     pub student: f32,
     pub student_at_1: f32,
     pub ruled_out: bool,
-    pub teacher_extent: Extent,
-    pub student_extent: Extent,
+    /// No logit is infinite or NaN, no exponential subnormal or above 2^3.5.
+    pub tame: bool,
 }
 
 /// What exponentials are multiplied by to make a gradient.
@@ -122,36 +141,51 @@ pub struct Scales {
     pub student_at_1: f32,
 }
 
-/// e^{x / T} where that is neither subnormal nor overflows, within 1.5 parts in 10^7 beside what
-/// [`Exponent`] says; NaN for NaN.
+/// e^{x / T} where that is neither subnormal nor overflows, within 1.2 parts in 10^7 (without vectors of
+/// x86-64: 2) beside what [`Exponent`] says; NaN for NaN. Bits of `seen` become 1 by integers i, the
+/// exponent's steps above `OCTAVES_BELOW` octaves below 1.
 #[inline(always)]
-fn exp<V: Vector>(x: V, exponent: Exponent) -> V {
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it, plus the exponent's bias, in the low bits.
-    let round = V::splat(12_582_912.0 + 127.0);
-    let exponent = V::splat(exponent.0);
-    let shifted = x.mul_add(exponent, round);
-    let r = x.mul_add(exponent, round.sub(shifted));
-    #[expect(clippy::approx_constant, reason = "a fitted coefficient, though near ln 2")]
-    const COEFFICIENTS: [f32; 5] = [9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
-    // 2^r on [-1/2, 1/2]: the polynomial of least relative error with 2^0 = 1.
-    let mut p = V::splat(1.326_472_7e-3);
-    for c in COEFFICIENTS {
+fn exp<V: Vector>(x: V, exponent: Exponent, seen: &mut V) -> V {
+    // Adding this rounds to an integer.
+    let round = V::splat(INTEGERS + (OCTAVES_BELOW * V::STEPS) as f32);
+    let exponent = V::splat(exponent.0 * V::STEPS as f32);
+    let steps = x.mul_add(exponent, round);
+    *seen = seen.or_bits_beside(steps);
+    let r = x.mul_add(exponent, round.sub(steps));
+    let mut p = V::splat(V::COEFFICIENTS[0]);
+    for &c in &V::COEFFICIENTS[1..] {
         p = p.mul_add(r, V::splat(c));
     }
-    p.mul(shifted.shift_into_exponent())
+    let power = steps.step_power();
+    p.mul(r).mul_add(power, power)
 }
 
 /// As [`exp`], and 0 where it would underflow.
 #[inline(always)]
-fn careful_exp<V: Vector>(x: V, exponent: Exponent) -> V {
+fn careful_exp<V: Vector>(x: V, exponent: Exponent, seen: &mut V) -> V {
     let log2 = x.mul(V::splat(exponent.0));
     // A NaN is not below anything, and stays.
-    log2.select_below(LOWEST_LOG2, V::splat(0.0), exp(x, exponent))
+    log2.select_below(LOWEST_LOG2, V::splat(0.0), exp(x, exponent, seen))
+}
+
+/// Whether the integers that made `seen` are all of [`OCTAVES`].
+#[inline(always)]
+fn all_in_octaves<V: Vector>(seen: V) -> bool {
+    let mut lanes = [0.0; MAX_LANES];
+    seen.store::<false>(&mut lanes);
+    lanes[..V::LANES].iter().all(|lane| (lane.to_bits() as usize) < OCTAVES * V::STEPS)
+}
+
+/// The same of logits too few for a vector.
+#[inline(always)]
+fn rest_in_octaves<L: Logit>(rest: &[L], max: f32, exponent: Exponent) -> bool {
+    let octaves = -(OCTAVES_BELOW as f32)..OCTAVES_ABOVE as f32;
+    rest.iter().all(|x| octaves.contains(&((x.widen() - max) * exponent.0)))
 }
 
 #[inline(always)]
-fn exp_if<V: Vector, const CAREFUL: bool>(x: V, exponent: Exponent) -> V {
-    if CAREFUL { careful_exp(x, exponent) } else { exp(x, exponent) }
+fn exp_if<V: Vector, const CAREFUL: bool>(x: V, exponent: Exponent, seen: &mut V) -> V {
+    if CAREFUL { careful_exp(x, exponent, seen) } else { exp(x, exponent, seen) }
 }
 
 /// Index of what is left of `x` after its whole vectors, and that, padded with -inf.
@@ -163,69 +197,50 @@ fn tail<L: Logit, V: Vector>(x: &[L]) -> (usize, V) {
     (whole, L::load(&padded))
 }
 
-/// [`Extent`] by lane.
-#[derive(Clone, Copy)]
-struct LaneExtent<V>(V, V);
-
-impl<V: Vector> LaneExtent<V> {
-    #[inline(always)]
-    fn empty() -> Self {
-        Self(V::splat(f32::INFINITY), V::splat(f32::NEG_INFINITY))
-    }
-
-    #[inline(always)]
-    fn add(&mut self, x: V) {
-        *self = Self(x.min_or(self.0), x.max_or(self.1));
-    }
-
-    /// With `rest`, which is too short for a vector.
-    #[inline(always)]
-    fn total<L: Logit>(self, rest: &[L]) -> Extent {
-        let mut extent = Extent { low: self.0.fold(f32::min), high: self.1.fold(f32::max) };
-        for &x in rest {
-            let x = x.widen();
-            extent = Extent { low: extent.low.min(x), high: extent.high.max(x) };
-        }
-        extent
-    }
-}
-
 // The loops count by hand: iterator adapters are not always inlined into a function with target
 // features, and then cost more than the arithmetic.
 
 #[inline(always)]
 fn extent<L: Logit, V: Vector>(x: &[L]) -> Extent {
-    let mut extent = LaneExtent::<V>::empty();
+    let mut low = V::splat(f32::INFINITY);
+    let mut high = V::splat(f32::NEG_INFINITY);
     let whole = x.len() - x.len() % V::LANES;
     let mut i = 0;
     while i < whole {
-        extent.add(L::load(&x[i..i + V::LANES]));
+        let x: V = L::load(&x[i..i + V::LANES]);
+        low = x.min_or(low);
+        high = x.max_or(high);
         i += V::LANES;
     }
-    extent.total(&x[whole..])
+    let mut extent = Extent { low: low.fold(f32::min), high: high.fold(f32::max) };
+    for &x in &x[whole..] {
+        let x = x.widen();
+        extent = Extent { low: extent.low.min(x), high: extent.high.max(x) };
+    }
+    extent
 }
 
-/// sum e^{(x_j - max) / T}
+/// sum e^{(x_j - max) / T}, and whether the block is [tame](Sums::tame).
 #[inline(always)]
 fn sum_exp<L: Logit, V: Vector, const CAREFUL: bool>(
     x: &[L],
     max: f32,
     exponent: Exponent,
     ahead: Ahead,
-) -> (f32, Extent) {
-    let max = V::splat(max);
+) -> (f32, bool) {
     let (whole, rest) = tail::<L, V>(x);
-    let mut extent = LaneExtent::empty();
-    let mut sum = careful_exp(rest.sub(max), exponent);
+    let rest_is_tame = rest_in_octaves(&x[whole..], max, exponent);
+    let max = V::splat(max);
+    let mut seen = V::splat(0.0);
+    let mut sum = careful_exp(rest.sub(max), exponent, &mut V::splat(0.0));
     let mut i = 0;
     while i < whole {
         ahead.fetch::<V>(i);
         let x: V = L::load(&x[i..i + V::LANES]);
-        extent.add(x);
-        sum = sum.add(exp_if::<V, CAREFUL>(x.sub(max), exponent));
+        sum = sum.add(exp_if::<V, CAREFUL>(x.sub(max), exponent, &mut seen));
         i += V::LANES;
     }
-    (sum.fold(|a, b| a + b), extent.total(&x[whole..]))
+    (sum.fold(|a, b| a + b), rest_is_tame && all_in_octaves(seen))
 }
 
 /// [`Sums`] by lane, and what they are relative to.
@@ -240,6 +255,8 @@ struct LaneSums<V> {
     student_at_1: V,
     /// 1 where the student rules out a token that the teacher does not.
     ruled_out: V,
+    /// By [`exp`].
+    seen: V,
 }
 
 impl<V: Vector> LaneSums<V> {
@@ -250,8 +267,8 @@ impl<V: Vector> LaneSums<V> {
         let zero = V::splat(0.0);
         let da = a.sub(self.teacher_max);
         let db = b.sub(self.student_max);
-        let p = exp_if::<V, CAREFUL>(da, self.exponent);
-        let q = exp_if::<V, CAREFUL>(db, self.exponent);
+        let p = exp_if::<V, CAREFUL>(da, self.exponent, &mut self.seen);
+        let q = exp_if::<V, CAREFUL>(db, self.exponent, &mut self.seen);
         let mut gap = da.sub(db);
         if CAREFUL {
             // Neither 0 * inf, nor a vanishing weight times the distance to a mask of -3e38.
@@ -262,8 +279,9 @@ impl<V: Vector> LaneSums<V> {
         self.teacher = self.teacher.add(p);
         self.weighted_gap = p.mul_add(gap, self.weighted_gap);
         self.student = self.student.add(q);
-        let q_at_1 = if AT_1 { exp_if::<V, CAREFUL>(db, Exponent::new(1.0)) } else { zero };
+        let mut q_at_1 = zero;
         if AT_1 {
+            q_at_1 = exp_if::<V, CAREFUL>(db, Exponent::new(1.0), &mut self.seen);
             self.student_at_1 = self.student_at_1.add(q_at_1);
         }
         [p, q, q_at_1]
@@ -289,8 +307,8 @@ fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
         student: zero,
         student_at_1: zero,
         ruled_out: zero,
+        seen: zero,
     };
-    let (mut a_extent, mut b_extent) = (LaneExtent::empty(), LaneExtent::empty());
     let (whole, a_rest) = tail::<L, V>(teacher);
     let (_, b_rest) = tail::<L, V>(student);
     let mut i = 0;
@@ -300,26 +318,30 @@ fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
         let lanes = i..i + V::LANES;
         let a: V = L::load(&teacher[lanes.clone()]);
         let b: V = L::load(&student[lanes.clone()]);
-        a_extent.add(a);
-        b_extent.add(b);
         let [p, q, q_at_1] = sums.add::<CAREFUL, AT_1>(a, b);
-        p.store(&mut out.teacher[lanes.clone()]);
-        q.store(&mut out.student[lanes.clone()]);
+        p.store::<false>(&mut out.teacher[lanes.clone()]);
+        q.store::<false>(&mut out.student[lanes.clone()]);
         if AT_1 {
-            q_at_1.store(&mut out.student_at_1[lanes]);
+            q_at_1.store::<false>(&mut out.student_at_1[lanes]);
         }
         i += V::LANES;
     }
+    let mut tame = all_in_octaves(sums.seen);
     if whole < teacher.len() {
+        let (a, b) = (&teacher[whole..], &student[whole..]);
+        tame &= rest_in_octaves(a, maxima.0, exponent) && rest_in_octaves(b, maxima.1, exponent);
+        if AT_1 {
+            tame &= rest_in_octaves(b, maxima.1, Exponent::new(1.0));
+        }
         let [p, q, q_at_1] = sums.add::<true, AT_1>(a_rest, b_rest);
         let mut padded = [0.0; MAX_LANES];
         let left = teacher.len() - whole;
-        p.store(&mut padded);
+        p.store::<false>(&mut padded);
         out.teacher[whole..].copy_from_slice(&padded[..left]);
-        q.store(&mut padded);
+        q.store::<false>(&mut padded);
         out.student[whole..].copy_from_slice(&padded[..left]);
         if AT_1 {
-            q_at_1.store(&mut padded);
+            q_at_1.store::<false>(&mut padded);
             out.student_at_1[whole..].copy_from_slice(&padded[..left]);
         }
     }
@@ -330,64 +352,93 @@ fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
         student: total(sums.student),
         student_at_1: total(sums.student_at_1),
         ruled_out: sums.ruled_out.fold(f32::max) > 0.0,
-        teacher_extent: a_extent.total(&teacher[whole..]),
-        student_extent: b_extent.total(&student[whole..]),
+        tame,
     }
 }
 
 /// What the gradient is rounded to.
 pub trait Gradient: Copy + Default {
-    fn store<V: Vector>(value: V, to: &mut [Self]);
+    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [Self]);
 }
 
 impl Gradient for f32 {
     #[inline(always)]
-    fn store<V: Vector>(value: V, to: &mut [f32]) {
-        value.store(to);
+    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [f32]) {
+        value.store::<PAST_CACHE>(to);
+    }
+}
+
+impl Gradient for f16 {
+    #[inline(always)]
+    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [f16]) {
+        value.store_f16::<PAST_CACHE>(to);
     }
 }
 
 impl Gradient for bf16 {
     #[inline(always)]
-    fn store<V: Vector>(value: V, to: &mut [bf16]) {
-        value.store_bf16(to);
+    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [bf16]) {
+        value.store_bf16::<PAST_CACHE>(to);
     }
 }
 
+/// -teacher's scale * p_j + student's scale * q_j, and what the student at temperature 1 adds, for a
+/// vector of j from `at`.
 #[inline(always)]
-fn combine<G: Gradient, V: Vector>(from: &Exponentials, scales: Scales, to: &mut [G]) {
-    let teacher = V::splat(-scales.teacher);
-    let student = V::splat(scales.student);
-    let student_at_1 = V::splat(scales.student_at_1);
-    let gradient = |p: V, q: V| p.mul_add(teacher, q.mul(student));
-    let whole = to.len() - to.len() % V::LANES;
-    let mut i = 0;
-    while i < whole {
-        let lanes = i..i + V::LANES;
-        let p = V::load(&from.teacher[lanes.clone()]);
-        let q = V::load(&from.student[lanes.clone()]);
-        let mut sum = gradient(p, q);
-        if !from.student_at_1.is_empty() {
-            sum = V::load(&from.student_at_1[lanes.clone()]).mul_add(student_at_1, sum);
+fn gradient<V: Vector>(from: [&[f32]; 3], scales: Scales, at: usize) -> V {
+    let [p, q, q_at_1] = from;
+    let lanes = at..at + V::LANES;
+    let student = V::load(&q[lanes.clone()]).mul(V::splat(scales.student));
+    let sum = V::load(&p[lanes.clone()]).mul_add(V::splat(-scales.teacher), student);
+    if q_at_1.is_empty() {
+        return sum;
+    }
+    V::load(&q_at_1[lanes]).mul_add(V::splat(scales.student_at_1), sum)
+}
+
+/// The same for a range too short for a vector.
+#[inline(always)]
+fn combine_part<G: Gradient, V: Vector>(
+    from: [&[f32]; 3],
+    scales: Scales,
+    range: Range<usize>,
+    to: &mut [G],
+) {
+    if range.is_empty() {
+        return;
+    }
+    let mut padded = [[0.0; MAX_LANES]; 3];
+    for (padded, from) in padded.iter_mut().zip(from) {
+        if !from.is_empty() {
+            padded[..range.len()].copy_from_slice(&from[range.clone()]);
         }
-        G::store(sum, &mut to[lanes]);
+    }
+    let [p, q, q_at_1] = &padded;
+    let q_at_1: &[f32] = if from[2].is_empty() { &[] } else { q_at_1 };
+    let sum = gradient::<V>([p, q, q_at_1], scales, 0);
+    let mut out = [G::default(); MAX_LANES];
+    G::store::<V, false>(sum, &mut out);
+    to[range.clone()].copy_from_slice(&out[..range.len()]);
+}
+
+#[inline(always)]
+fn combine<G: Gradient, V: Vector, const PAST_CACHE: bool>(
+    from: &Exponentials,
+    scales: Scales,
+    to: &mut [G],
+) {
+    let from = [&*from.teacher, &*from.student, &*from.student_at_1];
+    let mut i = 0;
+    if PAST_CACHE {
+        i = to.as_ptr().align_offset(V::LANES * size_of::<G>()).min(to.len());
+        combine_part::<G, V>(from, scales, 0..i, to);
+    }
+    while i + V::LANES <= to.len() {
+        let sum = gradient::<V>(from, scales, i);
+        G::store::<V, PAST_CACHE>(sum, &mut to[i..i + V::LANES]);
         i += V::LANES;
     }
-    if whole < to.len() {
-        let rest = |from: &[f32]| {
-            let mut padded = [0.0; MAX_LANES];
-            padded[..from.len()].copy_from_slice(from);
-            V::load(&padded)
-        };
-        let mut sum = gradient(rest(&from.teacher[whole..]), rest(&from.student[whole..]));
-        if !from.student_at_1.is_empty() {
-            sum = rest(&from.student_at_1[whole..]).mul_add(student_at_1, sum);
-        }
-        let mut padded = [G::default(); MAX_LANES];
-        G::store(sum, &mut padded);
-        let left = to.len() - whole;
-        to[whole..].copy_from_slice(&padded[..left]);
-    }
+    combine_part::<G, V>(from, scales, i..to.len(), to);
 }
 
 /// Compiles the functions above for one instruction set.
@@ -408,7 +459,7 @@ macro_rules! compile {
                 to: Reference,
                 exponent: Exponent,
                 ahead: Ahead,
-            ) -> (f32, Extent) {
+            ) -> (f32, bool) {
                 match to.careful {
                     false => super::sum_exp::<L, V, false>(x, to.max, exponent, ahead),
                     true => super::sum_exp::<L, V, true>(x, to.max, exponent, ahead),
@@ -442,8 +493,21 @@ macro_rules! compile {
             }
 
             $(#[$features])*
-            pub fn combine<G: Gradient>(from: &Exponentials, scales: Scales, to: &mut [G]) {
-                super::combine::<G, V>(from, scales, to)
+            pub fn combine<G: Gradient>(
+                from: &Exponentials,
+                scales: Scales,
+                to: &mut [G],
+                past_cache: bool,
+            ) {
+                match past_cache {
+                    false => super::combine::<G, V, false>(from, scales, to),
+                    true => super::combine::<G, V, true>(from, scales, to),
+                }
+            }
+
+            $(#[$features])*
+            pub fn fence() {
+                V::fence();
             }
         }
     };
@@ -451,9 +515,9 @@ macro_rules! compile {
 
 compile!(portable, Portable,);
 #[cfg(target_arch = "x86_64")]
-compile!(avx2, Avx2, #[target_feature(enable = "avx2,fma")]);
+compile!(avx2, Avx2, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-compile!(avx512, Avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]);
+compile!(avx512, Avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]);
 
 /// An instruction set that this machine has: holding one is the proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -489,7 +553,10 @@ impl Instructions {
         let mut sets = vec![Self(Set::Portable)];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+            {
                 sets.push(Self(Set::Avx2));
                 if is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
@@ -531,7 +598,7 @@ impl Instructions {
         to: Reference,
         exponent: Exponent,
         ahead: Ahead,
-    ) -> (f32, Extent) {
+    ) -> (f32, bool) {
         dispatch!(self, sum_exp(x, to, exponent, ahead))
     }
 
@@ -548,7 +615,20 @@ impl Instructions {
         dispatch!(self, accumulate(logits, to, exponent, out, ahead))
     }
 
-    pub fn combine<G: Gradient>(self, from: &Exponentials, scales: Scales, to: &mut [G]) {
-        dispatch!(self, combine(from, scales, to))
+    /// The gradient of one block into `to`. `past_cache`, if the machine can; then no other thread may be
+    /// told of it before a [`fence`](Self::fence).
+    pub fn combine<G: Gradient>(
+        self,
+        from: &Exponentials,
+        scales: Scales,
+        to: &mut [G],
+        past_cache: bool,
+    ) {
+        dispatch!(self, combine(from, scales, to, past_cache))
+    }
+
+    /// Orders what this thread has written past the cache before what it does next.
+    pub fn fence(self) {
+        dispatch!(self, fence())
     }
 }

@@ -1,8 +1,9 @@
 //! The fused loss on the CPU: the embedded default.
 //!
 //! Each row is read once from memory. Its exponentials stay in the core's own cache until the row's
-//! sums are known, and the gradient leaves from there. All cores of rayon's current thread pool work,
-//! each on rows of its own; the result is the same, bit for bit, for any number of threads.
+//! sums are known, and the gradient leaves from there. The calling thread and those of rayon's current
+//! thread pool, as many in all as the pool has, work on rows of their own; the result is the same, bit for
+//! bit, for any number of threads.
 //!
 //! Which tokens are hard is known only when every teacher's row has been read. A gradient of its own is
 //! written at once for the group that the tokens so far suggest, and the few that turn out wrong are
@@ -10,11 +11,12 @@
 //! would have overwritten what it needs to be done again, so there the teacher's logits are read once
 //! more, beforehand.
 //!
-//! Memory beyond the arguments: about 300 bytes a token, and two float32 rows a thread (three if cross
+//! Memory beyond the arguments: about 230 bytes a token, and two float32 rows a thread (three if cross
 //! entropy is wanted at a temperature other than 1).
 
 mod block;
 mod rows;
+mod team;
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -23,7 +25,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::{Mutex, PoisonError};
 
-use rayon::prelude::*;
+use rayon::ThreadPool;
 
 use crate::logits::ElementsMut;
 use crate::objective::{Objective, Target};
@@ -31,10 +33,11 @@ use crate::output::{Output, TokenTerms};
 use crate::row::{self, RowState};
 use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result};
 use block::Instructions;
-use rows::{Destination, RowPass, Scratches};
+use rows::{Destination, RowPass};
+use team::Team;
 
 /// Bytes of a gradient that is too large to be found in the cache by whoever reads it next.
-const STREAM_FROM: usize = 16 << 20;
+const PAST_CACHE_FROM: usize = 16 << 20;
 
 /// The instruction set in use: the widest that this machine has.
 pub fn instruction_set() -> &'static str {
@@ -46,9 +49,7 @@ pub fn instruction_set() -> &'static str {
 /// # Errors
 /// If the shapes differ, a label is out of range, or labels are needed and missing.
 pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<Output> {
-    batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
-    let rows = (0..student.tokens()).map(|token| StudentRow::Forward(student.row(token))).collect();
-    compute(Instructions::widest(), objective, batch, rows)
+    forward_by(Workers::default(), objective, batch, student)
 }
 
 /// The loss, each token's terms, and the gradient with respect to the student's logits, times the
@@ -66,11 +67,57 @@ pub fn forward_backward(
     student: Logits,
     gradient: LogitsMut,
 ) -> Result<Output> {
-    forward_backward_with(Instructions::widest(), objective, batch, student, gradient)
+    forward_backward_by(Workers::default(), objective, batch, student, gradient)
 }
 
-fn forward_backward_with(
+/// As [`forward_backward`], with the gradient written over the student's logits: a third less memory
+/// traffic.
+///
+/// # Errors
+/// As [`forward_backward`]; the logits are unchanged then.
+pub fn forward_backward_in_place(
+    objective: &Objective,
+    batch: &Batch,
+    student: LogitsMut,
+) -> Result<Output> {
+    forward_backward_in_place_by(Workers::default(), objective, batch, student)
+}
+
+/// What a call runs on.
+#[derive(Clone, Copy)]
+pub(crate) struct Workers<'a> {
     instructions: Instructions,
+    team: Team<'a>,
+}
+
+impl Default for Workers<'_> {
+    fn default() -> Self {
+        Self::of(None)
+    }
+}
+
+impl<'a> Workers<'a> {
+    /// The caller and all but one of the pool's threads, or of rayon's current pool.
+    pub(crate) fn of(pool: Option<&'a ThreadPool>) -> Self {
+        Self { instructions: Instructions::widest(), team: Team(pool) }
+    }
+}
+
+/// As [`forward`].
+pub(crate) fn forward_by(
+    workers: Workers,
+    objective: &Objective,
+    batch: &Batch,
+    student: Logits,
+) -> Result<Output> {
+    batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
+    let rows = (0..student.tokens()).map(|token| StudentRow::Forward(student.row(token))).collect();
+    compute(workers, objective, batch, rows)
+}
+
+/// As [`forward_backward`].
+pub(crate) fn forward_backward_by(
+    workers: Workers,
     objective: &Objective,
     batch: &Batch,
     student: Logits,
@@ -82,24 +129,21 @@ fn forward_backward_with(
     if shape.dtype() != student.dtype() && shape.dtype() != Dtype::F32 {
         return Err(Error::GradientDtype { student: student.dtype(), actual: shape.dtype() });
     }
-    let streamed = shape.tokens() * shape.vocab() * shape.dtype().size() >= STREAM_FROM;
+    let past_cache = shape.tokens() * shape.vocab() * shape.dtype().size() >= PAST_CACHE_FROM;
     let rows = gradient.rows().into_iter().enumerate();
     let rows = rows
         .map(|(token, gradient)| StudentRow::Into {
             logits: student.row(token),
             gradient,
-            streamed,
+            past_cache,
         })
         .collect();
-    compute(instructions, objective, batch, rows)
+    compute(workers, objective, batch, rows)
 }
 
-/// As [`forward_backward`], with the gradient written over the student's logits: a third less memory
-/// traffic.
-///
-/// # Errors
-/// As [`forward_backward`]; the logits are unchanged then.
-pub fn forward_backward_in_place(
+/// As [`forward_backward_in_place`].
+pub(crate) fn forward_backward_in_place_by(
+    workers: Workers,
     objective: &Objective,
     batch: &Batch,
     mut student: LogitsMut,
@@ -107,13 +151,13 @@ pub fn forward_backward_in_place(
     let shape = student.as_logits();
     batch.check_shape("the student's logits", [shape.tokens(), shape.vocab()])?;
     let rows = student.rows().into_iter().map(StudentRow::InPlace).collect();
-    compute(Instructions::widest(), objective, batch, rows)
+    compute(workers, objective, batch, rows)
 }
 
 /// One row of the student, and where its gradient goes.
 enum StudentRow<'a> {
     Forward(Elements<'a>),
-    Into { logits: Elements<'a>, gradient: ElementsMut<'a>, streamed: bool },
+    Into { logits: Elements<'a>, gradient: ElementsMut<'a>, past_cache: bool },
     InPlace(ElementsMut<'a>),
 }
 
@@ -128,10 +172,12 @@ impl StudentRow<'_> {
     fn gradient(&mut self) -> Option<Destination<'_>> {
         match self {
             StudentRow::Forward(_) => None,
-            StudentRow::Into { gradient, streamed, .. } => {
-                Some(Destination { row: gradient.reborrow(), streamed: *streamed })
+            StudentRow::Into { gradient, past_cache, .. } => {
+                Some(Destination { row: gradient.reborrow(), past_cache: *past_cache })
             }
-            StudentRow::InPlace(row) => Some(Destination { row: row.reborrow(), streamed: false }),
+            StudentRow::InPlace(row) => {
+                Some(Destination { row: row.reborrow(), past_cache: false })
+            }
         }
     }
 }
@@ -139,14 +185,13 @@ impl StudentRow<'_> {
 /// What is kept of a row until the hard tokens are known.
 struct Kept {
     state: RowState,
-    margin: f64,
     student_target: f64,
-    /// Whether the gradient that was written is a hard token's.
-    hard: bool,
+    /// Those of the group that the gradient was written for.
+    terms: TokenTerms,
 }
 
 fn compute(
-    instructions: Instructions,
+    Workers { instructions, team }: Workers,
     objective: &Objective,
     batch: &Batch,
     mut rows: Vec<StudentRow>,
@@ -156,44 +201,33 @@ fn compute(
     let pass = RowPass::new(instructions, objective);
     let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
     let in_place = rows.iter().any(|row| matches!(row, StudentRow::InPlace(_)));
-    let scratches = Scratches::new(&pass, teacher.vocab(), with_gradient);
+    let scratch = || pass.scratch(teacher.vocab(), with_gradient);
+    let tokens = |column: &[Option<usize>]| column.iter().copied().enumerate().collect::<Vec<_>>();
 
     let targets: Vec<Option<usize>> = match objective.target() {
         Target::Label => labels,
-        Target::Teacher => labels
-            .into_par_iter()
-            .enumerate()
-            .map(|(token, label)| {
-                label.map(|_| scratches.with(|scratch| pass.arg_max(teacher.row(token), scratch)))
-            })
-            .collect(),
+        Target::Teacher => team.map(tokens(&labels), scratch, |scratch, (token, label)| {
+            label.map(|_| pass.arg_max(teacher.row(token), scratch))
+        }),
     };
     let valid = targets.iter().flatten().count();
     let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
-    let finish = |kept: &Kept, hard| {
-        row::finish(objective, &kept.state, kept.margin, kept.student_target, hard, scale)
+    let finish = |state: &RowState, margin, student_target, hard| {
+        row::finish(objective, state, margin, student_target, hard, scale)
     };
 
     let depends = objective.depends_on_selection();
     // A gradient that overwrites its logits cannot be written twice: its group must be known first.
     let known = (depends && in_place).then(|| {
-        let margins: Vec<Option<f64>> = targets
-            .par_iter()
-            .enumerate()
-            .map(|(token, target)| {
-                let row = teacher.row(token);
-                target.map(|target| scratches.with(|scratch| pass.margin(row, target, scratch)))
-            })
-            .collect();
-        select_hard(objective, batch, &margins)
+        let margin = |_: &mut (), (token, target): (usize, Option<usize>)| {
+            target.map(|target| pass.margin(teacher.row(token), target))
+        };
+        select_hard(objective, batch, &team.map(tokens(&targets), || (), margin))
     });
     let running = Mutex::new(RunningSelection::new(objective));
     let group = |token: usize, margin| match &known {
         Some(hard) => hard[token],
-        None if depends && with_gradient => {
-            running.lock().unwrap_or_else(PoisonError::into_inner).add(margin)
-        }
-        None => objective.hard_ratio() == 1.0,
+        None => running.lock().unwrap_or_else(PoisonError::into_inner).add(margin),
     };
 
     let mut order: Vec<(usize, &mut StudentRow)> = rows.iter_mut().enumerate().collect();
@@ -201,54 +235,53 @@ fn compute(
         // Neighbours are alike; a mixed order teaches the running selection sooner.
         fastrand::Rng::with_seed(0).shuffle(&mut order);
     }
-    let mut kept: Vec<(usize, Option<Kept>)> = order
-        .into_par_iter()
-        .map(|(token, student)| {
-            let Some(target) = targets[token] else {
-                if let Some(mut gradient) = student.gradient() {
-                    gradient.row.fill_zero();
-                }
-                return (token, None);
-            };
-            let kept = scratches.with(|scratch| {
-                let row = teacher.row(token);
-                let state = pass.state(row, student.logits(), target, scratch);
-                let margin = pass.margin_of(&state, row, target);
-                let student_target = student.logits().get(target).into();
-                let hard = group(token, margin);
-                let kept = Kept { state, margin, student_target, hard };
-                if let Some(gradient) = student.gradient() {
-                    pass.gradient(&kept.state, &finish(&kept, hard).1, target, scratch, gradient);
-                }
-                kept
-            });
-            (token, Some(kept))
-        })
-        .collect();
+    let mut kept = team.map(order, scratch, |scratch, (token, student)| {
+        let Some(target) = targets[token] else {
+            if let Some(mut gradient) = student.gradient() {
+                gradient.row.fill_zero();
+            }
+            return (token, None);
+        };
+        let row = teacher.row(token);
+        let state = pass.state(row, student.logits(), target, scratch);
+        let margin = pass.margin_of(&state, row, target);
+        let student_target = student.logits().get(target).into();
+        let (terms, scales) = finish(&state, margin, student_target, group(token, margin));
+        if let Some(gradient) = student.gradient() {
+            pass.gradient(&state, &scales, target, scratch, gradient);
+        }
+        (token, Some(Kept { state, student_target, terms }))
+    });
     kept.sort_unstable_by_key(|&(token, _)| token);
 
     let margins: Vec<Option<f64>> =
-        kept.iter().map(|(_, kept)| kept.as_ref().map(|kept| kept.margin)).collect();
+        kept.iter().map(|(_, kept)| kept.as_ref().map(|kept| kept.terms.margin)).collect();
     let hard = select_hard(objective, batch, &margins);
-    let tokens = kept
-        .into_par_iter()
+    let wrong = kept
+        .iter_mut()
         .zip(&mut rows)
-        .map(|((token, kept), student)| {
-            let (Some(kept), Some(target)) = (kept, targets[token]) else {
-                return TokenTerms::IGNORED;
-            };
-            let (terms, scales) = finish(&kept, hard[token]);
-            if depends && kept.hard != hard[token] && with_gradient {
-                scratches.with(|scratch| {
-                    pass.state(teacher.row(token), student.logits(), target, scratch);
-                    let gradient = student.gradient().expect("there is one for every row");
-                    pass.gradient(&kept.state, &scales, target, scratch, gradient);
-                });
-            }
-            terms
+        .filter_map(|((token, kept), student)| {
+            let kept = kept.as_mut().filter(|kept| kept.terms.hard != hard[*token])?;
+            Some((*token, targets[*token]?, kept, student))
         })
         .collect();
-    Ok(Output::reduce(objective, tokens))
+    team.map(
+        wrong,
+        || None,
+        |own, (token, target, kept, student)| {
+            let (terms, scales) =
+                finish(&kept.state, kept.terms.margin, kept.student_target, hard[token]);
+            kept.terms = terms;
+            if depends && with_gradient {
+                let scratch = own.get_or_insert_with(scratch);
+                let state = pass.state(teacher.row(token), student.logits(), target, scratch);
+                let gradient = student.gradient().expect("there is one for every row");
+                pass.gradient(&state, &scales, target, scratch, gradient);
+            }
+        },
+    );
+    let terms = |(_, kept): (usize, Option<Kept>)| kept.map_or(TokenTerms::IGNORED, |k| k.terms);
+    Ok(Output::reduce(objective, kept.into_iter().map(terms).collect()))
 }
 
 /// The hard tokens among those seen so far: a guess at the group of the next one, which is right for

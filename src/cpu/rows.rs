@@ -1,9 +1,8 @@
 //! One row at a time: the state in a first pass, the gradient from cached exponentials in a second.
 
-use std::ops::Range;
-use std::sync::Mutex;
+use std::ops::{Deref, DerefMut, Range};
 
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::slice::HalfFloatSliceExt;
 
 use super::block::{
     Ahead, Exponent, Exponentials, Extent, Instructions, Logit, Reference, Scales, Sums,
@@ -14,7 +13,10 @@ use crate::row::{self, GradientScales, RowState};
 
 /// Logits in a block: small enough that two models' blocks stay in the first-level cache, large
 /// enough that the work between blocks does not count.
-const BLOCK: usize = 2048;
+const BLOCK: usize = 1024;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Logits at the start of a row whose largest is the first guess of the row's.
 const GUESS: usize = 256;
@@ -23,12 +25,15 @@ const GUESS: usize = 256;
 /// no digits to it, and most blocks need no second try.
 const HEADROOM: f64 = 2.0;
 
-/// The blocks of a row; the target belongs to none.
+/// The blocks of a row; the target belongs to none. All but what follows it in its block start where a
+/// cache line does if the row does.
 fn blocks(vocab: usize, target: usize) -> impl Iterator<Item = Range<usize>> {
-    let cut = |from: usize, to: usize| {
-        (from..to).step_by(BLOCK).map(move |start| start..to.min(start + BLOCK))
-    };
-    cut(0, target).chain(cut(target + 1, vocab))
+    (0..vocab).step_by(BLOCK).flat_map(move |start| {
+        let end = vocab.min(start + BLOCK);
+        let cut = target.clamp(start, end);
+        let behind = if cut == target { cut + 1 } else { cut };
+        [start..cut, behind..end].into_iter().filter(|block| !block.is_empty())
+    })
 }
 
 /// What follows the block in memory: the next block, or the start of the next row.
@@ -55,57 +60,59 @@ fn widen<'a>(elements: Elements<'a>, buffer: &'a mut [f32]) -> &'a [f32] {
 /// Where a row's gradient goes.
 pub struct Destination<'a> {
     pub row: ElementsMut<'a>,
-    /// Write past the cache: the row's lines are not in it, and will not be read from it soon.
-    pub streamed: bool,
+    /// Past the cache: the row's lines are not in it, and will not be read from it soon.
+    pub past_cache: bool,
+}
+
+/// Numbers of which the first starts a cache line.
+#[derive(Default)]
+struct Lines {
+    memory: Vec<f32>,
+    start: usize,
+}
+
+impl Lines {
+    fn new(len: usize) -> Self {
+        let mut memory = vec![0.0; len + LINE / size_of::<f32>() - 1];
+        let start = memory.as_ptr().align_offset(LINE).min(memory.len() - len);
+        memory.truncate(start + len);
+        Self { memory, start }
+    }
+}
+
+impl Deref for Lines {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.memory[self.start..]
+    }
+}
+
+impl DerefMut for Lines {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.memory[self.start..]
+    }
 }
 
 /// A thread's own memory, reused from row to row.
 pub struct Scratch {
     /// Exponentials at the index of their logit: a whole row for a gradient, else only one block.
-    teacher: Vec<f32>,
-    student: Vec<f32>,
-    student_at_1: Vec<f32>,
-    /// What the exponentials of each block are relative to.
-    maxima: Vec<(f32, f32)>,
-    wide_teacher: Vec<f32>,
-    wide_student: Vec<f32>,
-    half: Vec<u16>,
+    teacher: Lines,
+    student: Lines,
+    student_at_1: Lines,
+    /// Stretches of the row whose exponentials are relative to the same, teacher's and student's.
+    stretches: Vec<(Range<usize>, [f32; 2])>,
+    wide_teacher: Lines,
+    wide_student: Lines,
 }
 
 impl Scratch {
-    fn exponentials(&mut self, range: Range<usize>, at_1: bool) -> Exponentials<'_> {
+    fn exponentials(&mut self, range: Range<usize>) -> Exponentials<'_> {
+        let at_1 = !self.student_at_1.is_empty();
         Exponentials {
             teacher: &mut self.teacher[range.clone()],
             student: &mut self.student[range.clone()],
             student_at_1: if at_1 { &mut self.student_at_1[range] } else { &mut [] },
         }
-    }
-}
-
-/// One [`Scratch`] for each thread of the pool that the call runs on.
-pub struct Scratches(Vec<Mutex<Scratch>>);
-
-impl Scratches {
-    pub fn new(pass: &RowPass, vocab: usize, with_gradient: bool) -> Self {
-        let kept = if with_gradient { vocab } else { BLOCK.min(vocab) };
-        let scratch = || Scratch {
-            teacher: vec![0.0; kept],
-            student: vec![0.0; kept],
-            student_at_1: vec![0.0; if pass.at_1 { kept } else { 0 }],
-            maxima: Vec::with_capacity(vocab / BLOCK + 2),
-            wide_teacher: vec![0.0; BLOCK],
-            wide_student: vec![0.0; BLOCK],
-            half: vec![0; BLOCK],
-        };
-        Self((0..rayon::current_num_threads()).map(|_| Mutex::new(scratch())).collect())
-    }
-
-    /// Runs `work` with the scratch of the current thread, which no other thread asks for.
-    pub fn with<T>(&self, work: impl FnOnce(&mut Scratch) -> T) -> T {
-        let thread = rayon::current_thread_index().unwrap_or(0);
-        // A poisoned scratch is as good as any: every use overwrites what it reads.
-        let mut scratch = self.0[thread].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        work(&mut scratch)
     }
 }
 
@@ -125,6 +132,19 @@ impl RowPass {
             exponent: Exponent::new(inverse_temperature),
             inverse_temperature,
             at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
+        }
+    }
+
+    /// Memory for the rows that a thread does: of a whole row's exponentials if gradients are wanted.
+    pub fn scratch(&self, vocab: usize, with_gradient: bool) -> Scratch {
+        let kept = if with_gradient { vocab } else { BLOCK.min(vocab) };
+        Scratch {
+            teacher: Lines::new(kept),
+            student: Lines::new(kept),
+            student_at_1: Lines::new(if self.at_1 { kept } else { 0 }),
+            stretches: Vec::with_capacity(vocab / BLOCK + 3),
+            wide_teacher: Lines::new(BLOCK),
+            wide_student: Lines::new(BLOCK),
         }
     }
 
@@ -175,8 +195,11 @@ impl RowPass {
     ) -> (f32, Reference) {
         let mut to = before.unwrap_or_else(|| self.guess(logits));
         loop {
-            let (sum, extent) = self.instructions.sum_exp(logits, to, self.exponent, ahead);
-            match self.adjusted(to, extent) {
+            let (sum, tame) = self.instructions.sum_exp(logits, to, self.exponent, ahead);
+            if tame {
+                return (sum, to);
+            }
+            match self.adjusted(to, self.instructions.extent(logits)) {
                 adjusted if adjusted == to => return (sum, to),
                 adjusted => to = adjusted,
             }
@@ -194,10 +217,11 @@ impl RowPass {
         let mut to = before.unwrap_or_else(|| logits.map(|logits| self.guess(logits)));
         loop {
             let sums = self.instructions.accumulate(logits, to, self.exponent, &mut out, ahead);
-            let adjusted = [
-                self.adjusted(to[0], sums.teacher_extent),
-                self.adjusted(to[1], sums.student_extent),
-            ];
+            if sums.tame {
+                return (sums, to);
+            }
+            let extents = logits.map(|logits| self.instructions.extent(logits));
+            let adjusted = [self.adjusted(to[0], extents[0]), self.adjusted(to[1], extents[1])];
             if adjusted == to {
                 return (sums, to);
             }
@@ -206,14 +230,15 @@ impl RowPass {
     }
 
     /// The teacher's margin at `target`, from its logits alone.
-    pub fn margin(&self, row: Elements, target: usize, scratch: &mut Scratch) -> f64 {
+    pub fn margin(&self, row: Elements, target: usize) -> f64 {
         let mut state = RowState::EMPTY;
         let mut before = None;
         for range in blocks(row.len(), target) {
             let ahead = ahead(row, &range);
             let (sum, to) = match row.slice(range) {
+                Elements::F32(logits) => self.sum(logits, before, ahead),
+                Elements::F16(logits) => self.sum(logits, before, ahead),
                 Elements::Bf16(logits) => self.sum(logits, before, ahead),
-                logits => self.sum(widen(logits, &mut scratch.wide_teacher), before, ahead),
             };
             before = Some(to);
             state.rebase(to.max.into(), state.student_max, self.inverse_temperature);
@@ -236,17 +261,18 @@ impl RowPass {
         scratch: &mut Scratch,
     ) -> RowState {
         let mut state = RowState::EMPTY;
-        scratch.maxima.clear();
         let keep = scratch.teacher.len() == teacher.len();
+        scratch.stretches.clear();
         let mut wide_teacher = std::mem::take(&mut scratch.wide_teacher);
         let mut wide_student = std::mem::take(&mut scratch.wide_student);
         let mut before = None;
         for range in blocks(teacher.len(), target) {
             let ahead = [ahead(teacher, &range), ahead(student, &range)];
             let logits = (teacher.slice(range.clone()), student.slice(range.clone()));
-            let kept = if keep { range } else { 0..range.len() };
-            let out = scratch.exponentials(kept, self.at_1);
+            let kept = if keep { range.clone() } else { 0..range.len() };
+            let out = scratch.exponentials(kept);
             let (sums, to) = match logits {
+                (Elements::F16(a), Elements::F16(b)) => self.sums([a, b], before, out, ahead),
                 (Elements::Bf16(a), Elements::Bf16(b)) => self.sums([a, b], before, out, ahead),
                 (a, b) => {
                     let wide = [widen(a, &mut wide_teacher), widen(b, &mut wide_student)];
@@ -261,7 +287,14 @@ impl RowPass {
             state.student_sum += f64::from(sums.student);
             state.student_sum_at_1 += f64::from(sums.student_at_1);
             state.ruled_out |= sums.ruled_out;
-            scratch.maxima.push((teacher_max, student_max));
+            match scratch.stretches.last_mut() {
+                Some((stretch, maxima))
+                    if stretch.end == range.start && *maxima == [teacher_max, student_max] =>
+                {
+                    stretch.end = range.end;
+                }
+                _ => scratch.stretches.push((range, [teacher_max, student_max])),
+            }
         }
         if !self.at_1 {
             state.student_sum_at_1 = state.student_sum;
@@ -279,11 +312,8 @@ impl RowPass {
         scratch: &mut Scratch,
         mut to: Destination,
     ) {
-        let vocab = scratch.teacher.len();
-        let mut buffer = std::mem::take(&mut scratch.wide_teacher);
-        let mut half = std::mem::take(&mut scratch.half);
-        for (index, range) in blocks(vocab, target).enumerate() {
-            let (teacher_max, student_max) = scratch.maxima[index];
+        let stretches = std::mem::take(&mut scratch.stretches);
+        for &(ref range, [teacher_max, student_max]) in &stretches {
             let teacher = f64::from(teacher_max) - state.teacher_max;
             let student = f64::from(student_max) - state.student_max;
             let scales = Scales {
@@ -291,71 +321,18 @@ impl RowPass {
                 student: (scales.student * (student * self.inverse_temperature).exp()) as f32,
                 student_at_1: (scales.student_at_1 * student.exp()) as f32,
             };
-            let from = scratch.exponentials(range.clone(), self.at_1);
-            let (buffer, half) = (&mut buffer[..range.len()], &mut half[..range.len()]);
+            let from = scratch.exponentials(range.clone());
             let instructions = self.instructions;
-            match to.row.slice(range) {
-                ElementsMut::F32(out) => {
-                    write(out, buffer, to.streamed, |out| instructions.combine(&from, scales, out))
-                }
-                ElementsMut::Bf16(out) => {
-                    write(out, half.reinterpret_cast_mut(), to.streamed, |out| {
-                        instructions.combine(&from, scales, out)
-                    })
-                }
-                ElementsMut::F16(out) => {
-                    instructions.combine(&from, scales, buffer);
-                    write(out, half.reinterpret_cast_mut(), to.streamed, |out| {
-                        out.convert_from_f32_slice(buffer)
-                    });
-                }
+            match to.row.slice(range.clone()) {
+                ElementsMut::F32(out) => instructions.combine(&from, scales, out, to.past_cache),
+                ElementsMut::F16(out) => instructions.combine(&from, scales, out, to.past_cache),
+                ElementsMut::Bf16(out) => instructions.combine(&from, scales, out, to.past_cache),
             }
         }
+        scratch.stretches = stretches;
         to.row.set(target, scales.target as f32);
-        (scratch.wide_teacher, scratch.half) = (buffer, half);
-    }
-}
-
-/// Lets `fill` write `to`, or a buffer whose content then goes there past the cache.
-fn write<T: Copy>(to: &mut [T], buffer: &mut [T], streamed: bool, fill: impl FnOnce(&mut [T])) {
-    if !streamed {
-        return fill(to);
-    }
-    let buffer = &mut buffer[..to.len()];
-    fill(buffer);
-    stream(buffer, to);
-}
-
-/// Copies without reading the lines that it overwrites.
-#[cfg(target_arch = "x86_64")]
-fn stream<T: Copy>(from: &[T], to: &mut [T]) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-    const LINE: usize = 64;
-    assert_eq!(from.len(), to.len());
-    let lines = |to: &[T]| (to.as_ptr().align_offset(LINE), LINE / size_of::<T>());
-    let (head, per_line) = lines(to);
-    let head = head.min(to.len());
-    let tail = (to.len() - head) / per_line * per_line + head;
-    to[..head].copy_from_slice(&from[..head]);
-    to[tail..].copy_from_slice(&from[tail..]);
-    let mut i = head;
-    while i < tail {
-        // SAFETY: every x86-64 has SSE2; elements i..i + per_line, 64 bytes, are inside both slices,
-        // and those of `to` start at a multiple of 64.
-        unsafe {
-            let (from, to) = (from.as_ptr().add(i), to.as_mut_ptr().add(i));
-            for part in 0..4 {
-                let value = _mm_loadu_si128(from.cast::<__m128i>().add(part));
-                _mm_stream_si128(to.cast::<__m128i>().add(part), value);
-            }
+        if to.past_cache {
+            self.instructions.fence();
         }
-        i += per_line;
     }
-    // SAFETY: SSE2 again. Only a fence orders such stores before whatever tells another thread of them.
-    unsafe { std::arch::x86_64::_mm_sfence() };
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn stream<T: Copy>(from: &[T], to: &mut [T]) {
-    to.copy_from_slice(from);
 }

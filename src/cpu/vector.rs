@@ -3,22 +3,60 @@
 //! Every method is `inline(always)`: it must end up inside a function that has the target features,
 //! which only [`Instructions`](super::block::Instructions) calls, and only where the machine has them.
 
-use half::bf16;
+use half::{bf16, f16};
 
 /// The widest vector's lanes.
 pub const MAX_LANES: usize = 16;
 
+/// 1.5 * 2^23: a float32 of this size is an integer, and its low bits are that integer's.
+pub const INTEGERS: f32 = 12_582_912.0;
+
+/// How many octaves below 1 the power of the integer 0 is: see [`Vector::step_power`].
+pub const OCTAVES_BELOW: usize = 125;
+
+/// 2^(k/16)
+#[rustfmt::skip]
+#[expect(clippy::approx_constant, reason = "the square root of 2 is one of them")]
+const ROOTS: [f32; 16] = [
+    1.0, 1.044_273_8, 1.090_507_7, 1.138_788_6, 1.189_207_1, 1.241_857_8, 1.296_839_6, 1.354_255_6,
+    1.414_213_5, 1.476_826_2, 1.542_210_8, 1.610_490_3, 1.681_792_9, 1.756_252_2, 1.834_008_1, 1.915_206_6,
+];
+
+/// For k = 0..S: what the bits of an integer i with i mod S = k, shifted until S is the unit of the
+/// exponent, lack of the bits of 2^(i / S - OCTAVES_BELOW).
+const fn step_table<const S: usize>() -> [u32; S] {
+    let mut table = [0; S];
+    let mut k = 0;
+    while k < S {
+        let steps = (k + OCTAVES_BELOW * S) as u32;
+        table[k] = ROOTS[k * 16 / S].to_bits().wrapping_sub(steps << (23 - S.ilog2()));
+        k += 1;
+    }
+    table
+}
+
 pub trait Vector: Copy {
     const LANES: usize;
+    /// An octave's steps, between which [`step_power`](Self::step_power) knows no power of 2.
+    const STEPS: usize;
+    /// (2^(r / STEPS) - 1) / r for |r| <= 1/2, the highest power first: the polynomial that makes the
+    /// relative error of 2^(r / STEPS) least.
+    const COEFFICIENTS: &[f32];
 
     fn splat(value: f32) -> Self;
     /// The first [`LANES`](Self::LANES) of `from`, which must hold as many.
     fn load(from: &[f32]) -> Self;
-    fn store(self, to: &mut [f32]);
+    /// To the first [`LANES`](Self::LANES) of `to`; `PAST_CACHE`, where the machine can: `to` then starts
+    /// at a multiple of its own size.
+    fn store<const PAST_CACHE: bool>(self, to: &mut [f32]);
     /// As [`load`](Self::load), widened.
     fn load_bf16(from: &[bf16]) -> Self;
+    fn load_f16(from: &[f16]) -> Self;
     /// As [`store`](Self::store), rounded to nearest, ties to even.
-    fn store_bf16(self, to: &mut [bf16]);
+    fn store_bf16<const PAST_CACHE: bool>(self, to: &mut [bf16]);
+    fn store_f16<const PAST_CACHE: bool>(self, to: &mut [f16]);
+    /// Orders what was stored past the cache before whatever tells another thread of it.
+    fn fence();
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
@@ -30,15 +68,17 @@ pub trait Vector: Copy {
     fn max_or(self, other: Self) -> Self;
     /// `then` where self < limit, else (also for NaN) `otherwise`.
     fn select_below(self, limit: f32, then: Self, otherwise: Self) -> Self;
-    /// The bits shifted left by the 23 of the fraction: an integer in the low bits becomes an exponent.
-    fn shift_into_exponent(self) -> Self;
+    /// 2^(i / STEPS - OCTAVES_BELOW) of INTEGERS + i, where that is not subnormal and does not overflow.
+    fn step_power(self) -> Self;
+    /// The bits of `self`, and those that `integers` and [`INTEGERS`] do not share.
+    fn or_bits_beside(self, integers: Self) -> Self;
     /// Asks for the cache line at `address`, which need not be readable.
     fn prefetch(address: *const u8);
     /// All lanes, first to last.
     #[inline(always)]
     fn fold(self, f: impl Fn(f32, f32) -> f32) -> f32 {
         let mut lanes = [0.0; MAX_LANES];
-        self.store(&mut lanes);
+        self.store::<false>(&mut lanes);
         lanes[1..Self::LANES].iter().fold(lanes[0], |sum, &lane| f(sum, lane))
     }
 }
@@ -64,6 +104,10 @@ impl Portable {
 
 impl Vector for Portable {
     const LANES: usize = 8;
+    const STEPS: usize = 1;
+    #[expect(clippy::approx_constant, reason = "a fitted coefficient, though near ln 2")]
+    const COEFFICIENTS: &[f32] =
+        &[1.326_472_7e-3, 9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1];
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
@@ -74,7 +118,7 @@ impl Vector for Portable {
         Self(*from.first_chunk().expect("a whole vector"))
     }
     #[inline(always)]
-    fn store(self, to: &mut [f32]) {
+    fn store<const PAST_CACHE: bool>(self, to: &mut [f32]) {
         *to.first_chunk_mut().expect("a whole vector") = self.0;
     }
     #[inline(always)]
@@ -87,7 +131,12 @@ impl Vector for Portable {
         Self(lanes)
     }
     #[inline(always)]
-    fn store_bf16(self, to: &mut [bf16]) {
+    fn load_f16(from: &[f16]) -> Self {
+        let from: &[f16; 8] = from.first_chunk().expect("a whole vector");
+        Self(from.map(f16::to_f32))
+    }
+    #[inline(always)]
+    fn store_bf16<const PAST_CACHE: bool>(self, to: &mut [bf16]) {
         let to: &mut [bf16; 8] = to.first_chunk_mut().expect("a whole vector");
         for (to, lane) in to.iter_mut().zip(self.0) {
             let bits = lane.to_bits();
@@ -96,6 +145,12 @@ impl Vector for Portable {
             *to = bf16::from_bits((if lane.is_nan() { quiet } else { rounded } >> 16) as u16);
         }
     }
+    #[inline(always)]
+    fn store_f16<const PAST_CACHE: bool>(self, to: &mut [f16]) {
+        *to.first_chunk_mut().expect("a whole vector") = self.0.map(f16::from_f32);
+    }
+    #[inline(always)]
+    fn fence() {}
     #[inline(always)]
     fn add(self, other: Self) -> Self {
         self.zip(other, |a, b| a + b)
@@ -137,8 +192,13 @@ impl Vector for Portable {
         Self(lanes)
     }
     #[inline(always)]
-    fn shift_into_exponent(self) -> Self {
-        self.zip(self, |a, _| f32::from_bits(a.to_bits() << 23))
+    fn step_power(self) -> Self {
+        const TABLE: [u32; 1] = step_table();
+        self.zip(self, |i, _| f32::from_bits((i.to_bits() << 23).wrapping_add(TABLE[0])))
+    }
+    #[inline(always)]
+    fn or_bits_beside(self, integers: Self) -> Self {
+        self.zip(integers, |a, b| f32::from_bits(a.to_bits() | (b.to_bits() ^ INTEGERS.to_bits())))
     }
     #[inline(always)]
     fn prefetch(_: *const u8) {}
@@ -151,9 +211,9 @@ pub use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use half::bf16;
+    use half::{bf16, f16};
 
-    use super::Vector;
+    use super::{INTEGERS, Vector, step_table};
 
     #[derive(Clone, Copy)]
     pub struct Avx2(__m256);
@@ -161,10 +221,36 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct Avx512(__m512);
 
+    /// # Safety
+    /// AVX2; 16 bytes to write at `to`, a multiple of 16 if `PAST_CACHE`.
+    #[inline(always)]
+    unsafe fn store_128<const PAST_CACHE: bool>(bits: __m128i, to: *mut __m128i) {
+        unsafe {
+            match PAST_CACHE {
+                true => _mm_stream_si128(to, bits),
+                false => _mm_storeu_si128(to, bits),
+            }
+        }
+    }
+
+    /// # Safety
+    /// AVX2; 32 bytes to write at `to`, a multiple of 32 if `PAST_CACHE`.
+    #[inline(always)]
+    unsafe fn store_256<const PAST_CACHE: bool>(bits: __m256i, to: *mut __m256i) {
+        unsafe {
+            match PAST_CACHE {
+                true => _mm256_stream_si256(to, bits),
+                false => _mm256_storeu_si256(to, bits),
+            }
+        }
+    }
+
     // SAFETY of both implementations: the module's rule gives the target features; `load` and `store`
     // check that the slice holds a whole vector, and neither needs alignment.
     impl Vector for Avx2 {
         const LANES: usize = 8;
+        const STEPS: usize = 8;
+        const COEFFICIENTS: &[f32] = &[1.083_910_6e-4, 3.754_025_6e-3, 8.664_340_5e-2];
 
         #[inline(always)]
         fn splat(value: f32) -> Self {
@@ -175,8 +261,14 @@ mod x86 {
             unsafe { Self(_mm256_loadu_ps(from[..Self::LANES].as_ptr())) }
         }
         #[inline(always)]
-        fn store(self, to: &mut [f32]) {
-            unsafe { _mm256_storeu_ps(to[..Self::LANES].as_mut_ptr(), self.0) }
+        fn store<const PAST_CACHE: bool>(self, to: &mut [f32]) {
+            let to = to[..Self::LANES].as_mut_ptr();
+            unsafe {
+                match PAST_CACHE {
+                    true => _mm256_stream_ps(to, self.0),
+                    false => _mm256_storeu_ps(to, self.0),
+                }
+            }
         }
         #[inline(always)]
         fn load_bf16(from: &[bf16]) -> Self {
@@ -187,7 +279,14 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn store_bf16(self, to: &mut [bf16]) {
+        fn load_f16(from: &[f16]) -> Self {
+            unsafe {
+                let bits = _mm_loadu_si128(from[..Self::LANES].as_ptr().cast());
+                Self(_mm256_cvtph_ps(bits))
+            }
+        }
+        #[inline(always)]
+        fn store_bf16<const PAST_CACHE: bool>(self, to: &mut [bf16]) {
             unsafe {
                 let bits = _mm256_castps_si256(self.0);
                 let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
@@ -199,8 +298,19 @@ mod x86 {
                 // Packing works within each half of 128 bits; the permutation joins the two.
                 let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(wide, wide));
                 let to = to[..Self::LANES].as_mut_ptr().cast();
-                _mm_storeu_si128(to, _mm256_castsi256_si128(packed));
+                store_128::<PAST_CACHE>(_mm256_castsi256_si128(packed), to);
             }
+        }
+        #[inline(always)]
+        fn store_f16<const PAST_CACHE: bool>(self, to: &mut [f16]) {
+            unsafe {
+                let narrow = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+                store_128::<PAST_CACHE>(narrow, to[..Self::LANES].as_mut_ptr().cast());
+            }
+        }
+        #[inline(always)]
+        fn fence() {
+            unsafe { _mm_sfence() }
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
@@ -234,9 +344,21 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn shift_into_exponent(self) -> Self {
+        fn step_power(self) -> Self {
+            const TABLE: [u32; 8] = step_table();
             unsafe {
-                Self(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.0))))
+                let i = _mm256_castps_si256(self.0);
+                let table = _mm256_loadu_si256(TABLE.as_ptr().cast());
+                // The permutation looks at the lowest three bits.
+                let lacking = _mm256_permutevar8x32_epi32(table, i);
+                Self(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<20>(i), lacking)))
+            }
+        }
+        #[inline(always)]
+        fn or_bits_beside(self, integers: Self) -> Self {
+            unsafe {
+                let beside = _mm256_xor_ps(integers.0, _mm256_set1_ps(INTEGERS));
+                Self(_mm256_or_ps(self.0, beside))
             }
         }
         #[inline(always)]
@@ -247,6 +369,8 @@ mod x86 {
 
     impl Vector for Avx512 {
         const LANES: usize = 16;
+        const STEPS: usize = 16;
+        const COEFFICIENTS: &[f32] = &[1.355_032_6e-5, 9.384_152e-4, 4.332_17e-2];
 
         #[inline(always)]
         fn splat(value: f32) -> Self {
@@ -257,8 +381,14 @@ mod x86 {
             unsafe { Self(_mm512_loadu_ps(from[..Self::LANES].as_ptr())) }
         }
         #[inline(always)]
-        fn store(self, to: &mut [f32]) {
-            unsafe { _mm512_storeu_ps(to[..Self::LANES].as_mut_ptr(), self.0) }
+        fn store<const PAST_CACHE: bool>(self, to: &mut [f32]) {
+            let to = to[..Self::LANES].as_mut_ptr();
+            unsafe {
+                match PAST_CACHE {
+                    true => _mm512_stream_ps(to, self.0),
+                    false => _mm512_storeu_ps(to, self.0),
+                }
+            }
         }
         #[inline(always)]
         fn load_bf16(from: &[bf16]) -> Self {
@@ -269,7 +399,14 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn store_bf16(self, to: &mut [bf16]) {
+        fn load_f16(from: &[f16]) -> Self {
+            unsafe {
+                let bits = _mm256_loadu_si256(from[..Self::LANES].as_ptr().cast());
+                Self(_mm512_cvtph_ps(bits))
+            }
+        }
+        #[inline(always)]
+        fn store_bf16<const PAST_CACHE: bool>(self, to: &mut [bf16]) {
             unsafe {
                 let bits = _mm512_castps_si512(self.0);
                 let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
@@ -278,8 +415,19 @@ mod x86 {
                 let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
                 let rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), nan, quiet);
                 let narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
-                _mm256_storeu_si256(to[..Self::LANES].as_mut_ptr().cast(), narrow);
+                store_256::<PAST_CACHE>(narrow, to[..Self::LANES].as_mut_ptr().cast());
             }
+        }
+        #[inline(always)]
+        fn store_f16<const PAST_CACHE: bool>(self, to: &mut [f16]) {
+            unsafe {
+                let narrow = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+                store_256::<PAST_CACHE>(narrow, to[..Self::LANES].as_mut_ptr().cast());
+            }
+        }
+        #[inline(always)]
+        fn fence() {
+            unsafe { _mm_sfence() }
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
@@ -313,9 +461,21 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn shift_into_exponent(self) -> Self {
+        fn step_power(self) -> Self {
+            const TABLE: [u32; 16] = step_table();
             unsafe {
-                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0))))
+                let i = _mm512_castps_si512(self.0);
+                let table = _mm512_loadu_si512(TABLE.as_ptr().cast());
+                // The permutation looks at the lowest four bits.
+                let lacking = _mm512_permutexvar_epi32(i, table);
+                Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<19>(i), lacking)))
+            }
+        }
+        #[inline(always)]
+        fn or_bits_beside(self, integers: Self) -> Self {
+            unsafe {
+                let beside = _mm512_xor_ps(integers.0, _mm512_set1_ps(INTEGERS));
+                Self(_mm512_or_ps(self.0, beside))
             }
         }
         #[inline(always)]
