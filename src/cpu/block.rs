@@ -21,6 +21,10 @@ const OCTAVES_ABOVE: usize = 3;
 const OCTAVES: usize = OCTAVES_BELOW + OCTAVES_ABOVE;
 const _: () = assert!(OCTAVES.is_power_of_two());
 
+/// Vectors that are summed before their sum joins the block's: equal terms round alike, so that the error of
+/// a sum may grow with the number of its terms.
+const TOGETHER: usize = 16;
+
 /// log2(e) / T, what a logit difference is multiplied by to become an exponent of 2. Its rounding and
 /// the product's change e^y, y = x / T <= 0, by |y| e^y times 1.2e-7: never more than 5e-8.
 #[derive(Clone, Copy, Debug)]
@@ -129,8 +133,8 @@ pub struct Sums {
     pub student: f32,
     pub student_at_1: f32,
     pub ruled_out: bool,
-    /// No logit is infinite or NaN, no exponential subnormal or above 2^3.5.
-    pub tame: bool,
+    /// Of the teacher, the student: no logit is infinite or NaN, no exponential subnormal or above 2^3.5.
+    pub tame: [bool; 2],
 }
 
 /// What exponentials are multiplied by to make a gradient.
@@ -176,11 +180,10 @@ fn all_in_octaves<V: Vector>(seen: V) -> bool {
     lanes[..V::LANES].iter().all(|lane| (lane.to_bits() as usize) < OCTAVES * V::STEPS)
 }
 
-/// The same of logits too few for a vector.
+/// The same of logits too few for a vector, which always get [`careful_exp`]: small ones do no harm.
 #[inline(always)]
 fn rest_in_octaves<L: Logit>(rest: &[L], max: f32, exponent: Exponent) -> bool {
-    let octaves = -(OCTAVES_BELOW as f32)..OCTAVES_ABOVE as f32;
-    rest.iter().all(|x| octaves.contains(&((x.widen() - max) * exponent.0)))
+    rest.iter().all(|x| (x.widen() - max) * exponent.0 < OCTAVES_ABOVE as f32)
 }
 
 #[inline(always)]
@@ -220,7 +223,7 @@ fn extent<L: Logit, V: Vector>(x: &[L]) -> Extent {
     extent
 }
 
-/// sum e^{(x_j - max) / T}, and whether the block is [tame](Sums::tame).
+/// sum e^{(x_j - max) / T}, and whether the block is tame as in [`Sums`].
 #[inline(always)]
 fn sum_exp<L: Logit, V: Vector, const CAREFUL: bool>(
     x: &[L],
@@ -235,10 +238,15 @@ fn sum_exp<L: Logit, V: Vector, const CAREFUL: bool>(
     let mut sum = careful_exp(rest.sub(max), exponent, &mut V::splat(0.0));
     let mut i = 0;
     while i < whole {
-        ahead.fetch::<V>(i);
-        let x: V = L::load(&x[i..i + V::LANES]);
-        sum = sum.add(exp_if::<V, CAREFUL>(x.sub(max), exponent, &mut seen));
-        i += V::LANES;
+        let end = whole.min(i + TOGETHER * V::LANES);
+        let mut part = V::splat(0.0);
+        while i < end {
+            ahead.fetch::<V>(i);
+            let x: V = L::load(&x[i..i + V::LANES]);
+            part = part.add(exp_if::<V, CAREFUL>(x.sub(max), exponent, &mut seen));
+            i += V::LANES;
+        }
+        sum = sum.add(part);
     }
     (sum.fold(|a, b| a + b), rest_is_tame && all_in_octaves(seen))
 }
@@ -249,14 +257,12 @@ struct LaneSums<V> {
     teacher_max: V,
     student_max: V,
     exponent: Exponent,
-    teacher: V,
-    weighted_gap: V,
-    student: V,
-    student_at_1: V,
+    /// Teacher, weighted gap, student, student at temperature 1.
+    totals: [V; 4],
     /// 1 where the student rules out a token that the teacher does not.
     ruled_out: V,
-    /// By [`exp`].
-    seen: V,
+    /// By [`exp`], of the teacher and the student.
+    seen: [V; 2],
 }
 
 impl<V: Vector> LaneSums<V> {
@@ -267,8 +273,9 @@ impl<V: Vector> LaneSums<V> {
         let zero = V::splat(0.0);
         let da = a.sub(self.teacher_max);
         let db = b.sub(self.student_max);
-        let p = exp_if::<V, CAREFUL>(da, self.exponent, &mut self.seen);
-        let q = exp_if::<V, CAREFUL>(db, self.exponent, &mut self.seen);
+        let [teacher_seen, student_seen] = &mut self.seen;
+        let p = exp_if::<V, CAREFUL>(da, self.exponent, teacher_seen);
+        let q = exp_if::<V, CAREFUL>(db, self.exponent, student_seen);
         let mut gap = da.sub(db);
         if CAREFUL {
             // Neither 0 * inf, nor a vanishing weight times the distance to a mask of -3e38.
@@ -276,13 +283,14 @@ impl<V: Vector> LaneSums<V> {
             let ruled_out = a.select_below(f32::MIN, zero, V::splat(1.0));
             self.ruled_out = b.select_below(f32::MIN, ruled_out, zero).max_or(self.ruled_out);
         }
-        self.teacher = self.teacher.add(p);
-        self.weighted_gap = p.mul_add(gap, self.weighted_gap);
-        self.student = self.student.add(q);
+        let [teacher, weighted_gap, student, student_at_1] = &mut self.totals;
+        *teacher = teacher.add(p);
+        *weighted_gap = p.mul_add(gap, *weighted_gap);
+        *student = student.add(q);
         let mut q_at_1 = zero;
         if AT_1 {
-            q_at_1 = exp_if::<V, CAREFUL>(db, Exponent::new(1.0), &mut self.seen);
-            self.student_at_1 = self.student_at_1.add(q_at_1);
+            q_at_1 = exp_if::<V, CAREFUL>(db, Exponent::new(1.0), student_seen);
+            *student_at_1 = student_at_1.add(q_at_1);
         }
         [p, q, q_at_1]
     }
@@ -302,36 +310,43 @@ fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
         teacher_max: V::splat(maxima.0),
         student_max: V::splat(maxima.1),
         exponent,
-        teacher: zero,
-        weighted_gap: zero,
-        student: zero,
-        student_at_1: zero,
+        totals: [zero; 4],
         ruled_out: zero,
-        seen: zero,
+        seen: [zero; 2],
     };
     let (whole, a_rest) = tail::<L, V>(teacher);
     let (_, b_rest) = tail::<L, V>(student);
     let mut i = 0;
+    let mut totals = [zero; 4];
     while i < whole {
-        ahead[0].fetch::<V>(i);
-        ahead[1].fetch::<V>(i);
-        let lanes = i..i + V::LANES;
-        let a: V = L::load(&teacher[lanes.clone()]);
-        let b: V = L::load(&student[lanes.clone()]);
-        let [p, q, q_at_1] = sums.add::<CAREFUL, AT_1>(a, b);
-        p.store::<false>(&mut out.teacher[lanes.clone()]);
-        q.store::<false>(&mut out.student[lanes.clone()]);
-        if AT_1 {
-            q_at_1.store::<false>(&mut out.student_at_1[lanes]);
+        let end = whole.min(i + TOGETHER * V::LANES);
+        while i < end {
+            ahead[0].fetch::<V>(i);
+            ahead[1].fetch::<V>(i);
+            let lanes = i..i + V::LANES;
+            let a: V = L::load(&teacher[lanes.clone()]);
+            let b: V = L::load(&student[lanes.clone()]);
+            let [p, q, q_at_1] = sums.add::<CAREFUL, AT_1>(a, b);
+            p.store::<false>(&mut out.teacher[lanes.clone()]);
+            q.store::<false>(&mut out.student[lanes.clone()]);
+            if AT_1 {
+                q_at_1.store::<false>(&mut out.student_at_1[lanes]);
+            }
+            i += V::LANES;
         }
-        i += V::LANES;
+        for (total, part) in totals.iter_mut().zip(&mut sums.totals) {
+            *total = total.add(*part);
+            *part = zero;
+        }
     }
-    let mut tame = all_in_octaves(sums.seen);
+    sums.totals = totals;
+    let mut tame = [all_in_octaves(sums.seen[0]), all_in_octaves(sums.seen[1])];
     if whole < teacher.len() {
         let (a, b) = (&teacher[whole..], &student[whole..]);
-        tame &= rest_in_octaves(a, maxima.0, exponent) && rest_in_octaves(b, maxima.1, exponent);
+        tame[0] &= rest_in_octaves(a, maxima.0, exponent);
+        tame[1] &= rest_in_octaves(b, maxima.1, exponent);
         if AT_1 {
-            tame &= rest_in_octaves(b, maxima.1, Exponent::new(1.0));
+            tame[1] &= rest_in_octaves(b, maxima.1, Exponent::new(1.0));
         }
         let [p, q, q_at_1] = sums.add::<true, AT_1>(a_rest, b_rest);
         let mut padded = [0.0; MAX_LANES];
@@ -345,12 +360,13 @@ fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
             out.student_at_1[whole..].copy_from_slice(&padded[..left]);
         }
     }
-    let total = |lanes: V| lanes.fold(|a, b| a + b);
+    let [teacher, weighted_gap, student, student_at_1] =
+        sums.totals.map(|lanes| lanes.fold(|a, b| a + b));
     Sums {
-        teacher: total(sums.teacher),
-        weighted_gap: total(sums.weighted_gap),
-        student: total(sums.student),
-        student_at_1: total(sums.student_at_1),
+        teacher,
+        weighted_gap,
+        student,
+        student_at_1,
         ruled_out: sums.ruled_out.fold(f32::max) > 0.0,
         tame,
     }

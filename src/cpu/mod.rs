@@ -254,9 +254,10 @@ fn compute(
     });
     kept.sort_unstable_by_key(|&(token, _)| token);
 
-    let margins: Vec<Option<f64>> =
-        kept.iter().map(|(_, kept)| kept.as_ref().map(|kept| kept.terms.margin)).collect();
-    let hard = select_hard(objective, batch, &margins);
+    let margin = |(_, kept): &(usize, Option<Kept>)| kept.as_ref().map(|kept| kept.terms.margin);
+    let hard = known.unwrap_or_else(|| {
+        select_hard(objective, batch, &kept.iter().map(margin).collect::<Vec<_>>())
+    });
     let wrong = kept
         .iter_mut()
         .zip(&mut rows)

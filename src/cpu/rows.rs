@@ -217,11 +217,11 @@ impl RowPass {
         let mut to = before.unwrap_or_else(|| logits.map(|logits| self.guess(logits)));
         loop {
             let sums = self.instructions.accumulate(logits, to, self.exponent, &mut out, ahead);
-            if sums.tame {
-                return (sums, to);
-            }
-            let extents = logits.map(|logits| self.instructions.extent(logits));
-            let adjusted = [self.adjusted(to[0], extents[0]), self.adjusted(to[1], extents[1])];
+            // Neither depends on the other's logits: tokens with equal teachers have equal margins.
+            let adjusted = [0, 1].map(|model| match sums.tame[model] {
+                true => to[model],
+                false => self.adjusted(to[model], self.instructions.extent(logits[model])),
+            });
             if adjusted == to {
                 return (sums, to);
             }

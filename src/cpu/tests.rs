@@ -154,6 +154,59 @@ fn the_number_of_threads_changes_no_bit() {
     }
 }
 
+/// The exponentials of a block are relative to what those before it were, unless one is too large: at the
+/// start of a block, in a vector, and in what is left of the last.
+#[test]
+fn a_logit_far_above_all_others_is_seen_wherever_it_is() {
+    let vocab = 2 * 1024 + 37;
+    for instructions in Instructions::available() {
+        for place in [0, 1, 600, 1023, 1024, 1500, 2047, 2048, vocab - 5, vocab - 1] {
+            for height in [2.05, 3.0, 90.0, 1e4, f32::INFINITY] {
+                let mut case = case(1, vocab, 5);
+                case.labels = vec![900];
+                case.teacher.iter_mut().for_each(|z| *z = z.clamp(-9.0, 1.0));
+                case.teacher[place] = 1.0 + height;
+                let batch = case.batch();
+                let student = Logits::new(&case.student, 1, vocab).unwrap();
+                let objective = Objective::kl();
+                let workers = Workers { instructions, ..Workers::default() };
+                let output = forward_by(workers, &objective, &batch, student).unwrap();
+                let exact = crate::reference::forward(&objective, &batch, student).unwrap();
+                let (loss, exact) = (output.loss, exact.loss);
+                let close = (loss - exact).abs() <= 2e-7 + 1e-6 * exact.abs();
+                assert!(
+                    close || (loss.is_nan() && exact.is_nan()),
+                    "{} {height} at {place}: {loss}, but should be {exact}",
+                    instructions.name(),
+                );
+            }
+        }
+    }
+}
+
+/// Whatever the student does: of equal margins the first token's is the hard one.
+#[test]
+fn equal_teachers_tie() {
+    let (tokens, vocab) = (6, 3000);
+    for instructions in Instructions::available() {
+        // Just above what a block's exponentials may be and not be noticed.
+        for height in [2.0, 2.03, 2.06, 2.09, 2.12] {
+            let mut case = case(1, vocab, 6);
+            case.teacher.iter_mut().for_each(|z| *z = z.clamp(-9.0, 1.0));
+            case.teacher[2000] = height + case.teacher[..1024].iter().fold(0.0, |a, &b| b.max(a));
+            case.teacher = case.teacher.repeat(tokens);
+            case.student = case.student.repeat(tokens);
+            case.student[2 * vocab + 2000] = 90.0;
+            case.labels = vec![7; tokens];
+            let (output, _) = case.run(instructions, &Objective::default());
+            let hard: Vec<bool> = output.tokens.iter().map(|token| token.hard).collect();
+            assert_eq!(hard, [true, true, true, false, false, false], "{height}");
+            let margins = output.tokens.iter().map(|token| token.margin.to_bits());
+            assert!(margins.clone().all(|m| Some(m) == margins.clone().next()), "{height}");
+        }
+    }
+}
+
 /// Large gradients leave past the cache, in whole lines: any alignment, any dtype, and the same bits.
 #[test]
 fn streamed_gradients_are_the_same() {
