@@ -21,10 +21,6 @@ const OCTAVES_ABOVE: usize = 3;
 const OCTAVES: usize = OCTAVES_BELOW + OCTAVES_ABOVE;
 const _: () = assert!(OCTAVES.is_power_of_two());
 
-/// Vectors that are summed before their sum joins the block's: equal terms round alike, so that the error of
-/// a sum may grow with the number of its terms.
-const TOGETHER: usize = 16;
-
 /// log2(e) / T, what a logit difference is multiplied by to become an exponent of 2. Its rounding and
 /// the product's change e^y, y = x / T <= 0, by |y| e^y times 1.2e-7: never more than 5e-8.
 #[derive(Clone, Copy, Debug)]
@@ -238,15 +234,10 @@ fn sum_exp<L: Logit, V: Vector, const CAREFUL: bool>(
     let mut sum = careful_exp(rest.sub(max), exponent, &mut V::splat(0.0));
     let mut i = 0;
     while i < whole {
-        let end = whole.min(i + TOGETHER * V::LANES);
-        let mut part = V::splat(0.0);
-        while i < end {
-            ahead.fetch::<V>(i);
-            let x: V = L::load(&x[i..i + V::LANES]);
-            part = part.add(exp_if::<V, CAREFUL>(x.sub(max), exponent, &mut seen));
-            i += V::LANES;
-        }
-        sum = sum.add(part);
+        ahead.fetch::<V>(i);
+        let x: V = L::load(&x[i..i + V::LANES]);
+        sum = sum.add(exp_if::<V, CAREFUL>(x.sub(max), exponent, &mut seen));
+        i += V::LANES;
     }
     (sum.fold(|a, b| a + b), rest_is_tame && all_in_octaves(seen))
 }
@@ -257,8 +248,10 @@ struct LaneSums<V> {
     teacher_max: V,
     student_max: V,
     exponent: Exponent,
-    /// Teacher, weighted gap, student, student at temperature 1.
-    totals: [V; 4],
+    teacher: V,
+    weighted_gap: V,
+    student: V,
+    student_at_1: V,
     /// 1 where the student rules out a token that the teacher does not.
     ruled_out: V,
     /// By [`exp`], of the teacher and the student.
@@ -283,14 +276,13 @@ impl<V: Vector> LaneSums<V> {
             let ruled_out = a.select_below(f32::MIN, zero, V::splat(1.0));
             self.ruled_out = b.select_below(f32::MIN, ruled_out, zero).max_or(self.ruled_out);
         }
-        let [teacher, weighted_gap, student, student_at_1] = &mut self.totals;
-        *teacher = teacher.add(p);
-        *weighted_gap = p.mul_add(gap, *weighted_gap);
-        *student = student.add(q);
+        self.teacher = self.teacher.add(p);
+        self.weighted_gap = p.mul_add(gap, self.weighted_gap);
+        self.student = self.student.add(q);
         let mut q_at_1 = zero;
         if AT_1 {
             q_at_1 = exp_if::<V, CAREFUL>(db, Exponent::new(1.0), student_seen);
-            *student_at_1 = student_at_1.add(q_at_1);
+            self.student_at_1 = self.student_at_1.add(q_at_1);
         }
         [p, q, q_at_1]
     }
@@ -310,36 +302,30 @@ fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
         teacher_max: V::splat(maxima.0),
         student_max: V::splat(maxima.1),
         exponent,
-        totals: [zero; 4],
+        teacher: zero,
+        weighted_gap: zero,
+        student: zero,
+        student_at_1: zero,
         ruled_out: zero,
         seen: [zero; 2],
     };
     let (whole, a_rest) = tail::<L, V>(teacher);
     let (_, b_rest) = tail::<L, V>(student);
     let mut i = 0;
-    let mut totals = [zero; 4];
     while i < whole {
-        let end = whole.min(i + TOGETHER * V::LANES);
-        while i < end {
-            ahead[0].fetch::<V>(i);
-            ahead[1].fetch::<V>(i);
-            let lanes = i..i + V::LANES;
-            let a: V = L::load(&teacher[lanes.clone()]);
-            let b: V = L::load(&student[lanes.clone()]);
-            let [p, q, q_at_1] = sums.add::<CAREFUL, AT_1>(a, b);
-            p.store::<false>(&mut out.teacher[lanes.clone()]);
-            q.store::<false>(&mut out.student[lanes.clone()]);
-            if AT_1 {
-                q_at_1.store::<false>(&mut out.student_at_1[lanes]);
-            }
-            i += V::LANES;
+        ahead[0].fetch::<V>(i);
+        ahead[1].fetch::<V>(i);
+        let lanes = i..i + V::LANES;
+        let a: V = L::load(&teacher[lanes.clone()]);
+        let b: V = L::load(&student[lanes.clone()]);
+        let [p, q, q_at_1] = sums.add::<CAREFUL, AT_1>(a, b);
+        p.store::<false>(&mut out.teacher[lanes.clone()]);
+        q.store::<false>(&mut out.student[lanes.clone()]);
+        if AT_1 {
+            q_at_1.store::<false>(&mut out.student_at_1[lanes]);
         }
-        for (total, part) in totals.iter_mut().zip(&mut sums.totals) {
-            *total = total.add(*part);
-            *part = zero;
-        }
+        i += V::LANES;
     }
-    sums.totals = totals;
     let mut tame = [all_in_octaves(sums.seen[0]), all_in_octaves(sums.seen[1])];
     if whole < teacher.len() {
         let (a, b) = (&teacher[whole..], &student[whole..]);
@@ -360,13 +346,12 @@ fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
             out.student_at_1[whole..].copy_from_slice(&padded[..left]);
         }
     }
-    let [teacher, weighted_gap, student, student_at_1] =
-        sums.totals.map(|lanes| lanes.fold(|a, b| a + b));
+    let total = |lanes: V| lanes.fold(|a, b| a + b);
     Sums {
-        teacher,
-        weighted_gap,
-        student,
-        student_at_1,
+        teacher: total(sums.teacher),
+        weighted_gap: total(sums.weighted_gap),
+        student: total(sums.student),
+        student_at_1: total(sums.student_at_1),
         ruled_out: sums.ruled_out.fold(f32::max) > 0.0,
         tame,
     }
@@ -601,6 +586,17 @@ impl Instructions {
             Set::Avx2 => "AVX2",
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => "AVX-512",
+        }
+    }
+
+    /// Numbers in a vector.
+    pub fn lanes(self) -> usize {
+        match self.0 {
+            Set::Portable => Portable::LANES,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => Avx2::LANES,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => Avx512::LANES,
         }
     }
 

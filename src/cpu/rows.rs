@@ -11,9 +11,10 @@ use crate::logits::{Elements, ElementsMut};
 use crate::objective::Objective;
 use crate::row::{self, GradientScales, RowState};
 
-/// Logits in a block: small enough that two models' blocks stay in the first-level cache, large
+/// Vectors in a block: few enough that two models' blocks stay in the first-level cache, and that the errors
+/// of float32 sums, which all go one way where logits are equal, stay far below what the loss may be off;
 /// enough that the work between blocks does not count.
-const BLOCK: usize = 1024;
+const VECTORS: usize = 64;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -27,9 +28,9 @@ const HEADROOM: f64 = 2.0;
 
 /// The blocks of a row; the target belongs to none. All but what follows it in its block start where a
 /// cache line does if the row does.
-fn blocks(vocab: usize, target: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..vocab).step_by(BLOCK).flat_map(move |start| {
-        let end = vocab.min(start + BLOCK);
+fn blocks(vocab: usize, target: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..vocab).step_by(block).flat_map(move |start| {
+        let end = vocab.min(start + block);
         let cut = target.clamp(start, end);
         let behind = if cut == target { cut + 1 } else { cut };
         [start..cut, behind..end].into_iter().filter(|block| !block.is_empty())
@@ -119,6 +120,8 @@ impl Scratch {
 /// What is the same for all rows of a call.
 pub struct RowPass {
     instructions: Instructions,
+    /// Logits in a block.
+    block: usize,
     exponent: Exponent,
     inverse_temperature: f64,
     at_1: bool,
@@ -129,6 +132,7 @@ impl RowPass {
         let inverse_temperature = 1.0 / objective.temperature();
         Self {
             instructions,
+            block: VECTORS * instructions.lanes(),
             exponent: Exponent::new(inverse_temperature),
             inverse_temperature,
             at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
@@ -137,22 +141,22 @@ impl RowPass {
 
     /// Memory for the rows that a thread does: of a whole row's exponentials if gradients are wanted.
     pub fn scratch(&self, vocab: usize, with_gradient: bool) -> Scratch {
-        let kept = if with_gradient { vocab } else { BLOCK.min(vocab) };
+        let kept = if with_gradient { vocab } else { self.block.min(vocab) };
         Scratch {
             teacher: Lines::new(kept),
             student: Lines::new(kept),
             student_at_1: Lines::new(if self.at_1 { kept } else { 0 }),
-            stretches: Vec::with_capacity(vocab / BLOCK + 3),
-            wide_teacher: Lines::new(BLOCK),
-            wide_student: Lines::new(BLOCK),
+            stretches: Vec::with_capacity(vocab / self.block + 3),
+            wide_teacher: Lines::new(self.block),
+            wide_student: Lines::new(self.block),
         }
     }
 
     /// The index of the largest logit, the lowest among equals, 0 if there is nothing but NaN and -inf.
     pub fn arg_max(&self, row: Elements, scratch: &mut Scratch) -> usize {
         let mut best = (f32::NEG_INFINITY, 0);
-        for start in (0..row.len()).step_by(BLOCK) {
-            let range = start..row.len().min(start + BLOCK);
+        for start in (0..row.len()).step_by(self.block) {
+            let range = start..row.len().min(start + self.block);
             let logits = widen(row.slice(range), &mut scratch.wide_teacher);
             let max = self.instructions.extent(logits).high;
             if max > best.0 {
@@ -233,7 +237,7 @@ impl RowPass {
     pub fn margin(&self, row: Elements, target: usize) -> f64 {
         let mut state = RowState::EMPTY;
         let mut before = None;
-        for range in blocks(row.len(), target) {
+        for range in blocks(row.len(), target, self.block) {
             let ahead = ahead(row, &range);
             let (sum, to) = match row.slice(range) {
                 Elements::F32(logits) => self.sum(logits, before, ahead),
@@ -266,7 +270,7 @@ impl RowPass {
         let mut wide_teacher = std::mem::take(&mut scratch.wide_teacher);
         let mut wide_student = std::mem::take(&mut scratch.wide_student);
         let mut before = None;
-        for range in blocks(teacher.len(), target) {
+        for range in blocks(teacher.len(), target, self.block) {
             let ahead = [ahead(teacher, &range), ahead(student, &range)];
             let logits = (teacher.slice(range.clone()), student.slice(range.clone()));
             let kept = if keep { range.clone() } else { 0..range.len() };
