@@ -15,7 +15,7 @@ import time
 import torch
 
 import atkd
-from atkd import _atkd, _ops
+from atkd import _atkd
 
 KINDS = ["native", "forward", "around", "bare", "forward + backward", "backward", "backward of x * 1"]
 

@@ -1,4 +1,4 @@
-"""Batches, and the errors that section 3 of the design allows."""
+"""Batches, and the errors that are allowed."""
 
 import definitions
 import torch

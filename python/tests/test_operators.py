@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import SETTINGS, batch
+from support import SETTINGS, assert_gradient, batch, exactly, weight
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import atkd
@@ -103,6 +103,64 @@ def test_vmap():
     data = batch(3, 9, 60)
     losses = torch.func.vmap(atkd.atkd_loss)(*data)
     assert torch.equal(losses, torch.stack([atkd.atkd_loss(*each) for each in zip(*data)]))
+
+
+def test_torch_func_gives_the_gradient():
+    student, teacher, labels = batch(9, 60)
+    exact, gradient, _ = exactly(student, teacher, labels)
+
+    def loss(student):
+        return atkd.atkd_loss(student, teacher, labels)
+
+    actual, value = torch.func.grad_and_value(loss)(student)
+    assert abs(value.item() - exact) <= 1e-6 * exact + 2e-7
+    assert_gradient(actual, gradient, weight(student, labels))
+    assert torch.equal(torch.func.vjp(loss, student)[1](torch.tensor(1.0))[0], actual)
+    assert torch.equal(torch.func.jacrev(loss)(student), actual)
+    with_stats = torch.func.grad(
+        lambda student: atkd.atkd_loss(student, teacher, labels, return_stats=True), has_aux=True
+    )
+    assert torch.equal(with_stats(student)[0], actual)
+    to_teacher = torch.func.grad(lambda teacher: atkd.atkd_loss(student, teacher, labels))
+    assert not to_teacher(teacher).any()
+
+
+def test_torch_func_gives_directional_derivatives():
+    (student, teacher, labels), (direction, *_) = batch(9, 60), batch(9, 60, seed=1)
+    _, gradient, _ = exactly(student, teacher, labels)
+    loss, slope = torch.func.jvp(
+        lambda student: atkd.atkd_loss(student, teacher, labels), (student,), (direction,)
+    )
+    assert torch.equal(loss, atkd.atkd_loss(student, teacher, labels))
+    terms = gradient * direction.double()
+    assert abs(slope.item() - terms.sum()) <= 1e-6 * terms.abs().sum()
+    # The teacher is a constant.
+    _, slope = torch.func.jvp(
+        lambda teacher: atkd.atkd_loss(student, teacher, labels), (teacher,), (direction,)
+    )
+    assert slope == 0
+
+
+def test_torch_func_gives_a_gradient_for_each_batch():
+    data = batch(3, 9, 60)
+    gradients = torch.func.vmap(torch.func.grad(atkd.atkd_loss))(*data)
+    for each, gradient in zip(zip(*data), gradients):
+        assert torch.equal(gradient, torch.func.grad(atkd.atkd_loss)(*each))
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        lambda loss, x: torch.func.hessian(loss)(x),
+        lambda loss, x: torch.func.grad(lambda x: torch.func.grad(loss)(x).pow(2).sum())(x),
+        lambda loss, x: torch.func.jvp(torch.func.grad(loss), (x,), (x,)),
+        lambda loss, x: torch.func.grad(lambda y: torch.func.jvp(loss, (y,), (x,))[1])(x),
+    ],
+)
+def test_torch_func_twice_raises(twice):
+    student, teacher, labels = batch(9, 60)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        twice(lambda student: atkd.atkd_loss(student, teacher, labels), student)
 
 
 def test_tensors_without_data_have_results_without_data():

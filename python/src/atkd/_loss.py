@@ -134,6 +134,8 @@ def atkd_loss(
         loss, stats = _ops.Loss.apply(
             *tensors, with_gradient, inplace, per_sequence, settings, return_stats
         )
+    elif _ops.transforms_are_active():
+        loss, _, *stats = _ops.Transformed.apply(*tensors, per_sequence, settings)
     else:
         loss, _, *stats = _ops.loss(*tensors, with_gradient, per_sequence, *settings)
     if not return_stats:

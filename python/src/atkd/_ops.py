@@ -11,6 +11,10 @@ _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "
 _LABEL_DTYPES = {torch.int64: "int64", torch.int32: "int32"}
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
 
+_NO_SECOND_DERIVATIVE = (
+    "the gradient of atkd_loss has no derivative (create_graph=True, or a transform of torch.func twice)"
+)
+
 # Uncertainty, TKD, DKD as `[3, *tokens]`; which tokens are hard.
 Stats = Tuple[Tensor, Tensor]
 
@@ -233,6 +237,18 @@ def _(
     return value, _empty_gradient(student, with_gradient), *_empty_stats(student)
 
 
+@loss.register_vmap
+def _(
+    info: Any, in_dims: Tuple[Optional[int], ...], *arguments: Any
+) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
+    # Which tokens are hard is known a batch at a time.
+    results = [
+        loss(*[x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims)])
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(each) for each in zip(*results)), (0, 0, 0, 0)
+
+
 def _is_watched() -> bool:
     """Whether a tracer or a transform such as vmap wants to see each operation."""
     return (
@@ -321,9 +337,78 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("the gradient of atkd_loss has no derivative (create_graph=True)")
+            raise RuntimeError(_NO_SECOND_DERIVATIVE)
         (gradient,) = ctx.saved_tensors
         return (_scaled(gradient, upstream), *[None] * 8)
+
+
+class _Once(torch.autograd.Function):
+    """`gradient`, whose derivatives in any direction raise: `student` is what it would depend on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, student: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tuple[Optional[Tensor], ...]:
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Optional[Tensor]) -> Tensor:
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
+
+
+class Transformed(torch.autograd.Function):
+    """`loss` with its gradient, for the transforms of torch.func, which the operator's own derivative is
+    not made for.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        student: Tensor,
+        teacher: Tensor,
+        labels: Optional[Tensor],
+        scale: Optional[Tensor],
+        per_sequence: bool,
+        settings: Tuple[Any, ...],
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        result: Tuple[Tensor, Tensor, Tensor, Tensor] = loss(
+            student, teacher, labels, scale, True, per_sequence, *settings
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
+        student, (_, gradient, stats, hard) = inputs[0], output
+        ctx.mark_non_differentiable(gradient, stats, hard)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient, student)
+        ctx.save_for_forward(gradient, student)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
+        return (_Once.apply(*ctx.saved_tensors) * upstream, *[None] * 5)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
+        # What else there are tangents of, the loss takes as constants.
+        gradient, student = ctx.saved_tensors
+        if tangent is None:
+            tangent = torch.zeros_like(student)
+        return (_Once.apply(gradient, student) * tangent).sum(), None, None, None
+
+
+def transforms_are_active() -> bool:
+    """Whether torch.func wants to see an operation with its derivatives."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def runs_directly(student: Tensor) -> bool:
