@@ -141,9 +141,9 @@ pub struct Scales {
     pub student_at_1: f32,
 }
 
-/// e^{x / T} where that is neither subnormal nor overflows, within 1.2 parts in 10^7 (without vectors of
-/// x86-64: 2) beside what [`Exponent`] says; NaN for NaN. Bits of `seen` become 1 by integers i, the
-/// exponent's steps above `OCTAVES_BELOW` octaves below 1.
+/// e^{x / T} where that is neither subnormal nor overflows, within 2 parts in 10^7 beside what
+/// [`Exponent`] says; NaN for NaN. `seen` gets the bits of the integer i that is the exponent in steps above
+/// `OCTAVES_BELOW` octaves below 1.
 #[inline(always)]
 fn exp<V: Vector>(x: V, exponent: Exponent, seen: &mut V) -> V {
     // Adding this rounds to an integer.
@@ -168,7 +168,7 @@ fn careful_exp<V: Vector>(x: V, exponent: Exponent, seen: &mut V) -> V {
     log2.select_below(LOWEST_LOG2, V::splat(0.0), exp(x, exponent, seen))
 }
 
-/// Whether the integers that made `seen` are all of [`OCTAVES`].
+/// Whether all integers whose bits `seen` has are steps of the [`OCTAVES`].
 #[inline(always)]
 fn all_in_octaves<V: Vector>(seen: V) -> bool {
     let mut lanes = [0.0; MAX_LANES];
@@ -431,7 +431,8 @@ fn combine<G: Gradient, V: Vector, const PAST_CACHE: bool>(
     let from = [&*from.teacher, &*from.student, &*from.student_at_1];
     let mut i = 0;
     if PAST_CACHE {
-        i = to.as_ptr().align_offset(V::LANES * size_of::<G>()).min(to.len());
+        let behind = to.as_ptr().addr() % (V::LANES * size_of::<G>()) / size_of::<G>();
+        i = if behind == 0 { 0 } else { to.len().min(V::LANES - behind) };
         combine_part::<G, V>(from, scales, 0..i, to);
     }
     while i + V::LANES <= to.len() {

@@ -246,7 +246,8 @@ mod x86 {
     }
 
     // SAFETY of both implementations: the module's rule gives the target features; `load` and `store`
-    // check that the slice holds a whole vector, and neither needs alignment.
+    // check that the slice holds a whole vector, and neither needs alignment but a store past the cache,
+    // which only `combine` asks for, from an aligned element on.
     impl Vector for Avx2 {
         const LANES: usize = 8;
         const STEPS: usize = 8;
