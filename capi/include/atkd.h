@@ -380,13 +380,15 @@ AtkdStatus atkd_objective_create(const struct AtkdSettings *settings,
 void atkd_objective_destroy(struct AtkdObjective *objective);
 
 /*
- A workspace for host memory, to be destroyed by atkd_workspace_destroy. Its calls share `threads`
- threads of its own, or if that is 0, those that all of the process shares: one a core.
+ A workspace for host memory, to be destroyed by atkd_workspace_destroy. A call is worked on by
+ `threads` threads: the one that makes it, and others that the workspace's calls share. If `threads` is
+ 0, by one a core, and all of the process shares the others.
 
  # Safety
  `workspace` is null or has room for a pointer.
  */
-AtkdStatus atkd_workspace_create(size_t threads, struct AtkdWorkspace **workspace);
+AtkdStatus atkd_workspace_create(size_t threads,
+                                 struct AtkdWorkspace **workspace);
 
 /*
  A workspace for the memory of a CUDA device, in its primary context, to be destroyed by

@@ -85,8 +85,9 @@ pub unsafe extern "C" fn atkd_objective_destroy(objective: *mut AtkdObjective) {
     unsafe { destroy(objective) }
 }
 
-/// A workspace for host memory, to be destroyed by atkd_workspace_destroy. Its calls share `threads`
-/// threads of its own, or if that is 0, those that all of the process shares: one a core.
+/// A workspace for host memory, to be destroyed by atkd_workspace_destroy. A call is worked on by
+/// `threads` threads: the one that makes it, and others that the workspace's calls share. If `threads` is
+/// 0, by one a core, and all of the process shares the others.
 ///
 /// # Safety
 /// `workspace` is null or has room for a pointer.
