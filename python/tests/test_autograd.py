@@ -90,6 +90,9 @@ def test_a_second_derivative_raises():
     loss = atkd.atkd_loss(student.requires_grad_(), teacher, labels)
     with pytest.raises(RuntimeError, match="create_graph"):
         loss.backward(create_graph=True)
+    loss, *_ = torch.ops.atkd.loss(student, teacher, labels, None, True, False, *SETTINGS)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        loss.backward(create_graph=True)
 
 
 def test_in_place_raises_if_the_logits_are_needed():

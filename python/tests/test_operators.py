@@ -128,12 +128,23 @@ def test_torch_func_gives_the_gradient():
 def test_torch_func_gives_directional_derivatives():
     (student, teacher, labels), (direction, *_) = batch(9, 60), batch(9, 60, seed=1)
     _, gradient, _ = exactly(student, teacher, labels)
-    loss, slope = torch.func.jvp(
-        lambda student: atkd.atkd_loss(student, teacher, labels), (student,), (direction,)
-    )
+
+    def loss_of(student):
+        return atkd.atkd_loss(student, teacher, labels)
+
+    loss, slope = torch.func.jvp(loss_of, (student,), (direction,))
     assert torch.equal(loss, atkd.atkd_loss(student, teacher, labels))
     terms = gradient * direction.double()
     assert abs(slope.item() - terms.sum()) <= 1e-6 * terms.abs().sum()
+    assert torch.equal(torch.func.linearize(loss_of, student)[1](direction), slope)
+    assert torch.equal(torch.func.jacfwd(loss_of)(student), torch.func.jacrev(loss_of)(student))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(student, direction)
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(loss_of(dual)).tangent, slope)
+    compiled = torch.compile(
+        lambda x: torch.func.jvp(loss_of, (x,), (direction,))[1], backend="aot_eager"
+    )
+    assert torch.equal(compiled(student), slope)
     # The teacher is a constant.
     _, slope = torch.func.jvp(
         lambda teacher: atkd.atkd_loss(student, teacher, labels), (teacher,), (direction,)
@@ -146,6 +157,21 @@ def test_torch_func_gives_a_gradient_for_each_batch():
     gradients = torch.func.vmap(torch.func.grad(atkd.atkd_loss))(*data)
     for each, gradient in zip(zip(*data), gradients):
         assert torch.equal(gradient, torch.func.grad(atkd.atkd_loss)(*each))
+    (students, teachers, labels), (directions, *_) = data, batch(3, 9, 60, seed=1)
+    _, slopes = torch.func.jvp(
+        lambda students: torch.func.vmap(atkd.atkd_loss)(students, teachers, labels),
+        (students,),
+        (directions,),
+    )
+    assert torch.allclose(slopes, (gradients * directions).sum((1, 2)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="at least one batch"):
+        torch.func.vmap(atkd.atkd_loss)(*(each[:0] for each in data))
+
+
+def test_functionalize():
+    student, teacher, labels = batch(9, 60)
+    loss = torch.func.functionalize(lambda student: atkd.atkd_loss(student, teacher, labels))
+    assert torch.equal(loss(student), atkd.atkd_loss(student, teacher, labels))
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,8 @@ fn extent<L: Logit, V: Vector>(x: &[L]) -> Extent {
     extent
 }
 
-/// sum e^{(x_j - max) / T}, and whether the block is tame as in [`Sums`].
+/// sum e^{(x_j - max) / T}, added as in [`accumulate`], to the same bits; and whether the block is tame as in
+/// [`Sums`].
 #[inline(always)]
 fn sum_exp<L: Logit, V: Vector, const CAREFUL: bool>(
     x: &[L],
@@ -230,8 +231,7 @@ fn sum_exp<L: Logit, V: Vector, const CAREFUL: bool>(
     let (whole, rest) = tail::<L, V>(x);
     let rest_is_tame = rest_in_octaves(&x[whole..], max, exponent);
     let max = V::splat(max);
-    let mut seen = V::splat(0.0);
-    let mut sum = careful_exp(rest.sub(max), exponent, &mut V::splat(0.0));
+    let (mut sum, mut seen) = (V::splat(0.0), V::splat(0.0));
     let mut i = 0;
     while i < whole {
         ahead.fetch::<V>(i);
@@ -239,7 +239,9 @@ fn sum_exp<L: Logit, V: Vector, const CAREFUL: bool>(
         sum = sum.add(exp_if::<V, CAREFUL>(x.sub(max), exponent, &mut seen));
         i += V::LANES;
     }
-    (sum.fold(|a, b| a + b), rest_is_tame && all_in_octaves(seen))
+    let tame = rest_is_tame && all_in_octaves(seen);
+    sum = sum.add(careful_exp(rest.sub(max), exponent, &mut seen));
+    (sum.fold(|a, b| a + b), tame)
 }
 
 /// [`Sums`] by lane, and what they are relative to.

@@ -7,7 +7,8 @@ use rayon::{Scope, ThreadPool};
 /// The calling thread, and all but one of a pool's: rayon's current pool if none is given.
 ///
 /// The caller works rather than waits: it has the data that a caller's caches hold, and a thread that is
-/// woken while another sleeps may find itself on the same core as a third.
+/// woken while another sleeps may find itself on the same core as a third. It waits for the others, even if
+/// they come too late for any work: a caller must not hold what they wait for.
 #[derive(Clone, Copy, Default)]
 pub struct Team<'a>(pub Option<&'a ThreadPool>);
 
@@ -82,7 +83,7 @@ mod tests {
         }
     }
 
-    /// All threads of the pool wait for the caller, who needs none of them.
+    /// The pool's only thread waits for the caller, who needs no other than itself.
     #[test]
     fn a_caller_works() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();

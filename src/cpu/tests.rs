@@ -207,6 +207,25 @@ fn equal_teachers_tie() {
     }
 }
 
+/// What is hard in place is found in a pass over the teacher alone.
+#[test]
+fn margins_of_the_teacher_alone_are_the_same_bits() {
+    for instructions in Instructions::available() {
+        let pass = RowPass::new(instructions, &Objective::default());
+        for vocab in [2, 50, 1061, 5003] {
+            let case = case(1, vocab, 8);
+            let (teacher, student) = (&case.teacher, &case.student);
+            let mut scratch = pass.scratch(vocab, true);
+            for target in [0, vocab / 3, vocab - 1] {
+                let state = pass.state(teacher.into(), student.into(), target, &mut scratch);
+                let both = pass.margin_of(&state, teacher.into(), target);
+                let alone = pass.margin(teacher.into(), target);
+                assert_eq!(alone.to_bits(), both.to_bits(), "{} {vocab}", instructions.name());
+            }
+        }
+    }
+}
+
 /// Large gradients leave past the cache, in whole lines: any alignment, any dtype, and the same bits.
 #[test]
 fn streamed_gradients_are_the_same() {

@@ -130,12 +130,12 @@ def atkd_loss(
     per_sequence = _is_per_sequence(selection)
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     tensors = student_logits, teacher_logits, labels, scale
-    if _ops.runs_directly(student_logits):
+    if _ops.derivatives_are_transformed():
+        loss, _, *stats = _ops.Transformed.apply(*tensors, per_sequence, settings)
+    elif _ops.runs_directly(student_logits):
         loss, stats = _ops.Loss.apply(
             *tensors, with_gradient, inplace, per_sequence, settings, return_stats
         )
-    elif _ops.transforms_are_active():
-        loss, _, *stats = _ops.Transformed.apply(*tensors, per_sequence, settings)
     else:
         loss, _, *stats = _ops.loss(*tensors, with_gradient, per_sequence, *settings)
     if not return_stats:

@@ -237,16 +237,29 @@ def _(
     return value, _empty_gradient(student, with_gradient), *_empty_stats(student)
 
 
-@loss.register_vmap
-def _(
-    info: Any, in_dims: Tuple[Optional[int], ...], *arguments: Any
+def _one_by_one(
+    function: Any, info: Any, in_dims: Tuple[Any, ...], arguments: Tuple[Any, ...]
 ) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
-    # Which tokens are hard is known a batch at a time.
+    """A rule for vmap: which tokens are hard is known a batch at a time."""
+    if info.batch_size == 0:
+        raise ValueError("vmap needs at least one batch, but there are 0")
     results = [
-        loss(*[x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims)])
+        function(
+            *[
+                x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(arguments, in_dims)
+            ]
+        )
         for i in range(info.batch_size)
     ]
     return tuple(torch.stack(each) for each in zip(*results)), (0, 0, 0, 0)
+
+
+@loss.register_vmap
+def _(
+    info: Any, in_dims: Tuple[Any, ...], *arguments: Any
+) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
+    return _one_by_one(loss, info, in_dims, arguments)
 
 
 def _is_watched() -> bool:
@@ -291,6 +304,8 @@ def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
     if not ctx.with_gradient:
         raise RuntimeError("atkd::loss was called with with_gradient=False, and has no gradient")
+    if torch.is_grad_enabled():
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
     (gradient,) = ctx.saved_tensors
     return (_scaled(gradient, upstream), *[None] * ctx.others)
 
@@ -369,7 +384,11 @@ class Transformed(torch.autograd.Function):
     not made for.
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Tuple[Any, ...], *arguments: Any
+    ) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
+        return _one_by_one(Transformed.apply, info, in_dims, arguments)
 
     @staticmethod
     def forward(
@@ -403,12 +422,22 @@ class Transformed(torch.autograd.Function):
         gradient, student = ctx.saved_tensors
         if tangent is None:
             tangent = torch.zeros_like(student)
-        return (_Once.apply(gradient, student) * tangent).sum(), None, None, None
+        return (_Once.apply(gradient, student).float() * tangent).sum(), None, None, None
 
 
-def transforms_are_active() -> bool:
-    """Whether torch.func wants to see an operation with its derivatives."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def derivatives_are_transformed() -> bool:
+    """Whether forward-mode derivatives or a transform of torch.func want more of an operation than an
+    operator's derivative.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling():
+            # The compiler would pass over the function's own derivative, and take it as 0.
+            torch._dynamo.graph_break()
+        return True
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    transform = torch._C._functorch.peek_interpreter_stack().key()
+    return transform != torch._C._functorch.TransformType.Functionalize
 
 
 def runs_directly(student: Tensor) -> bool:
