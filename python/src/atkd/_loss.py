@@ -96,7 +96,8 @@ def atkd_loss(
             labels are shifted along their last dimension, and the last position is ignored.
         inplace: the gradient overwrites the student's logits, which nothing else may then need; autograd
             raises if something does. The gradient is of their dtype: float16 loses those below 6e-8. No
-            effect without a gradient, or under torch.compile, which plans memory itself.
+            effect without a gradient, in a transform of torch.func, or under torch.compile, which plans
+            memory itself.
         return_stats: returns `(loss, Stats)`.
 
     Raises:
