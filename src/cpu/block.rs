@@ -37,18 +37,24 @@ impl Exponent {
     }
 }
 
-/// Logits that the loops read as they are.
-pub trait Logit: Copy {
+/// What logits and gradients are made of.
+pub trait Element: Copy + Default {
     const NEG_INFINITY: Self;
     fn load<V: Vector>(from: &[Self]) -> V;
+    /// As [`Vector::store`].
+    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [Self]);
     fn widen(self) -> f32;
 }
 
-impl Logit for f32 {
+impl Element for f32 {
     const NEG_INFINITY: f32 = f32::NEG_INFINITY;
     #[inline(always)]
     fn load<V: Vector>(from: &[f32]) -> V {
         V::load(from)
+    }
+    #[inline(always)]
+    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [f32]) {
+        value.store::<PAST_CACHE>(to);
     }
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -56,11 +62,15 @@ impl Logit for f32 {
     }
 }
 
-impl Logit for f16 {
+impl Element for f16 {
     const NEG_INFINITY: f16 = f16::NEG_INFINITY;
     #[inline(always)]
     fn load<V: Vector>(from: &[f16]) -> V {
         V::load_f16(from)
+    }
+    #[inline(always)]
+    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [f16]) {
+        value.store_f16::<PAST_CACHE>(to);
     }
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -68,11 +78,15 @@ impl Logit for f16 {
     }
 }
 
-impl Logit for bf16 {
+impl Element for bf16 {
     const NEG_INFINITY: bf16 = bf16::NEG_INFINITY;
     #[inline(always)]
     fn load<V: Vector>(from: &[bf16]) -> V {
         V::load_bf16(from)
+    }
+    #[inline(always)]
+    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [bf16]) {
+        value.store_bf16::<PAST_CACHE>(to);
     }
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -178,7 +192,7 @@ fn all_in_octaves<V: Vector>(seen: V) -> bool {
 
 /// The same of logits too few for a vector, which always get [`careful_exp`]: small ones do no harm.
 #[inline(always)]
-fn rest_in_octaves<L: Logit>(rest: &[L], max: f32, exponent: Exponent) -> bool {
+fn rest_in_octaves<L: Element>(rest: &[L], max: f32, exponent: Exponent) -> bool {
     rest.iter().all(|x| (x.widen() - max) * exponent.0 < OCTAVES_ABOVE as f32)
 }
 
@@ -189,7 +203,7 @@ fn exp_if<V: Vector, const CAREFUL: bool>(x: V, exponent: Exponent, seen: &mut V
 
 /// Index of what is left of `x` after its whole vectors, and that, padded with -inf.
 #[inline(always)]
-fn tail<L: Logit, V: Vector>(x: &[L]) -> (usize, V) {
+fn tail<L: Element, V: Vector>(x: &[L]) -> (usize, V) {
     let whole = x.len() - x.len() % V::LANES;
     let mut padded = [L::NEG_INFINITY; MAX_LANES];
     padded[..x.len() - whole].copy_from_slice(&x[whole..]);
@@ -200,7 +214,7 @@ fn tail<L: Logit, V: Vector>(x: &[L]) -> (usize, V) {
 // features, and then cost more than the arithmetic.
 
 #[inline(always)]
-fn extent<L: Logit, V: Vector>(x: &[L]) -> Extent {
+fn extent<L: Element, V: Vector>(x: &[L]) -> Extent {
     let mut low = V::splat(f32::INFINITY);
     let mut high = V::splat(f32::NEG_INFINITY);
     let whole = x.len() - x.len() % V::LANES;
@@ -222,25 +236,24 @@ fn extent<L: Logit, V: Vector>(x: &[L]) -> Extent {
 /// sum e^{(x_j - max) / T}, added as in [`accumulate`], to the same bits; and whether the block is tame as in
 /// [`Sums`].
 #[inline(always)]
-fn sum_exp<L: Logit, V: Vector, const CAREFUL: bool>(
+fn sum_exp<L: Element, V: Vector, const CAREFUL: bool>(
     x: &[L],
     max: f32,
     exponent: Exponent,
     ahead: Ahead,
 ) -> (f32, bool) {
     let (whole, rest) = tail::<L, V>(x);
-    let rest_is_tame = rest_in_octaves(&x[whole..], max, exponent);
-    let max = V::splat(max);
+    let reference = V::splat(max);
     let (mut sum, mut seen) = (V::splat(0.0), V::splat(0.0));
     let mut i = 0;
     while i < whole {
         ahead.fetch::<V>(i);
         let x: V = L::load(&x[i..i + V::LANES]);
-        sum = sum.add(exp_if::<V, CAREFUL>(x.sub(max), exponent, &mut seen));
+        sum = sum.add(exp_if::<V, CAREFUL>(x.sub(reference), exponent, &mut seen));
         i += V::LANES;
     }
-    let tame = rest_is_tame && all_in_octaves(seen);
-    sum = sum.add(careful_exp(rest.sub(max), exponent, &mut seen));
+    let tame = all_in_octaves(seen) && rest_in_octaves(&x[whole..], max, exponent);
+    sum = sum.add(careful_exp(rest.sub(reference), exponent, &mut seen));
     (sum.fold(|a, b| a + b), tame)
 }
 
@@ -291,7 +304,7 @@ impl<V: Vector> LaneSums<V> {
 }
 
 #[inline(always)]
-fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
+fn accumulate<L: Element, V: Vector, const CAREFUL: bool, const AT_1: bool>(
     teacher: &[L],
     student: &[L],
     maxima: (f32, f32),
@@ -359,32 +372,6 @@ fn accumulate<L: Logit, V: Vector, const CAREFUL: bool, const AT_1: bool>(
     }
 }
 
-/// What the gradient is rounded to.
-pub trait Gradient: Copy + Default {
-    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [Self]);
-}
-
-impl Gradient for f32 {
-    #[inline(always)]
-    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [f32]) {
-        value.store::<PAST_CACHE>(to);
-    }
-}
-
-impl Gradient for f16 {
-    #[inline(always)]
-    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [f16]) {
-        value.store_f16::<PAST_CACHE>(to);
-    }
-}
-
-impl Gradient for bf16 {
-    #[inline(always)]
-    fn store<V: Vector, const PAST_CACHE: bool>(value: V, to: &mut [bf16]) {
-        value.store_bf16::<PAST_CACHE>(to);
-    }
-}
-
 /// -teacher's scale * p_j + student's scale * q_j, and what the student at temperature 1 adds, for a
 /// vector of j from `at`.
 #[inline(always)]
@@ -401,7 +388,7 @@ fn gradient<V: Vector>(from: [&[f32]; 3], scales: Scales, at: usize) -> V {
 
 /// The same for a range too short for a vector.
 #[inline(always)]
-fn combine_part<G: Gradient, V: Vector>(
+fn combine_part<G: Element, V: Vector>(
     from: [&[f32]; 3],
     scales: Scales,
     range: Range<usize>,
@@ -425,7 +412,7 @@ fn combine_part<G: Gradient, V: Vector>(
 }
 
 #[inline(always)]
-fn combine<G: Gradient, V: Vector, const PAST_CACHE: bool>(
+fn combine<G: Element, V: Vector, const PAST_CACHE: bool>(
     from: &Exponentials,
     scales: Scales,
     to: &mut [G],
@@ -453,12 +440,12 @@ macro_rules! compile {
             type V = $vector;
 
             $(#[$features])*
-            pub fn extent<L: Logit>(x: &[L]) -> Extent {
+            pub fn extent<L: Element>(x: &[L]) -> Extent {
                 super::extent::<L, V>(x)
             }
 
             $(#[$features])*
-            pub fn sum_exp<L: Logit>(
+            pub fn sum_exp<L: Element>(
                 x: &[L],
                 to: Reference,
                 exponent: Exponent,
@@ -471,7 +458,7 @@ macro_rules! compile {
             }
 
             $(#[$features])*
-            pub fn accumulate<L: Logit>(
+            pub fn accumulate<L: Element>(
                 logits: [&[L]; 2],
                 to: [Reference; 2],
                 exponent: Exponent,
@@ -497,7 +484,7 @@ macro_rules! compile {
             }
 
             $(#[$features])*
-            pub fn combine<G: Gradient>(
+            pub fn combine<G: Element>(
                 from: &Exponentials,
                 scales: Scales,
                 to: &mut [G],
@@ -507,11 +494,6 @@ macro_rules! compile {
                     false => super::combine::<G, V, false>(from, scales, to),
                     true => super::combine::<G, V, true>(from, scales, to),
                 }
-            }
-
-            $(#[$features])*
-            pub fn fence() {
-                V::fence();
             }
         }
     };
@@ -603,11 +585,11 @@ impl Instructions {
         }
     }
 
-    pub fn extent<L: Logit>(self, x: &[L]) -> Extent {
+    pub fn extent<L: Element>(self, x: &[L]) -> Extent {
         dispatch!(self, extent(x))
     }
 
-    pub fn sum_exp<L: Logit>(
+    pub fn sum_exp<L: Element>(
         self,
         x: &[L],
         to: Reference,
@@ -619,7 +601,7 @@ impl Instructions {
 
     /// Sums over one block of the teacher's and the student's logits, whose exponentials it leaves in
     /// `out`.
-    pub fn accumulate<L: Logit>(
+    pub fn accumulate<L: Element>(
         self,
         logits: [&[L]; 2],
         to: [Reference; 2],
@@ -631,8 +613,8 @@ impl Instructions {
     }
 
     /// The gradient of one block into `to`. `past_cache`, if the machine can; then no other thread may be
-    /// told of it before a [`fence`](Self::fence).
-    pub fn combine<G: Gradient>(
+    /// told of it before a [`fence`](super::vector::fence).
+    pub fn combine<G: Element>(
         self,
         from: &Exponentials,
         scales: Scales,
@@ -640,10 +622,5 @@ impl Instructions {
         past_cache: bool,
     ) {
         dispatch!(self, combine(from, scales, to, past_cache))
-    }
-
-    /// Orders what this thread has written past the cache before what it does next.
-    pub fn fence(self) {
-        dispatch!(self, fence())
     }
 }

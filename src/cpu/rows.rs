@@ -5,8 +5,9 @@ use std::ops::{Deref, DerefMut, Range};
 use half::slice::HalfFloatSliceExt;
 
 use super::block::{
-    Ahead, Exponent, Exponentials, Extent, Instructions, Logit, Reference, Scales, Sums,
+    Ahead, Element, Exponent, Exponentials, Extent, Instructions, Reference, Scales, Sums,
 };
+use super::vector::fence;
 use crate::logits::{Elements, ElementsMut};
 use crate::objective::Objective;
 use crate::row::{self, GradientScales, RowState};
@@ -168,7 +169,7 @@ impl RowPass {
     }
 
     /// A first guess, from the start of a row.
-    fn guess<L: Logit>(&self, logits: &[L]) -> Reference {
+    fn guess<L: Element>(&self, logits: &[L]) -> Reference {
         let max = self.instructions.extent(&logits[..logits.len().min(GUESS)]).high;
         Reference { max: max.max(RowState::NO_MAX as f32), careful: false }
     }
@@ -191,7 +192,7 @@ impl RowPass {
 
     /// The sum of a block's exponentials, and what it is relative to, starting from what the block
     /// before it was.
-    fn sum<L: Logit>(
+    fn sum<L: Element>(
         &self,
         logits: &[L],
         before: Option<Reference>,
@@ -211,7 +212,7 @@ impl RowPass {
     }
 
     /// As [`Self::sum`], for both models.
-    fn sums<L: Logit>(
+    fn sums<L: Element>(
         &self,
         logits: [&[L]; 2],
         before: Option<[Reference; 2]>,
@@ -336,7 +337,7 @@ impl RowPass {
         scratch.stretches = stretches;
         to.row.set(target, scales.target as f32);
         if to.past_cache {
-            self.instructions.fence();
+            fence();
         }
     }
 }

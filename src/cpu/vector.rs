@@ -55,8 +55,6 @@ pub trait Vector: Copy {
     /// As [`store`](Self::store), rounded to nearest, ties to even.
     fn store_bf16<const PAST_CACHE: bool>(self, to: &mut [bf16]);
     fn store_f16<const PAST_CACHE: bool>(self, to: &mut [f16]);
-    /// Orders what was stored past the cache before whatever tells another thread of it.
-    fn fence();
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
@@ -80,6 +78,15 @@ pub trait Vector: Copy {
         let mut lanes = [0.0; MAX_LANES];
         self.store::<false>(&mut lanes);
         lanes[1..Self::LANES].iter().fold(lanes[0], |sum, &lane| f(sum, lane))
+    }
+}
+
+/// Orders what this thread has stored past the cache before what it does next.
+pub fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has SSE.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
     }
 }
 
@@ -149,8 +156,6 @@ impl Vector for Portable {
     fn store_f16<const PAST_CACHE: bool>(self, to: &mut [f16]) {
         *to.first_chunk_mut().expect("a whole vector") = self.0.map(f16::from_f32);
     }
-    #[inline(always)]
-    fn fence() {}
     #[inline(always)]
     fn add(self, other: Self) -> Self {
         self.zip(other, |a, b| a + b)
@@ -310,10 +315,6 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn fence() {
-            unsafe { _mm_sfence() }
-        }
-        #[inline(always)]
         fn add(self, other: Self) -> Self {
             unsafe { Self(_mm256_add_ps(self.0, other.0)) }
         }
@@ -425,10 +426,6 @@ mod x86 {
                 let narrow = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
                 store_256::<PAST_CACHE>(narrow, to[..Self::LANES].as_mut_ptr().cast());
             }
-        }
-        #[inline(always)]
-        fn fence() {
-            unsafe { _mm_sfence() }
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
