@@ -9,7 +9,7 @@
 
 // As Rust's side asserts of its own (src/params.rs).
 static_assert(sizeof(atkd_summary) == 1080 && sizeof(atkd_batch) == 88, "the layout is a contract");
-static_assert(sizeof(atkd_teacher_margin) == 88 && sizeof(atkd_count_valid) == 96, "the layout is a contract");
+static_assert(sizeof(atkd_teacher_margin) == 96 && sizeof(atkd_count_valid) == 96, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 136 && sizeof(atkd_objective) == 80, "the layout is a contract");
 static_assert(sizeof(atkd_rows) == 296 && sizeof(atkd_token_terms) == 200, "the layout is a contract");
 static_assert(sizeof(atkd_sum_losses) == 32, "the layout is a contract");
@@ -65,6 +65,8 @@ ATKD_DEVICE uint32_t thread_index() { return threadIdx.x; }
 ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
 ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_SYNC_BLOCK() __syncthreads()
+// The same barrier where some warps come to it from elsewhere in the code than others.
+#define ATKD_MEET(barrier) asm volatile("bar.sync %0;" ::"n"(int(barrier)) : "memory")
 
 // A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block; there the
 // blocks of a row are a team, in a launch whose blocks all run at once, and meet through global memory.
@@ -85,7 +87,11 @@ ATKD_DEVICE uint32_t cluster_index() {
     return index;
 }
 ATKD_DEVICE void sync_cluster() {
-    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+    if (cluster_blocks() == 1) {
+        __syncthreads();
+    } else {
+        asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+    }
 }
 // What block `rank` of the cluster has where this one has `at`, in shared memory.
 template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t rank) {
@@ -133,6 +139,13 @@ ATKD_DEVICE uint32_t forget(uint32_t value) {
 ATKD_DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x, relative error 2^-22; 0 from 2^126 on.
+ATKD_DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

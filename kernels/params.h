@@ -34,7 +34,7 @@ typedef struct {
     uint32_t counted_hard;
     uint32_t counted_wrong; // tokens whose mode was guessed wrong
     uint32_t guess;         // the last call's threshold, a first guess at the next one's; any value is right
-    uint32_t reserved;
+    uint32_t drawn;         // rows that clusters of row_pipelined came for, beyond the first of each
     uint32_t arrived[ATKD_TEAM_BLOCKS / 2]; // by team, whose blocks have met when the top bit flips
 } atkd_summary;
 
@@ -56,9 +56,11 @@ typedef struct {
     uint32_t reserved;
 } atkd_batch;
 
-// teacher_margin: keys and, if the target is the teacher's, targets. One block a token.
+// teacher_margin: keys and, if the target is the teacher's, targets. A block takes a token in turn.
 typedef struct {
     atkd_batch batch;
+    uint32_t blocks; // of the launch
+    uint32_t reserved;
 } atkd_teacher_margin;
 
 // count_valid: modes and the count of valid tokens, where no token's loss depends on the selection.

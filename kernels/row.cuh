@@ -112,29 +112,115 @@ template <class G, class P, class Q> ATKD_DEVICE void drop_row(const atkd_rows &
     ATKD_SHARED(RowState<float>, warps, (threads) / WARP);                                                    \
     ATKD_SHARED(GradientScales, scales, 1)
 
-// The lanes of the warp that settles a row: what is done to the sums of teacher and student is the same, and
-// done at once.
-constexpr uint32_t TEACHER = 0, STUDENT = 1, STUDENT_AT_1 = 2, MEAN = 3;
-
-// The logit of the target, of two lanes; before a gradient in place overwrites it.
+// The target's logit in either model; to be read before a gradient in place overwrites it.
+struct TargetLogits {
+    float teacher, student;
+};
 template <class P, class Q>
-ATKD_DEVICE float target_logit_of(const atkd_rows &p, uint32_t token, uint32_t target) {
+ATKD_DEVICE TargetLogits target_logits_of(const atkd_rows &p, uint32_t token, uint32_t target) {
     uint32_t lane = thread_index() % WARP;
     const P *teacher = teacher_row<P>(p, token);
     const Q *student = student_row<Q>(p, token);
-    return lane == TEACHER   ? widen(load(teacher + target))
-           : lane == STUDENT ? widen(load(student + target))
-                             : 0.0f;
+    float own = lane == 0 ? widen(load(teacher + target)) : lane == 1 ? widen(load(student + target)) : 0.0f;
+    return {shuffle_from(own, 0), shuffle_from(own, 1)};
 }
 
-// What the row's gradient needs, in every lane, from the state of the row, which every lane has. Margins and DKD
-// go to token_terms, if this warp tells them: there a lane has a token of its own.
-ATKD_DEVICE GradientScales settle(const atkd_rows &p, uint32_t token, uint8_t mode, const RowState<double> &state,
-                                  float target_logit, bool tells) {
-    const atkd_objective &objective = p.objective;
+// A coefficient is constant + times_uncertainty * UNC.
+struct Weight {
+    float constant, times_uncertainty;
+
+    static ATKD_DEVICE Weight of(const atkd_coefficient &coefficient, double scale) {
+        float value = float(coefficient.value * scale);
+        bool times = coefficient.times_uncertainty != 0;
+        return {times ? 0 : value, times ? value : 0};
+    }
+    ATKD_DEVICE float at(float uncertainty) const { return fmaf(times_uncertainty, uncertainty, constant); }
+};
+
+// What the gradients of all rows have in common: the weights of the terms, times the gradient's scale; of easy tokens
+// and of hard ones.
+struct Weights {
+    Weight easy_tkd, hard_tkd, easy_dkd, hard_dkd;
+    float ce;
+    float guess; // the odds from which on a token is taken to be hard
+
+    static ATKD_DEVICE Weights of(const atkd_rows &p) {
+        const atkd_objective &objective = p.objective;
+        double scale = p.scale * (p.mean != 0 ? 1.0 / load(&p.batch.summary->counted_valid) : 1.0) *
+                       (p.upstream == nullptr ? 1.0 : load(p.upstream));
+        double at_t = scale * objective.inverse_temperature;
+        float guess = p.guess == 0 ? 0 : exp2_fast(margin_of_key(load(&p.batch.summary->guess)) * LOG2_E);
+        return {Weight::of(objective.tkd[0], at_t),
+                Weight::of(objective.tkd[1], at_t),
+                Weight::of(objective.dkd[0], at_t),
+                Weight::of(objective.dkd[1], at_t),
+                // Not 0 times an infinite upstream gradient.
+                objective.ce_weight == 0 ? 0 : float(objective.ce_weight * scale),
+                guess};
+    }
+};
+
+// Of a model: the inverse of its sum, the odds against the target, e^margin, and what follows from them.
+struct Odds {
+    float inverse, odds, sigmoid, rest; // rest: 1 - sigmoid
+
+    static ATKD_DEVICE Odds of(float sum, float max, float target_logit, float exponent) {
+        sum += correction_of(max, exponent);
+        float odds = sum * exp2_fast(fmaf(-target_logit, exponent, reference_of(max, exponent)));
+        odds = target_logit == -OUTSIDE ? nanf("") : odds;
+        float rest = reciprocal_fast(1 + odds);
+        // A sum of 0 belongs to exponentials that are all 0, and so is their share of the gradient.
+        return {sum == 0 ? 0 : reciprocal_fast(sum), odds, odds == -OUTSIDE ? 1 : odds * rest, rest};
+    }
+};
+
+// What the row's gradient needs, from the state of the row, which every lane has. All warps of the row wait for it: so
+// it is in single precision, and in odds, which need no logarithm.
+template <class Real>
+ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights, uint32_t token, uint8_t mode,
+                                     const RowState<Real> &state, const TargetLogits &target, bool tells) {
+    float exponent = p.batch.inverse_temperature * LOG2_E;
+    bool at_1 = has_sum_at_1(p.objective);
+    auto teacher = Odds::of(float(state.teacher_sum), state.teacher_max, target.teacher, exponent);
+    auto student = Odds::of(float(state.student_sum), state.student_max, target.student, exponent);
+    auto student_at_1 =
+        at_1 ? Odds::of(float(state.student_sum_at_1), state.student_max, target.student, LOG2_E) : student;
+    // On the side where the teacher's sigmoid is small; swapping "the target" for "not the target" flips
+    // the sign.
+    float slope = teacher.odds > 1 ? teacher.rest - student.rest : student.sigmoid - teacher.sigmoid;
+    // By the token's mode or, before the selection, by a guess of its outcome. Rounding may decide here otherwise than
+    // in the margin that the selection goes by; then the guess was wrong.
+    bool hard = p.guess != 0 ? teacher.odds >= weights.guess : mode == ATKD_HARD;
+    // Where the teacher has no mass off the target, DKD is 0 whatever the student does.
+    float beta = state.teacher_sum == 0 ? 0 : (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid);
+    float gamma = (hard ? weights.hard_tkd : weights.easy_tkd).at(teacher.sigmoid) * slope;
+    float gamma_at_1 = weights.ce == 0 ? 0 : weights.ce * student_at_1.sigmoid;
+    if (p.guess != 0 && tells && thread_index() % WARP == 0) {
+        store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
+    }
+    GradientScales scales = {
+        // Not 0 times an infinite upstream gradient.
+        teacher.inverse == 0 ? 0 : beta * teacher.inverse,
+        student.inverse == 0 ? 0 : (beta + gamma + (at_1 ? 0 : gamma_at_1)) * student.inverse,
+        at_1 && student_at_1.inverse != 0 ? gamma_at_1 * student_at_1.inverse : 0,
+        -(gamma + gamma_at_1),
+        state.references(exponent),
+    };
+    if (has_nan(state) || teacher.odds != teacher.odds || student.odds != student.odds) {
+        scales.teacher = scales.student = scales.student_at_1 = scales.target = nanf("");
+        scales.references = {0, 0, 0};
+    }
+    return scales;
+}
+
+// The lanes that tell: what is done to the sums of teacher and student is the same, and done at once.
+constexpr uint32_t TEACHER = 0, STUDENT = 1, STUDENT_AT_1 = 2;
+
+// Margins and DKD, for the selection and for token_terms, where a lane has a token of its own. By one warp, and after
+// it has told the others what they wait for.
+ATKD_DEVICE void tell(const atkd_rows &p, uint32_t token, const RowState<double> &state, const TargetLogits &target) {
     uint32_t lane = thread_index() % WARP;
-    bool at_1 = has_sum_at_1(objective);
-    target_logit = shuffle_from(target_logit, lane == TEACHER ? TEACHER : STUDENT);
+    bool at_1 = has_sum_at_1(p.objective);
     float exponent = p.batch.inverse_temperature * LOG2_E;
     double sum = lane == TEACHER ? state.teacher_sum : state.student_sum;
     float max = lane == TEACHER ? state.teacher_max : state.student_max;
@@ -143,70 +229,29 @@ ATKD_DEVICE GradientScales settle(const atkd_rows &p, uint32_t token, uint8_t mo
         exponent = LOG2_E;
     }
     sum += correction_of(max, exponent);
-    if (lane == MEAN) {
-        sum = p.mean != 0 ? load(&p.batch.summary->counted_valid) : 1;
-    }
-    // A sum of 0 belongs to exponentials that are all 0, and so is their share of the gradient.
-    double inverse = sum == 0 ? 0 : 1 / sum, log_sum = log(sum);
+    double log_sum = log(sum);
+    float target_logit = lane == TEACHER ? target.teacher : target.student;
     double margin = margin_of(log_sum, reference_of(max, exponent), target_logit, exponent);
-    double e = exp(-fabs(margin)), share = 1 / (1 + e);
-    double sigmoid = (margin <= 0 ? e : 1) * share;
-
-    double teacher_margin = shuffle_from(margin, TEACHER), uncertainty = shuffle_from(sigmoid, TEACHER);
-    // On the side where the teacher's sigmoid is small; swapping "the target" for "not the target" flips
-    // the sign.
-    double sign = teacher_margin > 0 ? -1 : 1;
-    double flipped = sign * ((sign * margin <= 0 ? e : 1) * share);
-    double slope = shuffle_from(flipped, STUDENT) - shuffle_from(flipped, TEACHER);
-    // By the token's mode or, before the selection, by a guess of its outcome.
-    uint32_t key = key_of(float(teacher_margin));
-    bool hard = p.guess != 0 ? key >= load(&p.batch.summary->guess) : mode == ATKD_HARD;
-    // Where the teacher has no mass off the target, DKD is 0 whatever the student does.
-    double beta = state.teacher_sum == 0 ? 0 : coefficient_of(objective.dkd[hard ? 1 : 0], uncertainty);
-    double gamma = coefficient_of(objective.tkd[hard ? 1 : 0], uncertainty) * slope;
-    double gamma_at_1 = weighted(objective.ce_weight, shuffle_from(sigmoid, at_1 ? STUDENT_AT_1 : STUDENT));
-    double at_t = objective.inverse_temperature;
-    double coefficient = lane == TEACHER   ? beta * at_t
-                         : lane == STUDENT ? (beta + gamma) * at_t + (at_1 ? 0 : gamma_at_1)
-                                           : gamma_at_1;
-    double scale = p.scale * shuffle_from(inverse, MEAN) * (p.upstream == nullptr ? 1.0 : load(p.upstream));
-    // Not 0 times an infinite upstream gradient.
-    float own = inverse == 0 ? 0.0f : float(coefficient * scale * inverse);
-
-    bool has_gap = state.teacher_sum != 0 && state.ruled_out == 0;
-    bool gap_is_nan = has_gap && state.weighted_gap != state.weighted_gap;
-    bool not_a_number = gap_is_nan || warp_ballot(lane <= STUDENT && margin != margin) != 0;
-    double dkd = state.weighted_gap * inverse * LN_2 - log_sum + shuffle_from(log_sum, STUDENT);
+    double dkd = state.weighted_gap / sum * LN_2 - log_sum + shuffle_from(log_sum, STUDENT);
+    bool not_a_number = has_nan(state) || warp_ballot(lane <= STUDENT && margin != margin) != 0;
     // Rounding may fall below 0, a divergence cannot.
     dkd = not_a_number             ? nan("")
           : state.teacher_sum == 0 ? 0
           : state.ruled_out != 0   ? -double(OUTSIDE)
                                    : fmax(dkd, 0.0);
-    if (tells && lane == TEACHER) {
+    if (lane == TEACHER) {
         store(p.teacher_margin + token, float(margin));
         store(p.dkd + token, float(dkd));
         if (p.write_keys != 0) {
-            store(p.batch.keys + token, key);
-        }
-        if (p.guess != 0) {
-            store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
+            store(p.batch.keys + token, key_of(float(margin)));
         }
     }
-    if (tells && lane == STUDENT) {
+    if (lane == STUDENT) {
         store(p.student_margin + token, float(margin));
     }
-    if (tells && objective.ce_weight != 0 && lane == (at_1 ? STUDENT_AT_1 : STUDENT)) {
+    if (p.objective.ce_weight != 0 && lane == (at_1 ? STUDENT_AT_1 : STUDENT)) {
         store(p.student_margin_at_1 + token, margin);
     }
-    if (not_a_number) {
-        float nothing = nanf("");
-        return {nothing, nothing, nothing, nothing, {0, 0, 0}};
-    }
-    return {shuffle_from(own, TEACHER),
-            shuffle_from(own, STUDENT),
-            at_1 ? shuffle_from(own, STUDENT_AT_1) : 0.0f,
-            float(-(gamma * at_t + gamma_at_1) * scale),
-            state.references(p.batch.inverse_temperature * LOG2_E)};
 }
 
 // From every thread's part of the row, relative to its warp's maxima, to what its gradient needs.
@@ -214,22 +259,29 @@ template <bool AT_1 = false, class P, class Q, class Warps, class Scales>
 ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, uint32_t target,
                                       const RowState<float> &own, Warps &warps, Scales &scales) {
     // One warp of the cluster; of a team, one of each block.
-    bool settles = thread_index() < WARP && cluster_rank() == 0;
-    float target_logit = settles ? target_logit_of<P, Q>(p, rows.token, target) : 0;
+    bool settles = thread_index() < WARP && cluster_rank() == 0, tells = rows.first < WARP;
+    TargetLogits target_logits = {0, 0};
+    RowState<double> state = RowState<double>::empty();
     post_state<AT_1>(own, warps);
+    if (settles) {
+        target_logits = target_logits_of<P, Q>(p, rows.token, target);
+    }
     ATKD_SYNC_CLUSTER();
     if (settles) {
         float exponent = p.batch.inverse_temperature * LOG2_E;
-        RowState<double> state = merge_cluster(warps, block_threads() / WARP, exponent);
+        state = merge_cluster(warps, block_threads() / WARP, exponent);
         if (team_blocks(p) > 1) {
             state = merge_team(state, p, exponent);
         }
-        GradientScales settled = settle(p, rows.token, mode, state, target_logit, rows.first < WARP);
+        GradientScales settled = scales_of(p, Weights::of(p), rows.token, mode, state, target_logits, tells);
         if (thread_index() == 0) {
             scales[0] = settled;
         }
     }
     ATKD_SYNC_CLUSTER();
+    if (settles && tells) {
+        tell(p, rows.token, state, target_logits);
+    }
     return ATKD_REMOTE(scales, 0, 0);
 }
 

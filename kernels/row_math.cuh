@@ -185,6 +185,11 @@ ATKD_DEVICE void accumulate(RowState<float> &state, References &references, cons
     }
 }
 
+// Whether the gap is not a number; without mass to weigh it by, or infinite, it does not count.
+template <class Real> ATKD_DEVICE bool has_nan(const RowState<Real> &state) {
+    return state.teacher_sum != 0 && state.ruled_out == 0 && state.weighted_gap != state.weighted_gap;
+}
+
 // The log-odds against the target: log sum_{j != g} e^{(z_j - z_g) / T}.
 ATKD_DEVICE double margin_of(double log_sum, float reference, float target, float exponent) {
     double margin = log_sum + (double(reference) - double(target) * double(exponent)) * LN_2;
@@ -258,4 +263,9 @@ ATKD_DEVICE uint32_t key_of(float margin) {
         uint32_t bits;
     } image = {margin + 0.0f};
     return image.bits & 0x80000000u ? ~image.bits : image.bits | 0x80000000u;
+}
+
+// The margin of a key; of NaN or an ignored token one below all.
+ATKD_DEVICE float margin_of_key(uint32_t key) {
+    return key <= 1 ? OUTSIDE : from_bits<float>((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
 }

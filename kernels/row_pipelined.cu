@@ -1,20 +1,22 @@
 // Loss and gradient of one token a cluster at a time, whose shared memory holds the whole row of both models:
-// each logit is read once, the gradient written once. Rows come and gradients leave by bulk copies. While a
-// cluster waits, for a row or for all of its blocks, others on the same multiprocessors work; with several
-// stages, its own next rows are on their way too.
+// each logit is read once, the gradient written once. Rows come by bulk copies. While a cluster waits, for a row
+// or for all of its blocks, others on the same multiprocessors work.
 #include "row.cuh"
 
 namespace {
 
-constexpr uint32_t MOST_STAGES = 4, MOST_BLOCKS = 16;
-// All warps of a block work on the row but the last, which does what takes time and not throughput.
-constexpr uint32_t WORKERS = 128, WORKING_WARPS = WORKERS / WARP;
-template <class T> constexpr uint32_t CHUNK_BYTES = CHUNK * sizeof(T);
+constexpr uint32_t MOST_BLOCKS = 16;
+// All warps of a block work on the row but the last, which waits for what is not here yet, and does what takes time
+// and not throughput.
+constexpr uint32_t WORKERS = 256, WORKING_WARPS = WORKERS / WARP;
+// Parts of a slice whose room is given to the next row before all of it is read.
+constexpr uint32_t EARLY = 3;
+constexpr uint32_t NO_TOKEN = 0xffffffffu;
 
 // The chunks of a row that are this block's, by their places in its slice.
 struct Slice {
     uint32_t start, places;
-    // Those that share no 16 bytes with what is not in the row: they come and go by bulk copies.
+    // Those that share no 16 bytes with what is not in the row: they come by bulk copies.
     uint32_t whole_start, whole_end;
 
     template <class T> static ATKD_DEVICE Slice of(const Row<const T> &row, uint32_t most) {
@@ -25,57 +27,31 @@ struct Slice {
         bool ends_outside = whole_start < places && !row.whole(start + places - 1);
         return {start, places, whole_start, ends_outside ? places - 1 : places};
     }
-    template <class T> ATKD_DEVICE uint32_t whole_bytes() const {
-        return (whole_end - whole_start) * CHUNK_BYTES<T>;
-    }
 };
 
-constexpr uint32_t NO_TOKEN = 0xffffffffu;
+// What the threads of a block share of the whole chunks: pieces of 16 bytes in turn. A pack, which a thread handles at
+// once, is as many elements as a chunk.
+template <class T> struct Pieces {
+    static constexpr uint32_t PARTS = Packed<T>::PARTS, PER = Packed<T>::PER;
+    // Bytes from a thread's piece to its next, and from pack to pack.
+    static constexpr uint32_t STEP = WORKERS * 16, PACK = PARTS * STEP;
+    // Packs that a thread reads together, so that their arithmetic overlaps; the bytes of all threads' to the next.
+    static constexpr uint32_t TOGETHER = 4 / PARTS, TURN = TOGETHER * PACK;
+};
 
 // What a block needs to know of a row that is on its way.
-struct alignas(16) Coming {
-    Slice slice;
-    uint32_t token; // NO_TOKEN: there is no row to come
-    // The target, the place of its chunk, where in that it is, and the thread whose chunk it is, if a bulk copy
-    // brings it to this block.
-    uint32_t target, target_place;
-    uint8_t target_within, target_thread;
+struct alignas(8) Coming {
+    uint32_t start, whole_end; // of its slice
+    uint32_t token;            // NO_TOKEN: there is no row to come
+    uint32_t target;
+    // Of the target, if a bulk copy brings it to this block, where the pack of the thread whose it is starts;
+    // else NOT_HERE.
+    uint32_t target_at;
+    uint8_t target_thread, target_within;
     uint8_t mode;
+    uint8_t starts_outside : 1, ends_outside : 1; // of the slice's first chunk and its last: they are not whole
 };
-
-// Where a block's slices lie in its shared memory: stage by stage, the teacher's, then the student's, which
-// the gradient replaces.
-template <class T> ATKD_DEVICE uint32_t teacher_at(const atkd_rows &p, uint32_t stage) {
-    return 2 * stage * p.slice * CHUNK_BYTES<T>;
-}
-template <class T> ATKD_DEVICE uint32_t student_at(const atkd_rows &p, uint32_t stage) {
-    return teacher_at<T>(p, stage) + p.slice * CHUNK_BYTES<T>;
-}
-
-// Where part i of a chunk lies. Of chunks of two parts, 32 bytes from lane to lane, every other four lanes take the
-// second first, or else eight lanes' parts would lie in half of the banks.
-template <class T> ATKD_DEVICE uint32_t part_at(uint32_t offset, uint32_t i, bool swapped) {
-    return offset + (Packed<T>::PARTS == 2 && swapped ? 16 - 16 * i : 16 * i);
-}
-ATKD_DEVICE bool swaps_parts() { return (thread_index() & 4) != 0; }
-
-template <class T>
-ATKD_DEVICE Packed<T> load_chunk_staged(StagedMemory staged, uint32_t offset, bool swapped = false) {
-    Packed<T> packed;
-    ATKD_UNROLL
-    for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-        packed.part[i] = load_staged(staged, part_at<T>(offset, i, swapped));
-    }
-    return packed;
-}
-template <class T>
-ATKD_DEVICE void store_chunk_staged(StagedMemory staged, uint32_t offset, const Packed<T> &packed,
-                                    bool swapped = false) {
-    ATKD_UNROLL
-    for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-        store_staged(staged, part_at<T>(offset, i, swapped), packed.part[i]);
-    }
-}
+constexpr uint32_t NOT_HERE = 0xffffffffu;
 
 // A state as it is posted in the block and pushed to another.
 struct alignas(16) Sums {
@@ -92,334 +68,473 @@ ATKD_DEVICE Maxima maxima_of(const RowState<float> &state) { return {state.teach
 template <class Real> ATKD_DEVICE RowState<Real> state_of(const Sums &sums, const Maxima &maxima) {
     return {sums.teacher, sums.weighted_gap, sums.student, 0, maxima.teacher, maxima.student, sums.ruled_out};
 }
-// Of GradientScales, likewise.
+// Of GradientScales, likewise; and which row comes after the next, by its place among those to do.
 struct alignas(16) PushedScales {
-    float teacher, student, target, reserved;
+    float teacher, student, target;
+    uint32_t after;
 };
 struct alignas(8) PushedReferences {
     float teacher, student;
 };
 
-// What the threads of a block share beside the rows.
-struct Shared {
-    // Of each stage: the row has come; all warps are done with it.
-    ATKD_SHARED_MEMBER(Barrier, full, MOST_STAGES);
-    ATKD_SHARED_MEMBER(Barrier, done, MOST_STAGES);
-    ATKD_SHARED_MEMBER(Coming, coming, MOST_STAGES);
-    // Of the row in turn. The states of the block's warps are there; those of the cluster's blocks, in the first
-    // block; what the gradient needs. Nobody writes any of the next row before all have read this one's: a warp
-    // posts the next only when it has seen the scales, which follow from all that was posted.
-    ATKD_SHARED_MEMBER(Barrier, posted, 1);
+// A chunk of both models, without the target.
+template <class T> struct alignas(16) End {
+    Packed<T> teacher, student;
+};
+
+// What the threads of a block share beside the row.
+template <class T> struct Shared {
+    // The row's first chunk and its last, where no bulk copy brings them: of the thread that reads them.
+    ATKD_SHARED_MEMBER(End<T>, ends, 2);
+    ATKD_SHARED_MEMBER(Sums, warp_sums, WORKING_WARPS);
+    // The states of the cluster's blocks, in the first of them; what the gradient needs. Nobody pushes any of the next
+    // row before all have read this one's: a block pushes its state when it has seen the scales of the row before,
+    // which follow from all that was pushed.
+    ATKD_SHARED_MEMBER(Sums, block_sums, MOST_BLOCKS);
+    ATKD_SHARED_MEMBER(PushedScales, scales, 1);
+    // By 8 bytes from here on.
+    ATKD_SHARED_MEMBER(Maxima, warp_maxima, WORKING_WARPS);
+    ATKD_SHARED_MEMBER(Maxima, block_maxima, MOST_BLOCKS);
+    ATKD_SHARED_MEMBER(PushedReferences, references, 1);
+    ATKD_SHARED_MEMBER(Coming, coming, 1);
+    ATKD_SHARED_MEMBER(Barrier, full, 1);      // the row has come
+    ATKD_SHARED_MEMBER(Barrier, read, EARLY); // its first turns have been read for the last time
     ATKD_SHARED_MEMBER(Barrier, gathered, 1);
     ATKD_SHARED_MEMBER(Barrier, settled, 1);
-    ATKD_SHARED_MEMBER(PushedReferences, references, 1);
-    ATKD_SHARED_MEMBER(PushedScales, scales, 1);
-    ATKD_SHARED_MEMBER(Sums, warp_sums, WORKING_WARPS);
-    ATKD_SHARED_MEMBER(Maxima, warp_maxima, WORKING_WARPS);
-    ATKD_SHARED_MEMBER(Sums, block_sums, MOST_BLOCKS);
-    ATKD_SHARED_MEMBER(Maxima, block_maxima, MOST_BLOCKS);
 };
 
-// Asks for rows ahead of their turn; by one thread of the block.
-template <class T> struct Loader {
+// Where a block's slices lie in its shared memory: the teacher's, then the student's.
+template <class T> ATKD_DEVICE uint32_t to_student(const atkd_rows &p) { return p.slice * CHUNK * sizeof(T); }
+
+// A flag that is known when compiling.
+template <bool B> struct Flag {
+    static constexpr bool value = B;
+};
+
+// A thread that works on the row: all but the last warp's.
+template <class T> struct Worker {
     const atkd_rows &p;
-    uint32_t count, next, stage;
-    // Of the next row, if there is one. Known early, it can be asked for as soon as there is room.
-    uint32_t token;
-    uint8_t mode;
-    int32_t target;
+    StagedMemory staged;
+    Shared<T> &shared;
+    const Coming &row;
+    // Of the slice's whole chunks: where they start, here and in the row, and their bytes.
+    uint32_t at_start, end;
+    float exponent;
+    bool has_end, has_target;
+    uint32_t end_place;
 
-    ATKD_DEVICE explicit Loader(const atkd_rows &p_)
-        : p(p_), count(tokens_to_do(p_)), next(cluster_index()), stage(0) {}
-
-    ATKD_DEVICE void look() {
-        token = NO_TOKEN;
-        if (next < count) {
-            token = token_to_do(p, next);
-            mode = load(p.batch.modes + token);
-            target = target_of(p.batch, token);
-        }
+    ATKD_DEVICE Worker(const atkd_rows &p_, StagedMemory staged_, Shared<T> &shared_, const Coming &row_)
+        : p(p_), staged(staged_), shared(shared_), row(row_), at_start(row.starts_outside * CHUNK * sizeof(T)),
+          end((row.whole_end - row.starts_outside) * CHUNK * sizeof(T)),
+          exponent(p.batch.inverse_temperature * LOG2_E) {
+        bool has_start = thread_index() == 0 && row.starts_outside;
+        has_end = has_start || (thread_index() == WARP && row.ends_outside);
+        end_place = has_start ? 0 : row.whole_end;
+        has_target = row.target_at != NOT_HERE && thread_index() == row.target_thread;
     }
 
-    ATKD_DEVICE void ask(StagedMemory staged, Shared &shared) {
-        Coming row = {{0, 0, 0, 0}, token, 0, 0, 0, WORKERS, ATKD_IGNORED};
-        uint32_t bytes = 0;
-        const T *teacher = nullptr, *student = nullptr;
-        if (token != NO_TOKEN) {
-            Rows<T, T> rows(p, token);
-            row.slice = Slice::of(rows.teacher, p.slice);
-            teacher = rows.teacher.at(row.slice.start + row.slice.whole_start);
-            student = rows.student.at(row.slice.start + row.slice.whole_start);
-            if (mode != ATKD_IGNORED && target != IGNORED_TARGET) {
-                row.mode = mode;
-                row.target = uint32_t(target);
-                bytes = row.slice.template whole_bytes<T>();
-                uint32_t target_chunk = rows.chunk_of(uint32_t(target));
-                row.target_place = target_chunk - row.slice.start;
-                row.target_within = uint8_t(rows.within(uint32_t(target), target_chunk));
-                if (row.target_place >= row.slice.whole_start && row.target_place < row.slice.whole_end) {
-                    row.target_thread = uint8_t((row.target_place - row.slice.whole_start) % WORKERS);
-                }
-            }
-        }
-        shared.coming[stage] = row;
-        ATKD_EXPECT(shared.full, stage, 2 * bytes);
-        if (bytes > 0) {
-            uint32_t before = row.slice.whole_start * CHUNK_BYTES<T>;
-            ATKD_BULK_LOAD(staged, teacher_at<T>(p, stage) + before, teacher, bytes, shared.full, stage);
-            ATKD_BULK_LOAD(staged, student_at<T>(p, stage) + before, student, bytes, shared.full, stage);
-        }
-        stage = stage + 1 == p.stages ? 0 : stage + 1;
-        next += p.clusters;
-        look();
-    }
-};
+    ATKD_DEVICE uint32_t end_index() const { return end_place == 0 ? 0 : 1; }
 
-// What the working warps do with a row.
-template <class T>
-ATKD_DEVICE void work(const atkd_rows &p, Shared &shared, StagedMemory staged, const Coming &row, uint32_t at_row,
-                      uint32_t to_student, uint32_t parity) {
-    // The row's first chunk and its last, where no bulk copy brings them, are two threads' own to read.
-    bool has_start = thread_index() == 0 && row.slice.whole_start > 0;
-    bool has_end = has_start || (thread_index() == WARP && row.slice.whole_end < row.slice.places);
-    uint32_t end = has_start ? 0 : row.slice.whole_end;
-    auto with_end = [&](auto f) {
-        Packed<T> teacher, student;
-        Rows<T, T>(p, row.token).load(row.slice.start + end, teacher, student);
-        if (end == row.target_place) {
-            take_out(row.target_within, teacher);
-            take_out(row.target_within, student);
-        }
-        f(teacher, student);
-    };
-    bool has_target = thread_index() == row.target_thread;
-    uint32_t target_at = at_row + row.target_place * CHUNK_BYTES<T>;
-    auto with_target = [&](auto f) {
-        Packed<T> teacher = load_chunk_staged<T>(staged, target_at);
-        Packed<T> student = load_chunk_staged<T>(staged, target_at + to_student);
-        take_out(row.target_within, teacher);
-        take_out(row.target_within, student);
-        f(teacher, student);
-    };
-    bool has_own = has_target || has_end;
-    auto for_own = [&](auto f) {
-        if (ATKD_RARELY(has_own)) {
-            if (has_target) {
-                with_target(f);
-            }
-            if (has_end) {
-                with_end(f);
+    // A pack of the slice that starts at `slice` in shared memory. With `whole` no part of it is missing.
+    ATKD_DEVICE Packed<T> pack_of(uint32_t slice, uint32_t at, bool whole) const {
+        Packed<T> packed = whole ? Packed<T>() : nothing<T>();
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < Pieces<T>::PARTS; i++) {
+            if (whole || at + i * Pieces<T>::STEP < end) {
+                packed.part[i] = load_staged(staged, slice + at_start + at + i * Pieces<T>::STEP);
             }
         }
-    };
-    // The thread's first chunk, and where the whole ones end.
-    uint32_t first_at = at_row + (row.slice.whole_start + thread_index()) * CHUNK_BYTES<T>;
-    uint32_t end_at = at_row + row.slice.whole_end * CHUNK_BYTES<T>;
-    auto for_wholes = [&](auto f) {
-        constexpr uint32_t STEP = WORKERS * CHUNK_BYTES<T>, TOGETHER = 4;
-        auto one = [&](uint32_t at) {
-            f(at, load_chunk_staged<T>(staged, at, swaps_parts()),
-              load_chunk_staged<T>(staged, at + to_student, swaps_parts()));
-        };
-        uint32_t at = first_at;
+        return packed;
+    }
+    ATKD_DEVICE Packed<T> teacher_at(uint32_t at, bool whole) const { return pack_of(0, at, whole); }
+    ATKD_DEVICE Packed<T> student_at(uint32_t at, bool whole) const { return pack_of(to_student<T>(p), at, whole); }
+
+    // Calls f(at, teacher, student, whole) for the thread's packs, of which the last may lack parts; and read() when
+    // it has read those of a turn.
+    template <class F, class Read> ATKD_DEVICE void for_packs(F f, Read read) const {
+        constexpr uint32_t TOGETHER = Pieces<T>::TOGETHER, PACK = Pieces<T>::PACK;
+        uint32_t at = thread_index() * 16;
         ATKD_NO_UNROLL
-        for (; at + (TOGETHER - 1) * STEP < end_at; at += TOGETHER * STEP) {
+        for (; at + Pieces<T>::TURN - Pieces<T>::STEP < end; at += Pieces<T>::TURN) {
+            Packed<T> teacher[TOGETHER], student[TOGETHER];
             ATKD_UNROLL
             for (uint32_t i = 0; i < TOGETHER; i++) {
-                one(at + i * STEP);
+                teacher[i] = teacher_at(at + i * PACK, true);
+                student[i] = student_at(at + i * PACK, true);
+            }
+            read();
+            ATKD_UNROLL
+            for (uint32_t i = 0; i < TOGETHER; i++) {
+                f(at + i * PACK, teacher[i], student[i], Flag<true>());
             }
         }
         ATKD_NO_UNROLL
-        for (; at < end_at; at += STEP) {
-            one(at);
+        for (; at < end; at += PACK) {
+            constexpr bool WHOLE = Pieces<T>::PARTS == 1;
+            f(at, teacher_at(at, WHOLE), student_at(at, WHOLE), Flag<WHOLE>());
         }
-    };
+    }
+    template <class F> ATKD_DEVICE void for_packs(F f) const {
+        for_packs(f, [] {});
+    }
     // All but the target's, which only one warp has to look for.
-    auto for_others = [&](auto f) {
-        if (ATKD_RARELY(thread_index() / WARP == row.target_thread / WARP)) {
-            for_wholes([&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student) {
-                if (at != target_at) {
-                    f(teacher, student);
+    template <class F> ATKD_DEVICE void for_others(F f) const {
+        if (ATKD_RARELY(row.target_at != NOT_HERE && thread_index() / WARP == row.target_thread / WARP)) {
+            for_packs([&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+                if (!has_target || at != row.target_at) {
+                    f(teacher, student, whole);
                 }
             });
         } else {
-            for_wholes([&](uint32_t, const Packed<T> &teacher, const Packed<T> &student) { f(teacher, student); });
-        }
-    };
-
-    // The maxima first, so that no sum must be rebased.
-    float exponent = p.batch.inverse_temperature * LOG2_E;
-    Largest<T> teacher_max, student_max;
-    auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student) {
-        teacher_max.add(teacher);
-        student_max.add(student);
-    };
-    for_others(add_to_max);
-    for_own(add_to_max);
-    auto own = RowState<float>::from(teacher_max.value(), student_max.value());
-    References references = own.references(exponent);
-    RowState<float> empty = own;
-    for_others([&](const Packed<T> &teacher, const Packed<T> &student) {
-        add<false, false>(own, references, teacher, student, exponent);
-    });
-    auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student) {
-        add<false, true>(own, references, teacher, student, exponent);
-    };
-    if (ATKD_RARELY(!own.finite())) {
-        own = empty;
-        for_others(add_with_care);
-    }
-    for_own(add_with_care);
-    RowState<float> of_warp = merge_warp<false>(own);
-    if (thread_index() % WARP == 0) {
-        shared.warp_sums[thread_index() / WARP] = sums_of(of_warp);
-        shared.warp_maxima[thread_index() / WARP] = maxima_of(of_warp);
-        ATKD_ARRIVE(shared.posted, 0);
-    }
-
-    ATKD_WAIT_FOR_PUSHES(shared.settled, 0, parity);
-    if (p.gradient == nullptr) {
-        return;
-    }
-    PushedScales scales = shared.scales[0];
-    PushedReferences of_row = shared.references[0];
-    References of_gradient = {of_row.teacher, of_row.student, 0};
-    GradientScales row_scales = {scales.teacher, scales.student, 0, scales.target, of_gradient};
-    for_wholes([&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student) {
-        float g[CHUNK];
-        gradient_of<false>(row_scales, exponent, teacher, student, g);
-        store_chunk_staged(staged, at + to_student, pack<T>(g), swaps_parts());
-    });
-    if (ATKD_RARELY(has_own)) {
-        if (has_target) {
-            uint32_t at = target_at + to_student;
-            Packed<T> packed = load_chunk_staged<T>(staged, at);
-            put(row.target_within, narrow<T>(row_scales.target), packed);
-            store_chunk_staged(staged, at, packed);
-        }
-        if (has_end) {
-            with_end([&](const Packed<T> &teacher, const Packed<T> &student) {
-                float g[CHUNK];
-                gradient_of<false>(row_scales, exponent, teacher, student, g);
-                if (end == row.target_place) {
-                    put_target(row.target_within, row_scales.target, g);
-                }
-                store_chunk(Rows<T, T>(p, row.token).template gradient<T>(p), row.slice.start + end, g);
+            for_packs([&](uint32_t, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+                f(teacher, student, whole);
             });
         }
     }
-    fence_bulk();
-}
+    // What else is this thread's.
+    template <class F> ATKD_DEVICE void for_own(F f) const {
+        if (ATKD_RARELY(has_target || has_end)) {
+            if (has_target) {
+                Packed<T> teacher = teacher_at(row.target_at, false), student = student_at(row.target_at, false);
+                take_out(row.target_within, teacher);
+                take_out(row.target_within, student);
+                f(teacher, student, Flag<false>());
+            }
+            if (has_end) {
+                End<T> own = shared.ends[end_index()];
+                f(own.teacher, own.student, Flag<false>());
+            }
+        }
+    }
 
-// What the last warp does meanwhile: from the states of the warps to the block's, and, in the first block, from
-// those of all blocks to what the gradient needs.
-template <class T>
-ATKD_DEVICE void serve(const atkd_rows &p, Shared &shared, const Coming &row, uint32_t parity) {
-    uint32_t lane = thread_index() % WARP;
-    bool settles = cluster_rank() == 0;
-    if (lane == 0) {
-        if (settles) {
+    // The state of the thread's warp, in its first lane.
+    ATKD_DEVICE RowState<float> sums() {
+        if (ATKD_RARELY(has_end)) {
+            Rows<T, T> rows(p, row.token);
+            uint32_t chunk = row.start + end_place;
+            End<T> own;
+            rows.load(chunk, own.teacher, own.student);
+            take_out(rows.within(row.target, chunk), own.teacher);
+            take_out(rows.within(row.target, chunk), own.student);
+            shared.ends[end_index()] = own;
+        }
+        // The maxima first, so that no sum must be rebased.
+        Largest<T> teacher_max, student_max;
+        auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+            teacher_max.add(teacher);
+            student_max.add(student);
+        };
+        for_others(add_to_max);
+        for_own(add_to_max);
+        auto own = RowState<float>::from(teacher_max.value(), student_max.value());
+        References references = own.references(exponent);
+        RowState<float> empty = own;
+        for_others([&](const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+            add<false, !decltype(whole)::value>(own, references, teacher, student, exponent);
+        });
+        auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+            add<false, true>(own, references, teacher, student, exponent);
+        };
+        if (ATKD_RARELY(!own.finite())) {
+            own = empty;
+            for_others(add_with_care);
+        }
+        for_own(add_with_care);
+        return merge_warp<false>(own);
+    }
+
+    // `read` is told when turns of the slice have been read.
+    template <class Read>
+    ATKD_DEVICE void gradient(const PushedScales &scales, const PushedReferences &references, Read read) const {
+        Row<T> gradient = Rows<T, T>(p, row.token).template gradient<T>(p);
+        GradientScales of_row = {scales.teacher, scales.student, 0, scales.target,
+                                 {references.teacher, references.student, 0}};
+        uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(row.start + row.starts_outside));
+        for_packs([&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+            float g[CHUNK];
+            gradient_of<false>(of_row, exponent, teacher, student, g);
+            Packed<T> packed = pack<T>(g);
+            ATKD_UNROLL
+            for (uint32_t i = 0; i < Pieces<T>::PARTS; i++) {
+                if (decltype(whole)::value || at + i * Pieces<T>::STEP < end) {
+                    store16(reinterpret_cast<void *>(to + at + i * Pieces<T>::STEP), packed.part[i]);
+                }
+            }
+        }, read);
+        if (ATKD_RARELY(has_target)) {
+            store(gradient.data + row.target, narrow<T>(of_row.target));
+        }
+        if (ATKD_RARELY(has_end)) {
+            float g[CHUNK];
+            uint32_t chunk = row.start + end_place;
+            End<T> own = shared.ends[end_index()];
+            gradient_of<false>(of_row, exponent, own.teacher, own.student, g);
+            put_target(row.target - (chunk * CHUNK - gradient.lead), of_row.target, g);
+            store_chunk(gradient, chunk, g);
+        }
+    }
+};
+
+// The last warp: it asks for rows, and settles what they come to. Its first lane, the leader, does what one does.
+template <class T> struct Server {
+    const atkd_rows &p;
+    StagedMemory staged;
+    Shared<T> &shared;
+    uint32_t lane, count;
+    bool leads, settles;
+    // Of the next row: where its slices' whole chunks lie, here from `asked` on to `end`.
+    uint32_t asked, end;
+    uintptr_t teacher, student;
+    Coming coming;
+    // Which row comes after that, once the first block has told.
+    uint32_t after;
+    // Of the row in turn: of the cluster's blocks, a lane each.
+    Weights weights;
+    TargetLogits target_logits;
+    Sums block_sums;
+    Maxima block_maxima;
+    uint32_t drawn;
+
+    ATKD_DEVICE Server(const atkd_rows &p_, StagedMemory staged_, Shared<T> &shared_)
+        : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
+          leads(lane == 0), settles(cluster_rank() == 0), after(cluster_index() + p_.clusters),
+          weights(Weights::of(p_)) {}
+
+    // The row that comes next, by its place among those to do. Known early, it can be asked for as soon as there is
+    // room.
+    ATKD_DEVICE void look(uint32_t index) {
+        coming = {0, 0, NO_TOKEN, 0, NOT_HERE, 0, 0, ATKD_IGNORED, 0, 0};
+        asked = end = 0;
+        if (index >= count) {
+            return;
+        }
+        coming.token = token_to_do(p, index);
+        uint8_t mode = load(p.batch.modes + coming.token);
+        int32_t target = target_of(p.batch, coming.token);
+        if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
+            return;
+        }
+        Rows<T, T> rows(p, coming.token);
+        auto slice = Slice::of(rows.teacher, p.slice);
+        uint32_t start = slice.start + slice.whole_start;
+        asked = slice.whole_start * CHUNK * sizeof(T);
+        end = slice.whole_end * CHUNK * sizeof(T);
+        teacher = reinterpret_cast<uintptr_t>(rows.teacher.at(start)) - asked;
+        student = reinterpret_cast<uintptr_t>(rows.student.at(start)) - asked;
+        coming.start = slice.start;
+        coming.whole_end = slice.whole_end;
+        coming.target = uint32_t(target);
+        coming.mode = mode;
+        coming.starts_outside = uint8_t(slice.whole_start);
+        coming.ends_outside = uint8_t(slice.places - slice.whole_end);
+        // Among the elements that bulk copies bring.
+        uint32_t element = coming.target + rows.teacher.lead - start * CHUNK;
+        if (element * sizeof(T) < end - asked) {
+            uint32_t piece = element / Pieces<T>::PER, turn = piece / WORKERS;
+            coming.target_thread = uint8_t(piece % WORKERS);
+            coming.target_at = coming.target_thread * 16 + turn / Pieces<T>::PARTS * Pieces<T>::PACK;
+            coming.target_within = uint8_t(turn % Pieces<T>::PARTS * Pieces<T>::PER + element % Pieces<T>::PER);
+        }
+    }
+
+    ATKD_DEVICE void announce() {
+        shared.coming[0] = coming;
+        ATKD_EXPECT(shared.full, 0, 2 * (end - asked));
+    }
+
+    // Asks for it as far as there is room.
+    ATKD_DEVICE void ask(uint32_t room) {
+        uint32_t until = room < end ? room : end;
+        if (asked < until) {
+            auto *teacher_from = reinterpret_cast<const void *>(teacher + asked);
+            auto *student_from = reinterpret_cast<const void *>(student + asked);
+            ATKD_BULK_LOAD(staged, asked, teacher_from, until - asked, shared.full, 0);
+            ATKD_BULK_LOAD(staged, asked + to_student<T>(p), student_from, until - asked, shared.full, 0);
+            asked = until;
+        }
+    }
+
+    // The next row, into the room that this one leaves.
+    ATKD_DEVICE void follow(const Coming &row, uint32_t parity) {
+        after = PushedScales(shared.scales[0]).after;
+        announce();
+        ATKD_NO_UNROLL
+        for (uint32_t i = 0; i < EARLY; i++) {
+            ATKD_WAIT(shared.read, i, parity);
+            ask(row.starts_outside * CHUNK * uint32_t(sizeof(T)) + (i + 1) * Pieces<T>::TURN);
+        }
+    }
+
+    // While the others work on the row.
+    ATKD_DEVICE void prepare(const Coming &row) {
+        if (leads && settles) {
+            // Whoever is ready first comes for one: clusters are not all there from the start, nor equally fast. The
+            // first two rows of each are its own.
+            drawn = 2 * p.clusters + add_atomic(&p.batch.summary->drawn, 1);
             ATKD_EXPECT(shared.gathered, 0, cluster_blocks() * uint32_t(sizeof(Sums) + sizeof(Maxima)));
         }
-        ATKD_EXPECT(shared.settled, 0, uint32_t(sizeof(PushedScales) + sizeof(PushedReferences)));
-    }
-    float target_logit = 0;
-    if (settles) {
-        target_logit = target_logit_of<T, T>(p, row.token, row.target);
-    }
-    float exponent = p.batch.inverse_temperature * LOG2_E;
-    ATKD_WAIT(shared.posted, 0, parity);
-    auto of_block = state_of<float>(shared.warp_sums[lane % WORKING_WARPS], shared.warp_maxima[lane % WORKING_WARPS]);
-    share_maxima(of_block, exponent);
-    of_block = merge_warp<false, WORKING_WARPS>(of_block);
-    if (lane == 0) {
-        ATKD_PUSH(shared.block_sums, cluster_rank(), 0, sums_of(of_block), shared.gathered, 0);
-        ATKD_PUSH(shared.block_maxima, cluster_rank(), 0, maxima_of(of_block), shared.gathered, 0);
-    }
-    if (settles) {
-        ATKD_WAIT_FOR_PUSHES(shared.gathered, 0, parity);
-        RowState<double> whole = RowState<double>::empty();
-        if (lane % MOST_BLOCKS < cluster_blocks()) {
-            whole = state_of<double>(shared.block_sums[lane % MOST_BLOCKS], shared.block_maxima[lane % MOST_BLOCKS]);
+        if (leads) {
+            ATKD_EXPECT(shared.settled, 0, uint32_t(sizeof(PushedScales) + sizeof(PushedReferences)));
+            look(after);
         }
-        share_maxima(whole, exponent);
-        whole = merge_warp<false, MOST_BLOCKS>(whole);
-        GradientScales found = settle(p, row.token, row.mode, whole, target_logit, true);
-        if (lane < cluster_blocks()) {
-            PushedScales scales = {found.teacher, found.student, found.target, 0};
-            PushedReferences references = {found.references.teacher, found.references.student};
-            ATKD_PUSH(shared.scales, 0, lane, scales, shared.settled, 0);
-            ATKD_PUSH(shared.references, 0, lane, references, shared.settled, 0);
+        sync_warp();
+        if (settles && row.mode != ATKD_IGNORED) {
+            target_logits = target_logits_of<T, T>(p, row.token, row.target);
         }
+    }
+
+    // From the states of the warps to the block's, and, in the first block, from those of all blocks to what the
+    // gradient needs. Until it is here.
+    ATKD_DEVICE void settle(const Coming &row, uint32_t parity) {
+        float exponent = p.batch.inverse_temperature * LOG2_E;
+        auto of_block = RowState<float>::empty();
+        if (row.mode != ATKD_IGNORED) {
+            of_block = state_of<float>(shared.warp_sums[lane % WORKING_WARPS], shared.warp_maxima[lane % WORKING_WARPS]);
+            share_maxima(of_block, exponent);
+            of_block = merge_warp<false, WORKING_WARPS>(of_block);
+        }
+        if (leads) {
+            ATKD_PUSH(shared.block_sums, cluster_rank(), 0, sums_of(of_block), shared.gathered, 0);
+            ATKD_PUSH(shared.block_maxima, cluster_rank(), 0, maxima_of(of_block), shared.gathered, 0);
+        }
+        if (settles) {
+            uint32_t to_tell = shuffle_from(drawn, 0);
+            ATKD_WAIT_FOR_PUSHES(shared.gathered, 0, parity);
+            GradientScales found = {0, 0, 0, 0, {0, 0, 0}};
+            if (row.mode != ATKD_IGNORED) {
+                block_sums = {0, 0, 0, 0};
+                block_maxima = {OUTSIDE, OUTSIDE};
+                if (lane % MOST_BLOCKS < cluster_blocks()) {
+                    block_sums = shared.block_sums[lane % MOST_BLOCKS];
+                    block_maxima = shared.block_maxima[lane % MOST_BLOCKS];
+                }
+                found = scales_of(p, weights, row.token, row.mode, merge_blocks<float>(), target_logits, true);
+            }
+            if (lane < cluster_blocks()) {
+                PushedScales scales = {found.teacher, found.student, found.target, to_tell};
+                PushedReferences references = {found.references.teacher, found.references.student};
+                ATKD_PUSH(shared.scales, 0, lane, scales, shared.settled, 0);
+                ATKD_PUSH(shared.references, 0, lane, references, shared.settled, 0);
+            }
+        }
+        ATKD_WAIT_FOR_PUSHES(shared.settled, 0, parity);
+    }
+
+    template <class Real> ATKD_DEVICE RowState<Real> merge_blocks() const {
+        auto state = state_of<Real>(block_sums, block_maxima);
+        share_maxima(state, p.batch.inverse_temperature * LOG2_E);
+        return merge_warp<false, MOST_BLOCKS>(state);
+    }
+
+    // When all have read the row.
+    ATKD_DEVICE void finish(const Coming &row) {
+        if (leads) {
+            ask(end);
+        }
+        sync_warp();
+        if (settles && row.mode != ATKD_IGNORED) {
+            tell(p, row.token, merge_blocks<double>(), target_logits);
+        }
+    }
+};
+
+// Where the block's threads meet, of both kinds.
+enum Meeting { HERE = 1, POSTED, SETTLED, READ };
+
+// All threads of the block, for a token that is ignored.
+template <class T> ATKD_DEVICE void drop(const atkd_rows &p, const Coming &row) {
+    Rows<T, T> rows(p, row.token);
+    rows.speaks = thread_index() == 0 && cluster_rank() == 0;
+    drop_row<T>(p, rows);
+}
+
+template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T> &shared) {
+    uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
+    for (;;) {
+        ATKD_MEET(HERE);
+        Coming row = shared.coming[0];
+        if (row.token == NO_TOKEN) {
+            break;
+        }
+        bool ignored = row.mode == ATKD_IGNORED;
+        Worker<T> worker(p, staged, shared, row);
+        if (ATKD_RARELY(ignored)) {
+            drop<T>(p, row);
+        } else {
+            RowState<float> of_warp = worker.sums();
+            if (lane == 0) {
+                shared.warp_sums[warp] = sums_of(of_warp);
+                shared.warp_maxima[warp] = maxima_of(of_warp);
+            }
+        }
+        ATKD_MEET(POSTED);
+        ATKD_MEET(SETTLED);
+        uint32_t turns = 0;
+        auto read = [&] {
+            if (turns < EARLY) {
+                sync_warp();
+                if (lane == 0) {
+                    ATKD_ARRIVE(shared.read, turns);
+                }
+                turns += 1;
+            }
+        };
+        if (!ignored && p.gradient != nullptr) {
+            worker.gradient(shared.scales[0], shared.references[0], read);
+        }
+        while (turns < EARLY) {
+            read();
+        }
+        ATKD_MEET(READ);
+    }
+}
+
+template <class T> ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T> &shared) {
+    Server<T> server(p, staged, shared);
+    if (server.leads) {
+        server.look(cluster_index());
+        server.announce();
+        server.ask(server.end);
+    }
+    for (uint32_t parity = 0;; parity ^= 1) {
+        ATKD_WAIT(shared.full, 0, parity);
+        ATKD_MEET(HERE);
+        Coming row = shared.coming[0];
+        if (row.token == NO_TOKEN) {
+            break;
+        }
+        if (ATKD_RARELY(row.mode == ATKD_IGNORED)) {
+            drop<T>(p, row);
+        }
+        server.prepare(row);
+        ATKD_MEET(POSTED);
+        server.settle(row, parity);
+        ATKD_MEET(SETTLED);
+        if (server.leads) {
+            server.follow(row, parity);
+        }
+        ATKD_MEET(READ);
+        server.finish(row);
     }
 }
 
 template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
     ATKD_STAGED(staged);
-    ATKD_SHARED_STRUCT(Shared, shared);
-    uint32_t lane = thread_index() % WARP;
-    bool works = thread_index() < WORKERS, leads = thread_index() == WORKERS;
-    Loader<T> loader(p);
-    if (leads) {
-        for (uint32_t stage = 0; stage < p.stages; stage++) {
-            ATKD_INIT_BARRIER(shared.full, stage, 1);
-            ATKD_INIT_BARRIER(shared.done, stage, WORKING_WARPS);
+    ATKD_SHARED_STRUCT(Shared<T>, shared);
+    if (thread_index() == WORKERS) {
+        ATKD_INIT_BARRIER(shared.full, 0, 1);
+        for (uint32_t i = 0; i < EARLY; i++) {
+            ATKD_INIT_BARRIER(shared.read, i, WORKING_WARPS);
         }
-        ATKD_INIT_BARRIER(shared.posted, 0, WORKING_WARPS);
         ATKD_INIT_BARRIER(shared.gathered, 0, 1);
         ATKD_INIT_BARRIER(shared.settled, 0, 1);
         publish_barriers();
     }
     ATKD_SYNC_CLUSTER();
-    if (leads) {
-        loader.look();
-        for (uint32_t stage = 0; stage < p.stages; stage++) {
-            loader.ask(staged, shared);
-        }
-    }
-    uint32_t stage = 0, parity = 0, row_parity = 0;
-    for (;;) {
-        ATKD_WAIT(shared.full, stage, parity);
-        Coming row = shared.coming[stage];
-        if (row.token == NO_TOKEN) {
-            break;
-        }
-        // Where the row's teacher lies; the student's is a slice further.
-        uint32_t at_row = teacher_at<T>(p, stage), to_student = p.slice * CHUNK_BYTES<T>;
-        if (ATKD_RARELY(row.mode == ATKD_IGNORED)) {
-            Rows<T, T> rows(p, row.token);
-            rows.speaks = leads && cluster_rank() == 0;
-            drop_row<T>(p, rows);
-        } else {
-            if (works) {
-                work<T>(p, shared, staged, row, at_row, to_student, row_parity);
-            } else {
-                serve<T>(p, shared, row, row_parity);
-            }
-            row_parity ^= 1;
-        }
-        // Its lanes have read the row, and what is coming.
-        sync_warp();
-        if (works && lane == 0) {
-            ATKD_ARRIVE(shared.done, stage);
-        }
-        if (leads) {
-            ATKD_WAIT(shared.done, stage, parity);
-            uint32_t bytes = row.slice.template whole_bytes<T>();
-            if (p.gradient != nullptr && row.mode != ATKD_IGNORED && bytes > 0) {
-                Row<T> gradient = Rows<T, T>(p, row.token).template gradient<T>(p);
-                bulk_store(gradient.at(row.slice.start + row.slice.whole_start), staged,
-                           at_row + to_student + row.slice.whole_start * CHUNK_BYTES<T>, bytes);
-                commit_bulk_stores();
-                wait_bulk_stores_read();
-            }
-            loader.ask(staged, shared);
-        }
-        stage = stage + 1 == p.stages ? 0 : stage + 1;
-        parity ^= stage == 0 ? 1 : 0;
-    }
-    if (leads) {
-        wait_bulk_stores();
+    if (thread_index() < WORKERS) {
+        work<T>(p, staged, shared);
+    } else {
+        serve<T>(p, staged, shared);
     }
     // No block ends while another pushes to it.
     ATKD_SYNC_CLUSTER();
@@ -434,6 +549,6 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
 #define ATKD_ROW_PIPELINED(T) row_pipelined<T>(p)
 #endif
 
-ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, 3) { ATKD_ROW_PIPELINED(float); }
-ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, 3) { ATKD_ROW_PIPELINED(f16); }
-ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, 3) { ATKD_ROW_PIPELINED(bf16); }
+ATKD_KERNEL(row_pipelined_f32, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(float); }
+ATKD_KERNEL(row_pipelined_f16, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(f16); }
+ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(bf16); }

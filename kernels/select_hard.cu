@@ -182,6 +182,8 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
         store(p.thresholds + scope, threshold);
         if (scope == 0) {
             store(&p.batch.summary->guess, threshold);
+            // For the rows that are done again.
+            store(&p.batch.summary->drawn, 0u);
         }
         add_atomic(&p.batch.summary->counted_hard, uint32_t(found[WANTED]));
         if (p.count != 0) {

@@ -21,5 +21,6 @@ ATKD_KERNEL(sum_losses, atkd_sum_losses, 1024, 1) {
         store(&p.summary->counted_valid, 0u);
         store(&p.summary->counted_hard, 0u);
         store(&p.summary->counted_wrong, 0u);
+        store(&p.summary->drawn, 0u);
     }
 }

@@ -213,7 +213,7 @@ impl Layout {
             counted_hard: 0,
             counted_wrong: 0,
             guess: 0,
-            reserved: 0,
+            drawn: 0,
             arrived: [0; _],
         }
     }
@@ -398,7 +398,11 @@ pub(crate) fn launches(
     let margin = Launch {
         kernel: of_dtype!("teacher_margin", call.teacher.dtype),
         shape: plan.margin,
-        parameters: Parameters::TeacherMargin(atkd_teacher_margin { batch }),
+        parameters: Parameters::TeacherMargin(atkd_teacher_margin {
+            batch,
+            blocks: plan.margin.grid,
+            reserved: 0,
+        }),
     };
     let count = Launch {
         kernel: "count_valid",

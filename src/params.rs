@@ -23,7 +23,7 @@ pub struct atkd_summary {
     pub counted_hard: u32,
     pub counted_wrong: u32,
     pub guess: u32,
-    pub reserved: u32,
+    pub drawn: u32,
     pub arrived: [u32; 256usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -46,8 +46,8 @@ const _: () = {
     ["Offset of field: atkd_summary::counted_wrong"]
         [::std::mem::offset_of!(atkd_summary, counted_wrong) - 44usize];
     ["Offset of field: atkd_summary::guess"][::std::mem::offset_of!(atkd_summary, guess) - 48usize];
-    ["Offset of field: atkd_summary::reserved"]
-        [::std::mem::offset_of!(atkd_summary, reserved) - 52usize];
+    ["Offset of field: atkd_summary::drawn"]
+        [::std::mem::offset_of!(atkd_summary, drawn) - 52usize];
     ["Offset of field: atkd_summary::arrived"]
         [::std::mem::offset_of!(atkd_summary, arrived) - 56usize];
 };
@@ -97,13 +97,19 @@ const _: () = {
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_teacher_margin {
     pub batch: atkd_batch,
+    pub blocks: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 88usize];
+    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 96usize];
     ["Alignment of atkd_teacher_margin"][::std::mem::align_of::<atkd_teacher_margin>() - 8usize];
     ["Offset of field: atkd_teacher_margin::batch"]
         [::std::mem::offset_of!(atkd_teacher_margin, batch) - 0usize];
+    ["Offset of field: atkd_teacher_margin::blocks"]
+        [::std::mem::offset_of!(atkd_teacher_margin, blocks) - 88usize];
+    ["Offset of field: atkd_teacher_margin::reserved"]
+        [::std::mem::offset_of!(atkd_teacher_margin, reserved) - 92usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

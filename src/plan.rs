@@ -165,12 +165,13 @@ const MOST_STAGES: u32 = 4;
 /// As many as a warp has lanes.
 const MOST_TEAM: usize = WARP;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
-const MARGIN_THREADS: usize = 384;
+const MARGIN_THREADS: usize = 256;
+const MARGIN_BLOCKS: usize = 4;
 const STREAM_THREADS: usize = 384;
 const RESIDENT_THREADS: usize = 256;
 const RESIDENT_BLOCKS: usize = 2;
 const STREAM_BLOCKS: usize = 2;
-pub(crate) const PIPELINED_THREADS: usize = 160;
+pub(crate) const PIPELINED_THREADS: usize = 288;
 const PIPELINED_BLOCKS: usize = 3;
 const TOKEN_THREADS: usize = 256;
 const SELECT_THREADS: usize = 1024;
@@ -229,10 +230,15 @@ impl Plan {
             RowKernel::Stream => (Self::stream(device, problem, chunks, team)?, STREAM_BLOCKS),
         };
         let a_row = rows.blocks_a_row() as usize;
+        let margin = threads(chunks, 4, MARGIN_THREADS);
         let at_once = (device.multiprocessors as usize * blocks / a_row).max(1);
         let again = tokens.min(at_once) * a_row;
         Some(Self {
-            margin: shape(tokens, threads(chunks, 4, MARGIN_THREADS), 1),
+            margin: shape(
+                tokens.min(device.multiprocessors as usize * MARGIN_BLOCKS * MARGIN_THREADS / margin as usize),
+                margin,
+                1,
+            ),
             count: shape(tokens.div_ceil(TOKEN_THREADS), TOKEN_THREADS as u32, 1),
             select: shape(
                 scopes * select_blocks as usize,

@@ -51,6 +51,7 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 #define ATKD_UNROLL
 #define ATKD_NO_UNROLL
 #define ATKD_SYNC_BLOCK() simt_sync_block(__LINE__)
+#define ATKD_MEET(barrier) simt_sync_block(barrier)
 #define ATKD_SYNC_CLUSTER() simt_sync_cluster(__LINE__)
 #define ATKD_REMOTE(array, index, rank) (array).remote(index, rank)
 #define ATKD_WAIT_FOR_FLIP(at, before) wait_for_flip(at, before, __LINE__)
@@ -211,6 +212,14 @@ ATKD_DEVICE float exp2_fast(float x) {
     std::memcpy(&bits, &x, 4);
     double error = double(int32_t(bits * 2654435761u)) / 2147483648.0 / 4194304.0;
     return x < -126.0f ? 0.0f : static_cast<float>(std::exp2(double(x)) * (1.0 + error));
+}
+
+// Likewise.
+ATKD_DEVICE float reciprocal_fast(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    double error = double(int32_t(bits * 2654435761u)) / 2147483648.0 / 4194304.0;
+    return std::fabs(x) > 8.507059e37f ? 0.0f : static_cast<float>(1.0 / double(x) * (1.0 + error));
 }
 
 template <class T> ATKD_DEVICE T load(const T *at) {

@@ -233,7 +233,12 @@ def main():
                 student, teacher, labels = inputs(tokens, vocab, dtype, device)
                 for name, loss, _ in losses:
                     torch._dynamo.reset()
-                    seconds, peak = measure(loss, student, teacher, labels, args.runs)
+                    try:
+                        seconds, peak = measure(loss, student, teacher, labels, args.runs)
+                    except torch.OutOfMemoryError as error:
+                        size = f"{name} at {tokens} x {vocab} {dtype_name}"
+                        skipped[size] = str(error).split(". ")[0]
+                        continue
                     volume = student.numel() * student.element_size()
                     result = {
                         "variant": name,

@@ -24,9 +24,10 @@ def batch(*shape, dtype=torch.float32, teacher_dtype=None, seed=0, ignored=True,
 
 
 def exactly(student, teacher, labels, upstream=1.0, **settings):
-    """Loss, gradient and stats in float64, from the definitions."""
-    wide = student.detach().double().requires_grad_()
-    loss, stats = definitions.atkd_loss(wide, teacher.detach().double(), labels, **settings)
+    """Loss, gradient and stats in float64, from the definitions, on the CPU."""
+    wide = student.detach().cpu().double().requires_grad_()
+    labels = None if labels is None else labels.cpu()
+    loss, stats = definitions.atkd_loss(wide, teacher.detach().cpu().double(), labels, **settings)
     (gradient,) = torch.autograd.grad(upstream * loss, wide)
     return loss.item(), gradient, stats
 
@@ -36,7 +37,7 @@ def assert_gradient(actual, exact, weight):
     largest = exact.abs().amax(-1, keepdim=True)
     rounding = torch.clamp(exact.abs() * EPS[actual.dtype], min=TINY[actual.dtype])
     allowed = 1e-6 * largest + 5e-7 * weight + rounding
-    error = (actual.double() - exact).abs()
+    error = (actual.cpu().double() - exact).abs()
     worst = (error / allowed).max().item() if error.numel() else 0.0
     assert worst <= 1, f"the gradient is off by {worst} times what is allowed"
     assert exact.abs().max() > 0 or not actual.any()
@@ -76,6 +77,7 @@ def assert_equal_to_definitions(student, teacher, labels, **settings):
         if settings.get("shift_labels"):
             assert not column[..., -1].any()
             column = column[..., :-1]
+        column = column.cpu()
         if name == "hard":
             assert torch.equal(column, exact)
         else:

@@ -157,7 +157,9 @@ impl Kernels {
         overlap.value.programmaticStreamSerializationAllowed = 1;
         let mut attributes = [overlap; 2];
         let in_teams = launch.shape.team > 1;
-        let mut count = usize::from(after && self.overlap && !in_teams);
+        // Clusters that run all the while must find the device empty, or some never find their place on it.
+        let persistent = launch.kernel.starts_with("row_pipelined");
+        let mut count = usize::from(after && self.overlap && !in_teams && !persistent);
         if launch.shape.cluster > 1 {
             attributes[count] = cluster_of(launch.shape.cluster);
             count += 1;

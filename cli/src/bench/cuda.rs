@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use atkd::cuda::cudarc::driver::sys::CUevent_flags;
 use atkd::cuda::cudarc::driver::{
-    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits,
+    CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits,
 };
 use atkd::cuda::unfused::Unfused;
 use atkd::cuda::{Kernels, RawCall, RawLabels, RawLogits, Workspace};
@@ -13,7 +13,7 @@ use atkd::{Dtype, Objective};
 use half::{bf16, f16};
 use indicatif::ProgressBar;
 
-use super::{Measured, Size, Timing, median};
+use super::{Measured, Size, Timing, begin, middle};
 
 /// Rows that are made on the host; the others repeat them.
 const DISTINCT_ROWS: usize = 128;
@@ -128,17 +128,20 @@ fn times_by_kernel(
     call: &RawCall,
 ) -> Result<Vec<(&'static str, f64)>> {
     let mut runs = Vec::new();
-    median(size, bar, "by kernel", || {
-        // SAFETY: the caller's call; `times` awaits the kernels.
-        unsafe { workspace.launch(stream, objective, call) }?;
+    begin(size, bar, "by kernel");
+    for _ in 0..size.runs {
+        // The times are the second call's. While the device is at the first, the host enqueues this one.
+        for _ in 0..2 {
+            // SAFETY: the caller's call; `times` awaits the kernels.
+            unsafe { workspace.launch(stream, objective, call) }?;
+        }
         runs.push(workspace.times()?);
-        Ok(0.0)
-    })?;
+        bar.inc(1);
+    }
     Ok((0..runs[0].len())
         .map(|i| {
-            let mut times: Vec<f32> = runs.iter().map(|run| run[i].1).collect();
-            times.sort_by(f32::total_cmp);
-            (runs[0][i].0, f64::from(times[times.len() / 2]) / 1e3)
+            let times = runs.iter().map(|run| f64::from(run[i].1) / 1e3).collect();
+            (runs[0][i].0, middle(times))
         })
         .collect())
 }
@@ -166,7 +169,8 @@ fn logits<T: DeviceRepr + ValidAsZeroBits + Copy>(
     Ok(logits)
 }
 
-/// The median seconds from event to event around `work`.
+/// The median seconds of `work`, from event to event. All runs are enqueued at once, so that the device never waits
+/// for the host; as many before them, while its clocks rise, do not count.
 fn elapsed(
     size: Size,
     bar: &ProgressBar,
@@ -174,10 +178,23 @@ fn elapsed(
     stream: &Arc<CudaStream>,
     mut work: impl FnMut() -> Result<()>,
 ) -> Result<f64> {
-    median(size, bar, variant, || {
-        let start = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
+    begin(size, bar, variant);
+    let mut events = Vec::with_capacity(size.runs + 1);
+    for run in 0..2 * size.runs {
+        if run == size.runs {
+            events.push(tick(stream)?);
+        }
         work()?;
-        let end = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
-        Ok(f64::from(start.elapsed_ms(&end)?) / 1e3)
-    })
+        if run >= size.runs {
+            events.push(tick(stream)?);
+        }
+    }
+    let times = events.windows(2).map(|pair| Ok(f64::from(pair[0].elapsed_ms(&pair[1])?) / 1e3));
+    let times = times.collect::<Result<Vec<_>>>()?;
+    bar.inc(size.runs as u64);
+    Ok(middle(times))
+}
+
+fn tick(stream: &CudaStream) -> Result<CudaEvent> {
+    Ok(stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?)
 }

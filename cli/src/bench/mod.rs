@@ -211,14 +211,24 @@ fn median(
     variant: &str,
     mut seconds: impl FnMut() -> Result<f64>,
 ) -> Result<f64> {
-    bar.set_message(format!("{} x {}: {variant}", size.tokens, size.vocab));
-    bar.inc_length(size.runs as u64);
+    begin(size, bar, variant);
     seconds()?;
     let mut times = Vec::with_capacity(size.runs);
     for _ in 0..size.runs {
         times.push(seconds()?);
         bar.inc(1);
     }
+    Ok(middle(times))
+}
+
+/// Announces the runs of a variant.
+fn begin(size: Size, bar: &ProgressBar, variant: &str) {
+    bar.set_message(format!("{} x {}: {variant}", size.tokens, size.vocab));
+    bar.inc_length(size.runs as u64);
+}
+
+/// The median.
+fn middle(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
-    Ok(times[size.runs / 2])
+    times[times.len() / 2]
 }
