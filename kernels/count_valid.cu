@@ -7,6 +7,9 @@ ATKD_KERNEL(count_valid, atkd_count_valid, 256, 6) {
     if (token < p.batch.tokens) {
         store(p.batch.modes + token, static_cast<uint8_t>(valid ? p.valid_mode : ATKD_IGNORED));
     }
+    if (block_index() == 0) {
+        clear_states(p.states);
+    }
     uint32_t votes = warp_ballot(valid);
     if (thread_index() % WARP == 0 && votes != 0) {
         add_atomic(&p.batch.summary->counted_valid, count_bits(votes));

@@ -9,9 +9,9 @@
 
 // As Rust's side asserts of its own (src/params.rs).
 static_assert(sizeof(atkd_summary) == 1080 && sizeof(atkd_batch) == 88, "the layout is a contract");
-static_assert(sizeof(atkd_teacher_margin) == 96 && sizeof(atkd_count_valid) == 96, "the layout is a contract");
-static_assert(sizeof(atkd_select_hard) == 136 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_rows) == 296 && sizeof(atkd_token_terms) == 200, "the layout is a contract");
+static_assert(sizeof(atkd_teacher_margin) == 96 && sizeof(atkd_count_valid) == 104, "the layout is a contract");
+static_assert(sizeof(atkd_select_hard) == 144 && sizeof(atkd_objective) == 80, "the layout is a contract");
+static_assert(sizeof(atkd_rows) == 288 && sizeof(atkd_token_terms) == 200, "the layout is a contract");
 static_assert(sizeof(atkd_sum_losses) == 32, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
@@ -142,7 +142,7 @@ ATKD_DEVICE float exp2_fast(float x) {
     return y;
 }
 
-// 1 / x, relative error 2^-22; 0 from 2^126 on.
+// 1 / x, relative error 2^-23; 0 from 2^126 on.
 ATKD_DEVICE float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -201,6 +201,28 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
                  : "memory");
 }
 
+// Written and read as one, to and by blocks that run at once with this one, and so in no order with anything else.
+ATKD_DEVICE void post16(Bytes16 *at, const Bytes16 &value) {
+    uint64_t low = value.word[0] | uint64_t(value.word[1]) << 32, high = value.word[2] | uint64_t(value.word[3]) << 32;
+    asm volatile("{\n.reg .b128 all;\nmov.b128 all, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], all;\n}" ::"l"(at),
+                 "l"(low), "l"(high)
+                 : "memory");
+}
+// Until half of the last word is `number`.
+ATKD_DEVICE Bytes16 wait_for_post(const Bytes16 *at, uint32_t number) {
+    for (;;) {
+        uint64_t low, high;
+        asm volatile("{\n.reg .b128 all;\nld.relaxed.gpu.global.b128 all, [%2];\nmov.b128 {%0, %1}, all;\n}"
+                     : "=l"(low), "=l"(high)
+                     : "l"(at)
+                     : "memory");
+        if (high >> 33 == number) {
+            return {{uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)}};
+        }
+    }
+}
+#define ATKD_WAIT_FOR_POST(value, at, number) value = wait_for_post(at, number)
+
 ATKD_DEVICE uint32_t in_shared(const void *at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
 // Staged memory is accessed by offsets that are multiples of 16.
@@ -215,12 +237,6 @@ ATKD_DEVICE Bytes16 load_staged(StagedMemory staged, uint32_t offset) {
                  : "memory");
     return value;
 }
-ATKD_DEVICE void store_staged(StagedMemory staged, uint32_t offset, const Bytes16 &value) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(staged.address + offset), "r"(value.word[0]),
-                 "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
-                 : "memory");
-}
-
 // An mbarrier. A phase ends when as many threads have arrived as it was made for, and all bytes that they
 // expect have come.
 struct Barrier {
@@ -242,50 +258,21 @@ ATKD_DEVICE void arrive_expecting(Barrier &barrier, uint32_t bytes) {
                      "r"(bytes)
                      : "memory");
 }
-#define ATKD_WAIT_SEEING(scope, barrier, parity)                                                              \
-    ATKD_SINCE_SM_90("{\n.reg .pred done;\n"                                                                  \
-                     "again:\n"                                                                               \
-                     "mbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 done, [%0], %1;\n"           \
-                     "@!done bra again;\n}" ::"r"(in_shared(&(barrier))),                                     \
-                     "r"(parity)                                                                              \
-                     : "memory")
-ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) { ATKD_WAIT_SEEING("cta", barrier, parity); }
-// As wait_for, and sees what other blocks pushed.
-ATKD_DEVICE void wait_for_pushes(Barrier &barrier, uint32_t parity) { ATKD_WAIT_SEEING("cluster", barrier, parity); }
-// Pieces of 16 or 8 bytes, into the place that they have here of block `rank`'s shared memory; their bytes count
-// on the barrier there.
-template <class T> ATKD_DEVICE void push(const T *at, uint32_t rank, const T &value, const Barrier *barrier) {
-    static_assert(sizeof(T) == 16 || sizeof(T) == 8, "one instruction");
-    union {
-        T value;
-        uint32_t word[sizeof(T) / 4];
-    } image = {value};
-    uint32_t to, counts;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(in_shared(at)), "r"(rank));
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(in_shared(barrier)), "r"(rank));
-    if constexpr (sizeof(T) == 16) {
-        ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
-                         "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-                         "r"(image.word[0]), "r"(image.word[1]), "r"(image.word[2]), "r"(image.word[3]),
-                         "r"(counts)
-                         : "memory");
-    } else {
-        ATKD_SINCE_SM_90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 "
-                         "[%0], {%1, %2}, [%3];" ::"r"(to),
-                         "r"(image.word[0]), "r"(image.word[1]), "r"(counts)
-                         : "memory");
-    }
+ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) {
+    ATKD_SINCE_SM_90("{\n.reg .pred done;\n"
+                     "again:\n"
+                     "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+                     "@!done bra again;\n}" ::"r"(in_shared(&barrier)),
+                     "r"(parity)
+                     : "memory");
 }
-#define ATKD_PUSH(array, index, rank, value, barriers, barrier)                                               \
-    push(&(array)[index], rank, value, &(barriers)[barrier])
 #define ATKD_INIT_BARRIER(array, index, arrivals) init_barrier((array)[index], arrivals)
 #define ATKD_ARRIVE(array, index) arrive((array)[index])
 #define ATKD_EXPECT(array, index, bytes) arrive_expecting((array)[index], bytes)
 // Until the phase of this parity has ended; the first is 0.
 #define ATKD_WAIT(array, index, parity) wait_for((array)[index], parity)
-#define ATKD_WAIT_FOR_PUSHES(array, index, parity) wait_for_pushes((array)[index], parity)
 
-// Bulk copies, by the machine and in no order: of a multiple of 16 bytes, from and to multiples of 16.
+// A bulk copy, by the machine and in no order: of a multiple of 16 bytes, from and to multiples of 16.
 ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *from, uint32_t bytes,
                            Barrier &barrier) {
     ATKD_SINCE_SM_90(
@@ -296,20 +283,6 @@ ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *fro
 }
 #define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
     bulk_load(staged, offset, global, bytes, (array)[index])
-ATKD_DEVICE void bulk_store(void *to, StagedMemory staged, uint32_t offset, uint32_t bytes) {
-    ATKD_SINCE_SM_90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-                     "r"(staged.address + offset), "r"(bytes)
-                     : "memory");
-}
-ATKD_DEVICE void commit_bulk_stores() { ATKD_SINCE_SM_90("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until the stores that this thread committed have read staged memory.
-ATKD_DEVICE void wait_bulk_stores_read() {
-    ATKD_SINCE_SM_90("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-// Until they have written global memory.
-ATKD_DEVICE void wait_bulk_stores() { ATKD_SINCE_SM_90("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// By every thread that wrote staged memory, before the barrier after which bulk copies touch it.
-ATKD_DEVICE void fence_bulk() { ATKD_SINCE_SM_90("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 ATKD_DEVICE float widen(float x) { return x; }
 ATKD_DEVICE float widen(f16 x) { return __half2float(x); }

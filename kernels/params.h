@@ -21,6 +21,9 @@
 // Blocks that a launch in teams has at most, and the bytes of a row's state that each tells its team.
 #define ATKD_TEAM_BLOCKS 512u
 #define ATKD_TEAM_STATE 48u
+// Blocks that a launch of row_pipelined has at most, and the bytes of a row's state that each tells its team.
+#define ATKD_PIPELINED_BLOCKS 1024u
+#define ATKD_TOLD_STATE 32u
 
 // One a workspace: what a call comes to. Between calls the counters are 0, but for the top bits of `arrived`.
 typedef struct {
@@ -34,7 +37,7 @@ typedef struct {
     uint32_t counted_hard;
     uint32_t counted_wrong; // tokens whose mode was guessed wrong
     uint32_t guess;         // the last call's threshold, a first guess at the next one's; any value is right
-    uint32_t drawn;         // rows that clusters of row_pipelined came for, beyond the first of each
+    uint32_t drawn;         // rows that teams of row_pipelined came for, beyond the first two of each
     uint32_t arrived[ATKD_TEAM_BLOCKS / 2]; // by team, whose blocks have met when the top bit flips
 } atkd_summary;
 
@@ -66,6 +69,7 @@ typedef struct {
 // count_valid: modes and the count of valid tokens, where no token's loss depends on the selection.
 typedef struct {
     atkd_batch batch;
+    void *states;        // of row_pipelined, whose numbers become 0
     uint32_t valid_mode; // ATKD_EASY or ATKD_HARD
     uint32_t reserved;
 } atkd_count_valid;
@@ -77,6 +81,7 @@ typedef struct {
     const int64_t *offsets; // [scopes + 1]: scope s is tokens offsets[s]..offsets[s + 1]; null for one scope
     uint32_t *thresholds;   // [scopes]: the key of the last hard token; 0 where there is none
     uint32_t *wrong;        // [N]: tokens whose modes, guessed before, turn out other; null if none were
+    void *states;           // of row_pipelined, whose numbers become 0
     double hard_ratio;      // k of ceil(k * valid)
     uint32_t scopes;
     uint32_t count; // add the valid tokens to the summary's
@@ -96,8 +101,8 @@ typedef struct {
     double inverse_temperature; // 1 / T
 } atkd_objective;
 
-// row_resident, row_pipelined, row_stream: what the terms of each token follow from, and the gradient. One
-// cluster, or team, a token at a time.
+// row_resident, row_pipelined, row_stream: what the terms of each token follow from, and the gradient. A block,
+// cluster or team takes one token at a time.
 typedef struct {
     atkd_batch batch;
     atkd_objective objective;
@@ -108,7 +113,7 @@ typedef struct {
     float *student_margin;       // [N]
     float *dkd;                  // [N]
     double *student_margin_at_1; // [N], if cross entropy has a weight: the student's at temperature 1
-    void *states;                // [2][ATKD_TEAM_BLOCKS], of ATKD_TEAM_STATE bytes
+    void *states;                // [2][ATKD_TEAM_BLOCKS] of ATKD_TEAM_STATE bytes; of row_pipelined likewise
     const uint32_t *wrong;       // the tokens to do, counted in the summary; null for all
     int64_t student_stride;
     int64_t gradient_stride;
@@ -117,10 +122,8 @@ typedef struct {
     uint32_t write_keys; // they are not there yet
     uint32_t guess;      // which tokens are hard by the summary's guess, and write modes
     uint32_t clusters;   // of the launch, or teams
-    uint32_t team;       // blocks of a team, a power of two up to 32; 1 where there are clusters
-    uint32_t stages;     // row_pipelined: rows that a cluster has room for
+    uint32_t team;       // blocks of a team, up to 32; of row_stream a power of two, and 1 where there are clusters
     uint32_t slice;      // row_pipelined: chunks of a row that a block has room for
-    uint32_t reserved;
 } atkd_rows;
 
 // token_terms: the terms of each token, over what they follow from. One thread a token.

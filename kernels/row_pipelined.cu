@@ -1,14 +1,13 @@
-// Loss and gradient of one token a cluster at a time, whose shared memory holds the whole row of both models:
-// each logit is read once, the gradient written once. Rows come by bulk copies. While a cluster waits, for a row
-// or for all of its blocks, others on the same multiprocessors work.
+// Loss and gradient of one token a team of blocks at a time, whose shared memory holds the whole row of both models:
+// each logit is read once, the gradient written once. Rows come by bulk copies. While a team waits, for a row or for
+// all of its blocks, others on the same multiprocessors work. All blocks of the launch run at once.
 #include "row.cuh"
 
 namespace {
 
-constexpr uint32_t MOST_BLOCKS = 16;
 // All warps of a block work on the row but the last, which waits for what is not here yet, and does what takes time
 // and not throughput.
-constexpr uint32_t WORKERS = 256, WORKING_WARPS = WORKERS / WARP;
+constexpr uint32_t WORKERS = 128, WORKING_WARPS = WORKERS / WARP;
 // Parts of a slice whose room is given to the next row before all of it is read.
 constexpr uint32_t EARLY = 3;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
@@ -19,9 +18,9 @@ struct Slice {
     // Those that share no 16 bytes with what is not in the row: they come by bulk copies.
     uint32_t whole_start, whole_end;
 
-    template <class T> static ATKD_DEVICE Slice of(const Row<const T> &row, uint32_t most) {
+    template <class T> static ATKD_DEVICE Slice of(const Row<const T> &row, uint32_t most, uint32_t rank) {
         uint32_t chunks = row.chunks();
-        uint32_t start = cluster_rank() * most < chunks ? cluster_rank() * most : chunks;
+        uint32_t start = rank * most < chunks ? rank * most : chunks;
         uint32_t places = most < chunks - start ? most : chunks - start;
         uint32_t whole_start = places > 0 && !row.whole(start) ? 1 : 0;
         bool ends_outside = whole_start < places && !row.whole(start + places - 1);
@@ -53,7 +52,7 @@ struct alignas(8) Coming {
 };
 constexpr uint32_t NOT_HERE = 0xffffffffu;
 
-// A state as it is posted in the block and pushed to another.
+// A state as it is posted in the block.
 struct alignas(16) Sums {
     float teacher, weighted_gap, student;
     uint32_t ruled_out;
@@ -68,14 +67,16 @@ ATKD_DEVICE Maxima maxima_of(const RowState<float> &state) { return {state.teach
 template <class Real> ATKD_DEVICE RowState<Real> state_of(const Sums &sums, const Maxima &maxima) {
     return {sums.teacher, sums.weighted_gap, sums.student, 0, maxima.teacher, maxima.student, sums.ruled_out};
 }
-// Of GradientScales, likewise; and which row comes after the next, by its place among those to do.
-struct alignas(16) PushedScales {
-    float teacher, student, target;
-    uint32_t after;
+
+// The same as a block tells it to its team, in global memory: pieces that are written and read whole, each with the
+// number of the row, which the first one of a launch has as 1. Before a launch all numbers there are 0. A block writes
+// to two places in turn: it comes to the same one again when all have read what it wrote there, since it has had their
+// states of the row between.
+struct Told {
+    Bytes16 sums;   // and twice the number, plus 1 if ruled out
+    Bytes16 maxima; // and, of the first block, which row comes after the next; twice the number
 };
-struct alignas(8) PushedReferences {
-    float teacher, student;
-};
+static_assert(sizeof(Told) == ATKD_TOLD_STATE, "the layout is a contract");
 
 // A chunk of both models, without the target.
 template <class T> struct alignas(16) End {
@@ -87,20 +88,11 @@ template <class T> struct Shared {
     // The row's first chunk and its last, where no bulk copy brings them: of the thread that reads them.
     ATKD_SHARED_MEMBER(End<T>, ends, 2);
     ATKD_SHARED_MEMBER(Sums, warp_sums, WORKING_WARPS);
-    // The states of the cluster's blocks, in the first of them; what the gradient needs. Nobody pushes any of the next
-    // row before all have read this one's: a block pushes its state when it has seen the scales of the row before,
-    // which follow from all that was pushed.
-    ATKD_SHARED_MEMBER(Sums, block_sums, MOST_BLOCKS);
-    ATKD_SHARED_MEMBER(PushedScales, scales, 1);
-    // By 8 bytes from here on.
     ATKD_SHARED_MEMBER(Maxima, warp_maxima, WORKING_WARPS);
-    ATKD_SHARED_MEMBER(Maxima, block_maxima, MOST_BLOCKS);
-    ATKD_SHARED_MEMBER(PushedReferences, references, 1);
+    ATKD_SHARED_MEMBER(GradientScales, scales, 1);
     ATKD_SHARED_MEMBER(Coming, coming, 1);
     ATKD_SHARED_MEMBER(Barrier, full, 1);      // the row has come
     ATKD_SHARED_MEMBER(Barrier, read, EARLY); // its first turns have been read for the last time
-    ATKD_SHARED_MEMBER(Barrier, gathered, 1);
-    ATKD_SHARED_MEMBER(Barrier, settled, 1);
 };
 
 // Where a block's slices lie in its shared memory: the teacher's, then the student's.
@@ -245,10 +237,8 @@ template <class T> struct Worker {
 
     // `read` is told when turns of the slice have been read.
     template <class Read>
-    ATKD_DEVICE void gradient(const PushedScales &scales, const PushedReferences &references, Read read) const {
+    ATKD_DEVICE void gradient(const GradientScales &of_row, Read read) const {
         Row<T> gradient = Rows<T, T>(p, row.token).template gradient<T>(p);
-        GradientScales of_row = {scales.teacher, scales.student, 0, scales.target,
-                                 {references.teacher, references.student, 0}};
         uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(row.start + row.starts_outside));
         for_packs([&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
             float g[CHUNK];
@@ -280,25 +270,25 @@ template <class T> struct Server {
     const atkd_rows &p;
     StagedMemory staged;
     Shared<T> &shared;
-    uint32_t lane, count;
-    bool leads, settles;
+    uint32_t lane, count, rank;
+    bool leads;
     // Of the next row: where its slices' whole chunks lie, here from `asked` on to `end`.
     uint32_t asked, end;
     uintptr_t teacher, student;
     Coming coming;
-    // Which row comes after that, once the first block has told.
+    // Which row comes after that, by its place among those to do.
     uint32_t after;
-    // Of the row in turn: of the cluster's blocks, a lane each.
     Weights weights;
+    // Of the row in turn: its number, and the team's states, a lane each.
+    uint32_t number;
     TargetLogits target_logits;
     Sums block_sums;
     Maxima block_maxima;
-    uint32_t drawn;
 
     ATKD_DEVICE Server(const atkd_rows &p_, StagedMemory staged_, Shared<T> &shared_)
         : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
-          leads(lane == 0), settles(cluster_rank() == 0), after(cluster_index() + p_.clusters),
-          weights(Weights::of(p_)) {}
+          rank(block_index() % p_.team), leads(lane == 0), after(block_index() / p_.team + p_.clusters),
+          weights(Weights::of(p_)), number(0) {}
 
     // The row that comes next, by its place among those to do. Known early, it can be asked for as soon as there is
     // room.
@@ -315,7 +305,7 @@ template <class T> struct Server {
             return;
         }
         Rows<T, T> rows(p, coming.token);
-        auto slice = Slice::of(rows.teacher, p.slice);
+        auto slice = Slice::of(rows.teacher, p.slice, rank);
         uint32_t start = slice.start + slice.whole_start;
         asked = slice.whole_start * CHUNK * sizeof(T);
         end = slice.whole_end * CHUNK * sizeof(T);
@@ -356,7 +346,6 @@ template <class T> struct Server {
 
     // The next row, into the room that this one leaves.
     ATKD_DEVICE void follow(const Coming &row, uint32_t parity) {
-        after = PushedScales(shared.scales[0]).after;
         announce();
         ATKD_NO_UNROLL
         for (uint32_t i = 0; i < EARLY; i++) {
@@ -367,63 +356,73 @@ template <class T> struct Server {
 
     // While the others work on the row.
     ATKD_DEVICE void prepare(const Coming &row) {
-        if (leads && settles) {
-            // Whoever is ready first comes for one: clusters are not all there from the start, nor equally fast. The
-            // first two rows of each are its own.
-            drawn = 2 * p.clusters + add_atomic(&p.batch.summary->drawn, 1);
-            ATKD_EXPECT(shared.gathered, 0, cluster_blocks() * uint32_t(sizeof(Sums) + sizeof(Maxima)));
-        }
+        number += 1;
         if (leads) {
-            ATKD_EXPECT(shared.settled, 0, uint32_t(sizeof(PushedScales) + sizeof(PushedReferences)));
             look(after);
+            if (rank == 0) {
+                // Whoever is ready first comes for one: multiprocessors are not equally fast. The first two rows of
+                // each team are its own.
+                after = 2 * p.clusters + add_atomic(&p.batch.summary->drawn, 1);
+            }
         }
         sync_warp();
-        if (settles && row.mode != ATKD_IGNORED) {
+        if (row.mode != ATKD_IGNORED) {
             target_logits = target_logits_of<T, T>(p, row.token, row.target);
         }
     }
 
-    // From the states of the warps to the block's, and, in the first block, from those of all blocks to what the
-    // gradient needs. Until it is here.
-    ATKD_DEVICE void settle(const Coming &row, uint32_t parity) {
-        float exponent = p.batch.inverse_temperature * LOG2_E;
+    ATKD_DEVICE Told *told_by(uint32_t block) const {
+        return static_cast<Told *>(p.states) + (number & 1) * ATKD_PIPELINED_BLOCKS + block;
+    }
+
+    // From the states of the warps to the block's, from all blocks' to what the gradient needs.
+    ATKD_DEVICE void settle(const Coming &row) {
+        bool ignored = row.mode == ATKD_IGNORED;
         auto of_block = RowState<float>::empty();
-        if (row.mode != ATKD_IGNORED) {
+        if (!ignored) {
             of_block = state_of<float>(shared.warp_sums[lane % WORKING_WARPS], shared.warp_maxima[lane % WORKING_WARPS]);
-            share_maxima(of_block, exponent);
+            share_maxima(of_block, p.batch.inverse_temperature * LOG2_E);
             of_block = merge_warp<false, WORKING_WARPS>(of_block);
         }
+        block_sums = {0, 0, 0, 0};
+        block_maxima = {OUTSIDE, OUTSIDE};
         if (leads) {
-            ATKD_PUSH(shared.block_sums, cluster_rank(), 0, sums_of(of_block), shared.gathered, 0);
-            ATKD_PUSH(shared.block_maxima, cluster_rank(), 0, maxima_of(of_block), shared.gathered, 0);
+            block_sums = sums_of(of_block);
+            block_maxima = maxima_of(of_block);
         }
-        if (settles) {
-            uint32_t to_tell = shuffle_from(drawn, 0);
-            ATKD_WAIT_FOR_PUSHES(shared.gathered, 0, parity);
-            GradientScales found = {0, 0, 0, 0, {0, 0, 0}};
-            if (row.mode != ATKD_IGNORED) {
-                block_sums = {0, 0, 0, 0};
-                block_maxima = {OUTSIDE, OUTSIDE};
-                if (lane % MOST_BLOCKS < cluster_blocks()) {
-                    block_sums = shared.block_sums[lane % MOST_BLOCKS];
-                    block_maxima = shared.block_maxima[lane % MOST_BLOCKS];
-                }
-                found = scales_of(p, weights, row.token, row.mode, merge_blocks<float>(), target_logits, true);
+        if (p.team > 1) {
+            if (leads) {
+                Told *told = told_by(block_index());
+                post16(&told->sums, {{to_bits(block_sums.teacher), to_bits(block_sums.weighted_gap),
+                                      to_bits(block_sums.student), 2 * number + (block_sums.ruled_out != 0 ? 1 : 0)}});
+                post16(&told->maxima,
+                       {{to_bits(block_maxima.teacher), to_bits(block_maxima.student), after, 2 * number}});
             }
-            if (lane < cluster_blocks()) {
-                PushedScales scales = {found.teacher, found.student, found.target, to_tell};
-                PushedReferences references = {found.references.teacher, found.references.student};
-                ATKD_PUSH(shared.scales, 0, lane, scales, shared.settled, 0);
-                ATKD_PUSH(shared.references, 0, lane, references, shared.settled, 0);
+            if (lane < p.team) {
+                const Told *told = told_by(block_index() - rank + lane);
+                Bytes16 sums, maxima;
+                ATKD_WAIT_FOR_POST(sums, &told->sums, number);
+                ATKD_WAIT_FOR_POST(maxima, &told->maxima, number);
+                block_sums = {from_bits<float>(sums.word[0]), from_bits<float>(sums.word[1]),
+                              from_bits<float>(sums.word[2]), sums.word[3] & 1};
+                block_maxima = {from_bits<float>(maxima.word[0]), from_bits<float>(maxima.word[1])};
+                after = maxima.word[2];
+            }
+            sync_warp();
+        }
+        if (!ignored) {
+            GradientScales found =
+                scales_of(p, weights, row.token, row.mode, merge_blocks<float>(), target_logits, rank == 0);
+            if (leads) {
+                shared.scales[0] = found;
             }
         }
-        ATKD_WAIT_FOR_PUSHES(shared.settled, 0, parity);
     }
 
     template <class Real> ATKD_DEVICE RowState<Real> merge_blocks() const {
         auto state = state_of<Real>(block_sums, block_maxima);
         share_maxima(state, p.batch.inverse_temperature * LOG2_E);
-        return merge_warp<false, MOST_BLOCKS>(state);
+        return merge_warp<false>(state);
     }
 
     // When all have read the row.
@@ -432,7 +431,7 @@ template <class T> struct Server {
             ask(end);
         }
         sync_warp();
-        if (settles && row.mode != ATKD_IGNORED) {
+        if (rank == 0 && row.mode != ATKD_IGNORED) {
             tell(p, row.token, merge_blocks<double>(), target_logits);
         }
     }
@@ -444,7 +443,9 @@ enum Meeting { HERE = 1, POSTED, SETTLED, READ };
 // All threads of the block, for a token that is ignored.
 template <class T> ATKD_DEVICE void drop(const atkd_rows &p, const Coming &row) {
     Rows<T, T> rows(p, row.token);
-    rows.speaks = thread_index() == 0 && cluster_rank() == 0;
+    rows.first = block_index() % p.team * block_threads() + thread_index();
+    rows.stride = p.team * block_threads();
+    rows.speaks = rows.first == 0;
     drop_row<T>(p, rows);
 }
 
@@ -480,7 +481,7 @@ template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged
             }
         };
         if (!ignored && p.gradient != nullptr) {
-            worker.gradient(shared.scales[0], shared.references[0], read);
+            worker.gradient(shared.scales[0], read);
         }
         while (turns < EARLY) {
             read();
@@ -492,7 +493,7 @@ template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged
 template <class T> ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T> &shared) {
     Server<T> server(p, staged, shared);
     if (server.leads) {
-        server.look(cluster_index());
+        server.look(block_index() / p.team);
         server.announce();
         server.ask(server.end);
     }
@@ -508,7 +509,7 @@ template <class T> ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory stage
         }
         server.prepare(row);
         ATKD_MEET(POSTED);
-        server.settle(row, parity);
+        server.settle(row);
         ATKD_MEET(SETTLED);
         if (server.leads) {
             server.follow(row, parity);
@@ -526,18 +527,14 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
         for (uint32_t i = 0; i < EARLY; i++) {
             ATKD_INIT_BARRIER(shared.read, i, WORKING_WARPS);
         }
-        ATKD_INIT_BARRIER(shared.gathered, 0, 1);
-        ATKD_INIT_BARRIER(shared.settled, 0, 1);
         publish_barriers();
     }
-    ATKD_SYNC_CLUSTER();
+    ATKD_SYNC_BLOCK();
     if (thread_index() < WORKERS) {
         work<T>(p, staged, shared);
     } else {
         serve<T>(p, staged, shared);
     }
-    // No block ends while another pushes to it.
-    ATKD_SYNC_CLUSTER();
 }
 
 } // namespace
@@ -549,6 +546,6 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
 #define ATKD_ROW_PIPELINED(T) row_pipelined<T>(p)
 #endif
 
-ATKD_KERNEL(row_pipelined_f32, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(float); }
-ATKD_KERNEL(row_pipelined_f16, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(f16); }
-ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(bf16); }
+ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(float); }
+ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(f16); }
+ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(bf16); }

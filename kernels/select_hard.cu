@@ -61,6 +61,9 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
     ATKD_SHARED(uint32_t, counts, MAX_WARPS);
     ATKD_SHARED(uint32_t, found, FOUND_FIELDS);
 
+    if (block_index() == 0) {
+        clear_states(p.states);
+    }
     uint32_t blocks = cluster_blocks(), rank = cluster_rank(), scope = block_index() / blocks;
     uint32_t start = 0, end = p.batch.tokens;
     if (p.offsets != nullptr) {

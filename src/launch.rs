@@ -180,7 +180,11 @@ const TARGETS: usize = 6;
 const MODES: usize = 7;
 
 /// What the blocks of a team tell each other: of every block two states.
-const STATES_BYTES: usize = 2 * (ATKD_TEAM_BLOCKS * ATKD_TEAM_STATE) as usize;
+pub(crate) const STATES_BYTES: usize = {
+    let teams = 2 * (ATKD_TEAM_BLOCKS * ATKD_TEAM_STATE) as usize;
+    let pipelined = 2 * (ATKD_PIPELINED_BLOCKS * ATKD_TOLD_STATE) as usize;
+    if teams > pipelined { teams } else { pipelined }
+};
 
 /// The layout of the memory that the kernels of a call share: a summary, the columns, the teams' states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,7 +194,7 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Bytes in all: 33 a token and 50 KB.
+    /// Bytes in all: 33 a token and 67 KB.
     pub fn bytes(self) -> usize {
         self.states() + STATES_BYTES
     }
@@ -395,6 +399,7 @@ pub(crate) fn launches(
     // The column that only a target of the teacher's needs.
     let wrong = if guess { column(TARGETS) as *mut u32 } else { std::ptr::null_mut() };
 
+    let states = (workspace + layout.states() as u64) as *mut c_void;
     let margin = Launch {
         kernel: of_dtype!("teacher_margin", call.teacher.dtype),
         shape: plan.margin,
@@ -409,6 +414,7 @@ pub(crate) fn launches(
         shape: plan.count,
         parameters: Parameters::CountValid(atkd_count_valid {
             batch,
+            states,
             valid_mode: if objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
             reserved: 0,
         }),
@@ -422,6 +428,7 @@ pub(crate) fn launches(
             offsets: call.sequences.map_or(0, |(address, _)| address) as *const i64,
             thresholds: column(THRESHOLDS) as *mut u32,
             wrong,
+            states,
             hard_ratio: objective.hard_ratio(),
             scopes: scopes as u32,
             count: (depends && !guess).into(),
@@ -455,7 +462,7 @@ pub(crate) fn launches(
         student_margin: column(TKD) as *mut f32,
         dkd: column(DKD) as *mut f32,
         student_margin_at_1: column(LOSS) as *mut f64,
-        states: (workspace + layout.states() as u64) as *mut c_void,
+        states,
         wrong: std::ptr::null(),
         student_stride: call.student.row_stride as i64,
         gradient_stride: gradient.map_or(0, |gradient| gradient.row_stride as i64),
@@ -465,9 +472,7 @@ pub(crate) fn launches(
         guess: guess.into(),
         clusters: 0,
         team: 1,
-        stages: plan.stages,
         slice: plan.slice_chunks,
-        reserved: 0,
     };
     let rows = |shape: LaunchShape, rows: atkd_rows| Launch {
         kernel: match plan.row_kernel {
@@ -526,10 +531,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_workspace_takes_33_bytes_a_token_and_50_kb() {
+    fn a_workspace_takes_33_bytes_a_token_and_67_kb() {
         for capacity in [0, 1, 15, 16, 17, 8192, 1 << 22] {
             let bytes = Layout { capacity }.bytes();
-            assert!(bytes <= 33 * capacity + 51_200, "{bytes} bytes for {capacity} tokens");
+            assert!(bytes <= 33 * capacity + 67_584, "{bytes} bytes for {capacity} tokens");
         }
     }
 

@@ -10,6 +10,8 @@ pub const ATKD_EASY: u32 = 1;
 pub const ATKD_HARD: u32 = 2;
 pub const ATKD_TEAM_BLOCKS: u32 = 512;
 pub const ATKD_TEAM_STATE: u32 = 48;
+pub const ATKD_PIPELINED_BLOCKS: u32 = 1024;
+pub const ATKD_TOLD_STATE: u32 = 32;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_summary {
@@ -46,8 +48,7 @@ const _: () = {
     ["Offset of field: atkd_summary::counted_wrong"]
         [::std::mem::offset_of!(atkd_summary, counted_wrong) - 44usize];
     ["Offset of field: atkd_summary::guess"][::std::mem::offset_of!(atkd_summary, guess) - 48usize];
-    ["Offset of field: atkd_summary::drawn"]
-        [::std::mem::offset_of!(atkd_summary, drawn) - 52usize];
+    ["Offset of field: atkd_summary::drawn"][::std::mem::offset_of!(atkd_summary, drawn) - 52usize];
     ["Offset of field: atkd_summary::arrived"]
         [::std::mem::offset_of!(atkd_summary, arrived) - 56usize];
 };
@@ -115,19 +116,22 @@ const _: () = {
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_count_valid {
     pub batch: atkd_batch,
+    pub states: *mut ::std::os::raw::c_void,
     pub valid_mode: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 96usize];
+    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 104usize];
     ["Alignment of atkd_count_valid"][::std::mem::align_of::<atkd_count_valid>() - 8usize];
     ["Offset of field: atkd_count_valid::batch"]
         [::std::mem::offset_of!(atkd_count_valid, batch) - 0usize];
+    ["Offset of field: atkd_count_valid::states"]
+        [::std::mem::offset_of!(atkd_count_valid, states) - 88usize];
     ["Offset of field: atkd_count_valid::valid_mode"]
-        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 88usize];
+        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 96usize];
     ["Offset of field: atkd_count_valid::reserved"]
-        [::std::mem::offset_of!(atkd_count_valid, reserved) - 92usize];
+        [::std::mem::offset_of!(atkd_count_valid, reserved) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -137,13 +141,14 @@ pub struct atkd_select_hard {
     pub offsets: *const i64,
     pub thresholds: *mut u32,
     pub wrong: *mut u32,
+    pub states: *mut ::std::os::raw::c_void,
     pub hard_ratio: f64,
     pub scopes: u32,
     pub count: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 136usize];
+    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 144usize];
     ["Alignment of atkd_select_hard"][::std::mem::align_of::<atkd_select_hard>() - 8usize];
     ["Offset of field: atkd_select_hard::batch"]
         [::std::mem::offset_of!(atkd_select_hard, batch) - 0usize];
@@ -155,12 +160,14 @@ const _: () = {
         [::std::mem::offset_of!(atkd_select_hard, thresholds) - 104usize];
     ["Offset of field: atkd_select_hard::wrong"]
         [::std::mem::offset_of!(atkd_select_hard, wrong) - 112usize];
+    ["Offset of field: atkd_select_hard::states"]
+        [::std::mem::offset_of!(atkd_select_hard, states) - 120usize];
     ["Offset of field: atkd_select_hard::hard_ratio"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 120usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 128usize];
     ["Offset of field: atkd_select_hard::scopes"]
-        [::std::mem::offset_of!(atkd_select_hard, scopes) - 128usize];
+        [::std::mem::offset_of!(atkd_select_hard, scopes) - 136usize];
     ["Offset of field: atkd_select_hard::count"]
-        [::std::mem::offset_of!(atkd_select_hard, count) - 132usize];
+        [::std::mem::offset_of!(atkd_select_hard, count) - 140usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -218,13 +225,11 @@ pub struct atkd_rows {
     pub guess: u32,
     pub clusters: u32,
     pub team: u32,
-    pub stages: u32,
     pub slice: u32,
-    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 296usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 288usize];
     ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
     ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
     ["Offset of field: atkd_rows::objective"]
@@ -255,10 +260,7 @@ const _: () = {
     ["Offset of field: atkd_rows::clusters"]
         [::std::mem::offset_of!(atkd_rows, clusters) - 276usize];
     ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 280usize];
-    ["Offset of field: atkd_rows::stages"][::std::mem::offset_of!(atkd_rows, stages) - 284usize];
-    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 288usize];
-    ["Offset of field: atkd_rows::reserved"]
-        [::std::mem::offset_of!(atkd_rows, reserved) - 292usize];
+    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 284usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

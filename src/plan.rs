@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::Dtype;
-use crate::params::ATKD_TEAM_BLOCKS;
+use crate::params::{ATKD_PIPELINED_BLOCKS, ATKD_TEAM_BLOCKS};
 
 /// What a plan needs to know of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,25 +14,22 @@ pub struct DeviceProperties {
     pub l2_bytes: usize,
     /// Bytes of shared memory of a multiprocessor, of which each block takes 1 KiB beside its own.
     pub shared_bytes: usize,
-    /// How many clusters of 1 to 16 blocks run at once, where three blocks of `row_pipelined` fill a
-    /// multiprocessor. All 0 on a device that has no bulk copies.
-    pub clusters: [u32; 16],
+    /// Whether it has clusters, of 8 blocks without special leave, and bulk copies: from compute capability 9.0.
+    pub clusters: bool,
 }
 
 impl DeviceProperties {
-    /// An NVIDIA H200, for plans where there is no device. Its clusters are an estimate: a cluster lies within
-    /// one of the groups in which its multiprocessors come, taken to be six of 16 and two of 18.
+    /// An NVIDIA H200, for plans where there is no device.
     pub const H200: Self = Self {
         multiprocessors: 132,
-        l2_bytes: 50 << 20,
+        l2_bytes: 60 << 20,
         shared_bytes: 228 << 10,
-        clusters: [396, 198, 132, 98, 74, 66, 50, 48, 42, 34, 32, 32, 26, 24, 24, 24],
+        clusters: true,
     };
 
-    /// Blocks that can form a cluster without the driver's special leave: 8 from compute capability 9.0,
-    /// 1 before.
+    /// Blocks that can form a cluster without the driver's special leave.
     pub fn portable_cluster(&self) -> u32 {
-        if self.clusters[0] > 0 { 8 } else { 1 }
+        if self.clusters { 8 } else { 1 }
     }
 }
 
@@ -102,7 +99,7 @@ impl fmt::Display for LaunchShape {
 pub enum RowKernel {
     /// `row_resident`: a block's registers hold the row, which is read once.
     Resident,
-    /// `row_pipelined`: a cluster's shared memory holds the row, which is read once.
+    /// `row_pipelined`: the shared memory of a team of blocks holds the row, which is read once.
     Pipelined,
     /// `row_stream`: the row is read twice, the second time from the L2 cache.
     Stream,
@@ -123,10 +120,8 @@ impl fmt::Display for RowKernel {
 pub struct Preference {
     /// The kernel.
     pub row_kernel: RowKernel,
-    /// Rows that a cluster of `row_pipelined` has room for at once, up to 4.
-    pub stages: u32,
-    /// Blocks of a team of `row_stream` where there are no clusters, a power of two up to 32; 0 for the
-    /// plan's choice.
+    /// Blocks of a team, up to 32, of `row_pipelined` or, where there are no clusters, of `row_stream`, which takes
+    /// powers of two; 0 for the plan's choice.
     pub team: u32,
 }
 
@@ -145,9 +140,7 @@ pub struct Plan {
     pub rows: LaunchShape,
     /// For those that are to be done again.
     pub rows_again: LaunchShape,
-    /// Rows that a cluster of `row_pipelined` has room for at once.
-    pub stages: u32,
-    /// Chunks of a row that a block of a cluster has room for.
+    /// Chunks of a row that a block of `row_pipelined` has room for.
     pub slice_chunks: u32,
     /// Bytes of the rows that are in flight at once: what a second read must find in the L2 cache.
     pub rows_in_flight_bytes: usize,
@@ -160,8 +153,8 @@ pub struct Plan {
 const WARP: usize = 32;
 /// Logits that a thread handles at once, as in kernels/memory.cuh.
 const CHUNK: usize = 8;
-/// As in kernels/row_pipelined.cu.
-const MOST_STAGES: u32 = 4;
+/// From here on `row_pipelined` beats `row_resident`, as measured (docs/performance.md).
+const LEAST_PIPELINED: usize = 4096;
 /// As many as a warp has lanes.
 const MOST_TEAM: usize = WARP;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
@@ -171,14 +164,14 @@ const STREAM_THREADS: usize = 384;
 const RESIDENT_THREADS: usize = 256;
 const RESIDENT_BLOCKS: usize = 2;
 const STREAM_BLOCKS: usize = 2;
-pub(crate) const PIPELINED_THREADS: usize = 288;
-const PIPELINED_BLOCKS: usize = 3;
+const PIPELINED_THREADS: usize = 160;
+const PIPELINED_BLOCKS: usize = 6;
 const TOKEN_THREADS: usize = 256;
 const SELECT_THREADS: usize = 1024;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
 const HELD_BYTES: usize = 128;
-/// Of a block of `row_pipelined`, beside its stages: what its threads share, and what the device takes.
-const PIPELINED_SHARED_BYTES: usize = 736 + 1024;
+/// Of a block of `row_pipelined`, beside its slices: what its threads share, and what the device takes.
+const PIPELINED_SHARED_BYTES: usize = 320 + 1024;
 
 /// Threads for `work` items, `each` of them a thread, up to `most`.
 fn threads(work: usize, each: usize, most: usize) -> u32 {
@@ -198,15 +191,18 @@ fn shape(grid: usize, block: u32, cluster: u32) -> LaunchShape {
 }
 
 impl Plan {
-    /// The plan of a call on a device: by the preferred kernel if that can do the call, else by the first of
+    /// The plan of a call on a device: by the preferred kernel if that can do the call, else by the first that can of
     /// those that read a row once, else by `row_stream`.
     pub fn new(
         device: &DeviceProperties,
         problem: &Problem,
         preferred: Option<Preference>,
     ) -> Self {
-        let by_itself = [RowKernel::Resident, RowKernel::Pipelined, RowKernel::Stream]
-            .map(|row_kernel| Preference { row_kernel, stages: 1, team: 0 });
+        let mut by_itself = [RowKernel::Pipelined, RowKernel::Resident, RowKernel::Stream];
+        if problem.vocab < LEAST_PIPELINED {
+            by_itself.swap(0, 1);
+        }
+        let by_itself = by_itself.map(|row_kernel| Preference { row_kernel, team: 0 });
         preferred
             .into_iter()
             .chain(by_itself)
@@ -215,7 +211,7 @@ impl Plan {
     }
 
     fn with(device: &DeviceProperties, problem: &Problem, choice: Preference) -> Option<Self> {
-        let Preference { row_kernel, stages, team } = choice;
+        let Preference { row_kernel, team } = choice;
         let Problem { tokens, vocab, scopes, .. } = *problem;
         // A row that starts off a chunk's boundary has up to one more.
         let chunks = (vocab + CHUNK - 1).div_ceil(CHUNK);
@@ -225,7 +221,7 @@ impl Plan {
         let (rows, blocks) = match row_kernel {
             RowKernel::Resident => (Self::resident(problem, chunks)?, RESIDENT_BLOCKS),
             RowKernel::Pipelined => {
-                (Self::pipelined(device, problem, chunks, stages)?, PIPELINED_BLOCKS)
+                (Self::pipelined(device, problem, chunks, team)?, PIPELINED_BLOCKS)
             }
             RowKernel::Stream => (Self::stream(device, problem, chunks, team)?, STREAM_BLOCKS),
         };
@@ -248,8 +244,7 @@ impl Plan {
             row_kernel,
             rows,
             rows_again: LaunchShape { grid: rows.grid.min(again as u32), ..rows },
-            stages,
-            slice_chunks: chunks.div_ceil(rows.cluster as usize) as u32,
+            slice_chunks: chunks.div_ceil(a_row) as u32,
             rows_in_flight_bytes: in_flight_bytes(device, problem, a_row),
             terms: shape(tokens.div_ceil(TOKEN_THREADS), TOKEN_THREADS as u32, 1),
             sum: shape(1, threads(tokens, 4, 1024), 1),
@@ -263,27 +258,37 @@ impl Plan {
             .then(|| shape(problem.tokens, threads(chunks, held, RESIDENT_THREADS), 1))
     }
 
-    /// Clusters as small as hold `stages` rows, as many as run at once. Of two blocks at least: in a cluster of
-    /// one there is nobody to push to, and PTX leaves `st.async` undefined.
+    /// Teams as small as hold a row, as many as run at once. The more blocks a multiprocessor has, the more rows it
+    /// works on while it waits for others: fewer, which have more room each, only if the rows that are in flight at
+    /// once are more by a twentieth, or if there is no other way.
     fn pipelined(
         device: &DeviceProperties,
         problem: &Problem,
         chunks: usize,
-        stages: u32,
+        team: u32,
     ) -> Option<LaunchShape> {
-        if !problem.of_one_type() || !problem.aligned_alike || !(1..=MOST_STAGES).contains(&stages)
-        {
+        if !device.clusters || !problem.of_one_type() || !problem.aligned_alike {
             return None;
         }
-        let room = pipelined_room(device.shared_bytes);
-        (1..).zip(device.clusters).skip(1).find_map(|(cluster, at_once)| {
-            let slice = 2 * chunks.div_ceil(cluster) * CHUNK * problem.student.size();
-            let shared = stages as usize * slice;
-            (at_once > 0 && shared <= room).then(|| {
-                let grid = problem.tokens.min(at_once as usize) * cluster;
-                let shape = shape(grid, PIPELINED_THREADS as u32, cluster as u32);
-                LaunchShape { shared: shared as u32, ..shape }
+        let teams = if team > 0 { team as usize..=team as usize } else { 1..=MOST_TEAM };
+        // The size of a team, how many of them, and the bytes of a block.
+        let with = |blocks: usize| {
+            let at_once = device.multiprocessors as usize * blocks;
+            let at_once = at_once.min(ATKD_PIPELINED_BLOCKS as usize);
+            let room = (device.shared_bytes / blocks).saturating_sub(PIPELINED_SHARED_BYTES);
+            teams.clone().take_while(|&team| team <= MOST_TEAM.min(at_once)).find_map(|team| {
+                let shared = 2 * chunks.div_ceil(team) * CHUNK * problem.student.size();
+                (shared <= room).then_some((team, at_once / team, shared))
             })
+        };
+        let mut choices = (1..=PIPELINED_BLOCKS).rev().filter_map(with);
+        let most = choices.next()?;
+        let (team, count, shared) =
+            choices.next().filter(|fewer| 20 * fewer.1 > 21 * most.1).unwrap_or(most);
+        Some(LaunchShape {
+            shared: shared as u32,
+            team: team as u32,
+            ..shape(problem.tokens.min(count) * team, PIPELINED_THREADS as u32, 1)
         })
     }
 
@@ -322,11 +327,6 @@ impl Plan {
     }
 }
 
-/// Bytes of dynamic shared memory that each block of `row_pipelined` can have.
-pub(crate) fn pipelined_room(shared_bytes: usize) -> usize {
-    (shared_bytes / PIPELINED_BLOCKS).saturating_sub(PIPELINED_SHARED_BYTES)
-}
-
 impl Problem {
     /// What the kernels that read a row once are made for.
     fn of_one_type(&self) -> bool {
@@ -349,7 +349,7 @@ mod tests {
         multiprocessors: 108,
         l2_bytes: 40 << 20,
         shared_bytes: 164 << 10,
-        clusters: [0; 16],
+        clusters: false,
     };
 
     fn problem(tokens: usize, vocab: usize, teacher: Dtype, student: Dtype) -> Problem {
@@ -398,33 +398,42 @@ mod tests {
             let held = HELD_BYTES / dtype.size();
             for vocab in (1..300_000).step_by(97).chain([4096, 128_256, 151_936, 262_144]) {
                 let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype), None);
+                let LaunchShape { grid, block, team, shared, .. } = plan.rows;
                 // Up to 7 places before the row in its first chunk.
                 let room = match plan.row_kernel {
-                    RowKernel::Resident => plan.rows.block as usize * held,
+                    RowKernel::Resident => block as usize * held,
                     RowKernel::Pipelined => {
-                        assert!(
-                            plan.rows.grid / plan.rows.cluster <= 396 && plan.rows.block == 160
-                        );
-                        (plan.rows.shared * plan.rows.cluster) as usize / (2 * dtype.size())
+                        let a_multiprocessor = grid.div_ceil(H200.multiprocessors) as usize;
+                        let taken = a_multiprocessor * (shared as usize + PIPELINED_SHARED_BYTES);
+                        assert!(taken <= H200.shared_bytes && block == 160, "{vocab}: {plan:?}");
+                        (shared * team) as usize / (2 * dtype.size())
                     }
-                    RowKernel::Stream => continue,
+                    RowKernel::Stream => unreachable!(),
                 };
                 assert!(room >= vocab + 7, "{vocab} {dtype}: {plan:?}");
             }
         }
         let rows = |vocab, dtype| {
             let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype), None);
-            (plan.row_kernel, plan.rows.block, plan.rows.cluster)
+            (plan.row_kernel, plan.rows.grid, plan.rows.team)
         };
-        assert_eq!(rows(4096, Dtype::Bf16), (RowKernel::Resident, 96, 1));
-        assert_eq!(rows(16_377, Dtype::Bf16), (RowKernel::Resident, 256, 1));
-        for (vocab, cluster) in
-            [(16_378, 2), (32_000, 2), (50_257, 3), (128_256, 7), (152_064, 8), (262_144, 14)]
-        {
-            assert_eq!(rows(vocab, Dtype::F16), (RowKernel::Pipelined, 160, cluster), "{vocab}");
+        assert_eq!(rows(4000, Dtype::Bf16), (RowKernel::Resident, 8192, 1));
+        for (vocab, grid, team) in [
+            (4096, 792, 1),
+            (8192, 792, 1),
+            (16_377, 792, 2),
+            (32_000, 660, 3),
+            (50_257, 792, 6),
+            (128_256, 784, 14),
+            (151_936, 782, 17),
+            (262_144, 784, 28),
+        ] {
+            assert_eq!(rows(vocab, Dtype::F16), (RowKernel::Pipelined, grid, team), "{vocab}");
         }
-        assert_eq!(rows(131_072, Dtype::F32), (RowKernel::Pipelined, 160, 14));
-        assert_eq!(rows(400_000, Dtype::Bf16).0, RowKernel::Stream);
+        // Fewer blocks with more room each, where the most that a multiprocessor has would be more than a team's.
+        assert_eq!(rows(262_144, Dtype::F32), (RowKernel::Pipelined, 392, 28));
+        assert_eq!(rows(1_000_000, Dtype::Bf16).0, RowKernel::Pipelined);
+        assert_eq!(rows(2_000_000, Dtype::Bf16).0, RowKernel::Stream);
         let a100 = |vocab| Plan::new(&A100, &problem(8192, vocab, Dtype::F32, Dtype::F32), None);
         assert_eq!(a100(8000).row_kernel, RowKernel::Resident);
         assert_eq!(a100(9000).row_kernel, RowKernel::Stream);
@@ -439,13 +448,14 @@ mod tests {
     }
 
     #[test]
-    fn stages_take_larger_clusters() {
-        let rows = |stages| {
+    fn teams_of_a_wanted_size() {
+        let rows = |team| {
             let problem = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
-            let choice = Preference { row_kernel: RowKernel::Pipelined, stages, team: 0 };
-            Plan::with(&H200, &problem, choice).map(|plan| plan.rows.cluster)
+            let choice = Preference { row_kernel: RowKernel::Pipelined, team };
+            Plan::with(&H200, &problem, choice).map(|plan| (plan.rows.grid, plan.rows.team))
         };
-        assert_eq!([0, 1, 2, 3, 4, 5].map(rows), [None, Some(2), Some(4), Some(6), Some(7), None]);
+        let expected = [Some((132, 1)), Some((396, 2)), Some((660, 3)), Some((768, 32)), None];
+        assert_eq!([1, 2, 3, 32, 33].map(rows), expected);
     }
 
     #[test]
@@ -479,7 +489,7 @@ mod tests {
                 for preferred in [0, 1, 2, 16, 32] {
                     let problem = problem(tokens, 256_000, Dtype::F32, Dtype::F16);
                     let team = preferred;
-                    let choice = Preference { row_kernel: RowKernel::Stream, stages: 1, team };
+                    let choice = Preference { row_kernel: RowKernel::Stream, team };
                     let Some(plan) = Plan::with(&device, &problem, choice) else {
                         assert!(preferred > 2 * multiprocessors);
                         continue;
@@ -494,7 +504,7 @@ mod tests {
             }
         }
         for team in [3, 64] {
-            let choice = Preference { row_kernel: RowKernel::Stream, stages: 1, team };
+            let choice = Preference { row_kernel: RowKernel::Stream, team };
             let problem = problem(9, 9, Dtype::F32, Dtype::F16);
             assert_eq!(Plan::with(&A100, &problem, choice), None);
         }

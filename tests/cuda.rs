@@ -282,16 +282,18 @@ fn in_place_beside_and_again_are_the_same_bits() {
 #[test]
 fn every_kernel_for_rows() {
     // The simulated device 3 has no clusters.
-    for (device, row_kernel, stages, team) in [
-        (0, RowKernel::Resident, 1, 0),
-        (0, RowKernel::Pipelined, 1, 0),
-        (0, RowKernel::Pipelined, 3, 0),
-        (0, RowKernel::Stream, 1, 0),
-        (3, RowKernel::Stream, 1, 0),
-        (3, RowKernel::Stream, 1, 4),
+    for (device, row_kernel, team) in [
+        (0, RowKernel::Resident, 0),
+        (0, RowKernel::Pipelined, 0),
+        (0, RowKernel::Pipelined, 1),
+        (0, RowKernel::Pipelined, 3),
+        (0, RowKernel::Pipelined, 32),
+        (0, RowKernel::Stream, 0),
+        (3, RowKernel::Stream, 0),
+        (3, RowKernel::Stream, 4),
     ] {
         let Some(gpu) = Gpu::or_skip(device) else { continue };
-        let preferred = Some(Preference { row_kernel, stages, team });
+        let preferred = Some(Preference { row_kernel, team });
         let kernels = Kernels::load_preferring(&gpu.context, preferred).unwrap();
         let gpu = Gpu { context: gpu.context.clone(), stream: gpu.stream.clone(), kernels };
         for (tokens, vocab) in [(900, 40), (7, 1003), (3, 20_011)] {

@@ -22,37 +22,36 @@ fn the_kernels_pass_the_battery() {
     pass_the_battery(Simulation::default());
 }
 
-fn preferring(row_kernel: RowKernel, stages: u32) -> Simulation {
-    let preferred = Some(Preference { row_kernel, stages, team: 0 });
+fn preferring(row_kernel: RowKernel, team: u32) -> Simulation {
+    let preferred = Some(Preference { row_kernel, team });
     Simulation { preferred, ..Simulation::default() }
 }
 
 #[test]
 fn the_kernels_pass_the_battery_with_every_row_read_twice() {
-    pass_the_battery(Simulation { seed: 1, ..preferring(RowKernel::Stream, 1) });
+    pass_the_battery(Simulation { seed: 1, ..preferring(RowKernel::Stream, 0) });
 }
 
-/// Rows in the shared memory of few clusters, each of which has many to do.
-fn pipelined(cluster: usize, at_once: u32, stages: u32) -> Simulation {
-    let mut simulation = preferring(RowKernel::Pipelined, stages);
-    simulation.device.clusters = [0; 16];
-    simulation.device.clusters[cluster - 1] = at_once;
-    // However large, so that small clusters hold large rows too.
+/// Rows in the shared memory of few teams, each of which has many to do.
+fn pipelined(team: u32, teams: u32) -> Simulation {
+    let mut simulation = preferring(RowKernel::Pipelined, team);
+    simulation.device.multiprocessors = (team * teams).div_ceil(3);
+    // However large, so that small teams hold large rows too.
     simulation.device.shared_bytes = 16 << 20;
     simulation
 }
 
 #[test]
 fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
-    pass_the_battery(Simulation { seed: 2, ..pipelined(2, 1, 1) });
-    pass_the_battery(Simulation { seed: 3, guess: 0, ..pipelined(3, 2, 2) });
+    pass_the_battery(Simulation { seed: 2, ..pipelined(1, 1) });
+    pass_the_battery(Simulation { seed: 3, guess: 0, ..pipelined(3, 2) });
 }
 
 /// Rows read twice by few teams, each of which has many to do.
 fn in_teams(team: u32, teams: u32) -> Simulation {
-    let preferred = Some(Preference { row_kernel: RowKernel::Stream, stages: 1, team });
+    let preferred = Some(Preference { row_kernel: RowKernel::Stream, team });
     let mut simulation = Simulation { preferred, ..Simulation::default() };
-    simulation.device.clusters = [0; 16];
+    simulation.device.clusters = false;
     simulation.device.multiprocessors = (team * teams).div_ceil(2);
     simulation
 }
@@ -122,7 +121,7 @@ impl Input {
 
 /// Every row is read twice, by such blocks and clusters.
 fn streamed(block: u32, cluster: u32, seed: u64) -> Simulation {
-    let mut simulation = Simulation { block, cluster, seed, ..preferring(RowKernel::Stream, 1) };
+    let mut simulation = Simulation { block, cluster, seed, ..preferring(RowKernel::Stream, 0) };
     // No cache to speak of, so that every row long enough is a whole cluster's.
     simulation.device.l2_bytes = 1;
     simulation
@@ -136,8 +135,8 @@ fn the_schedule_changes_no_bit() {
             for simulation in [
                 streamed(32, cluster, 0),
                 streamed(96, cluster, 0),
-                pipelined(cluster as usize, 1, 1),
-                pipelined(cluster as usize, 2, 2),
+                pipelined(cluster, 1),
+                pipelined(cluster + 1, 2),
                 in_teams(2, 1),
                 in_teams(4, 2),
                 Simulation { block: 32, ..in_teams(32, 1) },
@@ -181,7 +180,7 @@ fn teams_of_any_number() {
 #[test]
 fn planned_teams() {
     let mut simulation = Simulation::default();
-    simulation.device.clusters = [0; 16];
+    simulation.device.clusters = false;
     simulation.device.multiprocessors = 3;
     simulation.device.l2_bytes = 1;
     let mut input = Input::new(7, 20_011);
@@ -198,7 +197,7 @@ fn planned_teams() {
 /// Blocks and clusters as the plan for an H200 has them, where rows are read twice.
 #[test]
 fn planned_shapes() {
-    let planned = Simulation { block: 1024, cluster: 8, ..preferring(RowKernel::Stream, 1) };
+    let planned = Simulation { block: 1024, cluster: 8, ..preferring(RowKernel::Stream, 0) };
     let mut input = Input::new(140, 50_257);
     // Only the first rows count; the plan is for all, of which clusters of 4 hold half a cache.
     input.labels[3..].fill(-100);
@@ -237,7 +236,7 @@ fn in_place() {
         let input = Input::new(4, vocab);
         let objective = Objective::kl().with_ce_weight(0.5).unwrap();
         for simulation in
-            [streamed(64, cluster, 0), pipelined(cluster as usize, 1, 2), in_teams(4, 2)]
+            [streamed(64, cluster, 0), pipelined(cluster + 1, 2), in_teams(4, 2)]
         {
             let simulation = |seed| Simulation { seed, ..simulation };
             let (output, gradient, _) = input.run(simulation(3), &objective, Extra::default());
@@ -412,25 +411,22 @@ fn kernels_read_and_write_what_they_should() {
 /// Rows that are held on chip are read once and the gradient is written once: three volumes.
 #[test]
 fn rows_on_chip_are_read_once() {
-    for (vocab, kernel) in [
-        (4096, "row_resident_bf16"),
-        (32_000, "row_pipelined_bf16"),
-        (50_257, "row_pipelined_bf16"),
-        (128_256, "row_pipelined_bf16"),
-        (262_144, "row_pipelined_bf16"),
+    for (vocab, kernel, blocks) in [
+        (4096, "row_resident_bf16", 1),
+        (32_000, "row_pipelined_bf16", 4),
+        (50_257, "row_pipelined_bf16", 6),
+        (128_256, "row_pipelined_bf16", 14),
+        (262_144, "row_pipelined_bf16", 28),
     ] {
         let input = Input::new(2, vocab);
         let (_, _, traffic) = input.run(Simulation::default(), &Objective::kl(), Extra::default());
         let volume = (input.tokens * vocab * 2) as u64;
-        // Beside them the target, and the ends of a row that starts off a boundary up to three times.
+        // Beside them the target, by each block of a team.
         let target = 2 * input.tokens as u64;
-        let ends = if vocab % 8 == 0 { 0 } else { 2 * 14 * target };
         for buffer in ["teacher", "student"] {
-            let (read, written) = bytes(&traffic, kernel, buffer);
-            assert!((volume + target..=volume + target + ends).contains(&read), "{vocab}: {read}");
-            assert_eq!(written, 0);
+            assert_eq!(bytes(&traffic, kernel, buffer), (volume + blocks * target, 0), "{vocab}");
         }
-        // A cluster writes the target's own gradient over what the others of its chunk came with.
+        // A team writes the target's own gradient over what the others of its chunk came with.
         let (_, written, accesses) = counts(&traffic, kernel, "gradient");
         let again = if kernel == "row_resident_bf16" { 0 } else { target };
         assert_eq!(written, volume + again);
@@ -446,7 +442,7 @@ fn a_guess_changes_nothing_but_the_work() {
     input.labels[5] = -100;
     let objective = Objective::default().with_ce_weight(0.1).unwrap();
     for simulation in
-        [streamed(64, 2, 1), pipelined(2, 3, 1), in_teams(2, 3), Simulation::default()]
+        [streamed(64, 2, 1), pipelined(2, 3), in_teams(2, 3), Simulation::default()]
     {
         let run = |guess| {
             let simulation = Simulation { guess, ..simulation };
@@ -468,8 +464,9 @@ fn a_guess_changes_nothing_but_the_work() {
             .map(|token| (token.margin as f32).to_bits() | 1 << 31)
             .min()
             .unwrap();
-        assert_eq!(run(threshold), (expected.clone(), 0));
-        assert_eq!(run(threshold + 1), (expected, 1));
+        // A gradient decides by a margin that rounding may have left a few units of the last place from the key's.
+        assert_eq!(run(threshold - 16), (expected.clone(), 0));
+        assert_eq!(run(threshold + 16), (expected, 1));
     }
 }
 
@@ -620,11 +617,6 @@ unsafe extern "C" {
     fn broken_remote(parameters: &Broken);
     fn broken_team(parameters: &Broken);
     fn broken_rank(parameters: &Broken);
-    fn broken_unwaited_push(parameters: &Broken);
-    fn broken_push_to_the_ended(parameters: &Broken);
-    fn broken_lonely_push(parameters: &Broken);
-    fn broken_large_push(parameters: &Broken);
-    fn broken_small_push(parameters: &Broken);
     fn broken_unwaited_read(parameters: &Broken);
     fn broken_early_parity(parameters: &Broken);
     fn broken_late_parity(parameters: &Broken);
@@ -632,19 +624,13 @@ unsafe extern "C" {
     fn broken_many_bytes(parameters: &Broken);
     fn broken_arrivals(parameters: &Broken);
     fn broken_early_barrier(parameters: &Broken);
-    fn broken_refill(parameters: &Broken);
-    fn broken_rewrite(parameters: &Broken);
     fn broken_refill_of_the_read(parameters: &Broken);
-    fn broken_unfenced(parameters: &Broken);
-    fn broken_unwritten_staged(parameters: &Broken);
     fn broken_bulk_alignment(parameters: &Broken);
     fn broken_bulk_size(parameters: &Broken);
     fn broken_bulk_outside(parameters: &Broken);
     fn broken_staged_bounds(parameters: &Broken);
-    fn broken_unwaited_store(parameters: &Broken);
-    fn broken_uncommitted_store(parameters: &Broken);
     fn broken_unwaited_load(parameters: &Broken);
-    fn broken_early_read(parameters: &Broken);
+    fn broken_post(parameters: &Broken);
     fn staged_rows(parameters: &StagedRows);
 }
 
@@ -678,7 +664,6 @@ fn a_missing_barrier_shows_in_the_schedule() {
     for (kernel, cluster) in [
         (broken_missing_barrier as Kernel<Broken>, 1),
         (broken_missing_cluster_barrier, 2),
-        (broken_early_read, 1),
     ] {
         let results: Vec<_> = (0..9).map(|seed| broken(kernel, cluster, seed).unwrap()).collect();
         assert!(results.iter().any(|result| *result != results[0]));
@@ -709,6 +694,8 @@ fn teams_that_never_meet() {
     ] {
         assert!(fault.contains(words), "{words:?} is not in {fault:?}");
     }
+    let fault = broken_in(TEAM, broken_post, 3).unwrap_err();
+    assert!(fault.contains("32 threads (first 0) of block 1 wait for their team in line"), "{fault}");
 }
 
 #[test]
@@ -729,37 +716,15 @@ fn shared_memory_that_nobody_wrote() {
 #[test]
 fn bulk_copies_that_nobody_waited_for() {
     let load = "staged memory before a wait for the bulk load that fills it";
-    let store = "staged memory before a wait for the bulk store that reads it";
     caught(broken_unwaited_read, 1, &["read of", load]);
     // The phase before the first is over, until the first is.
     for seed in 0..9 {
         let fault = broken(broken_early_parity, 1, seed).unwrap_err();
         assert!(fault.contains(load) || fault.contains("wait for phase 1 of full[0]"), "{fault}");
     }
-    caught(broken_refill, 1, &["thread 0", "bulk load of", store, "byte 0"]);
-    caught(broken_rewrite, 1, &["write of", store]);
-    caught(broken_unwaited_store, 1, &["thread 0", "ended without a wait for its bulk stores"]);
-    caught(broken_uncommitted_store, 1, &["thread 0", "bulk store that it did not commit"]);
     caught(broken_unwaited_load, 1, &["block ended without a wait for a bulk load"]);
     let results = (0..9).map(|seed| broken(broken_refill_of_the_read, 1, seed));
     assert!(results.into_iter().any(|result| result.is_err_and(|fault| fault.contains(load))));
-}
-
-#[test]
-fn pushes_that_nobody_waited_for() {
-    // What has not come cannot be read; but it may have come.
-    let results = (0..9).map(|seed| broken(broken_unwaited_push, 2, seed));
-    let words = "nobody has written: cells[0]";
-    assert!(results.into_iter().any(|result| result.is_err_and(|fault| fault.contains(words))));
-    let results = (0..9).map(|seed| broken(broken_push_to_the_ended, 2, seed));
-    let words = "ended before a push to it came";
-    assert!(results.into_iter().any(|result| result.is_err_and(|fault| fault.contains(words))));
-    for seed in 0..9 {
-        let fault = broken(broken_large_push, 2, seed).unwrap_err();
-        assert!(fault.contains("8 bytes more come than come[0] expects"), "{fault}");
-    }
-    caught(broken_lonely_push, 1, &["push in a cluster of one block"]);
-    caught(broken_small_push, 2, &["deadlock", "wait for phase 0 of come[0] in line"]);
 }
 
 #[test]
@@ -788,8 +753,6 @@ fn bulk_copies_that_a_gpu_would_punish() {
     caught(broken_bulk_size, 1, &["bulk load of 24 bytes"]);
     caught(broken_bulk_outside, 1, &["read of 512 bytes outside the buffers", "byte 0 of data"]);
     caught(broken_staged_bounds, 1, &["bulk load of 256 bytes outside", "byte 384 of 512"]);
-    caught(broken_unfenced, 1, &["bulk store", "written without a fence"]);
-    caught(broken_unwritten_staged, 1, &["bulk store", "nobody has written"]);
 }
 
 /// From buffer to buffer, and in place.
@@ -812,7 +775,7 @@ fn staged_rows_for_any_schedule() {
         unsafe { run("rows", shape, seed, staged_rows, &parameters, &mut buffers) }.unwrap();
         let counts = buffers.map(|b| (b.read, b.written, b.accesses));
         let rows = 2 * u64::from(ROWS);
-        assert_eq!(counts, [(bytes, 0, 2 * rows), (0, bytes, rows)]);
+        assert_eq!(counts, [(bytes, 0, 2 * rows), (0, bytes, 64 * rows)]);
         assert_eq!(words(&to), expected, "seed {seed}");
 
         let mut memory = numbers.clone();

@@ -29,11 +29,8 @@ pub struct RowKernelArgs {
     /// A kernel for rows other than the plan's choice, wherever it can do the call; only with cuda
     #[arg(long, value_enum)]
     row_kernel: Option<RowKernelName>,
-    /// Rows that a cluster of the pipelined kernel has room for at once, up to 4
-    #[arg(long, default_value_t = 1, requires = "row_kernel")]
-    stages: u32,
-    /// Blocks that share a row of the stream kernel on a device without clusters, a power of two up to 32; 0
-    /// for the plan's choice
+    /// Blocks that share a row, up to 32, of the pipelined kernel, or of the stream kernel on a device without
+    /// clusters, where it is a power of two; 0 for the plan's choice
     #[arg(long, default_value_t = 0, requires = "row_kernel")]
     team: u32,
 }
@@ -42,7 +39,7 @@ pub struct RowKernelArgs {
 enum RowKernelName {
     /// A block's registers hold a row
     Resident,
-    /// A cluster's shared memory holds a row
+    /// The shared memory of a team of blocks holds a row
     Pipelined,
     /// A row is read twice
     Stream,
@@ -58,7 +55,7 @@ impl RowKernelArgs {
         };
         match choice.backend()? {
             Backend::Cuda(kernels) => {
-                let preferred = Preference { row_kernel, stages: self.stages, team: self.team };
+                let preferred = Preference { row_kernel, team: self.team };
                 Ok(Backend::Cuda(Kernels::load_preferring(kernels.context(), Some(preferred))?))
             }
             other => bail!("--row-kernel chooses among CUDA kernels, but the backend is {other}"),

@@ -89,7 +89,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     ] {
         table.add_row([kernel, &shape.to_string()]);
     }
-    let cluster = plan.rows.cluster;
+    let team = plan.rows.team;
     let a_row = match (plan.rows.blocks_a_row(), plan.rows.team) {
         (1, _) => "With a block a row".into(),
         (blocks, 1) => format!("In clusters of {blocks}"),
@@ -100,13 +100,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "A row of both models fits the registers of a block, so each logit is read once.".into()
         }
         RowKernel::Pipelined => format!(
-            "A row of both models is more than a block's registers hold. The shared memory of a cluster of \
-             {cluster} holds it, three blocks to a multiprocessor, so each logit is read once. {} clusters \
-             run at once, and take turns at the rows.",
-            plan.rows.grid / cluster
+            "A row of both models is more than a block's registers hold. The shared memory of a team of {team} \
+             holds it, three blocks to a multiprocessor, so each logit is read once. {} teams run at once, and \
+             take turns at the rows.",
+            plan.rows.grid / team
         ),
         RowKernel::Stream => format!(
-            "No cluster here holds a row of both models, so it is read twice. {a_row}, the \
+            "No team here holds a row of both models, so it is read twice. {a_row}, the \
              rows in flight at once are {:.1} MB, which the second read {} in the L2 cache (half of it is \
              taken as safe).",
             plan.rows_in_flight_bytes as f64 / 1e6,

@@ -124,79 +124,11 @@ template <class Barriers> void make(Barriers &full) {
     ATKD_SYNC_BLOCK();
 }
 
-// Each of two blocks pushes 16 bytes to the other, which expects so many.
-template <class Barriers, class Cells>
-void exchange(const atkd_broken &p, Barriers &come, Cells &cells, uint32_t expected) {
-    if (thread_index() == 0) {
-        ATKD_INIT_BARRIER(come, 0, 1);
-        publish_barriers();
-    }
-    ATKD_SYNC_CLUSTER();
-    if (thread_index() == 0) {
-        ATKD_EXPECT(come, 0, expected);
-        ATKD_PUSH(cells, 0, 1 - cluster_rank(), Bytes16({load(p.data)}), come, 0);
-    }
-}
-
-ATKD_KERNEL(broken_unwaited_push, atkd_broken, 32, 1) {
-    ATKD_SHARED(Barrier, come, 1);
-    ATKD_SHARED(Bytes16, cells, 1);
-    exchange(p, come, cells, 16);
-    ATKD_SYNC_CLUSTER();
-    store(p.data + block_index() * 32 + thread_index(), Bytes16(cells[0]).word[0]);
-}
-
-// The block does not wait for what is pushed to it.
-ATKD_KERNEL(broken_push_to_the_ended, atkd_broken, 32, 1) {
-    ATKD_SHARED(Barrier, come, 1);
-    ATKD_SHARED(Bytes16, cells, 1);
-    exchange(p, come, cells, 16);
-}
-
-// To the block itself, which is alone.
-ATKD_KERNEL(broken_lonely_push, atkd_broken, 64, 1) {
-    ATKD_SHARED(Barrier, come, 1);
-    ATKD_SHARED(Bytes16, cells, 1);
-    make(come);
-    if (thread_index() == 0) {
-        ATKD_EXPECT(come, 0, 16);
-        ATKD_PUSH(cells, 0, 0, Bytes16({load(p.data)}), come, 0);
-    }
-    ATKD_WAIT_FOR_PUSHES(come, 0, 0);
-}
-
-ATKD_KERNEL(broken_large_push, atkd_broken, 32, 1) {
-    ATKD_SHARED(Barrier, come, 1);
-    ATKD_SHARED(Bytes16, cells, 1);
-    exchange(p, come, cells, 8);
-    ATKD_WAIT_FOR_PUSHES(come, 0, 0);
-}
-
-ATKD_KERNEL(broken_small_push, atkd_broken, 32, 1) {
-    ATKD_SHARED(Barrier, come, 1);
-    ATKD_SHARED(Bytes16, cells, 1);
-    exchange(p, come, cells, 24);
-    ATKD_WAIT_FOR_PUSHES(come, 0, 0);
-}
-
 template <class Barriers>
 void load_all(const atkd_broken &p, StagedMemory staged, Barriers &full, uint32_t expected = ALL) {
     if (thread_index() == 0) {
         ATKD_EXPECT(full, 0, expected);
         ATKD_BULK_LOAD(staged, 0, p.data, ALL, full, 0);
-    }
-}
-
-void store_all(const atkd_broken &p, StagedMemory staged) {
-    bulk_store(p.data, staged, 0, ALL);
-    commit_bulk_stores();
-}
-
-void add_one(StagedMemory staged) {
-    if (thread_index() < ALL / 16) {
-        Bytes16 value = load_staged(staged, 16 * thread_index());
-        value.word[0]++;
-        store_staged(staged, 16 * thread_index(), value);
     }
 }
 
@@ -210,7 +142,7 @@ ATKD_KERNEL(broken_unwaited_read, atkd_broken, 64, 1) {
     if (thread_index() == 63) {
         ATKD_WAIT(full, 0, 0);
     }
-    add_one(staged);
+    store(p.data + thread_index(), load_staged(staged, 0).word[0]);
 }
 
 ATKD_KERNEL(broken_early_parity, atkd_broken, 64, 1) {
@@ -220,7 +152,7 @@ ATKD_KERNEL(broken_early_parity, atkd_broken, 64, 1) {
     load_all(p, staged, full);
     ATKD_SYNC_BLOCK();
     ATKD_WAIT(full, 0, 1);
-    add_one(staged);
+    store(p.data + thread_index(), load_staged(staged, 0).word[0]);
 }
 
 ATKD_KERNEL(broken_late_parity, atkd_broken, 64, 1) {
@@ -275,31 +207,6 @@ ATKD_KERNEL(broken_early_barrier, atkd_broken, 64, 1) {
     store(p.data + thread_index(), 1u);
 }
 
-ATKD_KERNEL(broken_refill, atkd_broken, 64, 1) {
-    ATKD_STAGED(staged);
-    ATKD_SHARED(Barrier, full, 1);
-    make(full);
-    load_all(p, staged, full);
-    ATKD_WAIT(full, 0, 0);
-    if (thread_index() == 0) {
-        store_all(p, staged);
-    }
-    load_all(p, staged, full);
-}
-
-ATKD_KERNEL(broken_rewrite, atkd_broken, 64, 1) {
-    ATKD_STAGED(staged);
-    ATKD_SHARED(Barrier, full, 1);
-    make(full);
-    load_all(p, staged, full);
-    ATKD_WAIT(full, 0, 0);
-    if (thread_index() == 0) {
-        store_all(p, staged);
-    }
-    ATKD_SYNC_BLOCK();
-    add_one(staged);
-}
-
 // Some threads still read what others refill.
 ATKD_KERNEL(broken_refill_of_the_read, atkd_broken, 64, 1) {
     ATKD_STAGED(staged);
@@ -312,29 +219,6 @@ ATKD_KERNEL(broken_refill_of_the_read, atkd_broken, 64, 1) {
         load_staged(staged, 0);
     }
     ATKD_WAIT(full, 0, 1);
-}
-
-ATKD_KERNEL(broken_unfenced, atkd_broken, 64, 1) {
-    ATKD_STAGED(staged);
-    ATKD_SHARED(Barrier, full, 1);
-    make(full);
-    load_all(p, staged, full);
-    ATKD_WAIT(full, 0, 0);
-    fence_bulk();
-    add_one(staged);
-    ATKD_SYNC_BLOCK();
-    if (thread_index() == 0) {
-        store_all(p, staged);
-        wait_bulk_stores();
-    }
-}
-
-ATKD_KERNEL(broken_unwritten_staged, atkd_broken, 64, 1) {
-    ATKD_STAGED(staged);
-    if (thread_index() == 0) {
-        store_all(p, staged);
-        wait_bulk_stores();
-    }
 }
 
 ATKD_KERNEL(broken_bulk_alignment, atkd_broken, 64, 1) {
@@ -366,52 +250,11 @@ ATKD_KERNEL(broken_staged_bounds, atkd_broken, 64, 1) {
     ATKD_BULK_LOAD(staged, 512 - 128, p.data, ALL, full, 0);
 }
 
-ATKD_KERNEL(broken_unwaited_store, atkd_broken, 64, 1) {
-    ATKD_STAGED(staged);
-    ATKD_SHARED(Barrier, full, 1);
-    make(full);
-    load_all(p, staged, full);
-    ATKD_WAIT(full, 0, 0);
-    if (thread_index() == 0) {
-        store_all(p, staged);
-        wait_bulk_stores_read();
-    }
-}
-
-ATKD_KERNEL(broken_uncommitted_store, atkd_broken, 64, 1) {
-    ATKD_STAGED(staged);
-    ATKD_SHARED(Barrier, full, 1);
-    make(full);
-    load_all(p, staged, full);
-    ATKD_WAIT(full, 0, 0);
-    if (thread_index() == 0) {
-        bulk_store(p.data, staged, 0, ALL);
-        wait_bulk_stores();
-    }
-}
-
 ATKD_KERNEL(broken_unwaited_load, atkd_broken, 64, 1) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
     load_all(p, staged, full);
-}
-
-// Global memory is read before the bulk store that writes it is waited for.
-ATKD_KERNEL(broken_early_read, atkd_broken, 64, 1) {
-    ATKD_STAGED(staged);
-    if (thread_index() == 0) {
-        store_staged(staged, 0, {{7, 7, 7, 7}});
-        fence_bulk();
-        bulk_store(p.data, staged, 0, 16);
-        commit_bulk_stores();
-        wait_bulk_stores_read();
-    }
-    ATKD_SYNC_BLOCK();
-    store(p.data + thread_index(), load(p.data + thread_index() % 4));
-    if (thread_index() == 0) {
-        wait_bulk_stores();
-    }
 }
 
 typedef struct {
@@ -425,14 +268,14 @@ ATKD_KERNEL(staged_rows, atkd_staged_rows, 64, 1) {
     constexpr uint32_t BYTES = 1024;
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 2);
-    ATKD_SHARED(Barrier, done, 2);
+    ATKD_SHARED(Barrier, read, 2);
     const uint32_t *from = p.from + block_index() * p.rows * (BYTES / 4);
     uint32_t *to = p.to + block_index() * p.rows * (BYTES / 4);
     bool copies = thread_index() == 0;
     if (copies) {
         for (uint32_t stage = 0; stage < 2; stage++) {
             ATKD_INIT_BARRIER(full, stage, 1);
-            ATKD_INIT_BARRIER(done, stage, 64);
+            ATKD_INIT_BARRIER(read, stage, 64);
         }
         publish_barriers();
     }
@@ -440,7 +283,9 @@ ATKD_KERNEL(staged_rows, atkd_staged_rows, 64, 1) {
     for (uint32_t row = 0; row <= p.rows; row++) {
         if (copies && row < p.rows) {
             uint32_t stage = row % 2;
-            wait_bulk_stores_read();
+            if (row >= 2) {
+                ATKD_WAIT(read, stage, (row - 2) / 2 % 2);
+            }
             ATKD_EXPECT(full, stage, BYTES);
             // In two parts, the last one first.
             const uint32_t *at = from + row * (BYTES / 4);
@@ -449,23 +294,25 @@ ATKD_KERNEL(staged_rows, atkd_staged_rows, 64, 1) {
         }
         if (row > 0) {
             uint32_t stage = (row - 1) % 2, parity = (row - 1) / 2 % 2;
-            uint32_t at = stage * BYTES + 16 * thread_index();
             ATKD_WAIT(full, stage, parity);
-            Bytes16 value = load_staged(staged, at);
+            Bytes16 value = load_staged(staged, stage * BYTES + 16 * thread_index());
+            ATKD_ARRIVE(read, stage);
             for (uint32_t i = 0; i < 4; i++) {
                 value.word[i]++;
             }
-            store_staged(staged, at, value);
-            fence_bulk();
-            ATKD_ARRIVE(done, stage);
-            if (copies) {
-                ATKD_WAIT(done, stage, parity);
-                bulk_store(to + (row - 1) * (BYTES / 4), staged, stage * BYTES, BYTES);
-                commit_bulk_stores();
-            }
+            store16(to + (row - 1) * (BYTES / 4) + 4 * thread_index(), value);
         }
     }
-    if (copies) {
-        wait_bulk_stores();
+}
+
+// What is told has another number than what is waited for.
+ATKD_KERNEL(broken_post, atkd_broken, 32, 1) {
+    auto *at = reinterpret_cast<Bytes16 *>(p.data);
+    if (block_index() == 0) {
+        post16(at, {{1, 2, 3, 2 * 7}});
+    } else {
+        Bytes16 value;
+        ATKD_WAIT_FOR_POST(value, at, 8);
+        store(p.data + 8 + thread_index(), value.word[0]);
     }
 }

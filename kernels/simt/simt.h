@@ -3,7 +3,7 @@
 //
 // It is a test instrument. Every access to global memory is checked against the buffers given and for
 // alignment, and counted; shared memory knows which of its elements were written; a barrier that some
-// threads never reach is an error and not a hang. Bulk copies are done at any time until they are waited for.
+// threads never reach is an error and not a hang. Bulk loads are done at any time until they are waited for.
 #pragma once
 
 #include <algorithm>
@@ -28,18 +28,11 @@ void simt_changed(const uint32_t *at);
 void simt_wait_for_change(const uint32_t *at, uint32_t line);
 // 16 bytes of staged memory.
 void simt_load_staged(uint32_t offset, void *to);
-void simt_store_staged(uint32_t offset, const void *from);
 void simt_init_barrier(struct Barrier *barrier, uint32_t arrivals);
 // Expects so many bytes more.
 void simt_arrive(struct Barrier *barrier, uint32_t bytes);
 void simt_wait_for(struct Barrier *barrier, uint32_t parity, uint32_t line);
-// To an element of shared memory of block `rank`.
-void simt_push(uint32_t rank, void *to, uint8_t *written, const void *from, uint32_t bytes, struct Barrier *barrier);
 void simt_bulk_load(uint32_t offset, const void *from, uint32_t bytes, struct Barrier *barrier);
-void simt_bulk_store(void *to, uint32_t offset, uint32_t bytes);
-void simt_commit_bulk_stores();
-void simt_wait_bulk_stores(bool written);
-void simt_fence_bulk();
 // Shared memory for the declaration `slot` of block `rank` of the cluster, zeroed when the block starts.
 void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 // Ends the launch with an error.
@@ -66,9 +59,6 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 #define ATKD_ARRIVE(array, index) simt_arrive((array).barrier(index), 0)
 #define ATKD_EXPECT(array, index, bytes) simt_arrive((array).barrier(index), bytes)
 #define ATKD_WAIT(array, index, parity) simt_wait_for((array).barrier(index), parity, __LINE__)
-#define ATKD_WAIT_FOR_PUSHES(array, index, parity) ATKD_WAIT(array, index, parity)
-#define ATKD_PUSH(array, index, rank, value, barriers, which)                                                 \
-    (array).push(index, rank, value, (barriers).of_block(rank).barrier(which))
 #define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
     bulk_load(staged, offset, global, bytes, (array).barrier(index))
 
@@ -110,18 +100,7 @@ template <class T, uint32_t N> class SharedArray {
     SharedArray(uint64_t slot, uint32_t rank, const char *name)
         : cells_(static_cast<Cells *>(simt_shared(slot, sizeof(Cells), rank))), slot_(slot), name_(name) {}
 
-    SharedArray of_block(uint32_t rank) const { return SharedArray(slot_, rank, name_); }
-
-    T remote(uint32_t index, uint32_t rank) const { return of_block(rank)[index]; }
-
-    // Nobody can read the element until it has come.
-    void push(uint32_t index, uint32_t rank, const T &value, Barrier *barrier) const {
-        if (index >= N) {
-            simt_fault("push outside an array in shared memory", name_, index);
-        }
-        Cells *cells = of_block(rank).cells_;
-        simt_push(rank, cells->value + index, cells->written + index, &value, sizeof value, barrier);
-    }
+    T remote(uint32_t index, uint32_t rank) const { return SharedArray(slot_, rank, name_)[index]; }
 
     Element operator[](uint32_t index) const {
         if (index >= N) {
@@ -214,11 +193,11 @@ ATKD_DEVICE float exp2_fast(float x) {
     return x < -126.0f ? 0.0f : static_cast<float>(std::exp2(double(x)) * (1.0 + error));
 }
 
-// Likewise.
+// Likewise, by up to 2^-23.
 ATKD_DEVICE float reciprocal_fast(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    double error = double(int32_t(bits * 2654435761u)) / 2147483648.0 / 4194304.0;
+    double error = double(int32_t(bits * 2654435761u)) / 2147483648.0 / 8388608.0;
     return std::fabs(x) > 8.507059e37f ? 0.0f : static_cast<float>(1.0 / double(x) * (1.0 + error));
 }
 
@@ -265,26 +244,31 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
     std::memcpy(at, &value, 16);
 }
 
+ATKD_DEVICE void post16(Bytes16 *at, const Bytes16 &value) {
+    store16(at, value);
+    simt_changed(&at->word[3]);
+}
+ATKD_DEVICE Bytes16 wait_for_post(const Bytes16 *at, uint32_t number, uint32_t line) {
+    for (;;) {
+        Bytes16 value = load16<false>(at);
+        if (value.word[3] >> 1 == number) {
+            return value;
+        }
+        simt_wait_for_change(&at->word[3], line);
+    }
+}
+#define ATKD_WAIT_FOR_POST(value, at, number) value = wait_for_post(at, number, __LINE__)
+
 struct StagedMemory {};
 ATKD_DEVICE Bytes16 load_staged(StagedMemory, uint32_t offset) {
     Bytes16 value;
     simt_load_staged(offset, &value);
     return value;
 }
-ATKD_DEVICE void store_staged(StagedMemory, uint32_t offset, const Bytes16 &value) {
-    simt_store_staged(offset, &value);
-}
 ATKD_DEVICE void bulk_load(StagedMemory, uint32_t offset, const void *from, uint32_t bytes, Barrier *barrier) {
     simt_bulk_load(offset, from, bytes, barrier);
 }
-ATKD_DEVICE void bulk_store(void *to, StagedMemory, uint32_t offset, uint32_t bytes) {
-    simt_bulk_store(to, offset, bytes);
-}
 ATKD_DEVICE void publish_barriers() {}
-ATKD_DEVICE void commit_bulk_stores() { simt_commit_bulk_stores(); }
-ATKD_DEVICE void wait_bulk_stores_read() { simt_wait_bulk_stores(false); }
-ATKD_DEVICE void wait_bulk_stores() { simt_wait_bulk_stores(true); }
-ATKD_DEVICE void fence_bulk() { simt_fence_bulk(); }
 
 template <class T> ATKD_DEVICE T from_bits(uint32_t bits);
 template <> ATKD_DEVICE float from_bits<float>(uint32_t bits) {

@@ -155,13 +155,13 @@ def synchronize(device):
 def errors(loss, exact, vocab, dtype, device):
     """Relative errors of the loss and of the worst row's gradient."""
     student, teacher, labels = inputs(64, vocab, dtype, device)
-    wide = student.double().requires_grad_()
-    expected = exact(wide, teacher.double(), labels)
+    wide = student.cpu().double().requires_grad_()
+    expected = exact(wide, teacher.cpu().double(), labels.cpu())
     (gradient,) = torch.autograd.grad(expected, wide)
     logits = student.clone().requires_grad_()
     actual = loss(logits, teacher, labels)
     actual.backward()
-    off = (logits.grad.double() - gradient).abs().amax(-1) / gradient.abs().amax(-1)
+    off = (logits.grad.cpu().double() - gradient).abs().amax(-1) / gradient.abs().amax(-1)
     return abs(actual.item() / expected.item() - 1), off.max().item()
 
 

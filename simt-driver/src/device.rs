@@ -111,8 +111,6 @@ pub struct Function {
     pub bytes: usize,
     /// Bytes of dynamic shared memory that a launch may ask for.
     pub shared: u32,
-    /// Whether it may run in clusters of more than 8 blocks.
-    pub large_clusters: bool,
 }
 
 /// Contexts, streams, events, functions and graphs by their handles. A context's handle is also that of

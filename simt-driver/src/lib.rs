@@ -248,7 +248,6 @@ driver! {
             kernel,
             bytes,
             shared: DEFAULT_SHARED,
-            large_clusters: false,
         });
         give(function, handle(id))
     }
@@ -274,26 +273,14 @@ driver! {
             CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as u32;
         let function = driver.functions.get_mut(&(function as usize));
         let function = function.ok_or(CUDA_ERROR_INVALID_HANDLE)?;
-        const LARGE_CLUSTERS: u32 =
-            CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED as u32;
         let most = BLOCK_SHARED_BYTES - STATIC_SHARED_BYTES;
         match attribute {
             DYNAMIC_SHARED if (0..=most).contains(&value) => function.shared = value as u32,
             CARVEOUT if (-1..=100).contains(&value) => {}
-            LARGE_CLUSTERS if (0..=1).contains(&value) => function.large_clusters = value == 1,
-            DYNAMIC_SHARED | CARVEOUT | LARGE_CLUSTERS => return Err(CUDA_ERROR_INVALID_VALUE),
+            DYNAMIC_SHARED | CARVEOUT => return Err(CUDA_ERROR_INVALID_VALUE),
             _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
         }
         Ok(())
-    }
-
-    fn cuOccupancyMaxActiveClusters(
-        driver, clusters: *mut c_int, function: CUfunction, config: *const CUlaunchConfig
-    ) {
-        driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
-        // SAFETY: the caller's configuration, with the size of a cluster as its one attribute.
-        let blocks = unsafe { (*(*config).attrs).value.clusterDim.x };
-        give(clusters, DeviceProperties::H200.clusters[blocks as usize - 1] as c_int)
     }
 
     fn cuMemAlloc_v2(driver, address: *mut CUdeviceptr, bytes: usize) {
@@ -549,7 +536,7 @@ driver! {
         };
         let stream = driver.stream(config.hStream)?;
         let function = driver.functions.get(&(function as usize));
-        let &Function { context, kernel, bytes, shared, large_clusters } =
+        let &Function { context, kernel, bytes, shared } =
             function.ok_or(CUDA_ERROR_INVALID_HANDLE)?;
         if context != driver.context()? || context != driver.streams[&stream].context {
             return Err(CUDA_ERROR_INVALID_HANDLE);
@@ -597,12 +584,12 @@ driver! {
             }
         }
         let small = driver.is_small(context);
-        if team > 2 * multiprocessors(small) as u32 {
+        let at_once = if kernel.starts_with("row_pipelined") { 3 } else { 2 };
+        if team > at_once * multiprocessors(small) as u32 {
             return Err(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
         }
         supported(attributes.len() <= 1 || (team == 1 && !small))?;
-        let most = if large_clusters { 16 } else { 8 };
-        if !(1..=most).contains(&cluster) || !grid.is_multiple_of(cluster) {
+        if !(1..=8).contains(&cluster) || !grid.is_multiple_of(cluster) {
             return Err(CUDA_ERROR_INVALID_CLUSTER_SIZE);
         }
         let mut words = vec![0_u64; bytes.div_ceil(8)];

@@ -11,7 +11,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::driver;
 use crate::launch::{KERNELS, Launch};
-use crate::plan::{DeviceProperties, PIPELINED_THREADS, Plan, Preference, Problem, pipelined_room};
+use crate::plan::{DeviceProperties, Plan, Preference, Problem};
 use crate::{Error, Result};
 
 /// Machine code for several architectures, and PTX; empty if there was no nvcc.
@@ -81,24 +81,19 @@ impl Kernels {
         // A device may run PTX of an older architecture, whose kernels know of no clusters.
         let compiled_for =
             functions["select_hard"].ptx_version().map_err(driver("asking for a kernel"))?;
-        let mut device = DeviceProperties {
+        let device = DeviceProperties {
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
             shared_bytes: attribute(
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
             )? as usize,
-            clusters: [0; 16],
+            clusters: capability >= (9, 0) && compiled_for >= 90,
         };
-        if capability >= (9, 0) && compiled_for >= 90 {
+        if device.clusters {
             let most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
             for (_, function) in functions.iter().filter(|f| f.0.starts_with("row_pipelined")) {
-                allow_clusters(function, most).map_err(driver("preparing a kernel"))?;
+                allow_shared(function, most).map_err(driver("preparing a kernel"))?;
             }
-            let function = &functions["row_pipelined_bf16"];
-            device.clusters =
-                std::array::from_fn(|i| clusters_at_once(function, &device, i as u32 + 1));
-            // These kernels know of no teams.
-            device.clusters[0] = device.clusters[0].max(1);
         }
         let mut driver_version = 0;
         // SAFETY: writes one number.
@@ -106,7 +101,7 @@ impl Kernels {
             .result()
             .map_err(driver("asking for the driver's version"))?;
         // Before 12.3 such launches cannot be captured.
-        let overlap = device.clusters[0] > 0 && driver_version >= 12030;
+        let overlap = device.clusters && driver_version >= 12030;
         // Other streams use it, without an event to wait for.
         let stream = context.default_stream();
         let memory = stream.alloc_zeros(1).map_err(driver("allocating a word"))?;
@@ -157,9 +152,7 @@ impl Kernels {
         overlap.value.programmaticStreamSerializationAllowed = 1;
         let mut attributes = [overlap; 2];
         let in_teams = launch.shape.team > 1;
-        // Clusters that run all the while must find the device empty, or some never find their place on it.
-        let persistent = launch.kernel.starts_with("row_pipelined");
-        let mut count = usize::from(after && self.overlap && !in_teams && !persistent);
+        let mut count = usize::from(after && self.overlap && !in_teams);
         if launch.shape.cluster > 1 {
             attributes[count] = cluster_of(launch.shape.cluster);
             count += 1;
@@ -201,8 +194,8 @@ fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
     attribute
 }
 
-/// All the shared memory that a block can have, in place of the L1 cache; and clusters of 16 blocks.
-fn allow_clusters(
+/// All the shared memory that a block can have, in place of the L1 cache.
+fn allow_shared(
     function: &CudaFunction,
     block_shared_bytes: i32,
 ) -> std::result::Result<(), DriverError> {
@@ -210,32 +203,8 @@ fn allow_clusters(
     for (attribute, value) in [
         (FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic),
         (FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
-        (FunctionAttribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
     ] {
         function.set_attribute(attribute, value)?;
     }
     Ok(())
-}
-
-/// How many clusters of so many blocks, with as much shared memory as a plan gives them, run at once; 0 if
-/// the device has none of this size.
-fn clusters_at_once(function: &CudaFunction, device: &DeviceProperties, blocks: u32) -> u32 {
-    let mut attribute = cluster_of(blocks);
-    let config = sys::CUlaunchConfig {
-        gridDimX: blocks,
-        gridDimY: 1,
-        gridDimZ: 1,
-        blockDimX: PIPELINED_THREADS as u32,
-        blockDimY: 1,
-        blockDimZ: 1,
-        sharedMemBytes: pipelined_room(device.shared_bytes) as u32,
-        hStream: std::ptr::null_mut(),
-        attrs: &raw mut attribute,
-        numAttrs: 1,
-    };
-    let mut clusters = 0;
-    // SAFETY: the configuration and its attribute outlive the call.
-    unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, function.cu_function(), &config) }
-        .result()
-        .map_or(0, |()| clusters as u32)
 }

@@ -11,7 +11,7 @@ use crate::params::atkd_summary;
 use crate::{Error, Objective, Output, Result};
 
 /// What a call computes on its way and leaves behind: the loss, every token's terms, its mode. 33 bytes a
-/// token and 50 KB, on the device; made once, used by one call after another.
+/// token and 67 KB, on the device; made once, used by one call after another.
 #[derive(Debug)]
 pub struct Workspace {
     kernels: Arc<Kernels>,

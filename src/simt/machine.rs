@@ -66,9 +66,7 @@ enum State {
     Exchange,
     /// For the phase of this parity, in this line.
     Phase(*mut bulk::Barrier, u32, u32),
-    /// For bulk stores of its own.
-    Stores,
-    /// For the top bit of this word, in this line.
+    /// For a change of this word, in this line.
     Flip(*const u32, u32),
     Done,
 }
@@ -401,7 +399,7 @@ fn schedule(
                 let met = machine.threads_of(first).start..machine.threads_of(last).end;
                 (met, &mut waiting_for_cluster[first])
             }
-            State::Phase(..) | State::Stores | State::Flip(..) | State::Done => continue,
+            State::Phase(..) | State::Flip(..) | State::Done => continue,
             State::Ready => unreachable!("a thread stops to wait or to end"),
         };
         *count += 1;
@@ -445,7 +443,6 @@ fn deadlock(machine: &Machine) -> String {
                     let barrier = unsafe { &**barrier };
                     format!("wait for phase {parity} of {} in line {line}", barrier.name())
                 }
-                State::Stores => "wait for their bulk stores".into(),
                 State::Flip(_, line) => format!("wait for their team in line {line}"),
                 State::Done => "have ended".into(),
                 State::Ready => "are ready".into(),

@@ -349,6 +349,7 @@ pub fn find_kernel(name: &str) -> Option<(&'static str, usize)> {
 mod tests {
     use super::*;
     use crate::Dtype;
+    use crate::launch::STATES_BYTES;
     use crate::params::{ATKD_EASY, ATKD_HARD, ATKD_IGNORED, atkd_batch, atkd_select_hard};
     use crate::plan::Problem;
 
@@ -363,6 +364,7 @@ mod tests {
         let mut modes = vec![0xaa_u8; TOKENS];
         let mut thresholds = [7_u32];
         let mut summary = [Layout::empty_summary()];
+        let mut states = vec![7_u128; STATES_BYTES / 16];
         // SAFETY: numbers and pointers, for which 0 is a value.
         let mut batch: atkd_batch = unsafe { std::mem::zeroed() };
         batch.keys = keys.as_mut_ptr();
@@ -375,6 +377,7 @@ mod tests {
             offsets: std::ptr::null(),
             thresholds: thresholds.as_mut_ptr(),
             wrong: std::ptr::null_mut(),
+            states: states.as_mut_ptr().cast(),
             hard_ratio: 0.3,
             scopes: 1,
             count: 1,
@@ -384,6 +387,7 @@ mod tests {
             Buffer::output("modes", &mut modes),
             Buffer::output("thresholds", &mut thresholds),
             Buffer::output("summary", &mut summary),
+            Buffer::output("states", &mut states),
         ];
         let Simulation { device, seed, .. } = Simulation::default();
         let problem = Problem {

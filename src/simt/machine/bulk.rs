@@ -31,8 +31,8 @@ impl Barrier {
     }
 }
 
-/// How many phases of each barrier, and how many groups of each thread's bulk stores, are known to be over:
-/// by waiting for them, or from a thread that was met at a barrier. By the source's number.
+/// How many phases of each barrier are known to be over: by waiting for them, or from a thread that was met at a
+/// barrier. By the barrier's number.
 type Knowledge = Vec<u32>;
 
 /// What must be known before an access.
@@ -61,34 +61,9 @@ struct Piece {
     written: bool,
     /// By a bulk load.
     filled: Over,
-    /// By a bulk store.
-    read: Over,
-    /// The thread that wrote it, and how often that had fenced.
-    writer: Option<(usize, u32)>,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Thread {
-    knowledge: Knowledge,
-    fences: u32,
-    /// Of its bulk stores, if it had any.
-    source: Option<u32>,
-    /// Bulk stores that are not committed.
-    open: u32,
-    /// Groups of them that are, and those that were waited for until written.
-    committed: u32,
-    written: u32,
-}
-
-#[derive(Debug)]
-enum Kind {
-    Load(*mut Barrier),
-    /// With what was read.
-    Store(u32, Option<Vec<u8>>),
-    /// To an element of shared memory of the block in that place; and what says that it is written.
-    Push(*mut Barrier, usize, Vec<u8>, *mut u8),
-}
-
+/// A bulk load.
 #[derive(Debug)]
 struct Copy {
     thread: usize,
@@ -96,14 +71,15 @@ struct Copy {
     offset: u32,
     bytes: u32,
     global: usize,
-    kind: Kind,
+    barrier: *mut Barrier,
 }
 
 #[derive(Debug)]
 pub(super) struct Bulk {
     /// By block.
     staged: Vec<Vec<Piece>>,
-    threads: Vec<Thread>,
+    /// By thread.
+    known: Vec<Knowledge>,
     /// By source: what who arrived at a barrier knew.
     released: Vec<Knowledge>,
     copies: Vec<Copy>,
@@ -114,16 +90,14 @@ pub(super) struct Bulk {
 #[derive(Clone, Copy, PartialEq)]
 enum Access {
     Read,
-    Write,
     BulkLoad,
-    BulkStore,
 }
 
 impl Bulk {
     pub(super) fn new(blocks: usize, threads: usize, shared: u32) -> Self {
         Self {
             staged: vec![vec![Piece::default(); shared as usize / 16]; blocks],
-            threads: vec![Thread::default(); threads],
+            known: vec![Knowledge::new(); threads],
             released: Vec::new(),
             copies: Vec::new(),
             rest: 0,
@@ -150,8 +124,8 @@ impl Bulk {
             return;
         }
         let mut all = Knowledge::new();
-        self.threads[met.clone()].iter().for_each(|thread| learn(&mut all, &thread.knowledge));
-        self.threads[met].iter_mut().for_each(|thread| thread.knowledge.clone_from(&all));
+        self.known[met.clone()].iter().for_each(|known| learn(&mut all, known));
+        self.known[met].iter_mut().for_each(|known| known.clone_from(&all));
     }
 }
 
@@ -160,12 +134,10 @@ impl Machine<'_> {
     fn access(&mut self, access: Access, offset: u32, bytes: u32) -> Result<&mut [Piece], String> {
         let what = match access {
             Access::Read => "read",
-            Access::Write => "write",
             Access::BulkLoad => "bulk load",
-            Access::BulkStore => "bulk store",
         };
         let (place, _) = self.places_of(self.thread);
-        let Bulk { staged, threads, .. } = &mut self.bulk;
+        let Bulk { staged, known, .. } = &mut self.bulk;
         if !(offset | bytes).is_multiple_of(16) || bytes == 0 {
             return Err(format!("{what} of {bytes} bytes at byte {offset} of staged memory"));
         }
@@ -176,19 +148,12 @@ impl Machine<'_> {
                 "{what} of {bytes} bytes outside staged memory: byte {offset} of {shared}"
             ));
         };
-        let reads = matches!(access, Access::Read | Access::BulkStore);
-        let bulk = matches!(access, Access::BulkLoad | Access::BulkStore);
-        let knowledge = &threads[self.thread].knowledge;
+        let known = &known[self.thread];
         for (i, piece) in pieces.iter().enumerate() {
-            let mistake = if !piece.filled.known(knowledge) {
+            let mistake = if !piece.filled.known(known) {
                 "before a wait for the bulk load that fills it"
-            } else if !reads && !piece.read.known(knowledge) {
-                "before a wait for the bulk store that reads it"
-            } else if reads && !piece.written {
+            } else if access == Access::Read && !piece.written {
                 "that nobody has written"
-            } else if bulk && piece.writer.is_some_and(|(by, fences)| threads[by].fences == fences)
-            {
-                "that was written without a fence"
             } else {
                 continue;
             };
@@ -225,83 +190,41 @@ impl Machine<'_> {
         let thread = self.bulk.copies[index].thread;
         let (place, _) = self.places_of(thread);
         let copy = &mut self.bulk.copies[index];
+        let barrier = copy.barrier;
+        let count = random.u32(1..=copy.bytes / 16);
         let pieces = &mut self.bulk.staged[place][copy.offset as usize / 16..];
-        let result = match &mut copy.kind {
-            Kind::Load(barrier) => {
-                let barrier = *barrier;
-                let count = random.u32(1..=copy.bytes / 16);
-                for piece in &mut pieces[..count as usize] {
-                    // SAFETY: so much was checked when the copy began. The barrier: see `settle`.
-                    piece.bytes = unsafe { *(copy.global as *const [u8; 16]) };
-                    copy.global += 16;
-                }
-                copy.offset += 16 * count;
-                copy.bytes -= 16 * count;
-                let done = copy.bytes == 0;
-                unsafe {
-                    (*barrier).bytes -= 16 * count as i32;
-                    (*barrier).under_way -= 16 * count as i32;
-                }
-                if done {
-                    self.bulk.copies.swap_remove(index);
-                }
-                self.settle(barrier)
-            }
-            Kind::Push(barrier, _, bytes, written) => {
-                let barrier = *barrier;
-                // SAFETY: in shared memory, which lives as long as the machine.
-                unsafe {
-                    (copy.global as *mut u8).copy_from(bytes.as_ptr(), bytes.len());
-                    **written = 1;
-                    (*barrier).bytes -= bytes.len() as i32;
-                    (*barrier).under_way -= bytes.len() as i32;
-                }
-                self.bulk.copies.swap_remove(index);
-                self.settle(barrier)
-            }
-            Kind::Store(_, read @ None) => {
-                let pieces = &pieces[..copy.bytes as usize / 16];
-                *read = Some(pieces.iter().flat_map(|piece| piece.bytes).collect());
-                Ok(())
-            }
-            Kind::Store(_, Some(bytes)) => {
-                // SAFETY: so much was checked when the copy began.
-                unsafe { (copy.global as *mut u8).copy_from(bytes.as_ptr(), bytes.len()) };
-                self.bulk.copies.swap_remove(index);
-                Ok(())
-            }
-        };
-        if self.states[thread] == State::Stores {
-            self.states[thread] = State::Ready;
-            self.ready.push(thread);
+        for piece in &mut pieces[..count as usize] {
+            // SAFETY: so much was checked when the copy began. The barrier: see `settle`.
+            piece.bytes = unsafe { *(copy.global as *const [u8; 16]) };
+            copy.global += 16;
         }
-        if let Err(what) = result {
+        copy.offset += 16 * count;
+        copy.bytes -= 16 * count;
+        unsafe {
+            (*barrier).bytes -= 16 * count as i32;
+            (*barrier).under_way -= 16 * count as i32;
+        }
+        if copy.bytes == 0 {
+            self.bulk.copies.swap_remove(index);
+        }
+        if let Err(what) = self.settle(barrier) {
             self.blame(thread, &what);
         }
     }
 
     /// When a thread has ended.
     pub(super) fn check_end(&mut self, thread: usize) {
-        let Thread { open, committed, written, .. } = self.bulk.threads[thread];
-        if open > 0 {
-            self.blame(thread, "ended with a bulk store that it did not commit");
-        } else if written < committed {
-            self.blame(thread, "ended without a wait for its bulk stores");
-        }
         let (place, _) = self.places_of(thread);
         let block = self.threads_of(place);
         if self.states[block.clone()].iter().any(|&state| state != State::Done) {
             return;
         }
-        if self.bulk.copies.iter().any(|c| matches!(c.kind, Kind::Push(_, to, ..) if to == place)) {
-            self.blame(thread, "its block ended before a push to it came");
-        }
         if self.shape.shared == 0 {
             return;
         }
         self.bulk.meet(block);
-        let knowledge = &self.bulk.threads[thread].knowledge;
-        let waited = |piece: &Piece| piece.filled.known(knowledge);
+        let known = &self.bulk.known[thread];
+        let waited = |piece: &Piece| piece.filled.known(known);
         if let Some(i) = self.bulk.staged[place].iter().position(|piece| !waited(piece)) {
             let what = format!("its block ended without a wait for a bulk load: byte {}", 16 * i);
             self.blame(thread, &what);
@@ -337,18 +260,6 @@ unsafe extern "C" fn simt_load_staged(offset: u32, to: *mut [u8; 16]) {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn simt_store_staged(offset: u32, from: *const [u8; 16]) {
-    unsafe {
-        let (machine, thread) = current();
-        let fences = machine.bulk.threads[thread].fences;
-        let pieces = machine.access(Access::Write, offset, 16).unwrap_or_else(|e| fault(e));
-        pieces[0].bytes = *from;
-        pieces[0].written = true;
-        pieces[0].writer = Some((thread, fences));
-    }
-}
-
-#[unsafe(no_mangle)]
 unsafe extern "C" fn simt_init_barrier(barrier: *mut Barrier, arrivals: u32) {
     let barrier = unsafe { &mut *barrier };
     if barrier.arrivals > 0 || arrivals == 0 {
@@ -363,7 +274,7 @@ unsafe extern "C" fn simt_arrive(barrier: *mut Barrier, bytes: u32) {
     let (machine, thread) = unsafe { current() };
     let this = unsafe { initialised(barrier) };
     let bulk = &mut machine.bulk;
-    learn(&mut bulk.released[this.source as usize], &bulk.threads[thread].knowledge);
+    learn(&mut bulk.released[this.source as usize], &bulk.known[thread]);
     if this.pending == 0 {
         fault(format!("more than {} arrivals in a phase of {}", this.arrivals, this.name()));
     }
@@ -389,7 +300,7 @@ unsafe extern "C" fn simt_wait_for(barrier: *mut Barrier, parity: u32, line: u32
     let released = &mut bulk.released[this.source as usize];
     released.resize(released.len().max(this.source as usize + 1), 0);
     released[this.source as usize] = this.phase;
-    learn(&mut bulk.threads[thread].knowledge, released);
+    learn(&mut bulk.known[thread], released);
 }
 
 #[unsafe(no_mangle)]
@@ -405,95 +316,8 @@ unsafe extern "C" fn simt_bulk_load(
     let pieces = machine.access(Access::BulkLoad, offset, bytes).unwrap_or_else(|e| fault(e));
     let filled = Over { source: this.source, count: this.phase + 1 };
     for piece in pieces {
-        (piece.written, piece.filled, piece.writer) = (true, filled, None);
+        (piece.written, piece.filled) = (true, filled);
     }
     this.under_way += bytes as i32;
-    let (global, kind) = (from as usize, Kind::Load(barrier));
-    machine.bulk.copies.push(Copy { thread, offset, bytes, global, kind });
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn simt_push(
-    rank: u32,
-    to: *mut u8,
-    written: *mut u8,
-    from: *const u8,
-    bytes: u32,
-    barrier: *mut Barrier,
-) {
-    let (machine, thread) = unsafe { current() };
-    let this = unsafe { initialised(barrier) };
-    if machine.shape.cluster == 1 {
-        // As PTX says of `st.async`.
-        fault("push in a cluster of one block, which is undefined".into());
-    }
-    this.under_way += bytes as i32;
-    // A wait for it knows what this thread did.
-    let bulk = &mut machine.bulk;
-    learn(&mut bulk.released[this.source as usize], &bulk.threads[thread].knowledge);
-    // SAFETY: so many bytes are given; `written` is in shared memory.
-    let value = unsafe {
-        *written = 0;
-        std::slice::from_raw_parts(from, bytes as usize).to_vec()
-    };
-    let place = machine.places_of(thread).1 + rank as usize;
-    let kind = Kind::Push(barrier, place, value, written);
-    machine.bulk.copies.push(Copy { thread, offset: 0, bytes, global: to as usize, kind });
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn simt_bulk_store(to: *mut c_void, offset: u32, bytes: u32) {
-    simt_access(to, bytes.into(), 16, true);
-    let (machine, thread) = unsafe { current() };
-    let known = machine.bulk.threads[thread].source;
-    let source = known.unwrap_or_else(|| machine.bulk.new_source());
-    let this = &mut machine.bulk.threads[thread];
-    this.source = Some(source);
-    this.open += 1;
-    let group = this.committed;
-    let pieces = machine.access(Access::BulkStore, offset, bytes).unwrap_or_else(|e| fault(e));
-    pieces.iter_mut().for_each(|piece| piece.read = Over { source, count: group + 1 });
-    let (global, kind) = (to as usize, Kind::Store(group, None));
-    machine.bulk.copies.push(Copy { thread, offset, bytes, global, kind });
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn simt_commit_bulk_stores() {
-    let (machine, thread) = unsafe { current() };
-    let this = &mut machine.bulk.threads[thread];
-    this.committed += 1;
-    this.open = 0;
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn simt_wait_bulk_stores(written: bool) {
-    let under_way = || {
-        let (machine, thread) = unsafe { current() };
-        let committed = machine.bulk.threads[thread].committed;
-        machine.bulk.copies.iter().any(|copy| match &copy.kind {
-            Kind::Store(group, read) => {
-                copy.thread == thread && *group < committed && (written || read.is_none())
-            }
-            Kind::Load(_) | Kind::Push(..) => false,
-        })
-    };
-    while under_way() {
-        wait(State::Stores);
-    }
-    let (machine, thread) = unsafe { current() };
-    let this = &mut machine.bulk.threads[thread];
-    if let Some(source) = this.source {
-        let mut read = vec![0; source as usize + 1];
-        read[source as usize] = this.committed;
-        learn(&mut this.knowledge, &read);
-    }
-    if written {
-        this.written = this.committed;
-    }
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn simt_fence_bulk() {
-    let (machine, thread) = unsafe { current() };
-    machine.bulk.threads[thread].fences += 1;
+    machine.bulk.copies.push(Copy { thread, offset, bytes, global: from as usize, barrier });
 }
