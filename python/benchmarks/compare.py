@@ -165,6 +165,11 @@ def errors(loss, exact, vocab, dtype, device):
     return abs(actual.item() / expected.item() - 1), off.max().item()
 
 
+def reason(error):
+    """In a line."""
+    return f"{type(error).__name__}: {str(error).split(chr(10))[0][:200]}"
+
+
 def processor():
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -226,18 +231,22 @@ def main():
     for vocab in args.vocab:
         for dtype_name in args.dtype:
             dtype = getattr(torch, dtype_name)
-            accuracy = {
-                name: errors(loss, exact, vocab, dtype, device) for name, loss, exact in losses
-            }
+            accuracy = {}
+            for name, loss, exact in losses:
+                try:
+                    accuracy[name] = errors(loss, exact, vocab, dtype, device)
+                except Exception as error:  # of other people's kernels, of any kind
+                    skipped[f"{name} at V = {vocab} {dtype_name}"] = reason(error)
             for tokens in args.tokens:
                 student, teacher, labels = inputs(tokens, vocab, dtype, device)
                 for name, loss, _ in losses:
+                    if name not in accuracy:
+                        continue
                     torch._dynamo.reset()
                     try:
                         seconds, peak = measure(loss, student, teacher, labels, args.runs)
                     except torch.OutOfMemoryError as error:
-                        size = f"{name} at {tokens} x {vocab} {dtype_name}"
-                        skipped[size] = str(error).split(". ")[0]
+                        skipped[f"{name} at {tokens} x {vocab} {dtype_name}"] = reason(error)
                         continue
                     volume = student.numel() * student.element_size()
                     result = {
