@@ -66,7 +66,8 @@ ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
 ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_SYNC_BLOCK() __syncthreads()
 // The same barrier where some warps come to it from elsewhere in the code than others.
-#define ATKD_MEET(barrier) asm volatile("bar.sync %0;" ::"n"(int(barrier)) : "memory")
+#define ATKD_MEET(barrier, threads)                                                                           \
+    asm volatile("bar.sync %0, %1;" ::"n"(int(barrier)), "n"(threads) : "memory")
 
 // A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block; there the
 // blocks of a row are a team, in a launch whose blocks all run at once, and meet through global memory.

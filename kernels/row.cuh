@@ -216,8 +216,7 @@ ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights,
 // The lanes that tell: what is done to the sums of teacher and student is the same, and done at once.
 constexpr uint32_t TEACHER = 0, STUDENT = 1, STUDENT_AT_1 = 2;
 
-// Margins and DKD, for the selection and for token_terms, where a lane has a token of its own. By one warp, and after
-// it has told the others what they wait for.
+// Margins and DKD, for the selection and for token_terms, where a lane has a token of its own. By one warp.
 ATKD_DEVICE void tell(const atkd_rows &p, uint32_t token, const RowState<double> &state, const TargetLogits &target) {
     uint32_t lane = thread_index() % WARP;
     bool at_1 = has_sum_at_1(p.objective);
@@ -261,7 +260,6 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
     // One warp of the cluster; of a team, one of each block.
     bool settles = thread_index() < WARP && cluster_rank() == 0, tells = rows.first < WARP;
     TargetLogits target_logits = {0, 0};
-    RowState<double> state = RowState<double>::empty();
     post_state<AT_1>(own, warps);
     if (settles) {
         target_logits = target_logits_of<P, Q>(p, rows.token, target);
@@ -269,7 +267,7 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
     ATKD_SYNC_CLUSTER();
     if (settles) {
         float exponent = p.batch.inverse_temperature * LOG2_E;
-        state = merge_cluster(warps, block_threads() / WARP, exponent);
+        RowState<double> state = merge_cluster(warps, block_threads() / WARP, exponent);
         if (team_blocks(p) > 1) {
             state = merge_team(state, p, exponent);
         }
@@ -277,11 +275,12 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
         if (thread_index() == 0) {
             scales[0] = settled;
         }
+        // Later, the row's state would take registers from the passes.
+        if (tells) {
+            tell(p, rows.token, state, target_logits);
+        }
     }
     ATKD_SYNC_CLUSTER();
-    if (settles && tells) {
-        tell(p, rows.token, state, target_logits);
-    }
     return ATKD_REMOTE(scales, 0, 0);
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 // All warps of a block work on the row but the last, which waits for what is not here yet, and does what takes time
 // and not throughput.
-constexpr uint32_t WORKERS = 128, WORKING_WARPS = WORKERS / WARP;
+constexpr uint32_t WORKERS = 128, WORKING_WARPS = WORKERS / WARP, THREADS = WORKERS + WARP;
 // Parts of a slice whose room is given to the next row before all of it is read.
 constexpr uint32_t EARLY = 3;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
@@ -452,7 +452,7 @@ template <class T> ATKD_DEVICE void drop(const atkd_rows &p, const Coming &row) 
 template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T> &shared) {
     uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
     for (;;) {
-        ATKD_MEET(HERE);
+        ATKD_MEET(HERE, THREADS);
         Coming row = shared.coming[0];
         if (row.token == NO_TOKEN) {
             break;
@@ -468,8 +468,8 @@ template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged
                 shared.warp_maxima[warp] = maxima_of(of_warp);
             }
         }
-        ATKD_MEET(POSTED);
-        ATKD_MEET(SETTLED);
+        ATKD_MEET(POSTED, THREADS);
+        ATKD_MEET(SETTLED, THREADS);
         uint32_t turns = 0;
         auto read = [&] {
             if (turns < EARLY) {
@@ -486,7 +486,7 @@ template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged
         while (turns < EARLY) {
             read();
         }
-        ATKD_MEET(READ);
+        ATKD_MEET(READ, THREADS);
     }
 }
 
@@ -499,7 +499,7 @@ template <class T> ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory stage
     }
     for (uint32_t parity = 0;; parity ^= 1) {
         ATKD_WAIT(shared.full, 0, parity);
-        ATKD_MEET(HERE);
+        ATKD_MEET(HERE, THREADS);
         Coming row = shared.coming[0];
         if (row.token == NO_TOKEN) {
             break;
@@ -508,13 +508,13 @@ template <class T> ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory stage
             drop<T>(p, row);
         }
         server.prepare(row);
-        ATKD_MEET(POSTED);
+        ATKD_MEET(POSTED, THREADS);
         server.settle(row);
-        ATKD_MEET(SETTLED);
+        ATKD_MEET(SETTLED, THREADS);
         if (server.leads) {
             server.follow(row, parity);
         }
-        ATKD_MEET(READ);
+        ATKD_MEET(READ, THREADS);
         server.finish(row);
     }
 }
@@ -546,6 +546,13 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
 #define ATKD_ROW_PIPELINED(T) row_pipelined<T>(p)
 #endif
 
-ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(float); }
-ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(f16); }
-ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(bf16); }
+// Blocks of a multiprocessor. The code of other machines than sm_90 has not registers enough for six.
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 1000
+#define ATKD_BLOCKS 5
+#else
+#define ATKD_BLOCKS 6
+#endif
+
+ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(float); }
+ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(f16); }
+ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(bf16); }

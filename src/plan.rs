@@ -14,8 +14,9 @@ pub struct DeviceProperties {
     pub l2_bytes: usize,
     /// Bytes of shared memory of a multiprocessor, of which each block takes 1 KiB beside its own.
     pub shared_bytes: usize,
-    /// Whether it has clusters, of 8 blocks without special leave, and bulk copies: from compute capability 9.0.
-    pub clusters: bool,
+    /// How many blocks of `row_pipelined` a multiprocessor has registers for. 0 before compute capability 9.0, where
+    /// there are neither bulk copies nor clusters.
+    pub pipelined_blocks: u32,
 }
 
 impl DeviceProperties {
@@ -24,12 +25,12 @@ impl DeviceProperties {
         multiprocessors: 132,
         l2_bytes: 60 << 20,
         shared_bytes: 228 << 10,
-        clusters: true,
+        pipelined_blocks: 6,
     };
 
     /// Blocks that can form a cluster without the driver's special leave.
     pub fn portable_cluster(&self) -> u32 {
-        if self.clusters { 8 } else { 1 }
+        if self.pipelined_blocks > 0 { 8 } else { 1 }
     }
 }
 
@@ -164,8 +165,7 @@ const STREAM_THREADS: usize = 384;
 const RESIDENT_THREADS: usize = 256;
 const RESIDENT_BLOCKS: usize = 2;
 const STREAM_BLOCKS: usize = 2;
-const PIPELINED_THREADS: usize = 160;
-const PIPELINED_BLOCKS: usize = 6;
+pub(crate) const PIPELINED_THREADS: usize = 160;
 const TOKEN_THREADS: usize = 256;
 const SELECT_THREADS: usize = 1024;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
@@ -221,7 +221,7 @@ impl Plan {
         let (rows, blocks) = match row_kernel {
             RowKernel::Resident => (Self::resident(problem, chunks)?, RESIDENT_BLOCKS),
             RowKernel::Pipelined => {
-                (Self::pipelined(device, problem, chunks, team)?, PIPELINED_BLOCKS)
+                (Self::pipelined(device, problem, chunks, team)?, device.pipelined_blocks as usize)
             }
             RowKernel::Stream => (Self::stream(device, problem, chunks, team)?, STREAM_BLOCKS),
         };
@@ -231,7 +231,10 @@ impl Plan {
         let again = tokens.min(at_once) * a_row;
         Some(Self {
             margin: shape(
-                tokens.min(device.multiprocessors as usize * MARGIN_BLOCKS * MARGIN_THREADS / margin as usize),
+                tokens.min(
+                    device.multiprocessors as usize * MARGIN_BLOCKS * MARGIN_THREADS
+                        / margin as usize,
+                ),
                 margin,
                 1,
             ),
@@ -267,7 +270,7 @@ impl Plan {
         chunks: usize,
         team: u32,
     ) -> Option<LaunchShape> {
-        if !device.clusters || !problem.of_one_type() || !problem.aligned_alike {
+        if !problem.of_one_type() || !problem.aligned_alike {
             return None;
         }
         let teams = if team > 0 { team as usize..=team as usize } else { 1..=MOST_TEAM };
@@ -281,7 +284,7 @@ impl Plan {
                 (shared <= room).then_some((team, at_once / team, shared))
             })
         };
-        let mut choices = (1..=PIPELINED_BLOCKS).rev().filter_map(with);
+        let mut choices = (1..=device.pipelined_blocks as usize).rev().filter_map(with);
         let most = choices.next()?;
         let (team, count, shared) =
             choices.next().filter(|fewer| 20 * fewer.1 > 21 * most.1).unwrap_or(most);
@@ -349,7 +352,7 @@ mod tests {
         multiprocessors: 108,
         l2_bytes: 40 << 20,
         shared_bytes: 164 << 10,
-        clusters: false,
+        pipelined_blocks: 0,
     };
 
     fn problem(tokens: usize, vocab: usize, teacher: Dtype, student: Dtype) -> Problem {

@@ -35,7 +35,7 @@ fn the_kernels_pass_the_battery_with_every_row_read_twice() {
 /// Rows in the shared memory of few teams, each of which has many to do.
 fn pipelined(team: u32, teams: u32) -> Simulation {
     let mut simulation = preferring(RowKernel::Pipelined, team);
-    simulation.device.multiprocessors = (team * teams).div_ceil(3);
+    simulation.device.multiprocessors = (team * teams).div_ceil(6);
     // However large, so that small teams hold large rows too.
     simulation.device.shared_bytes = 16 << 20;
     simulation
@@ -51,7 +51,7 @@ fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
 fn in_teams(team: u32, teams: u32) -> Simulation {
     let preferred = Some(Preference { row_kernel: RowKernel::Stream, team });
     let mut simulation = Simulation { preferred, ..Simulation::default() };
-    simulation.device.clusters = false;
+    simulation.device.pipelined_blocks = 0;
     simulation.device.multiprocessors = (team * teams).div_ceil(2);
     simulation
 }
@@ -180,7 +180,7 @@ fn teams_of_any_number() {
 #[test]
 fn planned_teams() {
     let mut simulation = Simulation::default();
-    simulation.device.clusters = false;
+    simulation.device.pipelined_blocks = 0;
     simulation.device.multiprocessors = 3;
     simulation.device.l2_bytes = 1;
     let mut input = Input::new(7, 20_011);
@@ -235,9 +235,7 @@ fn in_place() {
     for (vocab, cluster) in [(33, 1), (12_301, 2)] {
         let input = Input::new(4, vocab);
         let objective = Objective::kl().with_ce_weight(0.5).unwrap();
-        for simulation in
-            [streamed(64, cluster, 0), pipelined(cluster + 1, 2), in_teams(4, 2)]
-        {
+        for simulation in [streamed(64, cluster, 0), pipelined(cluster + 1, 2), in_teams(4, 2)] {
             let simulation = |seed| Simulation { seed, ..simulation };
             let (output, gradient, _) = input.run(simulation(3), &objective, Extra::default());
             let mut student = input.student.clone();
@@ -441,9 +439,7 @@ fn a_guess_changes_nothing_but_the_work() {
     let mut input = Input::new(40, 300);
     input.labels[5] = -100;
     let objective = Objective::default().with_ce_weight(0.1).unwrap();
-    for simulation in
-        [streamed(64, 2, 1), pipelined(2, 3), in_teams(2, 3), Simulation::default()]
-    {
+    for simulation in [streamed(64, 2, 1), pipelined(2, 3), in_teams(2, 3), Simulation::default()] {
         let run = |guess| {
             let simulation = Simulation { guess, ..simulation };
             let (output, gradient, traffic) = input.run(simulation, &objective, Extra::default());
@@ -661,10 +657,9 @@ fn caught(kernel: Kernel<Broken>, cluster: u32, words: &[&str]) {
 
 #[test]
 fn a_missing_barrier_shows_in_the_schedule() {
-    for (kernel, cluster) in [
-        (broken_missing_barrier as Kernel<Broken>, 1),
-        (broken_missing_cluster_barrier, 2),
-    ] {
+    for (kernel, cluster) in
+        [(broken_missing_barrier as Kernel<Broken>, 1), (broken_missing_cluster_barrier, 2)]
+    {
         let results: Vec<_> = (0..9).map(|seed| broken(kernel, cluster, seed).unwrap()).collect();
         assert!(results.iter().any(|result| *result != results[0]));
     }
@@ -695,7 +690,10 @@ fn teams_that_never_meet() {
         assert!(fault.contains(words), "{words:?} is not in {fault:?}");
     }
     let fault = broken_in(TEAM, broken_post, 3).unwrap_err();
-    assert!(fault.contains("32 threads (first 0) of block 1 wait for their team in line"), "{fault}");
+    assert!(
+        fault.contains("32 threads (first 0) of block 1 wait for their team in line"),
+        "{fault}"
+    );
 }
 
 #[test]

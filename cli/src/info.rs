@@ -100,9 +100,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "A row of both models fits the registers of a block, so each logit is read once.".into()
         }
         RowKernel::Pipelined => format!(
-            "A row of both models is more than a block's registers hold. The shared memory of a team of {team} \
-             holds it, three blocks to a multiprocessor, so each logit is read once. {} teams run at once, and \
-             take turns at the rows.",
+            "The shared memory of a team of {team} holds a row of both models, {} blocks to a multiprocessor, so \
+             each logit is read once. {} teams run at once, and take turns at the rows.",
+            plan.rows.grid.div_ceil(device.multiprocessors),
             plan.rows.grid / team
         ),
         RowKernel::Stream => format!(

@@ -44,7 +44,7 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 #define ATKD_UNROLL
 #define ATKD_NO_UNROLL
 #define ATKD_SYNC_BLOCK() simt_sync_block(__LINE__)
-#define ATKD_MEET(barrier) simt_sync_block(barrier)
+#define ATKD_MEET(barrier, threads) simt_sync_block(barrier)
 #define ATKD_SYNC_CLUSTER() simt_sync_cluster(__LINE__)
 #define ATKD_REMOTE(array, index, rank) (array).remote(index, rank)
 #define ATKD_WAIT_FOR_FLIP(at, before) wait_for_flip(at, before, __LINE__)

@@ -110,8 +110,9 @@ fn l2_bytes() -> c_int {
     asked_for.unwrap_or(50 << 20)
 }
 
+/// Few, since all blocks of a launch in teams run at once, and each of their threads has a stack.
 fn multiprocessors(small: bool) -> c_int {
-    if small { 3 } else { 132 }
+    if small { 3 } else { 12 }
 }
 
 /// The functions of the driver: their answers are the errors that a caller gets. Pointers are the caller's
@@ -281,6 +282,14 @@ driver! {
             _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
         }
         Ok(())
+    }
+
+    fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
+        driver, blocks: *mut c_int, function: CUfunction, threads: c_int, bytes: usize, flags: c_uint
+    ) {
+        driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
+        supported(threads == 160 && bytes == 0 && flags == 0)?;
+        give(blocks, DeviceProperties::H200.pipelined_blocks as c_int)
     }
 
     fn cuMemAlloc_v2(driver, address: *mut CUdeviceptr, bytes: usize) {
@@ -584,7 +593,7 @@ driver! {
             }
         }
         let small = driver.is_small(context);
-        let at_once = if kernel.starts_with("row_pipelined") { 3 } else { 2 };
+        let at_once = if kernel.starts_with("row_pipelined") { 6 } else { 2 };
         if team > at_once * multiprocessors(small) as u32 {
             return Err(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
         }

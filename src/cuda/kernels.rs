@@ -11,7 +11,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::driver;
 use crate::launch::{KERNELS, Launch};
-use crate::plan::{DeviceProperties, Plan, Preference, Problem};
+use crate::plan::{DeviceProperties, PIPELINED_THREADS, Plan, Preference, Problem};
 use crate::{Error, Result};
 
 /// Machine code for several architectures, and PTX; empty if there was no nvcc.
@@ -81,18 +81,20 @@ impl Kernels {
         // A device may run PTX of an older architecture, whose kernels know of no clusters.
         let compiled_for =
             functions["select_hard"].ptx_version().map_err(driver("asking for a kernel"))?;
-        let device = DeviceProperties {
+        let mut device = DeviceProperties {
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
             shared_bytes: attribute(
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
             )? as usize,
-            clusters: capability >= (9, 0) && compiled_for >= 90,
+            pipelined_blocks: 0,
         };
-        if device.clusters {
+        if capability >= (9, 0) && compiled_for >= 90 {
             let most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+            device.pipelined_blocks = u32::MAX;
             for (_, function) in functions.iter().filter(|f| f.0.starts_with("row_pipelined")) {
-                allow_shared(function, most).map_err(driver("preparing a kernel"))?;
+                let blocks = allow_shared(function, most).map_err(driver("preparing a kernel"))?;
+                device.pipelined_blocks = device.pipelined_blocks.min(blocks);
             }
         }
         let mut driver_version = 0;
@@ -101,7 +103,7 @@ impl Kernels {
             .result()
             .map_err(driver("asking for the driver's version"))?;
         // Before 12.3 such launches cannot be captured.
-        let overlap = device.clusters && driver_version >= 12030;
+        let overlap = device.pipelined_blocks > 0 && driver_version >= 12030;
         // Other streams use it, without an event to wait for.
         let stream = context.default_stream();
         let memory = stream.alloc_zeros(1).map_err(driver("allocating a word"))?;
@@ -194,11 +196,12 @@ fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
     attribute
 }
 
-/// All the shared memory that a block can have, in place of the L1 cache.
+/// All the shared memory that a block of `row_pipelined` can have, in place of the L1 cache. Returns how many blocks a
+/// multiprocessor has beside their shared memory, one at least.
 fn allow_shared(
     function: &CudaFunction,
     block_shared_bytes: i32,
-) -> std::result::Result<(), DriverError> {
+) -> std::result::Result<u32, DriverError> {
     let dynamic = block_shared_bytes - function.shared_size_bytes()?;
     for (attribute, value) in [
         (FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic),
@@ -206,5 +209,6 @@ fn allow_shared(
     ] {
         function.set_attribute(attribute, value)?;
     }
-    Ok(())
+    let threads = PIPELINED_THREADS as u32;
+    Ok(function.occupancy_max_active_blocks_per_multiprocessor(threads, 0, None)?.max(1))
 }
