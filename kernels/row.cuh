@@ -130,7 +130,8 @@ struct Weight {
     float constant, times_uncertainty;
 
     static ATKD_DEVICE Weight of(const atkd_coefficient &coefficient, double scale) {
-        float value = float(coefficient.value * scale);
+        // Not 0 times an infinite upstream gradient.
+        float value = coefficient.value == 0 ? 0 : float(coefficient.value * scale);
         bool times = coefficient.times_uncertainty != 0;
         return {times ? 0 : value, times ? value : 0};
     }
@@ -154,7 +155,6 @@ struct Weights {
                 Weight::of(objective.tkd[1], at_t),
                 Weight::of(objective.dkd[0], at_t),
                 Weight::of(objective.dkd[1], at_t),
-                // Not 0 times an infinite upstream gradient.
                 objective.ce_weight == 0 ? 0 : float(objective.ce_weight * scale),
                 guess};
     }
@@ -166,11 +166,13 @@ struct Odds {
 
     static ATKD_DEVICE Odds of(float sum, float max, float target_logit, float exponent) {
         sum += correction_of(max, exponent);
-        float odds = sum * exp2_fast(fmaf(-target_logit, exponent, reference_of(max, exponent)));
-        odds = target_logit == -OUTSIDE ? nanf("") : odds;
-        float rest = reciprocal_fast(1 + odds);
         // A sum of 0 belongs to exponentials that are all 0, and so is their share of the gradient.
-        return {sum == 0 ? 0 : reciprocal_fast(sum), odds, odds == -OUTSIDE ? 1 : odds * rest, rest};
+        bool nothing = sum == 0 && target_logit > OUTSIDE;
+        float odds = nothing ? 0 : sum * exp2_fast(fmaf(-target_logit, exponent, reference_of(max, exponent)));
+        odds = target_logit == -OUTSIDE ? nanf("") : odds;
+        // 0 from odds of 2^126 on.
+        float rest = reciprocal_fast(1 + odds);
+        return {sum == 0 ? 0 : reciprocal_fast(sum), odds, rest == 0 ? 1 : odds * rest, rest};
     }
 };
 

@@ -11,8 +11,9 @@
 //   dloss/db_j = (beta + gamma) qhat_j - beta phat_j (j != g)   dloss/db_g = -gamma
 //   beta = c_dkd     gamma = c_tkd (sigmoid(w) - sigmoid(u)) + c_ce sigmoid(w)
 //
-// The passes over a row are in float32. What is done once a row, or token, is in double: a few dozen operations
-// beside a hundred thousand. The margins and DKD go from one to the other as float32.
+// The passes over a row are in float32, and so is what its gradient waits for. What the loss is made of is in double,
+// once a row or token: a few dozen operations beside a hundred thousand. The margins and DKD go from one to the other as
+// float32.
 #pragma once
 
 #include "memory.cuh"

@@ -1,6 +1,6 @@
 // Loss and gradient of one token a team of blocks at a time, whose shared memory holds the whole row of both models:
 // each logit is read once, the gradient written once. Rows come by bulk copies. While a team waits, for a row or for
-// all of its blocks, others on the same multiprocessors work. All blocks of the launch run at once.
+// all of its blocks, others on the same multiprocessors work. All blocks of a launch in teams run at once.
 #include "row.cuh"
 
 namespace {
@@ -486,6 +486,7 @@ template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged
         while (turns < EARLY) {
             read();
         }
+        sync_warp();
         ATKD_MEET(READ, THREADS);
     }
 }
@@ -514,6 +515,7 @@ template <class T> ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory stage
         if (server.leads) {
             server.follow(row, parity);
         }
+        sync_warp();
         ATKD_MEET(READ, THREADS);
         server.finish(row);
     }

@@ -505,6 +505,13 @@ const EDGES: &[(&str, Edit)] = &[
     ("both hopeless", |a, b| (a[3], b[3]) = (-37.0, -36.0)),
     ("confident teacher, hopeless student", |a, b| (a[3], b[3]) = (43.0, -37.0)),
     ("hopeless teacher, confident student", |a, b| (a[3], b[3]) = (-37.0, 43.0)),
+    // Odds that float32 holds, but not their reciprocal.
+    ("hopeless teacher at the end of float32", |a, _| hopeless_to_the_end(a)),
+    ("hopeless student at the end of float32", |_, b| hopeless_to_the_end(b)),
+    ("both hopeless at the end of float32", |a, b| {
+        hopeless_to_the_end(a);
+        hopeless_to_the_end(b);
+    }),
     ("teacher certain beyond float64", |a, _| a[3] = 2000.0),
     ("teacher against it beyond float64", |a, _| a[3] = -2000.0),
     ("logits up to 50", |a, b| {
@@ -597,6 +604,12 @@ const EDGES: &[(&str, Edit)] = &[
         a[12] = f32::NAN;
     }),
 ];
+
+/// A margin of 87.9.
+fn hopeless_to_the_end(z: &mut [f32]) {
+    z.fill(-20.0);
+    (z[3], z[12], z[13]) = (-87.2, 0.0, 0.0);
+}
 
 fn edges() -> Vec<Case> {
     let mut cases = Vec::new();

@@ -172,6 +172,8 @@ const SELECT_THREADS: usize = 1024;
 const HELD_BYTES: usize = 128;
 /// Of a block of `row_pipelined`, beside its slices: what its threads share, and what the device takes.
 const PIPELINED_SHARED_BYTES: usize = 320 + 1024;
+/// Bytes by which a device hands out shared memory.
+const SHARED_UNIT: usize = 128;
 
 /// Threads for `work` items, `each` of them a thread, up to `most`.
 fn threads(work: usize, each: usize, most: usize) -> u32 {
@@ -278,7 +280,8 @@ impl Plan {
         let with = |blocks: usize| {
             let at_once = device.multiprocessors as usize * blocks;
             let at_once = at_once.min(ATKD_PIPELINED_BLOCKS as usize);
-            let room = (device.shared_bytes / blocks).saturating_sub(PIPELINED_SHARED_BYTES);
+            let room = device.shared_bytes / blocks / SHARED_UNIT * SHARED_UNIT;
+            let room = room.saturating_sub(PIPELINED_SHARED_BYTES);
             teams.clone().take_while(|&team| team <= MOST_TEAM.min(at_once)).find_map(|team| {
                 let shared = 2 * chunks.div_ceil(team) * CHUNK * problem.student.size();
                 (shared <= room).then_some((team, at_once / team, shared))
@@ -399,7 +402,7 @@ mod tests {
     fn rows_on_chip_have_room() {
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             let held = HELD_BYTES / dtype.size();
-            for vocab in (1..300_000).step_by(97).chain([4096, 128_256, 151_936, 262_144]) {
+            for vocab in (1..300_000).step_by(97).chain([4096, 34_000, 68_000, 128_256, 262_144]) {
                 let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype), None);
                 let LaunchShape { grid, block, team, shared, .. } = plan.rows;
                 // Up to 7 places before the row in its first chunk.
@@ -407,7 +410,8 @@ mod tests {
                     RowKernel::Resident => block as usize * held,
                     RowKernel::Pipelined => {
                         let a_multiprocessor = grid.div_ceil(H200.multiprocessors) as usize;
-                        let taken = a_multiprocessor * (shared as usize + PIPELINED_SHARED_BYTES);
+                        let a_block = shared as usize + PIPELINED_SHARED_BYTES;
+                        let taken = a_multiprocessor * a_block.next_multiple_of(128);
                         assert!(taken <= H200.shared_bytes && block == 160, "{vocab}: {plan:?}");
                         (shared * team) as usize / (2 * dtype.size())
                     }

@@ -35,7 +35,8 @@ fn the_kernels_pass_the_battery_with_every_row_read_twice() {
 /// Rows in the shared memory of few teams, each of which has many to do.
 fn pipelined(team: u32, teams: u32) -> Simulation {
     let mut simulation = preferring(RowKernel::Pipelined, team);
-    simulation.device.multiprocessors = (team * teams).div_ceil(6);
+    simulation.device.multiprocessors = 1;
+    simulation.device.pipelined_blocks = team * teams;
     // However large, so that small teams hold large rows too.
     simulation.device.shared_bytes = 16 << 20;
     simulation

@@ -62,7 +62,7 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 #define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
     bulk_load(staged, offset, global, bytes, (array).barrier(index))
 
-// As in src/simt/bulk.rs.
+// As in src/simt/machine/bulk.rs.
 struct Barrier {
     const char *name;
     uint32_t index, source, arrivals, pending, phase;
