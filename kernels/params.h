@@ -113,7 +113,8 @@ typedef struct {
     float *student_margin;       // [N]
     float *dkd;                  // [N]
     double *student_margin_at_1; // [N], if cross entropy has a weight: the student's at temperature 1
-    void *states;                // [2][ATKD_TEAM_BLOCKS] of ATKD_TEAM_STATE bytes; of row_pipelined likewise
+    void *states;                // [2][ATKD_TEAM_BLOCKS] of ATKD_TEAM_STATE bytes; or, of row_pipelined,
+                                 // [2][ATKD_PIPELINED_BLOCKS] of ATKD_TOLD_STATE
     const uint32_t *wrong;       // the tokens to do, counted in the summary; null for all
     int64_t student_stride;
     int64_t gradient_stride;

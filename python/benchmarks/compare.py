@@ -132,8 +132,8 @@ def measure(loss, student, teacher, labels, runs):
         synchronize(device)
         before()
         # OpenMP's threads spin for a few milliseconds after the copy, on cores that are wanted. Busy, as a
-        # training step is until the loss: after a sleep Linux may wake all threads on one core. A GPU that waits
-        # lowers its clocks.
+        # training step is until the loss: after a sleep Linux may wake all threads on one core. A GPU that
+        # waits presumably lowers its clocks.
         start = time.perf_counter() + (0.02 if device.type == "cpu" else 0)
         while time.perf_counter() < start:
             pass

@@ -7,7 +7,7 @@ use atkd::{Batch, Dtype, Elements, Objective, cpu, unfused};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
-use super::{Measured, Size, Timing, median};
+use super::{Measured, Size, Timing, begin, middle};
 use crate::backend::Backend;
 use crate::tensors::Matrix;
 
@@ -74,17 +74,23 @@ pub fn measure(backend: &Backend, size: Size, bar: &ProgressBar) -> Result<Measu
     Ok(Measured { size, copy, timings, skipped })
 }
 
+/// The median seconds of `work`, after a run that does not count.
 fn timed(
     size: Size,
     bar: &ProgressBar,
     variant: &str,
     work: &mut dyn FnMut() -> Result<()>,
 ) -> Result<f64> {
-    median(size, bar, variant, || {
+    begin(size, bar, variant);
+    work()?;
+    let mut times = Vec::with_capacity(size.runs);
+    for _ in 0..size.runs {
         let start = Instant::now();
         work()?;
-        Ok(start.elapsed().as_secs_f64())
-    })
+        times.push(start.elapsed().as_secs_f64());
+        bar.inc(1);
+    }
+    Ok(middle(times))
 }
 
 /// Bytes read and written a second when all threads copy memory that no cache holds.

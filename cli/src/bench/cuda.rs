@@ -179,15 +179,13 @@ fn elapsed(
     mut work: impl FnMut() -> Result<()>,
 ) -> Result<f64> {
     begin(size, bar, variant);
-    let mut events = Vec::with_capacity(size.runs + 1);
-    for run in 0..2 * size.runs {
-        if run == size.runs {
-            events.push(tick(stream)?);
-        }
+    for _ in 0..size.runs {
         work()?;
-        if run >= size.runs {
-            events.push(tick(stream)?);
-        }
+    }
+    let mut events = vec![tick(stream)?];
+    for _ in 0..size.runs {
+        work()?;
+        events.push(tick(stream)?);
     }
     let times = events.windows(2).map(|pair| Ok(f64::from(pair[0].elapsed_ms(&pair[1])?) / 1e3));
     let times = times.collect::<Result<Vec<_>>>()?;

@@ -204,23 +204,6 @@ fn table(backend: &Backend, device: &str, measured: &[Measured]) -> String {
     text
 }
 
-/// The median of `runs` durations, in seconds, after one that does not count.
-fn median(
-    size: Size,
-    bar: &ProgressBar,
-    variant: &str,
-    mut seconds: impl FnMut() -> Result<f64>,
-) -> Result<f64> {
-    begin(size, bar, variant);
-    seconds()?;
-    let mut times = Vec::with_capacity(size.runs);
-    for _ in 0..size.runs {
-        times.push(seconds()?);
-        bar.inc(1);
-    }
-    Ok(middle(times))
-}
-
 /// Announces the runs of a variant.
 fn begin(size: Size, bar: &ProgressBar, variant: &str) {
     bar.set_message(format!("{} x {}: {variant}", size.tokens, size.vocab));
