@@ -3,6 +3,7 @@
 #include "row_pipelined.cu"
 #include "row_resident.cu"
 #include "row_stream.cu"
+#include "scale_gradient.cu"
 #include "select_hard.cu"
 #include "sum_losses.cu"
 #include "teacher_margin.cu"

@@ -30,7 +30,7 @@ typedef struct {
     double loss;
     uint64_t label_fault;  // the lowest token whose label is out of range, since the host last looked
     uint64_t offset_fault; // the lowest sequence whose offsets are out of order, likewise
-    float loss_f32;
+    float loss_f32; // NaN while there is a fault that the host has not seen
     uint32_t valid; // tokens that are not ignored
     uint32_t hard;
     uint32_t counted_valid; // of the call in progress
@@ -145,6 +145,17 @@ typedef struct {
     uint32_t tokens;
     uint32_t mean; // and over the number of valid tokens
 } atkd_sum_losses;
+
+// scale_gradient: times a number, in place; nothing if that is 1. A block takes a part of a row in turn.
+typedef struct {
+    void *gradient; // [N, V]
+    const float *factor;
+    int64_t stride;
+    uint32_t tokens;
+    uint32_t vocab;
+    uint32_t blocks; // of the launch, whole rows' parts
+    uint32_t parts;  // of a row, a block each
+} atkd_scale_gradient;
 
 // unfused_*: one step of the loss as an eager framework runs it, over float32 [N, V] or [N].
 typedef struct {

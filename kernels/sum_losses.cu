@@ -15,7 +15,8 @@ ATKD_KERNEL(sum_losses, atkd_sum_losses, 1024, 1) {
         // Without a valid token the loss is 0, whatever the reduction.
         double loss = valid == 0 ? 0.0 : sum * p.scale / (p.mean != 0 ? double(valid) : 1.0);
         store(&p.summary->loss, loss);
-        store(&p.summary->loss_f32, float(loss));
+        bool fault = load(&p.summary->label_fault) != ATKD_NO_FAULT || load(&p.summary->offset_fault) != ATKD_NO_FAULT;
+        store(&p.summary->loss_f32, fault ? nanf("") : float(loss));
         store(&p.summary->valid, valid);
         store(&p.summary->hard, load(&p.summary->counted_hard));
         store(&p.summary->counted_valid, 0u);

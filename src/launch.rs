@@ -3,7 +3,8 @@
 use std::ffi::c_void;
 
 use crate::params::*;
-use crate::plan::{LaunchShape, Plan, Problem, RowKernel};
+use crate::plan::{self, DeviceProperties, LaunchShape, Plan, Problem, RowKernel};
+use crate::raw::check_alignment;
 pub use crate::raw::{RawCall, RawLabels, RawLogits};
 use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
 
@@ -30,13 +31,18 @@ impl RawCall {
 
     /// Whether the kernels can take it.
     pub(crate) fn validate(&self, objective: &Objective) -> Result<()> {
-        for (what, value) in [("tokens", self.tokens), ("the vocabulary", self.vocab)] {
-            if value > i32::MAX as usize {
-                return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
-            }
-        }
+        check_sizes(self.tokens, self.vocab)?;
         self.check(objective)
     }
+}
+
+fn check_sizes(tokens: usize, vocab: usize) -> Result<()> {
+    for (what, value) in [("tokens", tokens), ("the vocabulary", vocab)] {
+        if value > i32::MAX as usize {
+            return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
+        }
+    }
+    Ok(())
 }
 
 macro_rules! kernels {
@@ -109,6 +115,7 @@ kernels! {
         row_stream_bf16_bf16_bf16 row_stream_bf16_bf16_f32;
     TokenTerms(atkd_token_terms): token_terms;
     SumLosses(atkd_sum_losses): sum_losses;
+    ScaleGradient(atkd_scale_gradient): scale_gradient_f32 scale_gradient_f16 scale_gradient_bf16;
     Unfused(atkd_unfused):
         unfused_copy_f32 unfused_widen_f16 unfused_widen_bf16 unfused_narrow_f16 unfused_narrow_bf16
         unfused_fill unfused_exp_minus_row unfused_over_row unfused_times_row unfused_times unfused_minus
@@ -524,6 +531,37 @@ pub(crate) fn launches(
     let order = rows.into_iter().flatten().chain([terms, sum]);
     // A grid without blocks cannot be launched, and has nothing to do.
     Ok(order.filter(|launch| launch.shape.grid > 0))
+}
+
+/// What multiplies a gradient `[tokens, vocab]`, in place, by the float32 scalar at `factor`.
+///
+/// # Errors
+/// If the shape, the stride and the addresses do not go together.
+pub(crate) fn scale_gradient(
+    device: &DeviceProperties,
+    gradient: RawLogits,
+    tokens: usize,
+    vocab: usize,
+    factor: u64,
+) -> Result<Option<Launch>> {
+    check_sizes(tokens, vocab)?;
+    gradient.end("the gradient", tokens, vocab)?;
+    check_alignment("the factor", factor, size_of::<f32>() as u64)?;
+    let (shape, parts) = plan::scale_gradient(device, tokens, vocab);
+    let launch = Launch {
+        kernel: of_dtype!("scale_gradient", gradient.dtype),
+        shape,
+        parameters: Parameters::ScaleGradient(atkd_scale_gradient {
+            gradient: gradient.address as *mut c_void,
+            factor: factor as *const f32,
+            stride: gradient.row_stride as i64,
+            tokens: tokens as u32,
+            vocab: vocab as u32,
+            blocks: shape.grid,
+            parts,
+        }),
+    };
+    Ok((shape.grid > 0).then_some(launch))
 }
 
 #[cfg(test)]

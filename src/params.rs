@@ -315,6 +315,36 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct atkd_scale_gradient {
+    pub gradient: *mut ::std::os::raw::c_void,
+    pub factor: *const f32,
+    pub stride: i64,
+    pub tokens: u32,
+    pub vocab: u32,
+    pub blocks: u32,
+    pub parts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_scale_gradient"][::std::mem::size_of::<atkd_scale_gradient>() - 40usize];
+    ["Alignment of atkd_scale_gradient"][::std::mem::align_of::<atkd_scale_gradient>() - 8usize];
+    ["Offset of field: atkd_scale_gradient::gradient"]
+        [::std::mem::offset_of!(atkd_scale_gradient, gradient) - 0usize];
+    ["Offset of field: atkd_scale_gradient::factor"]
+        [::std::mem::offset_of!(atkd_scale_gradient, factor) - 8usize];
+    ["Offset of field: atkd_scale_gradient::stride"]
+        [::std::mem::offset_of!(atkd_scale_gradient, stride) - 16usize];
+    ["Offset of field: atkd_scale_gradient::tokens"]
+        [::std::mem::offset_of!(atkd_scale_gradient, tokens) - 24usize];
+    ["Offset of field: atkd_scale_gradient::vocab"]
+        [::std::mem::offset_of!(atkd_scale_gradient, vocab) - 28usize];
+    ["Offset of field: atkd_scale_gradient::blocks"]
+        [::std::mem::offset_of!(atkd_scale_gradient, blocks) - 32usize];
+    ["Offset of field: atkd_scale_gradient::parts"]
+        [::std::mem::offset_of!(atkd_scale_gradient, parts) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct atkd_unfused {
     pub a: *const ::std::os::raw::c_void,
     pub b: *const f32,

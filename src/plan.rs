@@ -166,6 +166,8 @@ const RESIDENT_THREADS: usize = 256;
 const RESIDENT_BLOCKS: usize = 2;
 const STREAM_BLOCKS: usize = 2;
 pub(crate) const PIPELINED_THREADS: usize = 160;
+const SCALE_THREADS: usize = 256;
+const SCALE_BLOCKS: usize = 6;
 const TOKEN_THREADS: usize = 256;
 const SELECT_THREADS: usize = 1024;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
@@ -190,6 +192,20 @@ fn shape(grid: usize, block: u32, cluster: u32) -> LaunchShape {
         team: 1,
         shared: 0,
     }
+}
+
+/// The launch of `scale_gradient`, and in how many parts a row is done by as many blocks: more than one where there are
+/// fewer rows than blocks that run at once.
+pub(crate) fn scale_gradient(
+    device: &DeviceProperties,
+    tokens: usize,
+    vocab: usize,
+) -> (LaunchShape, u32) {
+    let chunks = (vocab + CHUNK - 1).div_ceil(CHUNK);
+    let block = threads(chunks, 1, SCALE_THREADS);
+    let at_once = device.multiprocessors as usize * SCALE_BLOCKS * SCALE_THREADS / block as usize;
+    let parts = (at_once / tokens.max(1)).clamp(1, chunks.div_ceil(SCALE_THREADS));
+    (shape(tokens.min(at_once / parts) * parts, block, 1), parts as u32)
 }
 
 impl Plan {

@@ -86,6 +86,24 @@ pub struct RawCall {
     pub upstream: Option<u64>,
 }
 
+impl RawLogits {
+    /// The address after the last element, if all of them can be there.
+    pub(crate) fn end(self, what: &'static str, tokens: usize, vocab: usize) -> Result<u64> {
+        let Self { address, dtype, row_stride } = self;
+        let elements = span(what, tokens, vocab, row_stride)?;
+        if elements > 0 && address == 0 {
+            return Err(Error::Null { what, elements });
+        }
+        check_alignment(what, address, dtype.size() as u64)?;
+        let reason = "it ends beyond the address space";
+        (elements as u64)
+            .checked_mul(dtype.size() as u64)
+            .and_then(|bytes| address.checked_add(bytes))
+            .filter(|&end| end <= isize::MAX as u64)
+            .ok_or(Error::Shape { what, tokens, vocab, row_stride, reason })
+    }
+}
+
 impl RawCall {
     /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
     /// known.
@@ -118,24 +136,8 @@ impl RawCall {
             ("the student's logits", Some(self.student)),
             ("the gradient", self.gradient),
         ] {
-            let Some(RawLogits { address, dtype, row_stride }) = logits else { continue };
-            let elements = crate::logits::span(what, self.tokens, self.vocab, row_stride)?;
-            if elements > 0 && address == 0 {
-                return Err(Error::Null { what, elements });
-            }
-            check_alignment(what, address, dtype.size() as u64)?;
-            let end = (elements as u64)
-                .checked_mul(dtype.size() as u64)
-                .and_then(|bytes| address.checked_add(bytes))
-                .filter(|&end| end <= isize::MAX as u64)
-                .ok_or(Error::Shape {
-                    what,
-                    tokens: self.tokens,
-                    vocab: self.vocab,
-                    row_stride,
-                    reason: "it ends beyond the address space",
-                })?;
-            spans.push((what, address, end));
+            let Some(logits) = logits else { continue };
+            spans.push((what, logits.address, logits.end(what, self.tokens, self.vocab)?));
         }
         let Some(gradient) = self.gradient else { return Ok(()) };
         if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
@@ -167,7 +169,8 @@ pub const HARD: u8 = 2;
 /// Where the results of a call go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RawOutput {
-    /// One float32: the reduced loss.
+    /// One float32: the reduced loss. On a GPU NaN if a label, or a sequence's offset, is out of range, which is an
+    /// error on the CPU.
     pub loss: Option<u64>,
     /// float32 `[N]`: see [`TokenTerms::uncertainty`].
     pub uncertainty: Option<u64>,
@@ -177,10 +180,6 @@ pub struct RawOutput {
     pub dkd: Option<u64>,
     /// One byte a token: [`IGNORED`], [`EASY`] or [`HARD`].
     pub modes: Option<u64>,
-    /// Two 64-bit numbers, all ones where nothing is wrong: the first token whose label is out of range,
-    /// and the first sequence whose offsets are. Only a call on a GPU gets so far; on the CPU it is an
-    /// error.
-    pub faults: Option<u64>,
 }
 
 /// The loss on host memory: forward alone if the call has no gradient. The calling thread works, and all but
@@ -249,9 +248,6 @@ pub unsafe fn run(
         if let Some(loss) = output.loss {
             (loss as *mut f32).write(result.loss as f32);
         }
-        if let Some(faults) = output.faults {
-            (faults as *mut [u64; 2]).write([u64::MAX; 2]);
-        }
         write(output.uncertainty, &result.tokens, |token| token.uncertainty as f32);
         write(output.tkd, &result.tokens, |token| token.tkd as f32);
         write(output.dkd, &result.tokens, |token| token.dkd as f32);
@@ -307,7 +303,7 @@ impl RawCall {
     }
 }
 
-fn check_alignment(what: &'static str, address: u64, multiple: u64) -> Result<()> {
+pub(crate) fn check_alignment(what: &'static str, address: u64, multiple: u64) -> Result<()> {
     if address.is_multiple_of(multiple) {
         Ok(())
     } else {
@@ -393,7 +389,6 @@ mod tests {
             tkd: Some(terms[1].as_mut_ptr() as u64),
             dkd: Some(terms[2].as_mut_ptr() as u64),
             modes: Some(modes.as_mut_ptr() as u64),
-            faults: None,
         };
         let call = RawCall {
             gradient: Some(RawLogits {

@@ -184,6 +184,11 @@ impl Loaded {
         self.stream.memcpy_htod(&input.labels, &mut self.labels).unwrap();
     }
 
+    /// As it lies on the device.
+    pub fn loss(&self) -> f32 {
+        self.stream.clone_dtoh(&self.workspace.loss()).unwrap()[0]
+    }
+
     pub fn forward(&mut self, objective: &Objective) -> Result<()> {
         let (tokens, vocab) = (self.tokens, self.vocab);
         let batch =
@@ -386,7 +391,10 @@ fn sequences_on_the_device() {
         let batch = batch.with_sequences(offsets.as_view()).unwrap();
         let student = DeviceLogits::new(&loaded.student, 10, 50).unwrap();
         loaded.workspace.forward(&gpu.stream, &objective, &batch, &student).unwrap();
-        loaded.workspace.read(&gpu.stream)
+        let is_nan = loaded.loss().is_nan();
+        let output = loaded.workspace.read(&gpu.stream);
+        assert_eq!(is_nan, output.is_err());
+        output
     };
     let exact = |offsets: &[usize]| {
         input.reference(&objective, &input.batch().with_sequences(offsets).unwrap()).0
@@ -452,6 +460,7 @@ fn labels_out_of_range_are_reported_once() {
         (input.labels[3], input.labels[5]) = (40, i64::MIN);
         let mut loaded = Loaded::new(&gpu, &gpu.stream, &input);
         loaded.backward(&objective, None).unwrap();
+        assert!(loaded.loss().is_nan());
         let fault = match read_loss {
             true => loaded.workspace.read_loss(&gpu.stream).unwrap_err(),
             false => loaded.workspace.read(&gpu.stream).unwrap_err(),
@@ -462,6 +471,7 @@ fn labels_out_of_range_are_reported_once() {
         input.check(&objective, &loaded.read());
         loaded.replace(&input);
         loaded.backward(&objective, None).unwrap();
+        assert!(loaded.loss().is_finite());
         input.check(&objective, &loaded.read());
     }
     // From host memory the label is seen before the device is asked.
@@ -483,6 +493,7 @@ fn faults_wait_for_the_next_read() {
     loaded.forward(&Objective::default()).unwrap();
     loaded.replace(&good);
     loaded.backward(&Objective::default(), None).unwrap();
+    assert!(loaded.loss().is_nan());
     let fault = loaded.workspace.read_loss(&gpu.stream).unwrap_err();
     assert_eq!(fault, Error::DeviceLabel { token: 4, vocab: 60, ignore_index: -100 });
     good.check(&Objective::default(), &loaded.read());

@@ -7,7 +7,7 @@ use atkd::simt::{self, Extra, Simulation, Traffic};
 use atkd::{
     Batch, Error, Logits, LogitsMut, Objective, Output, Reduction, Target, battery, cpu, reference,
 };
-use half::bf16;
+use half::{bf16, f16};
 
 fn pass_the_battery(simulation: Simulation) {
     let backend = |objective: &Objective, batch: &Batch, student: Logits, mut to: LogitsMut| {
@@ -259,6 +259,54 @@ fn an_upstream_gradient_from_the_device() {
     let by_device = input.run(simulation, &Objective::default(), upstream);
     let by_host = input.run(simulation, &host, Extra::default());
     assert_eq!((by_device.0, by_device.1), (by_host.0, by_host.1));
+}
+
+/// Every element is multiplied and rounded once, nothing between the rows is touched, and nothing at all by 1.
+#[test]
+fn scaled_gradients() {
+    fn check<T>(narrow: fn(f32) -> T, widen: fn(T) -> f32)
+    where
+        T: Copy + PartialEq + std::fmt::Debug,
+        for<'a> atkd::ElementsMut<'a>: From<&'a mut [T]>,
+    {
+        let mut one = Simulation { seed: 3, ..Simulation::default() };
+        one.device.multiprocessors = 1;
+        // Rows that start anywhere; more blocks than rows, which share them; more rows than blocks.
+        for (simulation, tokens, vocab, stride) in [
+            (Simulation::default(), 3, 9001, 9003),
+            (Simulation::default(), 1, 4096, 4096),
+            (one, 70, 300, 301),
+            (one, 5, 1, 2),
+            (one, 0, 7, 7),
+        ] {
+            let length = if tokens == 0 { 0 } else { (tokens - 1) * stride + vocab };
+            let mut random = fastrand::Rng::with_seed(7);
+            let before: Vec<T> = (0..length).map(|_| narrow(random.f32() - 0.5)).collect();
+            for factor in [0.37_f32, 0.0, -3.0, 1.0] {
+                let mut memory = before.clone();
+                let mut gradient =
+                    LogitsMut::strided(&mut memory[..], tokens, vocab, stride).unwrap();
+                let traffic = simulation.scale_gradient(&mut gradient, factor).unwrap();
+                for (i, (&now, &before)) in memory.iter().zip(&before).enumerate() {
+                    let scaled = narrow(widen(before) * factor);
+                    assert_eq!(now, if i % stride < vocab { scaled } else { before }, "{i}");
+                }
+                let Some((kernel, _)) = traffic.first() else {
+                    assert_eq!(tokens, 0);
+                    continue;
+                };
+                let volume =
+                    if factor == 1.0 { 0 } else { (tokens * vocab * size_of::<T>()) as u64 };
+                let (read, written, accesses) = counts(&traffic, kernel, "gradient");
+                assert_eq!((read, written), (volume, volume));
+                // 16 bytes at a time but for the ends.
+                assert!(accesses <= 2 * (volume / 16 + 16 * tokens as u64));
+            }
+        }
+    }
+    check(|x| x, |x| x);
+    check(f16::from_f32, f16::to_f32);
+    check(bf16::from_f32, bf16::to_f32);
 }
 
 /// The caller's margins decide which tokens are hard, and the teacher is read once less.

@@ -152,7 +152,6 @@ impl AtkdCall {
             tkd: address(self.tkd),
             dkd: address(self.dkd),
             modes: address(self.modes),
-            faults: None,
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::cuda::{self, Kernels};
-use atkd::raw::{RawCall, RawOutput};
+use atkd::raw::{RawCall, RawLogits, RawOutput};
 use atkd::{Objective, Result};
 use pyo3::prelude::*;
 
@@ -27,11 +27,13 @@ pub fn workspace_bytes(tokens: usize) -> usize {
     Kernels::workspace_bytes(tokens)
 }
 
+/// A device's ordinal, and the address of a CUstream of its primary context.
+pub type Queue = (usize, usize);
+
 /// # Safety
-/// As [`Kernels::launch_raw`], for the CUstream at `stream`.
+/// As [`Kernels::launch_raw`].
 pub unsafe fn run(
-    ordinal: usize,
-    stream: usize,
+    (ordinal, stream): Queue,
     workspace: u64,
     objective: &Objective,
     call: &RawCall,
@@ -42,5 +44,21 @@ pub unsafe fn run(
     unsafe {
         let stream = kernels.context().wrap_borrowed_stream(stream as *mut _);
         kernels.launch_raw(&stream, objective, call, workspace, output)
+    }
+}
+
+/// # Safety
+/// As [`Kernels::scale_gradient`].
+pub unsafe fn scale(
+    (ordinal, stream): Queue,
+    gradient: RawLogits,
+    (tokens, vocab): (usize, usize),
+    factor: u64,
+) -> Result<()> {
+    let kernels = kernels(ordinal)?;
+    // SAFETY: the caller's; the wrapper does not outlive the call.
+    unsafe {
+        let stream = kernels.context().wrap_borrowed_stream(stream as *mut _);
+        kernels.scale_gradient(&stream, gradient, tokens, vocab, factor)
     }
 }

@@ -130,7 +130,6 @@ fn call(
         tkd: column(1),
         dkd: column(2),
         modes: stats.map(|(_, modes)| modes),
-        faults: None,
     };
     Ok((call, output))
 }
@@ -174,13 +173,14 @@ fn run_on_host(
     })
 }
 
-/// The loss on a device: enqueued, not waited for. `place` is the device's ordinal, and the addresses of
-/// the stream, of `workspace_bytes` to work in, and of two int64, `faults` of [`RawOutput`].
+/// The loss on a device: enqueued, not waited for. `workspace` is the address of
+/// `workspace_bytes` to work in.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "they are what a call is")]
 fn run_on_device(
     py: Python,
-    place: (usize, usize, u64, u64),
+    queue: device::Queue,
+    workspace: u64,
     objective: &Objective,
     shape: (usize, usize),
     student: Matrix,
@@ -192,14 +192,26 @@ fn run_on_device(
     loss: u64,
     stats: Option<(u64, u64)>,
 ) -> PyResult<()> {
-    let (ordinal, stream, workspace, faults) = place;
-    let (call, mut output) =
+    let (call, output) =
         call(shape, student, teacher, labels, sequences, scale, gradient, loss, stats)?;
-    output.faults = Some(faults);
     // SAFETY: as for the host; and the memory is of torch's allocator, which hands it out again only in the
     // order of the stream.
-    py.detach(|| unsafe { device::run(ordinal, stream, workspace, &objective.0, &call, &output) })
+    py.detach(|| unsafe { device::run(queue, workspace, &objective.0, &call, &output) })
         .map_err(exception)
+}
+
+/// Multiplies a gradient on a device by the float32 scalar at `factor`: enqueued, and nothing to do for 1.
+#[pyfunction]
+fn scale_on_device(
+    py: Python,
+    queue: device::Queue,
+    shape: (usize, usize),
+    gradient: Matrix,
+    factor: u64,
+) -> PyResult<()> {
+    let gradient = logits(gradient)?;
+    // SAFETY: as for the loss.
+    py.detach(|| unsafe { device::scale(queue, gradient, shape, factor) }).map_err(exception)
 }
 
 #[pymodule]
@@ -207,5 +219,5 @@ mod _atkd {
     #[pymodule_export]
     use super::device::workspace_bytes;
     #[pymodule_export]
-    use super::{Objective, run_on_device, run_on_host};
+    use super::{Objective, run_on_device, run_on_host, scale_on_device};
 }

@@ -189,7 +189,25 @@ def test_peak_memory_is_the_gradient():
         extra = torch.cuda.max_memory_allocated() - before
         volume = student.numel() * student.element_size()
         assert extra <= gradients * volume + 33 * 512 + 60_000 + (2 << 20)
+        for upstream in (1.0, 0.5):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            (gradient,) = torch.autograd.grad(loss * upstream, logits, retain_graph=upstream == 1.0)
+            kept = volume if upstream == 1.0 else 0
+            assert torch.cuda.max_memory_allocated() - before <= kept + (1 << 20)
+            del gradient
         del loss, logits
+
+
+@pytest.mark.parametrize("vocab", [1, 1001, 32000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_graph_that_is_kept(vocab, dtype):
+    student, teacher, labels = on_device(6, vocab, dtype=dtype)
+    loss = atkd.atkd_loss(student.requires_grad_(), teacher, labels)
+    (expected,) = torch.autograd.grad(loss, student, retain_graph=True)
+    for factor in (0.25, 1.0, -2.0):
+        (actual,) = torch.autograd.grad(factor * loss, student, retain_graph=factor != -2.0)
+        assert torch.equal(actual, factor * expected)
 
 
 def test_a_label_out_of_range_gives_nan():

@@ -38,8 +38,8 @@ use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, 
 /// gradient that arrives, and returns it in the student's dtype. Nothing flows back to the teacher.
 ///
 /// On CUDA tensors nothing waits for the device, and the gradient is computed by `backward`. A label out
-/// of range is met by a kernel, which drops its token; [`loss_with_output`], which waits, returns the
-/// error.
+/// of range is met by a kernel, which drops its token and makes the loss NaN; [`loss_with_output`], which
+/// waits, returns the error.
 ///
 /// # Errors
 /// If tensors are on different devices or of other dtypes, shapes differ, or a label is out of range.

@@ -31,8 +31,8 @@
 //! the binary if there was an nvcc when it was built; [`Kernels::load`] says so if not.
 //!
 //! Labels are on the device, where no error can be returned: a kernel that meets one outside the
-//! vocabulary drops its token and notes it in the workspace, and the next
-//! [`read`](Workspace::read) or [`read_loss`](Workspace::read_loss) returns it as an error.
+//! vocabulary drops its token and notes it in the workspace: the [`loss`](Workspace::loss) on the device is NaN, and
+//! the next [`read`](Workspace::read) or [`read_loss`](Workspace::read_loss) returns it as an error.
 
 mod host;
 mod kernels;

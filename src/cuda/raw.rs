@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, DevicePtr, result};
 
 use super::{Kernels, Workspace, driver};
-use crate::launch::{Layout, RawCall, launches};
+use crate::launch::{Layout, RawCall, RawLogits, launches, scale_gradient};
 use crate::params::atkd_summary;
 use crate::raw::RawOutput;
 use crate::{Objective, Result};
@@ -73,6 +73,31 @@ impl Kernels {
         // SAFETY: the caller's.
         unsafe { copy(stream, layout, workspace, call.tokens, output) }
     }
+
+    /// Enqueues the multiplication of a gradient `[tokens, vocab]`, in place, by the float32 scalar at `factor`. If
+    /// that is 1, as it mostly is where nothing comes after the loss, only the scalar is read.
+    ///
+    /// # Errors
+    /// If the shape, the stride and the addresses do not go together, or the driver refuses.
+    ///
+    /// # Safety
+    /// Both are device memory of this context that nobody else writes to, nor reads the gradient, until the stream is
+    /// done with it.
+    pub unsafe fn scale_gradient(
+        &self,
+        stream: &Arc<CudaStream>,
+        gradient: RawLogits,
+        tokens: usize,
+        vocab: usize,
+        factor: u64,
+    ) -> Result<()> {
+        self.context().bind_to_thread().map_err(driver("using the context"))?;
+        match scale_gradient(&self.device(), gradient, tokens, vocab, factor)? {
+            // SAFETY: the caller vouches for the addresses.
+            Some(launch) => unsafe { self.launch(stream, &launch, false) },
+            None => Ok(()),
+        }
+    }
 }
 
 impl Workspace {
@@ -111,7 +136,6 @@ unsafe fn copy(
         (output.tkd, from.tkd, tokens * size_of::<f32>()),
         (output.dkd, from.dkd, tokens * size_of::<f32>()),
         (output.modes, from.modes, tokens),
-        (output.faults, offset_of!(atkd_summary, label_fault), FAULTS),
     ] {
         let Some(to) = to.filter(|_| bytes > 0) else { continue };
         let from = workspace + from as u64;

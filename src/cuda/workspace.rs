@@ -307,7 +307,8 @@ impl Workspace {
         result
     }
 
-    /// The loss of the last call, a float32 scalar on the device.
+    /// The loss of the last call, a float32 scalar on the device. NaN if that call, or one before, met a label or an
+    /// offset out of range, and nobody had read that yet.
     pub fn loss(&self) -> CudaView<'_, f32> {
         self.column(self.layout.offsets().loss, 1)
     }

@@ -235,6 +235,36 @@ impl Simulation {
         Ok((layout.read(memory, tokens, vocab, objective)?, traffic))
     }
 
+    /// A gradient times a number, in place, and what was read and written.
+    ///
+    /// # Errors
+    /// If it is too large.
+    ///
+    /// # Panics
+    /// As [`forward_backward`].
+    pub fn scale_gradient(self, gradient: &mut LogitsMut, factor: f32) -> Result<Traffic> {
+        let view = gradient.as_logits();
+        let factor = [factor];
+        let launch = launch::scale_gradient(
+            &self.device,
+            raw(view),
+            view.tokens(),
+            view.vocab(),
+            address(&factor),
+        )?;
+        let Some(launch) = launch else { return Ok(Vec::new()) };
+        let mut buffers = vec![
+            Buffer { writable: true, ..input("gradient", view.elements()) },
+            Buffer::input("factor", &factor),
+        ];
+        // SAFETY: the block is the kernel's.
+        unsafe {
+            self.simulate(launch.kernel, launch.shape, launch.parameters.as_ptr(), &mut buffers)
+        }
+        .unwrap_or_else(|fault| panic!("{fault}"));
+        Ok(vec![(launch.kernel, buffers)])
+    }
+
     /// The unfused baseline of the benchmarks, [`unfused`](crate::unfused): loss and gradient of the paper's
     /// ATKD, and how many kernels it took.
     ///

@@ -2,7 +2,7 @@ from typing import Optional, Tuple, final
 
 from typing_extensions import Self
 
-__all__ = ["Objective", "run_on_device", "run_on_host", "workspace_bytes"]
+__all__ = ["Objective", "run_on_device", "run_on_host", "scale_on_device", "workspace_bytes"]
 
 @final
 class Objective:
@@ -35,7 +35,8 @@ def run_on_host(
     stats: Optional[Tuple[int, int]],
 ) -> None: ...
 def run_on_device(
-    place: Tuple[int, int, int, int],
+    queue: Tuple[int, int],
+    workspace: int,
     objective: Objective,
     shape: Tuple[int, int],
     student: Tuple[int, str, int],
@@ -46,4 +47,10 @@ def run_on_device(
     gradient: Optional[Tuple[int, str, int]],
     loss: int,
     stats: Optional[Tuple[int, int]],
+) -> None: ...
+def scale_on_device(
+    queue: Tuple[int, int],
+    shape: Tuple[int, int],
+    gradient: Tuple[int, str, int],
+    factor: int,
 ) -> None: ...

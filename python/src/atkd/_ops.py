@@ -126,6 +126,10 @@ def _empty_gradient(student: Tensor, with_gradient: bool = True) -> Tensor:
     return torch.empty_like(student, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def _queue() -> Tuple[int, int]:
+    return torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+
+
 def _run(
     student: Tensor,
     teacher: Tensor,
@@ -176,17 +180,8 @@ def _run(
         # torch's own memory: its allocator knows which stream, or captured graph, still uses it.
         device, size = student.device, _atkd.workspace_bytes(tokens)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        faults = torch.empty(2, dtype=torch.int64, device=device)
         with torch.cuda.device(device):
-            place = (
-                torch.cuda.current_device(),
-                torch.cuda.current_stream().cuda_stream,
-                workspace.data_ptr(),
-                faults.data_ptr(),
-            )
-            _atkd.run_on_device(place, *arguments)
-        # A label out of range: to raise would be to wait for the device.
-        loss.masked_fill_((faults != -1).any(), float("nan"))
+            _atkd.run_on_device(_queue(), workspace.data_ptr(), *arguments)
         if stats is not None:
             # It holds 0 for an ignored token, 1 for an easy one, 2 for a hard one.
             stats = stats[0], stats[1].view(torch.uint8) == 2
@@ -285,8 +280,12 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     # Of another type while torch.compile traces.
     if type(upstream) is not Tensor or _is_watched() or _graph_is_kept():
         return gradient * upstream
-    # Looking at the number costs nothing on the CPU; on a GPU it would stop the queue.
-    if not upstream.is_cpu or upstream.item() != 1.0:
+    if not upstream.is_cpu:
+        # Looks at the number there; from here it would stop the queue.
+        rows = _rows(gradient)
+        with torch.cuda.device(gradient.device):
+            _atkd.scale_on_device(_queue(), tuple(rows.shape), _matrix(rows), upstream.data_ptr())
+    elif upstream.item() != 1.0:
         gradient.mul_(upstream)
     return gradient
 

@@ -1,0 +1,33 @@
+// A gradient times a number that is known on the device alone. Most often it is 1, and there is nothing to do: a host
+// that looked first would have to wait for the device.
+#include "memory.cuh"
+
+namespace {
+
+template <class T> ATKD_DEVICE void scale_gradient(const atkd_scale_gradient &p) {
+    float factor = load(p.factor);
+    if (factor == 1.0f) {
+        return;
+    }
+    uint32_t first = block_index() % p.parts * block_threads() + thread_index();
+    for (uint32_t token = block_index() / p.parts; token < p.tokens; token += p.blocks / p.parts) {
+        T *data = static_cast<T *>(p.gradient) + int64_t(token) * p.stride;
+        Row<const T> from(data, p.vocab, lead_of(data));
+        Row<T> to(data, p.vocab, from.lead);
+        for (uint32_t chunk = first; chunk < from.chunks(); chunk += p.parts * block_threads()) {
+            float g[CHUNK];
+            load_chunk(from, chunk, g);
+            ATKD_UNROLL
+            for (uint32_t k = 0; k < CHUNK; k++) {
+                g[k] *= factor;
+            }
+            store_chunk(to, chunk, g);
+        }
+    }
+}
+
+} // namespace
+
+ATKD_KERNEL(scale_gradient_f32, atkd_scale_gradient, 256, 6) { scale_gradient<float>(p); }
+ATKD_KERNEL(scale_gradient_f16, atkd_scale_gradient, 256, 6) { scale_gradient<f16>(p); }
+ATKD_KERNEL(scale_gradient_bf16, atkd_scale_gradient, 256, 6) { scale_gradient<bf16>(p); }
