@@ -1,7 +1,7 @@
 //! Runs a kernel on the CPU, every CUDA thread a coroutine, and checks what it does.
 
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::{BinaryHeap, HashMap};
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::Range;
 
@@ -13,6 +13,8 @@ use crate::plan::LaunchShape;
 mod bulk;
 
 const WARP: usize = 32;
+/// How many times a warp's threads get ready, on average, before its rank is another.
+const RANK_LASTS: u32 = 1 << 12;
 
 /// A kernel with its parameter block: the entry that `kernels/simt` compiles.
 pub type Kernel<P> = unsafe extern "C" fn(&P);
@@ -80,8 +82,14 @@ struct Machine<'a> {
     first_block: u32,
     thread: usize,
     states: Vec<State>,
-    /// The threads in that state.
-    ready: Vec<usize>,
+    /// The threads in that state, the next to have its turn first: by its warp's rank, then at random.
+    ready: BinaryHeap<(u32, u32, usize)>,
+    /// Of each warp, below `ranks`.
+    rank: Vec<u32>,
+    /// With more than one, some warps run whenever they can, and others only when all above them wait: a GPU, too,
+    /// may leave a warp alone for long.
+    ranks: u32,
+    random: fastrand::Rng,
     yielders: Vec<*const Yielder<(), ()>>,
     given: Vec<u64>,
     /// What the lanes of each warp gave last time.
@@ -110,11 +118,21 @@ impl Machine<'_> {
         (place, place / cluster * cluster)
     }
 
+    fn make_ready(&mut self, threads: Range<usize>) {
+        for thread in threads {
+            let rank = &mut self.rank[thread / WARP];
+            if self.random.u32(..RANK_LASTS) == 0 {
+                *rank = self.random.u32(..self.ranks);
+            }
+            self.states[thread] = State::Ready;
+            self.ready.push((*rank, self.random.u32(..), thread));
+        }
+    }
+
     fn wake(&mut self, waits: impl Fn(State) -> bool) {
-        for (thread, state) in self.states.iter_mut().enumerate() {
-            if waits(*state) {
-                *state = State::Ready;
-                self.ready.push(thread);
+        for thread in 0..self.states.len() {
+            if waits(self.states[thread]) {
+                self.make_ready(thread..thread + 1);
             }
         }
     }
@@ -233,7 +251,11 @@ extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: 
 
 #[unsafe(no_mangle)]
 extern "C" fn simt_changed(at: *const u32) {
-    unsafe { machine() }.wake(|state| matches!(state, State::Flip(word, _) if word == at));
+    let (machine, thread) = unsafe { (machine(), machine().thread) };
+    machine.wake(|state| matches!(state, State::Flip(word, _) if word == at));
+    // Who has seen it may be far ahead before this thread goes on.
+    machine.make_ready(thread..thread + 1);
+    wait(State::Ready);
 }
 
 #[unsafe(no_mangle)]
@@ -293,13 +315,17 @@ pub unsafe fn run<P: 'static>(
     let mut firsts: Vec<u32> = (0..grid).step_by(at_once as usize).collect();
     random.shuffle(&mut firsts);
     for first_block in firsts {
+        let ranks = 1 << random.u32(..5);
         let mut machine = Machine {
             kernel,
             shape,
             first_block,
             thread: 0,
             states: vec![State::Ready; threads],
-            ready: (0..threads).collect(),
+            ready: BinaryHeap::new(),
+            rank: (0..threads / WARP).map(|_| random.u32(..ranks)).collect(),
+            ranks,
+            random: random.fork(),
             yielders: vec![std::ptr::null(); threads],
             given: vec![0; threads],
             exchanged: vec![[0; WARP]; threads / WARP],
@@ -308,6 +334,7 @@ pub unsafe fn run<P: 'static>(
             buffers: &mut *buffers,
             fault: None,
         };
+        machine.make_ready(0..threads);
         let machine_pointer: *mut Machine = &mut machine;
         let before = MACHINE.replace(machine_pointer.cast());
         // A coroutine may outlive its caller for all that its type says; these do not.
@@ -325,7 +352,7 @@ pub unsafe fn run<P: 'static>(
                 })
             })
             .collect();
-        let result = schedule(machine_pointer, &mut random, |thread| {
+        let result = schedule(machine_pointer, |thread| {
             matches!(coroutines[thread].resume(()), CoroutineResult::Return(()))
         });
         stacks.extend(coroutines.into_iter().map(|mut coroutine| {
@@ -340,11 +367,7 @@ pub unsafe fn run<P: 'static>(
 }
 
 /// Lets threads and bulk copies take turns until all are done. `resume` returns whether its thread ended.
-fn schedule(
-    machine: *mut Machine,
-    random: &mut fastrand::Rng,
-    mut resume: impl FnMut(usize) -> bool,
-) -> Result<(), String> {
+fn schedule(machine: *mut Machine, mut resume: impl FnMut(usize) -> bool) -> Result<(), String> {
     // SAFETY of each `(*machine)`: it outlives this call, and no coroutine runs meanwhile.
     let threads = unsafe { &*machine }.states.len();
     // Threads that wait at a barrier, of each block and, by its first block, of each cluster.
@@ -352,19 +375,18 @@ fn schedule(
     let mut waiting_for_cluster = waiting.clone();
     loop {
         let paused = unsafe { &mut *machine };
-        let ready = paused.ready.len();
-        let copy = paused.bulk.takes_turn(ready == 0);
-        if ready == 0 && !copy {
+        let copy = paused.bulk.takes_turn(paused.ready.is_empty());
+        let thread = if copy { None } else { paused.ready.pop().map(|(_, _, thread)| thread) };
+        if !copy && thread.is_none() {
             break;
         }
-        let thread = (!copy).then(|| paused.ready.swap_remove(random.usize(..ready)));
         let ended = match thread {
             Some(thread) => {
                 paused.thread = thread;
                 resume(thread)
             }
             None => {
-                paused.copy(random);
+                paused.copy();
                 false
             }
         };
@@ -389,8 +411,7 @@ fn schedule(
                     continue;
                 }
                 machine.exchanged[warp].copy_from_slice(&machine.given[lanes.clone()]);
-                machine.states[lanes.clone()].fill(State::Ready);
-                machine.ready.extend(lanes);
+                machine.make_ready(lanes);
                 continue;
             }
             State::Block(_) => (machine.threads_of(place), &mut waiting[place]),
@@ -399,8 +420,7 @@ fn schedule(
                 let met = machine.threads_of(first).start..machine.threads_of(last).end;
                 (met, &mut waiting_for_cluster[first])
             }
-            State::Phase(..) | State::Flip(..) | State::Done => continue,
-            State::Ready => unreachable!("a thread stops to wait or to end"),
+            State::Phase(..) | State::Flip(..) | State::Done | State::Ready => continue,
         };
         *count += 1;
         if *count == met.len() {
@@ -409,8 +429,7 @@ fn schedule(
                 break;
             }
             *count = 0;
-            machine.states[met.clone()].fill(State::Ready);
-            machine.ready.extend(met.clone());
+            machine.make_ready(met.clone());
             machine.bulk.meet(met);
         }
     }

@@ -183,15 +183,15 @@ impl Machine<'_> {
     }
 
     /// One step of some bulk copy.
-    pub(super) fn copy(&mut self, random: &mut fastrand::Rng) {
+    pub(super) fn copy(&mut self) {
         // At once, or when threads have been through many barriers, or between.
-        self.bulk.rest = (1 << random.u32(..10)) - 1;
-        let index = random.usize(..self.bulk.copies.len());
+        self.bulk.rest = (1 << self.random.u32(..10)) - 1;
+        let index = self.random.usize(..self.bulk.copies.len());
         let thread = self.bulk.copies[index].thread;
         let (place, _) = self.places_of(thread);
         let copy = &mut self.bulk.copies[index];
         let barrier = copy.barrier;
-        let count = random.u32(1..=copy.bytes / 16);
+        let count = self.random.u32(1..=copy.bytes / 16);
         let pieces = &mut self.bulk.staged[place][copy.offset as usize / 16..];
         for piece in &mut pieces[..count as usize] {
             // SAFETY: so much was checked when the copy began. The barrier: see `settle`.
