@@ -5,9 +5,6 @@
 
 namespace {
 
-// All warps of a block work on the row but the last, which waits for what is not here yet, and does what takes time
-// and not throughput.
-constexpr uint32_t WORKERS = 128, WORKING_WARPS = WORKERS / WARP, THREADS = WORKERS + WARP;
 // Parts of a slice whose room is given to the next row before all of it is read.
 constexpr uint32_t EARLY = 3;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
@@ -28,9 +25,11 @@ struct Slice {
     }
 };
 
-// What the threads of a block share of the whole chunks: pieces of 16 bytes in turn. A pack, which a thread handles at
-// once, is as many elements as a chunk.
-template <class T> struct Pieces {
+// All warps of a block work on the row, WORKERS threads, but the last, which waits for what is not here yet, and does what
+// takes time and not throughput. They share the whole chunks by pieces of 16 bytes in turn. A pack, which a thread
+// handles at once, is as many elements as a chunk.
+template <class T, uint32_t WORKERS> struct Block {
+    static constexpr uint32_t WARPS = WORKERS / WARP;
     static constexpr uint32_t PARTS = Packed<T>::PARTS, PER = Packed<T>::PER;
     // Bytes from a thread's piece to its next, and from pack to pack.
     static constexpr uint32_t STEP = WORKERS * 16, PACK = PARTS * STEP;
@@ -84,11 +83,11 @@ template <class T> struct alignas(16) End {
 };
 
 // What the threads of a block share beside the row.
-template <class T> struct Shared {
+template <class T, uint32_t WARPS> struct Shared {
     // The row's first chunk and its last, where no bulk copy brings them: of the thread that reads them.
     ATKD_SHARED_MEMBER(End<T>, ends, 2);
-    ATKD_SHARED_MEMBER(Sums, warp_sums, WORKING_WARPS);
-    ATKD_SHARED_MEMBER(Maxima, warp_maxima, WORKING_WARPS);
+    ATKD_SHARED_MEMBER(Sums, warp_sums, WARPS);
+    ATKD_SHARED_MEMBER(Maxima, warp_maxima, WARPS);
     ATKD_SHARED_MEMBER(GradientScales, scales, 1);
     ATKD_SHARED_MEMBER(Coming, coming, 1);
     ATKD_SHARED_MEMBER(Barrier, full, 1);      // the row has come
@@ -104,10 +103,11 @@ template <bool B> struct Flag {
 };
 
 // A thread that works on the row: all but the last warp's.
-template <class T> struct Worker {
+template <class T, uint32_t WORKERS> struct Worker {
+    using Of = Block<T, WORKERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<T> &shared;
+    Shared<T, Of::WARPS> &shared;
     const Coming &row;
     // Of the slice's whole chunks: where they start, here and in the row, and their bytes.
     uint32_t at_start, end;
@@ -115,7 +115,7 @@ template <class T> struct Worker {
     bool has_end, has_target;
     uint32_t end_place;
 
-    ATKD_DEVICE Worker(const atkd_rows &p_, StagedMemory staged_, Shared<T> &shared_, const Coming &row_)
+    ATKD_DEVICE Worker(const atkd_rows &p_, StagedMemory staged_, Shared<T, Of::WARPS> &shared_, const Coming &row_)
         : p(p_), staged(staged_), shared(shared_), row(row_), at_start(row.starts_outside * CHUNK * sizeof(T)),
           end((row.whole_end - row.starts_outside) * CHUNK * sizeof(T)),
           exponent(p.batch.inverse_temperature * LOG2_E) {
@@ -131,9 +131,9 @@ template <class T> struct Worker {
     ATKD_DEVICE Packed<T> pack_of(uint32_t slice, uint32_t at, bool whole) const {
         Packed<T> packed = whole ? Packed<T>() : nothing<T>();
         ATKD_UNROLL
-        for (uint32_t i = 0; i < Pieces<T>::PARTS; i++) {
-            if (whole || at + i * Pieces<T>::STEP < end) {
-                packed.part[i] = load_staged(staged, slice + at_start + at + i * Pieces<T>::STEP);
+        for (uint32_t i = 0; i < Of::PARTS; i++) {
+            if (whole || at + i * Of::STEP < end) {
+                packed.part[i] = load_staged(staged, slice + at_start + at + i * Of::STEP);
             }
         }
         return packed;
@@ -144,10 +144,10 @@ template <class T> struct Worker {
     // Calls f(at, teacher, student, whole) for the thread's packs, of which the last may lack parts; and read() when
     // it has read those of a turn.
     template <class F, class Read> ATKD_DEVICE void for_packs(F f, Read read) const {
-        constexpr uint32_t TOGETHER = Pieces<T>::TOGETHER, PACK = Pieces<T>::PACK;
+        constexpr uint32_t TOGETHER = Of::TOGETHER, PACK = Of::PACK;
         uint32_t at = thread_index() * 16;
         ATKD_NO_UNROLL
-        for (; at + Pieces<T>::TURN - Pieces<T>::STEP < end; at += Pieces<T>::TURN) {
+        for (; at + Of::TURN - Of::STEP < end; at += Of::TURN) {
             Packed<T> teacher[TOGETHER], student[TOGETHER];
             ATKD_UNROLL
             for (uint32_t i = 0; i < TOGETHER; i++) {
@@ -162,7 +162,7 @@ template <class T> struct Worker {
         }
         ATKD_NO_UNROLL
         for (; at < end; at += PACK) {
-            constexpr bool WHOLE = Pieces<T>::PARTS == 1;
+            constexpr bool WHOLE = Of::PARTS == 1;
             f(at, teacher_at(at, WHOLE), student_at(at, WHOLE), Flag<WHOLE>());
         }
     }
@@ -245,9 +245,9 @@ template <class T> struct Worker {
             gradient_of<false>(of_row, exponent, teacher, student, g);
             Packed<T> packed = pack<T>(g);
             ATKD_UNROLL
-            for (uint32_t i = 0; i < Pieces<T>::PARTS; i++) {
-                if (decltype(whole)::value || at + i * Pieces<T>::STEP < end) {
-                    store16(reinterpret_cast<void *>(to + at + i * Pieces<T>::STEP), packed.part[i]);
+            for (uint32_t i = 0; i < Of::PARTS; i++) {
+                if (decltype(whole)::value || at + i * Of::STEP < end) {
+                    store16(reinterpret_cast<void *>(to + at + i * Of::STEP), packed.part[i]);
                 }
             }
         }, read);
@@ -266,10 +266,11 @@ template <class T> struct Worker {
 };
 
 // The last warp: it asks for rows, and settles what they come to. Its first lane, the leader, does what one does.
-template <class T> struct Server {
+template <class T, uint32_t WORKERS> struct Server {
+    using Of = Block<T, WORKERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<T> &shared;
+    Shared<T, Of::WARPS> &shared;
     uint32_t lane, count, rank;
     bool leads;
     // Of the next row: where its slices' whole chunks lie, here from `asked` on to `end`.
@@ -285,7 +286,7 @@ template <class T> struct Server {
     Sums block_sums;
     Maxima block_maxima;
 
-    ATKD_DEVICE Server(const atkd_rows &p_, StagedMemory staged_, Shared<T> &shared_)
+    ATKD_DEVICE Server(const atkd_rows &p_, StagedMemory staged_, Shared<T, Of::WARPS> &shared_)
         : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
           rank(block_index() % p_.team), leads(lane == 0), after(block_index() / p_.team + p_.clusters),
           weights(Weights::of(p_)), number(0) {}
@@ -320,10 +321,10 @@ template <class T> struct Server {
         // Among the elements that bulk copies bring.
         uint32_t element = coming.target + rows.teacher.lead - start * CHUNK;
         if (element * sizeof(T) < end - asked) {
-            uint32_t piece = element / Pieces<T>::PER, turn = piece / WORKERS;
+            uint32_t piece = element / Of::PER, turn = piece / WORKERS;
             coming.target_thread = uint8_t(piece % WORKERS);
-            coming.target_at = coming.target_thread * 16 + turn / Pieces<T>::PARTS * Pieces<T>::PACK;
-            coming.target_within = uint8_t(turn % Pieces<T>::PARTS * Pieces<T>::PER + element % Pieces<T>::PER);
+            coming.target_at = coming.target_thread * 16 + turn / Of::PARTS * Of::PACK;
+            coming.target_within = uint8_t(turn % Of::PARTS * Of::PER + element % Of::PER);
         }
     }
 
@@ -350,7 +351,7 @@ template <class T> struct Server {
         ATKD_NO_UNROLL
         for (uint32_t i = 0; i < EARLY; i++) {
             ATKD_WAIT(shared.read, i, parity);
-            ask(row.starts_outside * CHUNK * uint32_t(sizeof(T)) + (i + 1) * Pieces<T>::TURN);
+            ask(row.starts_outside * CHUNK * uint32_t(sizeof(T)) + (i + 1) * Of::TURN);
         }
     }
 
@@ -380,9 +381,9 @@ template <class T> struct Server {
         bool ignored = row.mode == ATKD_IGNORED;
         auto of_block = RowState<float>::empty();
         if (!ignored) {
-            of_block = state_of<float>(shared.warp_sums[lane % WORKING_WARPS], shared.warp_maxima[lane % WORKING_WARPS]);
+            of_block = state_of<float>(shared.warp_sums[lane % Of::WARPS], shared.warp_maxima[lane % Of::WARPS]);
             share_maxima(of_block, p.batch.inverse_temperature * LOG2_E);
-            of_block = merge_warp<false, WORKING_WARPS>(of_block);
+            of_block = merge_warp<false, Of::WARPS>(of_block);
         }
         block_sums = {0, 0, 0, 0};
         block_maxima = {OUTSIDE, OUTSIDE};
@@ -449,16 +450,17 @@ template <class T> ATKD_DEVICE void drop(const atkd_rows &p, const Coming &row) 
     drop_row<T>(p, rows);
 }
 
-template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T> &shared) {
+template <class T, uint32_t WORKERS>
+ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS / WARP> &shared) {
     uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
     for (;;) {
-        ATKD_MEET(HERE, THREADS);
+        ATKD_MEET(HERE, WORKERS + WARP);
         Coming row = shared.coming[0];
         if (row.token == NO_TOKEN) {
             break;
         }
         bool ignored = row.mode == ATKD_IGNORED;
-        Worker<T> worker(p, staged, shared, row);
+        Worker<T, WORKERS> worker(p, staged, shared, row);
         if (ATKD_RARELY(ignored)) {
             drop<T>(p, row);
         } else {
@@ -468,8 +470,8 @@ template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged
                 shared.warp_maxima[warp] = maxima_of(of_warp);
             }
         }
-        ATKD_MEET(POSTED, THREADS);
-        ATKD_MEET(SETTLED, THREADS);
+        ATKD_MEET(POSTED, WORKERS + WARP);
+        ATKD_MEET(SETTLED, WORKERS + WARP);
         uint32_t turns = 0;
         auto read = [&] {
             if (turns < EARLY) {
@@ -487,12 +489,13 @@ template <class T> ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged
             read();
         }
         sync_warp();
-        ATKD_MEET(READ, THREADS);
+        ATKD_MEET(READ, WORKERS + WARP);
     }
 }
 
-template <class T> ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T> &shared) {
-    Server<T> server(p, staged, shared);
+template <class T, uint32_t WORKERS>
+ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS / WARP> &shared) {
+    Server<T, WORKERS> server(p, staged, shared);
     if (server.leads) {
         server.look(block_index() / p.team);
         server.announce();
@@ -500,7 +503,7 @@ template <class T> ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory stage
     }
     for (uint32_t parity = 0;; parity ^= 1) {
         ATKD_WAIT(shared.full, 0, parity);
-        ATKD_MEET(HERE, THREADS);
+        ATKD_MEET(HERE, WORKERS + WARP);
         Coming row = shared.coming[0];
         if (row.token == NO_TOKEN) {
             break;
@@ -509,33 +512,34 @@ template <class T> ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory stage
             drop<T>(p, row);
         }
         server.prepare(row);
-        ATKD_MEET(POSTED, THREADS);
+        ATKD_MEET(POSTED, WORKERS + WARP);
         server.settle(row);
-        ATKD_MEET(SETTLED, THREADS);
+        ATKD_MEET(SETTLED, WORKERS + WARP);
         if (server.leads) {
             server.follow(row, parity);
         }
         sync_warp();
-        ATKD_MEET(READ, THREADS);
+        ATKD_MEET(READ, WORKERS + WARP);
         server.finish(row);
     }
 }
 
-template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
+template <class T, uint32_t WORKERS> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
+    using SharedByBlock = Shared<T, WORKERS / WARP>;
     ATKD_STAGED(staged);
-    ATKD_SHARED_STRUCT(Shared<T>, shared);
+    ATKD_SHARED_STRUCT(SharedByBlock, shared);
     if (thread_index() == WORKERS) {
         ATKD_INIT_BARRIER(shared.full, 0, 1);
         for (uint32_t i = 0; i < EARLY; i++) {
-            ATKD_INIT_BARRIER(shared.read, i, WORKING_WARPS);
+            ATKD_INIT_BARRIER(shared.read, i, WORKERS / WARP);
         }
         publish_barriers();
     }
     ATKD_SYNC_BLOCK();
     if (thread_index() < WORKERS) {
-        work<T>(p, staged, shared);
+        work<T, WORKERS>(p, staged, shared);
     } else {
-        serve<T>(p, staged, shared);
+        serve<T, WORKERS>(p, staged, shared);
     }
 }
 
@@ -543,9 +547,9 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
 
 // Nothing where there are no bulk copies: no plan chooses it there.
 #if defined(__CUDACC__) && __CUDA_ARCH__ < 900
-#define ATKD_ROW_PIPELINED(T)
+#define ATKD_ROW_PIPELINED(T, WORKERS)
 #else
-#define ATKD_ROW_PIPELINED(T) row_pipelined<T>(p)
+#define ATKD_ROW_PIPELINED(T, WORKERS) row_pipelined<T, WORKERS>(p)
 #endif
 
 // Blocks of a multiprocessor. The code of other machines than sm_90 has not registers enough for six.
@@ -555,6 +559,11 @@ template <class T> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
 #define ATKD_BLOCKS 6
 #endif
 
-ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(float); }
-ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(f16); }
-ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(bf16); }
+ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(float, 128); }
+ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(f16, 128); }
+ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(bf16, 128); }
+
+// The same by fewer blocks, twice as large.
+ATKD_KERNEL(row_pipelined_wide_f32, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(float, 256); }
+ATKD_KERNEL(row_pipelined_wide_f16, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(f16, 256); }
+ATKD_KERNEL(row_pipelined_wide_bf16, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(bf16, 256); }

@@ -107,6 +107,7 @@ kernels! {
     Rows(atkd_rows):
         row_resident_f32 row_resident_f16 row_resident_bf16
         row_pipelined_f32 row_pipelined_f16 row_pipelined_bf16
+        row_pipelined_wide_f32 row_pipelined_wide_f16 row_pipelined_wide_bf16
         row_stream_f32_f32_f32 row_stream_f32_f16_f16 row_stream_f32_f16_f32
         row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32
         row_stream_f16_f32_f32 row_stream_f16_f16_f16 row_stream_f16_f16_f32
@@ -485,6 +486,7 @@ pub(crate) fn launches(
         kernel: match plan.row_kernel {
             RowKernel::Resident => of_dtype!("row_resident", problem.student),
             RowKernel::Pipelined => of_dtype!("row_pipelined", problem.student),
+            RowKernel::PipelinedWide => of_dtype!("row_pipelined_wide", problem.student),
             RowKernel::Stream => row_stream(problem.teacher, problem.student, problem.gradient),
         },
         shape,

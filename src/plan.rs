@@ -17,6 +17,8 @@ pub struct DeviceProperties {
     /// How many blocks of `row_pipelined` a multiprocessor has registers for. 0 before compute capability 9.0, where
     /// there are neither bulk copies nor clusters.
     pub pipelined_blocks: u32,
+    /// The same of `row_pipelined_wide`.
+    pub pipelined_wide_blocks: u32,
 }
 
 impl DeviceProperties {
@@ -26,6 +28,7 @@ impl DeviceProperties {
         l2_bytes: 60 << 20,
         shared_bytes: 228 << 10,
         pipelined_blocks: 6,
+        pipelined_wide_blocks: 3,
     };
 
     /// Blocks that can form a cluster without the driver's special leave.
@@ -102,6 +105,8 @@ pub enum RowKernel {
     Resident,
     /// `row_pipelined`: the shared memory of a team of blocks holds the row, which is read once.
     Pipelined,
+    /// `row_pipelined_wide`: the same by half as many blocks, twice as large.
+    PipelinedWide,
     /// `row_stream`: the row is read twice, the second time from the L2 cache.
     Stream,
 }
@@ -111,6 +116,7 @@ impl fmt::Display for RowKernel {
         f.write_str(match self {
             Self::Resident => "row_resident",
             Self::Pipelined => "row_pipelined",
+            Self::PipelinedWide => "row_pipelined_wide",
             Self::Stream => "row_stream",
         })
     }
@@ -121,7 +127,7 @@ impl fmt::Display for RowKernel {
 pub struct Preference {
     /// The kernel.
     pub row_kernel: RowKernel,
-    /// Blocks of a team, up to 32, of `row_pipelined` or, where there are no clusters, of `row_stream`, which takes
+    /// Blocks of a team, up to 32, of `row_pipelined` and `row_pipelined_wide` or, where there are no clusters, of `row_stream`, which takes
     /// powers of two; 0 for the plan's choice.
     pub team: u32,
 }
@@ -158,6 +164,8 @@ const CHUNK: usize = 8;
 const LEAST_PIPELINED: usize = 4096;
 /// As many as a warp has lanes.
 const MOST_TEAM: usize = WARP;
+/// Teams of so many wide blocks beat twice as many others, as measured (docs/performance.md).
+const MOST_WIDE_TEAM: u32 = 4;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
 const MARGIN_THREADS: usize = 256;
 const MARGIN_BLOCKS: usize = 4;
@@ -166,6 +174,7 @@ const RESIDENT_THREADS: usize = 256;
 const RESIDENT_BLOCKS: usize = 2;
 const STREAM_BLOCKS: usize = 2;
 pub(crate) const PIPELINED_THREADS: usize = 160;
+pub(crate) const PIPELINED_WIDE_THREADS: usize = 288;
 const SCALE_THREADS: usize = 256;
 const SCALE_BLOCKS: usize = 6;
 const TOKEN_THREADS: usize = 256;
@@ -174,8 +183,42 @@ const SELECT_THREADS: usize = 1024;
 const HELD_BYTES: usize = 128;
 /// Of a block of `row_pipelined`, beside its slices: what its threads share, and what the device takes.
 const PIPELINED_SHARED_BYTES: usize = 320 + 1024;
+const PIPELINED_WIDE_SHARED_BYTES: usize = 416 + 1024;
 /// Bytes by which a device hands out shared memory.
 const SHARED_UNIT: usize = 128;
+
+/// The blocks of a kernel whose teams hold rows in shared memory.
+#[derive(Clone, Copy)]
+struct BlocksOnChip {
+    threads: usize,
+    /// Of a multiprocessor.
+    most: usize,
+    /// What a block takes beside its slices.
+    shared_bytes: usize,
+}
+
+impl BlocksOnChip {
+    fn of(device: &DeviceProperties, row_kernel: RowKernel) -> Self {
+        if row_kernel == RowKernel::PipelinedWide {
+            Self {
+                threads: PIPELINED_WIDE_THREADS,
+                most: device.pipelined_wide_blocks as usize,
+                shared_bytes: PIPELINED_WIDE_SHARED_BYTES,
+            }
+        } else {
+            Self {
+                threads: PIPELINED_THREADS,
+                most: device.pipelined_blocks as usize,
+                shared_bytes: PIPELINED_SHARED_BYTES,
+            }
+        }
+    }
+}
+
+/// Of a row, which has up to one more where it starts off a chunk's boundary.
+fn chunks(vocab: usize) -> usize {
+    (vocab + CHUNK - 1).div_ceil(CHUNK)
+}
 
 /// Threads for `work` items, `each` of them a thread, up to `most`.
 fn threads(work: usize, each: usize, most: usize) -> u32 {
@@ -201,7 +244,7 @@ pub(crate) fn scale_gradient(
     tokens: usize,
     vocab: usize,
 ) -> (LaunchShape, u32) {
-    let chunks = (vocab + CHUNK - 1).div_ceil(CHUNK);
+    let chunks = chunks(vocab);
     let block = threads(chunks, 1, SCALE_THREADS);
     let at_once = device.multiprocessors as usize * SCALE_BLOCKS * SCALE_THREADS / block as usize;
     let parts = (at_once / tokens.max(1)).clamp(1, chunks.div_ceil(SCALE_THREADS));
@@ -216,7 +259,8 @@ impl Plan {
         problem: &Problem,
         preferred: Option<Preference>,
     ) -> Self {
-        let mut by_itself = [RowKernel::Pipelined, RowKernel::Resident, RowKernel::Stream];
+        let mut by_itself =
+            [Self::pipelined_by_itself(device, problem), RowKernel::Resident, RowKernel::Stream];
         if problem.vocab < LEAST_PIPELINED {
             by_itself.swap(0, 1);
         }
@@ -231,15 +275,15 @@ impl Plan {
     fn with(device: &DeviceProperties, problem: &Problem, choice: Preference) -> Option<Self> {
         let Preference { row_kernel, team } = choice;
         let Problem { tokens, vocab, scopes, .. } = *problem;
-        // A row that starts off a chunk's boundary has up to one more.
-        let chunks = (vocab + CHUNK - 1).div_ceil(CHUNK);
+        let chunks = chunks(vocab);
         let largest_scope = tokens.div_ceil(scopes.max(1));
         let select_blocks = (largest_scope.div_ceil(SELECT_THREADS).next_power_of_two() as u32)
             .clamp(1, device.portable_cluster());
         let (rows, blocks) = match row_kernel {
             RowKernel::Resident => (Self::resident(problem, chunks)?, RESIDENT_BLOCKS),
-            RowKernel::Pipelined => {
-                (Self::pipelined(device, problem, chunks, team)?, device.pipelined_blocks as usize)
+            RowKernel::Pipelined | RowKernel::PipelinedWide => {
+                let blocks = BlocksOnChip::of(device, row_kernel);
+                (Self::pipelined(device, problem, blocks, team)?.0, blocks.most)
             }
             RowKernel::Stream => (Self::stream(device, problem, chunks, team)?, STREAM_BLOCKS),
         };
@@ -279,39 +323,56 @@ impl Plan {
             .then(|| shape(problem.tokens, threads(chunks, held, RESIDENT_THREADS), 1))
     }
 
-    /// Teams as small as hold a row, as many as run at once. The more blocks a multiprocessor has, the more rows it
-    /// works on while it waits for others: fewer, which have more room each, only if the rows that are in flight at
-    /// once are more by a twentieth, or if there is no other way.
+    /// Wide blocks make teams half as large, which meet sooner: where that is so few that it matters, and as many rows
+    /// are in flight, but for a twentieth.
+    fn pipelined_by_itself(device: &DeviceProperties, problem: &Problem) -> RowKernel {
+        let with =
+            |row_kernel| Self::pipelined(device, problem, BlocksOnChip::of(device, row_kernel), 0);
+        match (with(RowKernel::Pipelined), with(RowKernel::PipelinedWide)) {
+            (Some((_, rows)), Some((wide, wide_rows)))
+                if wide.team <= MOST_WIDE_TEAM && 20 * rows <= 21 * wide_rows =>
+            {
+                RowKernel::PipelinedWide
+            }
+            _ => RowKernel::Pipelined,
+        }
+    }
+
+    /// Teams as small as hold a row, as many as run at once, and how many these are. The more blocks a multiprocessor
+    /// has, the more rows it works on while it waits for others: fewer, which have more room each, only if the rows that
+    /// are in flight at once are more by a twentieth, or if there is no other way.
     fn pipelined(
         device: &DeviceProperties,
         problem: &Problem,
-        chunks: usize,
+        blocks_on_chip: BlocksOnChip,
         team: u32,
-    ) -> Option<LaunchShape> {
+    ) -> Option<(LaunchShape, usize)> {
         if !problem.of_one_type() || !problem.aligned_alike {
             return None;
         }
+        let chunks = chunks(problem.vocab);
         let teams = if team > 0 { team as usize..=team as usize } else { 1..=MOST_TEAM };
         // The size of a team, how many of them, and the bytes of a block.
         let with = |blocks: usize| {
             let at_once = device.multiprocessors as usize * blocks;
             let at_once = at_once.min(ATKD_PIPELINED_BLOCKS as usize);
             let room = device.shared_bytes / blocks / SHARED_UNIT * SHARED_UNIT;
-            let room = room.saturating_sub(PIPELINED_SHARED_BYTES);
+            let room = room.saturating_sub(blocks_on_chip.shared_bytes);
             teams.clone().take_while(|&team| team <= MOST_TEAM.min(at_once)).find_map(|team| {
                 let shared = 2 * chunks.div_ceil(team) * CHUNK * problem.student.size();
                 (shared <= room).then_some((team, at_once / team, shared))
             })
         };
-        let mut choices = (1..=device.pipelined_blocks as usize).rev().filter_map(with);
+        let mut choices = (1..=blocks_on_chip.most).rev().filter_map(with);
         let most = choices.next()?;
         let (team, count, shared) =
             choices.next().filter(|fewer| 20 * fewer.1 > 21 * most.1).unwrap_or(most);
-        Some(LaunchShape {
+        let shape = LaunchShape {
             shared: shared as u32,
             team: team as u32,
-            ..shape(problem.tokens.min(count) * team, PIPELINED_THREADS as u32, 1)
-        })
+            ..shape(problem.tokens.min(count) * team, blocks_on_chip.threads as u32, 1)
+        };
+        Some((shape, count))
     }
 
     /// Clusters, or teams where there are none, only as large as it takes for the rows in flight to fill half of
@@ -372,6 +433,7 @@ mod tests {
         l2_bytes: 40 << 20,
         shared_bytes: 164 << 10,
         pipelined_blocks: 0,
+        pipelined_wide_blocks: 0,
     };
 
     fn problem(tokens: usize, vocab: usize, teacher: Dtype, student: Dtype) -> Problem {
@@ -424,11 +486,13 @@ mod tests {
                 // Up to 7 places before the row in its first chunk.
                 let room = match plan.row_kernel {
                     RowKernel::Resident => block as usize * held,
-                    RowKernel::Pipelined => {
+                    RowKernel::Pipelined | RowKernel::PipelinedWide => {
+                        let blocks = BlocksOnChip::of(&H200, plan.row_kernel);
                         let a_multiprocessor = grid.div_ceil(H200.multiprocessors) as usize;
-                        let a_block = shared as usize + PIPELINED_SHARED_BYTES;
+                        let a_block = shared as usize + blocks.shared_bytes;
                         let taken = a_multiprocessor * a_block.next_multiple_of(128);
-                        assert!(taken <= H200.shared_bytes && block == 160, "{vocab}: {plan:?}");
+                        assert!(taken <= H200.shared_bytes, "{vocab}: {plan:?}");
+                        assert_eq!(block as usize, blocks.threads);
                         (shared * team) as usize / (2 * dtype.size())
                     }
                     RowKernel::Stream => unreachable!(),
@@ -441,17 +505,17 @@ mod tests {
             (plan.row_kernel, plan.rows.grid, plan.rows.team)
         };
         assert_eq!(rows(4000, Dtype::Bf16), (RowKernel::Resident, 8192, 1));
-        for (vocab, grid, team) in [
-            (4096, 792, 1),
-            (8192, 792, 1),
-            (16_377, 792, 2),
-            (32_000, 660, 3),
-            (50_257, 792, 6),
-            (128_256, 784, 14),
-            (151_936, 782, 17),
-            (262_144, 784, 28),
+        for (vocab, kernel, grid, team) in [
+            (4096, RowKernel::Pipelined, 792, 1),
+            (8192, RowKernel::Pipelined, 792, 1),
+            (16_377, RowKernel::PipelinedWide, 396, 1),
+            (32_000, RowKernel::Pipelined, 660, 3),
+            (50_257, RowKernel::PipelinedWide, 396, 3),
+            (128_256, RowKernel::Pipelined, 784, 14),
+            (151_936, RowKernel::Pipelined, 782, 17),
+            (262_144, RowKernel::Pipelined, 784, 28),
         ] {
-            assert_eq!(rows(vocab, Dtype::F16), (RowKernel::Pipelined, grid, team), "{vocab}");
+            assert_eq!(rows(vocab, Dtype::F16), (kernel, grid, team), "{vocab}");
         }
         // Fewer blocks with more room each, where the most that a multiprocessor has would be more than a team's.
         assert_eq!(rows(262_144, Dtype::F32), (RowKernel::Pipelined, 392, 28));

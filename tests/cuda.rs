@@ -293,6 +293,8 @@ fn every_kernel_for_rows() {
         (0, RowKernel::Pipelined, 1),
         (0, RowKernel::Pipelined, 3),
         (0, RowKernel::Pipelined, 32),
+        (0, RowKernel::PipelinedWide, 0),
+        (0, RowKernel::PipelinedWide, 3),
         (0, RowKernel::Stream, 0),
         (3, RowKernel::Stream, 0),
         (3, RowKernel::Stream, 4),

@@ -34,9 +34,14 @@ fn the_kernels_pass_the_battery_with_every_row_read_twice() {
 
 /// Rows in the shared memory of few teams, each of which has many to do.
 fn pipelined(team: u32, teams: u32) -> Simulation {
-    let mut simulation = preferring(RowKernel::Pipelined, team);
+    pipelined_by(RowKernel::Pipelined, team, teams)
+}
+
+fn pipelined_by(row_kernel: RowKernel, team: u32, teams: u32) -> Simulation {
+    let mut simulation = preferring(row_kernel, team);
     simulation.device.multiprocessors = 1;
     simulation.device.pipelined_blocks = team * teams;
+    simulation.device.pipelined_wide_blocks = team * teams;
     // However large, so that small teams hold large rows too.
     simulation.device.shared_bytes = 16 << 20;
     simulation
@@ -46,6 +51,7 @@ fn pipelined(team: u32, teams: u32) -> Simulation {
 fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
     pass_the_battery(Simulation { seed: 2, ..pipelined(1, 1) });
     pass_the_battery(Simulation { seed: 3, guess: 0, ..pipelined(3, 2) });
+    pass_the_battery(Simulation { seed: 4, ..pipelined_by(RowKernel::PipelinedWide, 2, 1) });
 }
 
 /// Rows read twice by few teams, each of which has many to do.
@@ -53,6 +59,7 @@ fn in_teams(team: u32, teams: u32) -> Simulation {
     let preferred = Some(Preference { row_kernel: RowKernel::Stream, team });
     let mut simulation = Simulation { preferred, ..Simulation::default() };
     simulation.device.pipelined_blocks = 0;
+    simulation.device.pipelined_wide_blocks = 0;
     simulation.device.multiprocessors = (team * teams).div_ceil(2);
     simulation
 }
@@ -182,6 +189,7 @@ fn teams_of_any_number() {
 fn planned_teams() {
     let mut simulation = Simulation::default();
     simulation.device.pipelined_blocks = 0;
+    simulation.device.pipelined_wide_blocks = 0;
     simulation.device.multiprocessors = 3;
     simulation.device.l2_bytes = 1;
     let mut input = Input::new(7, 20_011);
@@ -462,7 +470,7 @@ fn rows_on_chip_are_read_once() {
         (4000, "row_resident_bf16", 1),
         (4096, "row_pipelined_bf16", 1),
         (32_000, "row_pipelined_bf16", 3),
-        (50_257, "row_pipelined_bf16", 6),
+        (50_257, "row_pipelined_wide_bf16", 3),
         (128_256, "row_pipelined_bf16", 14),
         (262_144, "row_pipelined_bf16", 28),
     ] {

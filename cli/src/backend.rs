@@ -29,7 +29,7 @@ pub struct RowKernelArgs {
     /// A kernel for rows other than the plan's choice, wherever it can do the call; only with cuda
     #[arg(long, value_enum)]
     row_kernel: Option<RowKernelName>,
-    /// Blocks that share a row, up to 32, of the pipelined kernel, or of the stream kernel on a device without
+    /// Blocks that share a row, up to 32, of the pipelined kernels, or of the stream kernel on a device without
     /// clusters, where it is a power of two; 0 for the plan's choice
     #[arg(long, default_value_t = 0, requires = "row_kernel")]
     team: u32,
@@ -41,6 +41,8 @@ enum RowKernelName {
     Resident,
     /// The shared memory of a team of blocks holds a row
     Pipelined,
+    /// The same by blocks twice as large
+    PipelinedWide,
     /// A row is read twice
     Stream,
 }
@@ -51,6 +53,7 @@ impl RowKernelArgs {
         let row_kernel = match name {
             RowKernelName::Resident => RowKernel::Resident,
             RowKernelName::Pipelined => RowKernel::Pipelined,
+            RowKernelName::PipelinedWide => RowKernel::PipelinedWide,
             RowKernelName::Stream => RowKernel::Stream,
         };
         match choice.backend()? {

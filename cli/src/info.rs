@@ -99,7 +99,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         RowKernel::Resident => {
             "A row of both models fits the registers of a block, so each logit is read once.".into()
         }
-        RowKernel::Pipelined => format!(
+        RowKernel::Pipelined | RowKernel::PipelinedWide => format!(
             "The shared memory of a team of {team} holds a row of both models, {} blocks to a multiprocessor, so \
              each logit is read once. {} teams run at once, and take turns at the rows.",
             plan.rows.grid.div_ceil(device.multiprocessors),

@@ -288,8 +288,10 @@ driver! {
         driver, blocks: *mut c_int, function: CUfunction, threads: c_int, bytes: usize, flags: c_uint
     ) {
         driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
-        supported(threads == 160 && bytes == 0 && flags == 0)?;
-        give(blocks, DeviceProperties::H200.pipelined_blocks as c_int)
+        supported((threads == 160 || threads == 288) && bytes == 0 && flags == 0)?;
+        let DeviceProperties { pipelined_blocks, pipelined_wide_blocks, .. } = DeviceProperties::H200;
+        let most = if threads == 160 { pipelined_blocks } else { pipelined_wide_blocks };
+        give(blocks, most as c_int)
     }
 
     fn cuMemAlloc_v2(driver, address: *mut CUdeviceptr, bytes: usize) {
@@ -593,7 +595,11 @@ driver! {
             }
         }
         let small = driver.is_small(context);
-        let at_once = if kernel.starts_with("row_pipelined") { 6 } else { 2 };
+        let at_once = match block {
+            160 => 6,
+            288 => 3,
+            _ => 2,
+        };
         if team > at_once * multiprocessors(small) as u32 {
             return Err(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
         }

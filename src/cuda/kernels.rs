@@ -11,7 +11,9 @@ use cudarc::nvrtc::Ptx;
 
 use super::driver;
 use crate::launch::{KERNELS, Launch};
-use crate::plan::{DeviceProperties, PIPELINED_THREADS, Plan, Preference, Problem};
+use crate::plan::{
+    DeviceProperties, PIPELINED_THREADS, PIPELINED_WIDE_THREADS, Plan, Preference, Problem,
+};
 use crate::{Error, Result};
 
 /// Machine code for several architectures, and PTX; empty if there was no nvcc.
@@ -88,14 +90,22 @@ impl Kernels {
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
             )? as usize,
             pipelined_blocks: 0,
+            pipelined_wide_blocks: 0,
         };
         if capability >= (9, 0) && compiled_for >= 90 {
             let most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-            device.pipelined_blocks = u32::MAX;
-            for (_, function) in functions.iter().filter(|f| f.0.starts_with("row_pipelined")) {
-                let blocks = allow_shared(function, most).map_err(driver("preparing a kernel"))?;
-                device.pipelined_blocks = device.pipelined_blocks.min(blocks);
-            }
+            let blocks_of = |kernels: [&str; 3], threads| {
+                kernels.iter().try_fold(u32::MAX, |least, kernel| {
+                    let blocks = allow_shared(&functions[kernel], most, threads as u32)
+                        .map_err(driver("preparing a kernel"))?;
+                    Ok(least.min(blocks))
+                })
+            };
+            let pipelined = ["row_pipelined_f32", "row_pipelined_f16", "row_pipelined_bf16"];
+            device.pipelined_blocks = blocks_of(pipelined, PIPELINED_THREADS)?;
+            let wide =
+                ["row_pipelined_wide_f32", "row_pipelined_wide_f16", "row_pipelined_wide_bf16"];
+            device.pipelined_wide_blocks = blocks_of(wide, PIPELINED_WIDE_THREADS)?;
         }
         let mut driver_version = 0;
         // SAFETY: writes one number.
@@ -196,11 +206,12 @@ fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
     attribute
 }
 
-/// All the shared memory that a block of `row_pipelined` can have, in place of the L1 cache. Returns how many blocks a
+/// All the shared memory that a block of a kernel can have, in place of the L1 cache. Returns how many such blocks a
 /// multiprocessor has beside their shared memory, one at least.
 fn allow_shared(
     function: &CudaFunction,
     block_shared_bytes: i32,
+    threads: u32,
 ) -> std::result::Result<u32, DriverError> {
     let dynamic = block_shared_bytes - function.shared_size_bytes()?;
     for (attribute, value) in [
@@ -209,6 +220,5 @@ fn allow_shared(
     ] {
         function.set_attribute(attribute, value)?;
     }
-    let threads = PIPELINED_THREADS as u32;
     Ok(function.occupancy_max_active_blocks_per_multiprocessor(threads, 0, None)?.max(1))
 }
