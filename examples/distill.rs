@@ -196,8 +196,9 @@ fn run(args: &Args) -> Result<()> {
         );
     }
     println!(
-        "{} held-out tokens, losses in nats a token, ± standard error over sequences; cross entropy \
-         weighs {} and distillation {}; {:.0} s\ntables and plots: {}",
+        "{} held-out tokens, losses in nats a token, ± standard error over their sequences (models of \
+         another --seed differ by more); cross entropy weighs {} and distillation {}; {:.0} s\n\
+         tables and plots: {}",
         teacher_terms.len(),
         args.ce_weight,
         args.kd_weight,
