@@ -262,9 +262,11 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
     // One warp of the cluster; of a team, one of each block.
     bool settles = thread_index() < WARP && cluster_rank() == 0, tells = rows.first < WARP;
     TargetLogits target_logits = {0, 0};
+    Weights weights = {};
     post_state<AT_1>(own, warps);
     if (settles) {
         target_logits = target_logits_of<P, Q>(p, rows.token, target);
+        weights = Weights::of(p);
     }
     ATKD_SYNC_CLUSTER();
     if (settles) {
@@ -273,7 +275,7 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
         if (team_blocks(p) > 1) {
             state = merge_team(state, p, exponent);
         }
-        GradientScales settled = scales_of(p, Weights::of(p), rows.token, mode, state, target_logits, tells);
+        GradientScales settled = scales_of(p, weights, rows.token, mode, state, target_logits, tells);
         if (thread_index() == 0) {
             scales[0] = settled;
         }
