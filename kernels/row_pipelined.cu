@@ -77,15 +77,10 @@ struct Told {
 };
 static_assert(sizeof(Told) == ATKD_TOLD_STATE, "the layout is a contract");
 
-// A chunk of both models, without the target.
-template <class T> struct alignas(16) End {
-    Packed<T> teacher, student;
-};
-
 // What the threads of a block share beside the row.
 template <class T, uint32_t WARPS> struct Shared {
-    // The row's first chunk and its last, where no bulk copy brings them: of the thread that reads them.
-    ATKD_SHARED_MEMBER(End<T>, ends, 2);
+    // The slice's first chunk of teacher and student, then its last, without the target: where no bulk copy brings them.
+    ATKD_SHARED_MEMBER(uint32_t, ends, 4 * CHUNK * sizeof(T) / 4);
     ATKD_SHARED_MEMBER(Sums, warp_sums, WARPS);
     ATKD_SHARED_MEMBER(Maxima, warp_maxima, WARPS);
     ATKD_SHARED_MEMBER(GradientScales, scales, 1);
@@ -113,7 +108,7 @@ template <class T, uint32_t WORKERS> struct Worker {
     uint32_t at_start, end;
     float exponent;
     bool has_end, has_target;
-    uint32_t end_place;
+    uint32_t end_chunk; // in the slice
 
     ATKD_DEVICE Worker(const atkd_rows &p_, StagedMemory staged_, Shared<T, Of::WARPS> &shared_, const Coming &row_)
         : p(p_), staged(staged_), shared(shared_), row(row_), at_start(row.starts_outside * CHUNK * sizeof(T)),
@@ -121,11 +116,19 @@ template <class T, uint32_t WORKERS> struct Worker {
           exponent(p.batch.inverse_temperature * LOG2_E) {
         bool has_start = thread_index() == 0 && row.starts_outside;
         has_end = has_start || (thread_index() == WARP && row.ends_outside);
-        end_place = has_start ? 0 : row.whole_end;
+        end_chunk = has_start ? 0 : row.whole_end;
         has_target = row.target_at != NOT_HERE && thread_index() == row.target_thread;
     }
 
-    ATKD_DEVICE uint32_t end_index() const { return end_place == 0 ? 0 : 1; }
+    // Of a thread that has an end, its chunk of teacher, 0, or student, 1.
+    ATKD_DEVICE Packed<T> end_of(uint32_t model) const {
+        Packed<T> packed = {};
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < 4 * Of::PARTS; i++) {
+            packed.part[i / 4].word[i % 4] = shared.ends[((end_chunk == 0 ? 0 : 2) + model) * 4 * Of::PARTS + i];
+        }
+        return packed;
+    }
 
     // A pack of the slice that starts at `slice` in shared memory. With `whole` no part of it is missing.
     ATKD_DEVICE Packed<T> pack_of(uint32_t slice, uint32_t at, bool whole) const {
@@ -193,23 +196,13 @@ template <class T, uint32_t WORKERS> struct Worker {
                 f(teacher, student, Flag<false>());
             }
             if (has_end) {
-                End<T> own = shared.ends[end_index()];
-                f(own.teacher, own.student, Flag<false>());
+                f(end_of(0), end_of(1), Flag<false>());
             }
         }
     }
 
     // The state of the thread's warp, in its first lane.
     ATKD_DEVICE RowState<float> sums() {
-        if (ATKD_RARELY(has_end)) {
-            Rows<T, T> rows(p, row.token);
-            uint32_t chunk = row.start + end_place;
-            End<T> own;
-            rows.load(chunk, own.teacher, own.student);
-            take_out(rows.within(row.target, chunk), own.teacher);
-            take_out(rows.within(row.target, chunk), own.student);
-            shared.ends[end_index()] = own;
-        }
         // The maxima first, so that no sum must be rebased.
         Largest<T> teacher_max, student_max;
         auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
@@ -256,9 +249,8 @@ template <class T, uint32_t WORKERS> struct Worker {
         }
         if (ATKD_RARELY(has_end)) {
             float g[CHUNK];
-            uint32_t chunk = row.start + end_place;
-            End<T> own = shared.ends[end_index()];
-            gradient_of<false>(of_row, exponent, own.teacher, own.student, g);
+            uint32_t chunk = row.start + end_chunk;
+            gradient_of<false>(of_row, exponent, end_of(0), end_of(1), g);
             put_target(row.target - (chunk * CHUNK - gradient.lead), of_row.target, g);
             store_chunk(gradient, chunk, g);
         }
@@ -277,6 +269,8 @@ template <class T, uint32_t WORKERS> struct Server {
     uint32_t asked, end;
     uintptr_t teacher, student;
     Coming coming;
+    // Of the shared ends, a lane each.
+    uint32_t end_element;
     // Which row comes after that, by its place among those to do.
     uint32_t after;
     Weights weights;
@@ -292,10 +286,11 @@ template <class T, uint32_t WORKERS> struct Server {
           weights(Weights::of(p_)), number(0) {}
 
     // The row that comes next, by its place among those to do. Known early, it can be asked for as soon as there is
-    // room.
+    // room, and its ends are here when their row is.
     ATKD_DEVICE void look(uint32_t index) {
         coming = {0, 0, NO_TOKEN, 0, NOT_HERE, 0, 0, ATKD_IGNORED, 0, 0};
         asked = end = 0;
+        end_element = 0;
         if (index >= count) {
             return;
         }
@@ -326,12 +321,33 @@ template <class T, uint32_t WORKERS> struct Server {
             coming.target_at = coming.target_thread * 16 + turn / Of::PARTS * Of::PACK;
             coming.target_within = uint8_t(turn % Of::PARTS * Of::PER + element % Of::PER);
         }
+        // Of the slice's first chunk of teacher and student, then its last, a lane each.
+        bool last = lane >= 2 * CHUNK;
+        uint32_t j = (slice.start + (last ? slice.whole_end : 0)) * CHUNK + lane % CHUNK - rows.teacher.lead;
+        const T *data = lane / CHUNK % 2 == 0 ? rows.teacher.data : rows.student.data;
+        bool there = last ? coming.ends_outside : coming.starts_outside;
+        T z = there && j < p.batch.vocab && j != coming.target ? load(data + j) : narrow<T>(OUTSIDE);
+        end_element = to_bits(z);
     }
 
-    ATKD_DEVICE void announce() {
-        shared.coming[0] = coming;
-        ATKD_EXPECT(shared.full, 0, 2 * (end - asked));
+    // For those that work on the row, when they have done with the one before.
+    ATKD_DEVICE void place_ends() {
+        uint32_t next = shuffle_xor(end_element, 1);
+        if (sizeof(T) == 4) {
+            shared.ends[lane] = end_element;
+        } else if (lane % 2 == 0) {
+            shared.ends[lane / 2] = end_element | next << 16;
+        }
     }
+
+    // To those that work on rows, when they know all of the one before.
+    ATKD_DEVICE void announce() {
+        if (leads) {
+            shared.coming[0] = coming;
+        }
+    }
+
+    ATKD_DEVICE void expect() { ATKD_EXPECT(shared.full, 0, 2 * (end - asked)); }
 
     // Asks for it as far as there is room.
     ATKD_DEVICE void ask(uint32_t room) {
@@ -347,7 +363,7 @@ template <class T, uint32_t WORKERS> struct Server {
 
     // The next row, into the room that this one leaves.
     ATKD_DEVICE void follow(const Coming &row, uint32_t parity) {
-        announce();
+        expect();
         ATKD_NO_UNROLL
         for (uint32_t i = 0; i < EARLY; i++) {
             ATKD_WAIT(shared.read, i, parity);
@@ -358,13 +374,11 @@ template <class T, uint32_t WORKERS> struct Server {
     // While the others work on the row.
     ATKD_DEVICE void prepare(const Coming &row) {
         number += 1;
-        if (leads) {
-            look(after);
-            if (rank == 0) {
-                // Whoever is ready first comes for one: multiprocessors are not equally fast. The first two rows of
-                // each team are its own.
-                after = 2 * p.clusters + add_atomic(&p.batch.summary->drawn, 1);
-            }
+        look(shuffle_from(after, 0));
+        if (leads && rank == 0) {
+            // Whoever is ready first comes for one: multiprocessors are not equally fast. The first two rows of each
+            // team are its own.
+            after = 2 * p.clusters + add_atomic(&p.batch.summary->drawn, 1);
         }
         sync_warp();
         if (row.mode != ATKD_IGNORED) {
@@ -431,6 +445,7 @@ template <class T, uint32_t WORKERS> struct Server {
         if (leads) {
             ask(end);
         }
+        place_ends();
         sync_warp();
         if (rank == 0 && row.mode != ATKD_IGNORED) {
             tell(p, row.token, merge_blocks<double>(), target_logits);
@@ -496,9 +511,11 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
 template <class T, uint32_t WORKERS>
 ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS / WARP> &shared) {
     Server<T, WORKERS> server(p, staged, shared);
+    server.look(block_index() / p.team);
+    server.place_ends();
+    server.announce();
     if (server.leads) {
-        server.look(block_index() / p.team);
-        server.announce();
+        server.expect();
         server.ask(server.end);
     }
     for (uint32_t parity = 0;; parity ^= 1) {
@@ -513,6 +530,7 @@ ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKER
         }
         server.prepare(row);
         ATKD_MEET(POSTED, WORKERS + WARP);
+        server.announce();
         server.settle(row);
         ATKD_MEET(SETTLED, WORKERS + WARP);
         if (server.leads) {

@@ -284,7 +284,8 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
         # Looks at the number there; from here it would stop the queue.
         rows = _rows(gradient)
         with torch.cuda.device(gradient.device):
-            _atkd.scale_on_device(_queue(), tuple(rows.shape), _matrix(rows), upstream.data_ptr())
+            shape = (rows.shape[0], rows.shape[1])
+            _atkd.scale_on_device(_queue(), shape, _matrix(rows), upstream.data_ptr())
     elif upstream.item() != 1.0:
         gradient.mul_(upstream)
     return gradient
