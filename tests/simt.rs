@@ -137,7 +137,7 @@ fn streamed(block: u32, cluster: u32, seed: u64) -> Simulation {
 
 #[test]
 fn the_schedule_changes_no_bit() {
-    for (vocab, cluster) in [(1003, 1), (50_257, 4)] {
+    for (vocab, cluster) in [(1003, 1), (20_011, 1), (50_257, 4)] {
         let input = Input::new(3, vocab);
         for objective in [Objective::default(), Objective::default().with_target(Target::Teacher)] {
             for simulation in [

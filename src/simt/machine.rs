@@ -168,6 +168,15 @@ fn wait(state: State) {
     }
 }
 
+/// Lets others take turns, as after anything that they may have waited for: they can be far ahead before this
+/// thread goes on.
+fn pause() {
+    // SAFETY: see `machine`.
+    let machine = unsafe { machine() };
+    machine.make_ready(machine.thread..machine.thread + 1);
+    wait(State::Ready);
+}
+
 /// Records an error and never returns to the kernel.
 fn fault(what: String) -> ! {
     // SAFETY: see `machine`.
@@ -251,11 +260,8 @@ extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: 
 
 #[unsafe(no_mangle)]
 extern "C" fn simt_changed(at: *const u32) {
-    let (machine, thread) = unsafe { (machine(), machine().thread) };
-    machine.wake(|state| matches!(state, State::Flip(word, _) if word == at));
-    // Who has seen it may be far ahead before this thread goes on.
-    machine.make_ready(thread..thread + 1);
-    wait(State::Ready);
+    unsafe { machine() }.wake(|state| matches!(state, State::Flip(word, _) if word == at));
+    pause();
 }
 
 #[unsafe(no_mangle)]

@@ -284,6 +284,7 @@ unsafe extern "C" fn simt_arrive(barrier: *mut Barrier, bytes: u32) {
         fault(format!("{} expects {} bytes, more than {MOST_EXPECTED}", this.name(), this.bytes));
     }
     machine.settle(barrier).unwrap_or_else(|e| fault(e));
+    pause();
 }
 
 #[unsafe(no_mangle)]
