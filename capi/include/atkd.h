@@ -396,8 +396,8 @@ AtkdStatus atkd_workspace_create(size_t threads,
  many sequences; they are put on a stream and not waited for. Calls that share a workspace must run one
  after the other: on one stream, or on streams that wait for each other.
 
- A label that names no token of the vocabulary is met by a kernel, which drops its token; the next
- atkd_workspace_synchronize returns the error.
+ A label that names no token of the vocabulary is met by a kernel, which drops its token; the
+ loss that the call leaves is NaN, and the next atkd_workspace_synchronize returns the error.
 
  # Safety
  `workspace` is null or has room for a pointer.
