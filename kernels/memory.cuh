@@ -65,9 +65,12 @@ ATKD_DEVICE uint32_t thread_index() { return threadIdx.x; }
 ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
 ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_SYNC_BLOCK() __syncthreads()
-// The same barrier where some warps come to it from elsewhere in the code than others.
+// The same barrier where some warps come to it from elsewhere in the code than others, each as a whole.
 #define ATKD_MEET(barrier, threads)                                                                           \
-    asm volatile("bar.sync %0, %1;" ::"n"(int(barrier)), "n"(threads) : "memory")
+    do {                                                                                                      \
+        __syncwarp();                                                                                         \
+        asm volatile("bar.sync %0, %1;" ::"n"(int(barrier)), "n"(threads) : "memory");                        \
+    } while (0)
 
 // A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block; there the
 // blocks of a row are a team, in a launch whose blocks all run at once, and meet through global memory.

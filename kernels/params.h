@@ -30,7 +30,7 @@ typedef struct {
     double loss;
     uint64_t label_fault;  // the lowest token whose label is out of range, since the host last looked
     uint64_t offset_fault; // the lowest sequence whose offsets are out of order, likewise
-    float loss_f32; // NaN while there is a fault that the host has not seen
+    float loss_f32; // NaN if there is a fault that the host has not seen
     uint32_t valid; // tokens that are not ignored
     uint32_t hard;
     uint32_t counted_valid; // of the call in progress

@@ -25,8 +25,8 @@ struct Slice {
     }
 };
 
-// All warps of a block work on the row, WORKERS threads, but the last, which waits for what is not here yet, and does what
-// takes time and not throughput. They share the whole chunks by pieces of 16 bytes in turn. A pack, which a thread
+// All warps of a block work on the row, WORKERS threads, but the last, which waits for what is not here yet, and does
+// what takes time and not throughput. They share the whole chunks by pieces of 16 bytes in turn. A pack, which a thread
 // handles at once, is as many elements as a chunk.
 template <class T, uint32_t WORKERS> struct Block {
     static constexpr uint32_t WARPS = WORKERS / WARP;
@@ -79,7 +79,7 @@ static_assert(sizeof(Told) == ATKD_TOLD_STATE, "the layout is a contract");
 
 // What the threads of a block share beside the row.
 template <class T, uint32_t WARPS> struct Shared {
-    // The slice's first chunk of teacher and student, then its last, without the target: where no bulk copy brings them.
+    // The slice's first chunk of teacher and student, then its last, without the target: if no bulk copy brings them.
     ATKD_SHARED_MEMBER(uint32_t, ends, 4 * CHUNK * sizeof(T) / 4);
     ATKD_SHARED_MEMBER(Sums, warp_sums, WARPS);
     ATKD_SHARED_MEMBER(Maxima, warp_maxima, WARPS);
@@ -296,8 +296,8 @@ template <class T, uint32_t WORKERS> struct Server {
         }
         coming.token = token_to_do(p, index);
         uint8_t mode = load(p.batch.modes + coming.token);
-        int32_t target = target_of(p.batch, coming.token);
-        if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
+        int32_t target = mode == ATKD_IGNORED ? IGNORED_TARGET : target_of(p.batch, coming.token);
+        if (target == IGNORED_TARGET) {
             return;
         }
         Rows<T, T> rows(p, coming.token);
@@ -503,7 +503,6 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
         while (turns < EARLY) {
             read();
         }
-        sync_warp();
         ATKD_MEET(READ, WORKERS + WARP);
     }
 }
@@ -536,7 +535,6 @@ ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKER
         if (server.leads) {
             server.follow(row, parity);
         }
-        sync_warp();
         ATKD_MEET(READ, WORKERS + WARP);
         server.finish(row);
     }

@@ -548,6 +548,9 @@ pub(crate) fn scale_gradient(
 ) -> Result<Option<Launch>> {
     check_sizes(tokens, vocab)?;
     gradient.end("the gradient", tokens, vocab)?;
+    if factor == 0 {
+        return Err(Error::Null { what: "the factor", elements: 1 });
+    }
     check_alignment("the factor", factor, size_of::<f32>() as u64)?;
     let (shape, parts) = plan::scale_gradient(device, tokens, vocab);
     let launch = Launch {

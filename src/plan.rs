@@ -164,7 +164,8 @@ const CHUNK: usize = 8;
 const LEAST_PIPELINED: usize = 4096;
 /// As many as a warp has lanes.
 const MOST_TEAM: usize = WARP;
-/// Teams of so many wide blocks beat twice as many others, as measured (docs/performance.md).
+/// Teams of two and three wide blocks beat twice as many others, of seven and more they do not: as measured
+/// (docs/performance.md), and between them a guess.
 const MOST_WIDE_TEAM: u32 = 4;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
 const MARGIN_THREADS: usize = 256;

@@ -109,7 +109,8 @@ pub unsafe extern "C" fn atkd_workspace_create(
 /// after the other: on one stream, or on streams that wait for each other.
 ///
 /// A label that names no token of the vocabulary is met by a kernel, which drops its token; the
-/// loss that the call leaves is NaN, and the next atkd_workspace_synchronize returns the error.
+/// loss that the call leaves is NaN, and so are those of later calls until atkd_workspace_synchronize has
+/// returned the error.
 ///
 /// # Safety
 /// `workspace` is null or has room for a pointer.

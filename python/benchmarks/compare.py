@@ -268,8 +268,8 @@ def main():
                         f"{result['loss_error']:.1e} | {result['gradient_error']:.1e} |"
                     )
                     print(lines[-1], flush=True)
-    for name, reason in skipped.items():
-        lines.append(f"\n{name}: skipped, {reason}.")
+    for name, why in skipped.items():
+        lines.append(f"\n{name}: skipped, {why}.")
         print(lines[-1])
 
     args.out.mkdir(parents=True, exist_ok=True)

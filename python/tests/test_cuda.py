@@ -200,14 +200,26 @@ def test_peak_memory_is_the_gradient():
 
 
 @pytest.mark.parametrize("vocab", [1, 1001, 32000])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_graph_that_is_kept(vocab, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_with_and_without_a_graph_that_is_kept(vocab, dtype):
     student, teacher, labels = on_device(6, vocab, dtype=dtype)
     loss = atkd.atkd_loss(student.requires_grad_(), teacher, labels)
-    (expected,) = torch.autograd.grad(loss, student, retain_graph=True)
-    for factor in (0.25, 1.0, -2.0):
-        (actual,) = torch.autograd.grad(factor * loss, student, retain_graph=factor != -2.0)
-        assert torch.equal(actual, factor * expected)
+    (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
+    for factor, kept in [(0.25, True), (1.0, True), (0.37, True), (0.37, False)]:
+        (actual,) = torch.autograd.grad(factor * loss, student, retain_graph=kept)
+        factor = torch.tensor(factor, device="cuda")
+        assert torch.equal(actual, (gradient.float() * factor).to(dtype))
+
+
+def test_autograd_knows_that_a_gradient_was_scaled():
+    student, teacher, labels = on_device(6, 1001)
+    arguments = (student.requires_grad_(), teacher, labels, None, True, False, *SETTINGS)
+    loss, gradient, *_ = torch.ops.atkd.loss(*arguments)
+    other = torch.ones_like(gradient, requires_grad=True)
+    penalty = (gradient * other).sum()
+    (0.5 * loss).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
 
 
 def test_a_label_out_of_range_gives_nan():

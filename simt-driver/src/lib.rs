@@ -595,9 +595,9 @@ driver! {
             }
         }
         let small = driver.is_small(context);
-        let at_once = match block {
-            160 => 6,
-            288 => 3,
+        let at_once = match kernel {
+            _ if kernel.starts_with("row_pipelined_wide") => 3,
+            _ if kernel.starts_with("row_pipelined") => 6,
             _ => 2,
         };
         if team > at_once * multiprocessors(small) as u32 {

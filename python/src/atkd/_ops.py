@@ -278,17 +278,20 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     to the logits' dtype.
     """
     # Of another type while torch.compile traces.
-    if type(upstream) is not Tensor or _is_watched() or _graph_is_kept():
+    if type(upstream) is not Tensor or _is_watched():
         return gradient * upstream
-    if not upstream.is_cpu:
-        # Looks at the number there; from here it would stop the queue.
-        rows = _rows(gradient)
-        with torch.cuda.device(gradient.device):
-            shape = (rows.shape[0], rows.shape[1])
-            _atkd.scale_on_device(_queue(), shape, _matrix(rows), upstream.data_ptr())
-    elif upstream.item() != 1.0:
-        gradient.mul_(upstream)
-    return gradient
+    if _graph_is_kept():
+        gradient = gradient.clone()
+    if upstream.is_cpu:
+        return gradient if upstream.item() == 1.0 else gradient.mul_(upstream)
+    # Looks at the number there; from here it would stop the queue.
+    rows = _rows(gradient)
+    with torch.cuda.device(gradient.device):
+        shape = (rows.shape[0], rows.shape[1])
+        _atkd.scale_on_device(_queue(), shape, _matrix(rows), upstream.data_ptr())
+    # Autograd raises if anybody else goes by what it was.
+    torch.autograd.graph.increment_version(rows)
+    return rows.view(gradient.shape)
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
