@@ -127,8 +127,8 @@ impl fmt::Display for RowKernel {
 pub struct Preference {
     /// The kernel.
     pub row_kernel: RowKernel,
-    /// Blocks of a team, up to 32, of `row_pipelined` and `row_pipelined_wide` or, where there are no clusters, of `row_stream`, which takes
-    /// powers of two; 0 for the plan's choice.
+    /// Blocks of a team, up to 32, of `row_pipelined` and `row_pipelined_wide` or, where there are no clusters, of
+    /// `row_stream`, which takes powers of two; 0 for the plan's choice.
     pub team: u32,
 }
 
@@ -164,8 +164,8 @@ const CHUNK: usize = 8;
 const LEAST_PIPELINED: usize = 4096;
 /// As many as a warp has lanes.
 const MOST_TEAM: usize = WARP;
-/// Teams of two and three wide blocks beat twice as many others, of seven and more they do not: as measured
-/// (docs/performance.md), and between them a guess.
+/// Teams of two and three wide blocks beat twice as many others, of seven and more they do not, as measured
+/// (docs/performance.md); of others it is a guess.
 const MOST_WIDE_TEAM: u32 = 4;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
 const MARGIN_THREADS: usize = 256;
