@@ -14,6 +14,27 @@ ATKD_KERNEL(broken_missing_barrier, atkd_broken, 64, 1) {
     store(p.data + thread_index(), uint32_t(cells[63 - thread_index()]));
 }
 
+// Reads what another lane wrote, after a shuffle, which orders no memory.
+ATKD_KERNEL(broken_missing_warp_barrier, atkd_broken, 64, 1) {
+    ATKD_SHARED(uint32_t, cells, 64);
+    cells[thread_index()] = 1;
+    uint32_t other = shuffle_xor(thread_index(), 1);
+    store(p.data + thread_index(), uint32_t(cells[other]));
+}
+
+// One thread reads while others still add.
+ATKD_KERNEL(broken_addition, atkd_broken, 64, 1) {
+    ATKD_SHARED(uint32_t, cells, 1);
+    if (thread_index() == 0) {
+        cells[0] = 0;
+    }
+    ATKD_SYNC_BLOCK();
+    ATKD_ADD_SHARED(cells, 0, 1u);
+    if (thread_index() == 0) {
+        store(p.data, uint32_t(cells[0]));
+    }
+}
+
 // Half of the threads never reach the barrier.
 ATKD_KERNEL(broken_divergent_barrier, atkd_broken, 64, 1) {
     if (thread_index() < 32) {
@@ -218,6 +239,28 @@ ATKD_KERNEL(broken_refill_of_the_read, atkd_broken, 64, 1) {
     if (thread_index() > 0) {
         load_staged(staged, 0);
     }
+    ATKD_WAIT(full, 0, 1);
+}
+
+// A lane says that its warp has read, which is not there yet to say so.
+ATKD_KERNEL(broken_arrival_for_others, atkd_broken, 64, 1) {
+    ATKD_STAGED(staged);
+    ATKD_SHARED(Barrier, full, 1);
+    ATKD_SHARED(Barrier, read, 1);
+    if (thread_index() == 0) {
+        ATKD_INIT_BARRIER(read, 0, 2);
+    }
+    make(full);
+    load_all(p, staged, full);
+    ATKD_WAIT(full, 0, 0);
+    load_staged(staged, 0);
+    if (thread_index() % WARP == 0) {
+        ATKD_ARRIVE(read, 0);
+    }
+    if (thread_index() == 0) {
+        ATKD_WAIT(read, 0, 0);
+    }
+    load_all(p, staged, full);
     ATKD_WAIT(full, 0, 1);
 }
 

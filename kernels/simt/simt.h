@@ -21,6 +21,11 @@ void simt_sync_block(uint32_t line);
 void simt_sync_cluster(uint32_t line);
 // Waits for the other lanes of the warp and returns what each of them gave.
 void simt_exchange(uint64_t value, uint64_t *lanes);
+// Waits for the other lanes, and puts what they did to shared memory before.
+void simt_sync_warp();
+// Before an element in shared memory is read (0), written (1) or added to (2). Does not return if another thread's
+// access to it is in no order with this one.
+void simt_touch(const void *at, uint32_t access, const char *name, uint32_t index);
 // Before `bytes` at `at` are touched. Does not return if they must not be.
 void simt_access(const void *at, uint64_t bytes, uint64_t alignment, bool write);
 // Another thread may wait for what is there now to change; and this one does.
@@ -84,9 +89,11 @@ template <class T, uint32_t N> class SharedArray {
             if (!array_.cells_->written[index_]) {
                 simt_fault("read of shared memory that nobody has written", array_.name_, index_);
             }
+            simt_touch(array_.cells_->value + index_, 0, array_.name_, index_);
             return array_.cells_->value[index_];
         }
         Element &operator=(const T &value) {
+            simt_touch(array_.cells_->value + index_, 1, array_.name_, index_);
             array_.cells_->value[index_] = value;
             array_.cells_->written[index_] = 1;
             return *this;
@@ -120,8 +127,11 @@ template <class T, uint32_t N> class SharedArray {
     }
 
     void add(uint32_t index, T value) const {
-        T old = (*this)[index];
-        (*this)[index] = old + value;
+        if (index >= N || !cells_->written[index]) {
+            simt_fault("addition outside an array in shared memory, or to what nobody has written", name_, index);
+        }
+        simt_touch(cells_->value + index, 2, name_, index);
+        cells_->value[index] += value;
     }
 
   private:
@@ -155,7 +165,7 @@ template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
 template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
     return shuffle_from(value, simt_thread_index() % 32 ^ mask);
 }
-ATKD_DEVICE void sync_warp() { shuffle_from(0u, 0); }
+ATKD_DEVICE void sync_warp() { simt_sync_warp(); }
 ATKD_DEVICE uint32_t warp_match(uint32_t value) {
     uint64_t lanes[32];
     simt_exchange(value, lanes);

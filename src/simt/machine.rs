@@ -11,6 +11,7 @@ use corosensei::{Coroutine, CoroutineResult, Yielder};
 use crate::plan::LaunchShape;
 
 mod bulk;
+mod races;
 
 const WARP: usize = 32;
 /// How many times a warp's threads get ready, on average, before its rank is another.
@@ -66,6 +67,8 @@ enum State {
     Cluster(u32),
     /// At a warp operation.
     Exchange,
+    /// Where the lanes of a warp synchronise.
+    Warp,
     /// For the phase of this parity, in this line.
     Phase(*mut bulk::Barrier, u32, u32),
     /// For a change of this word, in this line.
@@ -97,6 +100,7 @@ struct Machine<'a> {
     /// By block and declaration.
     shared: HashMap<(usize, u64), Box<[u64]>>,
     bulk: bulk::Bulk,
+    races: races::Races,
     buffers: &'a mut [Buffer],
     fault: Option<String>,
 }
@@ -228,6 +232,11 @@ unsafe extern "C" fn simt_exchange(value: u64, lanes: *mut [u64; WARP]) {
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn simt_sync_warp() {
+    wait(State::Warp);
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: bool) {
     let (start, what) = (at as usize, if write { "write" } else { "read" });
     let end = start.wrapping_add(bytes as usize);
@@ -337,6 +346,7 @@ pub unsafe fn run<P: 'static>(
             exchanged: vec![[0; WARP]; threads / WARP],
             shared: HashMap::new(),
             bulk: bulk::Bulk::new(at_once as usize, threads, shared),
+            races: races::Races::new(shape, threads),
             buffers: &mut *buffers,
             fault: None,
         };
@@ -410,13 +420,18 @@ fn schedule(machine: *mut Machine, mut resume: impl FnMut(usize) -> bool) -> Res
         // Who waits goes on as soon as all have met that wait together.
         let (place, first) = machine.places_of(thread);
         let (met, count) = match machine.states[thread] {
-            State::Exchange => {
+            state @ (State::Exchange | State::Warp) => {
                 let warp = thread / WARP;
                 let lanes = warp * WARP..(warp + 1) * WARP;
-                if machine.states[lanes.clone()].iter().any(|&state| state != State::Exchange) {
+                if machine.states[lanes.clone()].iter().any(|&other| other != state) {
                     continue;
                 }
-                machine.exchanged[warp].copy_from_slice(&machine.given[lanes.clone()]);
+                if state == State::Exchange {
+                    machine.exchanged[warp].copy_from_slice(&machine.given[lanes.clone()]);
+                } else {
+                    machine.bulk.meet(lanes.clone());
+                    machine.races.meet_in_warp(lanes.clone());
+                }
                 machine.make_ready(lanes);
                 continue;
             }
@@ -436,6 +451,7 @@ fn schedule(machine: *mut Machine, mut resume: impl FnMut(usize) -> bool) -> Res
             }
             *count = 0;
             machine.make_ready(met.clone());
+            machine.races.meet(met.clone());
             machine.bulk.meet(met);
         }
     }
@@ -462,7 +478,7 @@ fn deadlock(machine: &Machine) -> String {
             let what = match state {
                 State::Block(line) => format!("wait at the barrier in line {line}"),
                 State::Cluster(line) => format!("wait at the cluster's barrier in line {line}"),
-                State::Exchange => "wait for the rest of their warp".into(),
+                State::Exchange | State::Warp => "wait for the rest of their warp".into(),
                 State::Phase(barrier, parity, line) => {
                     // SAFETY: in the machine's shared memory.
                     let barrier = unsafe { &**barrier };

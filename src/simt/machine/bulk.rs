@@ -61,6 +61,7 @@ struct Piece {
     written: bool,
     /// By a bulk load.
     filled: Over,
+    accesses: races::Element,
 }
 
 /// A bulk load.
@@ -137,6 +138,7 @@ impl Machine<'_> {
             Access::BulkLoad => "bulk load",
         };
         let (place, _) = self.places_of(self.thread);
+        let (thread, races) = (self.thread, &self.races);
         let Bulk { staged, known, .. } = &mut self.bulk;
         if !(offset | bytes).is_multiple_of(16) || bytes == 0 {
             return Err(format!("{what} of {bytes} bytes at byte {offset} of staged memory"));
@@ -148,12 +150,15 @@ impl Machine<'_> {
                 "{what} of {bytes} bytes outside staged memory: byte {offset} of {shared}"
             ));
         };
-        let known = &known[self.thread];
-        for (i, piece) in pieces.iter().enumerate() {
+        let known = &known[thread];
+        let kind = if access == Access::Read { races::Access::Read } else { races::Access::Write };
+        for (i, piece) in pieces.iter_mut().enumerate() {
             let mistake = if !piece.filled.known(known) {
                 "before a wait for the bulk load that fills it"
             } else if access == Access::Read && !piece.written {
                 "that nobody has written"
+            } else if races.access(thread, kind, &mut piece.accesses).is_err() {
+                "that another thread may still read"
             } else {
                 continue;
             };
@@ -275,6 +280,7 @@ unsafe extern "C" fn simt_arrive(barrier: *mut Barrier, bytes: u32) {
     let this = unsafe { initialised(barrier) };
     let bulk = &mut machine.bulk;
     learn(&mut bulk.released[this.source as usize], &bulk.known[thread]);
+    machine.races.arrive(thread, this.source);
     if this.pending == 0 {
         fault(format!("more than {} arrivals in a phase of {}", this.arrivals, this.name()));
     }
@@ -302,6 +308,7 @@ unsafe extern "C" fn simt_wait_for(barrier: *mut Barrier, parity: u32, line: u32
     released.resize(released.len().max(this.source as usize + 1), 0);
     released[this.source as usize] = this.phase;
     learn(&mut bulk.known[thread], released);
+    machine.races.wait(thread, this.source);
 }
 
 #[unsafe(no_mangle)]
@@ -318,6 +325,8 @@ unsafe extern "C" fn simt_bulk_load(
     let filled = Over { source: this.source, count: this.phase + 1 };
     for piece in pieces {
         (piece.written, piece.filled) = (true, filled);
+        // What reads it waits for the barrier, not for this thread.
+        piece.accesses = races::Element::default();
     }
     this.under_way += bytes as i32;
     machine.bulk.copies.push(Copy { thread, offset, bytes, global: from as usize, barrier });
