@@ -49,7 +49,7 @@ impl Over {
     }
 }
 
-fn learn(knowledge: &mut Knowledge, from: &[u32]) {
+pub(super) fn learn(knowledge: &mut Knowledge, from: &[u32]) {
     knowledge.resize(knowledge.len().max(from.len()), 0);
     knowledge.iter_mut().zip(from).for_each(|(known, &count)| *known = count.max(*known));
 }

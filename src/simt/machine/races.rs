@@ -3,10 +3,11 @@
 //! (a shuffle orders no memory), and what is done before an arrival at an mbarrier with what is done after the wait for
 //! it.
 
+use super::bulk::learn;
 use super::*;
 
 /// A moment grows whenever threads meet.
-type Moment = u64;
+type Moment = u32;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Access {
@@ -44,11 +45,6 @@ pub(super) struct Races {
     /// By the mbarrier's source: what those who arrived knew.
     released: Vec<Vec<Moment>>,
     elements: HashMap<usize, Element>,
-}
-
-fn learn(known: &mut Vec<Moment>, from: &[Moment]) {
-    known.resize(known.len().max(from.len()), 0);
-    known.iter_mut().zip(from).for_each(|(known, &moment)| *known = moment.max(*known));
 }
 
 impl Races {
