@@ -29,7 +29,6 @@ struct Slice {
 // what takes time and not throughput. They share the whole chunks by pieces of 16 bytes in turn. A pack, which a thread
 // handles at once, is as many elements as a chunk.
 template <class T, uint32_t WORKERS> struct Block {
-    static constexpr uint32_t WARPS = WORKERS / WARP;
     static constexpr uint32_t PARTS = Packed<T>::PARTS, PER = Packed<T>::PER;
     // Bytes from a thread's piece to its next, and from pack to pack.
     static constexpr uint32_t STEP = WORKERS * 16, PACK = PARTS * STEP;
@@ -78,11 +77,11 @@ struct Told {
 static_assert(sizeof(Told) == ATKD_TOLD_STATE, "the layout is a contract");
 
 // What the threads of a block share beside the row.
-template <class T, uint32_t WARPS> struct Shared {
+template <class T, uint32_t WORKERS> struct Shared {
     // The slice's first chunk of teacher and student, then its last, without the target: if no bulk copy brings them.
     ATKD_SHARED_MEMBER(uint32_t, ends, 4 * CHUNK * sizeof(T) / 4);
-    ATKD_SHARED_MEMBER(Sums, warp_sums, WARPS);
-    ATKD_SHARED_MEMBER(Maxima, warp_maxima, WARPS);
+    ATKD_SHARED_MEMBER(Sums, warp_sums, WORKERS / WARP);
+    ATKD_SHARED_MEMBER(Maxima, warp_maxima, WORKERS / WARP);
     ATKD_SHARED_MEMBER(GradientScales, scales, 1);
     ATKD_SHARED_MEMBER(Coming, coming, 1);
     ATKD_SHARED_MEMBER(Barrier, full, 1);      // the row has come
@@ -102,7 +101,7 @@ template <class T, uint32_t WORKERS> struct Worker {
     using Of = Block<T, WORKERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<T, Of::WARPS> &shared;
+    Shared<T, WORKERS> &shared;
     const Coming &row;
     // Of the slice's whole chunks: where they start, here and in the row, and their bytes.
     uint32_t at_start, end;
@@ -110,7 +109,7 @@ template <class T, uint32_t WORKERS> struct Worker {
     bool has_end, has_target;
     uint32_t end_chunk; // in the slice
 
-    ATKD_DEVICE Worker(const atkd_rows &p_, StagedMemory staged_, Shared<T, Of::WARPS> &shared_, const Coming &row_)
+    ATKD_DEVICE Worker(const atkd_rows &p_, StagedMemory staged_, Shared<T, WORKERS> &shared_, const Coming &row_)
         : p(p_), staged(staged_), shared(shared_), row(row_), at_start(row.starts_outside * CHUNK * sizeof(T)),
           end((row.whole_end - row.starts_outside) * CHUNK * sizeof(T)),
           exponent(p.batch.inverse_temperature * LOG2_E) {
@@ -262,7 +261,7 @@ template <class T, uint32_t WORKERS> struct Server {
     using Of = Block<T, WORKERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<T, Of::WARPS> &shared;
+    Shared<T, WORKERS> &shared;
     uint32_t lane, count, rank;
     bool leads;
     // Of the next row: where its slices' whole chunks lie, here from `asked` on to `end`.
@@ -280,7 +279,7 @@ template <class T, uint32_t WORKERS> struct Server {
     Sums block_sums;
     Maxima block_maxima;
 
-    ATKD_DEVICE Server(const atkd_rows &p_, StagedMemory staged_, Shared<T, Of::WARPS> &shared_)
+    ATKD_DEVICE Server(const atkd_rows &p_, StagedMemory staged_, Shared<T, WORKERS> &shared_)
         : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
           rank(block_index() % p_.team), leads(lane == 0), after(block_index() / p_.team + p_.clusters),
           weights(Weights::of(p_)), number(0) {}
@@ -395,9 +394,10 @@ template <class T, uint32_t WORKERS> struct Server {
         bool ignored = row.mode == ATKD_IGNORED;
         auto of_block = RowState<float>::empty();
         if (!ignored) {
-            of_block = state_of<float>(shared.warp_sums[lane % Of::WARPS], shared.warp_maxima[lane % Of::WARPS]);
+            uint32_t warp = lane % (WORKERS / WARP);
+            of_block = state_of<float>(shared.warp_sums[warp], shared.warp_maxima[warp]);
             share_maxima(of_block, p.batch.inverse_temperature * LOG2_E);
-            of_block = merge_warp<false, Of::WARPS>(of_block);
+            of_block = merge_warp<false, WORKERS / WARP>(of_block);
         }
         block_sums = {0, 0, 0, 0};
         block_maxima = {OUTSIDE, OUTSIDE};
@@ -466,7 +466,7 @@ template <class T> ATKD_DEVICE void drop(const atkd_rows &p, const Coming &row) 
 }
 
 template <class T, uint32_t WORKERS>
-ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS / WARP> &shared) {
+ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS> &shared) {
     uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
     for (;;) {
         ATKD_MEET(HERE, WORKERS + WARP);
@@ -508,7 +508,7 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
 }
 
 template <class T, uint32_t WORKERS>
-ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS / WARP> &shared) {
+ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS> &shared) {
     Server<T, WORKERS> server(p, staged, shared);
     server.look(block_index() / p.team);
     server.place_ends();
@@ -541,7 +541,7 @@ ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKER
 }
 
 template <class T, uint32_t WORKERS> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
-    using SharedByBlock = Shared<T, WORKERS / WARP>;
+    using SharedByBlock = Shared<T, WORKERS>;
     ATKD_STAGED(staged);
     ATKD_SHARED_STRUCT(SharedByBlock, shared);
     if (thread_index() == WORKERS) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels};
 use atkd::raw::{RawCall, RawLogits, RawOutput};
 use atkd::{Objective, Result};
@@ -30,19 +31,29 @@ pub fn workspace_bytes(tokens: usize) -> usize {
 /// A device's ordinal, and the address of a CUstream of its primary context.
 pub type Queue = (usize, usize);
 
+/// The kernels of its device, and the stream.
+///
+/// # Safety
+/// It is one, until what is returned is dropped.
+unsafe fn open((ordinal, stream): Queue) -> Result<(Arc<Kernels>, Arc<CudaStream>)> {
+    let kernels = kernels(ordinal)?;
+    // SAFETY: the caller's.
+    let stream = unsafe { kernels.context().wrap_borrowed_stream(stream as *mut _) };
+    Ok((kernels, stream))
+}
+
 /// # Safety
 /// As [`Kernels::launch_raw`].
 pub unsafe fn run(
-    (ordinal, stream): Queue,
+    queue: Queue,
     workspace: u64,
     objective: &Objective,
     call: &RawCall,
     output: &RawOutput,
 ) -> Result<()> {
-    let kernels = kernels(ordinal)?;
-    // SAFETY: the caller's; the wrapper does not outlive the call.
+    // SAFETY: the caller's.
     unsafe {
-        let stream = kernels.context().wrap_borrowed_stream(stream as *mut _);
+        let (kernels, stream) = open(queue)?;
         kernels.launch_raw(&stream, objective, call, workspace, output)
     }
 }
@@ -50,15 +61,14 @@ pub unsafe fn run(
 /// # Safety
 /// As [`Kernels::scale_gradient`].
 pub unsafe fn scale(
-    (ordinal, stream): Queue,
+    queue: Queue,
     gradient: RawLogits,
     (tokens, vocab): (usize, usize),
     factor: u64,
 ) -> Result<()> {
-    let kernels = kernels(ordinal)?;
-    // SAFETY: the caller's; the wrapper does not outlive the call.
+    // SAFETY: the caller's.
     unsafe {
-        let stream = kernels.context().wrap_borrowed_stream(stream as *mut _);
+        let (kernels, stream) = open(queue)?;
         kernels.scale_gradient(&stream, gradient, tokens, vocab, factor)
     }
 }

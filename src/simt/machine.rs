@@ -101,6 +101,8 @@ struct Machine<'a> {
     shared: HashMap<(usize, u64), Box<[u64]>>,
     bulk: bulk::Bulk,
     races: races::Races,
+    /// Of `shared`, by their addresses.
+    elements: HashMap<usize, races::Element>,
     buffers: &'a mut [Buffer],
     fault: Option<String>,
 }
@@ -347,6 +349,7 @@ pub unsafe fn run<P: 'static>(
             shared: HashMap::new(),
             bulk: bulk::Bulk::new(at_once as usize, threads, shared),
             races: races::Races::new(shape, threads),
+            elements: HashMap::new(),
             buffers: &mut *buffers,
             fault: None,
         };

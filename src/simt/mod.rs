@@ -7,7 +7,7 @@ use std::ffi::c_void;
 
 use machine::Buffer;
 
-use crate::launch::{self, Layout, RawCall, RawLabels, RawLogits};
+use crate::launch::{self, Launch, Layout, RawCall, RawLabels, RawLogits};
 use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
@@ -223,10 +223,7 @@ impl Simulation {
         let mut traffic = Vec::new();
         for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
             let mut buffers = buffers.clone();
-            let (kernel, parameters) = (launch.kernel, launch.parameters.as_ptr());
-            // SAFETY: the block is the kernel's.
-            unsafe { self.simulate(kernel, launch.shape, parameters, &mut buffers) }
-                .unwrap_or_else(|fault| panic!("{fault}"));
+            self.launch(&launch, &mut buffers);
             traffic.push((launch.kernel, buffers));
         }
         // SAFETY: so many bytes are there, all of them written.
@@ -257,11 +254,7 @@ impl Simulation {
             Buffer { writable: true, ..input("gradient", view.elements()) },
             Buffer::input("factor", &factor),
         ];
-        // SAFETY: the block is the kernel's.
-        unsafe {
-            self.simulate(launch.kernel, launch.shape, launch.parameters.as_ptr(), &mut buffers)
-        }
-        .unwrap_or_else(|fault| panic!("{fault}"));
+        self.launch(&launch, &mut buffers);
         Ok(vec![(launch.kernel, buffers)])
     }
 
@@ -305,13 +298,17 @@ impl Simulation {
         ];
         let launches = device::launches(&call, &self.device, address(&work))?;
         for launch in &launches {
-            let (kernel, parameters) = (launch.kernel, launch.parameters.as_ptr());
-            // SAFETY: the block is the kernel's.
-            unsafe { self.simulate(kernel, launch.shape, parameters, &mut buffers) }
-                .unwrap_or_else(|fault| panic!("{fault}"));
+            self.launch(launch, &mut buffers);
         }
         // SAFETY: the memory starts with a summary.
         Ok((unsafe { work.as_ptr().cast::<atkd_summary>().read() }.loss, launches.len()))
+    }
+
+    fn launch(self, launch: &Launch, buffers: &mut [Buffer]) {
+        let parameters = launch.parameters.as_ptr();
+        // SAFETY: the block is the kernel's.
+        unsafe { self.simulate(launch.kernel, launch.shape, parameters, buffers) }
+            .unwrap_or_else(|fault| panic!("{fault}"));
     }
 
     /// Runs a kernel by its name, in as many clusters as `shape` has, of no more blocks and threads than this

@@ -44,7 +44,6 @@ pub(super) struct Races {
     known: Vec<Known>,
     /// By the mbarrier's source: what those who arrived knew.
     released: Vec<Vec<Moment>>,
-    elements: HashMap<usize, Element>,
 }
 
 impl Races {
@@ -56,7 +55,6 @@ impl Races {
             cluster: block * shape.cluster as usize,
             known: vec![Known::default(); threads],
             released: Vec::new(),
-            elements: HashMap::new(),
         }
     }
 
@@ -169,10 +167,8 @@ unsafe extern "C" fn simt_touch(at: *const c_void, access: u32, name: *const c_c
     };
     // SAFETY: see `machine`.
     let machine = unsafe { machine() };
-    let mut element = machine.races.elements.remove(&(at as usize)).unwrap_or_default();
-    let result = machine.races.access(machine.thread, access, &mut element);
-    machine.races.elements.insert(at as usize, element);
-    if let Err((other, past)) = result {
+    let element = machine.elements.entry(at as usize).or_default();
+    if let Err((other, past)) = machine.races.access(machine.thread, access, element) {
         // SAFETY: a string literal.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         let (block, other) = (machine.block_of(other), other as u32 % machine.shape.block);
