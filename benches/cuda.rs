@@ -12,7 +12,7 @@ use atkd::Objective;
 use atkd::cuda::cudarc::driver::sys::CUevent_flags;
 use atkd::cuda::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 use atkd::cuda::unfused::Unfused;
-use atkd::cuda::{self, Kernels, RawCall, RawLabels, RawLogits, Workspace};
+use atkd::cuda::{self, Kernels, RawCall, RawLabels, RawLogits, RawOutput, Workspace};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
 
@@ -77,7 +77,10 @@ fn compare(c: &mut Criterion) {
                 b.iter_custom(|runs| {
                     elapsed(stream, runs, || {
                         // SAFETY: the call's memory lives to the end of this scope, past the events.
-                        unsafe { workspace.launch(stream, &objective, &call) }.unwrap()
+                        unsafe {
+                            workspace.launch(stream, &objective, &call, &RawOutput::default())
+                        }
+                        .unwrap()
                     })
                 })
             });

@@ -5,7 +5,6 @@
 #include "row_stream.cu"
 #include "scale_gradient.cu"
 #include "select_hard.cu"
-#include "sum_losses.cu"
 #include "teacher_margin.cu"
 #include "token_terms.cu"
 #include "unfused.cu"

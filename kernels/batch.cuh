@@ -17,7 +17,7 @@ ATKD_DEVICE int32_t label_of(const atkd_batch &batch, uint32_t token) {
         return IGNORED_TARGET;
     }
     if (ATKD_RARELY(label < 0 || label >= batch.vocab)) {
-        min_atomic(&batch.summary->label_fault, token);
+        max_atomic(&batch.summary->label_fault, ~uint64_t(token));
         return IGNORED_TARGET;
     }
     return static_cast<int32_t>(label);

@@ -9,6 +9,10 @@ ATKD_KERNEL(count_valid, atkd_count_valid, 256, 6) {
     }
     if (block_index() == 0) {
         clear_states(p.states);
+        // Another stream's call may leave another one there before this call has ended.
+        if (thread_index() == 0) {
+            store(&p.batch.summary->guess, load(p.guess));
+        }
     }
     uint32_t votes = warp_ballot(valid);
     if (thread_index() % WARP == 0 && votes != 0) {

@@ -8,11 +8,10 @@
 #include "params.h"
 
 // As Rust's side asserts of its own (src/params.rs).
-static_assert(sizeof(atkd_summary) == 1080 && sizeof(atkd_batch) == 88, "the layout is a contract");
-static_assert(sizeof(atkd_teacher_margin) == 96 && sizeof(atkd_count_valid) == 104, "the layout is a contract");
-static_assert(sizeof(atkd_select_hard) == 144 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_rows) == 288 && sizeof(atkd_token_terms) == 200, "the layout is a contract");
-static_assert(sizeof(atkd_sum_losses) == 32, "the layout is a contract");
+static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 88, "the layout is a contract");
+static_assert(sizeof(atkd_teacher_margin) == 96 && sizeof(atkd_count_valid) == 112, "the layout is a contract");
+static_assert(sizeof(atkd_select_hard) == 152 && sizeof(atkd_objective) == 80, "the layout is a contract");
+static_assert(sizeof(atkd_rows) == 288 && sizeof(atkd_token_terms) == 264, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.
@@ -90,11 +89,17 @@ ATKD_DEVICE uint32_t cluster_index() {
     asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
     return index;
 }
+// Afterwards blocks see what others wrote to shared memory, and nothing else: to release global memory too, as the
+// barrier does by itself, would be to wait for every gradient on its way. What a block read of another's shared memory it
+// has used before it comes here: only then is the read over.
 ATKD_DEVICE void sync_cluster() {
     if (cluster_blocks() == 1) {
         __syncthreads();
     } else {
-        asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+        asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n"
+                     "barrier.cluster.arrive.relaxed;\n"
+                     "barrier.cluster.wait;" ::
+                         : "memory");
     }
 }
 // What block `rank` of the cluster has where this one has `at`, in shared memory.
@@ -157,12 +162,18 @@ template <class T> ATKD_DEVICE T load(const T *at) { return *at; }
 template <class T> ATKD_DEVICE void store(T *at, T value) { *at = value; }
 // Returns what was there.
 ATKD_DEVICE uint32_t add_atomic(uint32_t *at, uint32_t value) { return atomicAdd(at, value); }
-ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
-    atomicMin(reinterpret_cast<unsigned long long *>(at), static_cast<unsigned long long>(value));
+ATKD_DEVICE void max_atomic(uint64_t *at, uint64_t value) {
+    atomicMax(reinterpret_cast<unsigned long long *>(at), static_cast<unsigned long long>(value));
 }
 // Who sees what was added sees what was written before.
 ATKD_DEVICE void add_release(uint32_t *at, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+// Likewise, and sees what was written before those additions whose sum it returns.
+ATKD_DEVICE uint32_t add_acquire_release(uint32_t *at, uint32_t value) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
+    return before;
 }
 ATKD_DEVICE uint32_t load_acquire(const uint32_t *at) {
     uint32_t value;

@@ -15,9 +15,6 @@
 #define ATKD_EASY 1u
 #define ATKD_HARD 2u
 
-// Of a fault word: nothing is wrong.
-#define ATKD_NO_FAULT (~(uint64_t)0)
-
 // Blocks that a launch in teams has at most, and the bytes of a row's state that each tells its team.
 #define ATKD_TEAM_BLOCKS 512u
 #define ATKD_TEAM_STATE 48u
@@ -25,19 +22,25 @@
 #define ATKD_PIPELINED_BLOCKS 1024u
 #define ATKD_TOLD_STATE 32u
 
-// One a workspace: what a call comes to. Between calls the counters are 0, but for the top bits of `arrived`.
+// Blocks that token_terms has at most: each leaves a sum where the states of rows were.
+#define ATKD_TERMS_BLOCKS 1024u
+
+// One a workspace: what a call comes to. All 0 before the first call; between calls the counters are 0, but for the top
+// bits of `arrived`.
 typedef struct {
     double loss;
-    uint64_t label_fault;  // the lowest token whose label is out of range, since the host last looked
-    uint64_t offset_fault; // the lowest sequence whose offsets are out of order, likewise
+    uint64_t label_fault;  // ~the lowest token whose label is out of range, since the host last looked; 0 for none
+    uint64_t offset_fault; // ~the lowest sequence whose offsets are out of order, likewise
     float loss_f32; // NaN if there is a fault that the host has not seen
     uint32_t valid; // tokens that are not ignored
     uint32_t hard;
     uint32_t counted_valid; // of the call in progress
     uint32_t counted_hard;
     uint32_t counted_wrong; // tokens whose mode was guessed wrong
-    uint32_t guess;         // the last call's threshold, a first guess at the next one's; any value is right
+    uint32_t guess;         // at this call's threshold: the last one's
     uint32_t drawn;         // rows that teams of row_pipelined came for, beyond the first two of each
+    uint32_t summed;        // blocks of token_terms that have left their sums
+    uint32_t reserved;
     uint32_t arrived[ATKD_TEAM_BLOCKS / 2]; // by team, whose blocks have met when the top bit flips
 } atkd_summary;
 
@@ -69,8 +72,9 @@ typedef struct {
 // count_valid: modes and the count of valid tokens, where no token's loss depends on the selection.
 typedef struct {
     atkd_batch batch;
-    void *states;        // of row_pipelined, whose numbers become 0
-    uint32_t valid_mode; // ATKD_EASY or ATKD_HARD
+    void *states;          // of row_pipelined, whose numbers become 0
+    const uint32_t *guess; // becomes the summary's; any value is right
+    uint32_t valid_mode;   // ATKD_EASY or ATKD_HARD
     uint32_t reserved;
 } atkd_count_valid;
 
@@ -82,6 +86,7 @@ typedef struct {
     uint32_t *thresholds;   // [scopes]: the key of the last hard token; 0 where there is none
     uint32_t *wrong;        // [N]: tokens whose modes, guessed before, turn out other; null if none were
     void *states;           // of row_pipelined, whose numbers become 0
+    uint32_t *guess;        // where the first scope's threshold is left for the next call
     double hard_ratio;      // k of ceil(k * valid)
     uint32_t scopes;
     uint32_t count; // add the valid tokens to the summary's
@@ -127,7 +132,8 @@ typedef struct {
     uint32_t slice;      // row_pipelined: chunks of a row that a block has room for
 } atkd_rows;
 
-// token_terms: the terms of each token, over what they follow from. One thread a token.
+// token_terms: the terms of each token, over what they follow from, and the reduced loss; ends the call. A thread takes
+// a token in turn.
 typedef struct {
     atkd_batch batch;
     atkd_objective objective;
@@ -135,16 +141,17 @@ typedef struct {
     float *tkd;         // [N], over the student's
     float *dkd;         // [N]
     double *loss;       // [N], before the reduction; over the student's margin at temperature 1
+    double *sums;       // [blocks] of the losses
+    // Where the caller wants the same, and the modes; each may be null.
+    float *reduced_loss_to; // [1]
+    float *uncertainty_to;
+    float *tkd_to;
+    float *dkd_to;
+    uint8_t *modes_to;
+    double scale;    // of the loss
+    uint32_t mean;   // and over the number of valid tokens
+    uint32_t blocks; // of the launch
 } atkd_token_terms;
-
-// sum_losses: the reduced loss; ends the call. One block.
-typedef struct {
-    atkd_summary *summary;
-    const double *token_loss; // [N]
-    double scale;
-    uint32_t tokens;
-    uint32_t mean; // and over the number of valid tokens
-} atkd_sum_losses;
 
 // scale_gradient: times a number, in place; nothing if that is 1. A block takes a part of a row in turn.
 typedef struct {
@@ -184,7 +191,7 @@ typedef struct {
     float *uncertainty;
     float *rest;
     float *factor;
-    double *loss;
+    float *loss; // times the scale
     uint32_t tokens;
     uint32_t vocab;
     float easy; // the easy tokens' weight of DKD

@@ -285,7 +285,15 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
         }
     }
     ATKD_SYNC_CLUSTER();
-    return ATKD_REMOTE(scales, 0, 0);
+    if (cluster_rank() == 0) {
+        return scales[0];
+    }
+    // By one thread, which uses them at once: no block ends while another's read is on its way.
+    if (thread_index() == 0) {
+        scales[0] = ATKD_REMOTE(scales, 0, 0);
+    }
+    ATKD_SYNC_BLOCK();
+    return scales[0];
 }
 
 // The gradient of a chunk, but for the target.

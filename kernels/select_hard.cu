@@ -15,9 +15,9 @@ enum Found { DIGIT, REMAINING, EQUALS, VALID, WANTED, FOUND_FIELDS };
 
 ATKD_DEVICE uint32_t lanes_below() { return (1u << thread_index() % WARP) - 1; }
 
-// The key of a token. Margins from outside become keys the first time.
-ATKD_DEVICE uint32_t key_at(const atkd_select_hard &p, uint32_t token, bool first) {
-    if (p.margins == nullptr || !first) {
+// The key of a token, the first time: of margins from outside it is made.
+ATKD_DEVICE uint32_t first_key(const atkd_select_hard &p, uint32_t token) {
+    if (p.margins == nullptr) {
         return load(p.batch.keys + token);
     }
     uint32_t key = target_of(p.batch, token) == IGNORED_TARGET ? 0 : key_of(load(p.margins + token));
@@ -71,7 +71,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
         // The first starts at 0 and the last ends at N; each starts where the one before it ends.
         if (from < 0 || from > to || to > tokens || (scope == 0 && from != 0) ||
             (scope == p.scopes - 1 && to != tokens)) {
-            min_atomic(&p.batch.summary->offset_fault, scope);
+            max_atomic(&p.batch.summary->offset_fault, ~uint64_t(scope));
             from = to = 0;
         }
         start = static_cast<uint32_t>(from);
@@ -82,6 +82,8 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
     start = rank * share < end - start ? start + rank * share : end;
     end = share < end - start ? start + share : end;
 
+    // Of a thread's tokens the first has a register for its key: mostly there is no other.
+    uint32_t own = start + thread_index(), own_key = own < end ? first_key(p, own) : 0;
     // The key of the last hard token, and how many of those with this very key are hard.
     uint32_t threshold = 0, remaining = 0, equals = 0, equals_before = 0;
     for (uint32_t low = 32 - DIGIT_BITS, turn = 0;; low -= DIGIT_BITS, turn ^= DIGITS) {
@@ -93,7 +95,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
         for (uint32_t tile = start; tile < end; tile += block_threads()) {
             uint32_t token = tile + thread_index(), digit = DIGITS;
             if (token < end) {
-                uint32_t key = key_at(p, token, first);
+                uint32_t key = token == own ? own_key : first ? first_key(p, token) : load(p.batch.keys + token);
                 // Only keys that share the digits found so far.
                 if (key != 0 && (first || key >> (low + DIGIT_BITS) == threshold >> (low + DIGIT_BITS))) {
                     digit = key >> low & (DIGITS - 1);
@@ -140,7 +142,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
         remaining = found[REMAINING];
         equals = found[EQUALS];
         if (low == 0) {
-            for (uint32_t block = 0; block < rank; block++) {
+            for (uint32_t block = 0; remaining < equals && block < rank; block++) {
                 equals_before += ATKD_REMOTE(histograms, turn + (threshold & (DIGITS - 1)), block);
             }
             break;
@@ -149,7 +151,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
 
     for (uint32_t tile = start; tile < end; tile += block_threads()) {
         uint32_t token = tile + thread_index();
-        uint32_t key = token < end ? load(p.batch.keys + token) : 0;
+        uint32_t key = token >= end ? 0 : token == own ? own_key : load(p.batch.keys + token);
         bool hard = threshold != 0 && key >= threshold;
         // Seldom are there more equal keys than hard tokens among them: then their order counts.
         if (remaining < equals) {
@@ -184,7 +186,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
     if (rank == 0 && thread_index() == 0) {
         store(p.thresholds + scope, threshold);
         if (scope == 0) {
-            store(&p.batch.summary->guess, threshold);
+            store(p.guess, threshold);
             // For the rows that are done again.
             store(&p.batch.summary->drawn, 0u);
         }

@@ -1,22 +1,81 @@
-// The terms of every token, from what its row came to. A thread a token: beside the rows they would take a whole
-// warp's time for one lane's work.
+// The terms of every token, from what its row came to, and the loss. A thread a token: beside the rows they would take a
+// whole warp's time for one lane's work. The block that ends last adds up what all have come to, in fixed order, and
+// ends the call: it closes the summary and leaves its counters at 0 for the next.
 #include "batch.cuh"
-#include "row_math.cuh"
+#include "reduce.cuh"
+
+namespace {
+
+template <class T> ATKD_DEVICE void store_if_wanted(T *to, uint32_t index, T value) {
+    if (to != nullptr) {
+        store(to + index, value);
+    }
+}
+
+ATKD_DEVICE void end_call(const atkd_token_terms &p, double sum) {
+    atkd_summary *summary = p.batch.summary;
+    uint32_t valid = load(&summary->counted_valid);
+    // Without a valid token the loss is 0, whatever the reduction.
+    double loss = valid == 0 ? 0.0 : sum * p.scale / (p.mean != 0 ? double(valid) : 1.0);
+    bool fault = load(&summary->label_fault) != 0 || load(&summary->offset_fault) != 0;
+    float rounded = fault ? nanf("") : float(loss);
+    store(&summary->loss, loss);
+    store(&summary->loss_f32, rounded);
+    store_if_wanted(p.reduced_loss_to, 0, rounded);
+    store(&summary->valid, valid);
+    store(&summary->hard, load(&summary->counted_hard));
+    store(&summary->counted_valid, 0u);
+    store(&summary->counted_hard, 0u);
+    store(&summary->counted_wrong, 0u);
+    store(&summary->drawn, 0u);
+    store(&summary->summed, 0u);
+}
+
+} // namespace
 
 ATKD_KERNEL(token_terms, atkd_token_terms, 256, 2) {
-    uint32_t token = block_index() * block_threads() + thread_index();
-    if (token >= p.batch.tokens) {
+    ATKD_SHARED(double, sums, MAX_WARPS);
+    double own = 0;
+    ATKD_NO_UNROLL
+    for (uint32_t token = block_index() * block_threads() + thread_index(); token < p.batch.tokens;
+         token += p.blocks * block_threads()) {
+        uint8_t mode = load(p.batch.modes + token);
+        Terms terms = {0, 0, 0, 0};
+        if (mode != ATKD_IGNORED && target_of(p.batch, token) != IGNORED_TARGET) {
+            double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
+            terms = terms_of(p.objective, load(p.uncertainty + token), load(p.tkd + token), at_1, load(p.dkd + token),
+                             mode == ATKD_HARD);
+        }
+        store(p.uncertainty + token, float(terms.uncertainty));
+        store(p.tkd + token, float(terms.tkd));
+        store(p.dkd + token, float(terms.dkd));
+        store(p.loss + token, terms.loss);
+        store_if_wanted(p.uncertainty_to, token, float(terms.uncertainty));
+        store_if_wanted(p.tkd_to, token, float(terms.tkd));
+        store_if_wanted(p.dkd_to, token, float(terms.dkd));
+        store_if_wanted(p.modes_to, token, mode);
+        own += terms.loss;
+    }
+    double of_block;
+    ATKD_REDUCE_BLOCK(of_block, own, Sum(), sums);
+    if (thread_index() >= WARP) {
         return;
     }
-    uint8_t mode = load(p.batch.modes + token);
-    Terms terms = {0, 0, 0, 0};
-    if (mode != ATKD_IGNORED && target_of(p.batch, token) != IGNORED_TARGET) {
-        double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
-        terms = terms_of(p.objective, load(p.uncertainty + token), load(p.tkd + token), at_1, load(p.dkd + token),
-                         mode == ATKD_HARD);
+    uint32_t lane = thread_index(), summed = 0;
+    if (lane == 0) {
+        store(p.sums + block_index(), of_block);
+        summed = add_acquire_release(&p.batch.summary->summed, 1) + 1;
     }
-    store(p.uncertainty + token, float(terms.uncertainty));
-    store(p.tkd + token, float(terms.tkd));
-    store(p.dkd + token, float(terms.dkd));
-    store(p.loss + token, terms.loss);
+    if (shuffle_from(summed, 0) < p.blocks) {
+        return;
+    }
+    sync_warp();
+    double sum = 0;
+    for (uint32_t block = lane; block < p.blocks; block += WARP) {
+        sum += load(p.sums + block);
+    }
+    sum = reduce_warp(sum, Sum());
+    if (lane == 0) {
+        end_call(p, sum);
+    }
 }

@@ -90,7 +90,7 @@ ATKD_KERNEL(unfused_losses, atkd_unfused_tokens, 256, 2) {
     float tkd = p_target * (logf(p_target + c) - logf(q_target + c)) +
                 uncertainty * (logf(uncertainty + c) - logf(rest + c));
     float c_tkd = hard ? p.hard : 0.0f, c_dkd = hard ? p.hard : p.easy;
-    store(p.loss + token, double(c_tkd * tkd + c_dkd * load(p.dkd + token)));
+    store(p.loss + token, (c_tkd * tkd + c_dkd * load(p.dkd + token)) * p.scale);
     store(p.factor + token, -c_dkd * p.scale);
 }
 

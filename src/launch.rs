@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use crate::params::*;
 use crate::plan::{self, DeviceProperties, LaunchShape, Plan, Problem, RowKernel};
 use crate::raw::check_alignment;
-pub use crate::raw::{RawCall, RawLabels, RawLogits};
+pub use crate::raw::{RawCall, RawLabels, RawLogits, RawOutput};
 use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
 
 impl RawCall {
@@ -115,7 +115,6 @@ kernels! {
         row_stream_bf16_f32_f32 row_stream_bf16_f16_f16 row_stream_bf16_f16_f32
         row_stream_bf16_bf16_bf16 row_stream_bf16_bf16_f32;
     TokenTerms(atkd_token_terms): token_terms;
-    SumLosses(atkd_sum_losses): sum_losses;
     ScaleGradient(atkd_scale_gradient): scale_gradient_f32 scale_gradient_f16 scale_gradient_bf16;
     Unfused(atkd_unfused):
         unfused_copy_f32 unfused_widen_f16 unfused_widen_bf16 unfused_narrow_f16 unfused_narrow_bf16
@@ -193,6 +192,7 @@ pub(crate) const STATES_BYTES: usize = {
     let pipelined = 2 * (ATKD_PIPELINED_BLOCKS * ATKD_TOLD_STATE) as usize;
     if teams > pipelined { teams } else { pipelined }
 };
+const _: () = assert!(ATKD_TERMS_BLOCKS as usize * size_of::<f64>() <= STATES_BYTES);
 
 /// The layout of the memory that the kernels of a call share: a summary, the columns, the teams' states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,24 +210,6 @@ impl Layout {
     /// Bytes before the teams' states.
     fn states(self) -> usize {
         self.column(COLUMNS.len())
-    }
-
-    /// What a new workspace holds.
-    pub fn empty_summary() -> atkd_summary {
-        atkd_summary {
-            loss: 0.0,
-            label_fault: u64::MAX,
-            offset_fault: u64::MAX,
-            loss_f32: 0.0,
-            valid: 0,
-            hard: 0,
-            counted_valid: 0,
-            counted_hard: 0,
-            counted_wrong: 0,
-            guess: 0,
-            drawn: 0,
-            arrived: [0; _],
-        }
     }
 
     /// Bytes before a column.
@@ -329,12 +311,12 @@ pub(crate) fn check_faults(
     vocab: usize,
     objective: &Objective,
 ) -> Result<()> {
-    if summary.label_fault != u64::MAX {
+    if summary.label_fault != 0 {
         let ignore_index = objective.ignore_index();
-        return Err(Error::DeviceLabel { token: summary.label_fault, vocab, ignore_index });
+        return Err(Error::DeviceLabel { token: !summary.label_fault, vocab, ignore_index });
     }
-    if summary.offset_fault != u64::MAX {
-        return Err(Error::DeviceSequences { sequence: summary.offset_fault });
+    if summary.offset_fault != 0 {
+        return Err(Error::DeviceSequences { sequence: !summary.offset_fault });
     }
     Ok(())
 }
@@ -349,18 +331,38 @@ fn margin_of_key(key: u32) -> f64 {
     }
 }
 
-/// The kernels of a call, in order, on the workspace at `workspace`.
+/// The memory that a call works in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// How it is laid out.
+    pub layout: Layout,
+    /// Where it starts, at a multiple of 16. Its summary is all 0 before the first call.
+    pub workspace: u64,
+    /// A word for the last call's threshold, by which the next one guesses. Any value is right.
+    pub guess: u64,
+}
+
+impl Place {
+    /// With the guess where it is used.
+    pub fn new(layout: Layout, workspace: u64) -> Self {
+        let guess = workspace + std::mem::offset_of!(atkd_summary, guess) as u64;
+        Self { layout, workspace, guess }
+    }
+}
+
+/// The kernels of a call, in order. Its results are in the workspace, and where `output` wants them.
 ///
 /// # Errors
 /// If the call's shapes, strides and addresses do not go together, or exceed the workspace.
 pub(crate) fn launches(
     objective: &Objective,
     call: &RawCall,
+    output: &RawOutput,
     plan: &Plan,
-    layout: Layout,
-    workspace: u64,
-) -> Result<impl Iterator<Item = Launch>> {
+    Place { layout, workspace, guess: last_guess }: Place,
+) -> Result<impl Iterator<Item = Launch> + use<>> {
     call.validate(objective)?;
+    output.check()?;
     let problem = call.problem(objective);
     let scopes = problem.scopes;
     for (what, needed) in [("tokens", call.tokens), ("sequences", scopes)] {
@@ -423,6 +425,7 @@ pub(crate) fn launches(
         parameters: Parameters::CountValid(atkd_count_valid {
             batch,
             states,
+            guess: last_guess as *const u32,
             valid_mode: if objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
             reserved: 0,
         }),
@@ -437,6 +440,7 @@ pub(crate) fn launches(
             thresholds: column(THRESHOLDS) as *mut u32,
             wrong,
             states,
+            guess: last_guess as *mut u32,
             hard_ratio: objective.hard_ratio(),
             scopes: scopes as u32,
             count: (depends && !guess).into(),
@@ -507,17 +511,15 @@ pub(crate) fn launches(
             tkd: column(TKD) as *mut f32,
             dkd: column(DKD) as *mut f32,
             loss: column(LOSS) as *mut f64,
-        }),
-    };
-    let sum = Launch {
-        kernel: "sum_losses",
-        shape: plan.sum,
-        parameters: Parameters::SumLosses(atkd_sum_losses {
-            summary: workspace as *mut atkd_summary,
-            token_loss: column(LOSS) as *const f64,
+            sums: states.cast(),
+            reduced_loss_to: output.loss.unwrap_or(0) as *mut f32,
+            uncertainty_to: output.uncertainty.unwrap_or(0) as *mut f32,
+            tkd_to: output.tkd.unwrap_or(0) as *mut f32,
+            dkd_to: output.dkd.unwrap_or(0) as *mut f32,
+            modes_to: output.modes.unwrap_or(0) as *mut u8,
             scale,
-            tokens: call.tokens as u32,
             mean,
+            blocks: plan.terms.grid,
         }),
     };
     let first = rows(plan.rows, first);
@@ -530,7 +532,7 @@ pub(crate) fn launches(
         // Which tokens are hard is told after the rows, whose margins then come with the loss.
         [needs_margins.then_some(margin), Some(count), Some(first), Some(select)]
     };
-    let order = rows.into_iter().flatten().chain([terms, sum]);
+    let order = rows.into_iter().flatten().chain([terms]);
     // A grid without blocks cannot be launched, and has nothing to do.
     Ok(order.filter(|launch| launch.shape.grid > 0))
 }

@@ -12,6 +12,7 @@ pub const ATKD_TEAM_BLOCKS: u32 = 512;
 pub const ATKD_TEAM_STATE: u32 = 48;
 pub const ATKD_PIPELINED_BLOCKS: u32 = 1024;
 pub const ATKD_TOLD_STATE: u32 = 32;
+pub const ATKD_TERMS_BLOCKS: u32 = 1024;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_summary {
@@ -26,11 +27,13 @@ pub struct atkd_summary {
     pub counted_wrong: u32,
     pub guess: u32,
     pub drawn: u32,
+    pub summed: u32,
+    pub reserved: u32,
     pub arrived: [u32; 256usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_summary"][::std::mem::size_of::<atkd_summary>() - 1080usize];
+    ["Size of atkd_summary"][::std::mem::size_of::<atkd_summary>() - 1088usize];
     ["Alignment of atkd_summary"][::std::mem::align_of::<atkd_summary>() - 8usize];
     ["Offset of field: atkd_summary::loss"][::std::mem::offset_of!(atkd_summary, loss) - 0usize];
     ["Offset of field: atkd_summary::label_fault"]
@@ -49,8 +52,12 @@ const _: () = {
         [::std::mem::offset_of!(atkd_summary, counted_wrong) - 44usize];
     ["Offset of field: atkd_summary::guess"][::std::mem::offset_of!(atkd_summary, guess) - 48usize];
     ["Offset of field: atkd_summary::drawn"][::std::mem::offset_of!(atkd_summary, drawn) - 52usize];
+    ["Offset of field: atkd_summary::summed"]
+        [::std::mem::offset_of!(atkd_summary, summed) - 56usize];
+    ["Offset of field: atkd_summary::reserved"]
+        [::std::mem::offset_of!(atkd_summary, reserved) - 60usize];
     ["Offset of field: atkd_summary::arrived"]
-        [::std::mem::offset_of!(atkd_summary, arrived) - 56usize];
+        [::std::mem::offset_of!(atkd_summary, arrived) - 64usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -117,21 +124,24 @@ const _: () = {
 pub struct atkd_count_valid {
     pub batch: atkd_batch,
     pub states: *mut ::std::os::raw::c_void,
+    pub guess: *const u32,
     pub valid_mode: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 104usize];
+    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 112usize];
     ["Alignment of atkd_count_valid"][::std::mem::align_of::<atkd_count_valid>() - 8usize];
     ["Offset of field: atkd_count_valid::batch"]
         [::std::mem::offset_of!(atkd_count_valid, batch) - 0usize];
     ["Offset of field: atkd_count_valid::states"]
         [::std::mem::offset_of!(atkd_count_valid, states) - 88usize];
+    ["Offset of field: atkd_count_valid::guess"]
+        [::std::mem::offset_of!(atkd_count_valid, guess) - 96usize];
     ["Offset of field: atkd_count_valid::valid_mode"]
-        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 96usize];
+        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 104usize];
     ["Offset of field: atkd_count_valid::reserved"]
-        [::std::mem::offset_of!(atkd_count_valid, reserved) - 100usize];
+        [::std::mem::offset_of!(atkd_count_valid, reserved) - 108usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -142,13 +152,14 @@ pub struct atkd_select_hard {
     pub thresholds: *mut u32,
     pub wrong: *mut u32,
     pub states: *mut ::std::os::raw::c_void,
+    pub guess: *mut u32,
     pub hard_ratio: f64,
     pub scopes: u32,
     pub count: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 144usize];
+    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 152usize];
     ["Alignment of atkd_select_hard"][::std::mem::align_of::<atkd_select_hard>() - 8usize];
     ["Offset of field: atkd_select_hard::batch"]
         [::std::mem::offset_of!(atkd_select_hard, batch) - 0usize];
@@ -162,12 +173,14 @@ const _: () = {
         [::std::mem::offset_of!(atkd_select_hard, wrong) - 112usize];
     ["Offset of field: atkd_select_hard::states"]
         [::std::mem::offset_of!(atkd_select_hard, states) - 120usize];
+    ["Offset of field: atkd_select_hard::guess"]
+        [::std::mem::offset_of!(atkd_select_hard, guess) - 128usize];
     ["Offset of field: atkd_select_hard::hard_ratio"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 128usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 136usize];
     ["Offset of field: atkd_select_hard::scopes"]
-        [::std::mem::offset_of!(atkd_select_hard, scopes) - 136usize];
+        [::std::mem::offset_of!(atkd_select_hard, scopes) - 144usize];
     ["Offset of field: atkd_select_hard::count"]
-        [::std::mem::offset_of!(atkd_select_hard, count) - 140usize];
+        [::std::mem::offset_of!(atkd_select_hard, count) - 148usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -271,10 +284,19 @@ pub struct atkd_token_terms {
     pub tkd: *mut f32,
     pub dkd: *mut f32,
     pub loss: *mut f64,
+    pub sums: *mut f64,
+    pub reduced_loss_to: *mut f32,
+    pub uncertainty_to: *mut f32,
+    pub tkd_to: *mut f32,
+    pub dkd_to: *mut f32,
+    pub modes_to: *mut u8,
+    pub scale: f64,
+    pub mean: u32,
+    pub blocks: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 200usize];
+    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 264usize];
     ["Alignment of atkd_token_terms"][::std::mem::align_of::<atkd_token_terms>() - 8usize];
     ["Offset of field: atkd_token_terms::batch"]
         [::std::mem::offset_of!(atkd_token_terms, batch) - 0usize];
@@ -288,30 +310,24 @@ const _: () = {
         [::std::mem::offset_of!(atkd_token_terms, dkd) - 184usize];
     ["Offset of field: atkd_token_terms::loss"]
         [::std::mem::offset_of!(atkd_token_terms, loss) - 192usize];
-};
-#[repr(C)]
-#[derive(Debug, Copy, Clone)]
-pub struct atkd_sum_losses {
-    pub summary: *mut atkd_summary,
-    pub token_loss: *const f64,
-    pub scale: f64,
-    pub tokens: u32,
-    pub mean: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of atkd_sum_losses"][::std::mem::size_of::<atkd_sum_losses>() - 32usize];
-    ["Alignment of atkd_sum_losses"][::std::mem::align_of::<atkd_sum_losses>() - 8usize];
-    ["Offset of field: atkd_sum_losses::summary"]
-        [::std::mem::offset_of!(atkd_sum_losses, summary) - 0usize];
-    ["Offset of field: atkd_sum_losses::token_loss"]
-        [::std::mem::offset_of!(atkd_sum_losses, token_loss) - 8usize];
-    ["Offset of field: atkd_sum_losses::scale"]
-        [::std::mem::offset_of!(atkd_sum_losses, scale) - 16usize];
-    ["Offset of field: atkd_sum_losses::tokens"]
-        [::std::mem::offset_of!(atkd_sum_losses, tokens) - 24usize];
-    ["Offset of field: atkd_sum_losses::mean"]
-        [::std::mem::offset_of!(atkd_sum_losses, mean) - 28usize];
+    ["Offset of field: atkd_token_terms::sums"]
+        [::std::mem::offset_of!(atkd_token_terms, sums) - 200usize];
+    ["Offset of field: atkd_token_terms::reduced_loss_to"]
+        [::std::mem::offset_of!(atkd_token_terms, reduced_loss_to) - 208usize];
+    ["Offset of field: atkd_token_terms::uncertainty_to"]
+        [::std::mem::offset_of!(atkd_token_terms, uncertainty_to) - 216usize];
+    ["Offset of field: atkd_token_terms::tkd_to"]
+        [::std::mem::offset_of!(atkd_token_terms, tkd_to) - 224usize];
+    ["Offset of field: atkd_token_terms::dkd_to"]
+        [::std::mem::offset_of!(atkd_token_terms, dkd_to) - 232usize];
+    ["Offset of field: atkd_token_terms::modes_to"]
+        [::std::mem::offset_of!(atkd_token_terms, modes_to) - 240usize];
+    ["Offset of field: atkd_token_terms::scale"]
+        [::std::mem::offset_of!(atkd_token_terms, scale) - 248usize];
+    ["Offset of field: atkd_token_terms::mean"]
+        [::std::mem::offset_of!(atkd_token_terms, mean) - 256usize];
+    ["Offset of field: atkd_token_terms::blocks"]
+        [::std::mem::offset_of!(atkd_token_terms, blocks) - 260usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -387,7 +403,7 @@ pub struct atkd_unfused_tokens {
     pub uncertainty: *mut f32,
     pub rest: *mut f32,
     pub factor: *mut f32,
-    pub loss: *mut f64,
+    pub loss: *mut f32,
     pub tokens: u32,
     pub vocab: u32,
     pub easy: f32,

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::Dtype;
-use crate::params::{ATKD_PIPELINED_BLOCKS, ATKD_TEAM_BLOCKS};
+use crate::params::{ATKD_PIPELINED_BLOCKS, ATKD_TEAM_BLOCKS, ATKD_TERMS_BLOCKS};
 
 /// What a plan needs to know of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,10 +151,8 @@ pub struct Plan {
     pub slice_chunks: u32,
     /// Bytes of the rows that are in flight at once: what a second read must find in the L2 cache.
     pub rows_in_flight_bytes: usize,
-    /// `token_terms`: each token's terms, from what its row came to.
+    /// `token_terms`: each token's terms, from what its row came to, and the loss.
     pub terms: LaunchShape,
-    /// `sum_losses`.
-    pub sum: LaunchShape,
 }
 
 const WARP: usize = 32;
@@ -312,8 +310,12 @@ impl Plan {
             rows_again: LaunchShape { grid: rows.grid.min(again as u32), ..rows },
             slice_chunks: chunks.div_ceil(a_row) as u32,
             rows_in_flight_bytes: in_flight_bytes(device, problem, a_row),
-            terms: shape(tokens.div_ceil(TOKEN_THREADS), TOKEN_THREADS as u32, 1),
-            sum: shape(1, threads(tokens, 4, 1024), 1),
+            // One ends the call, even without tokens.
+            terms: shape(
+                tokens.div_ceil(TOKEN_THREADS).clamp(1, ATKD_TERMS_BLOCKS as usize),
+                TOKEN_THREADS as u32,
+                1,
+            ),
         })
     }
 
@@ -550,7 +552,7 @@ mod tests {
     fn small_work_takes_small_blocks() {
         let plan = Plan::new(&H200, &problem(1, 1, Dtype::F32, Dtype::F32), None);
         let one_warp = LaunchShape { grid: 1, block: 32, cluster: 1, team: 1, shared: 0 };
-        assert_eq!([plan.margin, plan.rows, plan.select, plan.sum], [one_warp; 4]);
+        assert_eq!([plan.margin, plan.rows, plan.select], [one_warp; 3]);
         assert_eq!([plan.count, plan.terms], [LaunchShape { block: 256, ..one_warp }; 2]);
         let many = problem(131_072, 32_000, Dtype::Bf16, Dtype::Bf16);
         let shape = LaunchShape { grid: 8, block: 1024, cluster: 8, ..one_warp };
@@ -605,7 +607,7 @@ mod tests {
             let problem = Problem { scopes: most, ..problem(most, vocab, Dtype::F32, Dtype::F32) };
             let plan = Plan::new(&H200, &problem, None);
             let rows = [plan.rows, plan.rows_again];
-            let others = [plan.margin, plan.count, plan.select, plan.terms, plan.sum];
+            let others = [plan.margin, plan.count, plan.select, plan.terms];
             for shape in rows.into_iter().chain(others) {
                 assert!(shape.grid <= i32::MAX as u32, "{shape:?}");
                 assert!(shape.grid.is_multiple_of(shape.cluster), "{shape:?}");

@@ -182,6 +182,21 @@ pub struct RawOutput {
     pub modes: Option<u64>,
 }
 
+impl RawOutput {
+    /// Whether each address suits its elements.
+    pub(crate) fn check(&self) -> Result<()> {
+        for (what, address) in [
+            ("the loss", self.loss),
+            ("the uncertainties", self.uncertainty),
+            ("the TKD terms", self.tkd),
+            ("the DKD terms", self.dkd),
+        ] {
+            check_alignment(what, address.unwrap_or(0), size_of::<f32>() as u64)?;
+        }
+        Ok(())
+    }
+}
+
 /// The loss on host memory: forward alone if the call has no gradient. The calling thread works, and all but
 /// one of the threads of `pool`, or of rayon's current pool.
 ///
@@ -200,6 +215,7 @@ pub unsafe fn run(
     output: &RawOutput,
 ) -> Result<()> {
     call.check(objective)?;
+    output.check()?;
     if call.margins.is_some() {
         return Err(Error::HostMargins);
     }

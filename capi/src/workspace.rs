@@ -42,7 +42,7 @@ impl Place {
     }
 
     /// # Safety
-    /// As [`raw::run`], or [`Workspace::launch`] and [`Workspace::copy_raw`].
+    /// As [`raw::run`] or [`Workspace::launch`].
     pub(crate) unsafe fn run(
         &self,
         objective: &Objective,
@@ -58,8 +58,7 @@ impl Place {
                 // SAFETY: the caller's.
                 unsafe {
                     let stream = wrap(&workspace, stream);
-                    workspace.launch(&stream, objective, call)?;
-                    workspace.copy_raw(&stream, output)?;
+                    workspace.launch(&stream, objective, call, output)?;
                 }
             }
         }

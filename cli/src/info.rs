@@ -85,7 +85,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         ("select_hard", plan.select),
         (&plan.row_kernel.to_string(), plan.rows),
         ("token_terms", plan.terms),
-        ("sum_losses", plan.sum),
     ] {
         table.add_row([kernel, &shape.to_string()]);
     }

@@ -235,9 +235,10 @@ ATKD_DEVICE void wait_for_flip(const uint32_t *at, uint32_t before, uint32_t lin
         simt_wait_for_change(at, line);
     }
 }
-ATKD_DEVICE void min_atomic(uint64_t *at, uint64_t value) {
+ATKD_DEVICE uint32_t add_acquire_release(uint32_t *at, uint32_t value) { return add_atomic(at, value); }
+ATKD_DEVICE void max_atomic(uint64_t *at, uint64_t value) {
     simt_access(at, 8, 8, true);
-    *at = value < *at ? value : *at;
+    *at = std::max(value, *at);
 }
 
 struct Bytes16 {

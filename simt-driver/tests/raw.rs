@@ -54,9 +54,9 @@ fn results_go_where_they_are_wanted_on(device: usize) {
     let on_device = [&teacher, &student].map(|v| stream.clone_htod(&v[..]).unwrap());
     let mut labels_on_device = stream.clone_htod(&labels).unwrap();
     let offsets = stream.clone_htod(&[0_i64, 3, 6]).unwrap();
-    let written = stream.alloc_zeros::<f32>(TOKENS * VOCAB).unwrap();
-    let floats = stream.alloc_zeros::<f32>(1 + 3 * TOKENS).unwrap();
-    let modes = stream.alloc_zeros::<u8>(TOKENS).unwrap();
+    let mut written = stream.alloc_zeros::<f32>(TOKENS * VOCAB).unwrap();
+    let mut floats = stream.alloc_zeros::<f32>(1 + 3 * TOKENS).unwrap();
+    let mut modes = stream.alloc_zeros::<u8>(TOKENS).unwrap();
     // SAFETY: the call prepares it.
     let workspace = unsafe { stream.alloc::<u8>(Kernels::workspace_bytes(TOKENS)) }.unwrap();
     let matrix = |address| RawLogits { address, dtype: Dtype::F32, row_stride: VOCAB };
@@ -71,7 +71,8 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         margins: None,
         upstream: None,
     };
-    let column = |index: usize| floats.device_ptr(&stream).0 + 4 * index as u64;
+    let start = floats.device_ptr(&stream).0;
+    let column = |index: usize| start + 4 * index as u64;
     let output = RawOutput {
         loss: Some(column(0)),
         uncertainty: Some(column(1)),
@@ -79,28 +80,32 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         dkd: Some(column(1 + 2 * TOKENS)),
         modes: Some(modes.device_ptr(&stream).0),
     };
-    let check = || {
-        let floats = stream.clone_dtoh(&floats).unwrap();
+    let mut check = || {
+        let found = stream.clone_dtoh(&floats).unwrap();
         let near = |actual: f32, exact: f64| {
             assert!(
                 (f64::from(actual) - exact).abs() < 2e-6 * (1.0 + exact.abs()),
                 "{actual} {exact}"
             )
         };
-        near(floats[0], exact.loss);
-        let modes = stream.clone_dtoh(&modes).unwrap();
+        near(found[0], exact.loss);
+        let found_modes = stream.clone_dtoh(&modes).unwrap();
         for (i, token) in exact.tokens.iter().enumerate() {
-            near(floats[1 + i], token.uncertainty);
-            near(floats[1 + TOKENS + i], token.tkd);
-            near(floats[1 + 2 * TOKENS + i], token.dkd);
+            near(found[1 + i], token.uncertainty);
+            near(found[1 + TOKENS + i], token.tkd);
+            near(found[1 + 2 * TOKENS + i], token.dkd);
             assert_eq!(
-                (modes[i] != raw::IGNORED, modes[i] == raw::HARD),
+                (found_modes[i] != raw::IGNORED, found_modes[i] == raw::HARD),
                 (token.valid, token.hard)
             );
         }
         for (actual, exact) in stream.clone_dtoh(&written).unwrap().into_iter().zip(&gradient) {
             near(actual, f64::from(*exact));
         }
+        // The next call must write all of it.
+        stream.memset_zeros(&mut floats).unwrap();
+        stream.memset_zeros(&mut modes).unwrap();
+        stream.memset_zeros(&mut written).unwrap();
     };
 
     let address = workspace.device_ptr(&stream).0;
@@ -109,6 +114,16 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         unsafe { kernels.launch_raw(&stream, &objective, &call, address, &output) }.unwrap();
         check();
     }
+    let odd = RawOutput { tkd: Some(column(1) + 2), ..output };
+    // SAFETY: it fails before anything is enqueued.
+    let result = unsafe { kernels.launch_raw(&stream, &objective, &call, address, &odd) };
+    assert!(matches!(result, Err(Error::Unaligned { what: "the TKD terms", .. })));
+    let mut owned = Workspace::new(&kernels, &stream, 10).unwrap();
+    // SAFETY: as above.
+    unsafe { owned.launch(&stream, &objective, &call, &output) }.unwrap();
+    check();
+    // SAFETY: as above.
+    unsafe { kernels.launch_raw(&stream, &objective, &call, address, &output) }.unwrap();
     for factor in [1.0_f32, 3.0] {
         let factor_on_device = stream.clone_htod(&[factor]).unwrap();
         let (address, _) = factor_on_device.device_ptr(&stream);
@@ -122,13 +137,6 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         let result = unsafe { kernels.scale_gradient(&stream, to, TOKENS, VOCAB, address + 2) };
         assert!(matches!(result, Err(Error::Unaligned { what: "the factor", .. })));
     }
-    let mut owned = Workspace::new(&kernels, &stream, 10).unwrap();
-    // SAFETY: as above.
-    unsafe {
-        owned.launch(&stream, &objective, &call).unwrap();
-        owned.copy_raw(&stream, &output).unwrap();
-    }
-    check();
 
     stream.memcpy_htod(&[3_i64, -100, 0, 13_003, 7, 7], &mut labels_on_device).unwrap();
     // SAFETY: as above.

@@ -47,7 +47,7 @@ pub use cudarc;
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, DriverError};
 
-pub use crate::launch::{RawCall, RawLabels, RawLogits};
+pub use crate::launch::{RawCall, RawLabels, RawLogits, RawOutput};
 use crate::{Error, Result};
 pub use kernels::Kernels;
 pub use tensor::{

@@ -1,3 +1,5 @@
+use std::mem::offset_of;
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
@@ -6,7 +8,9 @@ use cudarc::driver::{
 };
 
 use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, driver};
-use crate::launch::{Layout, RawCall, RawLogits, check_faults, launches, read_summary};
+use crate::launch::{
+    Layout, Place, RawCall, RawLogits, RawOutput, check_faults, launches, read_summary,
+};
 use crate::params::atkd_summary;
 use crate::{Error, Objective, Output, Result};
 
@@ -24,6 +28,10 @@ pub struct Workspace {
     /// Before the first kernel of the last call, and after each.
     clock: Option<Vec<(&'static str, CudaEvent)>>,
 }
+
+/// The bytes of a summary that say what kernels met.
+const FAULTS: Range<usize> =
+    offset_of!(atkd_summary, label_fault)..offset_of!(atkd_summary, loss_f32);
 
 #[derive(Clone, Copy, Debug)]
 struct Last {
@@ -49,9 +57,8 @@ impl Workspace {
         same_context("the stream", kernels.context(), stream.context())?;
         // The batch itself is a sequence, even without tokens.
         let layout = Layout { capacity: capacity.max(1) };
-        let mut memory =
+        let memory =
             stream.alloc_zeros(layout.bytes()).map_err(driver("allocating a workspace"))?;
-        write_summary(stream, &mut memory, &Layout::empty_summary())?;
         let (address, _) = memory.device_ptr(stream);
         Ok(Self { kernels: kernels.clone(), memory, address, layout, last: None, clock: None })
     }
@@ -190,30 +197,34 @@ impl Workspace {
         };
         // SAFETY: the views were checked to hold what the call says, and the guards above let the memory's
         // owners wait for the stream.
-        unsafe { self.launch(stream, objective, &call) }
+        unsafe { self.launch(stream, objective, &call, &RawOutput::default()) }
     }
 
-    /// Enqueues a call on memory of other frameworks, by address.
+    /// Enqueues a call on memory of other frameworks, by address. Its results are also written to where `output`
+    /// wants them.
     ///
     /// # Errors
     /// If shapes, strides, alignments or capacity do not fit, memory overlaps, or the driver refuses.
     ///
     /// # Safety
     /// Every address is of device memory of this workspace's context that holds what [`RawCall`] says, and
-    /// that nobody frees or writes until the stream is done with it. Calls that share this workspace run
+    /// that nobody frees or writes until the stream is done with it; the outputs are such memory with room for the
+    /// call's tokens, which nobody else uses until then. Calls that share this workspace run
     /// one after the other: on one stream, or on streams that wait for each other.
     pub unsafe fn launch(
         &mut self,
         stream: &Arc<CudaStream>,
         objective: &Objective,
         call: &RawCall,
+        output: &RawOutput,
     ) -> Result<()> {
         self.check_context("the stream", stream.context())?;
         let context = self.kernels.context();
         context.bind_to_thread().map_err(driver("using the context"))?;
         call.validate(objective)?;
         let plan = self.kernels.plan(&call.problem(objective));
-        let launches = launches(objective, call, &plan, self.layout, self.address)?;
+        let place = Place::new(self.layout, self.address);
+        let launches = launches(objective, call, output, &plan, place)?;
         // Orders this call and those on other streams; within a capture the caller does.
         let ordered = !tracked_capture(stream, self.memory.context())?;
         let guard = ordered.then(|| self.memory.device_ptr_mut(stream));
@@ -235,7 +246,8 @@ impl Workspace {
         if launched.is_err() {
             // The last kernel of a call leaves the counters at 0 for the next, and did not run. Where this fails
             // too, there is nothing to rescue: the context, or the capture, is gone.
-            let _ = write_summary(stream, &mut self.memory, &Layout::empty_summary());
+            let mut summary = self.memory.slice_mut(..size_of::<atkd_summary>());
+            let _ = stream.memset_zeros(&mut summary);
             return launched;
         }
         self.last = Some(Last { objective: *objective, tokens: call.tokens, vocab: call.vocab });
@@ -274,7 +286,7 @@ impl Workspace {
         stream.synchronize().map_err(driver("waiting for the stream"))?;
         let summary = read_summary(&memory);
         if let Some(last) = self.last {
-            self.cleared(stream, summary, check_faults(&summary, last.vocab, &last.objective))?;
+            self.cleared(stream, check_faults(&summary, last.vocab, &last.objective))?;
         }
         Ok(summary.loss)
     }
@@ -289,20 +301,14 @@ impl Workspace {
             stream.clone_dtoh(&self.memory).map_err(driver("reading the tokens' terms"))?;
         stream.synchronize().map_err(driver("waiting for the stream"))?;
         let output = self.layout.read(&memory, last.tokens, last.vocab, &last.objective);
-        self.cleared(stream, read_summary(&memory), output)
+        self.cleared(stream, output)
     }
 
     /// A fault is reported once.
-    fn cleared<T>(
-        &mut self,
-        stream: &Arc<CudaStream>,
-        summary: atkd_summary,
-        result: Result<T>,
-    ) -> Result<T> {
+    fn cleared<T>(&mut self, stream: &Arc<CudaStream>, result: Result<T>) -> Result<T> {
         if result.is_err() {
-            let atkd_summary { label_fault, offset_fault, .. } = Layout::empty_summary();
-            let summary = atkd_summary { label_fault, offset_fault, ..summary };
-            write_summary(stream, &mut self.memory, &summary)?;
+            let mut faults = self.memory.slice_mut(FAULTS);
+            stream.memset_zeros(&mut faults).map_err(driver("writing to a workspace"))?;
         }
         result
     }
@@ -365,19 +371,6 @@ fn tracked_capture(stream: &CudaStream, context: &CudaContext) -> Result<bool> {
 
 fn tick(stream: &Arc<CudaStream>) -> Result<CudaEvent> {
     stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("taking times"))
-}
-
-fn write_summary(
-    stream: &Arc<CudaStream>,
-    memory: &mut CudaSlice<u8>,
-    summary: &atkd_summary,
-) -> Result<()> {
-    // SAFETY: a summary is plain numbers without padding: its size is the sum of its fields'.
-    let bytes: &[u8] = unsafe {
-        std::slice::from_raw_parts(std::ptr::from_ref(summary).cast(), size_of::<atkd_summary>())
-    };
-    let mut view = memory.slice_mut(..bytes.len());
-    stream.memcpy_htod(bytes, &mut view).map_err(driver("writing to a workspace"))
 }
 
 fn same_context(what: &'static str, expected: &CudaContext, actual: &CudaContext) -> Result<()> {

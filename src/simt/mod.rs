@@ -7,7 +7,7 @@ use std::ffi::c_void;
 
 use machine::Buffer;
 
-use crate::launch::{self, Launch, Layout, RawCall, RawLabels, RawLogits};
+use crate::launch::{self, Launch, Layout, Place, RawCall, RawLabels, RawLogits, RawOutput};
 use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
@@ -207,10 +207,11 @@ impl Simulation {
         // 16 bytes a piece, for the alignment of a device's memory; poisoned but for the summary.
         let mut workspace =
             vec![0xdead_beef_dead_beef_dead_beef_dead_beef_u128; layout.bytes() / 16];
-        // SAFETY: the workspace starts with room for a summary, which any alignment of 8 suits.
+        // SAFETY: the workspace starts with room for a summary, of plain numbers, which any alignment of 8 suits.
         unsafe {
-            let summary = atkd_summary { guess: self.guess, ..Layout::empty_summary() };
-            workspace.as_mut_ptr().cast::<atkd_summary>().write(summary);
+            let summary = workspace.as_mut_ptr().cast::<atkd_summary>();
+            summary.write_bytes(0, 1);
+            (*summary).guess = self.guess;
         }
         buffers.extend(
             layout
@@ -221,7 +222,9 @@ impl Simulation {
         let problem = call.problem(objective);
         let plan = Plan::new(&self.device, &problem, self.preferred);
         let mut traffic = Vec::new();
-        for launch in launch::launches(objective, &call, &plan, layout, address(&workspace))? {
+        let place = Place::new(layout, address(&workspace));
+        let output = RawOutput::default();
+        for launch in launch::launches(objective, &call, &output, &plan, place)? {
             let mut buffers = buffers.clone();
             self.launch(&launch, &mut buffers);
             traffic.push((launch.kernel, buffers));
@@ -276,8 +279,7 @@ impl Simulation {
         let Some(Labels::I64(labels)) = batch.labels() else { return Err(crate::Error::NoLabels) };
         let memory = device::Memory { tokens, vocab };
         let mut work = vec![u128::MAX; memory.bytes().div_ceil(16)];
-        // SAFETY: the memory starts with room for a summary, which any alignment of 8 suits.
-        unsafe { work.as_mut_ptr().cast::<atkd_summary>().write(Layout::empty_summary()) };
+        work[..size_of::<atkd_summary>().div_ceil(16)].fill(0);
         let call = RawCall {
             tokens,
             vocab,
@@ -300,8 +302,9 @@ impl Simulation {
         for launch in &launches {
             self.launch(launch, &mut buffers);
         }
-        // SAFETY: the memory starts with a summary.
-        Ok((unsafe { work.as_ptr().cast::<atkd_summary>().read() }.loss, launches.len()))
+        // SAFETY: the loss lies in this memory.
+        let loss = unsafe { *work.as_ptr().cast::<u8>().add(memory.loss()).cast::<f32>() };
+        Ok((loss.into(), launches.len()))
     }
 
     fn launch(self, launch: &Launch, buffers: &mut [Buffer]) {
@@ -330,13 +333,8 @@ impl Simulation {
         let clusters = shape.grid / shape.cluster;
         shape.cluster = shape.cluster.min(self.cluster);
         shape.grid = clusters * shape.cluster;
-        let of_tokens = [
-            "count_valid",
-            "token_terms",
-            "unfused_targets",
-            "unfused_losses",
-            "unfused_target_gradient",
-        ];
+        let of_tokens =
+            ["count_valid", "unfused_targets", "unfused_losses", "unfused_target_gradient"];
         if kernel.starts_with("row_resident") || kernel.starts_with("row_pipelined") {
             // A row takes all of their threads, or clusters.
             shape = planned;
@@ -377,7 +375,10 @@ mod tests {
     use super::*;
     use crate::Dtype;
     use crate::launch::STATES_BYTES;
-    use crate::params::{ATKD_EASY, ATKD_HARD, ATKD_IGNORED, atkd_batch, atkd_select_hard};
+    use crate::params::{
+        ATKD_EASY, ATKD_HARD, ATKD_IGNORED, atkd_batch, atkd_coefficient, atkd_select_hard,
+        atkd_token_terms,
+    };
     use crate::plan::Problem;
 
     /// As many tokens as the selection is made for, of which a thread sees hundreds.
@@ -390,7 +391,9 @@ mod tests {
             (0..TOKENS).map(|_| random.u32(..50_000).saturating_sub(1000) << 12).collect();
         let mut modes = vec![0xaa_u8; TOKENS];
         let mut thresholds = [7_u32];
-        let mut summary = [Layout::empty_summary()];
+        // SAFETY: plain numbers.
+        let mut summary: [atkd_summary; 1] = unsafe { std::mem::zeroed() };
+        let mut guess = [7_u32];
         let mut states = vec![7_u128; STATES_BYTES / 16];
         // SAFETY: numbers and pointers, for which 0 is a value.
         let mut batch: atkd_batch = unsafe { std::mem::zeroed() };
@@ -405,6 +408,7 @@ mod tests {
             thresholds: thresholds.as_mut_ptr(),
             wrong: std::ptr::null_mut(),
             states: states.as_mut_ptr().cast(),
+            guess: guess.as_mut_ptr(),
             hard_ratio: 0.3,
             scopes: 1,
             count: 1,
@@ -415,6 +419,7 @@ mod tests {
             Buffer::output("thresholds", &mut thresholds),
             Buffer::output("summary", &mut summary),
             Buffer::output("states", &mut states),
+            Buffer::output("guess", &mut guess),
         ];
         let Simulation { device, seed, .. } = Simulation::default();
         let problem = Problem {
@@ -440,8 +445,86 @@ mod tests {
             keys.iter().map(|&key| if key == 0 { ATKD_IGNORED } else { ATKD_EASY } as u8).collect();
         order[..wanted].iter().for_each(|&i| expected[i] = ATKD_HARD as u8);
         assert!(modes == expected);
-        assert_eq!(thresholds[0], keys[order[wanted - 1]]);
+        assert_eq!([thresholds[0], guess[0]], [keys[order[wanted - 1]]; 2]);
         let summary = summary[0];
         assert_eq!((summary.counted_valid, summary.counted_hard), (valid as u32, wanted as u32));
+    }
+
+    /// More tokens than threads, of which each block sums some, and the last to be done the blocks' sums.
+    #[test]
+    fn losses_of_many_tokens() {
+        const TOKENS: usize = 300_000;
+        let mut random = fastrand::Rng::with_seed(5);
+        let modes: Vec<u8> =
+            (0..TOKENS).map(|_| random.u32(ATKD_IGNORED..=ATKD_HARD) as u8).collect();
+        let dkd_before: Vec<f32> = (0..TOKENS).map(|_| random.f32()).collect();
+        let problem = Problem {
+            tokens: TOKENS,
+            vocab: 32_000,
+            teacher: Dtype::Bf16,
+            student: Dtype::Bf16,
+            gradient: Dtype::Bf16,
+            sum_at_1: false,
+            aligned_alike: true,
+            scopes: 1,
+        };
+        let planned = Plan::new(&DeviceProperties::H200, &problem, None).terms;
+        assert_eq!(planned, LaunchShape { grid: 1024, block: 256, cluster: 1, team: 1, shared: 0 });
+        let run = |seed, shape: LaunchShape| {
+            let mut modes = modes.clone();
+            // Both margins 0, where TKD is 0: what remains is DKD.
+            let [mut uncertainty, mut tkd] = [vec![0_f32; TOKENS], vec![0_f32; TOKENS]];
+            let mut dkd = dkd_before.clone();
+            let mut loss = vec![0_f64; TOKENS];
+            let mut sums = vec![f64::NAN; shape.grid as usize];
+            let [mut loss_to, mut dkd_to] = [vec![0_f32], vec![0_f32; TOKENS]];
+            // SAFETY: plain numbers and pointers.
+            let mut summary: [atkd_summary; 1] = unsafe { std::mem::zeroed() };
+            summary[0].counted_valid = 10;
+            // SAFETY: as above.
+            let mut parameters: atkd_token_terms = unsafe { std::mem::zeroed() };
+            parameters.batch.modes = modes.as_mut_ptr();
+            parameters.batch.summary = summary.as_mut_ptr();
+            parameters.batch.tokens = TOKENS as u32;
+            parameters.batch.vocab = 1;
+            parameters.objective.dkd = [atkd_coefficient { value: 1.0, times_uncertainty: 0 }; 2];
+            parameters.uncertainty = uncertainty.as_mut_ptr();
+            parameters.tkd = tkd.as_mut_ptr();
+            parameters.dkd = dkd.as_mut_ptr();
+            parameters.loss = loss.as_mut_ptr();
+            parameters.sums = sums.as_mut_ptr();
+            parameters.reduced_loss_to = loss_to.as_mut_ptr();
+            parameters.dkd_to = dkd_to.as_mut_ptr();
+            (parameters.scale, parameters.mean, parameters.blocks) = (1.0, 1, shape.grid);
+            let mut buffers = [
+                Buffer::output("modes", &mut modes),
+                Buffer::output("summary", &mut summary),
+                Buffer::output("uncertainty", &mut uncertainty),
+                Buffer::output("tkd", &mut tkd),
+                Buffer::output("dkd", &mut dkd),
+                Buffer::output("loss", &mut loss),
+                Buffer::output("sums", &mut sums),
+                Buffer::output("loss to", &mut loss_to),
+                Buffer::output("dkd to", &mut dkd_to),
+            ];
+            let parameters = (&raw const parameters).cast();
+            // SAFETY: that is the kernel's block, and the buffers are what it points to.
+            unsafe { run_kernel("token_terms", shape, seed, parameters, &mut buffers) }.unwrap();
+            assert!(
+                uncertainty.iter().zip(&modes).all(|(u, mode)| *u == f32::from(*mode > 0) / 2.0)
+            );
+            assert!(dkd_to == dkd);
+            assert_eq!(loss_to, [summary[0].loss as f32]);
+            assert_eq!((summary[0].valid, summary[0].counted_valid, summary[0].summed), (10, 0, 0));
+            summary[0].loss
+        };
+        let losses = dkd_before.iter().zip(&modes).filter(|(_, mode)| **mode > 0);
+        let expected = losses.map(|(loss, _)| f64::from(*loss)).sum::<f64>() / 10.0;
+        let of_small_blocks = LaunchShape { grid: 7, block: 64, ..planned };
+        for (seed, shape) in [(1, planned), (2, planned), (3, of_small_blocks)] {
+            let loss = run(seed, shape);
+            assert!((loss - expected).abs() < 1e-12 * expected, "{loss} {expected}");
+            assert_eq!(run(seed + 10, shape), loss);
+        }
     }
 }

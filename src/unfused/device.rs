@@ -3,7 +3,9 @@
 use std::ffi::c_void;
 
 use super::EPSILON;
-use crate::launch::{self, Launch, Layout, Parameters, RawCall, RawLabels, RawLogits};
+use crate::launch::{
+    self, Launch, Layout, Parameters, Place, RawCall, RawLabels, RawLogits, RawOutput,
+};
 use crate::params::*;
 use crate::plan::{DeviceProperties, LaunchShape, Plan};
 use crate::{Dtype, Objective, Result};
@@ -11,7 +13,7 @@ use crate::{Dtype, Objective, Result};
 /// Full-size results that are alive at once.
 const MATRICES: usize = 8;
 /// Results with one number a token.
-const VECTORS: usize = 10;
+const VECTORS: usize = 11;
 
 /// Where the steps' results lie in one piece of device memory.
 #[derive(Clone, Copy, Debug)]
@@ -21,7 +23,7 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// What selection and reduction need, as the fused call does.
+    /// What the selection needs, as in the fused call.
     pub fn layout(self) -> Layout {
         Layout { capacity: self.tokens }
     }
@@ -30,8 +32,14 @@ impl Memory {
         self.layout().bytes().next_multiple_of(256)
     }
 
+    /// Bytes before the reduced loss, a float32.
+    #[cfg(feature = "simt")]
+    pub fn loss(self) -> usize {
+        self.vectors() + VECTORS * self.tokens * 4
+    }
+
     fn matrices(self) -> usize {
-        self.vectors() + (VECTORS * self.tokens * 4).next_multiple_of(256)
+        self.vectors() + ((VECTORS * self.tokens + 1) * 4).next_multiple_of(256)
     }
 
     pub fn bytes(self) -> usize {
@@ -57,8 +65,10 @@ pub(crate) fn launches(
 
     let m: [u64; MATRICES] =
         std::array::from_fn(|i| address + (memory.matrices() + i * tokens * vocab * 4) as u64);
-    let [max, sum, p_target, q_target, uncertainty, rest, dkd, d_rest, factor, dot]: [u64;
-        VECTORS] = std::array::from_fn(|i| address + (memory.vectors() + i * tokens * 4) as u64);
+    let vector = |i| address + (memory.vectors() + i * tokens * 4) as u64;
+    let [max, sum, p_target, q_target, uncertainty, rest, dkd, d_rest, factor, dot, losses]: [u64;
+        VECTORS] = std::array::from_fn(vector);
+    let loss = vector(VECTORS);
 
     let rows = LaunchShape { grid: tokens as u32, block: 512, cluster: 1, team: 1, shared: 0 };
     let step = |kernel, a: u64, b: u64, row: u64, constant, out: u64| Launch {
@@ -92,17 +102,30 @@ pub(crate) fn launches(
         ]
     };
 
-    // The fused call's own selection and reduction are the best there is for the baseline too.
+    // The fused call's own selection is the best there is for the baseline too.
     let ranked = RawCall { margins: Some(uncertainty), sequences: None, ..*call };
     let plan = Plan::new(device, &ranked.problem(&objective), None);
-    let mut fused = launch::launches(&objective, &ranked, &plan, memory.layout(), address)?;
+    let place = Place::new(memory.layout(), address);
+    let mut fused = launch::launches(&objective, &ranked, &RawOutput::default(), &plan, place)?;
     let select = fused.find(|launch| launch.kernel == "select_hard").expect("ATKD selects");
-    let reduce = fused.find(|launch| launch.kernel == "sum_losses").expect("every call ends so");
-    let Parameters::SumLosses(atkd_sum_losses { token_loss, .. }) = reduce.parameters else {
-        unreachable!("that is its parameter block");
-    };
     let Parameters::SelectHard(atkd_select_hard { batch, .. }) = select.parameters else {
         unreachable!("that is its parameter block");
+    };
+
+    // All tokens as one row.
+    let reduce = Launch {
+        kernel: "unfused_sum",
+        shape: LaunchShape { grid: 1, ..rows },
+        parameters: Parameters::Unfused(atkd_unfused {
+            a: losses as *const c_void,
+            b: std::ptr::null(),
+            row: std::ptr::null(),
+            out: loss as *mut c_void,
+            tokens: 1,
+            vocab: tokens as u32,
+            constant: 0.0,
+            reserved: 0,
+        }),
     };
 
     let [p, q, mask] = [m[0], m[1], m[2]];
@@ -123,7 +146,7 @@ pub(crate) fn launches(
             uncertainty: uncertainty as *mut f32,
             rest: rest as *mut f32,
             factor: factor as *mut f32,
-            loss: token_loss.cast_mut(),
+            loss: losses as *mut f32,
             tokens: tokens as u32,
             vocab: vocab as u32,
             easy: 0.2,

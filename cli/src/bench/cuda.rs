@@ -8,7 +8,7 @@ use atkd::cuda::cudarc::driver::{
     CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits,
 };
 use atkd::cuda::unfused::Unfused;
-use atkd::cuda::{Kernels, RawCall, RawLabels, RawLogits, Workspace};
+use atkd::cuda::{Kernels, RawCall, RawLabels, RawLogits, RawOutput, Workspace};
 use atkd::{Dtype, Objective};
 use half::{bf16, f16};
 use indicatif::ProgressBar;
@@ -76,7 +76,7 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
     let mut time = |variant: &str, objective: &Objective, call: &RawCall| {
         elapsed(size, bar, variant, stream, || {
             // SAFETY: the call's memory is above, and outlives the stream's work, which `elapsed` awaits.
-            Ok(unsafe { workspace.launch(stream, objective, call) }?)
+            Ok(unsafe { workspace.launch(stream, objective, call, &RawOutput::default()) }?)
         })
     };
     let forward = RawCall { gradient: None, ..call };
@@ -112,7 +112,7 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
     let mut workspace = Workspace::new(kernels, stream, tokens)?;
     let seconds = elapsed(size, bar, "fused, in place", stream, || {
         // SAFETY: as above.
-        Ok(unsafe { workspace.launch(stream, &objective, &in_place) }?)
+        Ok(unsafe { workspace.launch(stream, &objective, &in_place, &RawOutput::default()) }?)
     })?;
     add("fused, in place", 4, seconds);
     Ok(Measured { size, copy, timings, skipped })
@@ -133,7 +133,7 @@ fn times_by_kernel(
         // The times are the second call's. While the device is at the first, the host enqueues this one.
         for _ in 0..2 {
             // SAFETY: the caller's call; `times` awaits the kernels.
-            unsafe { workspace.launch(stream, objective, call) }?;
+            unsafe { workspace.launch(stream, objective, call, &RawOutput::default()) }?;
         }
         runs.push(workspace.times()?);
         bar.inc(1);
