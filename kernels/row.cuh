@@ -118,11 +118,11 @@ struct TargetLogits {
 };
 template <class P, class Q>
 ATKD_DEVICE TargetLogits target_logits_of(const atkd_rows &p, uint32_t token, uint32_t target) {
-    uint32_t lane = thread_index() % WARP;
-    const P *teacher = teacher_row<P>(p, token);
-    const Q *student = student_row<Q>(p, token);
-    float own = lane == 0 ? widen(load(teacher + target)) : lane == 1 ? widen(load(student + target)) : 0.0f;
-    return {shuffle_from(own, 0), shuffle_from(own, 1)};
+    TargetLogits own = {0, 0};
+    if (thread_index() % WARP == 0) {
+        own = {widen(load(teacher_row<P>(p, token) + target)), widen(load(student_row<Q>(p, token) + target))};
+    }
+    return {shuffle_from(own.teacher, 0), shuffle_from(own.student, 0)};
 }
 
 // A coefficient is constant + times_uncertainty * UNC.

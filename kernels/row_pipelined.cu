@@ -295,8 +295,8 @@ template <class T, uint32_t WORKERS> struct Server {
         }
         coming.token = token_to_do(p, index);
         uint8_t mode = load(p.batch.modes + coming.token);
-        int32_t target = mode == ATKD_IGNORED ? IGNORED_TARGET : target_of(p.batch, coming.token);
-        if (target == IGNORED_TARGET) {
+        int32_t target = target_of(p.batch, coming.token);
+        if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
             return;
         }
         Rows<T, T> rows(p, coming.token);
@@ -413,17 +413,7 @@ template <class T, uint32_t WORKERS> struct Server {
                 post16(&told->maxima,
                        {{to_bits(block_maxima.teacher), to_bits(block_maxima.student), after, 2 * number}});
             }
-            if (lane < p.team) {
-                const Told *told = told_by(block_index() - rank + lane);
-                Bytes16 sums, maxima;
-                ATKD_WAIT_FOR_POST(sums, &told->sums, number);
-                ATKD_WAIT_FOR_POST(maxima, &told->maxima, number);
-                block_sums = {from_bits<float>(sums.word[0]), from_bits<float>(sums.word[1]),
-                              from_bits<float>(sums.word[2]), sums.word[3] & 1};
-                block_maxima = {from_bits<float>(maxima.word[0]), from_bits<float>(maxima.word[1])};
-                after = maxima.word[2];
-            }
-            sync_warp();
+            hear();
         }
         if (!ignored) {
             GradientScales found =
@@ -432,6 +422,36 @@ template <class T, uint32_t WORKERS> struct Server {
                 shared.scales[0] = found;
             }
         }
+    }
+
+    // The states of the team's blocks, a lane each. Sums and maxima of a block lie side by side, and so that a request
+    // brings both, two lanes ask for them: lanes 2k and 2k + 1 for those of block k and, at once, of block 16 + k. Then
+    // they swap: block k is lane 2k's.
+    ATKD_DEVICE void hear() {
+        const Bytes16 *told = &told_by(block_index() - rank)->sums;
+        const Bytes16 *second = lane + WARP < 2 * p.team ? told + lane + WARP : nullptr;
+        Posts posts = {};
+        if (lane < 2 * p.team) {
+            ATKD_WAIT_FOR_POSTS(posts, told + lane, second, number);
+        }
+        sync_warp();
+        bool odd = lane % 2 != 0;
+        Bytes16 sums, maxima;
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < 4; i++) {
+            uint32_t swapped = shuffle_xor(odd ? posts.first.word[i] : posts.second.word[i], 1);
+            sums.word[i] = odd ? swapped : posts.first.word[i];
+            maxima.word[i] = odd ? posts.second.word[i] : swapped;
+        }
+        if (lane / 2 + (odd ? 16 : 0) < p.team) {
+            block_sums = {from_bits<float>(sums.word[0]), from_bits<float>(sums.word[1]),
+                          from_bits<float>(sums.word[2]), sums.word[3] & 1};
+            block_maxima = {from_bits<float>(maxima.word[0]), from_bits<float>(maxima.word[1])};
+        } else {
+            block_sums = {0, 0, 0, 0};
+            block_maxima = {OUTSIDE, OUTSIDE};
+        }
+        after = maxima.word[2];
     }
 
     template <class Real> ATKD_DEVICE RowState<Real> merge_blocks() const {

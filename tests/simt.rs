@@ -472,7 +472,10 @@ fn rows_on_chip_are_read_once() {
         (262_144, "row_pipelined_bf16", 28),
     ] {
         let input = Input::new(2, vocab);
-        let (_, _, traffic) = input.run(Simulation::default(), &Objective::kl(), Extra::default());
+        let objective = Objective::kl();
+        let (output, gradient, traffic) =
+            input.run(Simulation::default(), &objective, Extra::default());
+        input.check(&objective, &(output, gradient));
         let volume = (input.tokens * vocab * 2) as u64;
         // Beside them the target, by each block of a team.
         let target = 2 * input.tokens as u64;

@@ -354,8 +354,8 @@ ATKD_KERNEL(broken_post, atkd_broken, 32, 1) {
     if (block_index() == 0) {
         post16(at, {{1, 2, 3, 2 * 7}});
     } else {
-        Bytes16 value;
-        ATKD_WAIT_FOR_POST(value, at, 8);
-        store(p.data + 8 + thread_index(), value.word[0]);
+        Posts posts;
+        ATKD_WAIT_FOR_POSTS(posts, at, nullptr, 8);
+        store(p.data + 8 + thread_index(), posts.first.word[0]);
     }
 }

@@ -268,7 +268,17 @@ ATKD_DEVICE Bytes16 wait_for_post(const Bytes16 *at, uint32_t number, uint32_t l
         simt_wait_for_change(&at->word[3], line);
     }
 }
-#define ATKD_WAIT_FOR_POST(value, at, number) value = wait_for_post(at, number, __LINE__)
+struct Posts {
+    Bytes16 first, second;
+};
+ATKD_DEVICE Posts wait_for_posts(const Bytes16 *first, const Bytes16 *second, uint32_t number, uint32_t line) {
+    Posts posts = {wait_for_post(first, number, line), {}};
+    if (second != nullptr) {
+        posts.second = wait_for_post(second, number, line);
+    }
+    return posts;
+}
+#define ATKD_WAIT_FOR_POSTS(posts, first, second, number) posts = wait_for_posts(first, second, number, __LINE__)
 
 struct StagedMemory {};
 ATKD_DEVICE Bytes16 load_staged(StagedMemory, uint32_t offset) {
