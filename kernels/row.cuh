@@ -140,7 +140,7 @@ struct Weight {
 
 // What the gradients of all rows have in common: the weights of the terms, times the gradient's scale; of easy tokens
 // and of hard ones.
-struct Weights {
+struct alignas(16) Weights {
     Weight easy_tkd, hard_tkd, easy_dkd, hard_dkd;
     float ce;
     float guess; // the odds from which on a token is taken to be hard
@@ -177,16 +177,15 @@ struct Odds {
 };
 
 // What the row's gradient needs, from the state of the row, which every lane has. All warps of the row wait for it: so
-// it is in single precision, and in odds, which need no logarithm.
-template <class Real>
+// it is in single precision, and in odds, which need no logarithm. AT_1: cross entropy has a sum of its own.
+template <bool AT_1, class Real>
 ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights, uint32_t token, uint8_t mode,
                                      const RowState<Real> &state, const TargetLogits &target, bool tells) {
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    bool at_1 = has_sum_at_1(p.objective);
     auto teacher = Odds::of(float(state.teacher_sum), state.teacher_max, target.teacher, exponent);
     auto student = Odds::of(float(state.student_sum), state.student_max, target.student, exponent);
     auto student_at_1 =
-        at_1 ? Odds::of(float(state.student_sum_at_1), state.student_max, target.student, LOG2_E) : student;
+        AT_1 ? Odds::of(float(state.student_sum_at_1), state.student_max, target.student, LOG2_E) : student;
     // On the side where the teacher's sigmoid is small; swapping "the target" for "not the target" flips
     // the sign.
     float slope = teacher.odds > 1 ? teacher.rest - student.rest : student.sigmoid - teacher.sigmoid;
@@ -203,8 +202,8 @@ ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights,
     GradientScales scales = {
         // Not 0 times an infinite upstream gradient.
         teacher.inverse == 0 ? 0 : beta * teacher.inverse,
-        student.inverse == 0 ? 0 : (beta + gamma + (at_1 ? 0 : gamma_at_1)) * student.inverse,
-        at_1 && student_at_1.inverse != 0 ? gamma_at_1 * student_at_1.inverse : 0,
+        student.inverse == 0 ? 0 : (beta + gamma + (AT_1 ? 0 : gamma_at_1)) * student.inverse,
+        AT_1 && student_at_1.inverse != 0 ? gamma_at_1 * student_at_1.inverse : 0,
         -(gamma + gamma_at_1),
         state.references(exponent),
     };
@@ -219,13 +218,13 @@ ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights,
 constexpr uint32_t TEACHER = 0, STUDENT = 1, STUDENT_AT_1 = 2;
 
 // Margins and DKD, for the selection and for token_terms, where a lane has a token of its own. By one warp.
+template <bool AT_1>
 ATKD_DEVICE void tell(const atkd_rows &p, uint32_t token, const RowState<double> &state, const TargetLogits &target) {
     uint32_t lane = thread_index() % WARP;
-    bool at_1 = has_sum_at_1(p.objective);
     float exponent = p.batch.inverse_temperature * LOG2_E;
     double sum = lane == TEACHER ? state.teacher_sum : state.student_sum;
     float max = lane == TEACHER ? state.teacher_max : state.student_max;
-    if (lane == STUDENT_AT_1 && at_1) {
+    if (AT_1 && lane == STUDENT_AT_1) {
         sum = state.student_sum_at_1;
         exponent = LOG2_E;
     }
@@ -250,7 +249,7 @@ ATKD_DEVICE void tell(const atkd_rows &p, uint32_t token, const RowState<double>
     if (lane == STUDENT) {
         store(p.student_margin + token, float(margin));
     }
-    if (p.objective.ce_weight != 0 && lane == (at_1 ? STUDENT_AT_1 : STUDENT)) {
+    if (p.objective.ce_weight != 0 && lane == (AT_1 ? STUDENT_AT_1 : STUDENT)) {
         store(p.student_margin_at_1 + token, margin);
     }
 }
@@ -275,13 +274,13 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
         if (team_blocks(p) > 1) {
             state = merge_team(state, p, exponent);
         }
-        GradientScales settled = scales_of(p, weights, rows.token, mode, state, target_logits, tells);
+        GradientScales settled = scales_of<AT_1>(p, weights, rows.token, mode, state, target_logits, tells);
         if (thread_index() == 0) {
             scales[0] = settled;
         }
         // Later, the row's state would take registers from the passes.
         if (tells) {
-            tell(p, rows.token, state, target_logits);
+            tell<AT_1>(p, rows.token, state, target_logits);
         }
     }
     ATKD_SYNC_CLUSTER();

@@ -213,11 +213,6 @@ ATKD_DEVICE double coefficient_of(const atkd_coefficient &coefficient, double un
     return coefficient.value * (coefficient.times_uncertainty != 0 ? uncertainty : 1.0);
 }
 
-// Whether cross entropy has a sum of its own.
-ATKD_DEVICE bool has_sum_at_1(const atkd_objective &objective) {
-    return objective.ce_weight != 0 && objective.inverse_temperature != 1.0;
-}
-
 struct Terms {
     double uncertainty, tkd, dkd, loss;
 };

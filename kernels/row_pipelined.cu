@@ -8,6 +8,7 @@ namespace {
 // Parts of a slice whose room is given to the next row before all of it is read.
 constexpr uint32_t EARLY = 3;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
+constexpr uint32_t ALL = 0xffffffffu; // room for a slice of any size
 
 // The chunks of a row that are this block's, by their places in its slice.
 struct Slice {
@@ -50,6 +51,13 @@ struct alignas(8) Coming {
 };
 constexpr uint32_t NOT_HERE = 0xffffffffu;
 
+// Where the slices of a row that is on its way come from: what lies in them at 0. Whole chunks lie there to `end`, those
+// of the first turn to `first_end`.
+struct alignas(8) Source {
+    uintptr_t teacher, student;
+    uint32_t first_end, end;
+};
+
 // A state as it is posted in the block.
 struct alignas(16) Sums {
     float teacher, weighted_gap, student;
@@ -83,8 +91,10 @@ template <class T, uint32_t WORKERS> struct Shared {
     ATKD_SHARED_MEMBER(Sums, warp_sums, WORKERS / WARP);
     ATKD_SHARED_MEMBER(Maxima, warp_maxima, WORKERS / WARP);
     ATKD_SHARED_MEMBER(GradientScales, scales, 1);
-    ATKD_SHARED_MEMBER(Coming, coming, 1);
-    ATKD_SHARED_MEMBER(Barrier, full, 1);      // the row has come
+    ATKD_SHARED_MEMBER(Weights, weights, 1);
+    ATKD_SHARED_MEMBER(Coming, coming, 2); // the row at work and the next, in turn
+    ATKD_SHARED_MEMBER(Source, source, 1); // of the next
+    ATKD_SHARED_MEMBER(Barrier, full, 2);     // the row's first turn has come; the rest has
     ATKD_SHARED_MEMBER(Barrier, read, EARLY); // its first turns have been read for the last time
 };
 
@@ -143,13 +153,13 @@ template <class T, uint32_t WORKERS> struct Worker {
     ATKD_DEVICE Packed<T> teacher_at(uint32_t at, bool whole) const { return pack_of(0, at, whole); }
     ATKD_DEVICE Packed<T> student_at(uint32_t at, bool whole) const { return pack_of(to_student<T>(p), at, whole); }
 
-    // Calls f(at, teacher, student, whole) for the thread's packs, of which the last may lack parts; and read() when
-    // it has read those of a turn.
-    template <class F, class Read> ATKD_DEVICE void for_packs(F f, Read read) const {
+    // Calls f(at, teacher, student, whole) for the thread's packs of whole turns, and then of what may end within one,
+    // where the last may lack parts; and read() when it has read those of a turn.
+    template <class F, class Read> ATKD_DEVICE void for_packs(uint32_t from, uint32_t to, F f, Read read) const {
         constexpr uint32_t TOGETHER = Of::TOGETHER, PACK = Of::PACK;
-        uint32_t at = thread_index() * 16;
+        uint32_t at = from + thread_index() * 16;
         ATKD_NO_UNROLL
-        for (; at + Of::TURN - Of::STEP < end; at += Of::TURN) {
+        for (; at + Of::TURN - Of::STEP < to; at += Of::TURN) {
             Packed<T> teacher[TOGETHER], student[TOGETHER];
             ATKD_UNROLL
             for (uint32_t i = 0; i < TOGETHER; i++) {
@@ -163,26 +173,26 @@ template <class T, uint32_t WORKERS> struct Worker {
             }
         }
         ATKD_NO_UNROLL
-        for (; at < end; at += PACK) {
+        for (; at < to; at += PACK) {
             constexpr bool WHOLE = Of::PARTS == 1;
             f(at, teacher_at(at, WHOLE), student_at(at, WHOLE), Flag<WHOLE>());
         }
     }
-    template <class F> ATKD_DEVICE void for_packs(F f) const {
-        for_packs(f, [] {});
-    }
     // All but the target's, which only one warp has to look for.
-    template <class F> ATKD_DEVICE void for_others(F f) const {
+    template <class F> ATKD_DEVICE void for_others(uint32_t from, uint32_t to, F f) const {
+        auto nothing_to_tell = [] {};
         if (ATKD_RARELY(row.target_at != NOT_HERE && thread_index() / WARP == row.target_thread / WARP)) {
-            for_packs([&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+            auto unless_target = [&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
                 if (!has_target || at != row.target_at) {
                     f(teacher, student, whole);
                 }
-            });
+            };
+            for_packs(from, to, unless_target, nothing_to_tell);
         } else {
-            for_packs([&](uint32_t, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+            auto any = [&](uint32_t, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
                 f(teacher, student, whole);
-            });
+            };
+            for_packs(from, to, any, nothing_to_tell);
         }
     }
     // What else is this thread's.
@@ -200,28 +210,44 @@ template <class T, uint32_t WORKERS> struct Worker {
         }
     }
 
-    // The state of the thread's warp, in its first lane.
-    ATKD_DEVICE RowState<float> sums() {
-        // The maxima first, so that no sum must be rebased.
-        Largest<T> teacher_max, student_max;
-        auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
-            teacher_max.add(teacher);
-            student_max.add(student);
-        };
-        for_others(add_to_max);
-        for_own(add_to_max);
-        auto own = RowState<float>::from(teacher_max.value(), student_max.value());
-        References references = own.references(exponent);
-        RowState<float> empty = own;
-        for_others([&](const Packed<T> &teacher, const Packed<T> &student, auto whole) {
-            add<false, !decltype(whole)::value>(own, references, teacher, student, exponent);
-        });
+    // The state of the thread's warp, in its first lane. Of the row's first turn, while the rest is on its way, and then
+    // of that.
+    ATKD_DEVICE RowState<float> sums(uint32_t parity) {
+        auto own = RowState<float>::empty();
+        References references;
+        bool finite = true;
+        ATKD_NO_UNROLL
+        for (uint32_t from = 0, to = end < Of::TURN ? end : Of::TURN;; from = to, to = end) {
+            if (from > 0) {
+                ATKD_WAIT(shared.full, 1, parity);
+            }
+            // The maxima first, so that no sum must be rebased while it is added to.
+            Largest<T> teacher_max, student_max;
+            auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+                teacher_max.add(teacher);
+                student_max.add(student);
+            };
+            for_others(from, to, add_to_max);
+            if (to == end) {
+                for_own(add_to_max);
+            }
+            auto part = RowState<float>::from(teacher_max.value(), student_max.value());
+            own.rebase(fmaxf(own.teacher_max, part.teacher_max), fmaxf(own.student_max, part.student_max), exponent);
+            references = own.references(exponent);
+            for_others(from, to, [&](const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+                add<false, !decltype(whole)::value>(own, references, teacher, student, exponent);
+            });
+            finite &= own.finite();
+            if (to == end) {
+                break;
+            }
+        }
         auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
             add<false, true>(own, references, teacher, student, exponent);
         };
-        if (ATKD_RARELY(!own.finite())) {
-            own = empty;
-            for_others(add_with_care);
+        if (ATKD_RARELY(!finite)) {
+            own = {0, 0, 0, 0, own.teacher_max, own.student_max, 0};
+            for_others(0, end, add_with_care);
         }
         for_own(add_with_care);
         return merge_warp<false>(own);
@@ -232,7 +258,7 @@ template <class T, uint32_t WORKERS> struct Worker {
     ATKD_DEVICE void gradient(const GradientScales &of_row, Read read) const {
         Row<T> gradient = Rows<T, T>(p, row.token).template gradient<T>(p);
         uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(row.start + row.starts_outside));
-        for_packs([&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+        auto store_gradient = [&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
             float g[CHUNK];
             gradient_of<false>(of_row, exponent, teacher, student, g);
             Packed<T> packed = pack<T>(g);
@@ -242,7 +268,8 @@ template <class T, uint32_t WORKERS> struct Worker {
                     store16(reinterpret_cast<void *>(to + at + i * Of::STEP), packed.part[i]);
                 }
             }
-        }, read);
+        };
+        for_packs(0, end, store_gradient, read);
         if (ATKD_RARELY(has_target)) {
             store(gradient.data + row.target, narrow<T>(of_row.target));
         }
@@ -264,15 +291,12 @@ template <class T, uint32_t WORKERS> struct Server {
     Shared<T, WORKERS> &shared;
     uint32_t lane, count, rank;
     bool leads;
-    // Of the next row: where its slices' whole chunks lie, here from `asked` on to `end`.
-    uint32_t asked, end;
-    uintptr_t teacher, student;
-    Coming coming;
+    // Of the next row: how much of its slices has been asked for.
+    uint32_t asked;
     // Of the shared ends, a lane each.
     uint32_t end_element;
     // Which row comes after that, by its place among those to do.
     uint32_t after;
-    Weights weights;
     // Of the row in turn: its number, and the team's states, a lane each.
     uint32_t number;
     TargetLogits target_logits;
@@ -282,17 +306,24 @@ template <class T, uint32_t WORKERS> struct Server {
     ATKD_DEVICE Server(const atkd_rows &p_, StagedMemory staged_, Shared<T, WORKERS> &shared_)
         : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
           rank(block_index() % p_.team), leads(lane == 0), after(block_index() / p_.team + p_.clusters),
-          weights(Weights::of(p_)), number(0) {}
+          number(0) {}
 
     // The row that comes next, by its place among those to do. Known early, it can be asked for as soon as there is
     // room, and its ends are here when their row is.
-    ATKD_DEVICE void look(uint32_t index) {
-        coming = {0, 0, NO_TOKEN, 0, NOT_HERE, 0, 0, ATKD_IGNORED, 0, 0};
-        asked = end = 0;
+    ATKD_DEVICE void look(uint32_t index, uint32_t turn) {
+        Coming coming = {0, 0, NO_TOKEN, 0, NOT_HERE, 0, 0, ATKD_IGNORED, 0, 0};
+        Source source = {0, 0, 0, 0};
+        asked = 0;
         end_element = 0;
-        if (index >= count) {
-            return;
+        if (index < count) {
+            find(index, coming, source);
         }
+        if (leads) {
+            shared.coming[turn] = coming;
+            shared.source[0] = source;
+        }
+    }
+    ATKD_DEVICE void find(uint32_t index, Coming &coming, Source &source) {
         coming.token = token_to_do(p, index);
         uint8_t mode = load(p.batch.modes + coming.token);
         int32_t target = target_of(p.batch, coming.token);
@@ -303,9 +334,10 @@ template <class T, uint32_t WORKERS> struct Server {
         auto slice = Slice::of(rows.teacher, p.slice, rank);
         uint32_t start = slice.start + slice.whole_start;
         asked = slice.whole_start * CHUNK * sizeof(T);
-        end = slice.whole_end * CHUNK * sizeof(T);
-        teacher = reinterpret_cast<uintptr_t>(rows.teacher.at(start)) - asked;
-        student = reinterpret_cast<uintptr_t>(rows.student.at(start)) - asked;
+        uint32_t end = slice.whole_end * CHUNK * sizeof(T);
+        source = {reinterpret_cast<uintptr_t>(rows.teacher.at(start)) - asked,
+                  reinterpret_cast<uintptr_t>(rows.student.at(start)) - asked,
+                  end - asked < Of::TURN ? end : asked + Of::TURN, end};
         coming.start = slice.start;
         coming.whole_end = slice.whole_end;
         coming.target = uint32_t(target);
@@ -339,41 +371,52 @@ template <class T, uint32_t WORKERS> struct Server {
         }
     }
 
-    // To those that work on rows, when they know all of the one before.
-    ATKD_DEVICE void announce() {
-        if (leads) {
-            shared.coming[0] = coming;
-        }
+    ATKD_DEVICE void expect() {
+        Source source = shared.source[0];
+        ATKD_EXPECT(shared.full, 0, 2 * (source.first_end - asked));
+        ATKD_EXPECT(shared.full, 1, 2 * (source.end - source.first_end));
     }
-
-    ATKD_DEVICE void expect() { ATKD_EXPECT(shared.full, 0, 2 * (end - asked)); }
 
     // Asks for it as far as there is room.
     ATKD_DEVICE void ask(uint32_t room) {
-        uint32_t until = room < end ? room : end;
-        if (asked < until) {
-            auto *teacher_from = reinterpret_cast<const void *>(teacher + asked);
-            auto *student_from = reinterpret_cast<const void *>(student + asked);
-            ATKD_BULK_LOAD(staged, asked, teacher_from, until - asked, shared.full, 0);
-            ATKD_BULK_LOAD(staged, asked + to_student<T>(p), student_from, until - asked, shared.full, 0);
-            asked = until;
+        Source source = shared.source[0];
+        ATKD_NO_UNROLL
+        for (uint32_t part = 0; part < 2; part++) {
+            uint32_t part_end = part == 0 ? source.first_end : source.end, until = room < part_end ? room : part_end;
+            if (asked < until) {
+                auto *teacher_from = reinterpret_cast<const void *>(source.teacher + asked);
+                auto *student_from = reinterpret_cast<const void *>(source.student + asked);
+                ATKD_BULK_LOAD(staged, asked, teacher_from, until - asked, shared.full, part);
+                ATKD_BULK_LOAD(staged, asked + to_student<T>(p), student_from, until - asked, shared.full, part);
+                asked = until;
+            }
         }
     }
 
-    // The next row, into the room that this one leaves.
+    // While the others work on the gradient: the next row, into the room that this one leaves, and what this one came to.
     ATKD_DEVICE void follow(const Coming &row, uint32_t parity) {
-        expect();
+        if (leads) {
+            expect();
+            if (p.gradient == nullptr) {
+                ask(ALL);
+            }
+        }
         ATKD_NO_UNROLL
         for (uint32_t i = 0; i < EARLY; i++) {
             ATKD_WAIT(shared.read, i, parity);
-            ask(row.starts_outside * CHUNK * uint32_t(sizeof(T)) + (i + 1) * Of::TURN);
+            if (leads) {
+                ask(row.starts_outside * CHUNK * uint32_t(sizeof(T)) + (i + 1) * Of::TURN);
+            }
+            if (i == 0 && rank == 0 && row.mode != ATKD_IGNORED) {
+                tell<false>(p, row.token, merge_blocks<double>(), target_logits);
+            }
         }
     }
 
     // While the others work on the row.
-    ATKD_DEVICE void prepare(const Coming &row) {
+    ATKD_DEVICE void prepare(const Coming &row, uint32_t turn) {
         number += 1;
-        look(shuffle_from(after, 0));
+        look(shuffle_from(after, 0), turn ^ 1);
         if (leads && rank == 0) {
             // Whoever is ready first comes for one: multiprocessors are not equally fast. The first two rows of each
             // team are its own.
@@ -416,8 +459,9 @@ template <class T, uint32_t WORKERS> struct Server {
             hear();
         }
         if (!ignored) {
+            Weights weights = shared.weights[0];
             GradientScales found =
-                scales_of(p, weights, row.token, row.mode, merge_blocks<float>(), target_logits, rank == 0);
+                scales_of<false>(p, weights, row.token, row.mode, merge_blocks<float>(), target_logits, rank == 0);
             if (leads) {
                 shared.scales[0] = found;
             }
@@ -461,15 +505,11 @@ template <class T, uint32_t WORKERS> struct Server {
     }
 
     // When all have read the row.
-    ATKD_DEVICE void finish(const Coming &row) {
+    ATKD_DEVICE void finish() {
         if (leads) {
-            ask(end);
+            ask(ALL);
         }
         place_ends();
-        sync_warp();
-        if (rank == 0 && row.mode != ATKD_IGNORED) {
-            tell(p, row.token, merge_blocks<double>(), target_logits);
-        }
     }
 };
 
@@ -488,9 +528,9 @@ template <class T> ATKD_DEVICE void drop(const atkd_rows &p, const Coming &row) 
 template <class T, uint32_t WORKERS>
 ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS> &shared) {
     uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
-    for (;;) {
+    for (uint32_t parity = 0;; parity ^= 1) {
         ATKD_MEET(HERE, WORKERS + WARP);
-        Coming row = shared.coming[0];
+        const Coming &row = shared.coming[parity];
         if (row.token == NO_TOKEN) {
             break;
         }
@@ -499,7 +539,7 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
         if (ATKD_RARELY(ignored)) {
             drop<T>(p, row);
         } else {
-            RowState<float> of_warp = worker.sums();
+            RowState<float> of_warp = worker.sums(parity);
             if (lane == 0) {
                 shared.warp_sums[warp] = sums_of(of_warp);
                 shared.warp_maxima[warp] = maxima_of(of_warp);
@@ -530,33 +570,32 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
 template <class T, uint32_t WORKERS>
 ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS> &shared) {
     Server<T, WORKERS> server(p, staged, shared);
-    server.look(block_index() / p.team);
+    server.look(block_index() / p.team, 0);
     server.place_ends();
-    server.announce();
     if (server.leads) {
         server.expect();
-        server.ask(server.end);
+        server.ask(ALL);
+        // Not in registers, of which this warp has no more than those that need them.
+        shared.weights[0] = Weights::of(p);
     }
+    sync_warp();
     for (uint32_t parity = 0;; parity ^= 1) {
         ATKD_WAIT(shared.full, 0, parity);
         ATKD_MEET(HERE, WORKERS + WARP);
-        Coming row = shared.coming[0];
+        const Coming &row = shared.coming[parity];
         if (row.token == NO_TOKEN) {
             break;
         }
         if (ATKD_RARELY(row.mode == ATKD_IGNORED)) {
             drop<T>(p, row);
         }
-        server.prepare(row);
+        server.prepare(row, parity);
         ATKD_MEET(POSTED, WORKERS + WARP);
-        server.announce();
         server.settle(row);
         ATKD_MEET(SETTLED, WORKERS + WARP);
-        if (server.leads) {
-            server.follow(row, parity);
-        }
+        server.follow(row, parity);
         ATKD_MEET(READ, WORKERS + WARP);
-        server.finish(row);
+        server.finish();
     }
 }
 
@@ -566,6 +605,7 @@ template <class T, uint32_t WORKERS> ATKD_DEVICE void row_pipelined(const atkd_r
     ATKD_SHARED_STRUCT(SharedByBlock, shared);
     if (thread_index() == WORKERS) {
         ATKD_INIT_BARRIER(shared.full, 0, 1);
+        ATKD_INIT_BARRIER(shared.full, 1, 1);
         for (uint32_t i = 0; i < EARLY; i++) {
             ATKD_INIT_BARRIER(shared.read, i, WORKERS / WARP);
         }

@@ -599,11 +599,45 @@ const EDGES: &[(&str, Edit)] = &[
     ("+inf in the student", |_, b| b[12] = f32::INFINITY),
     ("+inf in the teacher's target", |a, _| a[3] = f32::INFINITY),
     ("+inf in the student's target", |_, b| b[3] = f32::INFINITY),
+    ("far larger logits at the end", |a, b| {
+        far_larger_at_the_end(a);
+        far_larger_at_the_end(b);
+    }),
+    ("far larger logits at the end of the teacher's row", |a, _| far_larger_at_the_end(a)),
+    ("far larger logits at the end of the student's row", |_, b| far_larger_at_the_end(b)),
+    ("NaN in the teacher before far larger logits", |a, b| {
+        a[12] = f32::NAN;
+        far_larger_at_the_end(a);
+        far_larger_at_the_end(b);
+    }),
+    ("NaN in the student before far larger logits", |a, b| {
+        b[12] = f32::NAN;
+        far_larger_at_the_end(a);
+        far_larger_at_the_end(b);
+    }),
+    ("student rules out a token before far larger logits", |a, b| {
+        b[20] = MASK;
+        far_larger_at_the_end(a);
+        far_larger_at_the_end(b);
+    }),
+    ("padding before far larger logits", |a, b| {
+        let end = a.len() / 4 * 3;
+        a[13..end].fill(MASK);
+        b[13..end].fill(MASK);
+        far_larger_at_the_end(a);
+        far_larger_at_the_end(b);
+    }),
     ("NaN among -inf", |a, _| {
         a.fill(MASK);
         a[12] = f32::NAN;
     }),
 ];
+
+/// Beside which what comes before is nothing in float32; so many that every thread of a kernel meets one.
+fn far_larger_at_the_end(z: &mut [f32]) {
+    let start = z.len() / 4 * 3;
+    z[start..].iter_mut().for_each(|z| *z += 150.0);
+}
 
 /// A margin of 87.9.
 fn hopeless_to_the_end(z: &mut [f32]) {

@@ -181,8 +181,8 @@ const SELECT_THREADS: usize = 1024;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
 const HELD_BYTES: usize = 128;
 /// Of a block of `row_pipelined`, beside its slices: what its threads share, and what the device takes.
-const PIPELINED_SHARED_BYTES: usize = 320 + 1024;
-const PIPELINED_WIDE_SHARED_BYTES: usize = 416 + 1024;
+const PIPELINED_SHARED_BYTES: usize = 416 + 1024;
+const PIPELINED_WIDE_SHARED_BYTES: usize = 512 + 1024;
 /// Bytes by which a device hands out shared memory.
 const SHARED_UNIT: usize = 128;
 
