@@ -20,10 +20,10 @@ impl Kernels {
     /// allocator that follows streams and captured graphs.
     ///
     /// # Errors
-    /// As [`Workspace::launch`].
+    /// As [`Workspace::launch`](super::Workspace::launch).
     ///
     /// # Safety
-    /// As [`Workspace::launch`]. `workspace`, of [`workspace_bytes`](Self::workspace_bytes) for the larger
+    /// As [`Workspace::launch`](super::Workspace::launch). `workspace`, of [`workspace_bytes`](Self::workspace_bytes) for the larger
     /// of the call's numbers of tokens and of sequences and aligned to 16 bytes, and the outputs are device
     /// memory of this context that nobody else uses until the stream is done with it.
     pub unsafe fn launch_raw(
