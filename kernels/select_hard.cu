@@ -142,7 +142,8 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
         remaining = found[REMAINING];
         equals = found[EQUALS];
         if (low == 0) {
-            for (uint32_t block = 0; remaining < equals && block < rank; block++) {
+            // Only if it will be used: a read that nobody uses could outlast the block that is read.
+            for (uint32_t block = 0; remaining < equals && start < end && block < rank; block++) {
                 equals_before += ATKD_REMOTE(histograms, turn + (threshold & (DIGITS - 1)), block);
             }
             break;

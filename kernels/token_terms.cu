@@ -1,7 +1,6 @@
 // The terms of every token, from what its row came to, and the loss. A thread a token: beside the rows they would take a
 // whole warp's time for one lane's work. The block that ends last adds up what all have come to, in fixed order, and
 // ends the call: it closes the summary and leaves its counters at 0 for the next.
-#include "batch.cuh"
 #include "reduce.cuh"
 
 namespace {
@@ -40,11 +39,12 @@ ATKD_KERNEL(token_terms, atkd_token_terms, 256, 2) {
     for (uint32_t token = block_index() * block_threads() + thread_index(); token < p.batch.tokens;
          token += p.blocks * block_threads()) {
         uint8_t mode = load(p.batch.modes + token);
+        // Of an ignored token anything, and not used.
+        float u = load(p.uncertainty + token), w = load(p.tkd + token), dkd = load(p.dkd + token);
+        double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
         Terms terms = {0, 0, 0, 0};
-        if (mode != ATKD_IGNORED && target_of(p.batch, token) != IGNORED_TARGET) {
-            double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
-            terms = terms_of(p.objective, load(p.uncertainty + token), load(p.tkd + token), at_1, load(p.dkd + token),
-                             mode == ATKD_HARD);
+        if (mode != ATKD_IGNORED) {
+            terms = terms_of(p.objective, u, w, at_1, dkd, mode == ATKD_HARD);
         }
         store(p.uncertainty + token, float(terms.uncertainty));
         store(p.tkd + token, float(terms.tkd));

@@ -186,7 +186,7 @@ const THRESHOLDS: usize = 5;
 const TARGETS: usize = 6;
 const MODES: usize = 7;
 
-/// What the blocks of a team tell each other: of every block two states.
+/// What the blocks of a team tell each other, of every block two states; later the sums of `token_terms`.
 pub(crate) const STATES_BYTES: usize = {
     let teams = 2 * (ATKD_TEAM_BLOCKS * ATKD_TEAM_STATE) as usize;
     let pipelined = 2 * (ATKD_PIPELINED_BLOCKS * ATKD_TOLD_STATE) as usize;

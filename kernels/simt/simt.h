@@ -85,7 +85,8 @@ template <class T, uint32_t N> class SharedArray {
     class Element {
       public:
         Element(const SharedArray &array, uint32_t index) : array_(array), index_(index) {}
-        operator T() const {
+        // A reference may be read later, when nobody looks for races any more; but what another thread wrote is there.
+        operator const T &() const {
             if (!array_.cells_->written[index_]) {
                 simt_fault("read of shared memory that nobody has written", array_.name_, index_);
             }

@@ -1,6 +1,6 @@
 //! The fused loss on NVIDIA GPUs, from compute capability 8.0.
 //!
-//! Device memory in, device memory out, on the caller's stream: a call launches five or six kernels and
+//! Device memory in, device memory out, on the caller's stream: a call launches three to five kernels and
 //! returns. It allocates nothing and waits for nothing, so it can be captured in a CUDA graph. What it
 //! needs beside its arguments, 33 bytes a token and 67 KB, is a [`Workspace`], made once.
 //!
