@@ -628,16 +628,9 @@ template <class T, uint32_t WORKERS> ATKD_DEVICE void row_pipelined(const atkd_r
 #define ATKD_ROW_PIPELINED(T, WORKERS) row_pipelined<T, WORKERS>(p)
 #endif
 
-// Blocks of a multiprocessor. The code of other machines than sm_90 has not registers enough for six.
-#if defined(__CUDACC__) && __CUDA_ARCH__ >= 1000
-#define ATKD_BLOCKS 5
-#else
-#define ATKD_BLOCKS 6
-#endif
-
-ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(float, 128); }
-ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(f16, 128); }
-ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, ATKD_BLOCKS) { ATKD_ROW_PIPELINED(bf16, 128); }
+ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(float, 128); }
+ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(f16, 128); }
+ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(bf16, 128); }
 
 // The same by fewer blocks, twice as large.
 ATKD_KERNEL(row_pipelined_wide_f32, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(float, 256); }
