@@ -470,7 +470,7 @@ template <class T, uint32_t WORKERS> struct Server {
 
     // The states of the team's blocks, a lane each. Sums and maxima of a block lie side by side, and so that a request
     // brings both, two lanes ask for them: lanes 2k and 2k + 1 for those of block k and, at once, of block 16 + k. Then
-    // they swap: block k is lane 2k's.
+    // they swap: block k is lane 2k's. Lanes without a block keep the empty state that they have.
     ATKD_DEVICE void hear() {
         const Bytes16 *told = &told_by(block_index() - rank)->sums;
         const Bytes16 *second = lane + WARP < 2 * p.team ? told + lane + WARP : nullptr;
@@ -491,9 +491,6 @@ template <class T, uint32_t WORKERS> struct Server {
             block_sums = {from_bits<float>(sums.word[0]), from_bits<float>(sums.word[1]),
                           from_bits<float>(sums.word[2]), sums.word[3] & 1};
             block_maxima = {from_bits<float>(maxima.word[0]), from_bits<float>(maxima.word[1])};
-        } else {
-            block_sums = {0, 0, 0, 0};
-            block_maxima = {OUTSIDE, OUTSIDE};
         }
         after = maxima.word[2];
     }

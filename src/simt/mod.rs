@@ -381,6 +381,21 @@ mod tests {
     };
     use crate::plan::Problem;
 
+    /// On the device of simulations, a batch in bfloat16.
+    fn planned(tokens: usize) -> Plan {
+        let problem = Problem {
+            tokens,
+            vocab: 32_000,
+            teacher: Dtype::Bf16,
+            student: Dtype::Bf16,
+            gradient: Dtype::Bf16,
+            sum_at_1: false,
+            aligned_alike: true,
+            scopes: 1,
+        };
+        Plan::new(&Simulation::default().device, &problem, None)
+    }
+
     /// As many tokens as the selection is made for, of which a thread sees hundreds.
     #[test]
     fn selection_of_four_million_tokens() {
@@ -421,18 +436,8 @@ mod tests {
             Buffer::output("states", &mut states),
             Buffer::output("guess", &mut guess),
         ];
-        let Simulation { device, seed, .. } = Simulation::default();
-        let problem = Problem {
-            tokens: TOKENS,
-            vocab: 32_000,
-            teacher: Dtype::Bf16,
-            student: Dtype::Bf16,
-            gradient: Dtype::Bf16,
-            sum_at_1: false,
-            aligned_alike: true,
-            scopes: 1,
-        };
-        let shape = Plan::new(&device, &problem, None).select;
+        let seed = Simulation::default().seed;
+        let shape = planned(TOKENS).select;
         assert_eq!(shape, LaunchShape { grid: 8, block: 1024, cluster: 8, team: 1, shared: 0 });
         let parameters = (&raw const parameters).cast();
         // SAFETY: that is the kernel's block, and the buffers are what it points to.
@@ -458,18 +463,8 @@ mod tests {
         let modes: Vec<u8> =
             (0..TOKENS).map(|_| random.u32(ATKD_IGNORED..=ATKD_HARD) as u8).collect();
         let dkd_before: Vec<f32> = (0..TOKENS).map(|_| random.f32()).collect();
-        let problem = Problem {
-            tokens: TOKENS,
-            vocab: 32_000,
-            teacher: Dtype::Bf16,
-            student: Dtype::Bf16,
-            gradient: Dtype::Bf16,
-            sum_at_1: false,
-            aligned_alike: true,
-            scopes: 1,
-        };
-        let planned = Plan::new(&DeviceProperties::H200, &problem, None).terms;
-        assert_eq!(planned, LaunchShape { grid: 1024, block: 256, cluster: 1, team: 1, shared: 0 });
+        let shape = planned(TOKENS).terms;
+        assert_eq!(shape, LaunchShape { grid: 1024, block: 256, cluster: 1, team: 1, shared: 0 });
         let run = |seed, shape: LaunchShape| {
             let mut modes = modes.clone();
             // Both margins 0, where TKD is 0: what remains is DKD.
@@ -520,8 +515,8 @@ mod tests {
         };
         let losses = dkd_before.iter().zip(&modes).filter(|(_, mode)| **mode > 0);
         let expected = losses.map(|(loss, _)| f64::from(*loss)).sum::<f64>() / 10.0;
-        let of_small_blocks = LaunchShape { grid: 7, block: 64, ..planned };
-        for (seed, shape) in [(1, planned), (2, planned), (3, of_small_blocks)] {
+        let of_small_blocks = LaunchShape { grid: 7, block: 64, ..shape };
+        for (seed, shape) in [(1, shape), (2, shape), (3, of_small_blocks)] {
             let loss = run(seed, shape);
             assert!((loss - expected).abs() < 1e-12 * expected, "{loss} {expected}");
             assert_eq!(run(seed + 10, shape), loss);

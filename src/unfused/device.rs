@@ -33,13 +33,12 @@ impl Memory {
     }
 
     /// Bytes before the reduced loss, a float32.
-    #[cfg(feature = "simt")]
     pub fn loss(self) -> usize {
         self.vectors() + VECTORS * self.tokens * 4
     }
 
     fn matrices(self) -> usize {
-        self.vectors() + ((VECTORS * self.tokens + 1) * 4).next_multiple_of(256)
+        (self.loss() + 4).next_multiple_of(256)
     }
 
     pub fn bytes(self) -> usize {
@@ -65,25 +64,28 @@ pub(crate) fn launches(
 
     let m: [u64; MATRICES] =
         std::array::from_fn(|i| address + (memory.matrices() + i * tokens * vocab * 4) as u64);
-    let vector = |i| address + (memory.vectors() + i * tokens * 4) as u64;
     let [max, sum, p_target, q_target, uncertainty, rest, dkd, d_rest, factor, dot, losses]: [u64;
-        VECTORS] = std::array::from_fn(vector);
-    let loss = vector(VECTORS);
+        VECTORS] = std::array::from_fn(|i| address + (memory.vectors() + i * tokens * 4) as u64);
+    let loss = address + memory.loss() as u64;
 
     let rows = LaunchShape { grid: tokens as u32, block: 512, cluster: 1, team: 1, shared: 0 };
-    let step = |kernel, a: u64, b: u64, row: u64, constant, out: u64| Launch {
-        kernel,
-        shape: rows,
-        parameters: Parameters::Unfused(atkd_unfused {
-            a: a as *const c_void,
-            b: b as *const f32,
-            row: row as *const f32,
-            out: out as *mut c_void,
-            tokens: tokens as u32,
-            vocab: vocab as u32,
-            constant,
-            reserved: 0,
-        }),
+    let step_over =
+        |[tokens, vocab]: [usize; 2], kernel, [a, b, row, out]: [u64; 4], constant| Launch {
+            kernel,
+            shape: LaunchShape { grid: tokens as u32, ..rows },
+            parameters: Parameters::Unfused(atkd_unfused {
+                a: a as *const c_void,
+                b: b as *const f32,
+                row: row as *const f32,
+                out: out as *mut c_void,
+                tokens: tokens as u32,
+                vocab: vocab as u32,
+                constant,
+                reserved: 0,
+            }),
+        };
+    let step = |kernel, a, b, row, constant, out| {
+        step_over([tokens, vocab], kernel, [a, b, row, out], constant)
     };
     let widen = |from: RawLogits, to| {
         let kernel = match from.dtype {
@@ -113,21 +115,7 @@ pub(crate) fn launches(
     };
 
     // All tokens as one row.
-    let reduce = Launch {
-        kernel: "unfused_sum",
-        shape: LaunchShape { grid: 1, ..rows },
-        parameters: Parameters::Unfused(atkd_unfused {
-            a: losses as *const c_void,
-            b: std::ptr::null(),
-            row: std::ptr::null(),
-            out: loss as *mut c_void,
-            tokens: 1,
-            vocab: tokens as u32,
-            constant: 0.0,
-            reserved: 0,
-        }),
-    };
-
+    let reduce = step_over([1, tokens], "unfused_sum", [losses, 0, 0, loss], 0.0);
     let [p, q, mask] = [m[0], m[1], m[2]];
     let of_tokens = |kernel, d_q: u64| Launch {
         kernel,
