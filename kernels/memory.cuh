@@ -54,7 +54,7 @@ ATKD_DEVICE void begin_kernel() {
     type &name = *static_cast<type *>(__cvta_shared_to_generic(forget(in_shared(&name##_memory))))
 // The shared memory that the launch asks for.
 #define ATKD_STAGED(name)                                                                                     \
-    extern __shared__ __align__(16) unsigned char name##_memory[];                                           \
+    extern __shared__ __align__(128) unsigned char name##_memory[];                                          \
     StagedMemory name = {forget(in_shared(name##_memory))}
 
 typedef __half f16;
@@ -68,7 +68,7 @@ ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_MEET(barrier, threads)                                                                           \
     do {                                                                                                      \
         __syncwarp();                                                                                         \
-        asm volatile("bar.sync %0, %1;" ::"n"(int(barrier)), "n"(threads) : "memory");                        \
+        asm volatile("barrier.sync %0, %1;" ::"n"(int(barrier)), "n"(threads) : "memory");                    \
     } while (0)
 
 // A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block; there the
@@ -309,6 +309,10 @@ ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *fro
 }
 #define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
     bulk_load(staged, offset, global, bytes, (array)[index])
+// Into the L2 cache, of a multiple of 16 bytes from a multiple of 16. A hint.
+ATKD_DEVICE void bulk_prefetch(const void *from, uint32_t bytes) {
+    ATKD_SINCE_SM_90("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 
 ATKD_DEVICE float widen(float x) { return x; }
 ATKD_DEVICE float widen(f16 x) { return __half2float(x); }

@@ -5,24 +5,27 @@
 
 namespace {
 
-// Parts of a slice whose room is given to the next row before all of it is read.
-constexpr uint32_t EARLY = 3;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
 constexpr uint32_t ALL = 0xffffffffu; // room for a slice of any size
 
-// The chunks of a row that are this block's, by their places in its slice.
+// The chunks of a row that are this block's, by their places in its slice. Slices start where lines of 128 bytes do, in
+// global memory and in shared memory alike: bulk copies between places 16 bytes off each other take 8% longer. So the
+// row's first line may start with places that are not in the row.
 struct Slice {
-    uint32_t start, places;
+    uint32_t start; // the chunk of the first place; before the row, less than 0, modulo 2^32
     // Those that share no 16 bytes with what is not in the row: they come by bulk copies.
     uint32_t whole_start, whole_end;
+    bool starts_outside, ends_outside; // there is a chunk of the row before them; after them
 
     template <class T> static ATKD_DEVICE Slice of(const Row<const T> &row, uint32_t most, uint32_t rank) {
-        uint32_t chunks = row.chunks();
-        uint32_t start = rank * most < chunks ? rank * most : chunks;
-        uint32_t places = most < chunks - start ? most : chunks - start;
-        uint32_t whole_start = places > 0 && !row.whole(start) ? 1 : 0;
+        uint32_t before = uint32_t(reinterpret_cast<uintptr_t>(row.at(0)) % 128 / (CHUNK * sizeof(T)));
+        uint32_t all = before + row.chunks(), from = rank * most < all ? rank * most : all;
+        uint32_t places = most < all - from ? most : all - from, start = from - before;
+        uint32_t first = rank == 0 ? before : 0;
+        bool starts_outside = first < places && !row.whole(start + first);
+        uint32_t whole_start = first + (starts_outside ? 1 : 0);
         bool ends_outside = whole_start < places && !row.whole(start + places - 1);
-        return {start, places, whole_start, ends_outside ? places - 1 : places};
+        return {start, whole_start, places - (ends_outside ? 1 : 0), starts_outside, ends_outside};
     }
 };
 
@@ -33,13 +36,14 @@ template <class T, uint32_t WORKERS> struct Block {
     static constexpr uint32_t PARTS = Packed<T>::PARTS, PER = Packed<T>::PER;
     // Bytes from a thread's piece to its next, and from pack to pack.
     static constexpr uint32_t STEP = WORKERS * 16, PACK = PARTS * STEP;
-    // Packs that a thread reads together, so that their arithmetic overlaps; the bytes of all threads' to the next.
-    static constexpr uint32_t TOGETHER = 4 / PARTS, TURN = TOGETHER * PACK;
+    // Packs that a thread reads together, so that their arithmetic overlaps, and the bytes of all threads' to the next:
+    // 4 in half precision or, in small blocks, which have more rows to themselves, 2.
+    static constexpr uint32_t TOGETHER = WORKERS / 64 / PARTS, TURN = TOGETHER * PACK;
 };
 
 // What a block needs to know of a row that is on its way.
 struct alignas(8) Coming {
-    uint32_t start, whole_end; // of its slice
+    uint32_t start, whole_end; // of its slice, as are those below
     uint32_t token;            // NO_TOKEN: there is no row to come
     uint32_t target;
     // Of the target, if a bulk copy brings it to this block, where the pack of the thread whose it is starts;
@@ -47,15 +51,14 @@ struct alignas(8) Coming {
     uint32_t target_at;
     uint8_t target_thread, target_within;
     uint8_t mode;
-    uint8_t starts_outside : 1, ends_outside : 1; // of the slice's first chunk and its last: they are not whole
+    uint8_t whole_start : 4, starts_outside : 1, ends_outside : 1;
 };
 constexpr uint32_t NOT_HERE = 0xffffffffu;
 
-// Where the slices of a row that is on its way come from: what lies in them at 0. Whole chunks lie there to `end`, those
-// of the first turn to `first_end`.
+// Where the slices of a row that is on its way come from: what lies in them at 0. Whole chunks lie there to `end`.
 struct alignas(8) Source {
     uintptr_t teacher, student;
-    uint32_t first_end, end;
+    uint32_t end;
 };
 
 // A state as it is posted in the block.
@@ -86,16 +89,17 @@ static_assert(sizeof(Told) == ATKD_TOLD_STATE, "the layout is a contract");
 
 // What the threads of a block share beside the row.
 template <class T, uint32_t WORKERS> struct Shared {
-    // The slice's first chunk of teacher and student, then its last, without the target: if no bulk copy brings them.
-    ATKD_SHARED_MEMBER(uint32_t, ends, 4 * CHUNK * sizeof(T) / 4);
+    // The slice's first chunk of teacher and student, then its last, without the target: if no bulk copy brings them. Of
+    // the row at work and the next, in turn.
+    ATKD_SHARED_MEMBER(uint32_t, ends, 2 * 4 * CHUNK * sizeof(T) / 4);
     ATKD_SHARED_MEMBER(Sums, warp_sums, WORKERS / WARP);
     ATKD_SHARED_MEMBER(Maxima, warp_maxima, WORKERS / WARP);
     ATKD_SHARED_MEMBER(GradientScales, scales, 1);
     ATKD_SHARED_MEMBER(Weights, weights, 1);
     ATKD_SHARED_MEMBER(Coming, coming, 2); // the row at work and the next, in turn
     ATKD_SHARED_MEMBER(Source, source, 1); // of the next
-    ATKD_SHARED_MEMBER(Barrier, full, 2);     // the row's first turn has come; the rest has
-    ATKD_SHARED_MEMBER(Barrier, read, EARLY); // its first turns have been read for the last time
+    ATKD_SHARED_MEMBER(Barrier, full, 1);  // the row has come
+    ATKD_SHARED_MEMBER(Barrier, read, 2);  // its first turn has been read for the last time; all of it has
 };
 
 // Where a block's slices lie in its shared memory: the teacher's, then the student's.
@@ -116,16 +120,18 @@ template <class T, uint32_t WORKERS> struct Worker {
     // Of the slice's whole chunks: where they start, here and in the row, and their bytes.
     uint32_t at_start, end;
     float exponent;
-    bool has_end, has_target;
-    uint32_t end_chunk; // in the slice
+    bool has_start, has_end, has_target; // has_end: its first chunk or its last
+    uint32_t end_chunk;
+    uint32_t turn; // of shared.ends
 
-    ATKD_DEVICE Worker(const atkd_rows &p_, StagedMemory staged_, Shared<T, WORKERS> &shared_, const Coming &row_)
-        : p(p_), staged(staged_), shared(shared_), row(row_), at_start(row.starts_outside * CHUNK * sizeof(T)),
-          end((row.whole_end - row.starts_outside) * CHUNK * sizeof(T)),
-          exponent(p.batch.inverse_temperature * LOG2_E) {
-        bool has_start = thread_index() == 0 && row.starts_outside;
+    ATKD_DEVICE Worker(const atkd_rows &p_, StagedMemory staged_, Shared<T, WORKERS> &shared_, const Coming &row_,
+                       uint32_t turn_)
+        : p(p_), staged(staged_), shared(shared_), row(row_), at_start(row.whole_start * CHUNK * sizeof(T)),
+          end((row.whole_end - row.whole_start) * CHUNK * sizeof(T)),
+          exponent(p.batch.inverse_temperature * LOG2_E), turn(turn_) {
+        has_start = thread_index() == 0 && row.starts_outside;
         has_end = has_start || (thread_index() == WARP && row.ends_outside);
-        end_chunk = has_start ? 0 : row.whole_end;
+        end_chunk = row.start + (has_start ? row.whole_start - 1 : row.whole_end);
         has_target = row.target_at != NOT_HERE && thread_index() == row.target_thread;
     }
 
@@ -134,7 +140,7 @@ template <class T, uint32_t WORKERS> struct Worker {
         Packed<T> packed = {};
         ATKD_UNROLL
         for (uint32_t i = 0; i < 4 * Of::PARTS; i++) {
-            packed.part[i / 4].word[i % 4] = shared.ends[((end_chunk == 0 ? 0 : 2) + model) * 4 * Of::PARTS + i];
+            packed.part[i / 4].word[i % 4] = shared.ends[(4 * turn + (has_start ? 0 : 2) + model) * 4 * Of::PARTS + i];
         }
         return packed;
     }
@@ -153,46 +159,46 @@ template <class T, uint32_t WORKERS> struct Worker {
     ATKD_DEVICE Packed<T> teacher_at(uint32_t at, bool whole) const { return pack_of(0, at, whole); }
     ATKD_DEVICE Packed<T> student_at(uint32_t at, bool whole) const { return pack_of(to_student<T>(p), at, whole); }
 
-    // Calls f(at, teacher, student, whole) for the thread's packs of whole turns, and then of what may end within one,
-    // where the last may lack parts; and read() when it has read those of a turn.
-    template <class F, class Read> ATKD_DEVICE void for_packs(uint32_t from, uint32_t to, F f, Read read) const {
+    // Calls f(at, teacher, student, whole) for the thread's packs: first for those of no whole turn, of which the last may
+    // lack parts, then turn by turn; and read(last) when it has read those of a turn. So all is read a turn before the end.
+    template <class F, class Read> ATKD_DEVICE void for_packs(F f, Read read) const {
         constexpr uint32_t TOGETHER = Of::TOGETHER, PACK = Of::PACK;
-        uint32_t at = from + thread_index() * 16;
+        uint32_t in_turns = end / Of::TURN * Of::TURN;
         ATKD_NO_UNROLL
-        for (; at + Of::TURN - Of::STEP < to; at += Of::TURN) {
+        for (uint32_t at = in_turns + thread_index() * 16; at < end; at += PACK) {
+            constexpr bool WHOLE = Of::PARTS == 1;
+            f(at, teacher_at(at, WHOLE), student_at(at, WHOLE), Flag<WHOLE>());
+        }
+        ATKD_NO_UNROLL
+        for (uint32_t at = thread_index() * 16; at < in_turns; at += Of::TURN) {
             Packed<T> teacher[TOGETHER], student[TOGETHER];
             ATKD_UNROLL
             for (uint32_t i = 0; i < TOGETHER; i++) {
                 teacher[i] = teacher_at(at + i * PACK, true);
                 student[i] = student_at(at + i * PACK, true);
             }
-            read();
+            read(at + Of::TURN >= in_turns);
             ATKD_UNROLL
             for (uint32_t i = 0; i < TOGETHER; i++) {
                 f(at + i * PACK, teacher[i], student[i], Flag<true>());
             }
         }
-        ATKD_NO_UNROLL
-        for (; at < to; at += PACK) {
-            constexpr bool WHOLE = Of::PARTS == 1;
-            f(at, teacher_at(at, WHOLE), student_at(at, WHOLE), Flag<WHOLE>());
-        }
     }
     // All but the target's, which only one warp has to look for.
-    template <class F> ATKD_DEVICE void for_others(uint32_t from, uint32_t to, F f) const {
-        auto nothing_to_tell = [] {};
+    template <class F> ATKD_DEVICE void for_others(F f) const {
+        auto nothing_to_tell = [](bool) {};
         if (ATKD_RARELY(row.target_at != NOT_HERE && thread_index() / WARP == row.target_thread / WARP)) {
             auto unless_target = [&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
                 if (!has_target || at != row.target_at) {
                     f(teacher, student, whole);
                 }
             };
-            for_packs(from, to, unless_target, nothing_to_tell);
+            for_packs(unless_target, nothing_to_tell);
         } else {
             auto any = [&](uint32_t, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
                 f(teacher, student, whole);
             };
-            for_packs(from, to, any, nothing_to_tell);
+            for_packs(any, nothing_to_tell);
         }
     }
     // What else is this thread's.
@@ -210,54 +216,36 @@ template <class T, uint32_t WORKERS> struct Worker {
         }
     }
 
-    // The state of the thread's warp, in its first lane. Of the row's first turn, while the rest is on its way, and then
-    // of that.
-    ATKD_DEVICE RowState<float> sums(uint32_t parity) {
-        auto own = RowState<float>::empty();
-        References references;
-        bool finite = true;
-        ATKD_NO_UNROLL
-        for (uint32_t from = 0, to = end < Of::TURN ? end : Of::TURN;; from = to, to = end) {
-            if (from > 0) {
-                ATKD_WAIT(shared.full, 1, parity);
-            }
-            // The maxima first, so that no sum must be rebased while it is added to.
-            Largest<T> teacher_max, student_max;
-            auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
-                teacher_max.add(teacher);
-                student_max.add(student);
-            };
-            for_others(from, to, add_to_max);
-            if (to == end) {
-                for_own(add_to_max);
-            }
-            auto part = RowState<float>::from(teacher_max.value(), student_max.value());
-            own.rebase(fmaxf(own.teacher_max, part.teacher_max), fmaxf(own.student_max, part.student_max), exponent);
-            references = own.references(exponent);
-            for_others(from, to, [&](const Packed<T> &teacher, const Packed<T> &student, auto whole) {
-                add<false, !decltype(whole)::value>(own, references, teacher, student, exponent);
-            });
-            finite &= own.finite();
-            if (to == end) {
-                break;
-            }
-        }
+    // The state of the thread's warp, in its first lane.
+    ATKD_DEVICE RowState<float> sums() {
+        // The maxima first, so that no sum must be rebased while it is added to.
+        Largest<T> teacher_max, student_max;
+        auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+            teacher_max.add(teacher);
+            student_max.add(student);
+        };
+        for_others(add_to_max);
+        for_own(add_to_max);
+        auto own = RowState<float>::from(teacher_max.value(), student_max.value());
+        References references = own.references(exponent);
         auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
             add<false, true>(own, references, teacher, student, exponent);
         };
-        if (ATKD_RARELY(!finite)) {
+        for_others([&](const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+            add<false, !decltype(whole)::value>(own, references, teacher, student, exponent);
+        });
+        if (ATKD_RARELY(!own.finite())) {
             own = {0, 0, 0, 0, own.teacher_max, own.student_max, 0};
-            for_others(0, end, add_with_care);
+            for_others(add_with_care);
         }
         for_own(add_with_care);
         return merge_warp<false>(own);
     }
 
-    // `read` is told when turns of the slice have been read.
-    template <class Read>
-    ATKD_DEVICE void gradient(const GradientScales &of_row, Read read) const {
+    // `read` is told when turns of the slice have been read, and whether that is all of it.
+    template <class Read> ATKD_DEVICE void gradient(const GradientScales &of_row, Read read) const {
         Row<T> gradient = Rows<T, T>(p, row.token).template gradient<T>(p);
-        uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(row.start + row.starts_outside));
+        uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(row.start + row.whole_start));
         auto store_gradient = [&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
             float g[CHUNK];
             gradient_of<false>(of_row, exponent, teacher, student, g);
@@ -269,16 +257,15 @@ template <class T, uint32_t WORKERS> struct Worker {
                 }
             }
         };
-        for_packs(0, end, store_gradient, read);
+        for_packs(store_gradient, read);
         if (ATKD_RARELY(has_target)) {
             store(gradient.data + row.target, narrow<T>(of_row.target));
         }
         if (ATKD_RARELY(has_end)) {
             float g[CHUNK];
-            uint32_t chunk = row.start + end_chunk;
             gradient_of<false>(of_row, exponent, end_of(0), end_of(1), g);
-            put_target(row.target - (chunk * CHUNK - gradient.lead), of_row.target, g);
-            store_chunk(gradient, chunk, g);
+            put_target(row.target - (end_chunk * CHUNK - gradient.lead), of_row.target, g);
+            store_chunk(gradient, end_chunk, g);
         }
     }
 };
@@ -311,8 +298,8 @@ template <class T, uint32_t WORKERS> struct Server {
     // The row that comes next, by its place among those to do. Known early, it can be asked for as soon as there is
     // room, and its ends are here when their row is.
     ATKD_DEVICE void look(uint32_t index, uint32_t turn) {
-        Coming coming = {0, 0, NO_TOKEN, 0, NOT_HERE, 0, 0, ATKD_IGNORED, 0, 0};
-        Source source = {0, 0, 0, 0};
+        Coming coming = {0, 0, NO_TOKEN, 0, NOT_HERE, 0, 0, ATKD_IGNORED, 0, 0, 0};
+        Source source = {0, 0, 0};
         asked = 0;
         end_element = 0;
         if (index < count) {
@@ -336,14 +323,14 @@ template <class T, uint32_t WORKERS> struct Server {
         asked = slice.whole_start * CHUNK * sizeof(T);
         uint32_t end = slice.whole_end * CHUNK * sizeof(T);
         source = {reinterpret_cast<uintptr_t>(rows.teacher.at(start)) - asked,
-                  reinterpret_cast<uintptr_t>(rows.student.at(start)) - asked,
-                  end - asked < Of::TURN ? end : asked + Of::TURN, end};
+                  reinterpret_cast<uintptr_t>(rows.student.at(start)) - asked, end};
         coming.start = slice.start;
         coming.whole_end = slice.whole_end;
         coming.target = uint32_t(target);
         coming.mode = mode;
-        coming.starts_outside = uint8_t(slice.whole_start);
-        coming.ends_outside = uint8_t(slice.places - slice.whole_end);
+        coming.whole_start = uint8_t(slice.whole_start);
+        coming.starts_outside = slice.starts_outside;
+        coming.ends_outside = slice.ends_outside;
         // Among the elements that bulk copies bring.
         uint32_t element = coming.target + rows.teacher.lead - start * CHUNK;
         if (element * sizeof(T) < end - asked) {
@@ -354,62 +341,72 @@ template <class T, uint32_t WORKERS> struct Server {
         }
         // Of the slice's first chunk of teacher and student, then its last, a lane each.
         bool last = lane >= 2 * CHUNK;
-        uint32_t j = (slice.start + (last ? slice.whole_end : 0)) * CHUNK + lane % CHUNK - rows.teacher.lead;
+        uint32_t chunk = slice.start + (last ? slice.whole_end : slice.whole_start - 1);
+        uint32_t j = chunk * CHUNK + lane % CHUNK - rows.teacher.lead;
         const T *data = lane / CHUNK % 2 == 0 ? rows.teacher.data : rows.student.data;
-        bool there = last ? coming.ends_outside : coming.starts_outside;
+        bool there = last ? slice.ends_outside : slice.starts_outside;
         T z = there && j < p.batch.vocab && j != coming.target ? load(data + j) : narrow<T>(OUTSIDE);
         end_element = to_bits(z);
     }
 
-    // For those that work on the row, when they have done with the one before.
-    ATKD_DEVICE void place_ends() {
+    ATKD_DEVICE void place_ends(uint32_t turn) {
+        constexpr uint32_t WORDS = 4 * CHUNK * sizeof(T) / 4;
         uint32_t next = shuffle_xor(end_element, 1);
         if (sizeof(T) == 4) {
-            shared.ends[lane] = end_element;
+            shared.ends[turn * WORDS + lane] = end_element;
         } else if (lane % 2 == 0) {
-            shared.ends[lane / 2] = end_element | next << 16;
+            shared.ends[turn * WORDS + lane / 2] = end_element | next << 16;
         }
     }
 
     ATKD_DEVICE void expect() {
         Source source = shared.source[0];
-        ATKD_EXPECT(shared.full, 0, 2 * (source.first_end - asked));
-        ATKD_EXPECT(shared.full, 1, 2 * (source.end - source.first_end));
+        ATKD_EXPECT(shared.full, 0, 2 * (source.end - asked));
     }
 
     // Asks for it as far as there is room.
     ATKD_DEVICE void ask(uint32_t room) {
         Source source = shared.source[0];
-        ATKD_NO_UNROLL
-        for (uint32_t part = 0; part < 2; part++) {
-            uint32_t part_end = part == 0 ? source.first_end : source.end, until = room < part_end ? room : part_end;
-            if (asked < until) {
-                auto *teacher_from = reinterpret_cast<const void *>(source.teacher + asked);
-                auto *student_from = reinterpret_cast<const void *>(source.student + asked);
-                ATKD_BULK_LOAD(staged, asked, teacher_from, until - asked, shared.full, part);
-                ATKD_BULK_LOAD(staged, asked + to_student<T>(p), student_from, until - asked, shared.full, part);
-                asked = until;
-            }
+        uint32_t until = room < source.end ? room : source.end;
+        if (asked < until) {
+            auto *teacher_from = reinterpret_cast<const void *>(source.teacher + asked);
+            auto *student_from = reinterpret_cast<const void *>(source.student + asked);
+            ATKD_BULK_LOAD(staged, asked, teacher_from, until - asked, shared.full, 0);
+            ATKD_BULK_LOAD(staged, asked + to_student<T>(p), student_from, until - asked, shared.full, 0);
+            asked = until;
+        }
+    }
+    // What there is no room for yet, into the L2 cache. Any earlier, and it would be gone again when there is.
+    ATKD_DEVICE void prefetch() {
+        Source source = shared.source[0];
+        if (asked < source.end) {
+            bulk_prefetch(reinterpret_cast<const void *>(source.teacher + asked), source.end - asked);
+            bulk_prefetch(reinterpret_cast<const void *>(source.student + asked), source.end - asked);
         }
     }
 
     // While the others work on the gradient: the next row, into the room that this one leaves, and what this one came to.
-    ATKD_DEVICE void follow(const Coming &row, uint32_t parity) {
+    ATKD_DEVICE void follow(const Coming &row, uint32_t turn) {
         if (leads) {
             expect();
             if (p.gradient == nullptr) {
                 ask(ALL);
             }
+            if (p.team > 1) {
+                prefetch();
+            }
         }
-        ATKD_NO_UNROLL
-        for (uint32_t i = 0; i < EARLY; i++) {
-            ATKD_WAIT(shared.read, i, parity);
-            if (leads) {
-                ask(row.starts_outside * CHUNK * uint32_t(sizeof(T)) + (i + 1) * Of::TURN);
-            }
-            if (i == 0 && rank == 0 && row.mode != ATKD_IGNORED) {
-                tell<false>(p, row.token, merge_blocks<double>(), target_logits);
-            }
+        place_ends(turn ^ 1);
+        ATKD_WAIT(shared.read, 0, turn);
+        if (leads) {
+            ask(row.whole_start * CHUNK * uint32_t(sizeof(T)) + Of::TURN);
+        }
+        ATKD_WAIT(shared.read, 1, turn);
+        if (leads) {
+            ask(ALL);
+        }
+        if (rank == 0 && row.mode != ATKD_IGNORED) {
+            tell<false>(p, row.token, merge_blocks<double>(), target_logits);
         }
     }
 
@@ -468,31 +465,19 @@ template <class T, uint32_t WORKERS> struct Server {
         }
     }
 
-    // The states of the team's blocks, a lane each. Sums and maxima of a block lie side by side, and so that a request
-    // brings both, two lanes ask for them: lanes 2k and 2k + 1 for those of block k and, at once, of block 16 + k. Then
-    // they swap: block k is lane 2k's. Lanes without a block keep the empty state that they have.
+    // The states of the team's blocks, a lane each. Lanes without a block keep the empty state that they have.
     ATKD_DEVICE void hear() {
-        const Bytes16 *told = &told_by(block_index() - rank)->sums;
-        const Bytes16 *second = lane + WARP < 2 * p.team ? told + lane + WARP : nullptr;
-        Posts posts = {};
-        if (lane < 2 * p.team) {
-            ATKD_WAIT_FOR_POSTS(posts, told + lane, second, number);
-        }
-        sync_warp();
-        bool odd = lane % 2 != 0;
-        Bytes16 sums, maxima;
-        ATKD_UNROLL
-        for (uint32_t i = 0; i < 4; i++) {
-            uint32_t swapped = shuffle_xor(odd ? posts.first.word[i] : posts.second.word[i], 1);
-            sums.word[i] = odd ? swapped : posts.first.word[i];
-            maxima.word[i] = odd ? posts.second.word[i] : swapped;
-        }
-        if (lane / 2 + (odd ? 16 : 0) < p.team) {
+        if (lane < p.team) {
+            const Told *told = told_by(block_index() - rank + lane);
+            Posts posts = {};
+            ATKD_WAIT_FOR_POSTS(posts, &told->sums, &told->maxima, number);
+            const Bytes16 &sums = posts.first, &maxima = posts.second;
             block_sums = {from_bits<float>(sums.word[0]), from_bits<float>(sums.word[1]),
                           from_bits<float>(sums.word[2]), sums.word[3] & 1};
             block_maxima = {from_bits<float>(maxima.word[0]), from_bits<float>(maxima.word[1])};
+            after = maxima.word[2];
         }
-        after = maxima.word[2];
+        sync_warp();
     }
 
     template <class Real> ATKD_DEVICE RowState<Real> merge_blocks() const {
@@ -500,18 +485,10 @@ template <class T, uint32_t WORKERS> struct Server {
         share_maxima(state, p.batch.inverse_temperature * LOG2_E);
         return merge_warp<false>(state);
     }
-
-    // When all have read the row.
-    ATKD_DEVICE void finish() {
-        if (leads) {
-            ask(ALL);
-        }
-        place_ends();
-    }
 };
 
 // Where the block's threads meet, of both kinds.
-enum Meeting { HERE = 1, POSTED, SETTLED, READ };
+enum Meeting { HERE = 1, POSTED, SETTLED };
 
 // All threads of the block, for a token that is ignored.
 template <class T> ATKD_DEVICE void drop(const atkd_rows &p, const Coming &row) {
@@ -532,11 +509,11 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
             break;
         }
         bool ignored = row.mode == ATKD_IGNORED;
-        Worker<T, WORKERS> worker(p, staged, shared, row);
+        Worker<T, WORKERS> worker(p, staged, shared, row, parity);
         if (ATKD_RARELY(ignored)) {
             drop<T>(p, row);
         } else {
-            RowState<float> of_warp = worker.sums(parity);
+            RowState<float> of_warp = worker.sums();
             if (lane == 0) {
                 shared.warp_sums[warp] = sums_of(of_warp);
                 shared.warp_maxima[warp] = maxima_of(of_warp);
@@ -544,23 +521,20 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
         }
         ATKD_MEET(POSTED, WORKERS + WARP);
         ATKD_MEET(SETTLED, WORKERS + WARP);
-        uint32_t turns = 0;
-        auto read = [&] {
-            if (turns < EARLY) {
+        uint32_t times = 0;
+        auto read = [&](bool all) {
+            while (times < (all ? 2 : 1)) {
                 sync_warp();
                 if (lane == 0) {
-                    ATKD_ARRIVE(shared.read, turns);
+                    ATKD_ARRIVE(shared.read, times);
                 }
-                turns += 1;
+                times += 1;
             }
         };
         if (!ignored && p.gradient != nullptr) {
             worker.gradient(shared.scales[0], read);
         }
-        while (turns < EARLY) {
-            read();
-        }
-        ATKD_MEET(READ, WORKERS + WARP);
+        read(true);
     }
 }
 
@@ -568,7 +542,7 @@ template <class T, uint32_t WORKERS>
 ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS> &shared) {
     Server<T, WORKERS> server(p, staged, shared);
     server.look(block_index() / p.team, 0);
-    server.place_ends();
+    server.place_ends(0);
     if (server.leads) {
         server.expect();
         server.ask(ALL);
@@ -591,8 +565,6 @@ ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKER
         server.settle(row);
         ATKD_MEET(SETTLED, WORKERS + WARP);
         server.follow(row, parity);
-        ATKD_MEET(READ, WORKERS + WARP);
-        server.finish();
     }
 }
 
@@ -602,10 +574,8 @@ template <class T, uint32_t WORKERS> ATKD_DEVICE void row_pipelined(const atkd_r
     ATKD_SHARED_STRUCT(SharedByBlock, shared);
     if (thread_index() == WORKERS) {
         ATKD_INIT_BARRIER(shared.full, 0, 1);
-        ATKD_INIT_BARRIER(shared.full, 1, 1);
-        for (uint32_t i = 0; i < EARLY; i++) {
-            ATKD_INIT_BARRIER(shared.read, i, WORKERS / WARP);
-        }
+        ATKD_INIT_BARRIER(shared.read, 0, WORKERS / WARP);
+        ATKD_INIT_BARRIER(shared.read, 1, WORKERS / WARP);
         publish_barriers();
     }
     ATKD_SYNC_BLOCK();

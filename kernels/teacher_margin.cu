@@ -34,7 +34,7 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
     ATKD_SHARED(uint32_t, indices, MAX_WARPS);
 
     // Chunks that a thread has on their way: as many as it takes to keep the memory busy.
-    constexpr uint32_t AHEAD = 4 / Packed<T>::PARTS;
+    constexpr uint32_t AHEAD = 2 / Packed<T>::PARTS;
     Packed<T> next[AHEAD];
     uint32_t stride = block_threads();
     float exponent = p.batch.inverse_temperature * LOG2_E;
@@ -142,6 +142,6 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
 
 } // namespace
 
-ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin, 256, 4) { teacher_margin<float>(p); }
-ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin, 256, 4) { teacher_margin<f16>(p); }
-ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin, 256, 4) { teacher_margin<bf16>(p); }
+ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin, 256, 5) { teacher_margin<float>(p); }
+ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin, 256, 5) { teacher_margin<f16>(p); }
+ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin, 256, 5) { teacher_margin<bf16>(p); }

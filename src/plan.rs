@@ -158,16 +158,15 @@ pub struct Plan {
 const WARP: usize = 32;
 /// Logits that a thread handles at once, as in kernels/memory.cuh.
 const CHUNK: usize = 8;
+/// Chunks of 16 bytes in a line of the L2 cache.
+const CHUNKS_OF_A_LINE: usize = 8;
 /// From here on `row_pipelined` beats `row_resident`, as measured (docs/performance.md).
 const LEAST_PIPELINED: usize = 4096;
 /// As many as a warp has lanes.
 const MOST_TEAM: usize = WARP;
-/// Teams of two and three wide blocks beat twice as many others, of seven and more they do not, as measured
-/// (docs/performance.md); of others it is a guess.
-const MOST_WIDE_TEAM: u32 = 4;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
 const MARGIN_THREADS: usize = 256;
-const MARGIN_BLOCKS: usize = 4;
+const MARGIN_BLOCKS: usize = 5;
 const STREAM_THREADS: usize = 384;
 const RESIDENT_THREADS: usize = 256;
 const RESIDENT_BLOCKS: usize = 2;
@@ -181,8 +180,8 @@ const SELECT_THREADS: usize = 1024;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
 const HELD_BYTES: usize = 128;
 /// Of a block of `row_pipelined`, beside its slices: what its threads share, and what the device takes.
-const PIPELINED_SHARED_BYTES: usize = 416 + 1024;
-const PIPELINED_WIDE_SHARED_BYTES: usize = 512 + 1024;
+const PIPELINED_SHARED_BYTES: usize = 512 + 1024;
+const PIPELINED_WIDE_SHARED_BYTES: usize = 640 + 1024;
 /// Bytes by which a device hands out shared memory.
 const SHARED_UNIT: usize = 128;
 
@@ -217,6 +216,11 @@ impl BlocksOnChip {
 /// Of a row, which has up to one more where it starts off a chunk's boundary.
 fn chunks(vocab: usize) -> usize {
     (vocab + CHUNK - 1).div_ceil(CHUNK)
+}
+
+/// Chunks of a row that each block of a team has at most: whole lines, of which the row's first may start before it.
+fn slice(chunks: usize, team: usize) -> usize {
+    (chunks + CHUNKS_OF_A_LINE - 1).div_ceil(team).next_multiple_of(CHUNKS_OF_A_LINE)
 }
 
 /// Threads for `work` items, `each` of them a thread, up to `most`.
@@ -282,7 +286,7 @@ impl Plan {
             RowKernel::Resident => (Self::resident(problem, chunks)?, RESIDENT_BLOCKS),
             RowKernel::Pipelined | RowKernel::PipelinedWide => {
                 let blocks = BlocksOnChip::of(device, row_kernel);
-                (Self::pipelined(device, problem, blocks, team)?.0, blocks.most)
+                (Self::pipelined(device, problem, blocks, team)?, blocks.most)
             }
             RowKernel::Stream => (Self::stream(device, problem, chunks, team)?, STREAM_BLOCKS),
         };
@@ -308,7 +312,7 @@ impl Plan {
             row_kernel,
             rows,
             rows_again: LaunchShape { grid: rows.grid.min(again as u32), ..rows },
-            slice_chunks: chunks.div_ceil(a_row) as u32,
+            slice_chunks: slice(chunks, a_row) as u32,
             rows_in_flight_bytes: in_flight_bytes(device, problem, a_row),
             // One ends the call, even without tokens.
             terms: shape(
@@ -326,22 +330,16 @@ impl Plan {
             .then(|| shape(problem.tokens, threads(chunks, held, RESIDENT_THREADS), 1))
     }
 
-    /// Wide blocks make teams half as large, which meet sooner: where that is so few that it matters, and as many rows
-    /// are in flight, but for a twentieth.
+    /// Wide blocks make teams half as large, which meet sooner. Where a block holds a row, more of them are better.
     fn pipelined_by_itself(device: &DeviceProperties, problem: &Problem) -> RowKernel {
-        let with =
-            |row_kernel| Self::pipelined(device, problem, BlocksOnChip::of(device, row_kernel), 0);
-        match (with(RowKernel::Pipelined), with(RowKernel::PipelinedWide)) {
-            (Some((_, rows)), Some((wide, wide_rows)))
-                if wide.team <= MOST_WIDE_TEAM && 20 * rows <= 21 * wide_rows =>
-            {
-                RowKernel::PipelinedWide
-            }
-            _ => RowKernel::Pipelined,
+        let blocks = BlocksOnChip::of(device, RowKernel::Pipelined);
+        match Self::pipelined(device, problem, blocks, 0) {
+            Some(shape) if shape.team == 1 => RowKernel::Pipelined,
+            _ => RowKernel::PipelinedWide,
         }
     }
 
-    /// Teams as small as hold a row, as many as run at once, and how many these are. The more blocks a multiprocessor
+    /// Teams as small as hold a row, as many as run at once. The more blocks a multiprocessor
     /// has, the more rows it works on while it waits for others: fewer, which have more room each, only if the rows that
     /// are in flight at once are more by a twentieth, or if there is no other way.
     fn pipelined(
@@ -349,7 +347,7 @@ impl Plan {
         problem: &Problem,
         blocks_on_chip: BlocksOnChip,
         team: u32,
-    ) -> Option<(LaunchShape, usize)> {
+    ) -> Option<LaunchShape> {
         if !problem.of_one_type() || !problem.aligned_alike {
             return None;
         }
@@ -362,7 +360,7 @@ impl Plan {
             let room = device.shared_bytes / blocks / SHARED_UNIT * SHARED_UNIT;
             let room = room.saturating_sub(blocks_on_chip.shared_bytes);
             teams.clone().take_while(|&team| team <= MOST_TEAM.min(at_once)).find_map(|team| {
-                let shared = 2 * chunks.div_ceil(team) * CHUNK * problem.student.size();
+                let shared = 2 * slice(chunks, team) * CHUNK * problem.student.size();
                 (shared <= room).then_some((team, at_once / team, shared))
             })
         };
@@ -370,12 +368,11 @@ impl Plan {
         let most = choices.next()?;
         let (team, count, shared) =
             choices.next().filter(|fewer| 20 * fewer.1 > 21 * most.1).unwrap_or(most);
-        let shape = LaunchShape {
+        Some(LaunchShape {
             shared: shared as u32,
             team: team as u32,
             ..shape(problem.tokens.min(count) * team, blocks_on_chip.threads as u32, 1)
-        };
-        Some((shape, count))
+        })
     }
 
     /// Clusters, or teams where there are none, only as large as it takes for the rows in flight to fill half of
@@ -486,9 +483,9 @@ mod tests {
             for vocab in (1..300_000).step_by(97).chain([4096, 34_000, 68_000, 128_256, 262_144]) {
                 let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype), None);
                 let LaunchShape { grid, block, team, shared, .. } = plan.rows;
-                // Up to 7 places before the row in its first chunk.
-                let room = match plan.row_kernel {
-                    RowKernel::Resident => block as usize * held,
+                // Up to 7 elements before the row in its first chunk, and up to 7 chunks before that in its line.
+                let (room, wanted) = match plan.row_kernel {
+                    RowKernel::Resident => (block as usize * held, vocab + 7),
                     RowKernel::Pipelined | RowKernel::PipelinedWide => {
                         let blocks = BlocksOnChip::of(&H200, plan.row_kernel);
                         let a_multiprocessor = grid.div_ceil(H200.multiprocessors) as usize;
@@ -496,11 +493,12 @@ mod tests {
                         let taken = a_multiprocessor * a_block.next_multiple_of(128);
                         assert!(taken <= H200.shared_bytes, "{vocab}: {plan:?}");
                         assert_eq!(block as usize, blocks.threads);
-                        (shared * team) as usize / (2 * dtype.size())
+                        assert_eq!(shared % 256, 0);
+                        ((shared * team) as usize / (2 * dtype.size()), vocab + 7 + 7 * CHUNK)
                     }
                     RowKernel::Stream => unreachable!(),
                 };
-                assert!(room >= vocab + 7, "{vocab} {dtype}: {plan:?}");
+                assert!(room >= wanted, "{vocab} {dtype}: {plan:?}");
             }
         }
         let rows = |vocab, dtype| {
@@ -512,17 +510,17 @@ mod tests {
             (4096, RowKernel::Pipelined, 792, 1),
             (8192, RowKernel::Pipelined, 792, 1),
             (16_377, RowKernel::PipelinedWide, 396, 1),
-            (32_000, RowKernel::Pipelined, 660, 3),
+            (32_000, RowKernel::PipelinedWide, 396, 2),
             (50_257, RowKernel::PipelinedWide, 396, 3),
-            (128_256, RowKernel::Pipelined, 784, 14),
-            (151_936, RowKernel::Pipelined, 782, 17),
-            (262_144, RowKernel::Pipelined, 784, 28),
+            (128_256, RowKernel::PipelinedWide, 392, 7),
+            (151_936, RowKernel::PipelinedWide, 392, 8),
+            (262_144, RowKernel::PipelinedWide, 392, 14),
         ] {
             assert_eq!(rows(vocab, Dtype::F16), (kernel, grid, team), "{vocab}");
         }
         // Fewer blocks with more room each, where the most that a multiprocessor has would be more than a team's.
-        assert_eq!(rows(262_144, Dtype::F32), (RowKernel::Pipelined, 392, 28));
-        assert_eq!(rows(1_000_000, Dtype::Bf16).0, RowKernel::Pipelined);
+        assert_eq!(rows(500_000, Dtype::F32), (RowKernel::PipelinedWide, 126, 18));
+        assert_eq!(rows(1_000_000, Dtype::Bf16).0, RowKernel::PipelinedWide);
         assert_eq!(rows(2_000_000, Dtype::Bf16).0, RowKernel::Stream);
         let a100 = |vocab| Plan::new(&A100, &problem(8192, vocab, Dtype::F32, Dtype::F32), None);
         assert_eq!(a100(8000).row_kernel, RowKernel::Resident);
@@ -612,7 +610,9 @@ mod tests {
                 assert!(shape.grid <= i32::MAX as u32, "{shape:?}");
                 assert!(shape.grid.is_multiple_of(shape.cluster), "{shape:?}");
             }
-            assert!(plan.row_kernel == RowKernel::Pipelined || plan.rows.grid == i32::MAX as u32);
+            assert!(
+                plan.row_kernel == RowKernel::PipelinedWide || plan.rows.grid == i32::MAX as u32
+            );
         }
     }
 }

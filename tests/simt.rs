@@ -466,10 +466,10 @@ fn rows_on_chip_are_read_once() {
     for (vocab, kernel, blocks) in [
         (4000, "row_resident_bf16", 1),
         (4096, "row_pipelined_bf16", 1),
-        (32_000, "row_pipelined_bf16", 3),
+        (32_000, "row_pipelined_wide_bf16", 2),
         (50_257, "row_pipelined_wide_bf16", 3),
-        (128_256, "row_pipelined_bf16", 14),
-        (262_144, "row_pipelined_bf16", 28),
+        (128_256, "row_pipelined_wide_bf16", 7),
+        (262_144, "row_pipelined_wide_bf16", 14),
     ] {
         let input = Input::new(2, vocab);
         let objective = Objective::kl();

@@ -287,6 +287,7 @@ ATKD_DEVICE Bytes16 load_staged(StagedMemory, uint32_t offset) {
     simt_load_staged(offset, &value);
     return value;
 }
+ATKD_DEVICE void bulk_prefetch(const void *, uint32_t) {}
 ATKD_DEVICE void bulk_load(StagedMemory, uint32_t offset, const void *from, uint32_t bytes, Barrier *barrier) {
     simt_bulk_load(offset, from, bytes, barrier);
 }
