@@ -89,8 +89,8 @@ static_assert(sizeof(Told) == ATKD_TOLD_STATE, "the layout is a contract");
 
 // What the threads of a block share beside the row.
 template <class T, uint32_t WORKERS> struct Shared {
-    // The slice's first chunk of teacher and student, then its last, without the target: if no bulk copy brings them. Of
-    // the row at work and the next, in turn.
+    // The slice's first chunk of teacher and student, then its last, without the target: if no bulk copy brings them.
+    // Of the row at work and the next, in turn.
     ATKD_SHARED_MEMBER(uint32_t, ends, 2 * 4 * CHUNK * sizeof(T) / 4);
     ATKD_SHARED_MEMBER(Sums, warp_sums, WORKERS / WARP);
     ATKD_SHARED_MEMBER(Maxima, warp_maxima, WORKERS / WARP);
@@ -159,8 +159,9 @@ template <class T, uint32_t WORKERS> struct Worker {
     ATKD_DEVICE Packed<T> teacher_at(uint32_t at, bool whole) const { return pack_of(0, at, whole); }
     ATKD_DEVICE Packed<T> student_at(uint32_t at, bool whole) const { return pack_of(to_student<T>(p), at, whole); }
 
-    // Calls f(at, teacher, student, whole) for the thread's packs: first for those of no whole turn, of which the last may
-    // lack parts, then turn by turn; and read(last) when it has read those of a turn. So all is read a turn before the end.
+    // Calls f(at, teacher, student, whole) for the thread's packs: first for those of no whole turn, of which the last
+    // may lack parts, then turn by turn; and read(last) when it has read those of a turn. So all is read a turn before
+    // the end.
     template <class F, class Read> ATKD_DEVICE void for_packs(F f, Read read) const {
         constexpr uint32_t TOGETHER = Of::TOGETHER, PACK = Of::PACK;
         uint32_t in_turns = end / Of::TURN * Of::TURN;
@@ -385,7 +386,8 @@ template <class T, uint32_t WORKERS> struct Server {
         }
     }
 
-    // While the others work on the gradient: the next row, into the room that this one leaves, and what this one came to.
+    // While the others work on the gradient: the next row, into the room that this one leaves, and what this one came
+    // to.
     ATKD_DEVICE void follow(const Coming &row, uint32_t turn) {
         if (leads) {
             expect();
