@@ -161,7 +161,7 @@ const CHUNK: usize = 8;
 /// Chunks of 16 bytes in a line of the L2 cache.
 const CHUNKS_OF_A_LINE: usize = 8;
 /// From here on `row_pipelined` beats `row_resident`, as measured (docs/performance.md).
-const LEAST_PIPELINED: usize = 4096;
+const LEAST_PIPELINED: usize = 2048;
 /// As many as a warp has lanes.
 const MOST_TEAM: usize = WARP;
 /// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
@@ -180,8 +180,7 @@ const SELECT_THREADS: usize = 1024;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
 const HELD_BYTES: usize = 128;
 /// Of a block of `row_pipelined`, beside its slices: what its threads share, and what the device takes.
-const PIPELINED_SHARED_BYTES: usize = 512 + 1024;
-const PIPELINED_WIDE_SHARED_BYTES: usize = 640 + 1024;
+const PIPELINED_SHARED_BYTES: usize = 640 + 1024;
 /// Bytes by which a device hands out shared memory.
 const SHARED_UNIT: usize = 128;
 
@@ -191,8 +190,6 @@ struct BlocksOnChip {
     threads: usize,
     /// Of a multiprocessor.
     most: usize,
-    /// What a block takes beside its slices.
-    shared_bytes: usize,
 }
 
 impl BlocksOnChip {
@@ -201,13 +198,11 @@ impl BlocksOnChip {
             Self {
                 threads: PIPELINED_WIDE_THREADS,
                 most: device.pipelined_wide_blocks as usize,
-                shared_bytes: PIPELINED_WIDE_SHARED_BYTES,
             }
         } else {
             Self {
                 threads: PIPELINED_THREADS,
                 most: device.pipelined_blocks as usize,
-                shared_bytes: PIPELINED_SHARED_BYTES,
             }
         }
     }
@@ -358,7 +353,7 @@ impl Plan {
             let at_once = device.multiprocessors as usize * blocks;
             let at_once = at_once.min(ATKD_PIPELINED_BLOCKS as usize);
             let room = device.shared_bytes / blocks / SHARED_UNIT * SHARED_UNIT;
-            let room = room.saturating_sub(blocks_on_chip.shared_bytes);
+            let room = room.saturating_sub(PIPELINED_SHARED_BYTES);
             teams.clone().take_while(|&team| team <= MOST_TEAM.min(at_once)).find_map(|team| {
                 let shared = 2 * slice(chunks, team) * CHUNK * problem.student.size();
                 (shared <= room).then_some((team, at_once / team, shared))
@@ -489,7 +484,7 @@ mod tests {
                     RowKernel::Pipelined | RowKernel::PipelinedWide => {
                         let blocks = BlocksOnChip::of(&H200, plan.row_kernel);
                         let a_multiprocessor = grid.div_ceil(H200.multiprocessors) as usize;
-                        let a_block = shared as usize + blocks.shared_bytes;
+                        let a_block = shared as usize + PIPELINED_SHARED_BYTES;
                         let taken = a_multiprocessor * a_block.next_multiple_of(128);
                         assert!(taken <= H200.shared_bytes, "{vocab}: {plan:?}");
                         assert_eq!(block as usize, blocks.threads);
@@ -505,8 +500,9 @@ mod tests {
             let plan = Plan::new(&H200, &problem(8192, vocab, dtype, dtype), None);
             (plan.row_kernel, plan.rows.grid, plan.rows.team)
         };
-        assert_eq!(rows(4000, Dtype::Bf16), (RowKernel::Resident, 8192, 1));
+        assert_eq!(rows(2000, Dtype::Bf16), (RowKernel::Resident, 8192, 1));
         for (vocab, kernel, grid, team) in [
+            (2048, RowKernel::Pipelined, 792, 1),
             (4096, RowKernel::Pipelined, 792, 1),
             (8192, RowKernel::Pipelined, 792, 1),
             (16_377, RowKernel::PipelinedWide, 396, 1),

@@ -464,8 +464,8 @@ fn kernels_read_and_write_what_they_should() {
 #[test]
 fn rows_on_chip_are_read_once() {
     for (vocab, kernel, blocks) in [
-        (4000, "row_resident_bf16", 1),
-        (4096, "row_pipelined_bf16", 1),
+        (2000, "row_resident_bf16", 1),
+        (2048, "row_pipelined_bf16", 1),
         (32_000, "row_pipelined_wide_bf16", 2),
         (50_257, "row_pipelined_wide_bf16", 3),
         (128_256, "row_pipelined_wide_bf16", 7),
