@@ -195,15 +195,9 @@ struct BlocksOnChip {
 impl BlocksOnChip {
     fn of(device: &DeviceProperties, row_kernel: RowKernel) -> Self {
         if row_kernel == RowKernel::PipelinedWide {
-            Self {
-                threads: PIPELINED_WIDE_THREADS,
-                most: device.pipelined_wide_blocks as usize,
-            }
+            Self { threads: PIPELINED_WIDE_THREADS, most: device.pipelined_wide_blocks as usize }
         } else {
-            Self {
-                threads: PIPELINED_THREADS,
-                most: device.pipelined_blocks as usize,
-            }
+            Self { threads: PIPELINED_THREADS, most: device.pipelined_blocks as usize }
         }
     }
 }
@@ -334,9 +328,9 @@ impl Plan {
         }
     }
 
-    /// Teams as small as hold a row, as many as run at once. The more blocks a multiprocessor
-    /// has, the more rows it works on while it waits for others: fewer, which have more room each, only if the rows that
-    /// are in flight at once are more by a twentieth, or if there is no other way.
+    /// Teams as small as hold a row, as many as run at once. The more blocks a multiprocessor has, the more rows it works
+    /// on while it waits for others: fewer, which have more room each, only if the rows that are in flight at once are more
+    /// by a twentieth, or if there is no other way.
     fn pipelined(
         device: &DeviceProperties,
         problem: &Problem,
