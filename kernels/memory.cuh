@@ -234,14 +234,11 @@ ATKD_DEVICE Bytes16 load_posted(const Bytes16 *at) {
 struct Posts {
     Bytes16 first, second;
 };
-// Until half of the last word is `number`, at both addresses unless the second is null. It asks for both at once: an
-// answer takes as long as some hundred instructions.
+// Until half of the last word is `number`, at both addresses. It asks for both at once: an answer takes as long as some
+// hundred instructions.
 ATKD_DEVICE Posts wait_for_posts(const Bytes16 *first, const Bytes16 *second, uint32_t number) {
     for (;;) {
-        Posts posts = {load_posted(first), {{0, 0, 0, 2 * number}}};
-        if (second != nullptr) {
-            posts.second = load_posted(second);
-        }
+        Posts posts = {load_posted(first), load_posted(second)};
         if (posts.first.word[3] >> 1 == number && posts.second.word[3] >> 1 == number) {
             return posts;
         }

@@ -10,12 +10,13 @@ constexpr uint32_t ALL = 0xffffffffu; // room for a slice of any size
 
 // The chunks of a row that are this block's, by their places in its slice. Slices start where lines of 128 bytes do, in
 // global memory and in shared memory alike: bulk copies between places 16 bytes off each other take 8% longer. So the
-// row's first line may start with places that are not in the row.
+// row's first line may start with places that are not in the row. (Chunks of single precision are 32 bytes: rows that
+// start at odd multiples of 16 are 16 bytes off.)
 struct Slice {
     uint32_t start; // the chunk of the first place; before the row, less than 0, modulo 2^32
     // Those that share no 16 bytes with what is not in the row: they come by bulk copies.
     uint32_t whole_start, whole_end;
-    bool starts_outside, ends_outside; // there is a chunk of the row before them; after them
+    bool starts_outside, ends_outside; // the slice has a chunk of the row before those; after them
 
     template <class T> static ATKD_DEVICE Slice of(const Row<const T> &row, uint32_t most, uint32_t rank) {
         uint32_t before = uint32_t(reinterpret_cast<uintptr_t>(row.at(0)) % 128 / (CHUNK * sizeof(T)));
@@ -37,13 +38,13 @@ template <class T, uint32_t WORKERS> struct Block {
     // Bytes from a thread's piece to its next, and from pack to pack.
     static constexpr uint32_t STEP = WORKERS * 16, PACK = PARTS * STEP;
     // Packs that a thread reads together, so that their arithmetic overlaps, and the bytes of all threads' to the next:
-    // 4 in half precision or, in small blocks, which have more rows to themselves, 2.
+    // 64 bytes of each model a thread or, in small blocks, 32.
     static constexpr uint32_t TOGETHER = WORKERS / 64 / PARTS, TURN = TOGETHER * PACK;
 };
 
 // What a block needs to know of a row that is on its way.
 struct alignas(8) Coming {
-    uint32_t start, whole_end; // of its slice, as are those below
+    uint32_t start, whole_end; // of its slice
     uint32_t token;            // NO_TOKEN: there is no row to come
     uint32_t target;
     // Of the target, if a bulk copy brings it to this block, where the pack of the thread whose it is starts;
@@ -51,7 +52,7 @@ struct alignas(8) Coming {
     uint32_t target_at;
     uint8_t target_thread, target_within;
     uint8_t mode;
-    uint8_t whole_start : 4, starts_outside : 1, ends_outside : 1;
+    uint8_t whole_start : 4, starts_outside : 1, ends_outside : 1; // of its slice
 };
 constexpr uint32_t NOT_HERE = 0xffffffffu;
 
@@ -117,7 +118,7 @@ template <class T, uint32_t WORKERS> struct Worker {
     StagedMemory staged;
     Shared<T, WORKERS> &shared;
     const Coming &row;
-    // Of the slice's whole chunks: where they start, here and in the row, and their bytes.
+    // Where the slice's whole chunks start in it, and how many bytes they are.
     uint32_t at_start, end;
     float exponent;
     bool has_start, has_end, has_target; // has_end: its first chunk or its last
@@ -279,7 +280,7 @@ template <class T, uint32_t WORKERS> struct Server {
     Shared<T, WORKERS> &shared;
     uint32_t lane, count, rank;
     bool leads;
-    // Of the next row: how much of its slices has been asked for.
+    // Of the next row: up to where its slices have been asked for.
     uint32_t asked;
     // Of the shared ends, a lane each.
     uint32_t end_element;

@@ -158,7 +158,7 @@ pub struct Plan {
 const WARP: usize = 32;
 /// Logits that a thread handles at once, as in kernels/memory.cuh.
 const CHUNK: usize = 8;
-/// Chunks of 16 bytes in a line of the L2 cache.
+/// In a line of the L2 cache, of half precision; in two, of single.
 const CHUNKS_OF_A_LINE: usize = 8;
 /// From here on `row_pipelined` beats `row_resident`, as measured (docs/performance.md).
 const LEAST_PIPELINED: usize = 2048;
@@ -207,7 +207,7 @@ fn chunks(vocab: usize) -> usize {
     (vocab + CHUNK - 1).div_ceil(CHUNK)
 }
 
-/// Chunks of a row that each block of a team has at most: whole lines, of which the row's first may start before it.
+/// Chunks of a row that each block of a team has room for: whole lines, of which the row's first may start before it.
 fn slice(chunks: usize, team: usize) -> usize {
     (chunks + CHUNKS_OF_A_LINE - 1).div_ceil(team).next_multiple_of(CHUNKS_OF_A_LINE)
 }

@@ -685,6 +685,8 @@ unsafe extern "C" {
     fn broken_bulk_alignment(parameters: &Broken);
     fn broken_bulk_size(parameters: &Broken);
     fn broken_bulk_outside(parameters: &Broken);
+    fn broken_prefetch_size(parameters: &Broken);
+    fn broken_prefetch_outside(parameters: &Broken);
     fn broken_staged_bounds(parameters: &Broken);
     fn broken_unwaited_load(parameters: &Broken);
     fn broken_post(parameters: &Broken);
@@ -821,6 +823,8 @@ fn bulk_copies_that_a_gpu_would_punish() {
     caught(broken_bulk_size, 1, &["bulk load of 24 bytes"]);
     caught(broken_bulk_outside, 1, &["read of 512 bytes outside the buffers", "byte 0 of data"]);
     caught(broken_staged_bounds, 1, &["bulk load of 256 bytes outside", "byte 384 of 512"]);
+    caught(broken_prefetch_size, 1, &["prefetch of 24 bytes", "no multiple of 16"]);
+    caught(broken_prefetch_outside, 1, &["outside the buffers", "byte 0 of data"]);
 }
 
 /// From buffer to buffer, and in place.

@@ -278,6 +278,10 @@ ATKD_KERNEL(broken_bulk_size, atkd_broken, 64, 1) {
     ATKD_BULK_LOAD(staged, 0, p.data, 24, full, 0);
 }
 
+ATKD_KERNEL(broken_prefetch_size, atkd_broken, 64, 1) { bulk_prefetch(p.data, 24); }
+
+ATKD_KERNEL(broken_prefetch_outside, atkd_broken, 64, 1) { bulk_prefetch(p.data, 2 * ALL); }
+
 ATKD_KERNEL(broken_bulk_outside, atkd_broken, 64, 1) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
@@ -355,7 +359,7 @@ ATKD_KERNEL(broken_post, atkd_broken, 32, 1) {
         post16(at, {{1, 2, 3, 2 * 7}});
     } else {
         Posts posts;
-        ATKD_WAIT_FOR_POSTS(posts, at, nullptr, 8);
+        ATKD_WAIT_FOR_POSTS(posts, at, at, 8);
         store(p.data + 8 + thread_index(), posts.first.word[0]);
     }
 }

@@ -38,6 +38,8 @@ void simt_init_barrier(struct Barrier *barrier, uint32_t arrivals);
 void simt_arrive(struct Barrier *barrier, uint32_t bytes);
 void simt_wait_for(struct Barrier *barrier, uint32_t parity, uint32_t line);
 void simt_bulk_load(uint32_t offset, const void *from, uint32_t bytes, struct Barrier *barrier);
+// No more than what is checked of it: it brings nothing that a thread sees.
+void simt_bulk_prefetch(const void *from, uint32_t bytes);
 // Shared memory for the declaration `slot` of block `rank` of the cluster, zeroed when the block starts.
 void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 // Ends the launch with an error.
@@ -273,11 +275,7 @@ struct Posts {
     Bytes16 first, second;
 };
 ATKD_DEVICE Posts wait_for_posts(const Bytes16 *first, const Bytes16 *second, uint32_t number, uint32_t line) {
-    Posts posts = {wait_for_post(first, number, line), {}};
-    if (second != nullptr) {
-        posts.second = wait_for_post(second, number, line);
-    }
-    return posts;
+    return {wait_for_post(first, number, line), wait_for_post(second, number, line)};
 }
 #define ATKD_WAIT_FOR_POSTS(posts, first, second, number) posts = wait_for_posts(first, second, number, __LINE__)
 
@@ -287,7 +285,7 @@ ATKD_DEVICE Bytes16 load_staged(StagedMemory, uint32_t offset) {
     simt_load_staged(offset, &value);
     return value;
 }
-ATKD_DEVICE void bulk_prefetch(const void *, uint32_t) {}
+ATKD_DEVICE void bulk_prefetch(const void *from, uint32_t bytes) { simt_bulk_prefetch(from, bytes); }
 ATKD_DEVICE void bulk_load(StagedMemory, uint32_t offset, const void *from, uint32_t bytes, Barrier *barrier) {
     simt_bulk_load(offset, from, bytes, barrier);
 }

@@ -240,20 +240,27 @@ extern "C" fn simt_sync_warp() {
 
 #[unsafe(no_mangle)]
 extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: bool) {
+    let buffer = accessed(at, bytes, alignment, write);
+    let buffer = unsafe { &mut machine().buffers[buffer] };
+    *(if write { &mut buffer.written } else { &mut buffer.read }) += bytes;
+    buffer.accesses += 1;
+}
+
+/// Which buffer may be read, or written, there.
+fn accessed(at: *const c_void, bytes: u64, alignment: u64, write: bool) -> usize {
     let (start, what) = (at as usize, if write { "write" } else { "read" });
     let end = start.wrapping_add(bytes as usize);
     let machine = unsafe { machine() };
-    let inside =
-        |buffer: &&mut Buffer| buffer.addresses.start <= start && end <= buffer.addresses.end;
-    let message = match machine.buffers.iter_mut().filter(|b| !write || b.writable).find(inside) {
+    let inside = |buffer: &Buffer| {
+        (!write || buffer.writable)
+            && buffer.addresses.start <= start
+            && end <= buffer.addresses.end
+    };
+    let message = match machine.buffers.iter().position(inside) {
         _ if !start.is_multiple_of(alignment as usize) => {
             format!("{what} of {bytes} bytes at {start:#x}, which is no multiple of {alignment}")
         }
-        Some(buffer) => {
-            *(if write { &mut buffer.written } else { &mut buffer.read }) += bytes;
-            buffer.accesses += 1;
-            return;
-        }
+        Some(buffer) => return buffer,
         None => {
             let nearest = machine.buffers.iter().min_by_key(|b| {
                 start.abs_diff(b.addresses.start).min(start.abs_diff(b.addresses.end))
@@ -266,7 +273,7 @@ extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: 
             format!("{what} of {bytes} bytes outside the buffers: {where_to}")
         }
     };
-    fault(message);
+    fault(message)
 }
 
 #[unsafe(no_mangle)]

@@ -104,7 +104,7 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
     })?;
     add("fused, in place", 4, seconds);
 
-    // Last: the kernels that ran for a while after it were slower by a tenth.
+    // Last: kernels that ran within some tenths of a second after it were slower by up to an eighth.
     match Unfused::new(kernels, stream, tokens, vocab) {
         Ok(mut unfused) => {
             let seconds = elapsed(size, bar, "unfused", stream, || {

@@ -331,3 +331,11 @@ unsafe extern "C" fn simt_bulk_load(
     this.under_way += bytes as i32;
     machine.bulk.copies.push(Copy { thread, offset, bytes, global: from as usize, barrier });
 }
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_bulk_prefetch(from: *const c_void, bytes: u32) {
+    if !bytes.is_multiple_of(16) {
+        fault(format!("prefetch of {bytes} bytes, which is no multiple of 16"));
+    }
+    accessed(from, bytes.into(), 16, false);
+}
