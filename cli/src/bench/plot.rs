@@ -30,7 +30,7 @@ pub fn save(path: &Path, title: &str, measured: &[Measured]) -> Result<()> {
         "copying memory".to_owned(),
         sizes.iter().map(|at| (vocab(at), at.copy / 1e9)).collect::<Vec<_>>(),
     )];
-    for name in drawn(sizes[0]).map(|(name, _)| name) {
+    for (name, _) in drawn(sizes[0]) {
         let points = sizes.iter().filter_map(|at| {
             let (_, timing) = drawn(at).find(|(other, _)| *other == name)?;
             Some((vocab(at), at.bytes_per_second(timing) / 1e9))
