@@ -266,14 +266,12 @@ struct Barrier {
     uint64_t word;
 };
 ATKD_DEVICE void init_barrier(Barrier &barrier, uint32_t arrivals) {
-    ATKD_SINCE_SM_90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(&barrier)), "r"(arrivals)
-                     : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(&barrier)), "r"(arrivals) : "memory");
 }
 // By the thread that made barriers, before the block's or cluster's barrier after which others use them.
 ATKD_DEVICE void publish_barriers() { ATKD_SINCE_SM_90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 ATKD_DEVICE void arrive(Barrier &barrier) {
-    ATKD_SINCE_SM_90("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(in_shared(&barrier))
-                     : "memory");
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(in_shared(&barrier)) : "memory");
 }
 ATKD_DEVICE void arrive_expecting(Barrier &barrier, uint32_t bytes) {
     ATKD_SINCE_SM_90("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -282,12 +280,16 @@ ATKD_DEVICE void arrive_expecting(Barrier &barrier, uint32_t bytes) {
                      : "memory");
 }
 ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) {
-    ATKD_SINCE_SM_90("{\n.reg .pred done;\n"
-                     "again:\n"
-                     "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-                     "@!done bra again;\n}" ::"r"(in_shared(&barrier)),
-                     "r"(parity)
-                     : "memory");
+#if __CUDA_ARCH__ >= 900
+#define ATKD_TRY_WAIT "mbarrier.try_wait"
+#else
+#define ATKD_TRY_WAIT "mbarrier.test_wait"
+#endif
+    asm volatile("{\n.reg .pred done;\n"
+                 "again:\n" ATKD_TRY_WAIT ".parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n}" ::"r"(in_shared(&barrier)),
+                 "r"(parity)
+                 : "memory");
 }
 #define ATKD_INIT_BARRIER(array, index, arrivals) init_barrier((array)[index], arrivals)
 #define ATKD_ARRIVE(array, index) arrive((array)[index])

@@ -5,7 +5,6 @@
 
 namespace {
 
-constexpr uint32_t NO_TOKEN = 0xffffffffu;
 constexpr uint32_t ALL = 0xffffffffu; // room for a slice of any size
 
 // The chunks of a row that are this block's, by their places in its slice. Slices start where lines of 128 bytes do, in

@@ -28,39 +28,150 @@ ATKD_DEVICE uint32_t arg_max(const Row<const T> &row, Maxima &maxima, Indices &i
     return first == 0xffffffffu ? 0 : first;
 }
 
-template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p) {
-    ATKD_SHARED(float, maxima, MAX_WARPS);
-    ATKD_SHARED(double, sums, MAX_WARPS);
-    ATKD_SHARED(uint32_t, indices, MAX_WARPS);
+// Chunks that a thread has on their way, and goes through in a turn: as many as it takes to keep the memory busy.
+template <class T> constexpr uint32_t AHEAD = 2 / Packed<T>::PARTS;
 
-    // Chunks that a thread has on their way: as many as it takes to keep the memory busy.
-    constexpr uint32_t AHEAD = 2 / Packed<T>::PARTS;
-    Packed<T> next[AHEAD];
-    uint32_t stride = block_threads();
-    float exponent = p.batch.inverse_temperature * LOG2_E;
-    auto row_of = [&](uint32_t token) {
-        const T *data = static_cast<const T *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
-        return Row<const T>(data, p.batch.vocab, lead_of(data));
-    };
-    auto load_or_nothing = [](const Row<const T> &row, uint32_t chunk) {
-        if (chunk >= row.chunks()) {
-            return nothing<T>();
+// Nothing outside the row.
+template <class T> ATKD_DEVICE Packed<T> load_or_nothing(const Row<const T> &row, uint32_t chunk) {
+    if (chunk >= row.chunks()) {
+        return nothing<T>();
+    }
+    return load_packed(row, chunk);
+}
+
+// What a thread's chunks of a row come to: sum 2^(z * exponent - reference), target left out. The reference is of some
+// large element, of which no other exceeds it by much.
+template <class T> struct ThreadSum {
+    Row<const T> row;
+    uint32_t target, target_chunk;
+    float exponent, max, reference, sum;
+
+    // With the largest of the warp's first chunks for a reference, so that few others exceed it.
+    ATKD_DEVICE ThreadSum(const Row<const T> &row_, uint32_t target_, float exponent_, Packed<T> first)
+        : row(row_), target(target_), target_chunk((target_ + row_.lead) / CHUNK), exponent(exponent_), sum(0) {
+        take_target_out(thread_index(), first);
+        max = max_of_warp(max_of(first));
+        reference = reference_of(max, exponent);
+    }
+
+    ATKD_DEVICE void take_target_out(uint32_t chunk, Packed<T> &packed) const {
+        if (ATKD_RARELY(chunk == target_chunk)) {
+            take_out(target - (chunk * CHUNK - row.lead), packed);
         }
-        return load_packed(row, chunk);
-    };
+    }
+
+    ATKD_DEVICE void add(const Packed<T> &packed, float &to) const {
+        float x[CHUNK];
+        unpack(packed, x);
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            to += exp2_fast(fmaf(x[k], exponent, -reference));
+        }
+    }
+
+    // Of chunk `start` and those that follow it, which are in `next`; loads those of the next turn.
+    template <class Load>
+    ATKD_DEVICE void turn(uint32_t start, uint32_t stride, Packed<T> (&next)[AHEAD<T>], Load load) {
+        float with_turn = sum;
+        bool as_it_is = true;
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < AHEAD<T>; i++) {
+            Packed<T> packed = next[i];
+            next[i] = load(row, start + (AHEAD<T> + i) * stride);
+            add(packed, with_turn);
+            as_it_is &= start + i * stride != target_chunk;
+        }
+        if (ATKD_RARELY(!as_it_is || !(with_turn - sum < AHEAD<T> * HEADROOM))) {
+            with_turn = once_more(start, stride);
+        }
+        sum = with_turn;
+    }
+
+    // The same from the cache, without the target and with a reference that none exceeds.
+    ATKD_DEVICE float once_more(uint32_t start, uint32_t stride) {
+        auto for_turn = [&](auto f) {
+            uint32_t end = start + AHEAD<T> * stride < row.chunks() ? start + AHEAD<T> * stride : row.chunks();
+            ATKD_NO_UNROLL
+            for (uint32_t chunk = start; chunk < end; chunk += stride) {
+                Packed<T> packed = load_packed(row, chunk);
+                take_target_out(chunk, packed);
+                f(packed);
+            }
+        };
+        for_turn([&](const Packed<T> &packed) { max = fmaxf(max, max_of(packed)); });
+        float before = reference;
+        reference = reference_of(max, exponent);
+        float with_turn = sum * exp2_fast(before - reference);
+        for_turn([&](const Packed<T> &packed) { add(packed, with_turn); });
+        return with_turn;
+    }
+};
+
+// What a warp's chunks of a token's row come to, relative to the reference of `max`.
+struct alignas(16) WarpSum {
+    float max, sum;
+    uint32_t token;
+};
+
+constexpr uint32_t MOST_WARPS = 8, NO_ROW = 0xffffffffu;
+
+template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint32_t token) {
+    const T *data = static_cast<const T *>(batch.teacher) + int64_t(token) * batch.teacher_stride;
+    return Row<const T>(data, batch.vocab, lead_of(data));
+}
+
+// From the sums of all warps to the token's key, by one of them.
+template <class T, class WarpSums> ATKD_DEVICE void merge(const atkd_batch &batch, const WarpSums &sums, uint32_t at) {
+    uint32_t lane = thread_index() % WARP, warps = block_threads() / WARP;
+    float exponent = batch.inverse_temperature * LOG2_E;
+    WarpSum part = sums[at + (lane < warps ? lane : 0)];
+    float max = max_of_warp(part.max), reference = reference_of(max, exponent);
+    float factor = lane < warps ? exp2_fast(reference_of(part.max, exponent) - reference) : 0;
+    double sum = reduce_warp(double(part.sum) * double(factor), Sum());
+    if (lane == 0) {
+        float target = widen(load(row_of<T>(batch, part.token).data + target_of(batch, part.token)));
+        double margin = margin_of(log(sum + correction_of(max, exponent)), reference, target, exponent);
+        store(batch.keys + part.token, key_of(float(margin)));
+    }
+}
+
+template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p) {
+    ATKD_SHARED(float, maxima, MOST_WARPS);
+    ATKD_SHARED(uint32_t, indices, MOST_WARPS);
+    // Of a row and of the one before.
+    ATKD_SHARED(WarpSum, sums, 2 * MOST_WARPS);
+    ATKD_SHARED(Barrier, posted, 1);
+
+    uint32_t stride = block_threads(), warps = stride / WARP, warp = thread_index() / WARP;
+    Packed<T> next[AHEAD<T>];
     // A token's label, and the first chunks of its row unless it is ignored, come while the one before is at work.
     auto label_or_none = [&](uint32_t token) {
         return token < p.batch.tokens ? label_of(p.batch, token) : IGNORED_TARGET;
     };
     auto begin = [&](uint32_t token, int32_t label) {
         if (label != IGNORED_TARGET) {
-            Row<const T> row = row_of(token);
             ATKD_UNROLL
-            for (uint32_t i = 0; i < AHEAD; i++) {
-                next[i] = load_or_nothing(row, thread_index() + i * stride);
+            for (uint32_t i = 0; i < AHEAD<T>; i++) {
+                next[i] = load_or_nothing(row_of<T>(p.batch, token), thread_index() + i * stride);
             }
         }
     };
+    // A row's sums are merged when the warps are through with the next row, by each warp in turn: none waits but for one
+    // that is a row behind. Rows are counted modulo twice the warps.
+    uint32_t posted_row = NO_ROW;
+    auto merge_posted = [&] {
+        if (posted_row != NO_ROW) {
+            ATKD_WAIT(posted, 0, posted_row % 2);
+            uint32_t merger = posted_row < warps ? posted_row : posted_row - warps;
+            if (warp == merger) {
+                merge<T>(p.batch, sums, posted_row % 2 * MOST_WARPS);
+            }
+        }
+    };
+    if (thread_index() == 0) {
+        ATKD_INIT_BARRIER(posted, 0, warps);
+    }
+    ATKD_SYNC_BLOCK();
     uint32_t token = block_index();
     int32_t label = label_or_none(token);
     begin(token, label);
@@ -77,67 +188,41 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
             }
             begin(token_after, label_after);
         } else {
-            Row<const T> row = row_of(token);
+            Row<const T> row = row_of<T>(p.batch, token);
             uint32_t target = uint32_t(label);
             if (ATKD_RARELY(p.batch.target == ATKD_TARGET_TEACHER)) {
                 target = arg_max(row, maxima, indices);
-            }
-            uint32_t chunks = row.chunks(), target_chunk = (target + row.lead) / CHUNK;
-            auto without_target = [&](uint32_t chunk, Packed<T> &packed) {
-                if (ATKD_RARELY(chunk == target_chunk)) {
-                    take_out(target - (chunk * CHUNK - row.lead), packed);
-                }
-            };
-            // A guess at the maximum, so that few chunks exceed it.
-            Packed<T> guess = next[0];
-            without_target(thread_index(), guess);
-            float own_max = max_of_warp(max_of(guess)), own_reference = reference_of(own_max, exponent), own_sum = 0;
-            ATKD_NO_UNROLL
-            for (uint32_t start = thread_index(); start < chunks; start += AHEAD * stride) {
-                ATKD_UNROLL
-                for (uint32_t i = 0; i < AHEAD; i++) {
-                    uint32_t chunk = start + i * stride;
-                    Packed<T> packed = next[i];
-                    next[i] = load_or_nothing(row, chunk + AHEAD * stride);
-                    without_target(chunk, packed);
-                    float x[CHUNK];
-                    unpack(packed, x);
-                    float sum = own_sum;
-                    ATKD_UNROLL
-                    for (uint32_t k = 0; k < CHUNK; k++) {
-                        sum += exp2_fast(fmaf(x[k], exponent, -own_reference));
-                    }
-                    if (ATKD_RARELY(!(sum - own_sum < HEADROOM))) {
-                        own_max = fmaxf(own_max, max_of(packed));
-                        float reference = reference_of(own_max, exponent);
-                        sum = own_sum * exp2_fast(own_reference - reference);
-                        own_reference = reference;
-                        ATKD_UNROLL
-                        for (uint32_t k = 0; k < CHUNK; k++) {
-                            sum += exp2_fast(fmaf(x[k], exponent, -reference));
-                        }
-                    }
-                    own_sum = sum;
-                }
-            }
-            begin(token_after, label_after);
-            float max;
-            ATKD_REDUCE_BLOCK(max, own_max, Max(), maxima);
-            float reference = reference_of(max, exponent);
-            double sum;
-            ATKD_REDUCE_BLOCK(sum, double(own_sum) * double(exp2_fast(own_reference - reference)), Sum(), sums);
-            if (thread_index() == 0) {
-                float target_logit = widen(load(row.data + target));
-                double log_sum = log(sum + correction_of(max, exponent));
-                store(p.batch.keys + token, key_of(float(margin_of(log_sum, reference, target_logit, exponent))));
-                if (p.batch.target == ATKD_TARGET_TEACHER) {
+                if (thread_index() == 0) {
                     store(p.batch.targets + token, static_cast<int32_t>(target));
                 }
+            }
+            ThreadSum<T> own(row, target, p.batch.inverse_temperature * LOG2_E, next[0]);
+            uint32_t start = thread_index(), whole_end = row.first_whole + row.wholes;
+            // As long as all of the next turn is whole.
+            ATKD_NO_UNROLL
+            for (; start + (2 * AHEAD<T> - 1) * stride < whole_end; start += AHEAD<T> * stride) {
+                own.turn(start, stride, next, [](const Row<const T> &r, uint32_t chunk) { return load_whole(r, chunk); });
+            }
+            ATKD_NO_UNROLL
+            for (; start < row.chunks(); start += AHEAD<T> * stride) {
+                own.turn(start, stride, next, load_or_nothing<T>);
+            }
+            begin(token_after, label_after);
+            float max = max_of_warp(own.max);
+            float sum = reduce_warp(own.sum * exp2_fast(own.reference - reference_of(max, own.exponent)), Sum());
+            merge_posted();
+            posted_row = posted_row + 1 == 2 * warps ? 0 : posted_row + 1;
+            // All lanes have read what they merged.
+            sync_warp();
+            if (thread_index() % WARP == 0) {
+                sums[posted_row % 2 * MOST_WARPS + warp] = WarpSum{max, sum, token};
+                ATKD_ARRIVE(posted, 0);
             }
         }
         token = token_after;
         label = label_after;
     }
+    merge_posted();
 }
 
 } // namespace
