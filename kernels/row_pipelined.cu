@@ -159,7 +159,7 @@ template <class T, uint32_t WORKERS> struct Worker {
     ATKD_DEVICE Packed<T> teacher_at(uint32_t at, bool whole) const { return pack_of(0, at, whole); }
     ATKD_DEVICE Packed<T> student_at(uint32_t at, bool whole) const { return pack_of(to_student<T>(p), at, whole); }
 
-    // Calls f(at, teacher, student, whole) for the thread's packs: first for those of no whole turn, of which the last
+    // Calls f(at, further, teacher, student, whole) for the thread's packs, which lie at the sum of both: first for those of no whole turn, of which the last
     // may lack parts, then turn by turn; and read(last) when it has read those of a turn. So all is read a turn before
     // the end.
     template <class F, class Read> ATKD_DEVICE void for_packs(F f, Read read) const {
@@ -168,7 +168,7 @@ template <class T, uint32_t WORKERS> struct Worker {
         ATKD_NO_UNROLL
         for (uint32_t at = in_turns + thread_index() * 16; at < end; at += PACK) {
             constexpr bool WHOLE = Of::PARTS == 1;
-            f(at, teacher_at(at, WHOLE), student_at(at, WHOLE), Flag<WHOLE>());
+            f(at, 0, teacher_at(at, WHOLE), student_at(at, WHOLE), Flag<WHOLE>());
         }
         ATKD_NO_UNROLL
         for (uint32_t at = thread_index() * 16; at < in_turns; at += Of::TURN) {
@@ -181,7 +181,7 @@ template <class T, uint32_t WORKERS> struct Worker {
             read(at + Of::TURN >= in_turns);
             ATKD_UNROLL
             for (uint32_t i = 0; i < TOGETHER; i++) {
-                f(at + i * PACK, teacher[i], student[i], Flag<true>());
+                f(at, i * PACK, teacher[i], student[i], Flag<true>());
             }
         }
     }
@@ -189,14 +189,15 @@ template <class T, uint32_t WORKERS> struct Worker {
     template <class F> ATKD_DEVICE void for_others(F f) const {
         auto nothing_to_tell = [](bool) {};
         if (ATKD_RARELY(row.target_at != NOT_HERE && thread_index() / WARP == row.target_thread / WARP)) {
-            auto unless_target = [&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
-                if (!has_target || at != row.target_at) {
+            auto unless_target = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
+                                     auto whole) {
+                if (!has_target || at + further != row.target_at) {
                     f(teacher, student, whole);
                 }
             };
             for_packs(unless_target, nothing_to_tell);
         } else {
-            auto any = [&](uint32_t, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+            auto any = [&](uint32_t, uint32_t, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
                 f(teacher, student, whole);
             };
             for_packs(any, nothing_to_tell);
@@ -247,14 +248,15 @@ template <class T, uint32_t WORKERS> struct Worker {
     template <class Read> ATKD_DEVICE void gradient(const GradientScales &of_row, Read read) const {
         Row<T> gradient = Rows<T, T>(p, row.token).template gradient<T>(p);
         uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(row.start + row.whole_start));
-        auto store_gradient = [&](uint32_t at, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
+        auto store_gradient = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
+                                  auto whole) {
             float g[CHUNK];
             gradient_of<false>(of_row, exponent, teacher, student, g);
             Packed<T> packed = pack<T>(g);
             ATKD_UNROLL
             for (uint32_t i = 0; i < Of::PARTS; i++) {
-                if (decltype(whole)::value || at + i * Of::STEP < end) {
-                    store16(reinterpret_cast<void *>(to + at + i * Of::STEP), packed.part[i]);
+                if (decltype(whole)::value || at + further + i * Of::STEP < end) {
+                    store16(reinterpret_cast<void *>(to + at + further + i * Of::STEP), packed.part[i]);
                 }
             }
         };
@@ -524,13 +526,19 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
         ATKD_MEET(POSTED, WORKERS + WARP);
         ATKD_MEET(SETTLED, WORKERS + WARP);
         uint32_t times = 0;
-        auto read = [&](bool all) {
-            while (times < (all ? 2 : 1)) {
+        auto arrive_once = [&](uint32_t part) {
+            if (times == part) {
                 sync_warp();
                 if (lane == 0) {
-                    ATKD_ARRIVE(shared.read, times);
+                    ATKD_ARRIVE(shared.read, part);
                 }
                 times += 1;
+            }
+        };
+        auto read = [&](bool all) {
+            arrive_once(0);
+            if (all) {
+                arrive_once(1);
             }
         };
         if (!ignored && p.gradient != nullptr) {

@@ -281,17 +281,13 @@ impl Plan {
         };
         let a_row = rows.blocks_a_row() as usize;
         let margin = threads(chunks, 4, MARGIN_THREADS);
+        let margins_at_once =
+            device.multiprocessors as usize * MARGIN_BLOCKS * MARGIN_THREADS / margin as usize;
         let at_once = (device.multiprocessors as usize * blocks / a_row).max(1);
         let again = tokens.min(at_once) * a_row;
         Some(Self {
-            margin: shape(
-                tokens.min(
-                    device.multiprocessors as usize * MARGIN_BLOCKS * MARGIN_THREADS
-                        / margin as usize,
-                ),
-                margin,
-                1,
-            ),
+            // As many rows to each block as to any other: a few that ended last would leave the memory idle.
+            margin: shape(tokens.div_ceil(tokens.div_ceil(margins_at_once).max(1)), margin, 1),
             count: shape(tokens.div_ceil(TOKEN_THREADS), TOKEN_THREADS as u32, 1),
             select: shape(
                 scopes * select_blocks as usize,
@@ -548,6 +544,16 @@ mod tests {
         let sequences = Problem { scopes: 64, ..problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16) };
         let shape = LaunchShape { grid: 64, block: 128, ..one_warp };
         assert_eq!(Plan::new(&H200, &sequences, None).select, shape);
+    }
+
+    #[test]
+    fn margins_come_to_an_end_together() {
+        let grid = |tokens| {
+            let problem = problem(tokens, 32_000, Dtype::Bf16, Dtype::Bf16);
+            Plan::new(&H200, &problem, None).margin.grid
+        };
+        // Of 660 that run at once: 13, 4, 2, 1 rows each at most.
+        assert_eq!([0, 3, 660, 661, 2048, 8192].map(grid), [0, 3, 660, 331, 512, 631]);
     }
 
     #[test]
