@@ -438,7 +438,7 @@ template <class T> ATKD_DEVICE Packed<T> load_packed(const Row<const T> &row, ui
         ATKD_UNROLL
         for (uint32_t k = 0; k < CHUNK; k++) {
             uint32_t j = chunk * CHUNK + k - row.lead;
-            T z = j < row.vocab ? load(row.data + j) : narrow<T>(OUTSIDE);
+            T z = j < row.vocab ? load(row.at(chunk) + k) : narrow<T>(OUTSIDE);
             set_element<T>(packed.part[k / PER], k % PER, z);
         }
         return packed;
@@ -521,7 +521,7 @@ template <class T> ATKD_DEVICE void store_chunk(const Row<T> &row, uint32_t chun
         for (uint32_t k = 0; k < CHUNK; k++) {
             uint32_t j = chunk * CHUNK + k - row.lead;
             if (j < row.vocab) {
-                store(row.data + j, narrow<T>(x[k]));
+                store(row.at(chunk) + k, narrow<T>(x[k]));
             }
         }
         return;

@@ -77,7 +77,7 @@ template <class T> struct ThreadSum {
         ATKD_UNROLL
         for (uint32_t i = 0; i < AHEAD<T>; i++) {
             Packed<T> packed = next[i];
-            next[i] = load(row, start + (AHEAD<T> + i) * stride);
+            next[i] = load(i);
             add(packed, with_turn);
             as_it_is &= start + i * stride != target_chunk;
         }
@@ -201,13 +201,19 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
             // As long as all of the next turn is whole.
             ATKD_NO_UNROLL
             for (; start + (2 * AHEAD<T> - 1) * stride < whole_end; start += AHEAD<T> * stride) {
-                own.turn(start, stride, next, [](const Row<const T> &r, uint32_t chunk) { return load_whole(r, chunk); });
+                own.turn(start, stride, next, [&](uint32_t i) { return load_whole(row, start + (AHEAD<T> + i) * stride); });
             }
+            // The last turn brings the first chunks of the next row.
+            uint32_t start_after;
             ATKD_NO_UNROLL
-            for (; start < row.chunks(); start += AHEAD<T> * stride) {
-                own.turn(start, stride, next, load_or_nothing<T>);
-            }
-            begin(token_after, label_after);
+            do {
+                start_after = start + AHEAD<T> * stride;
+                bool begins = start_after >= row.chunks() && label_after != IGNORED_TARGET;
+                Row<const T> from = row_of<T>(p.batch, begins ? token_after : token);
+                uint32_t first = begins ? thread_index() : start_after;
+                own.turn(start, stride, next, [&](uint32_t i) { return load_or_nothing(from, first + i * stride); });
+                start = start_after;
+            } while (start < row.chunks());
             float max = max_of_warp(own.max);
             float sum = reduce_warp(own.sum * exp2_fast(own.reference - reference_of(max, own.exponent)), Sum());
             merge_posted();
