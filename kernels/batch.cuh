@@ -4,7 +4,6 @@
 #include "memory.cuh"
 
 constexpr int32_t IGNORED_TARGET = -1;
-constexpr uint32_t NO_TOKEN = 0xffffffffu;
 
 // The label of a token, or IGNORED_TARGET. A label outside the vocabulary is reported in the summary and
 // its token dropped: no kernel reads outside its row.

@@ -268,7 +268,7 @@ struct Barrier {
 ATKD_DEVICE void init_barrier(Barrier &barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(&barrier)), "r"(arrivals) : "memory");
 }
-// By the thread that made barriers, before the block's or cluster's barrier after which others use them.
+// By the thread that made barriers for bulk copies, before the block's barrier after which others use them.
 ATKD_DEVICE void publish_barriers() { ATKD_SINCE_SM_90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 ATKD_DEVICE void arrive(Barrier &barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(in_shared(&barrier)) : "memory");

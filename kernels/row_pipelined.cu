@@ -5,6 +5,7 @@
 
 namespace {
 
+constexpr uint32_t NO_TOKEN = 0xffffffffu;
 constexpr uint32_t ALL = 0xffffffffu; // room for a slice of any size
 
 // The chunks of a row that are this block's, by their places in its slice. Slices start where lines of 128 bytes do, in
@@ -159,9 +160,9 @@ template <class T, uint32_t WORKERS> struct Worker {
     ATKD_DEVICE Packed<T> teacher_at(uint32_t at, bool whole) const { return pack_of(0, at, whole); }
     ATKD_DEVICE Packed<T> student_at(uint32_t at, bool whole) const { return pack_of(to_student<T>(p), at, whole); }
 
-    // Calls f(at, further, teacher, student, whole) for the thread's packs, which lie at the sum of both: first for those of no whole turn, of which the last
-    // may lack parts, then turn by turn; and read(last) when it has read those of a turn. So all is read a turn before
-    // the end.
+    // Calls f(at, further, teacher, student, whole) for the thread's packs, which lie at the sum of both: first for
+    // those of no whole turn, of which the last may lack parts, then turn by turn; and read(last) when it has read those
+    // of a turn. So all is read a turn before the end.
     template <class F, class Read> ATKD_DEVICE void for_packs(F f, Read read) const {
         constexpr uint32_t TOGETHER = Of::TOGETHER, PACK = Of::PACK;
         uint32_t in_turns = end / Of::TURN * Of::TURN;

@@ -1,5 +1,5 @@
-// The teacher's margin of every token, as a sortable key; one read of the teacher's logits. Where the
-// target is the teacher's arg max, it is found first, and the row's second read should hit the cache.
+// The teacher's margin of every token, as a sortable key; one read of the teacher's logits, but for what is read again
+// at once. Where the target is the teacher's arg max, it is found first, and the row's second read should hit the cache.
 #include "batch.cuh"
 #include "reduce.cuh"
 
@@ -39,8 +39,8 @@ template <class T> ATKD_DEVICE Packed<T> load_or_nothing(const Row<const T> &row
     return load_packed(row, chunk);
 }
 
-// What a thread's chunks of a row come to: sum 2^(z * exponent - reference), target left out. The reference is of some
-// large element, of which no other exceeds it by much.
+// What a thread's chunks of a row come to: sum 2^(z * exponent - reference), target left out. The reference is a large
+// element's; others may exceed it by up to 5.
 template <class T> struct ThreadSum {
     Row<const T> row;
     uint32_t target, target_chunk;
@@ -110,10 +110,11 @@ template <class T> struct ThreadSum {
 // What a warp's chunks of a token's row come to, relative to the reference of `max`.
 struct alignas(16) WarpSum {
     float max, sum;
-    uint32_t token;
+    uint32_t token, target;
 };
 
-constexpr uint32_t MOST_WARPS = 8, NO_ROW = 0xffffffffu;
+constexpr uint32_t MOST_WARPS = 256 / WARP; // of the launch bounds
+constexpr uint32_t NO_ROW = 0xffffffffu;
 
 template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint32_t token) {
     const T *data = static_cast<const T *>(batch.teacher) + int64_t(token) * batch.teacher_stride;
@@ -126,10 +127,10 @@ template <class T, class WarpSums> ATKD_DEVICE void merge(const atkd_batch &batc
     float exponent = batch.inverse_temperature * LOG2_E;
     WarpSum part = sums[at + (lane < warps ? lane : 0)];
     float max = max_of_warp(part.max), reference = reference_of(max, exponent);
-    float factor = lane < warps ? exp2_fast(reference_of(part.max, exponent) - reference) : 0;
-    double sum = reduce_warp(double(part.sum) * double(factor), Sum());
+    double own = double(part.sum) * double(exp2_fast(reference_of(part.max, exponent) - reference));
+    double sum = reduce_warp(lane < warps ? own : 0, Sum());
     if (lane == 0) {
-        float target = widen(load(row_of<T>(batch, part.token).data + target_of(batch, part.token)));
+        float target = widen(load(row_of<T>(batch, part.token).data + part.target));
         double margin = margin_of(log(sum + correction_of(max, exponent)), reference, target, exponent);
         store(batch.keys + part.token, key_of(float(margin)));
     }
@@ -138,7 +139,7 @@ template <class T, class WarpSums> ATKD_DEVICE void merge(const atkd_batch &batc
 template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p) {
     ATKD_SHARED(float, maxima, MOST_WARPS);
     ATKD_SHARED(uint32_t, indices, MOST_WARPS);
-    // Of a row and of the one before.
+    // Of two rows. A third is posted when all warps have posted the second; the first was merged before that.
     ATKD_SHARED(WarpSum, sums, 2 * MOST_WARPS);
     ATKD_SHARED(Barrier, posted, 1);
 
@@ -156,8 +157,8 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
             }
         }
     };
-    // A row's sums are merged when the warps are through with the next row, by each warp in turn: none waits but for one
-    // that is a row behind. Rows are counted modulo twice the warps.
+    // A row's sums are merged when the warps are through with the next row, by each warp in turn: none waits but for
+    // one that is a row behind. Rows are counted modulo twice the warps.
     uint32_t posted_row = NO_ROW;
     auto merge_posted = [&] {
         if (posted_row != NO_ROW) {
@@ -201,7 +202,8 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
             // As long as all of the next turn is whole.
             ATKD_NO_UNROLL
             for (; start + (2 * AHEAD<T> - 1) * stride < whole_end; start += AHEAD<T> * stride) {
-                own.turn(start, stride, next, [&](uint32_t i) { return load_whole(row, start + (AHEAD<T> + i) * stride); });
+                auto load = [&](uint32_t i) { return load_whole(row, start + (AHEAD<T> + i) * stride); };
+                own.turn(start, stride, next, load);
             }
             // The last turn brings the first chunks of the next row.
             uint32_t start_after;
@@ -211,7 +213,8 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
                 bool begins = start_after >= row.chunks() && label_after != IGNORED_TARGET;
                 Row<const T> from = row_of<T>(p.batch, begins ? token_after : token);
                 uint32_t first = begins ? thread_index() : start_after;
-                own.turn(start, stride, next, [&](uint32_t i) { return load_or_nothing(from, first + i * stride); });
+                auto load = [&](uint32_t i) { return load_or_nothing(from, first + i * stride); };
+                own.turn(start, stride, next, load);
                 start = start_after;
             } while (start < row.chunks());
             float max = max_of_warp(own.max);
@@ -221,7 +224,7 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
             // All lanes have read what they merged.
             sync_warp();
             if (thread_index() % WARP == 0) {
-                sums[posted_row % 2 * MOST_WARPS + warp] = WarpSum{max, sum, token};
+                sums[posted_row % 2 * MOST_WARPS + warp] = WarpSum{max, sum, token, target};
                 ATKD_ARRIVE(posted, 0);
             }
         }
