@@ -280,7 +280,7 @@ impl Plan {
             RowKernel::Stream => (Self::stream(device, problem, chunks, team)?, STREAM_BLOCKS),
         };
         let a_row = rows.blocks_a_row() as usize;
-        // Few threads to a short row, each of which costs as much whatever its length.
+        // Few threads to a short row: beside its chunks, a row costs each the same whatever its length.
         let margin = threads(vocab.div_ceil(CHUNK), 8, MARGIN_THREADS);
         let margins_at_once =
             device.multiprocessors as usize * MARGIN_BLOCKS * MARGIN_THREADS / margin as usize;
