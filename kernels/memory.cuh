@@ -365,7 +365,7 @@ constexpr uint32_t WARP = 32;
 constexpr uint32_t CHUNK = 8;
 
 // A row of V elements, seen as chunks. Chunk 0 starts at or before the row, so that every later chunk
-// starts at a multiple of 16 bytes; the parts of the first and last chunk that lie outside the row do
+// starts at a multiple of its own bytes; the parts of the first and last chunk that lie outside the row do
 // not exist.
 template <class T> struct Row {
     T *data;
@@ -396,9 +396,9 @@ template <class T> struct Row {
     }
 };
 
-// How many elements before the row a multiple of 16 bytes lies, fewer than CHUNK.
+// How many elements before the row a multiple of a chunk's bytes lies, fewer than CHUNK.
 template <class T> ATKD_DEVICE uint32_t lead_of(const T *row) {
-    uint32_t misalignment = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row) % 16);
+    uint32_t misalignment = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row) % (CHUNK * sizeof(T)));
     return misalignment / static_cast<uint32_t>(sizeof(T));
 }
 

@@ -26,7 +26,9 @@ template <class P, class Q> struct Rows {
     ATKD_DEVICE Rows(const atkd_rows &p, uint32_t token_)
         : token(token_), first((cluster_rank() + team_rank(p)) * block_threads() + thread_index()),
           stride(cluster_blocks() * team_blocks(p) * block_threads()), speaks(first == 0),
-          teacher(teacher_row<P>(p, token), p.batch.vocab, lead_of(teacher_row<P>(p, token))),
+          // Of two types the narrower leads: its chunks are half as long, so that their starts are harder to meet.
+          teacher(teacher_row<P>(p, token), p.batch.vocab,
+                  sizeof(Q) < sizeof(P) ? lead_of(student_row<Q>(p, token)) : lead_of(teacher_row<P>(p, token))),
           student(student_row<Q>(p, token), p.batch.vocab, teacher.lead),
           wholes(student.wholes == 0 ? 0 : teacher.wholes) {}
 

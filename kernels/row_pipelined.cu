@@ -10,8 +10,7 @@ constexpr uint32_t ALL = 0xffffffffu; // room for a slice of any size
 
 // The chunks of a row that are this block's, by their places in its slice. Slices start where lines of 128 bytes do, in
 // global memory and in shared memory alike: bulk copies between places 16 bytes off each other take 8% longer. So the
-// row's first line may start with places that are not in the row. (Chunks of single precision are 32 bytes: rows that
-// start at odd multiples of 16 are 16 bytes off.)
+// row's first line may start with places that are not in the row.
 struct Slice {
     uint32_t start; // the chunk of the first place; before the row, less than 0, modulo 2^32
     // Those that share no 16 bytes with what is not in the row: they come by bulk copies.

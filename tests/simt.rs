@@ -504,6 +504,25 @@ fn kernels_read_and_write_what_they_should() {
     }
 }
 
+/// Rows of an odd number of logits, of two types: each starts elsewhere, all but their ends are read 16 bytes at a time.
+#[test]
+fn rows_of_two_types_that_start_anywhere() {
+    let input = Input::new(8, 4099);
+    let teacher: Vec<f32> = input.teacher.iter().map(|z| z.to_f32()).collect();
+    let teacher = Logits::new(&teacher, input.tokens, input.vocab).unwrap();
+    let batch = Batch::new(teacher, &input.labels).unwrap();
+    let student = input.view(&input.student);
+    let (_, traffic) =
+        streamed(128, 1, 0).run(&Objective::kl(), &batch, student, None, Extra::default()).unwrap();
+    for (buffer, size) in [("teacher", 4), ("student", 2)] {
+        let (read, _, accesses) = counts(&traffic, "row_stream_f32_bf16_bf16", buffer);
+        // Fewer than a chunk's at either end, and the target.
+        let single = (2 * 7 + 1) * input.tokens as u64;
+        assert_eq!(read, size * (4099 + 1) * input.tokens as u64);
+        assert!(accesses <= read / 16 + single, "{buffer}: {accesses} accesses");
+    }
+}
+
 /// Rows that are held on chip are read once and the gradient is written once: three volumes.
 #[test]
 fn rows_on_chip_are_read_once() {
