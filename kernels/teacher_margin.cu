@@ -114,6 +114,7 @@ struct alignas(16) WarpSum {
 };
 
 constexpr uint32_t MOST_WARPS = 256 / WARP; // of the launch bounds
+// Before the first: of odd parity, and the barrier's phase before its first counts as over; and no warp's to merge.
 constexpr uint32_t NO_ROW = 0xffffffffu;
 
 template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint32_t token) {
@@ -161,12 +162,10 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
     // one that is a row behind. Rows are counted modulo twice the warps.
     uint32_t posted_row = NO_ROW;
     auto merge_posted = [&] {
-        if (posted_row != NO_ROW) {
-            ATKD_WAIT(posted, 0, posted_row % 2);
-            uint32_t merger = posted_row < warps ? posted_row : posted_row - warps;
-            if (warp == merger) {
-                merge<T>(p.batch, sums, posted_row % 2 * MOST_WARPS);
-            }
+        ATKD_WAIT(posted, 0, posted_row % 2);
+        uint32_t merger = posted_row < warps ? posted_row : posted_row - warps;
+        if (warp == merger) {
+            merge<T>(p.batch, sums, posted_row % 2 * MOST_WARPS);
         }
     };
     if (thread_index() == 0) {
