@@ -282,6 +282,22 @@ fn in_place_beside_and_again_are_the_same_bits() {
     }
 }
 
+/// In place, where margins are of a kernel of their own: of more rows than its blocks do at once, by blocks of 1
+/// warp, of 3 and of 8.
+#[test]
+fn margins_in_place_of_many_rows() {
+    let Some(gpu) = Gpu::new() else { return };
+    let multiprocessors = gpu.kernels.device().multiprocessors as usize;
+    for (vocab, at_once) in [(700, 40), (5000, 13), (16_400, 5)] {
+        let input = Input::new(5 * at_once * multiprocessors / 2, vocab, 3);
+        let mut loaded = Loaded::new(&gpu, &gpu.stream, &input);
+        loaded.backward(&Objective::default(), None).unwrap();
+        let (beside, _) = loaded.read();
+        loaded.in_place(&Objective::default()).unwrap();
+        with_margins_of(&beside, loaded.workspace.read(&gpu.stream).unwrap());
+    }
+}
+
 /// Whichever kernel does the rows, and for a plan that would choose another; with more tokens than run at
 /// once, some of them ignored, and a first guess that is wrong.
 #[test]
