@@ -388,6 +388,12 @@ template <class T> struct Row {
 
     ATKD_DEVICE bool whole(uint32_t chunk) const { return chunk - first_whole < wholes; }
 
+    // The chunk that an element is in.
+    ATKD_DEVICE uint32_t chunk_of(uint32_t element) const { return (element + lead) / CHUNK; }
+
+    // Where an element lies in a chunk; CHUNK or more if it is in another.
+    ATKD_DEVICE uint32_t within(uint32_t element, uint32_t chunk) const { return element - (chunk * CHUNK - lead); }
+
     // Where a chunk starts, which may be before the row.
     ATKD_DEVICE T *at(uint32_t chunk) const {
         // Of integers the compiler makes one instruction, of pointers three.

@@ -4,10 +4,7 @@
 #include "batch.cuh"
 #include "reduce.cuh"
 
-// Where a token's row of either model starts.
-template <class P> ATKD_DEVICE const P *teacher_row(const atkd_rows &p, uint32_t token) {
-    return static_cast<const P *>(p.batch.teacher) + int64_t(token) * p.batch.teacher_stride;
-}
+// Where a token's row of the student starts.
 template <class Q> ATKD_DEVICE const Q *student_row(const atkd_rows &p, uint32_t token) {
     return static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride;
 }
@@ -27,8 +24,8 @@ template <class P, class Q> struct Rows {
         : token(token_), first((cluster_rank() + team_rank(p)) * block_threads() + thread_index()),
           stride(cluster_blocks() * team_blocks(p) * block_threads()), speaks(first == 0),
           // Of two types the narrower leads: its chunks are half as long, so that their starts are harder to meet.
-          teacher(teacher_row<P>(p, token), p.batch.vocab,
-                  sizeof(Q) < sizeof(P) ? lead_of(student_row<Q>(p, token)) : lead_of(teacher_row<P>(p, token))),
+          teacher(teacher_row<P>(p.batch, token), p.batch.vocab,
+                  sizeof(Q) < sizeof(P) ? lead_of(student_row<Q>(p, token)) : lead_of(teacher_row<P>(p.batch, token))),
           student(student_row<Q>(p, token), p.batch.vocab, teacher.lead),
           wholes(student.wholes == 0 ? 0 : teacher.wholes) {}
 
@@ -47,13 +44,6 @@ template <class P, class Q> struct Rows {
             teacher_chunk = load_whole<LAST>(teacher, chunk);
             student_chunk = load_whole<LAST>(student, chunk);
         }
-    }
-
-    ATKD_DEVICE uint32_t chunk_of(uint32_t target) const { return (target + teacher.lead) / CHUNK; }
-
-    // Where the target lies in a chunk; CHUNK or more if it is in another.
-    ATKD_DEVICE uint32_t within(uint32_t target, uint32_t chunk) const {
-        return target - (chunk * CHUNK - teacher.lead);
     }
 };
 
@@ -122,7 +112,7 @@ template <class P, class Q>
 ATKD_DEVICE TargetLogits target_logits_of(const atkd_rows &p, uint32_t token, uint32_t target) {
     TargetLogits own = {0, 0};
     if (thread_index() % WARP == 0) {
-        own = {widen(load(teacher_row<P>(p, token) + target)), widen(load(student_row<Q>(p, token) + target))};
+        own = {widen(load(teacher_row<P>(p.batch, token) + target)), widen(load(student_row<Q>(p, token) + target))};
     }
     return {shuffle_from(own.teacher, 0), shuffle_from(own.student, 0)};
 }

@@ -160,8 +160,8 @@ template <class T, uint32_t WORKERS> struct Worker {
     ATKD_DEVICE Packed<T> student_at(uint32_t at, bool whole) const { return pack_of(to_student<T>(p), at, whole); }
 
     // Calls f(at, further, teacher, student, whole) for the thread's packs, which lie at the sum of both: first for
-    // those of no whole turn, of which the last may lack parts, then turn by turn; and read(last) when it has read those
-    // of a turn. So all is read a turn before the end.
+    // those of no whole turn, of which the last may lack parts, then turn by turn; and read(last) when it has read
+    // those of a turn. So all is read a turn before the end.
     template <class F, class Read> ATKD_DEVICE void for_packs(F f, Read read) const {
         constexpr uint32_t TOGETHER = Of::TOGETHER, PACK = Of::PACK;
         uint32_t in_turns = end / Of::TURN * Of::TURN;
@@ -267,7 +267,7 @@ template <class T, uint32_t WORKERS> struct Worker {
         if (ATKD_RARELY(has_end)) {
             float g[CHUNK];
             gradient_of<false>(of_row, exponent, end_of(0), end_of(1), g);
-            put_target(row.target - (end_chunk * CHUNK - gradient.lead), of_row.target, g);
+            put_target(gradient.within(row.target, end_chunk), of_row.target, g);
             store_chunk(gradient, end_chunk, g);
         }
     }

@@ -16,7 +16,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
         drop_row<T>(p, rows);
         return;
     }
-    uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
+    uint32_t target = uint32_t(signed_target), target_chunk = rows.teacher.chunk_of(target);
     // Bit i: chunk i exists; and it is neither the target's nor ends outside the row.
     uint32_t held = 0, plain = 0;
     Packed<T> teacher[HELD], student[HELD];
@@ -38,8 +38,8 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
                 if (!rows.whole(chunk)) {
                     rows.load(chunk, teacher[i], student[i]);
                 }
-                take_out(rows.within(target, chunk), teacher[i]);
-                take_out(rows.within(target, chunk), student[i]);
+                take_out(rows.teacher.within(target, chunk), teacher[i]);
+                take_out(rows.teacher.within(target, chunk), student[i]);
             }
         }
     }
@@ -92,7 +92,7 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
     if (ATKD_RARELY(held != plain)) {
         ATKD_UNROLL
         for (uint32_t i = 0; i < HELD; i++) {
-            uint32_t chunk = rows.first + i * rows.stride, within = rows.within(target, chunk);
+            uint32_t chunk = rows.first + i * rows.stride, within = rows.teacher.within(target, chunk);
             if (((held & ~plain) >> i & 1) != 0) {
                 float g[CHUNK];
                 gradient_of<false>(row_scales, exponent, teacher[i], student[i], g);

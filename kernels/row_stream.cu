@@ -15,11 +15,11 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
         drop_row<G>(p, rows);
         return;
     }
-    uint32_t target = uint32_t(signed_target), target_chunk = rows.chunk_of(target);
+    uint32_t target = uint32_t(signed_target), target_chunk = rows.teacher.chunk_of(target);
     auto without_target = [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
         if (ATKD_RARELY(chunk == target_chunk)) {
-            take_out(rows.within(target, chunk), teacher);
-            take_out(rows.within(target, chunk), student);
+            take_out(rows.teacher.within(target, chunk), teacher);
+            take_out(rows.teacher.within(target, chunk), student);
         }
     };
     RowState<float> own;

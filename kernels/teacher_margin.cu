@@ -1,5 +1,5 @@
 // The teacher's margin of every token, as a sortable key; one read of the teacher's logits, but for what is read again
-// at once. Where the target is the teacher's arg max, it is found first, and the row's second read should hit the cache.
+// at once. Where the target is the teacher's arg max, it is found first; the row's second read should hit the cache.
 #include "batch.cuh"
 #include "reduce.cuh"
 
@@ -48,7 +48,7 @@ template <class T> struct ThreadSum {
 
     // With the largest of the warp's first chunks for a reference, so that few others exceed it.
     ATKD_DEVICE ThreadSum(const Row<const T> &row_, uint32_t target_, float exponent_, Packed<T> first)
-        : row(row_), target(target_), target_chunk((target_ + row_.lead) / CHUNK), exponent(exponent_), sum(0) {
+        : row(row_), target(target_), target_chunk(row_.chunk_of(target_)), exponent(exponent_), sum(0) {
         take_target_out(thread_index(), first);
         max = max_of_warp(max_of(first));
         reference = reference_of(max, exponent);
@@ -56,7 +56,7 @@ template <class T> struct ThreadSum {
 
     ATKD_DEVICE void take_target_out(uint32_t chunk, Packed<T> &packed) const {
         if (ATKD_RARELY(chunk == target_chunk)) {
-            take_out(target - (chunk * CHUNK - row.lead), packed);
+            take_out(row.within(target, chunk), packed);
         }
     }
 
@@ -118,7 +118,7 @@ constexpr uint32_t MOST_WARPS = 256 / WARP; // of the launch bounds
 constexpr uint32_t NO_ROW = 0xffffffffu;
 
 template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint32_t token) {
-    const T *data = static_cast<const T *>(batch.teacher) + int64_t(token) * batch.teacher_stride;
+    const T *data = teacher_row<T>(batch, token);
     return Row<const T>(data, batch.vocab, lead_of(data));
 }
 
@@ -131,7 +131,7 @@ template <class T, class WarpSums> ATKD_DEVICE void merge(const atkd_batch &batc
     double own = double(part.sum) * double(exp2_fast(reference_of(part.max, exponent) - reference));
     double sum = reduce_warp(lane < warps ? own : 0, Sum());
     if (lane == 0) {
-        float target = widen(load(row_of<T>(batch, part.token).data + part.target));
+        float target = widen(load(teacher_row<T>(batch, part.token) + part.target));
         double margin = margin_of(log(sum + correction_of(max, exponent)), reference, target, exponent);
         store(batch.keys + part.token, key_of(float(margin)));
     }
@@ -152,9 +152,10 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
     };
     auto begin = [&](uint32_t token, int32_t label) {
         if (label != IGNORED_TARGET) {
+            Row<const T> row = row_of<T>(p.batch, token);
             ATKD_UNROLL
             for (uint32_t i = 0; i < AHEAD<T>; i++) {
-                next[i] = load_or_nothing(row_of<T>(p.batch, token), thread_index() + i * stride);
+                next[i] = load_or_nothing(row, thread_index() + i * stride);
             }
         }
     };
