@@ -364,9 +364,11 @@ constexpr uint32_t WARP = 32;
 // Logits that one thread handles at once: 16 bytes of half precision, twice that of single.
 constexpr uint32_t CHUNK = 8;
 
+// Bytes that the L2 cache holds together.
+constexpr uint32_t LINE = 128;
+
 // A row of V elements, seen as chunks. Chunk 0 starts at or before the row, so that every later chunk
-// starts at a multiple of its own bytes; the parts of the first and last chunk that lie outside the row do
-// not exist.
+// starts at a multiple of its own bytes; what lies outside the row does not exist.
 template <class T> struct Row {
     T *data;
     uint32_t vocab;
@@ -377,7 +379,7 @@ template <class T> struct Row {
 
     // `lead` is given by the row that leads; a row of another alignment is read element by element.
     ATKD_DEVICE Row(T *row, uint32_t vocab_, uint32_t lead_)
-        : data(row), vocab(vocab_), lead(lead_), first_whole(lead_ > 0 ? 1 : 0), wholes(0) {
+        : data(row), vocab(vocab_), lead(lead_), first_whole((lead_ + CHUNK - 1) / CHUNK), wholes(0) {
         uint32_t end = (vocab + lead) / CHUNK;
         if ((reinterpret_cast<uintptr_t>(row) - lead * sizeof(T)) % 16 == 0 && end > first_whole) {
             wholes = end - first_whole;
@@ -402,10 +404,9 @@ template <class T> struct Row {
     }
 };
 
-// How many elements before the row a multiple of a chunk's bytes lies, fewer than CHUNK.
-template <class T> ATKD_DEVICE uint32_t lead_of(const T *row) {
-    uint32_t misalignment = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row) % (CHUNK * sizeof(T)));
-    return misalignment / static_cast<uint32_t>(sizeof(T));
+// How many elements before the row a multiple of some bytes lies; by itself of a chunk's, so fewer than CHUNK.
+template <class T> ATKD_DEVICE uint32_t lead_of(const T *row, uint32_t bytes = CHUNK * sizeof(T)) {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row) % bytes) / static_cast<uint32_t>(sizeof(T));
 }
 
 constexpr float OUTSIDE = -__builtin_huge_valf();

@@ -18,7 +18,7 @@ struct Slice {
     bool starts_outside, ends_outside; // the slice has a chunk of the row before those; after them
 
     template <class T> static ATKD_DEVICE Slice of(const Row<const T> &row, uint32_t most, uint32_t rank) {
-        uint32_t before = uint32_t(reinterpret_cast<uintptr_t>(row.at(0)) % 128 / (CHUNK * sizeof(T)));
+        uint32_t before = uint32_t(reinterpret_cast<uintptr_t>(row.at(0)) % LINE / (CHUNK * sizeof(T)));
         uint32_t all = before + row.chunks(), from = rank * most < all ? rank * most : all;
         uint32_t places = most < all - from ? most : all - from, start = from - before;
         uint32_t first = rank == 0 ? before : 0;

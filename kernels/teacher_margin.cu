@@ -117,9 +117,10 @@ constexpr uint32_t MOST_WARPS = 256 / WARP; // of the launch bounds
 // Before the first: of odd parity, and the barrier's phase before its first counts as over; and no warp's to merge.
 constexpr uint32_t NO_ROW = 0xffffffffu;
 
+// In chunks of which the first starts where a line does, so that a warp reads whole lines; it may end before the row.
 template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint32_t token) {
     const T *data = teacher_row<T>(batch, token);
-    return Row<const T>(data, batch.vocab, lead_of(data));
+    return Row<const T>(data, batch.vocab, lead_of(data, LINE));
 }
 
 // From the sums of all warps to the token's key, by one of them.
