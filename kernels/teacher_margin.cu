@@ -171,7 +171,7 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
         }
     };
     if (thread_index() == 0) {
-        ATKD_INIT_BARRIER(posted, 0, warps);
+        ATKD_INIT_BARRIER(posted, 0, stride);
     }
     ATKD_SYNC_BLOCK();
     uint32_t token = block_index();
@@ -222,12 +222,11 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
             float sum = reduce_warp(own.sum * exp2_fast(own.reference - reference_of(max, own.exponent)), Sum());
             merge_posted();
             posted_row = posted_row + 1 == 2 * warps ? 0 : posted_row + 1;
-            // All lanes have read what they merged.
-            sync_warp();
             if (thread_index() % WARP == 0) {
                 sums[posted_row % 2 * MOST_WARPS + warp] = WarpSum{max, sum, token, target};
-                ATKD_ARRIVE(posted, 0);
             }
+            // All lanes: each has read what it merged.
+            ATKD_ARRIVE(posted, 0);
         }
         token = token_after;
         label = label_after;
