@@ -3,8 +3,8 @@
 //   nvcc -std=c++17 -O3 -arch=native -o memory benches/memory.cu && ./memory
 //
 // Each volume is 8192 rows of V elements of 2 bytes. Of each access pattern the best of several grids, the median of 15
-// runs. Bytes read and written count alike. What was written last lies in the L2 cache until others take its place, and
-// that takes their time: a call in place leaves gradients to the margins of the next, a model its logits.
+// runs. Bytes read and written count alike. What a kernel has written last is still in the L2 cache when it ends, and
+// leaves it at the expense of the next one: before margins in a call in place, gradients of the call before.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -58,6 +58,8 @@ template <class Before, class F> double median_ms(Before before, F run) {
     for (int i = 0; i < 2 * RUNS; i++) {
         CHECK(cudaEventCreate(&starts[i]));
         CHECK(cudaEventCreate(&ends[i]));
+    }
+    for (int i = 0; i < 2 * RUNS; i++) {
         before();
         CHECK(cudaEventRecord(starts[i]));
         run();

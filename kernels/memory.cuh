@@ -404,7 +404,7 @@ template <class T> struct Row {
     }
 };
 
-// How many elements before the row a multiple of some bytes lies; by itself of a chunk's, so fewer than CHUNK.
+// How many elements before the row a multiple of these bytes lies; unless they are given, of a chunk's.
 template <class T> ATKD_DEVICE uint32_t lead_of(const T *row, uint32_t bytes = CHUNK * sizeof(T)) {
     return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row) % bytes) / static_cast<uint32_t>(sizeof(T));
 }
