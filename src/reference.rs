@@ -6,41 +6,49 @@ use crate::objective::{Coefficient, Target};
 use crate::output::TokenTerms;
 use crate::{Batch, Elements, Logits, Objective, Output, Result};
 
-/// A distribution over the vocabulary and its split at the target, as logarithms: probabilities that
-/// underflow still have one.
+/// A distribution over the vocabulary, split at the target, as logarithms: probabilities that
+/// underflow still have one. Everything is relative to the largest logit off the target, before the
+/// temperature divides it, so that logits of any finite size cancel nothing.
 struct Split {
-    /// log p_j
-    log_p: Vec<f64>,
-    /// log (1 - p_g), summed over the others, since 1 - p_g loses every digit near 1.
+    /// log of p_j renormalised over the non-targets; -inf where p_j is 0, and at the target.
+    log_renormalised: Vec<f64>,
+    /// log ((1 - p_g) / p_g)
+    margin: f64,
+    /// log p_g
+    log_target: f64,
+    /// log (1 - p_g), by way of the margin, since 1 - p_g loses every digit near 1.
     log_rest: f64,
 }
 
 impl Split {
-    fn new(logits: &[f64], target: usize) -> Self {
-        let normaliser = log_sum_exp(logits.iter().copied());
-        let log_p: Vec<f64> = logits.iter().map(|z| z - normaliser).collect();
-        let others = log_p.iter().enumerate().filter(|&(j, _)| j != target);
-        let log_rest = log_sum_exp(others.map(|(_, &l)| l));
-        Self { log_p, log_rest }
+    /// `logits` as [`defined`] has them.
+    fn new(logits: &[f64], temperature: f64, target: usize) -> Self {
+        let others = || logits.iter().enumerate().filter(|&(j, _)| j != target).map(|(_, &z)| z);
+        let max = others().fold(f64::NEG_INFINITY, f64::max);
+        // Nothing but -inf has no distances.
+        let over = |z: f64| if max.is_finite() { (z - max) / temperature } else { z };
+        let log_sum = others().map(|z| over(z).exp()).sum::<f64>().ln();
+        let mut log_renormalised: Vec<f64> = logits
+            .iter()
+            .map(|&z| if z == f64::NEG_INFINITY { z } else { over(z) - log_sum })
+            .collect();
+        log_renormalised[target] = f64::NEG_INFINITY;
+        let margin = log_sum + (max - logits[target]) / temperature;
+        let log_target = log_sigmoid(-margin);
+        Self { log_renormalised, margin, log_target, log_rest: log_sigmoid(margin) }
     }
 
-    /// log of p_j renormalised over the non-targets; -inf where p_j is 0.
-    fn log_renormalised(&self, j: usize) -> f64 {
-        if self.log_p[j] == f64::NEG_INFINITY {
-            f64::NEG_INFINITY
-        } else {
-            self.log_p[j] - self.log_rest
-        }
+    /// p_j
+    fn probability(&self, j: usize, target: usize) -> f64 {
+        let log =
+            if j == target { self.log_target } else { self.log_rest + self.log_renormalised[j] };
+        log.exp()
     }
 }
 
-fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
-    let max = values.clone().fold(f64::NEG_INFINITY, f64::max);
-    if max == f64::NEG_INFINITY {
-        // Nothing but -inf, unless there is a NaN, which `max` passes over.
-        return values.fold(max, |sum, value| if value.is_nan() { value } else { sum });
-    }
-    max + values.map(|value| (value - max).exp()).sum::<f64>().ln()
+/// log 1 / (1 + e^-x)
+fn log_sigmoid(x: f64) -> f64 {
+    x.min(0.0) - (-x.abs()).exp().ln_1p()
 }
 
 /// p log(p / q), with the limits: 0 where p is 0, +inf where only q is.
@@ -56,10 +64,6 @@ fn divergence(log_p: f64, log_q: f64) -> f64 {
 
 fn widen(row: Elements) -> Vec<f64> {
     (0..row.len()).map(|j| f64::from(row.get(j))).collect()
-}
-
-fn over(logits: &[f64], temperature: f64) -> Vec<f64> {
-    logits.iter().map(|z| z / temperature).collect()
 }
 
 fn defined(logits: &[f64]) -> bool {
@@ -123,9 +127,11 @@ pub(crate) fn compute(
         .enumerate()
         .map(|(token, target)| {
             target.map(|target| {
-                let a = over(&widen(teacher.row(token)), temperature);
-                let p = Split::new(&a, target);
-                if defined(&a) { p.log_rest - p.log_p[target] } else { f64::NAN }
+                let row = widen(teacher.row(token));
+                match defined(&row) {
+                    true => Split::new(&row, temperature, target).margin,
+                    false => f64::NAN,
+                }
             })
         })
         .collect();
@@ -136,13 +142,10 @@ pub(crate) fn compute(
     let mut tokens = vec![TokenTerms::IGNORED; labels.len()];
     for (token, target) in targets.iter().enumerate() {
         let Some(target) = *target else { continue };
-        let a = over(&widen(teacher.row(token)), temperature);
-        let b_at_1 = student(token);
-        let b = over(&b_at_1, temperature);
+        let (a, b) = (widen(teacher.row(token)), student(token));
         let row = gradient.as_deref_mut().map(|g| &mut g[token * vocab..][..vocab]);
         let margin = margins[token].expect("a token with a target has a margin");
-        tokens[token] =
-            one_token(objective, &a, &b, &b_at_1, target, margin, hard[token], scale, row);
+        tokens[token] = one_token(objective, &a, &b, target, margin, hard[token], scale, row);
     }
     Ok(Output::reduce(objective, tokens))
 }
@@ -169,13 +172,13 @@ fn one_token(
     objective: &Objective,
     a: &[f64],
     b: &[f64],
-    b_at_1: &[f64],
     target: usize,
     margin: f64,
     hard: bool,
     scale: f64,
     gradient: Option<&mut [f64]>,
 ) -> TokenTerms {
+    let temperature = objective.temperature();
     if !defined(a) || !defined(b) {
         if let Some(gradient) = gradient {
             gradient.fill(f64::NAN);
@@ -183,7 +186,7 @@ fn one_token(
         let nan = f64::NAN;
         return TokenTerms {
             margin,
-            uncertainty: if defined(a) { Split::new(a, target).log_rest.exp() } else { nan },
+            uncertainty: if defined(a) { log_sigmoid(margin).exp() } else { nan },
             tkd: nan,
             dkd: nan,
             loss: nan,
@@ -191,12 +194,14 @@ fn one_token(
             hard,
         };
     }
-    let (p, q, q_at_1) = (Split::new(a, target), Split::new(b, target), Split::new(b_at_1, target));
+    let p = Split::new(a, temperature, target);
+    let q = Split::new(b, temperature, target);
+    let q_at_1 = Split::new(b, 1.0, target);
     let uncertainty = p.log_rest.exp();
-    let tkd = divergence(p.log_p[target], q.log_p[target]) + divergence(p.log_rest, q.log_rest);
+    let tkd = divergence(p.log_target, q.log_target) + divergence(p.log_rest, q.log_rest);
     let others = || (0..a.len()).filter(|&j| j != target);
-    let dkd: f64 = others().map(|j| divergence(p.log_renormalised(j), q.log_renormalised(j))).sum();
-    let ce = -q_at_1.log_p[target];
+    let dkd: f64 = others().map(|j| divergence(p.log_renormalised[j], q.log_renormalised[j])).sum();
+    let ce = -q_at_1.log_target;
 
     let coefficients = if hard { objective.hard() } else { objective.easy() };
     let number = |coefficient| match coefficient {
@@ -213,20 +218,16 @@ fn one_token(
 
     if let Some(gradient) = gradient {
         let [c_tkd, c_dkd, c_ce] = weights;
-        let (p_g, p_rest) = (p.log_p[target].exp(), uncertainty);
+        let (p_g, p_rest) = (p.log_target.exp(), uncertainty);
         for (j, out) in gradient.iter_mut().enumerate() {
             // d log q_g / db_j = [j = g] - q_j and d log q_rest / db_j = [j != g] qhat_j - q_j.
             let at_target = if j == target { 1.0 } else { 0.0 };
-            let (phat, qhat) = if j == target {
-                (0.0, 0.0)
-            } else {
-                (p.log_renormalised(j).exp(), q.log_renormalised(j).exp())
-            };
-            let q_j = q.log_p[j].exp();
+            let (phat, qhat) = (p.log_renormalised[j].exp(), q.log_renormalised[j].exp());
+            let q_j = q.probability(j, target);
             let tkd = -p_g * (at_target - q_j) - p_rest * (qhat - q_j);
             let dkd = if p.log_rest == f64::NEG_INFINITY { 0.0 } else { qhat - phat };
-            let ce = q_at_1.log_p[j].exp() - at_target;
-            *out = scale * ((c_tkd * tkd + c_dkd * dkd) / objective.temperature() + c_ce * ce);
+            let ce = q_at_1.probability(j, target) - at_target;
+            *out = scale * ((c_tkd * tkd + c_dkd * dkd) / temperature + c_ce * ce);
         }
     }
     TokenTerms { margin, uncertainty, tkd, dkd, loss, valid: true, hard }
