@@ -1,6 +1,6 @@
-// Global memory, shared memory and the few machine instructions that the kernels use. The only file
-// that knows both of the machines they are compiled for: a GPU (nvcc), and the simulator (simt/) on
-// which the same kernels are tested.
+// Global memory, shared memory and the few machine instructions that the kernels use, on both of the
+// machines they are compiled for: a GPU (nvcc), and the simulator (simt/) on which the same kernels are
+// tested.
 #pragma once
 
 #include <stdint.h>

@@ -435,6 +435,70 @@ mod tests {
         }
     }
 
+    /// The kernels say the same of themselves.
+    #[test]
+    fn launch_bounds() {
+        let source = concat!(
+            include_str!("../kernels/teacher_margin.cu"),
+            include_str!("../kernels/row_stream.cu"),
+            include_str!("../kernels/row_resident.cu"),
+            include_str!("../kernels/row_pipelined.cu"),
+            include_str!("../kernels/scale_gradient.cu"),
+            include_str!("../kernels/select_hard.cu"),
+            include_str!("../kernels/count_valid.cu"),
+            include_str!("../kernels/token_terms.cu"),
+        );
+        let pipelined_blocks = H200.pipelined_blocks as usize;
+        let pipelined_wide_blocks = H200.pipelined_wide_blocks as usize;
+        for (kernel, threads, blocks) in [
+            ("teacher_margin_bf16", MARGIN_THREADS, Some(MARGIN_BLOCKS)),
+            ("row_stream_##", STREAM_THREADS, Some(STREAM_BLOCKS)),
+            ("row_resident_bf16", RESIDENT_THREADS, Some(RESIDENT_BLOCKS)),
+            ("row_pipelined_bf16", PIPELINED_THREADS, Some(pipelined_blocks)),
+            ("row_pipelined_wide_bf16", PIPELINED_WIDE_THREADS, Some(pipelined_wide_blocks)),
+            ("scale_gradient_bf16", SCALE_THREADS, Some(SCALE_BLOCKS)),
+            ("select_hard", SELECT_THREADS, None),
+            ("count_valid", TOKEN_THREADS, None),
+            ("token_terms", TOKEN_THREADS, None),
+        ] {
+            let (_, rest) = source.split_once(&format!("ATKD_KERNEL({kernel}")).unwrap();
+            let (arguments, _) = rest.split_once(')').unwrap();
+            let mut bounds = arguments.rsplit(", ").map(|number| number.parse().unwrap());
+            let found: (usize, usize) = (bounds.next().unwrap(), bounds.next().unwrap());
+            assert_eq!(found, (blocks.unwrap_or(found.0), threads), "{kernel}: blocks, threads");
+        }
+    }
+
+    /// scripts/kernel-instructions counts for these. `ATKD_BLESS=1` writes the file anew.
+    #[test]
+    fn counted_plans() {
+        use RowKernel::{Pipelined, PipelinedWide, Resident, Stream};
+        let mut text = String::from(
+            "# kernel, dtype, V: blocks a row, threads a block; of 8192 rows on an H200\n",
+        );
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            for vocab in [4096, 8185, 8192, 16_377, 32_000, 50_257, 128_256, 151_936] {
+                let problem = problem(8192, vocab, dtype, dtype);
+                let mut line = |kernel: &str, launch: LaunchShape| {
+                    let (blocks, threads) = (launch.blocks_a_row(), launch.block);
+                    text += &format!("{kernel} {dtype} {vocab}: {blocks} {threads}\n");
+                };
+                line("teacher_margin", Plan::new(&H200, &problem, None).margin);
+                for row_kernel in [Resident, Pipelined, PipelinedWide, Stream] {
+                    let choice = Preference { row_kernel, team: 0 };
+                    if let Some(plan) = Plan::with(&H200, &problem, choice) {
+                        line(&row_kernel.to_string(), plan.rows);
+                    }
+                }
+            }
+        }
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/plans.txt");
+        if std::env::var_os("ATKD_BLESS").is_some() {
+            std::fs::write(path, &text).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap(), text, "{path}; see ATKD_BLESS");
+    }
+
     #[test]
     fn streamed_rows_in_flight_fit_the_cache() {
         let rows = |device, tokens, vocab| {

@@ -208,8 +208,8 @@ fn planned_teams() {
 #[test]
 fn planned_shapes() {
     let planned = Simulation { block: 1024, cluster: 8, ..preferring(RowKernel::Stream, 0) };
-    let mut input = Input::new(140, 50_257);
-    // Only the first rows count; the plan is for all, of which clusters of 4 hold half a cache.
+    let mut input = Input::new(132, 60_001);
+    // Only the first rows count; the plan is for all, of which clusters of 2 are more than half of the cache.
     input.labels[3..].fill(-100);
     let (output, gradient, traffic) = input.run(planned, &Objective::default(), Extra::default());
     assert_eq!(output.summary().hard_tokens, 2);
@@ -217,8 +217,10 @@ fn planned_shapes() {
     let names: Vec<_> = traffic.iter().map(|(name, _)| *name).collect();
     let rows = "row_stream_bf16_bf16_bf16";
     assert_eq!(names, ["count_valid", rows, "select_hard", rows, "token_terms"]);
-    // Each block of a row's cluster reads the row's label.
-    assert_eq!(bytes(&traffic, rows, "labels").0 % (4 * 384 * 8), 0);
+    // Each of 384 threads of each of 4 blocks of a cluster reads its row's label.
+    let first = traffic.iter().find(|(name, _)| *name == rows).unwrap();
+    let labels = first.1.iter().find(|buffer| buffer.name() == "labels").unwrap();
+    assert_eq!(labels.read, 132 * 4 * 384 * 8);
 }
 
 #[test]
@@ -808,6 +810,16 @@ fn barriers_that_threads_never_reach() {
         1,
         &["deadlock", "rest of their warp", "2 threads (first 5) of block 0 have ended"],
     );
+}
+
+#[test]
+fn blocks_beyond_the_launch_bounds() {
+    for block in [96, 1024] {
+        let shape = LaunchShape { grid: 1, block, cluster: 1, team: 1, shared: 0 };
+        let fault = broken_in(shape, broken_unwritten_shared, 3).unwrap_err();
+        let words = format!("a block of {block} threads, but the launch bounds allow 64");
+        assert!(fault.contains(&words), "{fault}");
+    }
 }
 
 const TEAM: LaunchShape = LaunchShape { grid: 2, block: 32, cluster: 1, team: 2, shared: 0 };

@@ -17,6 +17,8 @@ uint32_t simt_thread_index();
 uint32_t simt_block_threads();
 uint32_t simt_block_index();
 uint32_t simt_cluster_blocks();
+// Where each thread of a kernel begins whose blocks have at most so many. Does not return if this one has more.
+void simt_begin_kernel(uint32_t most_threads);
 void simt_sync_block(uint32_t line);
 void simt_sync_cluster(uint32_t line);
 // Waits for the other lanes of the warp and returns what each of them gave.
@@ -47,7 +49,13 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 }
 
 #define ATKD_DEVICE inline
-#define ATKD_KERNEL(name, params, threads, blocks) extern "C" void name(const params &p)
+#define ATKD_KERNEL(name, params, threads, blocks)                                                            \
+    static ATKD_DEVICE void name##_body(const params &p);                                                     \
+    extern "C" void name(const params &p) {                                                                   \
+        simt_begin_kernel(threads);                                                                           \
+        name##_body(p);                                                                                       \
+    }                                                                                                         \
+    static ATKD_DEVICE void name##_body(const params &p)
 #define ATKD_UNROLL
 #define ATKD_NO_UNROLL
 #define ATKD_SYNC_BLOCK() simt_sync_block(__LINE__)
