@@ -82,6 +82,10 @@ impl Choice {
 }
 
 fn load() -> atkd::Result<Arc<Kernels>> {
+    // Before the driver is looked for, whose absence would hide it.
+    if let Some(hint) = Kernels::missing() {
+        return Err(atkd::Error::NoKernels { hint });
+    }
     Kernels::load(&cuda::context(0)?)
 }
 

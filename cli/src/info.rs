@@ -45,7 +45,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             Ok(Backend::Simt) => ("yes", "the CUDA kernels, simulated as a test; slow".into()),
         };
         let name = choice.to_possible_value().expect("every choice has a name");
-        table.add_row([name.get_name(), usable, &what]);
+        let what = match Kernels::missing() {
+            Some(_) if choice == Choice::Cuda => "the kernels are not in this build, see below",
+            _ => &what,
+        };
+        table.add_row([name.get_name(), usable, what]);
     }
     crate::print(&format!(
         "atkd {} on {} {}\n\n{}",
@@ -57,14 +61,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     crate::print(&format!("\nauto is {}", Choice::Auto.backend()?))?;
     let built: Vec<String> =
         Kernels::architectures().map(|number| format!("sm_{number}")).collect();
-    crate::print(&match built.is_empty() {
-        true => "kernels in this build: none".into(),
-        false => format!("kernels in this build: {}, and PTX", built.join(", ")),
+    crate::print(&match Kernels::missing() {
+        Some(hint) => format!("kernels in this build: none; {hint}"),
+        None => format!("kernels in this build: {}, and PTX", built.join(", ")),
     })?;
 
     let (device, whose) = match &cuda {
         Ok(Backend::Cuda(kernels)) => (kernels.device(), "this device"),
-        _ => (DeviceProperties::H200, "an H200, since there is no device here"),
+        _ => (DeviceProperties::H200, "an H200, since no device can be used here"),
     };
     let dtype = args.dtype.dtype();
     let problem = Problem {

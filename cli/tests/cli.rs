@@ -466,4 +466,9 @@ fn info_names_every_backend() {
     for word in ["cpu", "reference", "cuda", "simt", "auto is", "row_pipelined"] {
         assert!(text.contains(word), "{text}");
     }
+    // Cargo hides the build script's warning of those who install from a registry.
+    if let Some(hint) = cuda::Kernels::missing() {
+        assert!(text.contains("kernels in this build: none") && text.contains(hint), "{text}");
+        fails(atkd(&["bench", "--backend", "cuda"]), &[hint]);
+    }
 }

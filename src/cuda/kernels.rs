@@ -43,6 +43,12 @@ impl Kernels {
         listed.split_whitespace()
     }
 
+    /// Why this build has no kernels, and how to get one that has; `None` if it has them. Cargo shows the build
+    /// script's warning only to those who build from a clone.
+    pub fn missing() -> Option<&'static str> {
+        FAT_BINARY.is_empty().then_some(env!("ATKD_NO_KERNELS"))
+    }
+
     /// Loads the kernels; takes tens of milliseconds, once a context.
     ///
     /// # Errors
@@ -59,8 +65,8 @@ impl Kernels {
         context: &Arc<CudaContext>,
         preferred: Option<Preference>,
     ) -> Result<Arc<Self>> {
-        if FAT_BINARY.is_empty() {
-            return Err(Error::NoKernels { hint: env!("ATKD_NO_KERNELS") });
+        if let Some(hint) = Self::missing() {
+            return Err(Error::NoKernels { hint });
         }
         let attribute =
             |attribute| context.attribute(attribute).map_err(driver("asking the device"));

@@ -28,7 +28,9 @@
 //! ```
 //!
 //! The driver is found at run time, so one binary runs with and without a GPU. The kernels are part of
-//! the binary if there was an nvcc when it was built; [`Kernels::load`] says so if not.
+//! the binary if an nvcc of CUDA 12.8 or later compiled them when it was built: `$NVCC`, or else the first in
+//! `$CUDA_HOME`, `$CUDA_PATH`, `PATH`, `/usr/local/cuda` and Python's packages that can. If none did, [`Kernels::load`]
+//! says why, and how to get one. An empty `$NVCC` asks for a build without kernels.
 //!
 //! Labels are on the device, where no error can be returned: a kernel that meets one outside the
 //! vocabulary drops its token and notes it in the workspace: the [`loss`](Workspace::loss) on the device is NaN, and
