@@ -45,16 +45,21 @@
 //! # Which module
 //!
 //! - [`cpu`] computes: fused, vectorised, on all cores.
-//! - `cuda` computes on NVIDIA GPUs, from and to device memory (feature `cuda`, on by default; builds and
-//!   loads without CUDA too).
+//! - [`cuda`] computes on NVIDIA GPUs, from and to device memory (feature `cuda`, on by default; builds and
+//!   loads without CUDA too). The kernels are in a build only if an nvcc compiled them.
 //! - [`reference`](mod@reference) is the same in float64 straight from the definitions, for checking.
 //! - [`raw`] is calls by address, for other languages and frameworks, and [`cpu`] on such a call.
-//! - `candle`, with the feature of that name, is a differentiable operation for training loops; with
+//! - [`candle`], with the feature of that name, is a differentiable operation for training loops; with
 //!   `candle-cuda` on CUDA tensors too.
-//! - `simt`, with the feature of that name, runs the CUDA kernels on the CPU, as a test.
+//! - [`simt`], with the feature of that name, runs the CUDA kernels on the CPU, as a test.
 //! - [`battery`] holds the tests that every implementation must pass; [`unfused`] is what benchmarks
 //!   compare with.
 #![warn(missing_docs)]
+// Without its feature a module has no page to link to.
+#![cfg_attr(
+    not(all(feature = "candle", feature = "cuda", feature = "simt")),
+    allow(rustdoc::broken_intra_doc_links)
+)]
 
 mod batch;
 pub mod battery;
