@@ -1,5 +1,5 @@
 //! The ATKD loss as an eager framework runs it: one operation a pass, each with a full-size result,
-//! the usual 1e-8 in every logarithm, and the backward steps of each in turn. For benchmarks only:
+//! 1e-8 in every logarithm, and the backward steps of each in turn. For benchmarks only:
 //! [`cpu`](crate::cpu) is what it is compared with.
 
 #[cfg(any(feature = "cuda", feature = "simt"))]
