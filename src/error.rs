@@ -118,6 +118,9 @@ pub enum Error {
         "the stream is being captured into a graph while cudarc tracks the use of memory across streams; call CudaContext::disable_event_tracking before the memory is allocated, or enqueue by address with Workspace::launch"
     )]
     TrackedCapture,
+    /// A kernel did in the simulator what it must not, or the system did not give what the simulator needs.
+    #[error("the simulator of the CUDA kernels: {message}")]
+    Simulation { message: String },
     /// The driver reports an error.
     #[error("{doing}: the CUDA driver reports error {code}, {message}")]
     Driver { doing: &'static str, code: u32, message: String },

@@ -5,13 +5,14 @@ use std::collections::{BinaryHeap, HashMap};
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::Range;
 
-use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
 use crate::plan::LaunchShape;
+use stacks::Stacks;
 
 mod bulk;
 mod races;
+mod stacks;
 
 const WARP: usize = 32;
 /// How many times a warp's threads get ready, on average, before its rank is another.
@@ -340,10 +341,7 @@ pub unsafe fn run<P: 'static>(
     let at_once = if team > 1 { grid } else { cluster };
     let threads = (block * at_once) as usize;
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut stacks: Vec<DefaultStack> = Vec::new();
-    for _ in 0..threads {
-        stacks.push(DefaultStack::new(64 << 10).map_err(|error| format!("no stack: {error}"))?);
-    }
+    let stacks = Stacks::new(threads).map_err(|error| format!("{kernel}: {error}"))?;
     let mut firsts: Vec<u32> = (0..grid).step_by(at_once as usize).collect();
     random.shuffle(&mut firsts);
     for first_block in firsts {
@@ -373,8 +371,8 @@ pub unsafe fn run<P: 'static>(
         let before = MACHINE.replace(machine_pointer.cast());
         // A coroutine may outlive its caller for all that its type says; these do not.
         let parameters = std::ptr::from_ref(parameters);
-        let mut coroutines: Vec<_> = stacks
-            .drain(..)
+        // SAFETY: the coroutines are dropped before the next are made, and before the stacks.
+        let mut coroutines: Vec<_> = unsafe { stacks.iter() }
             .enumerate()
             .map(|(thread, stack)| {
                 Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
@@ -386,15 +384,18 @@ pub unsafe fn run<P: 'static>(
                 })
             })
             .collect();
-        let result = schedule(machine_pointer, |thread| {
+        let mut result = schedule(machine_pointer, |thread| {
             matches!(coroutines[thread].resume(()), CoroutineResult::Return(()))
         });
-        stacks.extend(coroutines.into_iter().map(|mut coroutine| {
+        for coroutine in &mut coroutines {
             // SAFETY: what is left on a stack that stopped halfway is plain numbers.
             unsafe { coroutine.force_reset() };
-            coroutine.into_stack()
-        }));
+        }
         MACHINE.set(before);
+        if let Some(thread) = stacks.overflowed() {
+            machine.blame(thread, "its stack is too small for it");
+            result = machine.fault.take().map_or(result, Err);
+        }
         result?;
     }
     Ok(())

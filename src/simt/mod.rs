@@ -11,7 +11,7 @@ use crate::launch::{self, Launch, Layout, Place, RawCall, RawLabels, RawLogits, 
 use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
-use crate::{Batch, Elements, Labels, Logits, LogitsMut, Objective, Output, Result};
+use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result};
 
 /// How the kernels are run.
 #[derive(Clone, Copy, Debug)]
@@ -81,10 +81,8 @@ fn address<T>(slice: &[T]) -> u64 {
 /// As [`cpu::forward`](crate::cpu::forward), through the CUDA kernels.
 ///
 /// # Errors
-/// As [`cpu::forward`](crate::cpu::forward).
-///
-/// # Panics
-/// If a kernel does what it must not.
+/// As [`cpu::forward`](crate::cpu::forward); and if a kernel does what it must not, or the system does not give its
+/// threads their stacks.
 pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<Output> {
     batch.valid_labels(objective)?;
     Ok(Simulation::default().run(objective, batch, student, None, Extra::default())?.0)
@@ -93,10 +91,7 @@ pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<
 /// As [`cpu::forward_backward`](crate::cpu::forward_backward), through the CUDA kernels.
 ///
 /// # Errors
-/// As [`cpu::forward_backward`](crate::cpu::forward_backward).
-///
-/// # Panics
-/// If a kernel does what it must not.
+/// As [`cpu::forward_backward`](crate::cpu::forward_backward); and as [`forward`].
 pub fn forward_backward(
     objective: &Objective,
     batch: &Batch,
@@ -114,9 +109,6 @@ impl Simulation {
     ///
     /// # Errors
     /// As [`forward_backward`], or if a kernel met a label that is out of range.
-    ///
-    /// # Panics
-    /// As [`forward_backward`].
     pub fn run(
         self,
         objective: &Objective,
@@ -149,9 +141,6 @@ impl Simulation {
     ///
     /// # Errors
     /// As [`run`](Self::run).
-    ///
-    /// # Panics
-    /// As [`forward_backward`].
     pub fn run_in_place(
         self,
         objective: &Objective,
@@ -226,7 +215,7 @@ impl Simulation {
         let output = RawOutput::default();
         for launch in launch::launches(objective, &call, &output, &plan, place)? {
             let mut buffers = buffers.clone();
-            self.launch(&launch, &mut buffers);
+            self.launch(&launch, &mut buffers)?;
             traffic.push((launch.kernel, buffers));
         }
         // SAFETY: so many bytes are there, all of them written.
@@ -238,10 +227,7 @@ impl Simulation {
     /// A gradient times a number, in place, and what was read and written.
     ///
     /// # Errors
-    /// If it is too large.
-    ///
-    /// # Panics
-    /// As [`forward_backward`].
+    /// If it is too large, or as [`forward`].
     pub fn scale_gradient(self, gradient: &mut LogitsMut, factor: f32) -> Result<Traffic> {
         let view = gradient.as_logits();
         let factor = [factor];
@@ -257,7 +243,7 @@ impl Simulation {
             Buffer { writable: true, ..input("gradient", view.elements()) },
             Buffer::input("factor", &factor),
         ];
-        self.launch(&launch, &mut buffers);
+        self.launch(&launch, &mut buffers)?;
         Ok(vec![(launch.kernel, buffers)])
     }
 
@@ -266,9 +252,6 @@ impl Simulation {
     ///
     /// # Errors
     /// As [`run`](Self::run).
-    ///
-    /// # Panics
-    /// As [`forward_backward`].
     pub fn run_unfused(
         self,
         batch: &Batch,
@@ -276,7 +259,7 @@ impl Simulation {
         gradient: &mut LogitsMut,
     ) -> Result<(f64, usize)> {
         let (tokens, vocab) = (student.tokens(), student.vocab());
-        let Some(Labels::I64(labels)) = batch.labels() else { return Err(crate::Error::NoLabels) };
+        let Some(Labels::I64(labels)) = batch.labels() else { return Err(Error::NoLabels) };
         let memory = device::Memory { tokens, vocab };
         let mut work = vec![u128::MAX; memory.bytes().div_ceil(16)];
         work[..size_of::<atkd_summary>().div_ceil(16)].fill(0);
@@ -300,18 +283,18 @@ impl Simulation {
         ];
         let launches = device::launches(&call, &self.device, address(&work))?;
         for launch in &launches {
-            self.launch(launch, &mut buffers);
+            self.launch(launch, &mut buffers)?;
         }
         // SAFETY: the loss lies in this memory.
         let loss = unsafe { *work.as_ptr().cast::<u8>().add(memory.loss()).cast::<f32>() };
         Ok((loss.into(), launches.len()))
     }
 
-    fn launch(self, launch: &Launch, buffers: &mut [Buffer]) {
+    fn launch(self, launch: &Launch, buffers: &mut [Buffer]) -> Result<()> {
         let parameters = launch.parameters.as_ptr();
         // SAFETY: the block is the kernel's.
         unsafe { self.simulate(launch.kernel, launch.shape, parameters, buffers) }
-            .unwrap_or_else(|fault| panic!("{fault}"));
+            .map_err(|message| Error::Simulation { message })
     }
 
     /// Runs a kernel by its name, in as many clusters as `shape` has, of no more blocks and threads than this
