@@ -10,8 +10,8 @@ pub enum Error {
     Setting { name: &'static str, value: f64, allowed: &'static str },
     /// A slice too short, or too long, for the shape that was given with it.
     #[error(
-        "{what} needs {expected} elements for {tokens} tokens of {vocab} logits with row stride \
-         {row_stride}, but the slice holds {actual}"
+        "{} of {} with row stride {row_stride} take {}, but the slice of {what} holds {actual}",
+        count(*tokens, "token"), count(*vocab, "logit"), count(*expected, "element")
     )]
     Length {
         what: &'static str,
@@ -23,7 +23,8 @@ pub enum Error {
     },
     /// A shape that no tensor can have.
     #[error(
-        "{what} has an impossible shape: {tokens} tokens, vocabulary {vocab}, row stride {row_stride}; {reason}"
+        "the shape of {what} is impossible: {}, vocabulary {vocab}, row stride {row_stride}; {reason}",
+        count(*tokens, "token")
     )]
     Shape {
         what: &'static str,
@@ -33,15 +34,16 @@ pub enum Error {
         reason: &'static str,
     },
     /// Teacher, student and gradient must be of one shape.
-    #[error("{what} is [{}, {}], but the teacher's logits are [{}, {}]", .actual[0], .actual[1], .expected[0], .expected[1])]
+    #[error("the shape of {what} is [{}, {}], but that of the teacher's logits is [{}, {}]", .actual[0], .actual[1], .expected[0], .expected[1])]
     ShapeMismatch { what: &'static str, expected: [usize; 2], actual: [usize; 2] },
     /// The gradient has a dtype that the student's logits do not allow.
     #[error(
-        "the gradient is {actual}, but for {student} student logits it must be {student} or F32"
+        "the gradient is {actual}, but for {student} student logits it must be {}",
+        if *student == Dtype::F32 { "F32".into() } else { format!("{student} or F32") }
     )]
     GradientDtype { student: Dtype, actual: Dtype },
     /// One label a token, no more and no fewer.
-    #[error("{labels} labels were given for {tokens} tokens")]
+    #[error("{} given for {}", were(*labels, "label"), count(*tokens, "token"))]
     LabelCount { labels: usize, tokens: usize },
     /// The objective's target is the label, but the batch has none.
     #[error(
@@ -54,16 +56,18 @@ pub enum Error {
     )]
     LabelOutOfRange { token: usize, label: i64, vocab: usize, ignore_index: i64 },
     /// The row offsets of the sequences do not partition the tokens.
-    #[error("sequence offset {index} is {offset}, but {reason} ({tokens} tokens)")]
+    #[error("sequence offset {index} is {offset}, but {reason} ({})", count(*tokens, "token"))]
     Sequences { index: usize, offset: usize, tokens: usize, reason: &'static str },
     /// No address where elements must be.
-    #[error("{what} have no address, but {elements} elements were announced")]
+    #[error("the address of {what} is null, but {} announced", were(*elements, "element"))]
     Null { what: &'static str, elements: usize },
     /// More than the kernels can count.
     #[error("{what} is {value}, but the CUDA kernels take at most {most}")]
     TooLarge { what: &'static str, value: usize, most: usize },
     /// An address that no element of this type can have.
-    #[error("{what} start at {address:#x}, which is no multiple of an element's {multiple} bytes")]
+    #[error(
+        "the address of {what} is {address:#x}, which is no multiple of an element's {multiple} bytes"
+    )]
     Unaligned { what: &'static str, address: u64, multiple: u64 },
     /// The gradient would overwrite what is still to be read. Only exactly over the student's logits is
     /// safe.
@@ -86,7 +90,7 @@ pub enum Error {
     )]
     DeviceSequences { sequence: u64 },
     /// One margin a token, no more and no fewer.
-    #[error("{margins} margins were given for {tokens} tokens")]
+    #[error("{} given for {}", were(*margins, "margin"), count(*tokens, "token"))]
     MarginCount { margins: usize, tokens: usize },
     /// The CPU selects by the teacher's logits alone.
     #[error("margins were given, but the CPU selects hard tokens by the teacher's own; give none")]
@@ -110,7 +114,7 @@ pub enum Error {
     NoKernels { hint: &'static str },
     /// Memory, or a stream, of another context than the kernels'.
     #[error(
-        "{what} belongs to another context (device {actual}) than the kernels (device {expected})"
+        "the context of {what} (device {actual}) is another than that of the kernels (device {expected})"
     )]
     OtherContext { what: &'static str, expected: usize, actual: usize },
     /// A stream that is being captured while cudarc tracks the use of memory with events.
@@ -124,6 +128,16 @@ pub enum Error {
     /// The driver reports an error.
     #[error("{doing}: the CUDA driver reports error {code}, {message}")]
     Driver { doing: &'static str, code: u32, message: String },
+}
+
+/// As in "1 token" and "2 tokens".
+fn count(number: usize, one: &str) -> String {
+    format!("{number} {one}{}", if number == 1 { "" } else { "s" })
+}
+
+/// As in "1 token was" and "2 tokens were".
+fn were(number: usize, one: &str) -> String {
+    format!("{} {}", count(number, one), if number == 1 { "was" } else { "were" })
 }
 
 /// A result with this crate's [`Error`].

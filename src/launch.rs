@@ -37,7 +37,7 @@ impl RawCall {
 }
 
 fn check_sizes(tokens: usize, vocab: usize) -> Result<()> {
-    for (what, value) in [("tokens", tokens), ("the vocabulary", vocab)] {
+    for (what, value) in [("the number of tokens", tokens), ("the vocabulary size", vocab)] {
         if value > i32::MAX as usize {
             return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
         }

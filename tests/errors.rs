@@ -1,6 +1,6 @@
 //! What is wrong with a call is said with the numbers that explain it, and nothing is written.
 
-use atkd::{Batch, Error, Labels, Logits, LogitsMut, Objective, Reduction, cpu, reference};
+use atkd::{Batch, Dtype, Error, Labels, Logits, LogitsMut, Objective, Reduction, cpu, reference};
 use half::bf16;
 
 #[track_caller]
@@ -82,4 +82,59 @@ fn sequences_that_do_not_partition_the_tokens() {
     says(batch.with_sequences(&[1, 3]), &["must be 0"]);
     says(batch.with_sequences(&[0, 2, 1, 3]), &["offset 2 is 1", "fall"]);
     says(batch.with_sequences(&[0, 2]), &["is 2", "3 tokens"]);
+}
+
+/// A message is a sentence of English, whatever it is about and however many there are.
+#[test]
+fn messages_are_sentences() {
+    let is = |error: Error, message: &str| assert_eq!(error.to_string(), message);
+    for what in ["the gradient", "the teacher's logits"] {
+        is(
+            Error::Null { what, elements: 15 },
+            &format!("the address of {what} is null, but 15 elements were announced"),
+        );
+        is(
+            Error::Null { what, elements: 1 },
+            &format!("the address of {what} is null, but 1 element was announced"),
+        );
+        is(
+            Error::Unaligned { what, address: 6, multiple: 4 },
+            &format!("the address of {what} is 0x6, which is no multiple of an element's 4 bytes"),
+        );
+        is(
+            Error::ShapeMismatch { what, expected: [3, 4], actual: [4, 3] },
+            &format!("the shape of {what} is [4, 3], but that of the teacher's logits is [3, 4]"),
+        );
+        let reason = "the vocabulary must hold at least one token";
+        is(
+            Error::Shape { what, tokens: 1, vocab: 0, row_stride: 0, reason },
+            &format!(
+                "the shape of {what} is impossible: 1 token, vocabulary 0, row stride 0; {reason}"
+            ),
+        );
+        is(
+            Error::Length { what, expected: 14, tokens: 3, vocab: 2, row_stride: 6, actual: 12 },
+            &format!(
+                "3 tokens of 2 logits with row stride 6 take 14 elements, but the slice of {what} holds 12"
+            ),
+        );
+        is(
+            Error::OtherContext { what, expected: 0, actual: 1 },
+            &format!(
+                "the context of {what} (device 1) is another than that of the kernels (device 0)"
+            ),
+        );
+    }
+    let dtype = |student, actual| Error::GradientDtype { student, actual };
+    is(
+        dtype(Dtype::F32, Dtype::F16),
+        "the gradient is F16, but for F32 student logits it must be F32",
+    );
+    is(
+        dtype(Dtype::Bf16, Dtype::F16),
+        "the gradient is F16, but for BF16 student logits it must be BF16 or F32",
+    );
+    is(Error::LabelCount { labels: 1, tokens: 3 }, "1 label was given for 3 tokens");
+    is(Error::LabelCount { labels: 3, tokens: 1 }, "3 labels were given for 1 token");
+    is(Error::MarginCount { margins: 0, tokens: 1 }, "0 margins were given for 1 token");
 }
