@@ -57,17 +57,63 @@ pub use tensor::{
 };
 pub use workspace::Workspace;
 
+/// The driver's functions that cudarc calls for this crate and its users: it panics where one is missing.
+#[cfg(any(test, not(feature = "candle-cuda")))]
+const FUNCTIONS: [&str; 44] = [
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuCtxSynchronize",
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDeviceGetCount",
+    "cuDeviceGetName",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuDeviceTotalMem_v2",
+    "cuDriverGetVersion",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventElapsedTime",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuFuncGetAttribute",
+    "cuFuncSetAttribute",
+    "cuGetErrorString",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuInit",
+    "cuLaunchKernelEx",
+    "cuMemAllocAsync",
+    "cuMemAlloc_v2",
+    "cuMemFreeAsync",
+    "cuMemFree_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemsetD8Async",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags",
+    "cuStreamBeginCapture_v2",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamEndCapture",
+    "cuStreamIsCapturing",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+];
+
 /// The primary context of a device.
 ///
 /// # Errors
-/// If there is no driver, or no such device.
+/// If there is no driver, one that lacks functions of CUDA 12.0, or no such device.
 pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
     // With candle-cuda the driver's library is linked, and so is there.
-    // SAFETY: looks whether it can be loaded.
     #[cfg(not(feature = "candle-cuda"))]
-    if !unsafe { cudarc::driver::sys::is_culib_present() } {
-        return Err(Error::NoDriver);
-    }
+    find_functions()?;
     let devices = match CudaContext::device_count() {
         Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
         devices => devices.map_err(driver("counting the devices"))? as usize,
@@ -76,6 +122,29 @@ pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
         return Err(Error::NoDevice { ordinal, devices });
     }
     CudaContext::new(ordinal).map_err(driver("opening the device"))
+}
+
+#[cfg(not(feature = "candle-cuda"))]
+fn find_functions() -> Result<()> {
+    // SAFETY: looks whether it can be loaded.
+    if !unsafe { cudarc::driver::sys::is_culib_present() } {
+        return Err(Error::NoDriver);
+    }
+    // SAFETY: it can be loaded, and what is found in it is not called here.
+    let missing = unsafe {
+        let library = cudarc::driver::sys::culib();
+        FUNCTIONS.iter().find(|name| library.get::<fn()>(name.as_bytes()).is_err())
+    };
+    match missing {
+        None => Ok(()),
+        Some(name) => Err(Error::Driver {
+            doing: "looking for the driver's functions",
+            code: CUresult::CUDA_ERROR_NOT_FOUND as u32,
+            message: format!(
+                "its library libcuda has no {name}; a driver for CUDA 12.0 or later is needed"
+            ),
+        }),
+    }
 }
 
 /// An error of the driver, with what was tried.
@@ -87,5 +156,24 @@ fn driver(doing: &'static str) -> impl Fn(DriverError) -> Error {
             |_| format!("{:?}", error.0),
             |message| message.to_string_lossy().into_owned(),
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::FUNCTIONS;
+
+    /// The simulated driver has what is called and no more, or its tests would not pass.
+    #[test]
+    fn functions_are_those_of_the_simulated_driver() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/simt-driver/src/lib.rs");
+        let source = std::fs::read_to_string(path).unwrap();
+        let mut there: Vec<&str> = source
+            .split("fn ")
+            .filter_map(|rest| rest.split_once('(').map(|(name, _)| name))
+            .filter(|name| name.starts_with("cu") && !name.contains(' '))
+            .collect();
+        there.sort_unstable();
+        assert_eq!(there, FUNCTIONS);
     }
 }
