@@ -198,7 +198,7 @@ impl RawOutput {
 }
 
 /// The loss on host memory: forward alone if the call has no gradient. The calling thread works, and all but
-/// one of the threads of `pool`, or of rayon's current pool.
+/// one of the threads of `pool`, or of rayon's current pool, if they are free: see [`cpu`] for that, and for forks.
 ///
 /// # Errors
 /// As [`cpu::forward_backward`]; and if an address is null or not aligned, or the gradient overlaps what it

@@ -5,6 +5,13 @@
 //! thread pool, as many in all as the pool has, work on rows of their own; the result is the same, bit for
 //! bit, for any number of threads.
 //!
+//! A call may be made anywhere: in a task of the pool, or with a lock held that tasks of the pool want. Threads of the
+//! pool help if they are free before the work is done, and the calling thread does what is left; nobody waits for
+//! a thread that is busy with something else. A call works in the child of a fork, too, whatever threads of the parent
+//! were doing. The parent's pools have no threads there, so that calls have others to help them, of a pool
+//! that this crate makes: as many as the pool has that they would have been of, and at most one a core
+//! (`RAYON_NUM_THREADS`).
+//!
 //! Which tokens are hard is known only when every teacher's row has been read. A gradient of its own is
 //! written at once for the group that the tokens so far suggest, and the few that turn out wrong are
 //! done again: the result is the exact selection's, and the logits are read once. A gradient in place
