@@ -382,7 +382,11 @@ void atkd_objective_destroy(struct AtkdObjective *objective);
 /*
  A workspace for host memory, to be destroyed by atkd_workspace_destroy. A call is worked on by
  `threads` threads: the one that makes it, and others that the workspace's calls share. If `threads` is
- 0, by one a core, and all of the process shares the others.
+ 0, by one a core, and all of the process shares the others. No call waits for a thread that is busy with
+ something else.
+
+ In the child of a fork a workspace for host memory can be used as in its parent, whatever the parent's
+ threads were doing: atkd starts other threads there.
 
  # Safety
  `workspace` is null or has room for a pointer.

@@ -1,6 +1,7 @@
 //! Where calls run: on threads, or on a CUDA device.
 
 use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::Objective;
@@ -13,8 +14,24 @@ use crate::status::{ATKD_INVALID_ARGUMENT, Failure};
 
 pub(crate) enum Place {
     /// On the pool that all of the process shares if there is none.
-    Host(Option<ThreadPool>),
+    Host(Option<Threads>),
     Cuda(Box<Mutex<Workspace>>),
+}
+
+/// A pool of the process that made it.
+pub(crate) struct Threads {
+    process: u32,
+    pool: ManuallyDrop<ThreadPool>,
+}
+
+impl Drop for Threads {
+    /// A fork has copied the pool, but not its threads, which its end would wake.
+    fn drop(&mut self) {
+        if self.process == std::process::id() {
+            // SAFETY: it is not used again.
+            unsafe { ManuallyDrop::drop(&mut self.pool) };
+        }
+    }
 }
 
 impl Place {
@@ -26,7 +43,7 @@ impl Place {
             let message = format!("{threads} threads cannot be started: {error}");
             Failure::new(ATKD_INVALID_ARGUMENT, message)
         })?;
-        Ok(Self::Host(Some(pool)))
+        Ok(Self::Host(Some(Threads { process: std::process::id(), pool: ManuallyDrop::new(pool) })))
     }
 
     pub(crate) fn cuda(device: i32, max_tokens: usize) -> Result<Self, Failure> {
@@ -52,7 +69,9 @@ impl Place {
     ) -> Result<(), Failure> {
         match self {
             // SAFETY: the caller's.
-            Self::Host(pool) => unsafe { raw::run(pool.as_ref(), objective, call, output) }?,
+            Self::Host(threads) => unsafe {
+                raw::run(threads.as_ref().map(|threads| &*threads.pool), objective, call, output)
+            }?,
             Self::Cuda(workspace) => {
                 let mut workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
                 // SAFETY: the caller's.

@@ -1,4 +1,4 @@
-//! A C program, compiled and linked against both libraries, calls everything.
+//! C programs, compiled and linked against both libraries, call everything.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,15 +9,15 @@ fn libraries() -> PathBuf {
     test.parent().expect("it is in a folder").to_owned()
 }
 
-fn compile_and_run(library: &Path) {
+fn compile_and_run(source: &str, library: &Path) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = tempfile::tempdir().expect("a folder for the program");
-    let program = folder.path().join("call");
+    let program = folder.path().join("program");
     let compiled = Command::new("cc")
         .args(["-Wall", "-Wextra", "-Werror"])
         .arg("-I")
         .arg(root.join("include"))
-        .arg(root.join("tests/call.c"))
+        .arg(root.join("tests").join(source))
         .arg(library)
         .args(["-lpthread", "-ldl", "-lm", "-o"])
         .arg(&program)
@@ -36,10 +36,12 @@ fn compile_and_run(library: &Path) {
 #[test]
 fn c_with_the_shared_library() {
     let name = format!("{}atkd_c{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
-    compile_and_run(&libraries().join(name));
+    for source in ["call.c", "fork.c"] {
+        compile_and_run(source, &libraries().join(&name));
+    }
 }
 
 #[test]
 fn c_with_the_static_library() {
-    compile_and_run(&libraries().join("libatkd_c.a"));
+    compile_and_run("call.c", &libraries().join("libatkd_c.a"));
 }

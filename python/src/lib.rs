@@ -159,8 +159,8 @@ fn run_on_host(
             call.tokens * gradient.row_stride * gradient.dtype.size(),
         );
     }
+    let pool = threads::pool(py, threads)?;
     py.detach(|| {
-        let pool = threads::pool(threads)?;
         // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these
         // shapes that it holds, and nobody else writes to them meanwhile.
         unsafe { raw::run(Some(&pool), &objective.0, &call, &output) }.map_err(exception)?;

@@ -12,14 +12,15 @@ struct Pool {
     pool: Arc<ThreadPool>,
 }
 
+/// Locked by who holds Python's lock, as who forks does: a child finds it free.
 static LAST: Mutex<Option<Pool>> = Mutex::new(None);
 
-/// A pool of `threads` threads: the last call's, if it had as many and was in this process.
-pub fn pool(threads: usize) -> PyResult<Arc<ThreadPool>> {
-    let process = std::process::id();
+/// A pool of `threads` threads: the last call's, if it had as many. In the child of a fork, where the last may be the
+/// parent's, the call takes no more of it than their number.
+pub fn pool(_: Python, threads: usize) -> PyResult<Arc<ThreadPool>> {
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(last) = &*last
-        && (last.process, last.threads) == (process, threads)
+        && last.threads == threads
     {
         return Ok(last.pool.clone());
     }
@@ -27,6 +28,7 @@ pub fn pool(threads: usize) -> PyResult<Arc<ThreadPool>> {
         PyRuntimeError::new_err(format!("{threads} threads cannot be started: {error}"))
     })?;
     let pool = Arc::new(pool);
+    let process = std::process::id();
     let before = last.replace(Pool { process, threads, pool: pool.clone() });
     if let Some(before) = before
         && before.process != process

@@ -1,6 +1,9 @@
 """What a training loop does with the loss."""
 
 import os
+import signal
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -199,12 +202,43 @@ def test_the_same_bits_for_any_number_of_threads():
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_works_after_a_fork():
-    """A fork copies the thread pool without its threads."""
-    student, teacher, labels = batch(64, 1000)
-    expected = atkd.atkd_loss(student, teacher, labels)
+def holds_in_child(work: Callable[[], bool]) -> bool:
+    """Whether it is true in a child, before its alarm."""
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(atkd.atkd_loss(student, teacher, labels), expected) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+        signal.alarm(60)
+        held = False
+        try:
+            held = work()
+        finally:
+            os._exit(0 if held else 1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_works_after_a_fork():
+    """A fork copies the thread pool without its threads, and locks that those hold."""
+    student, teacher, labels = batch(64, 1000)
+    expected = atkd.atkd_loss(student, teacher, labels)
+
+    def same() -> bool:
+        return torch.equal(atkd.atkd_loss(student, teacher, labels), expected)
+
+    assert holds_in_child(same)
+    assert holds_in_child(lambda: same() and holds_in_child(same))
+    stop = threading.Event()
+
+    def call_until_stopped() -> None:
+        while not stop.is_set():
+            assert same()
+
+    others = [threading.Thread(target=call_until_stopped) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        assert all(holds_in_child(same) for _ in range(50))
+    finally:
+        stop.set()
+        for other in others:
+            other.join()
