@@ -1,13 +1,14 @@
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use atkd::{Batch, Objective, Output, Reduction, Target};
 use clap::ValueEnum;
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
 
 use crate::backend::{Backend, Choice};
+use crate::destination::Destination;
 use crate::tensors::{self, Matrix};
 
 /// The loss of a file of logits, and its gradient.
@@ -118,9 +119,8 @@ impl Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let objective = args.objective()?;
     let backend = args.backend.backend()?;
-    if let Some(path) = &args.grad {
-        check_destination(path, &args.file)?;
-    }
+    let destination =
+        args.grad.as_ref().map(|path| Destination::open(path, &args.file)).transpose()?;
     let bytes = tensors::open(&args.file)?;
     let file = tensors::parse(&args.file, &bytes)?;
     let student = Matrix::read(&args.file, &file, "student")?;
@@ -144,14 +144,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         None => Batch::unlabelled(teacher),
     };
     let logits = student.logits().context("`student`")?;
-    let output = match &args.grad {
+    let output = match destination {
         None => backend.forward(&objective, &batch, logits)?,
-        Some(path) => {
+        Some(destination) => {
             let mut gradient = Matrix::zeros(logits.dtype(), student.tokens, student.vocab)?;
             let view = gradient.logits_mut()?;
             let output = backend.forward_backward(&objective, &batch, logits, view)?;
-            write(path, &gradient, &output)
-                .map_err(|error| anyhow!("cannot write {}: {error}", path.display()))?;
+            write(destination, &gradient, &output)?;
             output
         }
     };
@@ -159,30 +158,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The gradient replaces what is at `path`, which must be a file, and not the one it is computed from.
-fn check_destination(path: &Path, input: &Path) -> Result<()> {
-    let Ok(metadata) = std::fs::metadata(path) else { return Ok(()) };
-    if !metadata.is_file() {
-        let kind = if metadata.is_dir() { "a directory" } else { "a device or pipe" };
-        bail!(
-            "--grad {} is {kind}, but must be a regular file or a new name; leave --grad out if the \
-             gradient is not wanted",
-            path.display()
-        );
-    }
-    if let (Ok(path), Ok(input)) = (path.canonicalize(), input.canonicalize())
-        && path == input
-    {
-        bail!(
-            "--grad {} is the file that the logits are read from; give the gradient another name",
-            path.display()
-        );
-    }
-    Ok(())
-}
-
-/// Writes the whole file or nothing.
-fn write(path: &Path, gradient: &Matrix, output: &Output) -> Result<()> {
+/// The gradient and each token's terms, as safetensors.
+fn write(destination: Destination, gradient: &Matrix, output: &Output) -> Result<()> {
     let tokens = output.tokens.len();
     let column = |term: fn(&atkd::TokenTerms) -> f64| {
         output
@@ -198,38 +175,28 @@ fn write(path: &Path, gradient: &Matrix, output: &Output) -> Result<()> {
         ("loss", column(|token| token.loss)),
     ];
     let hard: Vec<u8> = output.tokens.iter().map(|token| token.hard.into()).collect();
-    let mut views = vec![
-        (
-            "grad",
-            TensorView::new(
-                gradient.dtype(),
-                vec![gradient.tokens, gradient.vocab],
-                gradient.bytes(),
-            )?,
-        ),
-        ("hard", TensorView::new(safetensors::Dtype::U8, vec![tokens], &hard)?),
-    ];
+    let matrix = vec![gradient.tokens, gradient.vocab];
+    let mut tensors = vec![("grad", gradient.dtype(), matrix, gradient.bytes())];
     for (name, bytes) in &columns {
-        views.push((name, TensorView::new(safetensors::Dtype::F32, vec![tokens], bytes)?));
+        tensors.push((name, safetensors::Dtype::F32, vec![tokens], bytes));
     }
-    let folder = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // What any new file asks for; the user's umask takes its share.
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    tensors.push(("hard", safetensors::Dtype::U8, vec![tokens], &hard));
+    // The widest elements come first, so that all are aligned.
+    tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.1.bitsize()));
+
+    let mut end = 0;
+    let mut parts = Vec::new();
+    let mut infos = Vec::new();
+    for (name, dtype, shape, bytes) in tensors {
+        let start = end;
+        end += bytes.len();
+        infos.push((name.into(), TensorInfo { dtype, shape, data_offsets: (start, end) }));
+        parts.push(bytes);
     }
-    let temporary = builder.tempfile_in(folder)?.into_temp_path();
-    let permissions = std::fs::metadata(&temporary)?.permissions();
-    // This replaces the file by a private one.
-    safetensors::serialize_to_file(views, None, &temporary)?;
-    std::fs::set_permissions(&temporary, permissions)?;
-    temporary.persist(path)?;
-    Ok(())
+    let mut header = serde_json::to_vec(&Metadata::new(None, infos)?)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let length = (header.len() as u64).to_le_bytes();
+    destination.write([&length[..], &header].into_iter().chain(parts))
 }
 
 /// A number, or its name where JSON has none.

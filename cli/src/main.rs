@@ -2,6 +2,7 @@
 
 mod backend;
 mod bench;
+mod destination;
 mod gradcheck;
 mod info;
 mod loss;
@@ -24,7 +25,7 @@ use clap::{Parser, Subcommand};
 ///
 ///   atkd loss batch.safetensors --grad gradient.safetensors
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true, verbatim_doc_comment)]
+#[command(name = "atkd", version, arg_required_else_help = true, verbatim_doc_comment)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -32,8 +32,17 @@ impl DtypeName {
 
 /// Opens the file for as long as the program runs.
 pub fn open(path: &Path) -> Result<Mmap> {
-    let file =
-        std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let cannot = || format!("cannot open {}", path.display());
+    // Asked first: a pipe that nobody writes to would not open.
+    let metadata = std::fs::metadata(path).with_context(cannot)?;
+    if !metadata.is_file() {
+        bail!(
+            "cannot read {}: it is {}, but must be a regular file, which is mapped into memory",
+            path.display(),
+            if metadata.is_dir() { "a directory" } else { "a pipe or device" }
+        );
+    }
+    let file = std::fs::File::open(path).with_context(cannot)?;
     // SAFETY: as for any mapped file, whoever truncates it meanwhile ends this program.
     unsafe { Mmap::map(&file) }.with_context(|| format!("cannot read {}", path.display()))
 }

@@ -257,6 +257,12 @@ fn bad_settings() {
         }
     }
     fails(atkd(&["bench", "--tokens", "0"]), &["--tokens 0"]);
+    for runs in ["0", "1000001", "4294967296", &u64::MAX.to_string()] {
+        fails(
+            atkd(&["bench", "--runs", runs, "--tokens", "1", "--vocab", "10"]),
+            &[&format!("--runs is {runs}"), "at least 1", "1000000"],
+        );
+    }
     let huge = u64::MAX.to_string();
     fails(atkd(&["bench", "--tokens", &huge]), &["does not fit"]);
     // A product that an address holds and no allocation does, and one that no machine has.
@@ -277,7 +283,7 @@ fn bad_files() {
     let label = ("labels", Dtype::I64, &[TOKENS][..], &labels[..]);
 
     fails(loss(&files.path("absent"), &[]), &["absent", "No such file"]);
-    fails(loss(files.folder.path(), &[]), &["cannot read"]);
+    fails(loss(files.folder.path(), &[]), &["cannot read", "is a directory", "regular file"]);
     std::fs::write(files.path("text"), "not safetensors at all").unwrap();
     fails(loss(&files.path("text"), &[]), &["text", "not a safetensors file"]);
     std::fs::write(files.path("empty"), "").unwrap();
@@ -320,10 +326,172 @@ fn a_failed_run_leaves_no_file() {
 
     let folder = files.folder.path();
     fails(loss(&path, &["--grad", folder.to_str().unwrap()]), &["is a directory"]);
+}
 
+/// A place where nothing can be written is told before anything is read, let alone computed.
+#[test]
+fn a_place_that_cannot_be_written_to_is_told_first() {
+    let files = Files::new();
+    let absent = files.path("absent");
+    let fails_at = |place: &Path, words: &[&str]| {
+        fails(loss(&absent, &["--grad", place.to_str().unwrap()]), words);
+    };
+    fails_at(&files.path("nowhere").join("out"), &["cannot write", "no folder", "nowhere"]);
+    fails_at(&files.path("out/"), &["out/", "directory"]);
+    fails_at(&files.path(&"x".repeat(300)), &["cannot write", "name too long"]);
+    let file = files.path("file");
+    std::fs::write(&file, "old").unwrap();
+    fails_at(&file.join("out"), &["cannot write"]);
+    let mut permissions = file.metadata().unwrap().permissions();
+    permissions.set_readonly(true);
+    std::fs::set_permissions(&file, permissions).unwrap();
+    fails_at(&file, &["cannot write", "file", "read-only"]);
+    assert_eq!(std::fs::read(&file).unwrap(), b"old");
+    assert_eq!(files.names(), ["file"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn the_gradient_goes_where_a_link_leads() {
+    use std::os::unix::fs::symlink;
+    let files = Files::new();
     let path = files.batch("batch", &files.labels);
-    let nowhere = files.path("nowhere").join("out");
-    fails(loss(&path, &["--grad", nowhere.to_str().unwrap()]), &["cannot write", "nowhere"]);
+    std::fs::create_dir(files.path("folder")).unwrap();
+    let target = files.path("folder/target");
+    // A link to a link, both relative, to a file that is not there, and later is.
+    symlink("folder/second", files.path("first")).unwrap();
+    symlink("target", files.path("folder/second")).unwrap();
+    let link = files.path("first");
+    for before in [None, Some("old")] {
+        if let Some(before) = before {
+            std::fs::write(&target, before).unwrap();
+        }
+        loss(&path, &["--grad", link.to_str().unwrap()]).assert().success();
+        for link in [&link, &files.path("folder/second")] {
+            assert!(link.symlink_metadata().unwrap().is_symlink());
+        }
+        let bytes = std::fs::read(&target).unwrap();
+        assert!(SafeTensors::deserialize(&bytes).unwrap().tensor("grad").is_ok());
+        assert_eq!(std::fs::read_dir(files.path("folder")).unwrap().count(), 2);
+    }
+    symlink("circle", files.path("circle")).unwrap();
+    fails(
+        loss(&path, &["--grad", files.path("circle").to_str().unwrap()]),
+        &["cannot write", "circle", "symbolic links"],
+    );
+    assert_eq!(files.names(), ["batch", "circle", "first", "folder"]);
+}
+
+/// However it ends, nothing is left of a gradient that is not whole.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_killed_run_leaves_no_file() {
+    let files = Files::new();
+    let shape: &[usize] = &[1000, 4000];
+    let logits = vec![0; 4_000_000 * 4];
+    let labels = vec![0; 1000 * 8];
+    let path = files.save(
+        "batch",
+        &[
+            ("student", Dtype::F32, shape, &logits),
+            ("teacher", Dtype::F32, shape, &logits),
+            ("labels", Dtype::I64, &[1000], &labels),
+        ],
+    );
+    let out = files.path("out");
+    for milliseconds in [5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150] {
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_atkd"))
+            .arg("loss")
+            .arg(&path)
+            .args(["--backend", "cpu", "--grad", out.to_str().unwrap()])
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if out.exists() {
+            assert!(SafeTensors::deserialize(&std::fs::read(&out).unwrap()).is_ok());
+            std::fs::remove_file(&out).unwrap();
+        }
+        assert_eq!(files.names(), ["batch"], "killed after {milliseconds} ms");
+    }
+}
+
+/// What cannot be mapped into memory is told at once; a pipe that nobody writes to would be waited for.
+#[cfg(unix)]
+#[test]
+fn pipes_and_devices_are_no_input() {
+    let files = Files::new();
+    let pipe = files.path("pipe");
+    Command::new("mkfifo").arg(&pipe).assert().success();
+    let mut command = loss(&pipe, &[]);
+    command.timeout(std::time::Duration::from_secs(20));
+    fails(command, &["cannot read", "pipe", "regular file"]);
+    fails(loss(Path::new("/dev/null"), &[]), &["cannot read", "/dev/null", "device"]);
+    // As a shell's <(...) is.
+    let mut command = loss(Path::new("/dev/stdin"), &[]);
+    command.write_stdin("{}");
+    fails(command, &["cannot read", "/dev/stdin", "pipe"]);
+}
+
+#[test]
+fn the_version_is_the_program_s() {
+    for flag in ["--version", "-V"] {
+        let output = atkd(&[flag]).output().unwrap();
+        let expected = format!("atkd {}\n", env!("CARGO_PKG_VERSION"));
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+    }
+}
+
+/// A driver's library without the driver's functions.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_driver_without_functions() {
+    let files = Files::new();
+    let path = files.batch("batch", &files.labels);
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-x", "c", "/dev/null", "-o"]).arg(files.path("libcuda.so"));
+    compiler.assert().success();
+    let with_driver = |arguments: &[&str]| {
+        let mut command = atkd(arguments);
+        command.env("LD_LIBRARY_PATH", files.folder.path());
+        command
+    };
+    let batch = path.to_str().unwrap();
+    let words = ["libcuda has no cuCtxGetCurrent", "CUDA 12.0"];
+    fails(with_driver(&["loss", batch, "--backend", "cuda"]), &words);
+    assert_eq!(json(with_driver(&["loss", batch, "--json"]))["backend"], "cpu");
+    let info = with_driver(&["info"]).output().unwrap();
+    assert!(info.status.success() && String::from_utf8_lossy(&info.stdout).contains(words[0]));
+}
+
+/// 36864 threads run at once, in teams: none may take a mapping of the process, let alone two, of which Linux allows
+/// 65530.
+#[test]
+fn the_simulator_takes_an_ordinary_batch() {
+    let files = Files::new();
+    let (tokens, vocab) = (32, 32_000);
+    let mut random = fastrand::Rng::with_seed(4);
+    let mut logits = || {
+        let values: Vec<f32> = (0..tokens * vocab).map(|_| 5.0 * random.f32()).collect();
+        little_endian(&values)
+    };
+    let labels: Vec<u8> = (0..tokens as i64).flat_map(|label| label.to_le_bytes()).collect();
+    let path = files.save(
+        "batch",
+        &[
+            ("student", Dtype::F32, &[tokens, vocab], &logits()),
+            ("teacher", Dtype::F32, &[tokens, vocab], &logits()),
+            ("labels", Dtype::I64, &[tokens], &labels),
+        ],
+    );
+    let loss = |backend| {
+        let object = json(loss(&path, &["--backend", backend, "--json"]));
+        object["loss"].as_f64().unwrap()
+    };
+    let (simulated, exact) = (loss("simt"), loss("reference"));
+    assert!((simulated - exact).abs() <= 1e-6 * exact + 2e-7, "{simulated} {exact}");
 }
 
 #[test]
@@ -456,6 +624,12 @@ fn bench_saves_numbers_a_table_and_a_plot() {
     for word in ["<svg", "copying memory", "fused in place", "vocabulary V"] {
         assert!(plot.contains(word), "{word}");
     }
+    // A folder that cannot be is told before a benchmark that would take hours.
+    let file = files.path("file");
+    std::fs::write(&file, "").unwrap();
+    let mut command = atkd(&["bench", "--runs", "1000000", "--save"]);
+    command.arg(&file).timeout(std::time::Duration::from_secs(60));
+    fails(command, &["cannot write to", "file"]);
     fails(atkd(&["bench", "--backend", "cpu", "--row-kernel", "stream"]), &["CUDA kernels", "cpu"]);
 }
 

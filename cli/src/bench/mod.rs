@@ -38,7 +38,7 @@ pub struct Args {
     /// Of both models and the gradient
     #[arg(long, value_enum, default_value = "f32", ignore_case = true)]
     dtype: DtypeName,
-    /// Runs of each variant; the median counts
+    /// Runs of each variant, up to a million; the median counts
     #[arg(long, default_value_t = 15)]
     runs: usize,
     /// Print one JSON object
@@ -48,6 +48,9 @@ pub struct Args {
     #[arg(long, value_name = "FOLDER")]
     save: Option<PathBuf>,
 }
+
+/// Their times are kept.
+const MOST_RUNS: usize = 1_000_000;
 
 /// One size of a benchmark.
 #[derive(Clone, Copy)]
@@ -84,14 +87,16 @@ struct Measured {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let backend = args.row_kernel.backend(args.backend)?;
     let dtype = args.dtype.dtype();
+    if !(1..=MOST_RUNS).contains(&args.runs) {
+        bail!("--runs is {}, but must be at least 1 and at most {MOST_RUNS}", args.runs);
+    }
     let mut sizes = Vec::new();
     for &tokens in &args.tokens {
         for &vocab in &args.vocab {
-            if tokens == 0 || vocab < 2 || args.runs == 0 {
+            if tokens == 0 || vocab < 2 {
                 bail!(
-                    "a benchmark needs at least one token, two logits and one run, but was given \
-                     --tokens {tokens} --vocab {vocab} --runs {}",
-                    args.runs
+                    "a benchmark needs at least one token and two logits, but was given --tokens {tokens} \
+                     --vocab {vocab}"
                 );
             }
             let volume =
@@ -103,6 +108,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
     }
 
+    if let Some(folder) = &args.save {
+        // Told before anything is timed.
+        std::fs::create_dir_all(folder)
+            .and_then(|()| tempfile::tempfile_in(folder).map(drop))
+            .with_context(|| format!("cannot write to {}", folder.display()))?;
+    }
     let style = "{bar:40} {pos}/{len} runs, {eta} left  {msg}";
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(style)?);
     let device = match &backend {
@@ -121,8 +132,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let json = json(&backend, &device, &measured).to_string();
     let table = table(&backend, &device, &measured);
     if let Some(folder) = &args.save {
-        std::fs::create_dir_all(folder)
-            .and_then(|()| std::fs::write(folder.join("bench.json"), &json))
+        std::fs::write(folder.join("bench.json"), &json)
             .and_then(|()| std::fs::write(folder.join("bench.md"), &table))
             .with_context(|| format!("cannot write to {}", folder.display()))?;
         let title = format!("{device}, {dtype}");
