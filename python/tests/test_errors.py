@@ -44,16 +44,18 @@ def test_settings(settings, message):
         (STUDENT, TEACHER, LABELS.to("meta"), {}, "on cpu, but labels on meta"),
         (STUDENT, TEACHER, LABELS + 50, {}, "label of token 0 is .*vocabulary size 50"),
         (STUDENT, TEACHER, LABELS - 99, {}, "ignore_index -100"),
-        (STUDENT, TEACHER, LABELS, {"num_items_in_batch": -3}, "num_items_in_batch is -3"),
+        (STUDENT, TEACHER[:, :40], LABELS, {}, r"student_logits\[..., :40\]"),
+        (STUDENT[:, :40], TEACHER, LABELS, {}, r"teacher_logits\[..., :40\]"),
         (STUDENT, TEACHER, LABELS, {"num_items_in_batch": torch.ones(2)}, r"batch is \[2\]"),
+        (STUDENT, TEACHER, LABELS, {"temperature": torch.ones(2)}, r"temperature is \[2\]"),
         (STUDENT, TEACHER, LABELS[0], {"shift_labels": True}, r"labels are \[\]"),
     ],
 )
 @pytest.mark.parametrize("inplace", [False, True])
 def test_values(student, teacher, labels, settings, message, inplace):
-    student = student.clone().requires_grad_()
+    leaf = student.clone().requires_grad_()
     with pytest.raises(ValueError, match=message):
-        atkd.atkd_loss(student, teacher, labels, inplace=inplace, **settings)
+        atkd.atkd_loss(leaf * 1, teacher, labels, inplace=inplace, **settings)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,53 @@ def test_types(student, teacher, labels, message):
         atkd.atkd_loss(student, teacher, labels)
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("items", [-1, -3, -0.5, float("nan"), float("inf"), -float("inf"), 1e-46, 1e300])
+def test_denominators(items, as_tensor):
+    given = torch.tensor(items, dtype=torch.float64) if as_tensor else items
+    for function in [atkd.atkd_loss, atkd.ATKDLoss()]:
+        with pytest.raises(ValueError, match=f"num_items_in_batch is {items}".replace("+", "[+]")):
+            function(STUDENT, TEACHER, LABELS, num_items_in_batch=given)
+    if as_tensor:
+        torch._dynamo.reset()
+        compiled = torch.compile(atkd.atkd_loss, fullgraph=True, backend="aot_eager")
+        with pytest.raises(ValueError, match="num_items_in_batch must be positive and finite"):
+            compiled(STUDENT, TEACHER, LABELS, num_items_in_batch=given)
+
+
+@pytest.mark.parametrize("items", ["3", [3], 1j, torch.tensor(1j)])
+def test_types_of_denominators(items):
+    with pytest.raises(TypeError, match="num_items_in_batch is a .*, but must be a number"):
+        atkd.atkd_loss(STUDENT, TEACHER, LABELS, num_items_in_batch=items)
+
+
+@pytest.mark.parametrize("name", ["lam", "hard_ratio", "temperature", "ce_weight", "kd_weight"])
+@pytest.mark.parametrize(
+    "number",
+    [torch.nn.Parameter, lambda x: x.requires_grad_(), lambda x: x.requires_grad_() * 1],
+)
+def test_numbers_that_would_learn(name, number):
+    settings = {name: number(torch.tensor(0.5))}
+    for call in [
+        lambda: atkd.atkd_loss(STUDENT, TEACHER, LABELS, **settings),
+        lambda: atkd.ATKDLoss(**settings),
+    ]:
+        with pytest.raises(TypeError, match=f"{name} is .* requires a gradient.*{name}.detach"):
+            call()
+    with pytest.raises(TypeError, match="num_items_in_batch is a .* requires a gradient"):
+        items = number(torch.tensor(6.0))
+        atkd.atkd_loss(STUDENT, TEACHER, LABELS, num_items_in_batch=items)
+
+
+def test_labels_as_shift_labels():
+    for call in [
+        lambda: atkd.atkd_loss(STUDENT, TEACHER, LABELS, shift_labels=LABELS),
+        lambda: atkd.ATKDLoss(shift_labels=LABELS),
+    ]:
+        with pytest.raises(TypeError, match="Hugging Face gives labels that are shifted already"):
+            call()
+
+
 @pytest.mark.parametrize(
     "settings", [{"lam": "0.2"}, {"objective": None}, {"ignore_index": None}], ids=str
 )
@@ -80,7 +129,7 @@ def test_types_of_settings(settings):
 
 
 def test_a_failed_call_leaves_the_logits_alone():
-    student = STUDENT.clone().requires_grad_()
+    student = STUDENT.clone().requires_grad_() * 1
     labels = LABELS.clone()
     labels[5] = 50
     with pytest.raises(ValueError, match="token 5 is 50"):

@@ -36,6 +36,8 @@ def test_every_vocabulary(dtype, vocab):
         {"target": "teacher"},
         {"reduction": "sum"},
         {"num_items_in_batch": 100},
+        {"num_items_in_batch": 0.25},
+        {"num_items_in_batch": 1e-3},
         {"ce_weight": 0.5},
         {"ce_weight": 0.5, "kd_weight": 0.25, "temperature": 2.0},
         {"kd_weight": 3.0},
@@ -71,6 +73,31 @@ def test_labels_may_be_int32():
 def test_no_labels():
     student, teacher, _ = batch(9, 100)
     assert_equal_to_definitions(student, teacher, None, target="teacher")
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0, 7])
+@pytest.mark.parametrize("shape", [(3, 7, 50), (9, 50), (2, 1, 50), (3, 7, 1)])
+def test_no_labels_to_shift(shape, ignore_index):
+    student, teacher, _ = batch(*shape)
+    settings = {"target": "teacher", "shift_labels": True, "ignore_index": ignore_index}
+    expected = student.clone().requires_grad_()
+    loss = atkd.atkd_loss(expected[..., :-1, :], teacher[..., :-1, :], target="teacher")
+    loss.backward()
+    actual = student.clone().requires_grad_()
+    value, stats = atkd.atkd_loss(actual, teacher, return_stats=True, **settings)
+    value.backward()
+    assert torch.equal(value, loss) and torch.equal(actual.grad, expected.grad)
+    assert all(not column[..., -1].any() for column in stats)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("items", [0.25, 0.5, 3.0, 1024.0])
+def test_any_positive_denominator(items, dtype):
+    data = batch(6, 50)
+    whole = atkd.atkd_loss(*data, reduction="sum").item()
+    for given in [items, torch.tensor(items, dtype=dtype), torch.tensor([items], dtype=dtype)]:
+        loss = atkd.atkd_loss(*data, num_items_in_batch=given).item()
+        assert abs(loss - whole / items) <= 1e-6 * whole / items
 
 
 def test_large_logits():
@@ -110,7 +137,7 @@ def test_strides(view, shape, inplace):
     student, teacher, labels = batch(*shape)
     exact_loss, exact_gradient, _ = exactly(student, teacher, labels)
     student.requires_grad_()
-    loss = atkd.atkd_loss(view(student), view(teacher), labels, inplace=inplace)
+    loss = atkd.atkd_loss(view(student * 1), view(teacher), labels, inplace=inplace)
     loss.backward()
     assert abs(loss.item() - exact_loss) < 1e-6
     assert_gradient(student.grad, exact_gradient, weight(student, labels))
@@ -164,8 +191,20 @@ def test_non_finite_logits_stay_in_their_row():
     assert leaf.grad[finite].isfinite().all() and not leaf.grad[finite, 40:].any()
 
 
-def test_the_usual_code_is_off_where_the_package_is_not():
-    """Why this package: float32 softmax, 1e-8 in every logarithm."""
+def test_the_first_lines_of_the_readme():
+    student, teacher, _ = batch(9, 100)
+    expected = torch.nn.functional.kl_div(
+        student.double().log_softmax(-1),
+        teacher.double().log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
+    ).item()
+    loss = atkd.atkd_loss(student, teacher, objective="kl", target="teacher").item()
+    assert abs(loss - expected) <= 1e-6 * expected
+
+
+def test_epsilons_are_off_where_the_package_is_not():
+    """What `benches/pytorch_baseline.py` does: float32 softmax, 1e-8 in every logarithm."""
     student, teacher, labels = batch(64, 32000, ignored=False)
     exact = exactly(student, teacher, labels, objective="dkd")[0]
     p, q = teacher.softmax(-1), student.softmax(-1)

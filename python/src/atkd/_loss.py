@@ -7,6 +7,9 @@ from torch import Tensor
 
 from . import _atkd, _ops
 
+# A number, or a tensor that holds one.
+_Number = Union[float, Tensor]
+
 
 class Stats(NamedTuple):
     """The terms of each token, shaped as the labels; 0 for ignored ones. No gradient flows through."""
@@ -21,22 +24,73 @@ class Stats(NamedTuple):
     """Whether the token was among the hard ones, bool."""
 
 
-def _scale(num_items: Union[int, float, Tensor], device: torch.device) -> Tensor:
-    """Its reciprocal as a float32 scalar on the device, computed there."""
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items_in_batch is {list(num_items.shape)}, but must be one number")
-        items = num_items.detach().reshape(()).to(device, torch.float32, non_blocking=True)
-    elif num_items < 0:
-        raise ValueError(f"num_items_in_batch is {num_items}, but must not be negative")
-    else:
-        items = torch.full((), num_items, dtype=torch.float32, device=device)
-    return items.clamp(min=1).reciprocal()
-
-
-def _check_type(name: str, value: object) -> None:
+def _check_tensor(name: str, value: object, is_or_are: str = "are") -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} are a {type(value).__name__}, but must be a torch.Tensor")
+        raise TypeError(f"{name} {is_or_are} a {type(value).__name__}, but must be a torch.Tensor")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} {is_or_are} a DTensor, which atkd_loss does not take: give "
+            f"{name}.full_tensor(), or {name}.to_local() if each rank holds whole rows"
+        )
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise ValueError(f"{name} {is_or_are} {layout}, but must be dense")
+
+
+def _check_number(name: str, number: object) -> None:
+    """Raises for a tensor that is no number, or that somebody expects a gradient for."""
+    if not isinstance(number, Tensor):
+        return
+    _check_tensor(name, number, "is")
+    if number.numel() != 1:
+        raise ValueError(f"{name} is {list(number.shape)}, but must be one number")
+    if number.requires_grad or isinstance(number, torch.nn.Parameter):
+        what = "a Parameter" if isinstance(number, torch.nn.Parameter) else "a tensor"
+        raise TypeError(
+            f"{name} is {what} that requires a gradient, but none flows to it: give {name}.detach()"
+        )
+
+
+def _check_numbers(*numbers: object) -> None:
+    for name, number in zip(_ops.NUMBERS, numbers):
+        # Most are, and to ask further takes time.
+        if type(number) is not float:
+            _check_number(name, number)
+
+
+def _check_shift_labels(shift_labels: object) -> None:
+    if isinstance(shift_labels, Tensor):
+        raise TypeError(
+            "shift_labels is a Tensor, but must be True or False; Hugging Face gives labels that are "
+            "shifted already that name: give them as labels, and leave shift_labels out"
+        )
+
+
+def _scale(num_items: Union[int, float, Tensor], device: torch.device) -> Tensor:
+    """Its reciprocal as a float32 scalar on the device. NaN for a number that is none of those allowed
+    where to find out would be to wait.
+    """
+    _check_number("num_items_in_batch", num_items)
+    if isinstance(num_items, Tensor) and num_items.is_cpu and _ops.runs_directly(num_items):
+        num_items = num_items.item()
+    if torch.compiler.is_compiling() and not isinstance(num_items, Tensor):
+        # A product, which torch.compile does not compile again for another number.
+        num_items = torch.ones((), dtype=torch.float64, device=device) * num_items
+    if not isinstance(num_items, Tensor):
+        try:
+            allowed = num_items == 0 or 1e-38 <= num_items <= 1e38
+        except TypeError:
+            message = f"num_items_in_batch is a {type(num_items).__name__}, but must be a number"
+            raise TypeError(message) from None
+        if not allowed:
+            raise ValueError(
+                f"num_items_in_batch is {num_items}, but must be positive and finite, or 0 in a batch "
+                "without valid tokens"
+            )
+        return torch.full((), 1 / (num_items or 1), dtype=torch.float32, device=device)
+    items = num_items.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+    scale = items.where(items != 0, 1).reciprocal().to(torch.float32)
+    return scale.where((scale > 0) & scale.isfinite(), float("nan"))
 
 
 def _is_per_sequence(selection: str) -> bool:
@@ -50,17 +104,17 @@ def atkd_loss(
     teacher_logits: Tensor,
     labels: Optional[Tensor] = None,
     *,
-    lam: float = 0.2,
-    hard_ratio: float = 0.5,
-    temperature: float = 1.0,
+    lam: _Number = 0.2,
+    hard_ratio: _Number = 0.5,
+    temperature: _Number = 1.0,
     temperature_squared: bool = False,
     objective: str = "atkd",
     target: str = "label",
     selection: str = "batch",
     reduction: str = "mean",
     ignore_index: int = -100,
-    ce_weight: float = 0.0,
-    kd_weight: float = 1.0,
+    ce_weight: _Number = 0.0,
+    kd_weight: _Number = 1.0,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
     shift_labels: bool = False,
     inplace: bool = False,
@@ -70,7 +124,8 @@ def atkd_loss(
 
     The gradient with respect to the student's logits is computed here, with the loss, if the student
     requires one and gradients are enabled; `backward` multiplies it by what arrives. Nothing flows back
-    to the teacher.
+    to the teacher, nor to a setting. A setting that is a number may be a tensor that holds one, which
+    is read, so waited for if it is on a GPU; under torch.compile it may change without compiling again.
 
     Args:
         student_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16. Read where they lie if
@@ -90,30 +145,40 @@ def atkd_loss(
         ce_weight: of the student's cross entropy, which is added.
         kd_weight: of the distillation terms.
         num_items_in_batch: for gradient accumulation, the valid tokens of the whole batch: the loss is
-            the sum over the valid tokens here, divided by it. A tensor is not waited for. 0, a batch
-            without valid tokens, counts as 1.
+            the sum over the valid tokens here, divided by it, which may be any positive number. 0, a
+            batch without valid tokens, counts as 1. A tensor on a GPU is not waited for: one that is
+            negative, NaN or infinite makes the loss NaN.
         shift_labels: logits at one position are about the label at the next, as in a causal model: the
             labels are shifted along their last dimension, and the last position is ignored.
-        inplace: the gradient overwrites the student's logits, which nothing else may then need; autograd
-            raises if something does. The gradient is of their dtype: float16 loses those below 6e-8. No
-            effect without a gradient, in a transform of torch.func, or under torch.compile, which plans
-            memory itself.
+        inplace: the gradient overwrites the student's logits. `backward` raises if an operation before
+            needs them for its derivative, and if one after, of theirs or of a view, sends a gradient
+            back. It cannot know of a use that sends none (under `torch.no_grad`, or of
+            `logits.detach()`): that one reads the gradient instead of the logits. The gradient is of
+            their dtype: float16 loses those below 6e-8. No effect without a gradient, for one of the
+            views that `chunk`, `split` or `unbind` make, for tensor subclasses, in a transform of
+            torch.func, or under torch.compile, which plans memory itself.
         return_stats: returns `(loss, Stats)`.
 
     Raises:
-        TypeError: for a dtype that is none of these.
+        TypeError: for a dtype that is none of these, a DTensor, a setting that requires a gradient.
         ValueError: for shapes or devices that differ, a setting outside its domain, a label that names
-            no token of the vocabulary.
+            no token of the vocabulary; with `inplace`, for a leaf that requires a gradient.
     """
-    _check_type("student_logits", student_logits)
-    _check_type("teacher_logits", teacher_logits)
+    _check_tensor("student_logits", student_logits)
+    _check_tensor("teacher_logits", teacher_logits)
     if labels is not None:
-        _check_type("labels", labels)
+        _check_tensor("labels", labels)
+    _check_numbers(lam, hard_ratio, temperature, ce_weight, kd_weight)
+    _check_shift_labels(shift_labels)
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
     scale = None
     if num_items_in_batch is not None:
         reduction, scale = "sum", _scale(num_items_in_batch, student_logits.device)
+    if shift_labels and labels is None and target == "teacher":
+        # Labels that only say which position is ignored.
+        ignore_index = -100
+        labels = torch.zeros(student_logits.shape[:-1], dtype=torch.int64, device=student_logits.device)
     if shift_labels and labels is not None and labels.dim() > 0:
         labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     settings = (
@@ -132,13 +197,17 @@ def atkd_loss(
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     tensors = student_logits, teacher_logits, labels, scale
     if _ops.derivatives_are_transformed():
-        loss, _, *stats = _ops.Transformed.apply(*tensors, per_sequence, settings)
-    elif _ops.runs_directly(student_logits):
-        loss, stats = _ops.Loss.apply(
+        loss, _, *stats = _ops.Transformed.apply(
+            *tensors, per_sequence, _ops.with_numbers(settings)
+        )
+    elif _ops.runs_directly(student_logits, teacher_logits, labels):
+        loss, stats = _ops.run_directly(
             *tensors, with_gradient, inplace, per_sequence, settings, return_stats
         )
     else:
-        loss, _, *stats = _ops.loss(*tensors, with_gradient, per_sequence, *settings)
+        loss, _, *stats = _ops.loss(
+            *tensors, with_gradient, per_sequence, *_ops.with_numbers(settings)
+        )
     if not return_stats:
         return loss
     terms, hard = stats
@@ -146,19 +215,19 @@ def atkd_loss(
 
 
 class ATKDLoss(torch.nn.Module):
-    """`atkd_loss` with its settings, which are checked here."""
+    """`atkd_loss` with its settings, which are checked here. A schedule may change `settings`, a dict."""
 
     def __init__(
         self,
-        lam: float = 0.2,
-        hard_ratio: float = 0.5,
-        temperature: float = 1.0,
+        lam: _Number = 0.2,
+        hard_ratio: _Number = 0.5,
+        temperature: _Number = 1.0,
         objective: str = "atkd",
         target: str = "label",
         reduction: str = "mean",
         ignore_index: int = -100,
-        ce_weight: float = 0.0,
-        kd_weight: float = 1.0,
+        ce_weight: _Number = 0.0,
+        kd_weight: _Number = 1.0,
         *,
         temperature_squared: bool = False,
         selection: str = "batch",
@@ -168,6 +237,8 @@ class ATKDLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         _is_per_sequence(selection)
+        _check_numbers(lam, hard_ratio, temperature, ce_weight, kd_weight)
+        _check_shift_labels(shift_labels)
         _atkd.Objective(
             objective,
             lam,

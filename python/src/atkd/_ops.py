@@ -1,14 +1,17 @@
 """The loss as an operator, `torch.ops.atkd.loss`, and as an autograd function."""
 
+import math
 from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 
 from . import _atkd
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _LABEL_DTYPES = {torch.int64: "int64", torch.int32: "int32"}
+_PLAIN = (Tensor, torch.nn.Parameter)
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
 
 _NO_SECOND_DERIVATIVE = (
@@ -19,8 +22,15 @@ _NO_SECOND_DERIVATIVE = (
 Stats = Tuple[Tensor, Tensor]
 
 
+# The settings that schedules change.
+NUMBERS = ("lam", "hard_ratio", "temperature", "ce_weight", "kd_weight")
+
+
 class Settings(NamedTuple):
-    """What the operator takes after the tensors; the order is its and `_atkd.Objective`'s."""
+    """What the operator takes after the tensors; the order is its and `_atkd.Objective`'s, which takes no
+    `numbers`: these, float64 `[5]` on the CPU, replace the settings that `NUMBERS` names. A number in a
+    tensor may change without torch.compile compiling again.
+    """
 
     objective: str
     lam: float
@@ -32,10 +42,25 @@ class Settings(NamedTuple):
     ignore_index: int
     ce_weight: float
     kd_weight: float
+    numbers: Optional[Tensor] = None
 
 
 # The same, as the operator's schema says it.
-_SETTINGS = ", ".join(f"{kind.__name__} {name}" for name, kind in Settings.__annotations__.items())
+_SETTINGS = ", ".join(
+    f"{kind.__name__} {name}" for name, kind in Settings.__annotations__.items() if name != "numbers"
+)
+_SETTINGS += ", Tensor? numbers=None"
+
+
+def _objective(settings: Tuple[Any, ...], student: Tensor) -> _atkd.Objective:
+    given = Settings(*settings)
+    if given.numbers is not None:
+        if student.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a CUDA graph would keep the numbers that {', '.join(NUMBERS)} have while it is captured"
+            )
+        given = given._replace(**dict(zip(NUMBERS, given.numbers.tolist())))
+    return _atkd.Objective(*given[:-1])
 
 
 def _are_apart(one: Tensor, other: Tensor) -> bool:
@@ -59,9 +84,14 @@ def check(
         if len(logits.shape) < 2 or logits.shape[-1] == 0:
             raise ValueError(f"{name} are {list(logits.shape)}, but must be [N, V] or [B, T, V]")
     if teacher.shape != shape:
-        raise ValueError(
-            f"student_logits are {list(shape)}, but teacher_logits are {list(teacher.shape)}"
-        )
+        message = f"student_logits are {list(shape)}, but teacher_logits are {list(teacher.shape)}"
+        vocab = min(shape[-1], teacher.shape[-1])
+        if shape[:-1] == teacher.shape[:-1]:
+            wider = "teacher_logits" if teacher.shape[-1] > vocab else "student_logits"
+            message += (
+                f"; if the tokens that both vocabularies have come first, give {wider}[..., :{vocab}]"
+            )
+        raise ValueError(message)
     if _are_apart(teacher, student):
         raise ValueError(
             f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
@@ -75,6 +105,14 @@ def check(
                 f"scale is {list(scale.shape)} on {scale.device}, "
                 f"but must be a scalar on {student.device}"
             )
+    numbers = settings[10] if len(settings) > 10 else None
+    if numbers is not None and (
+        numbers.dtype != torch.float64 or numbers.shape != (len(NUMBERS),) or not numbers.is_cpu
+    ):
+        raise ValueError(
+            f"numbers are {numbers.dtype} {list(numbers.shape)} on {numbers.device}, "
+            f"but must be torch.float64 [{len(NUMBERS)}] on cpu"
+        )
     if per_sequence and len(shape) != 3:
         raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {list(shape)}')
     if labels is None:
@@ -145,6 +183,11 @@ def _run(
         raise ValueError(
             f"student_logits are on {student.device}, but must be on the CPU or a CUDA device"
         )
+    if student.is_cpu and scale is not None and not math.isfinite(scale.item()):
+        raise ValueError(
+            f"scale, the reciprocal of num_items_in_batch, is {scale.item()}, but must be finite: "
+            "num_items_in_batch must be positive and finite, or 0 in a batch without valid tokens"
+        )
     if student.is_cpu:
         # The quickest of torch's ways.
         loss = torch.empty_like(_SCALAR)
@@ -159,7 +202,7 @@ def _run(
         batch, length = teacher.shape[:2]
         offsets = torch.arange(batch + 1, dtype=torch.int64, device=student.device) * length
     arguments = (
-        _atkd.Objective(*settings),
+        _objective(settings, student),
         (tokens, vocab),
         _matrix(student_rows),
         _matrix(teacher_rows),
@@ -250,11 +293,13 @@ def _one_by_one(
     return tuple(torch.stack(each) for each in zip(*results)), (0, 0, 0, 0)
 
 
-@loss.register_vmap
-def _(
-    info: Any, in_dims: Tuple[Any, ...], *arguments: Any
-) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
-    return _one_by_one(loss, info, in_dims, arguments)
+if hasattr(loss, "register_vmap"):  # not before torch 2.5
+
+    @loss.register_vmap
+    def _(
+        info: Any, in_dims: Tuple[Any, ...], *arguments: Any
+    ) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
+        return _one_by_one(loss, info, in_dims, arguments)
 
 
 def _is_watched() -> bool:
@@ -318,8 +363,8 @@ loss.register_autograd(_backward, setup_context=_setup_context)
 
 class Loss(torch.autograd.Function):
     """`loss` without an operator's overhead, and with the gradient in place if asked: the version counter
-    of the student then tells autograd that its logits are gone, and backward raises if another operation
-    needs them.
+    of the student then tells autograd that its logits are gone, and backward raises if an operation
+    before needs them.
     """
 
     @staticmethod
@@ -336,7 +381,6 @@ class Loss(torch.autograd.Function):
         with_stats: bool,
     ) -> Tuple[Tensor, Optional[Stats]]:
         check(student, teacher, labels, scale, per_sequence, settings)
-        inplace = inplace and with_gradient
         place = _rows(student.detach()) if inplace else student
         gradient = None
         if with_gradient:
@@ -358,6 +402,65 @@ class Loss(torch.autograd.Function):
             raise RuntimeError(_NO_SECOND_DERIVATIVE)
         (gradient,) = ctx.saved_tensors
         return (_scaled(gradient, upstream), *[None] * 8)
+
+
+class _Overwritten(torch.autograd.Function):
+    """Stands in the graph for logits that their gradient has overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Optional[Tensor]) -> Optional[Tensor]:
+        # Zeros come from uses of other rows of the same memory.
+        if upstream is not None and upstream.any():
+            raise RuntimeError(
+                "the student's logits were used after atkd_loss(inplace=True) had overwritten them with "
+                "their gradient: use them before, or leave inplace out"
+            )
+        return upstream
+
+
+def _may_be_overwritten(student: Tensor) -> bool:
+    """Whether autograd allows that. It is an error for a leaf."""
+    base = student._base if student._is_view() else None
+    leaf = student if base is None else base
+    if leaf.is_leaf and leaf.requires_grad:
+        raise ValueError(
+            "inplace=True would overwrite a leaf that requires a gradient (a parameter or an input) with "
+            "that gradient: leave inplace out"
+        )
+    if base is None:
+        return True
+    how = torch._C._autograd._get_creation_meta(student)
+    return bool(how == torch._C._autograd.CreationMeta.DEFAULT)
+
+
+def run_directly(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    with_gradient: bool,
+    inplace: bool,
+    per_sequence: bool,
+    settings: Tuple[Any, ...],
+    with_stats: bool,
+) -> Tuple[Tensor, Optional[Stats]]:
+    """`Loss`, after which autograd knows of logits that are gone."""
+    inplace = inplace and with_gradient and _may_be_overwritten(student)
+    before = student._version if inplace else 0
+    result: Tuple[Tensor, Optional[Stats]] = Loss.apply(
+        student, teacher, labels, scale, with_gradient, inplace, per_sequence, settings, with_stats
+    )
+    if inplace and student._version != before:
+        # The gradient that `Loss` has saved lies in the same memory, and must not seem modified.
+        with torch.autograd.grad_mode._unsafe_preserve_version_counter(student):
+            _Overwritten.apply(student)
+    return result
 
 
 class _Once(torch.autograd.Function):
@@ -443,11 +546,55 @@ def derivatives_are_transformed() -> bool:
     return transform != torch._C._functorch.TransformType.Functionalize
 
 
-def runs_directly(student: Tensor) -> bool:
-    """Whether no compiler, tracer, transform or tensor subclass wants to see an operator."""
+def runs_directly(*tensors: Optional[Tensor]) -> bool:
+    """Whether no compiler, tracer, transform or tensor subclass wants to see an operator, and the tensors'
+    memory holds their values.
+    """
     return (
         not torch.compiler.is_compiling()
-        and type(student) in (Tensor, torch.nn.Parameter)
-        and (student.is_cpu or student.is_cuda)
         and not _is_watched()
+        and all(tensor is None or _is_plain(tensor) for tensor in tensors)
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in _PLAIN
+        and (tensor.is_cpu or tensor.is_cuda)
+        # Negated, or zeros without memory: the dispatcher makes tensors of these before an operator runs.
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
+
+
+_has_static_value = getattr(symbolic_shapes, "has_static_value", None)
+
+
+def _may_change(number: Any) -> bool:
+    """Whether it is a tensor, or torch.compile compiles for other numbers in its place too."""
+    if isinstance(number, Tensor):
+        return True
+    if _has_static_value is None or not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
+        return False
+    return not _has_static_value(number)
+
+
+def with_numbers(settings: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    """The settings as the operator takes them, with `numbers` if one of these may change."""
+    objective, lam, hard_ratio, temperature, squared, target, reduction, ignored, ce, kd = settings
+    given = lam, hard_ratio, temperature, ce, kd
+    if not any([_may_change(number) for number in given]):
+        return settings
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    numbers = [
+        number.detach().reshape(()).to("cpu", torch.float64)
+        if isinstance(number, Tensor)
+        else one * number
+        for number in given
+    ]
+    # The numbers replace the zeros.
+    zero = 0.0
+    return (
+        *(objective, zero, zero, zero, squared, target, reduction, ignored, zero, zero),
+        torch.stack(numbers),
     )
