@@ -220,4 +220,10 @@ mod _atkd {
     use super::device::workspace_bytes;
     #[pymodule_export]
     use super::{Objective, run_on_device, run_on_host, scale_on_device};
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
 }

@@ -4,6 +4,7 @@
     loss.backward()
 """
 
+from ._atkd import __version__
 from ._loss import ATKDLoss, Stats, atkd_loss
 
-__all__ = ["ATKDLoss", "Stats", "atkd_loss"]
+__all__ = ["ATKDLoss", "Stats", "__version__", "atkd_loss"]

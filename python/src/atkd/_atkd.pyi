@@ -2,7 +2,15 @@ from typing import Optional, Tuple, final
 
 from typing_extensions import Self
 
-__all__ = ["Objective", "run_on_device", "run_on_host", "scale_on_device", "workspace_bytes"]
+__version__: str
+__all__ = [
+    "Objective",
+    "__version__",
+    "run_on_device",
+    "run_on_host",
+    "scale_on_device",
+    "workspace_bytes",
+]
 
 @final
 class Objective:

@@ -1,0 +1,32 @@
+"""Uses that mypy must understand: checked, not run."""
+
+from typing import Any, Dict, Tuple, Union
+
+import torch
+from torch import Tensor
+from typing_extensions import assert_type
+
+import atkd
+
+
+def uses(student: Tensor, teacher: Tensor, labels: Tensor, flag: bool, name: str) -> None:
+    assert_type(atkd.atkd_loss(student, teacher, labels), Tensor)
+    assert_type(
+        atkd.atkd_loss(student, teacher, labels, return_stats=True), Tuple[Tensor, atkd.Stats]
+    )
+    assert_type(
+        atkd.atkd_loss(student, teacher, labels, return_stats=flag),
+        Union[Tensor, Tuple[Tensor, atkd.Stats]],
+    )
+    assert_type(
+        atkd.atkd_loss(
+            student, teacher, labels, objective=name, target=name, selection=name, reduction=name
+        ),
+        Tensor,
+    )
+    atkd.atkd_loss(student, teacher, labels, temperature=torch.tensor(2.0), num_items_in_batch=0.25)
+    settings: Dict[str, Any] = {"lam": 0.3}
+    atkd.atkd_loss(student, teacher, labels, **settings)
+    atkd.ATKDLoss(**settings)
+    atkd.ATKDLoss(objective=name, return_stats=flag)
+    assert_type(atkd.__version__, str)
