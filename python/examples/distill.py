@@ -2,6 +2,7 @@
 
     pip install atkd transformers accelerate
     python distill.py [--steps 400]
+    torchrun --nproc-per-node 2 distill.py      # the same on several processes
 
 Both models are randomly initialised Llamas: nothing is downloaded. The text is what the teacher writes.
 Prints the loss as it falls, and how far the student is from the teacher on text that it has not seen.
@@ -19,19 +20,33 @@ VOCAB, LENGTH = 64, 32
 
 
 class DistillationTrainer(Trainer):
-    """A Trainer whose loss is ATKD against a teacher."""
+    """A Trainer whose loss is ATKD against a teacher. Hard tokens are those of each sequence, which
+    neither accumulation nor the number of processes changes.
+    """
 
     def __init__(self, teacher, **arguments):
         super().__init__(**arguments)
-        self.teacher = teacher
-        self.loss = atkd.ATKDLoss(shift_labels=True, inplace=True)
+        # On the device of the Trainer.
+        self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
         with torch.no_grad():
             teacher_logits = self.teacher(**inputs).logits
         outputs = model(**inputs)
-        loss = self.loss(outputs.logits, teacher_logits, labels, num_items_in_batch)
+        loss = atkd.atkd_loss(
+            outputs.logits,
+            teacher_logits,
+            labels,
+            num_items_in_batch=num_items_in_batch,
+            selection="sequence",
+            shift_labels=True,
+            # Else the caller would get the gradient as logits.
+            inplace=not return_outputs,
+        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # These are the items of all processes, over which the gradients are then averaged.
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
 
@@ -61,8 +76,15 @@ def text(teacher, count):
     return [{"input_ids": row, "labels": row} for row in written]
 
 
-def train(steps=400):
-    """The losses that the Trainer logs, and the divergence on held-out text before and after."""
+def logged(trainer, name):
+    """What the Trainer logged by this name, in order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def train(steps=400, sequences=8, **arguments):
+    """The Trainer when it is done, and the divergence on held-out text before and after. So many sequences
+    at a time on each process; what else is given goes to TrainingArguments.
+    """
     torch.manual_seed(0)
     # Models as small as these only wait for each other on more.
     torch.set_num_threads(1)
@@ -74,17 +96,22 @@ def train(steps=400):
             teacher=teacher,
             model=student,
             args=TrainingArguments(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=8,
-                gradient_accumulation_steps=2,
-                learning_rate=1e-2,
-                lr_scheduler_type="constant",
-                logging_steps=max(steps // 10, 1),
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=True,
+                **{
+                    "output_dir": folder,
+                    "max_steps": steps,
+                    "per_device_train_batch_size": sequences,
+                    "per_device_eval_batch_size": sequences,
+                    "gradient_accumulation_steps": 2,
+                    "learning_rate": 1e-2,
+                    "lr_scheduler_type": "constant",
+                    "logging_steps": max(steps // 10, 1),
+                    "save_strategy": "no",
+                    "report_to": [],
+                    "disable_tqdm": True,
+                    # Models as small as these are no quicker on a GPU.
+                    "use_cpu": True,
+                    **arguments,
+                }
             ),
             train_dataset=text(teacher, 2048),
             eval_dataset=text(teacher, 64),
@@ -92,13 +119,13 @@ def train(steps=400):
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, before, after
+    return trainer, before, after
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
-    losses, before, after = train(parser.parse_args().steps)
-    print("training loss:", " ".join(f"{loss:.3f}" for loss in losses))
-    print(f"held-out loss: {before:.3f} before, {after:.3f} after")
+    trainer, before, after = train(parser.parse_args().steps)
+    if trainer.is_world_process_zero():
+        print("training loss:", " ".join(f"{loss:.3f}" for loss in logged(trainer, "loss")))
+        print(f"held-out loss: {before:.3f} before, {after:.3f} after")
