@@ -396,7 +396,8 @@ pub(crate) fn launches(
         inverse_temperature: inverse_temperature as f32,
         reserved: 0,
     };
-    let depends = objective.depends_on_selection();
+    // Without a gradient no row's outcome depends on which tokens are hard: the loss is weighted after the selection.
+    let depends = objective.depends_on_selection() && call.gradient.is_some();
     let needs_margins =
         objective.target() == Target::Teacher || (depends && call.margins.is_none());
     // Instead of a pass over the teacher's logits before the rows, a guess, and some rows once more. A row
@@ -405,7 +406,7 @@ pub(crate) fn launches(
         && call.margins.is_none()
         && objective.target() == Target::Label
         && scopes == 1
-        && call.gradient.is_none_or(|gradient| gradient.address != call.student.address);
+        && call.gradient.is_some_and(|gradient| gradient.address != call.student.address);
     // The column that only a target of the teacher's needs.
     let wrong = if guess { column(TARGETS) as *mut u32 } else { std::ptr::null_mut() };
 

@@ -506,6 +506,45 @@ fn kernels_read_and_write_what_they_should() {
     }
 }
 
+/// Two volumes, however wrong the last threshold is as a guess, and the bits that come with a gradient.
+#[test]
+fn the_loss_alone_reads_every_row_once() {
+    let input = Input::new(12, 1000);
+    let student = input.view(&input.student);
+    let volume = (input.tokens * input.vocab * 2) as u64;
+    let objective = Objective::default().with_ce_weight(0.1).unwrap();
+    let sequences = [0, 5, 12];
+    for simulation in [streamed(64, 2, 1), pipelined(2, 3), in_teams(2, 3), Simulation::default()] {
+        for batch in [input.batch(), input.batch().with_sequences(&sequences).unwrap()] {
+            let mut gradient = vec![bf16::NAN; student.elements().len()];
+            let mut to = LogitsMut::new(&mut gradient, input.tokens, input.vocab).unwrap();
+            let (expected, _) = simulation
+                .run(&objective, &batch, student, Some(&mut to), Extra::default())
+                .unwrap();
+            let hard = |output: &Output| -> Vec<bool> {
+                output.tokens.iter().map(|token| token.hard).collect()
+            };
+            for guess in [0, u32::MAX] {
+                let simulation = Simulation { guess, ..simulation };
+                let (output, traffic) =
+                    simulation.run(&objective, &batch, student, None, Extra::default()).unwrap();
+                assert_eq!((output.loss, hard(&output)), (expected.loss, hard(&expected)));
+                let read = |name: &str| -> u64 {
+                    let of = |(_, buffers): &(_, Vec<Buffer>)| {
+                        buffers.iter().find(|buffer| buffer.name() == name).unwrap().read
+                    };
+                    traffic.iter().map(of).sum()
+                };
+                // Beside the rows their targets, by each block of a team.
+                for name in ["teacher", "student"] {
+                    let targets = read(name).checked_sub(volume).unwrap();
+                    assert!(targets <= 4 * 2 * input.tokens as u64, "{name}: {targets} more bytes");
+                }
+            }
+        }
+    }
+}
+
 /// Rows of an odd number of logits, of two types: each starts elsewhere, all but their ends are read 16 bytes at a time.
 #[test]
 fn rows_of_two_types_that_start_anywhere() {
