@@ -125,6 +125,11 @@ pub enum Error {
     /// A kernel did in the simulator what it must not, or the system did not give what the simulator needs.
     #[error("the simulator of the CUDA kernels: {message}")]
     Simulation { message: String },
+    /// A workspace whose last call failed on its way.
+    #[error(
+        "there is no loss to read: the driver refused a kernel of the workspace's last call, whose error said why"
+    )]
+    FailedCall,
     /// The driver reports an error.
     #[error("{doing}: the CUDA driver reports error {code}, {message}")]
     Driver { doing: &'static str, code: u32, message: String },

@@ -413,7 +413,7 @@ AtkdStatus atkd_workspace_create_cuda(int32_t device,
 
 /*
  Waits for what is on the CUstream, and returns the error of a kernel, if there was one since the last
- time. Nothing to wait for in host memory.
+ time, or that the last call failed on its way and left no results. Nothing to wait for in host memory.
 
  # Safety
  `workspace` is null or a workspace, `stream` is null or a stream of its device, on which the last call

@@ -44,7 +44,7 @@ impl From<atkd::Error> for Failure {
         use atkd::Error::*;
         let status = match &error {
             NoDriver | NoKernels { .. } | OldDevice { .. } => ATKD_NOT_SUPPORTED,
-            Driver { .. } => ATKD_CUDA_ERROR,
+            Driver { .. } | FailedCall => ATKD_CUDA_ERROR,
             _ => ATKD_INVALID_ARGUMENT,
         };
         Self::new(status, error.to_string())

@@ -46,19 +46,40 @@ fn refuse(kernel: &str) {
     }
 }
 
-/// A call that fails halfway leaves nothing behind that the next one counts.
+/// A call that fails halfway has no results, hides no fault, and leaves nothing behind that the next one counts.
 #[test]
 fn calls_of_which_a_launch_fails() {
     let Some(gpu) = Gpu::new() else { return };
     let mut loaded = Loaded::new(&gpu, &gpu.stream, &Input::new(9, 300, 1));
-    loaded.backward(&Objective::default(), None).unwrap();
-    let expected = loaded.workspace.read_loss(&gpu.stream).unwrap();
+    let objective = Objective::default();
+    let stream = &gpu.stream;
+    loaded.backward(&objective, None).unwrap();
+    let expected = loaded.workspace.read_loss(stream).unwrap();
     for kernel in ["count_valid", "row_resident_bf16", "select_hard", "token_terms"] {
-        refuse(kernel);
-        let error = loaded.backward(&Objective::default(), None).unwrap_err();
-        assert!(error.to_string().contains("OUT_OF_MEMORY"), "{error}");
-        loaded.backward(&Objective::default(), None).unwrap();
-        assert_eq!(loaded.workspace.read_loss(&gpu.stream).unwrap(), expected, "{kernel}");
+        let fail = |loaded: &mut Loaded| {
+            refuse(kernel);
+            let error = loaded.backward(&objective, None).unwrap_err();
+            assert!(error.to_string().contains("OUT_OF_MEMORY"), "{error}");
+        };
+        fail(&mut loaded);
+        for _ in 0..2 {
+            assert_eq!(loaded.workspace.read_loss(stream), Err(Error::FailedCall), "{kernel}");
+            assert_eq!(loaded.workspace.read(stream), Err(Error::FailedCall), "{kernel}");
+        }
+        assert!(loaded.loss().is_nan(), "{kernel}");
+        assert_eq!(loaded.workspace.token_losses().len(), 0);
+        loaded.backward(&objective, None).unwrap();
+        assert_eq!(loaded.workspace.read_loss(stream), Ok(expected), "{kernel}");
+
+        // Labels beyond two tokens, which nobody has asked about when the next call fails.
+        let faulty = RawCall { vocab: 2, ..loaded.raw() };
+        loaded.launch(&objective, &faulty).unwrap();
+        fail(&mut loaded);
+        let error = loaded.workspace.read_loss(stream).unwrap_err();
+        assert!(matches!(error, Error::DeviceLabel { .. }), "{kernel}: {error}");
+        assert_eq!(loaded.workspace.read_loss(stream), Err(Error::FailedCall), "{kernel}");
+        loaded.backward(&objective, None).unwrap();
+        assert_eq!(loaded.workspace.read_loss(stream), Ok(expected), "{kernel}");
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DeviceSlice,
+    result,
 };
 
 use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, driver};
@@ -32,12 +33,21 @@ pub struct Workspace {
 /// The bytes of a summary that say what kernels met.
 const FAULTS: Range<usize> =
     offset_of!(atkd_summary, label_fault)..offset_of!(atkd_summary, loss_f32);
+/// The bytes of its loss in single precision.
+const LOSS: Range<usize> = offset_of!(atkd_summary, loss_f32)..offset_of!(atkd_summary, valid);
+/// A number of such bytes is NaN.
+const NAN_BYTE: u8 = 0xff;
+/// The bytes of its counters.
+const COUNTERS: Range<usize> = offset_of!(atkd_summary, valid)..size_of::<atkd_summary>();
 
 #[derive(Clone, Copy, Debug)]
 struct Last {
     objective: Objective,
+    /// 0 if it failed.
     tokens: usize,
     vocab: usize,
+    /// Whether the driver refused one of its kernels, so that there are no results.
+    failed: bool,
 }
 
 impl Workspace {
@@ -242,16 +252,23 @@ impl Workspace {
             }
             Ok(())
         });
-        drop(guard);
-        if launched.is_err() {
-            // The last kernel of a call leaves the counters at 0 for the next, and did not run. Where this fails
-            // too, there is nothing to rescue: the context, or the capture, is gone.
-            let mut summary = self.memory.slice_mut(..size_of::<atkd_summary>());
-            let _ = stream.memset_zeros(&mut summary);
-            return launched;
+        let failed = launched.is_err();
+        if failed {
+            // The last kernel of a call leaves the loss, and the counters at 0 for the next call, and did not run.
+            // Faults stay for whoever reads them. Where this fails too, there is nothing to rescue: the context, or
+            // the capture, is gone.
+            for (bytes, value) in [(LOSS, NAN_BYTE), (COUNTERS, 0)] {
+                let start = self.address + bytes.start as u64;
+                // SAFETY: the bytes are of the workspace's summary, whose owner the guard lets wait.
+                let _ = unsafe {
+                    result::memset_d8_async(start, value, bytes.len(), stream.cu_stream())
+                };
+            }
         }
-        self.last = Some(Last { objective: *objective, tokens: call.tokens, vocab: call.vocab });
-        Ok(())
+        drop(guard);
+        let tokens = if failed { 0 } else { call.tokens };
+        self.last = Some(Last { objective: *objective, tokens, vocab: call.vocab, failed });
+        launched
     }
 
     /// From now on, takes the time of every kernel, for [`times`](Self::times). Costs a few microseconds
@@ -279,7 +296,8 @@ impl Workspace {
     /// Waits for the stream and returns the loss of the last call; 0 before the first.
     ///
     /// # Errors
-    /// If a kernel met a label or an offset out of range, or the driver reports an error.
+    /// If a kernel met a label or an offset out of range, if the driver refused a kernel of the last call, so that there
+    /// is no loss, or if it reports an error.
     pub fn read_loss(&mut self, stream: &Arc<CudaStream>) -> Result<f64> {
         let bytes = self.memory.slice(..size_of::<atkd_summary>());
         let memory = stream.clone_dtoh(&bytes).map_err(driver("reading the loss"))?;
@@ -287,6 +305,7 @@ impl Workspace {
         let summary = read_summary(&memory);
         if let Some(last) = self.last {
             self.cleared(stream, check_faults(&summary, last.vocab, &last.objective))?;
+            last.check()?;
         }
         Ok(summary.loss)
     }
@@ -301,7 +320,9 @@ impl Workspace {
             stream.clone_dtoh(&self.memory).map_err(driver("reading the tokens' terms"))?;
         stream.synchronize().map_err(driver("waiting for the stream"))?;
         let output = self.layout.read(&memory, last.tokens, last.vocab, &last.objective);
-        self.cleared(stream, output)
+        let output = self.cleared(stream, output)?;
+        last.check()?;
+        Ok(output)
     }
 
     /// A fault is reported once.
@@ -314,12 +335,13 @@ impl Workspace {
     }
 
     /// The loss of the last call, a float32 scalar on the device. NaN if that call, or one before, met a label or an
-    /// offset out of range, and nobody had read that yet.
+    /// offset out of range, and nobody had read that yet, or if the driver refused one of its kernels.
     pub fn loss(&self) -> CudaView<'_, f32> {
         self.column(self.layout.offsets().loss, 1)
     }
 
-    /// The last call's uncertainties, one a token, on the device; 0 for ignored tokens.
+    /// The last call's uncertainties, one a token, on the device; 0 for ignored tokens. Empty, as are the others, if the
+    /// driver refused one of its kernels.
     pub fn uncertainty(&self) -> CudaView<'_, f32> {
         self.column(self.layout.offsets().uncertainty, self.tokens())
     }
@@ -356,6 +378,12 @@ impl Workspace {
 
     fn check_context(&self, what: &'static str, context: &CudaContext) -> Result<()> {
         same_context(what, self.kernels.context(), context)
+    }
+}
+
+impl Last {
+    fn check(self) -> Result<()> {
+        if self.failed { Err(Error::FailedCall) } else { Ok(()) }
     }
 }
 
