@@ -14,6 +14,7 @@ use atkd::cuda::cudarc::driver::sys::{
 use atkd::plan::LaunchShape;
 use atkd::simt::Simulation;
 use atkd::simt::machine::Buffer;
+use half::{bf16, f16};
 
 /// Threads of a simulated block, at most.
 pub const BLOCK: u32 = 64;
@@ -23,6 +24,8 @@ pub const CLUSTER: u32 = 2;
 pub const SMALL: CUdevice = 3;
 
 const FRESH_MEMORY: u8 = 0xcd;
+/// The handle by which each thread means its own stream, CU_STREAM_PER_THREAD.
+const STREAM_OF_THREAD: usize = 2;
 
 pub type Answer<T = ()> = Result<T, CUresult>;
 
@@ -44,6 +47,12 @@ pub enum Work {
     Copy {
         to: Range<usize>,
         from: usize,
+    },
+    /// The sums of two tensors' elements, by candle's kernel of that name.
+    Add {
+        kernel: &'static str,
+        to: Range<usize>,
+        from: [usize; 2],
     },
     Free(usize),
     /// Until that stream has done so much.
@@ -124,11 +133,27 @@ pub struct Driver {
     pub events: HashMap<usize, Event>,
     pub functions: HashMap<usize, Function>,
     pub graphs: HashMap<usize, Vec<Work>>,
+    /// The streams that threads have without making them, by context.
+    pub streams_of_threads: HashMap<(usize, ThreadId), usize>,
     pub launches: u64,
+    /// Bytes that atkd's kernels read from and wrote to allocations of a size.
+    pub traffic: HashMap<usize, [u64; 2]>,
 }
 
 thread_local! {
     pub static CURRENT_CONTEXT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// # Safety
+/// So many bytes of elements are at each address.
+unsafe fn add<T: Copy>(to: *mut T, from: [*mut u8; 2], bytes: usize, sum: impl Fn(T, T) -> T) {
+    for i in 0..bytes / size_of::<T>() {
+        // SAFETY: the caller's.
+        unsafe {
+            let [x, y] = from.map(|from| from.cast::<T>().add(i).read());
+            to.add(i).write(sum(x, y));
+        }
+    }
 }
 
 impl Driver {
@@ -160,10 +185,19 @@ impl Driver {
         }
     }
 
-    pub fn stream(&self, stream: CUstream) -> Answer<usize> {
+    pub fn stream(&mut self, stream: CUstream) -> Answer<usize> {
         let context = self.context()?;
         match stream as usize {
             0 => Ok(context),
+            STREAM_OF_THREAD => {
+                let key = (context, thread::current().id());
+                if !self.streams_of_threads.contains_key(&key) {
+                    let id = self.new_handle();
+                    self.streams.insert(id, Stream::new(context));
+                    self.streams_of_threads.insert(key, id);
+                }
+                Ok(self.streams_of_threads[&key])
+            }
             id if self.streams.contains_key(&id) => Ok(id),
             _ => Err(CUDA_ERROR_INVALID_HANDLE),
         }
@@ -293,6 +327,12 @@ impl Driver {
                 let parameters = parameters.as_ptr().cast();
                 // SAFETY: cuLaunchKernelEx copied the kernel's block.
                 unsafe { simulation.simulate(kernel, shape, parameters, &mut buffers)? };
+                let of_context = self.memory.values().filter(|memory| memory.context == context);
+                for (allocation, buffer) in of_context.zip(&buffers) {
+                    let [read, written] = self.traffic.entry(allocation.layout.size()).or_default();
+                    *read += buffer.read;
+                    *written += buffer.written;
+                }
             }
             Work::Set { to, byte } => {
                 // SAFETY: the range is of an allocation.
@@ -307,6 +347,19 @@ impl Driver {
                 let from = still(&(from..from + to.len())).map_err(gone)?;
                 // SAFETY: both ranges are of allocations.
                 unsafe { still(&to).map_err(gone)?.copy_from(from, to.len()) };
+            }
+            Work::Add { kernel, to, from } => {
+                let bytes = to.len();
+                let at = |from: usize| still(&(from..from + bytes)).map_err(gone);
+                let (to, from) = (at(to.start)?, [at(from[0])?, at(from[1])?]);
+                // SAFETY: the ranges are of allocations, in which candle's elements are aligned.
+                unsafe {
+                    match kernel {
+                        "badd_f32" => add(to.cast::<f32>(), from, bytes, |x, y| x + y),
+                        "badd_f16" => add(to.cast::<f16>(), from, bytes, |x, y| x + y),
+                        _ => add(to.cast::<bf16>(), from, bytes, |x, y| x + y),
+                    }
+                }
             }
             Work::Free(address) => {
                 let allocation = self.memory.remove(&address).ok_or("memory is freed twice")?;

@@ -9,12 +9,13 @@
 //!   `CUDA_ERROR_ILLEGAL_ADDRESS`; standard error says which kernel, block and thread it was.
 //! - Within a capture, what a driver refuses is refused with its error, and invalidates the capture.
 //!
-//! What it does not simulate: kernels other than atkd's; more than [`BLOCK`] threads a block and [`CLUSTER`]
-//! blocks a cluster, where a kernel takes any number; registers, launch bounds and other limits of
-//! occupancy, but for cooperative launches, of two blocks a multiprocessor at most; kernels that start
-//! before those ahead of them end; the time that anything takes; the default stream's waiting for blocking
-//! streams, which cannot be made; captures that fork to other streams or allocate; pinned and managed
-//! memory; copies between devices. Calls for those return `CUDA_ERROR_NOT_SUPPORTED` or are missing.
+//! What it does not simulate: kernels other than atkd's, and the two of candle's that a step of training runs for its
+//! loss; more than [`BLOCK`] threads a block and [`CLUSTER`] blocks a cluster, where a kernel takes any number;
+//! registers, launch bounds and other limits of occupancy, but for cooperative launches, of two blocks a
+//! multiprocessor at most; kernels that start before those ahead of them end; the time that anything takes; the
+//! default stream's waiting for blocking streams, of which there are threads' own alone; captures that fork to other
+//! streams or allocate; pinned and managed memory; copies between devices. Calls for those return
+//! `CUDA_ERROR_NOT_SUPPORTED` or are missing.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -49,6 +50,10 @@ const STATIC_SHARED_BYTES: c_int = 1024;
 const BLOCK_SHARED_BYTES: c_int = 227 << 10;
 /// What starts a fat binary.
 const FAT_BINARY: u32 = 0xba55_ed50;
+/// What starts a module of candle's in place of its code: see scripts/candle-cuda.
+const CANDLE: u32 = u32::from_ne_bytes(*b"// c");
+/// What a step of candle's runs beside atkd's kernels: the gradient of a loss is 1, and what arrives at a tensor is added.
+const CANDLE_KERNELS: [&str; 4] = ["const_set_f32", "badd_f32", "badd_f16", "badd_bf16"];
 
 static DRIVER: LazyLock<Mutex<Driver>> = LazyLock::new(Mutex::default);
 
@@ -85,6 +90,21 @@ pub unsafe extern "C" fn simt_driver_count(name: *const c_char) -> u64 {
     CALLS.with_borrow(|calls| {
         calls.iter().filter(|(call, _)| call.starts_with(&*name)).map(|(_, count)| count).sum()
     })
+}
+
+/// Writes how many bytes atkd's kernels read from, and wrote to, allocations of so many bytes, as far as they have run.
+///
+/// # Safety
+/// There is room for a number at either address.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn simt_driver_traffic(bytes: usize, read: *mut u64, written: *mut u64) {
+    let driver = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
+    let traffic = driver.traffic.get(&bytes).copied().unwrap_or_default();
+    // SAFETY: the caller's.
+    unsafe {
+        read.write(traffic[0]);
+        written.write(traffic[1]);
+    }
 }
 
 /// Hands a result to the caller.
@@ -226,7 +246,8 @@ driver! {
     fn cuModuleLoadData(driver, module: *mut CUmodule, image: *const c_void) {
         driver.context()?;
         // SAFETY: an image has a header, which starts with what kind of image it is.
-        if unsafe { image.cast::<u32>().read_unaligned() } != FAT_BINARY {
+        let start = unsafe { image.cast::<u32>().read_unaligned() };
+        if start != FAT_BINARY && start != CANDLE {
             return Err(CUDA_ERROR_INVALID_IMAGE);
         }
         give(module, handle(driver.new_handle()))
@@ -242,7 +263,10 @@ driver! {
         let context = driver.context()?;
         // SAFETY: a string of C's.
         let name = unsafe { CStr::from_ptr(name) }.to_str().unwrap_or_default();
-        let (kernel, bytes) = find_kernel(name).ok_or(CUDA_ERROR_NOT_FOUND)?;
+        let of_candle = || CANDLE_KERNELS.iter().find(|kernel| **kernel == name);
+        let (kernel, bytes) = find_kernel(name)
+            .or_else(|| of_candle().map(|kernel| (*kernel, 0)))
+            .ok_or(CUDA_ERROR_NOT_FOUND)?;
         let id = driver.new_handle();
         driver.functions.insert(id, Function {
             context,
@@ -614,6 +638,38 @@ driver! {
         }
         let shape = LaunchShape { grid, block, cluster, team, shared: config.sharedMemBytes };
         driver.enqueue(stream, Work::Launch { kernel, shape, parameters: words.into() })
+    }
+
+    // Candle launches its kernels by this one. Here tensors are contiguous.
+    fn cuLaunchKernel(
+        driver,
+        function: CUfunction,
+        _grid_x: c_uint, _grid_y: c_uint, _grid_z: c_uint,
+        _block_x: c_uint, _block_y: c_uint, _block_z: c_uint,
+        _shared: c_uint,
+        stream: CUstream,
+        parameters: *mut *mut c_void,
+        extra: *mut *mut c_void
+    ) {
+        let stream = driver.stream(stream)?;
+        let function = driver.functions.get(&(function as usize));
+        let kernel = function.ok_or(CUDA_ERROR_INVALID_HANDLE)?.kernel;
+        count(kernel);
+        supported(CANDLE_KERNELS.contains(&kernel) && extra.is_null())?;
+        // SAFETY: each of candle's kernels has this many parameters, and these are of 8 bytes.
+        let word = |index: usize| unsafe { (*parameters.add(index)).cast::<u64>().read_unaligned() };
+        let (elements, strides) = (word(0) as usize, word(2));
+        supported(strides == 0)?;
+        let size = if kernel.ends_with("_f32") { 4 } else { 2 };
+        if kernel == "const_set_f32" {
+            let to = driver.range(word(4), size * elements)?;
+            // SAFETY: here the kernel has a number of 4 bytes.
+            let value = unsafe { (*parameters.add(3)).cast::<[u8; 4]>().read() };
+            return driver.enqueue(stream, Work::Write { to, bytes: value.repeat(elements).into() });
+        }
+        let range = |index| driver.range(word(index), size * elements);
+        let (from, to) = ([range(3)?.start, range(4)?.start], range(5)?);
+        driver.enqueue(stream, Work::Add { kernel, to, from })
     }
 
     fn cuGetErrorString(_driver, error: CUresult, text: *mut *const c_char) {

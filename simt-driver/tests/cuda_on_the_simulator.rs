@@ -33,6 +33,20 @@ fn count(name: &str) -> u64 {
     }
 }
 
+/// Bytes that kernels read from, and wrote to, allocations of so many bytes.
+fn traffic(bytes: usize) -> [u64; 2] {
+    let (mut read, mut written) = (0, 0);
+    // SAFETY: the simulated driver has this function, and there is room for two numbers.
+    unsafe {
+        let driver = loader::DRIVER.get().expect("it is loaded before main");
+        let traffic = driver
+            .get::<unsafe extern "C" fn(usize, *mut u64, *mut u64)>(b"simt_driver_traffic")
+            .expect("the simulated driver counts");
+        traffic(bytes, &mut read, &mut written);
+    }
+    [read, written]
+}
+
 /// Refuses the next launch of a kernel.
 fn refuse(kernel: &str) {
     let kernel = CString::new(kernel).unwrap();
@@ -81,6 +95,32 @@ fn calls_of_which_a_launch_fails() {
         loaded.backward(&objective, None).unwrap();
         assert_eq!(loaded.workspace.read_loss(stream), Ok(expected), "{kernel}");
     }
+}
+
+/// Room for more tokens, and the last call's threshold is a guess all the same.
+#[test]
+fn workspaces_that_grow() {
+    let Some(gpu) = Gpu::new() else { return };
+    let (tokens, vocab) = (12, 313);
+    let mut loaded = Loaded::new(&gpu, &gpu.stream, &Input::new(tokens, vocab, 1));
+    let read_by = |loaded: &mut Loaded| {
+        // No other test has allocations of this size.
+        let [before, _] = traffic(2 * tokens * vocab);
+        loaded.backward(&Objective::default(), None).unwrap();
+        let loss = loaded.workspace.read_loss(&gpu.stream).unwrap();
+        (loss, traffic(2 * tokens * vocab)[0] - before)
+    };
+    let (expected, first) = read_by(&mut loaded);
+    for (wanted, capacity) in [(1000, 1000), (20, 1000)] {
+        loaded.workspace.reserve(&gpu.stream, wanted).unwrap();
+        assert_eq!(loaded.workspace.capacity(), capacity);
+        assert_eq!(loaded.workspace.read_loss(&gpu.stream), Ok(expected));
+    }
+    let (loss, second) = read_by(&mut loaded);
+    assert_eq!(loss, expected);
+    // Half of the rows were done again at first; of the second call's, none but the token at the threshold.
+    let row = 2 * 2 * vocab as u64;
+    assert!(first - second >= row * (tokens as u64 / 2 - 1), "{first} {second}");
 }
 
 #[test]

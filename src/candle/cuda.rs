@@ -1,13 +1,16 @@
-//! The operation on CUDA tensors: nothing waits for the device. The gradient is computed when it is asked
-//! for, with the gradient that arrives as its factor, so a forward pass keeps nothing of its size.
+//! The operation on CUDA tensors: nothing waits for the device. Where `backward` will ask for the gradient, the forward
+//! pass computes it with the loss, so that each model's logits are read once a step.
 
+use std::cell::RefCell;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
+use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Error, Layout, Result, Shape, Storage, Tensor, bail,
 };
-use cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr};
 use half::{bf16, f16};
 
 use super::Rows;
@@ -18,16 +21,50 @@ use crate::cuda::{
 use crate::{Objective, Output};
 
 /// The kernels of a device, loaded once.
-fn kernels(device: &CudaDevice) -> Result<Arc<Kernels>> {
+fn kernels(stream: &CudaStream) -> Result<Arc<Kernels>> {
     static LOADED: Mutex<Vec<Arc<Kernels>>> = Mutex::new(Vec::new());
-    let context = device.cuda_stream().context().clone();
+    let context = stream.context();
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(kernels) = loaded.iter().find(|kernels| *kernels.context() == context) {
+    if let Some(kernels) = loaded.iter().find(|kernels| kernels.context() == context) {
         return Ok(kernels.clone());
     }
-    let kernels = Kernels::load(&context).map_err(Error::wrap)?;
+    let kernels = Kernels::load(context).map_err(Error::wrap)?;
     loaded.push(kernels.clone());
     Ok(kernels)
+}
+
+/// Does some work with the workspace of a stream, which stays from step to step: the next one guesses by what the last
+/// one left there, and allocates nothing.
+fn with_workspace<T>(
+    stream: &Arc<CudaStream>,
+    tokens: usize,
+    work: impl FnOnce(&mut Workspace) -> crate::Result<T>,
+) -> Result<T> {
+    thread_local! {
+        // Each thread has its own: candle's default stream is a handle that means another stream to every thread.
+        static WORKSPACES: RefCell<Vec<(Arc<CudaStream>, Workspace)>> =
+            const { RefCell::new(Vec::new()) };
+    }
+    WORKSPACES.with_borrow_mut(|workspaces| {
+        let index = match workspaces.iter().position(|(other, _)| other == stream) {
+            Some(index) => index,
+            None => {
+                let workspace =
+                    Workspace::new(&kernels(stream)?, stream, tokens).map_err(Error::wrap)?;
+                // A stream that is known here and to the workspace's memory alone has no more calls.
+                workspaces.retain(|(stream, _)| Arc::strong_count(stream) > 2);
+                workspaces.push((stream.clone(), workspace));
+                workspaces.len() - 1
+            }
+        };
+        let workspace = &mut workspaces[index].1;
+        if tokens > workspace.capacity() {
+            // At least twice as many, so that batches that grow by and by seldom come here.
+            let capacity = tokens.max(2 * workspace.capacity());
+            workspace.reserve(stream, capacity).map_err(Error::wrap)?;
+        }
+        work(workspace).map_err(Error::wrap)
+    })
 }
 
 /// A batch on one device: the teacher's logits and a label a token.
@@ -45,24 +82,36 @@ impl Batch {
         student: &Rows,
         want_output: bool,
     ) -> Result<(Loss, Option<Output>)> {
-        let device = student.tensor.device().as_cuda_device()?;
-        let mut workspace = self.launch(objective, student, None, None)?;
-        let stream = device.cuda_stream();
-        let value = stream.clone_dtod(&workspace.loss()).w()?;
-        let output =
-            if want_output { Some(workspace.read(&stream).map_err(Error::wrap)?) } else { None };
-        Ok((Loss { objective: *objective, batch: self.clone(), value }, output))
+        let stream = student.tensor.device().as_cuda_device()?.cuda_stream();
+        // In float16 a gradient may vanish before the factor comes that would have rescued it.
+        let rounds_away = student.tensor.dtype() == DType::F16;
+        let keeps_gradient = student.tensor.track_op() && !rounds_away && student.tokens > 0;
+        let mut gradient = if keeps_gradient { Some(gradient_memory(student)?) } else { None };
+        let (value, output) =
+            self.launch(objective, student, gradient.as_mut(), None, |workspace| {
+                let value = stream.clone_dtod(&workspace.loss());
+                let output = if want_output { Some(workspace.read(&stream)?) } else { None };
+                Ok((value, output))
+            })?;
+        let loss = Loss {
+            objective: *objective,
+            batch: self.clone(),
+            value: Mutex::new(Some(value.w()?)),
+            gradient: Mutex::new(gradient),
+        };
+        Ok((loss, output))
     }
 
-    fn launch(
+    /// Enqueues a call, and what is `then` to be done with its results before the next call overwrites them.
+    fn launch<T>(
         &self,
         objective: &Objective,
         student: &Rows,
-        gradient: Option<DeviceLogitsMut>,
+        gradient: Option<&mut CudaStorage>,
         upstream: Option<CudaView<f32>>,
-    ) -> Result<Workspace> {
-        let device = student.tensor.device().as_cuda_device()?;
-        let stream = device.cuda_stream();
+        then: impl FnOnce(&mut Workspace) -> crate::Result<T>,
+    ) -> Result<T> {
+        let stream = student.tensor.device().as_cuda_device()?.cuda_stream();
         let teacher = Rows::new("teacher's", &self.teacher)?;
         let labels = self.labels.to_dtype(DType::I64)?.contiguous()?;
         let (teacher_storage, _) = teacher.tensor.storage_and_layout();
@@ -74,21 +123,23 @@ impl Batch {
         let batch =
             DeviceBatch::new(logits(&teacher, &teacher_storage)?, labels).map_err(Error::wrap)?;
         let student_logits = logits(student, &student_storage)?;
-        let mut workspace =
-            Workspace::new(&kernels(device)?, &stream, student.tokens).map_err(Error::wrap)?;
-        match gradient {
-            None => workspace.forward(&stream, objective, &batch, &student_logits),
-            Some(gradient) => workspace.forward_backward(
-                &stream,
-                objective,
-                &batch,
-                &student_logits,
-                gradient,
-                upstream.as_ref(),
-            ),
-        }
-        .map_err(Error::wrap)?;
-        Ok(workspace)
+        let gradient = gradient.map(|gradient| gradient_logits(student, gradient)).transpose()?;
+        with_workspace(&stream, student.tokens, |workspace| {
+            // A label that another step met, whose loss nobody read, is not this one's.
+            workspace.clear_faults(&stream)?;
+            match gradient {
+                None => workspace.forward(&stream, objective, &batch, &student_logits)?,
+                Some(gradient) => workspace.forward_backward(
+                    &stream,
+                    objective,
+                    &batch,
+                    &student_logits,
+                    gradient,
+                    upstream.as_ref(),
+                )?,
+            }
+            then(workspace)
+        })
     }
 }
 
@@ -114,11 +165,39 @@ fn logits<'a>(rows: &Rows, storage: &'a Storage) -> Result<DeviceLogits<'a>> {
     DeviceLogits::strided(elements, rows.tokens, rows.vocab, rows.row_stride).map_err(Error::wrap)
 }
 
+/// Room for a gradient in the student's dtype.
+fn gradient_memory(student: &Rows) -> Result<CudaStorage> {
+    let device = student.tensor.device().as_cuda_device()?;
+    let shape = Shape::from((student.tokens, student.vocab));
+    // SAFETY: the kernels write every element.
+    unsafe { device.alloc_uninit(&shape, student.tensor.dtype()) }
+}
+
+fn gradient_logits<'a>(
+    student: &Rows,
+    gradient: &'a mut CudaStorage,
+) -> Result<DeviceLogitsMut<'a>> {
+    let elements: DeviceElementsMut = match &mut gradient.slice {
+        CudaStorageSlice::F32(slice) => slice.into(),
+        CudaStorageSlice::F16(slice) => slice.into(),
+        CudaStorageSlice::BF16(slice) => slice.into(),
+        _ => unreachable!("logits of other dtypes are refused"),
+    };
+    DeviceLogitsMut::new(elements, student.tokens, student.vocab).map_err(Error::wrap)
+}
+
 /// A loss that is already enqueued.
 pub(super) struct Loss {
     objective: Objective,
     batch: Batch,
-    value: CudaSlice<f32>,
+    /// Until it is in a tensor.
+    value: Mutex<Option<CudaSlice<f32>>>,
+    /// If the forward pass computed it, until `backward` takes it.
+    gradient: Mutex<Option<CudaStorage>>,
+}
+
+fn take<T>(kept: &Mutex<Option<T>>) -> Option<T> {
+    kept.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 impl CustomOp1 for Loss {
@@ -131,46 +210,47 @@ impl CustomOp1 for Loss {
     }
 
     fn cuda_fwd(&self, student: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let value = self.value.try_clone().w()?;
+        let Some(value) = take(&self.value) else { bail!("the loss is already in a tensor") };
         Ok((CudaStorage::wrap_cuda_slice(value, student.device.clone()), Shape::from(())))
     }
 
     fn bwd(&self, student: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
-        let gradient = match student.dtype() {
-            DType::F16 => self.gradient::<f16>(student, upstream)?,
-            DType::BF16 => self.gradient::<bf16>(student, upstream)?,
-            _ => self.gradient::<f32>(student, upstream)?,
-        };
-        Ok(Some(gradient))
-    }
-}
-
-impl Loss {
-    fn gradient<T: CudaDType + DeviceRepr>(
-        &self,
-        student: &Tensor,
-        upstream: &Tensor,
-    ) -> Result<Tensor>
-    where
-        for<'a> DeviceElementsMut<'a>: From<&'a mut CudaSlice<T>>,
-    {
-        let device = student.device().as_cuda_device()?;
+        let stream = student.device().as_cuda_device()?.cuda_stream();
         let rows = Rows::new("student's", student)?;
         let (upstream_storage, layout) = upstream.storage_and_layout();
         let upstream = cuda_storage(&upstream_storage)?.as_cuda_slice::<f32>()?;
         let upstream = upstream.slice(layout.start_offset()..layout.start_offset() + 1);
-        // SAFETY: the kernels write every element.
-        let mut gradient =
-            unsafe { device.cuda_stream().alloc::<T>(rows.tokens * rows.vocab) }.w()?;
-        let view =
-            DeviceLogitsMut::new(&mut gradient, rows.tokens, rows.vocab).map_err(Error::wrap)?;
-        self.batch.launch(&self.objective, &rows, Some(view), Some(upstream))?;
-        let storage = CudaStorage::wrap_cuda_slice(gradient, device.clone());
-        Ok(Tensor::from_storage(
-            Storage::Cuda(storage),
-            student.shape(),
-            candle_core::op::BackpropOp::none(),
-            false,
-        ))
+        let gradient = match take(&self.gradient) {
+            Some(mut gradient) => {
+                scale(&stream, &rows, &mut gradient, &upstream)?;
+                gradient
+            }
+            // It was not kept, or an earlier `backward` has it.
+            None => {
+                let mut gradient = gradient_memory(&rows)?;
+                let to = Some(&mut gradient);
+                self.batch.launch(&self.objective, &rows, to, Some(upstream), |_| Ok(()))?;
+                gradient
+            }
+        };
+        let gradient = Storage::Cuda(gradient);
+        Ok(Some(Tensor::from_storage(gradient, student.shape(), BackpropOp::none(), false)))
     }
+}
+
+/// Enqueues the multiplication of a gradient by what arrives, which reads no more than that where it is 1.
+fn scale(
+    stream: &Arc<CudaStream>,
+    student: &Rows,
+    gradient: &mut CudaStorage,
+    upstream: &CudaView<f32>,
+) -> Result<()> {
+    let (tokens, vocab) = (student.tokens, student.vocab);
+    let mut gradient = gradient_logits(student, gradient)?;
+    let (gradient, _gradient) = gradient.raw(stream);
+    let (factor, _factor) = upstream.device_ptr(stream);
+    // SAFETY: the gradient is borrowed alone and has this shape, and the guards let the owners of both wait for the
+    // stream.
+    unsafe { kernels(stream)?.scale_gradient(stream, gradient, tokens, vocab, factor) }
+        .map_err(Error::wrap)
 }

@@ -165,7 +165,7 @@ impl DeviceLogits<'_> {
 
 impl DeviceLogitsMut<'_> {
     /// See [`DeviceLogits::raw`].
-    pub(super) fn raw<'a>(&'a mut self, stream: &'a CudaStream) -> (RawLogits, SyncOnDrop<'a>) {
+    pub(crate) fn raw<'a>(&'a mut self, stream: &'a CudaStream) -> (RawLogits, SyncOnDrop<'a>) {
         let (dtype, row_stride) = (self.elements.dtype(), self.row_stride);
         let (address, guard) = match &mut self.elements {
             DeviceElementsMut::F32(view) => view.device_ptr_mut(stream),

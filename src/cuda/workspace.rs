@@ -83,6 +83,26 @@ impl Workspace {
         self.layout.capacity
     }
 
+    /// Makes room for calls of up to `capacity` tokens, in up to as many sequences, where there is less. The loss of the
+    /// last call stays, and with it what the next one guesses by; the terms of its tokens do not.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn reserve(&mut self, stream: &Arc<CudaStream>, capacity: usize) -> Result<()> {
+        if capacity <= self.capacity() {
+            return Ok(());
+        }
+        let mut larger = Self::new(&self.kernels, stream, capacity)?;
+        let summary = ..size_of::<atkd_summary>();
+        stream
+            .memcpy_dtod(&self.memory.slice(summary), &mut larger.memory.slice_mut(summary))
+            .map_err(driver("writing to a workspace"))?;
+        larger.last = self.last.map(|last| Last { tokens: 0, ..last });
+        larger.clock = self.clock.take();
+        *self = larger;
+        Ok(())
+    }
+
     /// Enqueues the loss and each token's terms.
     ///
     /// # Errors
@@ -328,10 +348,15 @@ impl Workspace {
     /// A fault is reported once.
     fn cleared<T>(&mut self, stream: &Arc<CudaStream>, result: Result<T>) -> Result<T> {
         if result.is_err() {
-            let mut faults = self.memory.slice_mut(FAULTS);
-            stream.memset_zeros(&mut faults).map_err(driver("writing to a workspace"))?;
+            self.clear_faults(stream)?;
         }
         result
+    }
+
+    /// Enqueues the forgetting of faults that nobody has read.
+    pub(crate) fn clear_faults(&mut self, stream: &Arc<CudaStream>) -> Result<()> {
+        let mut faults = self.memory.slice_mut(FAULTS);
+        stream.memset_zeros(&mut faults).map_err(driver("writing to a workspace"))
     }
 
     /// The loss of the last call, a float32 scalar on the device. NaN if that call, or one before, met a label or an
