@@ -142,6 +142,7 @@ macro_rules! driver {
         $(
             #[unsafe(no_mangle)]
             unsafe extern "C" fn $name($($argument: $type),*) -> CUresult {
+                #[allow(clippy::too_many_arguments, reason = "as many as the driver's has")]
                 fn answer($driver: &mut Driver $(, $argument: $type)*) -> Answer $body
                 count(stringify!($name));
                 let driver = &mut *DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
