@@ -1,12 +1,18 @@
 use crate::Dtype;
 
+/// Without the hundreds of zeros of very large and very small numbers.
+fn readable(value: f64) -> String {
+    let plain = value == 0.0 || (1e-5..1e16).contains(&value.abs());
+    if plain { value.to_string() } else { format!("{value:e}") }
+}
+
 /// Everything that can be wrong with a call. Every message carries the numbers that explain it.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 #[expect(missing_docs, reason = "the messages name the fields")]
 pub enum Error {
     /// A setting of the [`Objective`](crate::Objective) outside its domain.
-    #[error("{name} is {value}, but must be {allowed}")]
+    #[error("{name} is {}, but must be {allowed}", readable(*.value))]
     Setting { name: &'static str, value: f64, allowed: &'static str },
     /// A slice too short, or too long, for the shape that was given with it.
     #[error(
@@ -61,6 +67,9 @@ pub enum Error {
     /// No address where elements must be.
     #[error("the address of {what} is null, but {} announced", were(*elements, "element"))]
     Null { what: &'static str, elements: usize },
+    /// An instruction set was asked for that the machine does not have.
+    #[error("{variable} is {name:?}, but this machine has {available}")]
+    Instructions { variable: &'static str, name: String, available: String },
     /// More than the kernels can count.
     #[error("{what} is {value}, but the CUDA kernels take at most {most}")]
     TooLarge { what: &'static str, value: usize, most: usize },

@@ -206,9 +206,12 @@ impl Objective {
     /// Default 1.
     ///
     /// # Errors
-    /// If it is not finite and above 0.
+    /// If it is not in [1e-30, 1e30]: the logits are multiplied by its reciprocal in float32.
     pub fn with_temperature(mut self, temperature: f64) -> Result<Self> {
-        self.temperature = positive("the temperature", temperature)?;
+        const ALLOWED: &str =
+            "in [1e-30, 1e30], so that float32 has its reciprocal finite and above 0";
+        let ok = (1e-30..=1e30).contains(&temperature);
+        self.temperature = check("the temperature", temperature, ALLOWED, ok)?;
         Ok(self)
     }
 

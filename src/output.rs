@@ -12,7 +12,8 @@ pub struct TokenTerms {
     pub margin: f64,
     /// UNC = 1 - p(target) of the teacher.
     pub uncertainty: f64,
-    /// KL divergence of the two Bernoulli distributions "the target, or not".
+    /// KL divergence of the two Bernoulli distributions "the target, or not". Rounding may leave it, and
+    /// `dkd`, below 0 by as much as it may be off.
     pub tkd: f64,
     /// KL divergence of the renormalised non-target distributions.
     pub dkd: f64,
@@ -79,7 +80,8 @@ impl Output {
         let valid = || self.tokens.iter().filter(|token| token.valid);
         let valid_tokens = valid().count();
         let mean = |term: fn(&TokenTerms) -> f64| {
-            valid().map(term).sum::<f64>() / valid_tokens.max(1) as f64
+            // The sum of nothing is -0.
+            (valid().map(term).sum::<f64>() + 0.0) / valid_tokens.max(1) as f64
         };
         Summary {
             tokens: self.tokens.len(),

@@ -22,6 +22,13 @@ fn settings_outside_their_domain() {
     says(o.with_hard_ratio(-0.1), &["hard ratio", "-0.1", "[0, 1]"]);
     says(o.with_temperature(0.0), &["temperature", "0", "above 0"]);
     says(o.with_temperature(f64::INFINITY), &["temperature", "inf", "finite"]);
+    // Their reciprocals, and what multiplies them, are neither in float32.
+    for temperature in [1e-300, 1e-40, 1e-39, 1e-38, 9e-31, 2e30, 1e38, 1e300, 1e308, f64::NAN] {
+        says(
+            o.with_temperature(temperature),
+            &["temperature", &format!("{temperature:e}"), "1e-30"],
+        );
+    }
     says(o.with_kd_weight(-1.0), &["distillation weight", "-1"]);
     says(o.with_ce_weight(f64::NAN), &["cross-entropy weight", "NaN"]);
     says(o.with_upstream_gradient(f64::INFINITY), &["upstream gradient", "inf"]);

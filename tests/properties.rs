@@ -159,3 +159,14 @@ proptest! {
         prop_assert!((before - after).abs() <= 1e-6 * before + 2e-7, "{before} {after}");
     }
 }
+
+#[test]
+fn a_summary_of_nothing_is_zero() {
+    let logits = [1.0_f32, 2.0, 3.0, 4.0];
+    let batch = Batch::new(Logits::new(&logits[..], 2, 2).unwrap(), &[-100_i64, -100]).unwrap();
+    let student = Logits::new(&logits[..], 2, 2).unwrap();
+    let summary = cpu::forward(&Objective::default(), &batch, student).unwrap().summary();
+    for mean in [summary.mean_uncertainty, summary.mean_tkd, summary.mean_dkd] {
+        assert_eq!(mean.to_bits(), 0.0_f64.to_bits(), "{mean}");
+    }
+}
