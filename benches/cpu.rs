@@ -79,7 +79,7 @@ fn compare(c: &mut Criterion) {
         dtype!("F32", &teacher, &student, 0.0_f32, unfused::forward_backward);
         dtype!("BF16", &teacher_half, &student_half, bf16::ZERO, unfused::forward_backward_bf16);
     }
-    println!("{} on {} threads", cpu::instruction_set(), rayon::current_num_threads());
+    println!("{} on {} threads", cpu::instruction_set().unwrap(), rayon::current_num_threads());
     println!("{}", ratios.join("\n"));
 }
 

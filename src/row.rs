@@ -71,11 +71,9 @@ impl RowState {
         } else if self.ruled_out {
             f64::INFINITY
         } else {
-            let dkd = self.weighted_gap / self.teacher_sum * inverse_temperature
-                - self.teacher_sum.ln()
-                + self.student_sum.ln();
-            // Rounding may fall below 0, a divergence cannot. NaN passes.
-            if dkd < 0.0 { 0.0 } else { dkd }
+            // Rounding may fall below 0: a mean over tokens needs that as much as what is too large.
+            self.weighted_gap / self.teacher_sum * inverse_temperature - self.teacher_sum.ln()
+                + self.student_sum.ln()
         }
     }
 }
@@ -132,17 +130,17 @@ pub(crate) struct GradientScales {
     pub target: f64,
 }
 
-/// The terms of a token and what its gradient needs. `scale` is the reduction's and the upstream
-/// gradient's; `u` is the teacher's margin, `student_target` the student's logit of the target.
+/// The terms of a token and what its gradient needs. `inverse_temperature` is the one that the sums have;
+/// `scale` is the reduction's and the upstream gradient's; `u` is the teacher's margin, `student_target` the student's logit of the target.
 pub(crate) fn finish(
     objective: &Objective,
+    inverse_temperature: f64,
     state: &RowState,
     u: f64,
     student_target: f64,
     hard: bool,
     scale: f64,
 ) -> (TokenTerms, GradientScales) {
-    let inverse_temperature = 1.0 / objective.temperature();
     let w = margin(state.student_max, state.student_sum, student_target, inverse_temperature);
     let w_at_1 = margin(state.student_max, state.student_sum_at_1, student_target, 1.0);
     let uncertainty = sigmoid(u);

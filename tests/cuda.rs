@@ -253,7 +253,8 @@ const VOCABS: [usize; 2] = [33, 7001];
 #[test]
 fn the_backend_passes_the_battery() {
     let Some(gpu) = Gpu::new() else { return };
-    let checks = battery::run(
+    let checks = battery::run_but(
+        battery::KERNELS_LACK,
         |objective, batch, student, gradient| {
             gpu.kernels.forward_backward(objective, batch, student, gradient)
         },

@@ -37,10 +37,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let (usable, what) = match choice.backend() {
             Err(error) => ("no", error.root_cause().to_string()),
             Ok(Backend::Cuda(kernels)) => ("yes", describe(&kernels)?),
-            Ok(Backend::Cpu) => (
-                "yes",
-                format!("{} threads, {}", rayon::current_num_threads(), cpu::instruction_set()),
-            ),
+            Ok(Backend::Cpu) => match cpu::instruction_set() {
+                Ok(set) => ("yes", format!("{} threads, {set}", rayon::current_num_threads())),
+                Err(error) => ("no", error.to_string()),
+            },
             Ok(Backend::Reference) => ("yes", "float64, straight from the definitions".into()),
             Ok(Backend::Simt) => ("yes", "the CUDA kernels, simulated as a test; slow".into()),
         };

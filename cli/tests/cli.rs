@@ -646,3 +646,23 @@ fn info_names_every_backend() {
         fails(atkd(&["bench", "--backend", "cuda"]), &[hint]);
     }
 }
+
+#[test]
+fn the_instruction_set_can_be_named() {
+    let files = Files::new();
+    let path = files.batch("batch", &files.labels);
+    let by = |name: &str| {
+        let mut command = loss(&path, &["--json", "--backend", "cpu"]);
+        command.env("ATKD_INSTRUCTIONS", name);
+        command
+    };
+    let portable = json(by("portable"));
+    let exact = json(loss(&path, &["--json", "--backend", "reference"]));
+    let number = |object: &serde_json::Value| object["loss"].as_f64().unwrap();
+    assert!((number(&portable) - number(&exact)).abs() < 1e-6 * number(&exact));
+    fails(by("sse9"), &["ATKD_INSTRUCTIONS", "sse9", "portable"]);
+    let mut info = atkd(&["info"]);
+    info.env("ATKD_INSTRUCTIONS", "sse9");
+    let text = String::from_utf8(info.output().unwrap().stdout).unwrap();
+    assert!(text.contains("sse9"), "{text}");
+}

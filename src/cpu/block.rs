@@ -3,6 +3,7 @@
 //! The loops are written once over a [`Vector`]; [`Instructions`] picks the widest one that the
 //! machine has.
 
+use std::ffi::OsStr;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -11,6 +12,10 @@ use half::{bf16, f16};
 #[cfg(target_arch = "x86_64")]
 use super::vector::{Avx2, Avx512};
 use super::vector::{INTEGERS, MAX_LANES, OCTAVES_BELOW, Portable, Vector};
+use crate::{Error, Result};
+
+/// Names the instruction set to use, for machines that must agree to the bit.
+const VARIABLE: &str = "ATKD_INSTRUCTIONS";
 
 /// Below it a power of 2 is subnormal, and taken as 0.
 const LOWEST_LOG2: f32 = -126.0;
@@ -21,6 +26,16 @@ const OCTAVES_ABOVE: usize = 3;
 const OCTAVES: usize = OCTAVES_BELOW + OCTAVES_ABOVE;
 const _: () = assert!(OCTAVES.is_power_of_two());
 
+/// How far below its reference a student's logit may be for float32 to weigh the distance to it. Masks are
+/// farther: the sum of their distances may overflow, and a teacher's probability that float32 takes for 0
+/// may still count.
+pub const FAR: f32 = 1e20;
+
+/// Vectors that are added up before what that rounds off is looked after. Beside an exponential near 1 every
+/// addition of a small one may be off by 6e-8: three of them in each model, and 2e-7 for the scales and
+/// products, are about the 5e-7 that a gradient may be off by.
+const STRETCH: usize = 4;
+
 /// log2(e) / T, what a logit difference is multiplied by to become an exponent of 2. Its rounding and
 /// the product's change e^y, y = x / T <= 0, by |y| e^y times 1.2e-7: never more than 5e-8.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +44,11 @@ pub struct Exponent(f32);
 impl Exponent {
     pub fn new(inverse_temperature: f64) -> Self {
         Self((std::f64::consts::LOG2_E * inverse_temperature) as f32)
+    }
+
+    /// 1 / T, as the exponentials have it: what is relative to them must use the same.
+    pub fn inverse_temperature(&self) -> f64 {
+        f64::from(self.0) * std::f64::consts::LN_2
     }
 
     /// Whether e^{difference / T} is left out.
@@ -138,11 +158,14 @@ impl Ahead {
 /// Sums over one block; [`RowState`](crate::row::RowState) has their meaning.
 #[derive(Clone, Copy, Debug)]
 pub struct Sums {
-    pub teacher: f32,
-    pub weighted_gap: f32,
-    pub student: f32,
-    pub student_at_1: f32,
+    pub teacher: f64,
+    /// But for logits that are [`FAR`] below the student's reference.
+    pub weighted_gap: f64,
+    pub student: f64,
+    pub student_at_1: f64,
     pub ruled_out: bool,
+    /// A finite logit is [`FAR`] below the student's reference.
+    pub far: bool,
     /// Of the teacher, the student: no logit is infinite or NaN, no exponential subnormal or above 2^3.5.
     pub tame: [bool; 2],
 }
@@ -233,6 +256,54 @@ fn extent<L: Element, V: Vector>(x: &[L]) -> Extent {
     extent
 }
 
+/// A sum by lane, and what its additions have rounded off.
+#[derive(Clone, Copy)]
+struct Total<V> {
+    sum: V,
+    lost: V,
+}
+
+impl<V: Vector> Total<V> {
+    #[inline(always)]
+    fn zero() -> Self {
+        Self { sum: V::splat(0.0), lost: V::splat(0.0) }
+    }
+
+    /// Adds `part`, which becomes 0. (Knuth's sum of two, either of which may be the larger.)
+    #[inline(always)]
+    fn take(&mut self, part: &mut V) {
+        let sum = self.sum.add(*part);
+        let added = sum.sub(self.sum);
+        let lost = self.sum.sub(sum.sub(added)).add(part.sub(added));
+        *self = Self { sum, lost: self.lost.add(lost) };
+        *part = V::splat(0.0);
+    }
+
+    #[inline(always)]
+    fn fold(self) -> f64 {
+        let mut lanes = [[0.0; MAX_LANES]; 2];
+        self.sum.store::<false>(&mut lanes[0]);
+        self.lost.store::<false>(&mut lanes[1]);
+        let mut wide = [0.0; MAX_LANES];
+        let mut i = 0;
+        while i < V::LANES {
+            wide[i] = f64::from(lanes[0][i]) + f64::from(lanes[1][i]);
+            i += 1;
+        }
+        // In halves, which are vectors again.
+        let mut half = V::LANES / 2;
+        while half > 0 {
+            let mut i = 0;
+            while i < half {
+                wide[i] += wide[i + half];
+                i += 1;
+            }
+            half /= 2;
+        }
+        wide[0]
+    }
+}
+
 /// sum e^{(x_j - max) / T}, added as in [`accumulate`], to the same bits; and whether the block is tame as in
 /// [`Sums`].
 #[inline(always)]
@@ -241,23 +312,28 @@ fn sum_exp<L: Element, V: Vector, const CAREFUL: bool>(
     max: f32,
     exponent: Exponent,
     ahead: Ahead,
-) -> (f32, bool) {
+) -> (f64, bool) {
     let (whole, rest) = tail::<L, V>(x);
     let reference = V::splat(max);
-    let (mut sum, mut seen) = (V::splat(0.0), V::splat(0.0));
+    let (mut sum, mut total, mut seen) = (V::splat(0.0), Total::zero(), V::splat(0.0));
     let mut i = 0;
     while i < whole {
-        ahead.fetch::<V>(i);
-        let x: V = L::load(&x[i..i + V::LANES]);
-        sum = sum.add(exp_if::<V, CAREFUL>(x.sub(reference), exponent, &mut seen));
-        i += V::LANES;
+        let end = whole.min(i + STRETCH * V::LANES);
+        while i < end {
+            ahead.fetch::<V>(i);
+            let x: V = L::load(&x[i..i + V::LANES]);
+            sum = sum.add(exp_if::<V, CAREFUL>(x.sub(reference), exponent, &mut seen));
+            i += V::LANES;
+        }
+        total.take(&mut sum);
     }
     let tame = all_in_octaves(seen) && rest_in_octaves(&x[whole..], max, exponent);
     sum = sum.add(careful_exp(rest.sub(reference), exponent, &mut seen));
-    (sum.fold(|a, b| a + b), tame)
+    total.take(&mut sum);
+    (total.fold(), tame)
 }
 
-/// [`Sums`] by lane, and what they are relative to.
+/// [`Sums`] over a stretch by lane, and what they are relative to.
 #[derive(Clone, Copy)]
 struct LaneSums<V> {
     teacher_max: V,
@@ -267,8 +343,10 @@ struct LaneSums<V> {
     weighted_gap: V,
     student: V,
     student_at_1: V,
-    /// 1 where the student rules out a token that the teacher does not.
+    /// Of all stretches: 1 where the student rules out a token that the teacher does not.
     ruled_out: V,
+    /// 1 where a finite logit is [`FAR`] below the student's reference.
+    far: V,
     /// By [`exp`], of the teacher and the student.
     seen: [V; 2],
 }
@@ -286,9 +364,13 @@ impl<V: Vector> LaneSums<V> {
         let q = exp_if::<V, CAREFUL>(db, self.exponent, student_seen);
         let mut gap = da.sub(db);
         if CAREFUL {
-            // Neither 0 * inf, nor a vanishing weight times the distance to a mask of -3e38.
+            // Neither 0 * inf, nor what is added in float64.
             gap = p.select_below(f32::MIN_POSITIVE, zero, gap);
-            let ruled_out = a.select_below(f32::MIN, zero, V::splat(1.0));
+            gap = db.select_below(-FAR, zero, gap);
+            let one = V::splat(1.0);
+            let far = b.select_below(f32::MIN, zero, db.select_below(-FAR, one, zero));
+            self.far = far.max_or(self.far);
+            let ruled_out = a.select_below(f32::MIN, zero, one);
             self.ruled_out = b.select_below(f32::MIN, ruled_out, zero).max_or(self.ruled_out);
         }
         self.teacher = self.teacher.add(p);
@@ -300,6 +382,17 @@ impl<V: Vector> LaneSums<V> {
             self.student_at_1 = self.student_at_1.add(q_at_1);
         }
         [p, q, q_at_1]
+    }
+
+    /// Into the totals of teacher, weighted gap, student and student at temperature 1.
+    #[inline(always)]
+    fn end_stretch<const AT_1: bool>(&mut self, totals: &mut [Total<V>; 4]) {
+        totals[0].take(&mut self.teacher);
+        totals[1].take(&mut self.weighted_gap);
+        totals[2].take(&mut self.student);
+        if AT_1 {
+            totals[3].take(&mut self.student_at_1);
+        }
     }
 }
 
@@ -322,24 +415,30 @@ fn accumulate<L: Element, V: Vector, const CAREFUL: bool, const AT_1: bool>(
         student: zero,
         student_at_1: zero,
         ruled_out: zero,
+        far: zero,
         seen: [zero; 2],
     };
+    let mut totals = [Total::<V>::zero(); 4];
     let (whole, a_rest) = tail::<L, V>(teacher);
     let (_, b_rest) = tail::<L, V>(student);
     let mut i = 0;
     while i < whole {
-        ahead[0].fetch::<V>(i);
-        ahead[1].fetch::<V>(i);
-        let lanes = i..i + V::LANES;
-        let a: V = L::load(&teacher[lanes.clone()]);
-        let b: V = L::load(&student[lanes.clone()]);
-        let [p, q, q_at_1] = sums.add::<CAREFUL, AT_1>(a, b);
-        p.store::<false>(&mut out.teacher[lanes.clone()]);
-        q.store::<false>(&mut out.student[lanes.clone()]);
-        if AT_1 {
-            q_at_1.store::<false>(&mut out.student_at_1[lanes]);
+        let end = whole.min(i + STRETCH * V::LANES);
+        while i < end {
+            ahead[0].fetch::<V>(i);
+            ahead[1].fetch::<V>(i);
+            let lanes = i..i + V::LANES;
+            let a: V = L::load(&teacher[lanes.clone()]);
+            let b: V = L::load(&student[lanes.clone()]);
+            let [p, q, q_at_1] = sums.add::<CAREFUL, AT_1>(a, b);
+            p.store::<false>(&mut out.teacher[lanes.clone()]);
+            q.store::<false>(&mut out.student[lanes.clone()]);
+            if AT_1 {
+                q_at_1.store::<false>(&mut out.student_at_1[lanes]);
+            }
+            i += V::LANES;
         }
-        i += V::LANES;
+        sums.end_stretch::<AT_1>(&mut totals);
     }
     let mut tame = [all_in_octaves(sums.seen[0]), all_in_octaves(sums.seen[1])];
     if whole < teacher.len() {
@@ -360,14 +459,15 @@ fn accumulate<L: Element, V: Vector, const CAREFUL: bool, const AT_1: bool>(
             q_at_1.store::<false>(&mut padded);
             out.student_at_1[whole..].copy_from_slice(&padded[..left]);
         }
+        sums.end_stretch::<AT_1>(&mut totals);
     }
-    let total = |lanes: V| lanes.fold(|a, b| a + b);
     Sums {
-        teacher: total(sums.teacher),
-        weighted_gap: total(sums.weighted_gap),
-        student: total(sums.student),
-        student_at_1: total(sums.student_at_1),
+        teacher: totals[0].fold(),
+        weighted_gap: totals[1].fold(),
+        student: totals[2].fold(),
+        student_at_1: if AT_1 { totals[3].fold() } else { 0.0 },
         ruled_out: sums.ruled_out.fold(f32::max) > 0.0,
+        far: sums.far.fold(f32::max) > 0.0,
         tame,
     }
 }
@@ -450,7 +550,7 @@ macro_rules! compile {
                 to: Reference,
                 exponent: Exponent,
                 ahead: Ahead,
-            ) -> (f32, bool) {
+            ) -> (f64, bool) {
                 match to.careful {
                     false => super::sum_exp::<L, V, false>(x, to.max, exponent, ahead),
                     true => super::sum_exp::<L, V, true>(x, to.max, exponent, ahead),
@@ -556,10 +656,38 @@ impl Instructions {
         sets
     }
 
-    /// The widest that this machine has.
-    pub fn widest() -> Self {
-        static WIDEST: OnceLock<Instructions> = OnceLock::new();
-        *WIDEST.get_or_init(|| *Self::available().last().expect("the portable one is always there"))
+    /// The one that the environment variable `ATKD_INSTRUCTIONS` names, else the widest that this machine has.
+    ///
+    /// # Errors
+    /// If the machine has none of that name.
+    pub fn chosen() -> Result<Self> {
+        static CHOSEN: OnceLock<Result<Instructions>> = OnceLock::new();
+        CHOSEN.get_or_init(|| Self::named(std::env::var_os(VARIABLE).as_deref())).clone()
+    }
+
+    /// As [`chosen`](Self::chosen), without a name or by an empty one the widest.
+    pub fn named(name: Option<&OsStr>) -> Result<Self> {
+        let available = Self::available();
+        let found = match name.filter(|name| !name.is_empty()) {
+            Some(name) => available.iter().find(|set| name == set.key()),
+            None => available.last(),
+        };
+        found.copied().ok_or_else(|| Error::Instructions {
+            variable: VARIABLE,
+            name: name.unwrap_or_default().to_string_lossy().into(),
+            available: available.iter().map(|set| set.key()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// How `ATKD_INSTRUCTIONS` names it.
+    fn key(self) -> &'static str {
+        match self.0 {
+            Set::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => "avx512",
+        }
     }
 
     pub fn name(self) -> &'static str {
@@ -595,7 +723,7 @@ impl Instructions {
         to: Reference,
         exponent: Exponent,
         ahead: Ahead,
-    ) -> (f32, bool) {
+    ) -> (f64, bool) {
         dispatch!(self, sum_exp(x, to, exponent, ahead))
     }
 

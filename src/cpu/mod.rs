@@ -3,7 +3,7 @@
 //! Each row is read once from memory. Its exponentials stay in the core's own cache until the row's
 //! sums are known, and the gradient leaves from there. The calling thread and those of rayon's current
 //! thread pool, as many in all as the pool has, work on rows of their own; the result is the same, bit for
-//! bit, for any number of threads.
+//! bit, for any number of threads, on machines of one instruction set ([`instruction_set`]).
 //!
 //! A call may be made anywhere: in a task of the pool, or with a lock held that tasks of the pool want. Threads of the
 //! pool help if they are free before the work is done, and the calling thread does what is left; nobody waits for
@@ -46,9 +46,14 @@ use team::Team;
 /// Bytes of a gradient that is too large to be found in the cache by whoever reads it next.
 const PAST_CACHE_FROM: usize = 16 << 20;
 
-/// The instruction set in use: the widest that this machine has.
-pub fn instruction_set() -> &'static str {
-    Instructions::widest().name()
+/// The instruction set in use: the one that the environment variable `ATKD_INSTRUCTIONS` names (`avx512`, `avx2`
+/// or `portable`), else the widest that this machine has. Results differ in their last bits from one to another.
+/// The variable is read once per process.
+///
+/// # Errors
+/// If the machine has none of that name; so do all calls then.
+pub fn instruction_set() -> Result<&'static str> {
+    Ok(Instructions::chosen()?.name())
 }
 
 /// The loss, and each token's terms.
@@ -93,7 +98,8 @@ pub fn forward_backward_in_place(
 /// What a call runs on.
 #[derive(Clone, Copy)]
 pub(crate) struct Workers<'a> {
-    instructions: Instructions,
+    /// `None` for the chosen ones.
+    instructions: Option<Instructions>,
     team: Team<'a>,
 }
 
@@ -106,7 +112,7 @@ impl Default for Workers<'_> {
 impl<'a> Workers<'a> {
     /// The caller and all but one of the pool's threads, or of rayon's current pool.
     pub(crate) fn of(pool: Option<&'a ThreadPool>) -> Self {
-        Self { instructions: Instructions::widest(), team: Team(pool) }
+        Self { instructions: None, team: Team(pool) }
     }
 }
 
@@ -205,7 +211,7 @@ fn compute(
 ) -> Result<Output> {
     let labels = batch.valid_labels(objective)?;
     let teacher = batch.teacher();
-    let pass = RowPass::new(instructions, objective);
+    let pass = RowPass::new(instructions, objective)?;
     let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
     let in_place = rows.iter().any(|row| matches!(row, StudentRow::InPlace(_)));
     let scratch = || pass.scratch(teacher.vocab(), with_gradient);
@@ -220,7 +226,8 @@ fn compute(
     let valid = targets.iter().flatten().count();
     let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
     let finish = |state: &RowState, margin, student_target, hard| {
-        row::finish(objective, state, margin, student_target, hard, scale)
+        let inverse_temperature = pass.inverse_temperature;
+        row::finish(objective, inverse_temperature, state, margin, student_target, hard, scale)
     };
 
     let depends = objective.depends_on_selection();

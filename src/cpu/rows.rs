@@ -5,9 +5,10 @@ use std::ops::{Deref, DerefMut, Range};
 use half::slice::HalfFloatSliceExt;
 
 use super::block::{
-    Ahead, Element, Exponent, Exponentials, Extent, Instructions, Reference, Scales, Sums,
+    Ahead, Element, Exponent, Exponentials, Extent, FAR, Instructions, Reference, Scales, Sums,
 };
 use super::vector::fence;
+use crate::Result;
 use crate::logits::{Elements, ElementsMut};
 use crate::objective::Objective;
 use crate::row::{self, GradientScales, RowState};
@@ -124,20 +125,26 @@ pub struct RowPass {
     /// Logits in a block.
     block: usize,
     exponent: Exponent,
-    inverse_temperature: f64,
+    /// As the exponentials have it.
+    pub inverse_temperature: f64,
     at_1: bool,
 }
 
 impl RowPass {
-    pub fn new(instructions: Instructions, objective: &Objective) -> Self {
-        let inverse_temperature = 1.0 / objective.temperature();
-        Self {
+    /// With the instructions given, or the chosen ones.
+    ///
+    /// # Errors
+    /// As [`Instructions::chosen`].
+    pub fn new(instructions: Option<Instructions>, objective: &Objective) -> Result<Self> {
+        let instructions = instructions.map_or_else(Instructions::chosen, Ok)?;
+        let exponent = Exponent::new(1.0 / objective.temperature());
+        Ok(Self {
             instructions,
             block: VECTORS * instructions.lanes(),
-            exponent: Exponent::new(inverse_temperature),
-            inverse_temperature,
+            exponent,
+            inverse_temperature: exponent.inverse_temperature(),
             at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
-        }
+        })
     }
 
     /// Memory for the rows that a thread does: of a whole row's exponentials if gradients are wanted.
@@ -197,7 +204,7 @@ impl RowPass {
         logits: &[L],
         before: Option<Reference>,
         ahead: Ahead,
-    ) -> (f32, Reference) {
+    ) -> (f64, Reference) {
         let mut to = before.unwrap_or_else(|| self.guess(logits));
         loop {
             let (sum, tame) = self.instructions.sum_exp(logits, to, self.exponent, ahead);
@@ -221,17 +228,34 @@ impl RowPass {
     ) -> (Sums, [Reference; 2]) {
         let mut to = before.unwrap_or_else(|| logits.map(|logits| self.guess(logits)));
         loop {
-            let sums = self.instructions.accumulate(logits, to, self.exponent, &mut out, ahead);
+            let mut sums = self.instructions.accumulate(logits, to, self.exponent, &mut out, ahead);
             // Neither depends on the other's logits: tokens with equal teachers have equal margins.
             let adjusted = [0, 1].map(|model| match sums.tame[model] {
                 true => to[model],
                 false => self.adjusted(to[model], self.instructions.extent(logits[model])),
             });
             if adjusted == to {
+                if sums.far {
+                    sums.weighted_gap += self.far_gap(logits, to);
+                }
                 return (sums, to);
             }
             to = adjusted;
         }
+    }
+
+    /// What [`Sums::weighted_gap`] leaves out.
+    fn far_gap<L: Element>(&self, [teacher, student]: [&[L]; 2], to: [Reference; 2]) -> f64 {
+        let [teacher_max, student_max] = to.map(|to| to.max);
+        let pairs = teacher.iter().zip(student).map(|(a, b)| (a.widen(), b.widen()));
+        pairs
+            .filter(|&(a, b)| a >= f32::MIN && b >= f32::MIN && b - student_max < -FAR)
+            .map(|(a, b)| {
+                let da = f64::from(a) - f64::from(teacher_max);
+                let db = f64::from(b) - f64::from(student_max);
+                (da * self.inverse_temperature).exp() * (da - db)
+            })
+            .sum()
     }
 
     /// The teacher's margin at `target`, from its logits alone.
@@ -247,7 +271,7 @@ impl RowPass {
             };
             before = Some(to);
             state.rebase(to.max.into(), state.student_max, self.inverse_temperature);
-            state.teacher_sum += f64::from(sum);
+            state.teacher_sum += sum;
         }
         self.margin_of(&state, row, target)
     }
@@ -287,10 +311,10 @@ impl RowPass {
             before = Some(to);
             let [teacher_max, student_max] = to.map(|to| to.max);
             state.rebase(teacher_max.into(), student_max.into(), self.inverse_temperature);
-            state.teacher_sum += f64::from(sums.teacher);
-            state.weighted_gap += f64::from(sums.weighted_gap);
-            state.student_sum += f64::from(sums.student);
-            state.student_sum_at_1 += f64::from(sums.student_at_1);
+            state.teacher_sum += sums.teacher;
+            state.weighted_gap += sums.weighted_gap;
+            state.student_sum += sums.student;
+            state.student_sum_at_1 += sums.student_at_1;
             state.ruled_out |= sums.ruled_out;
             match scratch.stretches.last_mut() {
                 Some((stretch, maxima))

@@ -104,7 +104,7 @@ impl Case {
         let mut gradient = self.student.clone();
         let mut view = LogitsMut::new(&mut gradient, self.tokens(), self.vocab).unwrap();
         let rows = view.rows().into_iter().map(StudentRow::InPlace).collect();
-        let workers = Workers { instructions, ..Workers::default() };
+        let workers = Workers { instructions: Some(instructions), ..Workers::default() };
         let output = compute(workers, objective, &self.batch(), rows).unwrap();
         (output, gradient)
     }
@@ -128,7 +128,7 @@ fn every_instruction_set_passes_the_battery() {
     for instructions in Instructions::available() {
         let checks = battery::run(
             |objective, batch, student, gradient| {
-                let workers = Workers { instructions, ..Workers::default() };
+                let workers = Workers { instructions: Some(instructions), ..Workers::default() };
                 forward_backward_by(workers, objective, batch, student, gradient)
             },
             |_| {},
@@ -145,7 +145,7 @@ fn the_number_of_threads_changes_no_bit() {
     for objective in objectives() {
         let on = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| case.run(Instructions::widest(), &objective))
+            pool.install(|| case.run(Instructions::named(None).unwrap(), &objective))
         };
         let alone = on(1);
         for threads in [2, 3, 8] {
@@ -169,7 +169,7 @@ fn a_logit_far_above_all_others_is_seen_wherever_it_is() {
                 let batch = case.batch();
                 let student = Logits::new(&case.student, 1, vocab).unwrap();
                 let objective = Objective::kl();
-                let workers = Workers { instructions, ..Workers::default() };
+                let workers = Workers { instructions: Some(instructions), ..Workers::default() };
                 let output = forward_by(workers, &objective, &batch, student).unwrap();
                 let exact = crate::reference::forward(&objective, &batch, student).unwrap();
                 let (loss, exact) = (output.loss, exact.loss);
@@ -211,7 +211,7 @@ fn equal_teachers_tie() {
 #[test]
 fn margins_of_the_teacher_alone_are_the_same_bits() {
     for instructions in Instructions::available() {
-        let pass = RowPass::new(instructions, &Objective::default());
+        let pass = RowPass::new(Some(instructions), &Objective::default()).unwrap();
         for vocab in [2, 50, 1061, 5003] {
             let case = case(1, vocab, 8);
             let (teacher, student) = (&case.teacher, &case.student);
@@ -262,4 +262,101 @@ fn streamed_gradients_are_the_same() {
     check!(f32, |z| z);
     check!(f16, f16::from_f32);
     check!(bf16, bf16::from_f32);
+}
+
+#[test]
+fn instructions_by_name() {
+    let named = |name: &str| Instructions::named(Some(name.as_ref()));
+    let available = Instructions::available();
+    for (key, set) in ["portable", "avx2", "avx512"].into_iter().zip(&available) {
+        assert_eq!(named(key).unwrap(), *set);
+    }
+    for widest in [named("").unwrap(), Instructions::named(None).unwrap()] {
+        assert_eq!(widest, *available.last().unwrap());
+    }
+    let message = named("AVX9").unwrap_err().to_string();
+    assert!(message.starts_with("ATKD_INSTRUCTIONS is \"AVX9\""), "{message}");
+    assert!(message.contains("this machine has portable"), "{message}");
+}
+
+/// The loss, and the gradient's rows, of one call on the instructions given; and the exact ones.
+struct Compared {
+    output: Output,
+    gradient: Vec<f32>,
+    exact: Output,
+    exact_gradient: Vec<f64>,
+}
+
+impl Case {
+    fn compare(&self, instructions: Instructions, objective: &Objective) -> Compared {
+        let (output, gradient) = self.run(instructions, objective);
+        let student = Logits::new(&self.student, self.tokens(), self.vocab).unwrap();
+        let (exact, exact_gradient) =
+            crate::reference::forward_backward(objective, &self.batch(), student).unwrap();
+        Compared { output, gradient, exact, exact_gradient }
+    }
+}
+
+/// Teachers of standard deviation 3, and students that differ from them by `difference` of it.
+fn close(tokens: usize, vocab: usize, difference: f32, seed: u64) -> Case {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut normal = || (0..12).map(|_| random.f32() - 0.5).sum::<f32>();
+    let teacher: Vec<f32> = (0..tokens * vocab).map(|_| 3.0 * normal()).collect();
+    let student = teacher.iter().map(|z| z + difference * normal()).collect();
+    let labels = (0..tokens).map(|_| random.i64(0..vocab as i64)).collect();
+    Case { vocab, teacher, student, labels }
+}
+
+/// A teacher that is sure of another token than the label, and a student that agrees: the gradient is a
+/// difference of two probabilities near 1.
+#[test]
+fn gradients_of_sure_teachers_are_within_their_bound() {
+    for instructions in Instructions::available() {
+        for (vocab, tokens) in [(17, 2000), (257, 1500), (1000, 1500), (5003, 100)] {
+            let mut random = fastrand::Rng::with_seed(vocab as u64);
+            let mut case = close(tokens, vocab, 0.0, 1);
+            for (token, (a, b)) in
+                case.teacher.chunks_mut(vocab).zip(case.student.chunks_mut(vocab)).enumerate()
+            {
+                a.iter_mut().for_each(|z| *z = 4.0 * random.f32() - 2.0);
+                let label = case.labels[token] as usize;
+                a[(label + random.usize(1..vocab)) % vocab] = 6.0 + 14.0 * random.f32();
+                b.iter_mut().zip(&*a).for_each(|(b, a)| *b = a + random.f32() - 0.5);
+            }
+            let objective = Objective::kl().with_reduction(Reduction::Sum).unwrap();
+            let Compared { gradient, exact_gradient, .. } = case.compare(instructions, &objective);
+            for (row, exact) in gradient.chunks(vocab).zip(exact_gradient.chunks(vocab)) {
+                let largest = exact.iter().fold(0.0_f64, |largest, g| largest.max(g.abs()));
+                for (g, exact) in row.iter().zip(exact) {
+                    let error = (f64::from(*g) - exact).abs() / (1e-6 * largest + 5e-7);
+                    let name = instructions.name();
+                    assert!(error <= 1.0, "{name}, V = {vocab}: {g:e}, exactly {exact:e}: {error}");
+                }
+            }
+        }
+    }
+}
+
+/// A student close to its teacher: the gradient keeps what float32 logits tell of the difference, and the mean
+/// over many tokens loses the error of each, which is as often below as above.
+#[test]
+fn close_models_are_told_apart() {
+    const TOKENS: usize = 1000;
+    for instructions in Instructions::available() {
+        let name = instructions.name();
+        for (difference, gradient_error) in [(1e-1, 2e-6), (1e-2, 2e-5), (1e-3, 1e-4), (1e-4, 1e-3)]
+        {
+            let case = close(TOKENS, 1000, difference, 3);
+            let c = case.compare(instructions, &Objective::kl());
+            let squares = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+            let pairs = c.gradient.iter().zip(&c.exact_gradient);
+            let error = squares(&mut pairs.map(|(g, exact)| f64::from(*g) - exact))
+                / squares(&mut c.exact_gradient.iter().copied());
+            assert!(error <= gradient_error, "{name}, {difference}: gradient off by {error:e}");
+            let (dkd, exact) = (c.output.summary().mean_dkd, c.exact.summary().mean_dkd);
+            let error = (dkd - exact).abs();
+            let allowed = 2e-7 / (TOKENS as f64).sqrt() + 1e-6 * exact;
+            assert!(error <= allowed, "{name}, {difference}: {dkd:e}, exactly {exact:e}");
+        }
+    }
 }

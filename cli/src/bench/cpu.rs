@@ -11,8 +11,8 @@ use super::{Measured, Size, Timing, begin, middle};
 use crate::backend::Backend;
 use crate::tensors::Matrix;
 
-pub fn device() -> String {
-    format!("{} threads, {}", rayon::current_num_threads(), cpu::instruction_set())
+pub fn device() -> Result<String> {
+    Ok(format!("{} threads, {}", rayon::current_num_threads(), cpu::instruction_set()?))
 }
 
 pub fn measure(backend: &Backend, size: Size, bar: &ProgressBar) -> Result<Measured> {

@@ -118,7 +118,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(style)?);
     let device = match &backend {
         Backend::Cuda(kernels) => cuda::device(kernels)?,
-        _ => cpu::device(),
+        _ => cpu::device()?,
     };
     let measured = sizes
         .into_iter()
