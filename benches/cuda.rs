@@ -55,7 +55,7 @@ fn compare(c: &mut Criterion) {
         let (teacher, student, mut gradient) = (logits(), logits(), logits());
         let labels: Vec<i64> = (0..TOKENS).map(|i| (i * 7919 % vocab) as i64).collect();
         let labels = stream.clone_htod(&labels).unwrap();
-        let raw = |address| RawLogits { address, dtype: atkd::Dtype::Bf16, row_stride: vocab };
+        let raw = |address| RawLogits { address, dtype: atkd::Dtype::Bf16, strides: vocab.into() };
         let call = RawCall {
             tokens: TOKENS,
             vocab,

@@ -7,7 +7,7 @@ constexpr int32_t IGNORED_TARGET = -1;
 
 // Where a token's row of the teacher starts.
 template <class P> ATKD_DEVICE const P *teacher_row(const atkd_batch &batch, uint32_t token) {
-    return static_cast<const P *>(batch.teacher) + int64_t(token) * batch.teacher_stride;
+    return row_at(static_cast<const P *>(batch.teacher), batch.teacher_strides, token);
 }
 
 // The label of a token, or IGNORED_TARGET. A label outside the vocabulary is reported in the summary and

@@ -8,10 +8,10 @@
 #include "params.h"
 
 // As Rust's side asserts of its own (src/params.rs).
-static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 88, "the layout is a contract");
-static_assert(sizeof(atkd_teacher_margin) == 96 && sizeof(atkd_count_valid) == 112, "the layout is a contract");
-static_assert(sizeof(atkd_select_hard) == 152 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_rows) == 288 && sizeof(atkd_token_terms) == 264, "the layout is a contract");
+static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 104, "the layout is a contract");
+static_assert(sizeof(atkd_teacher_margin) == 112 && sizeof(atkd_count_valid) == 128, "the layout is a contract");
+static_assert(sizeof(atkd_select_hard) == 168 && sizeof(atkd_objective) == 80, "the layout is a contract");
+static_assert(sizeof(atkd_rows) == 336 && sizeof(atkd_token_terms) == 280, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.
@@ -366,6 +366,16 @@ constexpr uint32_t CHUNK = 8;
 
 // Bytes that the L2 cache holds together.
 constexpr uint32_t LINE = 128;
+
+// Where a row of a matrix starts. The branch goes one way for all rows of a launch; without it the compiler computes the
+// product anew in every turn of a loop, to save registers.
+template <class T> ATKD_DEVICE T *row_at(T *first, const atkd_strides &strides, uint32_t row) {
+    int64_t start = int64_t(row) * strides.stride;
+    if (ATKD_RARELY(strides.inverse != 0)) {
+        start += int64_t(uint32_t(uint64_t(row) * strides.inverse >> 32) >> strides.shift) * strides.skip;
+    }
+    return first + start;
+}
 
 // A row of V elements, seen as chunks. Chunk 0 starts at or before the row, so that every later chunk
 // starts at a multiple of its own bytes; what lies outside the row does not exist.

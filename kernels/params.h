@@ -25,6 +25,15 @@
 // Blocks that token_terms has at most: each leaves a sum where the states of rows were.
 #define ATKD_TERMS_BLOCKS 1024u
 
+// Where the rows of a matrix [N, V] start, in elements from the first. Row i starts at i * stride, and at `skip` more for
+// every whole number of rows of one outer index in i: i * inverse, over 2^32, over 2^shift.
+typedef struct {
+    int64_t stride;
+    int64_t skip;
+    uint32_t inverse; // 0 where all rows are evenly spaced
+    uint32_t shift;
+} atkd_strides;
+
 // One a workspace: what a call comes to. All 0 before the first call; between calls the counters are 0, but for the top
 // bits of `arrived`.
 typedef struct {
@@ -52,7 +61,7 @@ typedef struct {
     uint32_t *keys;            // [N]: larger for a larger margin; 1 for NaN, 0 for an ignored token
     uint8_t *modes;            // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
     atkd_summary *summary;
-    int64_t teacher_stride;    // elements from row to row
+    atkd_strides teacher_strides;
     int64_t ignore_index;      // tokens with this label are dropped
     uint32_t tokens;           // N
     uint32_t vocab;            // V
@@ -121,8 +130,8 @@ typedef struct {
     void *states;                // [2][ATKD_TEAM_BLOCKS] of ATKD_TEAM_STATE bytes; or, of row_pipelined,
                                  // [2][ATKD_PIPELINED_BLOCKS] of ATKD_TOLD_STATE
     const uint32_t *wrong;       // the tokens to do, counted in the summary; null for all
-    int64_t student_stride;
-    int64_t gradient_stride;
+    atkd_strides student_strides;
+    atkd_strides gradient_strides;
     double scale;        // of the gradient
     uint32_t mean;       // and over the number of valid tokens
     uint32_t write_keys; // they are not there yet
@@ -157,7 +166,7 @@ typedef struct {
 typedef struct {
     void *gradient; // [N, V]
     const float *factor;
-    int64_t stride;
+    atkd_strides strides;
     uint32_t tokens;
     uint32_t vocab;
     uint32_t blocks; // of the launch, whole rows' parts

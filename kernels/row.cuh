@@ -6,7 +6,7 @@
 
 // Where a token's row of the student starts.
 template <class Q> ATKD_DEVICE const Q *student_row(const atkd_rows &p, uint32_t token) {
-    return static_cast<const Q *>(p.student) + int64_t(token) * p.student_stride;
+    return row_at(static_cast<const Q *>(p.student), p.student_strides, token);
 }
 
 // One token's row, as a thread of its cluster or team sees it. Chunks are dealt to the threads of all its
@@ -30,7 +30,7 @@ template <class P, class Q> struct Rows {
           wholes(student.wholes == 0 ? 0 : teacher.wholes) {}
 
     template <class G> ATKD_DEVICE Row<G> gradient(const atkd_rows &p) const {
-        return Row<G>(static_cast<G *>(p.gradient) + int64_t(token) * p.gradient_stride, p.batch.vocab, teacher.lead);
+        return Row<G>(row_at(static_cast<G *>(p.gradient), p.gradient_strides, token), p.batch.vocab, teacher.lead);
     }
 
     ATKD_DEVICE bool whole(uint32_t chunk) const { return chunk - teacher.first_whole < wholes; }
@@ -134,7 +134,7 @@ struct Weight {
 // and of hard ones.
 struct alignas(16) Weights {
     Weight easy_tkd, hard_tkd, easy_dkd, hard_dkd;
-    float ce;
+    float ce;    // NaN if the scale is not finite: then so is the whole gradient
     float guess; // the odds from which on a token is taken to be hard
 
     static ATKD_DEVICE Weights of(const atkd_rows &p) {
@@ -147,7 +147,7 @@ struct alignas(16) Weights {
                 Weight::of(objective.tkd[1], at_t),
                 Weight::of(objective.dkd[0], at_t),
                 Weight::of(objective.dkd[1], at_t),
-                objective.ce_weight == 0 ? 0 : float(objective.ce_weight * scale),
+                float((objective.ce_weight == 0 ? 0 : objective.ce_weight * scale) + (scale - scale)),
                 guess};
     }
 };
@@ -199,7 +199,7 @@ ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights,
         -(gamma + gamma_at_1),
         state.references(exponent),
     };
-    if (has_nan(state) || teacher.odds != teacher.odds || student.odds != student.odds) {
+    if (has_nan(state) || teacher.odds != teacher.odds || student.odds != student.odds || weights.ce != weights.ce) {
         scales.teacher = scales.student = scales.student_at_1 = scales.target = nanf("");
         scales.references = {0, 0, 0};
     }

@@ -11,7 +11,7 @@ template <class T> ATKD_DEVICE void scale_gradient(const atkd_scale_gradient &p)
     }
     uint32_t first = block_index() % p.parts * block_threads() + thread_index();
     for (uint32_t token = block_index() / p.parts; token < p.tokens; token += p.blocks / p.parts) {
-        T *data = static_cast<T *>(p.gradient) + int64_t(token) * p.stride;
+        T *data = row_at(static_cast<T *>(p.gradient), p.strides, token);
         Row<const T> from(data, p.vocab, lead_of(data));
         Row<T> to(data, p.vocab, from.lead);
         for (uint32_t chunk = first; chunk < from.chunks(); chunk += p.parts * block_threads()) {

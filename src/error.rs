@@ -1,4 +1,4 @@
-use crate::Dtype;
+use crate::{Dtype, Strides};
 
 /// Without the hundreds of zeros of very large and very small numbers.
 fn readable(value: f64) -> String {
@@ -16,7 +16,7 @@ pub enum Error {
     Setting { name: &'static str, value: f64, allowed: &'static str },
     /// A slice too short, or too long, for the shape that was given with it.
     #[error(
-        "{} of {} with row stride {row_stride} take {}, but the slice of {what} holds {actual}",
+        "{} of {} with {strides} take {}, but the slice of {what} holds {actual}",
         count(*tokens, "token"), count(*vocab, "logit"), count(*expected, "element")
     )]
     Length {
@@ -24,19 +24,19 @@ pub enum Error {
         expected: usize,
         tokens: usize,
         vocab: usize,
-        row_stride: usize,
+        strides: Strides,
         actual: usize,
     },
     /// A shape that no tensor can have.
     #[error(
-        "the shape of {what} is impossible: {}, vocabulary {vocab}, row stride {row_stride}; {reason}",
+        "the shape of {what} is impossible: {}, vocabulary {vocab}, {strides}; {reason}",
         count(*tokens, "token")
     )]
     Shape {
         what: &'static str,
         tokens: usize,
         vocab: usize,
-        row_stride: usize,
+        strides: Strides,
         reason: &'static str,
     },
     /// Teacher, student and gradient must be of one shape.
@@ -64,14 +64,17 @@ pub enum Error {
     /// The row offsets of the sequences do not partition the tokens.
     #[error("sequence offset {index} is {offset}, but {reason} ({})", count(*tokens, "token"))]
     Sequences { index: usize, offset: usize, tokens: usize, reason: &'static str },
+    /// A sequence's offset below 0.
+    #[error("sequence offset {index} is {offset}, but must not be negative")]
+    NegativeOffset { index: usize, offset: i64 },
     /// No address where elements must be.
     #[error("the address of {what} is null, but {} announced", were(*elements, "element"))]
     Null { what: &'static str, elements: usize },
     /// An instruction set was asked for that the machine does not have.
     #[error("{variable} is {name:?}, but this machine has {available}")]
     Instructions { variable: &'static str, name: String, available: String },
-    /// More than the kernels can count.
-    #[error("{what} is {value}, but the CUDA kernels take at most {most}")]
+    /// More than can be counted: by the kernels or, of sequences, anywhere.
+    #[error("{what} is {value}, but must be at most {most}")]
     TooLarge { what: &'static str, value: usize, most: usize },
     /// An address that no element of this type can have.
     #[error(

@@ -20,8 +20,12 @@ impl RawCall {
             sum_at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
             aligned_alike: [Some(self.student), self.gradient].into_iter().flatten().all(|other| {
                 let offsets = |logits: RawLogits| {
-                    let size = logits.dtype.size() as u64;
-                    [logits.address % 16, logits.row_stride as u64 % 16 * size % 16]
+                    let (strides, size) = (logits.strides.of(self.tokens), logits.dtype.size());
+                    let bytes = |elements: i64| elements.rem_euclid(16) * size as i64 % 16;
+                    let (skip, inner) = strides.skip();
+                    // Whole 16 bytes do not matter, wherever they are skipped.
+                    let inner = if bytes(skip) == 0 { 0 } else { inner };
+                    (logits.address % 16, bytes(strides.row() as i64), bytes(skip), inner)
                 };
                 offsets(other) == offsets(self.teacher)
             }),
@@ -350,6 +354,22 @@ impl Place {
     }
 }
 
+/// Where rows lie, for the kernels.
+fn strides(logits: RawLogits, tokens: usize) -> atkd_strides {
+    let strides = logits.strides.of(tokens);
+    let (skip, inner) = strides.skip();
+    // row / inner, rounded down, is row * inverse / 2^(32 + shift) for every row below 2^31: the inverse is too large
+    // by at most 1, and 2^31 by no more than `inner` is no more than 2^(32 + shift).
+    let shift = (inner as u32).next_power_of_two().ilog2().saturating_sub(1);
+    let inverse = (1_u64 << (32 + shift)) / inner as u64 + 1;
+    atkd_strides {
+        stride: strides.row() as i64,
+        skip,
+        inverse: if skip == 0 { 0 } else { inverse as u32 },
+        shift,
+    }
+}
+
 /// The kernels of a call, in order. Its results are in the workspace, and where `output` wants them.
 ///
 /// # Errors
@@ -384,7 +404,7 @@ pub(crate) fn launches(
         keys: column(KEYS) as *mut u32,
         modes: column(MODES) as *mut u8,
         summary: workspace as *mut atkd_summary,
-        teacher_stride: call.teacher.row_stride as i64,
+        teacher_strides: strides(call.teacher, call.tokens),
         ignore_index: objective.ignore_index(),
         tokens: call.tokens as u32,
         vocab: call.vocab as u32,
@@ -406,7 +426,8 @@ pub(crate) fn launches(
         && call.margins.is_none()
         && objective.target() == Target::Label
         && scopes == 1
-        && call.gradient.is_some_and(|gradient| gradient.address != call.student.address);
+        && call.gradient.is_some()
+        && !call.is_in_place();
     // The column that only a target of the teacher's needs.
     let wrong = if guess { column(TARGETS) as *mut u32 } else { std::ptr::null_mut() };
 
@@ -477,8 +498,8 @@ pub(crate) fn launches(
         student_margin_at_1: column(LOSS) as *mut f64,
         states,
         wrong: std::ptr::null(),
-        student_stride: call.student.row_stride as i64,
-        gradient_stride: gradient.map_or(0, |gradient| gradient.row_stride as i64),
+        student_strides: strides(call.student, call.tokens),
+        gradient_strides: strides(gradient.unwrap_or(call.student), call.tokens),
         scale: scale * objective.upstream_gradient(),
         mean,
         write_keys: (guess || (!needs_margins && call.margins.is_none())).into(),
@@ -541,7 +562,7 @@ pub(crate) fn launches(
 /// What multiplies a gradient `[tokens, vocab]`, in place, by the float32 scalar at `factor`.
 ///
 /// # Errors
-/// If the shape, the stride and the addresses do not go together.
+/// If the shape, the strides and the addresses do not go together.
 pub(crate) fn scale_gradient(
     device: &DeviceProperties,
     gradient: RawLogits,
@@ -562,7 +583,7 @@ pub(crate) fn scale_gradient(
         parameters: Parameters::ScaleGradient(atkd_scale_gradient {
             gradient: gradient.address as *mut c_void,
             factor: factor as *const f32,
-            stride: gradient.row_stride as i64,
+            strides: strides(gradient, tokens),
             tokens: tokens as u32,
             vocab: vocab as u32,
             blocks: shape.grid,
@@ -575,12 +596,39 @@ pub(crate) fn scale_gradient(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Strides;
 
     #[test]
     fn a_workspace_takes_33_bytes_a_token_and_67_kb() {
         for capacity in [0, 1, 15, 16, 17, 8192, 1 << 22] {
             let bytes = Layout { capacity }.bytes();
             assert!(bytes <= 33 * capacity + 67_584, "{bytes} bytes for {capacity} tokens");
+        }
+    }
+
+    #[test]
+    fn rows_start_where_the_kernels_find_them() {
+        let mut random = fastrand::Rng::with_seed(0);
+        for inner in
+            (2..70).chain((2..31).flat_map(|bits| [(1 << bits) - 1, 1 << bits, (1 << bits) + 1]))
+        {
+            let logits = RawLogits {
+                address: 0,
+                dtype: Dtype::F16,
+                strides: Strides::nested(inner, 7 * inner + 5, 7),
+            };
+            let at = strides(logits, i32::MAX as usize);
+            let last = i32::MAX as usize;
+            let near = |row: usize| [row.saturating_sub(1), row, row + 1];
+            let rows =
+                (0..8).flat_map(|times| near(times * inner)).chain(near(last / inner * inner));
+            let rows = rows.chain((0..100).map(|_| random.usize(..last))).chain([last]);
+            for row in rows.filter(|&row| row <= last) {
+                // As row_at in kernels/memory.cuh.
+                let outer = (row as u64 * u64::from(at.inverse)) >> 32 >> at.shift;
+                let start = row as i64 * at.stride + outer as i64 * at.skip;
+                assert_eq!(start, logits.strides.start(row) as i64, "{row} of {inner}");
+            }
         }
     }
 

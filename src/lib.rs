@@ -83,6 +83,7 @@ pub mod reference;
 mod row;
 #[cfg(feature = "simt")]
 pub mod simt;
+mod strides;
 pub mod unfused;
 
 pub use batch::{Batch, Labels};
@@ -90,3 +91,4 @@ pub use error::{Error, Result};
 pub use logits::{Dtype, Elements, ElementsMut, Logits, LogitsMut};
 pub use objective::{Coefficient, Coefficients, Objective, Reduction, Target};
 pub use output::{Output, Summary, TokenTerms};
+pub use strides::Strides;

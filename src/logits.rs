@@ -1,8 +1,10 @@
-//! Views of logits: shape, row stride and dtype. The only place that checks lengths.
+//! Views of logits: shape, strides and dtype. The only place that checks lengths.
+
+use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use crate::{Error, Result};
+use crate::{Error, Result, Strides};
 
 /// The type of a logit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -137,9 +139,55 @@ impl<'a> Elements<'a> {
     pub(crate) fn slice(self, range: std::ops::Range<usize>) -> Elements<'a> {
         each_dtype!(self, Elements => s => &s[range])
     }
+
+    /// # Safety
+    /// So many elements are at `first`, and nobody writes to them for `'a`.
+    unsafe fn at(dtype: Dtype, first: *const u8, length: usize) -> Self {
+        /// # Safety
+        /// As for all elements.
+        unsafe fn slice<'a, T>(first: *const u8, length: usize) -> &'a [T] {
+            // SAFETY: the caller's.
+            unsafe { std::slice::from_raw_parts(first.cast(), length) }
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            match dtype {
+                Dtype::F32 => Self::F32(slice(first, length)),
+                Dtype::F16 => Self::F16(slice(first, length)),
+                Dtype::Bf16 => Self::Bf16(slice(first, length)),
+            }
+        }
+    }
 }
 
-impl ElementsMut<'_> {
+impl<'a> ElementsMut<'a> {
+    /// # Safety
+    /// So many elements are at `first`, and nobody else uses them for `'a`.
+    unsafe fn at(dtype: Dtype, first: *mut u8, length: usize) -> Self {
+        /// # Safety
+        /// As for all elements.
+        unsafe fn slice<'a, T>(first: *mut u8, length: usize) -> &'a mut [T] {
+            // SAFETY: the caller's.
+            unsafe { std::slice::from_raw_parts_mut(first.cast(), length) }
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            match dtype {
+                Dtype::F32 => Self::F32(slice(first, length)),
+                Dtype::F16 => Self::F16(slice(first, length)),
+                Dtype::Bf16 => Self::Bf16(slice(first, length)),
+            }
+        }
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut u8 {
+        match self {
+            ElementsMut::F32(s) => s.as_mut_ptr().cast(),
+            ElementsMut::F16(s) => s.as_mut_ptr().cast(),
+            ElementsMut::Bf16(s) => s.as_mut_ptr().cast(),
+        }
+    }
+
     /// The same elements, read-only.
     pub fn as_ref(&self) -> Elements<'_> {
         match self {
@@ -175,37 +223,68 @@ impl ElementsMut<'_> {
     }
 }
 
-/// Elements that the rows of `tokens` x `vocab` span at `row_stride`, or why they cannot.
+/// Elements that the rows of `tokens` x `vocab` span, or why they cannot.
 pub(crate) fn span(
     what: &'static str,
     tokens: usize,
     vocab: usize,
-    row_stride: usize,
+    strides: Strides,
 ) -> Result<usize> {
-    let impossible = |reason| Error::Shape { what, tokens, vocab, row_stride, reason };
-    if vocab == 0 {
-        return Err(impossible("the vocabulary must hold at least one token"));
+    strides.span(tokens, vocab).map_err(|reason| Error::Shape {
+        what,
+        tokens,
+        vocab,
+        strides,
+        reason,
+    })
+}
+
+/// That so many elements hold the rows: exactly without gaps, at least with.
+pub(crate) fn check_length(
+    what: &'static str,
+    actual: usize,
+    [tokens, vocab]: [usize; 2],
+    strides: Strides,
+    exactly: bool,
+) -> Result<()> {
+    let expected = span(what, tokens, vocab, strides)?;
+    if actual < expected || (exactly && actual != expected) {
+        return Err(Error::Length { what, expected, tokens, vocab, strides, actual });
     }
-    if row_stride < vocab {
-        return Err(impossible("the row stride must be at least the vocabulary size"));
-    }
-    match tokens.checked_sub(1) {
-        None => Ok(0),
-        Some(last) => {
-            last.checked_mul(row_stride).and_then(|start| start.checked_add(vocab)).ok_or_else(
-                || impossible("tokens times row stride does not fit into the address space"),
-            )
-        }
+    Ok(())
+}
+
+/// Rows by address. Those of a gradient may lie between those of what it is computed from: whoever views one
+/// matrix must not hold the elements between its rows.
+#[derive(Clone, Copy, Debug)]
+struct Rows {
+    first: *mut u8,
+    /// Elements that there are.
+    length: usize,
+    dtype: Dtype,
+    tokens: usize,
+    vocab: usize,
+    strides: Strides,
+}
+
+// SAFETY: an address of plain numbers, which the views borrow as slices would be.
+unsafe impl Send for Rows {}
+// SAFETY: as above.
+unsafe impl Sync for Rows {}
+
+impl Rows {
+    /// The address of a row. Panics if there is no such row.
+    fn row(&self, token: usize) -> *mut u8 {
+        assert!(token < self.tokens, "token {token} of {}", self.tokens);
+        self.first.wrapping_add(self.strides.start(token) * self.dtype.size())
     }
 }
 
-/// Logits `[tokens, vocab]`, each row contiguous, rows `row_stride` elements apart.
+/// Logits `[tokens, vocab]`, each row contiguous, rows where [`Strides`] say.
 #[derive(Clone, Copy, Debug)]
 pub struct Logits<'a> {
-    elements: Elements<'a>,
-    tokens: usize,
-    vocab: usize,
-    row_stride: usize,
+    rows: Rows,
+    lifetime: PhantomData<Elements<'a>>,
 }
 
 impl<'a> Logits<'a> {
@@ -215,86 +294,86 @@ impl<'a> Logits<'a> {
     /// If the slice does not hold exactly `tokens * vocab` elements, or `vocab` is 0.
     pub fn new(elements: impl Into<Elements<'a>>, tokens: usize, vocab: usize) -> Result<Self> {
         let elements = elements.into();
-        let expected = span("logits", tokens, vocab, vocab)?;
-        if elements.len() != expected {
-            return Err(Error::Length {
-                what: "logits",
-                expected,
-                tokens,
-                vocab,
-                row_stride: vocab,
-                actual: elements.len(),
-            });
-        }
-        Ok(Self { elements, tokens, vocab, row_stride: vocab })
+        check_length("logits", elements.len(), [tokens, vocab], vocab.into(), true)?;
+        Self::strided(elements, tokens, vocab, vocab)
     }
 
-    /// Logits `[tokens, vocab]` whose rows start `row_stride` elements apart; what lies between a
-    /// row's end and the next row's start is never read.
+    /// Logits `[tokens, vocab]` whose rows start where `strides` say: a row stride, or [`Strides::nested`]. What
+    /// lies between the rows is never read.
     ///
     /// # Errors
-    /// If `row_stride < vocab`, `vocab` is 0, or the slice ends before the last row does.
+    /// If two rows share an element, `vocab` is 0, or the slice ends before the last row does.
     pub fn strided(
         elements: impl Into<Elements<'a>>,
         tokens: usize,
         vocab: usize,
-        row_stride: usize,
+        strides: impl Into<Strides>,
     ) -> Result<Self> {
-        let elements = elements.into();
-        let expected = span("logits", tokens, vocab, row_stride)?;
-        if elements.len() < expected {
-            return Err(Error::Length {
-                what: "logits",
-                expected,
-                tokens,
-                vocab,
-                row_stride,
-                actual: elements.len(),
-            });
-        }
-        Ok(Self { elements, tokens, vocab, row_stride })
+        let (elements, strides) = (elements.into(), strides.into());
+        let (length, dtype) = (elements.len(), elements.dtype());
+        check_length("logits", length, [tokens, vocab], strides, false)?;
+        let first = elements.as_ptr().cast_mut();
+        let rows = Rows { first, length, dtype, tokens, vocab, strides };
+        Ok(Self { rows, lifetime: PhantomData })
+    }
+
+    /// By address. Only the rows are there: [`elements`](Self::elements) is not to be asked for.
+    ///
+    /// # Errors
+    /// If no memory can hold the rows.
+    ///
+    /// # Safety
+    /// The rows are of initialised elements at `first`, aligned, that nobody writes to for `'a`.
+    pub(crate) unsafe fn at(
+        first: *const u8,
+        dtype: Dtype,
+        tokens: usize,
+        vocab: usize,
+        strides: Strides,
+    ) -> Result<Self> {
+        let length = span("logits", tokens, vocab, strides)?;
+        let rows = Rows { first: first.cast_mut(), length, dtype, tokens, vocab, strides };
+        Ok(Self { rows, lifetime: PhantomData })
     }
 
     /// Number of tokens (rows).
     pub fn tokens(&self) -> usize {
-        self.tokens
+        self.rows.tokens
     }
 
     /// Vocabulary size (logits in a row).
     pub fn vocab(&self) -> usize {
-        self.vocab
+        self.rows.vocab
     }
 
-    /// Elements from the start of one row to the start of the next.
-    pub fn row_stride(&self) -> usize {
-        self.row_stride
+    /// Where the rows start.
+    pub fn strides(&self) -> Strides {
+        self.rows.strides
     }
 
     /// The type of the logits.
     pub fn dtype(&self) -> Dtype {
-        self.elements.dtype()
+        self.rows.dtype
     }
 
     /// All elements, those between the rows included.
     pub fn elements(&self) -> Elements<'a> {
-        self.elements
+        // SAFETY: what the view was made of, unless it was made by address.
+        unsafe { Elements::at(self.rows.dtype, self.rows.first, self.rows.length) }
     }
 
     /// The logits of one token. Panics if `token` is not below [`tokens`](Self::tokens).
     pub fn row(&self, token: usize) -> Elements<'a> {
-        assert!(token < self.tokens, "token {token} of {}", self.tokens);
-        let start = token * self.row_stride;
-        self.elements.slice(start..start + self.vocab)
+        // SAFETY: every row lies within what the view was made of.
+        unsafe { Elements::at(self.rows.dtype, self.rows.row(token), self.rows.vocab) }
     }
 }
 
 /// Mutable logits, or a gradient, `[tokens, vocab]`: see [`Logits`].
 #[derive(Debug)]
 pub struct LogitsMut<'a> {
-    elements: ElementsMut<'a>,
-    tokens: usize,
-    vocab: usize,
-    row_stride: usize,
+    rows: Rows,
+    lifetime: PhantomData<ElementsMut<'a>>,
 }
 
 impl<'a> LogitsMut<'a> {
@@ -302,54 +381,57 @@ impl<'a> LogitsMut<'a> {
     pub fn new(elements: impl Into<ElementsMut<'a>>, tokens: usize, vocab: usize) -> Result<Self> {
         let elements = elements.into();
         Logits::new(elements.as_ref(), tokens, vocab)?;
-        Ok(Self { elements, tokens, vocab, row_stride: vocab })
+        Self::strided(elements, tokens, vocab, vocab)
     }
 
-    /// Rows `row_stride` elements apart; errors as [`Logits::strided`]. What lies between the rows
-    /// is never written.
+    /// Rows where `strides` say; errors as [`Logits::strided`]. What lies between the rows is never
+    /// written.
     pub fn strided(
         elements: impl Into<ElementsMut<'a>>,
         tokens: usize,
         vocab: usize,
-        row_stride: usize,
+        strides: impl Into<Strides>,
     ) -> Result<Self> {
-        let elements = elements.into();
-        Logits::strided(elements.as_ref(), tokens, vocab, row_stride)?;
-        Ok(Self { elements, tokens, vocab, row_stride })
+        let mut elements = elements.into();
+        let Logits { rows, .. } = Logits::strided(elements.as_ref(), tokens, vocab, strides)?;
+        Ok(Self { rows: Rows { first: elements.as_mut_ptr(), ..rows }, lifetime: PhantomData })
+    }
+
+    /// By address; errors as [`Logits::at`].
+    ///
+    /// # Safety
+    /// The rows are of initialised elements at `first`, aligned, that nobody else uses for `'a`.
+    pub(crate) unsafe fn at(
+        first: *mut u8,
+        dtype: Dtype,
+        tokens: usize,
+        vocab: usize,
+        strides: Strides,
+    ) -> Result<Self> {
+        // SAFETY: the caller's.
+        let Logits { rows, .. } = unsafe { Logits::at(first, dtype, tokens, vocab, strides)? };
+        Ok(Self { rows, lifetime: PhantomData })
     }
 
     /// The same logits, read-only.
     pub fn as_logits(&self) -> Logits<'_> {
-        Logits {
-            elements: self.elements.as_ref(),
-            tokens: self.tokens,
-            vocab: self.vocab,
-            row_stride: self.row_stride,
-        }
+        Logits { rows: self.rows, lifetime: PhantomData }
     }
 
     /// All elements, those between the rows included.
     #[cfg(feature = "cuda")]
     pub(crate) fn elements_mut(&mut self) -> ElementsMut<'_> {
-        self.elements.reborrow()
+        // SAFETY: what the view was made of, unless it was made by address.
+        unsafe { ElementsMut::at(self.rows.dtype, self.rows.first, self.rows.length) }
     }
 
-    /// The rows, disjoint, in order.
+    /// The rows, in order.
     pub(crate) fn rows(&mut self) -> Vec<ElementsMut<'_>> {
-        let (vocab, row_stride, tokens) = (self.vocab, self.row_stride, self.tokens);
-        macro_rules! rows {
-            ($slice:expr, $variant:ident) => {
-                $slice
-                    .chunks_mut(row_stride)
-                    .take(tokens)
-                    .map(|row| ElementsMut::$variant(&mut row[..vocab]))
-                    .collect()
-            };
-        }
-        match self.elements.reborrow() {
-            ElementsMut::F32(s) => rows!(s, F32),
-            ElementsMut::F16(s) => rows!(s, F16),
-            ElementsMut::Bf16(s) => rows!(s, Bf16),
-        }
+        let Rows { dtype, tokens, vocab, .. } = self.rows;
+        let row = |token| {
+            // SAFETY: every row lies within what the view was made of, and no two share an element.
+            unsafe { ElementsMut::at(dtype, self.rows.row(token), vocab) }
+        };
+        (0..tokens).map(row).collect()
     }
 }

@@ -324,6 +324,12 @@ impl Objective {
         self.ce_weight
     }
 
+    /// With one more factor, which need not be finite.
+    pub(crate) fn times_upstream_gradient(mut self, factor: f64) -> Self {
+        self.upstream *= factor;
+        self
+    }
+
     /// See [`with_upstream_gradient`](Self::with_upstream_gradient).
     pub fn upstream_gradient(&self) -> f64 {
         self.upstream

@@ -15,6 +15,25 @@ pub const ATKD_TOLD_STATE: u32 = 32;
 pub const ATKD_TERMS_BLOCKS: u32 = 1024;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct atkd_strides {
+    pub stride: i64,
+    pub skip: i64,
+    pub inverse: u32,
+    pub shift: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_strides"][::std::mem::size_of::<atkd_strides>() - 24usize];
+    ["Alignment of atkd_strides"][::std::mem::align_of::<atkd_strides>() - 8usize];
+    ["Offset of field: atkd_strides::stride"]
+        [::std::mem::offset_of!(atkd_strides, stride) - 0usize];
+    ["Offset of field: atkd_strides::skip"][::std::mem::offset_of!(atkd_strides, skip) - 8usize];
+    ["Offset of field: atkd_strides::inverse"]
+        [::std::mem::offset_of!(atkd_strides, inverse) - 16usize];
+    ["Offset of field: atkd_strides::shift"][::std::mem::offset_of!(atkd_strides, shift) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct atkd_summary {
     pub loss: f64,
     pub label_fault: u64,
@@ -68,7 +87,7 @@ pub struct atkd_batch {
     pub keys: *mut u32,
     pub modes: *mut u8,
     pub summary: *mut atkd_summary,
-    pub teacher_stride: i64,
+    pub teacher_strides: atkd_strides,
     pub ignore_index: i64,
     pub tokens: u32,
     pub vocab: u32,
@@ -79,7 +98,7 @@ pub struct atkd_batch {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_batch"][::std::mem::size_of::<atkd_batch>() - 88usize];
+    ["Size of atkd_batch"][::std::mem::size_of::<atkd_batch>() - 104usize];
     ["Alignment of atkd_batch"][::std::mem::align_of::<atkd_batch>() - 8usize];
     ["Offset of field: atkd_batch::teacher"][::std::mem::offset_of!(atkd_batch, teacher) - 0usize];
     ["Offset of field: atkd_batch::labels"][::std::mem::offset_of!(atkd_batch, labels) - 8usize];
@@ -87,19 +106,19 @@ const _: () = {
     ["Offset of field: atkd_batch::keys"][::std::mem::offset_of!(atkd_batch, keys) - 24usize];
     ["Offset of field: atkd_batch::modes"][::std::mem::offset_of!(atkd_batch, modes) - 32usize];
     ["Offset of field: atkd_batch::summary"][::std::mem::offset_of!(atkd_batch, summary) - 40usize];
-    ["Offset of field: atkd_batch::teacher_stride"]
-        [::std::mem::offset_of!(atkd_batch, teacher_stride) - 48usize];
+    ["Offset of field: atkd_batch::teacher_strides"]
+        [::std::mem::offset_of!(atkd_batch, teacher_strides) - 48usize];
     ["Offset of field: atkd_batch::ignore_index"]
-        [::std::mem::offset_of!(atkd_batch, ignore_index) - 56usize];
-    ["Offset of field: atkd_batch::tokens"][::std::mem::offset_of!(atkd_batch, tokens) - 64usize];
-    ["Offset of field: atkd_batch::vocab"][::std::mem::offset_of!(atkd_batch, vocab) - 68usize];
+        [::std::mem::offset_of!(atkd_batch, ignore_index) - 72usize];
+    ["Offset of field: atkd_batch::tokens"][::std::mem::offset_of!(atkd_batch, tokens) - 80usize];
+    ["Offset of field: atkd_batch::vocab"][::std::mem::offset_of!(atkd_batch, vocab) - 84usize];
     ["Offset of field: atkd_batch::label_bytes"]
-        [::std::mem::offset_of!(atkd_batch, label_bytes) - 72usize];
-    ["Offset of field: atkd_batch::target"][::std::mem::offset_of!(atkd_batch, target) - 76usize];
+        [::std::mem::offset_of!(atkd_batch, label_bytes) - 88usize];
+    ["Offset of field: atkd_batch::target"][::std::mem::offset_of!(atkd_batch, target) - 92usize];
     ["Offset of field: atkd_batch::inverse_temperature"]
-        [::std::mem::offset_of!(atkd_batch, inverse_temperature) - 80usize];
+        [::std::mem::offset_of!(atkd_batch, inverse_temperature) - 96usize];
     ["Offset of field: atkd_batch::reserved"]
-        [::std::mem::offset_of!(atkd_batch, reserved) - 84usize];
+        [::std::mem::offset_of!(atkd_batch, reserved) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -110,14 +129,14 @@ pub struct atkd_teacher_margin {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 96usize];
+    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 112usize];
     ["Alignment of atkd_teacher_margin"][::std::mem::align_of::<atkd_teacher_margin>() - 8usize];
     ["Offset of field: atkd_teacher_margin::batch"]
         [::std::mem::offset_of!(atkd_teacher_margin, batch) - 0usize];
     ["Offset of field: atkd_teacher_margin::blocks"]
-        [::std::mem::offset_of!(atkd_teacher_margin, blocks) - 88usize];
+        [::std::mem::offset_of!(atkd_teacher_margin, blocks) - 104usize];
     ["Offset of field: atkd_teacher_margin::reserved"]
-        [::std::mem::offset_of!(atkd_teacher_margin, reserved) - 92usize];
+        [::std::mem::offset_of!(atkd_teacher_margin, reserved) - 108usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -130,18 +149,18 @@ pub struct atkd_count_valid {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 112usize];
+    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 128usize];
     ["Alignment of atkd_count_valid"][::std::mem::align_of::<atkd_count_valid>() - 8usize];
     ["Offset of field: atkd_count_valid::batch"]
         [::std::mem::offset_of!(atkd_count_valid, batch) - 0usize];
     ["Offset of field: atkd_count_valid::states"]
-        [::std::mem::offset_of!(atkd_count_valid, states) - 88usize];
+        [::std::mem::offset_of!(atkd_count_valid, states) - 104usize];
     ["Offset of field: atkd_count_valid::guess"]
-        [::std::mem::offset_of!(atkd_count_valid, guess) - 96usize];
+        [::std::mem::offset_of!(atkd_count_valid, guess) - 112usize];
     ["Offset of field: atkd_count_valid::valid_mode"]
-        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 104usize];
+        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 120usize];
     ["Offset of field: atkd_count_valid::reserved"]
-        [::std::mem::offset_of!(atkd_count_valid, reserved) - 108usize];
+        [::std::mem::offset_of!(atkd_count_valid, reserved) - 124usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -159,28 +178,28 @@ pub struct atkd_select_hard {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 152usize];
+    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 168usize];
     ["Alignment of atkd_select_hard"][::std::mem::align_of::<atkd_select_hard>() - 8usize];
     ["Offset of field: atkd_select_hard::batch"]
         [::std::mem::offset_of!(atkd_select_hard, batch) - 0usize];
     ["Offset of field: atkd_select_hard::margins"]
-        [::std::mem::offset_of!(atkd_select_hard, margins) - 88usize];
+        [::std::mem::offset_of!(atkd_select_hard, margins) - 104usize];
     ["Offset of field: atkd_select_hard::offsets"]
-        [::std::mem::offset_of!(atkd_select_hard, offsets) - 96usize];
+        [::std::mem::offset_of!(atkd_select_hard, offsets) - 112usize];
     ["Offset of field: atkd_select_hard::thresholds"]
-        [::std::mem::offset_of!(atkd_select_hard, thresholds) - 104usize];
+        [::std::mem::offset_of!(atkd_select_hard, thresholds) - 120usize];
     ["Offset of field: atkd_select_hard::wrong"]
-        [::std::mem::offset_of!(atkd_select_hard, wrong) - 112usize];
+        [::std::mem::offset_of!(atkd_select_hard, wrong) - 128usize];
     ["Offset of field: atkd_select_hard::states"]
-        [::std::mem::offset_of!(atkd_select_hard, states) - 120usize];
+        [::std::mem::offset_of!(atkd_select_hard, states) - 136usize];
     ["Offset of field: atkd_select_hard::guess"]
-        [::std::mem::offset_of!(atkd_select_hard, guess) - 128usize];
+        [::std::mem::offset_of!(atkd_select_hard, guess) - 144usize];
     ["Offset of field: atkd_select_hard::hard_ratio"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 136usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 152usize];
     ["Offset of field: atkd_select_hard::scopes"]
-        [::std::mem::offset_of!(atkd_select_hard, scopes) - 144usize];
+        [::std::mem::offset_of!(atkd_select_hard, scopes) - 160usize];
     ["Offset of field: atkd_select_hard::count"]
-        [::std::mem::offset_of!(atkd_select_hard, count) - 148usize];
+        [::std::mem::offset_of!(atkd_select_hard, count) - 164usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -230,8 +249,8 @@ pub struct atkd_rows {
     pub student_margin_at_1: *mut f64,
     pub states: *mut ::std::os::raw::c_void,
     pub wrong: *const u32,
-    pub student_stride: i64,
-    pub gradient_stride: i64,
+    pub student_strides: atkd_strides,
+    pub gradient_strides: atkd_strides,
     pub scale: f64,
     pub mean: u32,
     pub write_keys: u32,
@@ -242,38 +261,38 @@ pub struct atkd_rows {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 288usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 336usize];
     ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
     ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
     ["Offset of field: atkd_rows::objective"]
-        [::std::mem::offset_of!(atkd_rows, objective) - 88usize];
-    ["Offset of field: atkd_rows::student"][::std::mem::offset_of!(atkd_rows, student) - 168usize];
+        [::std::mem::offset_of!(atkd_rows, objective) - 104usize];
+    ["Offset of field: atkd_rows::student"][::std::mem::offset_of!(atkd_rows, student) - 184usize];
     ["Offset of field: atkd_rows::gradient"]
-        [::std::mem::offset_of!(atkd_rows, gradient) - 176usize];
+        [::std::mem::offset_of!(atkd_rows, gradient) - 192usize];
     ["Offset of field: atkd_rows::upstream"]
-        [::std::mem::offset_of!(atkd_rows, upstream) - 184usize];
+        [::std::mem::offset_of!(atkd_rows, upstream) - 200usize];
     ["Offset of field: atkd_rows::teacher_margin"]
-        [::std::mem::offset_of!(atkd_rows, teacher_margin) - 192usize];
+        [::std::mem::offset_of!(atkd_rows, teacher_margin) - 208usize];
     ["Offset of field: atkd_rows::student_margin"]
-        [::std::mem::offset_of!(atkd_rows, student_margin) - 200usize];
-    ["Offset of field: atkd_rows::dkd"][::std::mem::offset_of!(atkd_rows, dkd) - 208usize];
+        [::std::mem::offset_of!(atkd_rows, student_margin) - 216usize];
+    ["Offset of field: atkd_rows::dkd"][::std::mem::offset_of!(atkd_rows, dkd) - 224usize];
     ["Offset of field: atkd_rows::student_margin_at_1"]
-        [::std::mem::offset_of!(atkd_rows, student_margin_at_1) - 216usize];
-    ["Offset of field: atkd_rows::states"][::std::mem::offset_of!(atkd_rows, states) - 224usize];
-    ["Offset of field: atkd_rows::wrong"][::std::mem::offset_of!(atkd_rows, wrong) - 232usize];
-    ["Offset of field: atkd_rows::student_stride"]
-        [::std::mem::offset_of!(atkd_rows, student_stride) - 240usize];
-    ["Offset of field: atkd_rows::gradient_stride"]
-        [::std::mem::offset_of!(atkd_rows, gradient_stride) - 248usize];
-    ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 256usize];
-    ["Offset of field: atkd_rows::mean"][::std::mem::offset_of!(atkd_rows, mean) - 264usize];
+        [::std::mem::offset_of!(atkd_rows, student_margin_at_1) - 232usize];
+    ["Offset of field: atkd_rows::states"][::std::mem::offset_of!(atkd_rows, states) - 240usize];
+    ["Offset of field: atkd_rows::wrong"][::std::mem::offset_of!(atkd_rows, wrong) - 248usize];
+    ["Offset of field: atkd_rows::student_strides"]
+        [::std::mem::offset_of!(atkd_rows, student_strides) - 256usize];
+    ["Offset of field: atkd_rows::gradient_strides"]
+        [::std::mem::offset_of!(atkd_rows, gradient_strides) - 280usize];
+    ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 304usize];
+    ["Offset of field: atkd_rows::mean"][::std::mem::offset_of!(atkd_rows, mean) - 312usize];
     ["Offset of field: atkd_rows::write_keys"]
-        [::std::mem::offset_of!(atkd_rows, write_keys) - 268usize];
-    ["Offset of field: atkd_rows::guess"][::std::mem::offset_of!(atkd_rows, guess) - 272usize];
+        [::std::mem::offset_of!(atkd_rows, write_keys) - 316usize];
+    ["Offset of field: atkd_rows::guess"][::std::mem::offset_of!(atkd_rows, guess) - 320usize];
     ["Offset of field: atkd_rows::clusters"]
-        [::std::mem::offset_of!(atkd_rows, clusters) - 276usize];
-    ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 280usize];
-    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 284usize];
+        [::std::mem::offset_of!(atkd_rows, clusters) - 324usize];
+    ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 328usize];
+    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 332usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -296,45 +315,45 @@ pub struct atkd_token_terms {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 264usize];
+    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 280usize];
     ["Alignment of atkd_token_terms"][::std::mem::align_of::<atkd_token_terms>() - 8usize];
     ["Offset of field: atkd_token_terms::batch"]
         [::std::mem::offset_of!(atkd_token_terms, batch) - 0usize];
     ["Offset of field: atkd_token_terms::objective"]
-        [::std::mem::offset_of!(atkd_token_terms, objective) - 88usize];
+        [::std::mem::offset_of!(atkd_token_terms, objective) - 104usize];
     ["Offset of field: atkd_token_terms::uncertainty"]
-        [::std::mem::offset_of!(atkd_token_terms, uncertainty) - 168usize];
+        [::std::mem::offset_of!(atkd_token_terms, uncertainty) - 184usize];
     ["Offset of field: atkd_token_terms::tkd"]
-        [::std::mem::offset_of!(atkd_token_terms, tkd) - 176usize];
+        [::std::mem::offset_of!(atkd_token_terms, tkd) - 192usize];
     ["Offset of field: atkd_token_terms::dkd"]
-        [::std::mem::offset_of!(atkd_token_terms, dkd) - 184usize];
+        [::std::mem::offset_of!(atkd_token_terms, dkd) - 200usize];
     ["Offset of field: atkd_token_terms::loss"]
-        [::std::mem::offset_of!(atkd_token_terms, loss) - 192usize];
+        [::std::mem::offset_of!(atkd_token_terms, loss) - 208usize];
     ["Offset of field: atkd_token_terms::sums"]
-        [::std::mem::offset_of!(atkd_token_terms, sums) - 200usize];
+        [::std::mem::offset_of!(atkd_token_terms, sums) - 216usize];
     ["Offset of field: atkd_token_terms::reduced_loss_to"]
-        [::std::mem::offset_of!(atkd_token_terms, reduced_loss_to) - 208usize];
+        [::std::mem::offset_of!(atkd_token_terms, reduced_loss_to) - 224usize];
     ["Offset of field: atkd_token_terms::uncertainty_to"]
-        [::std::mem::offset_of!(atkd_token_terms, uncertainty_to) - 216usize];
+        [::std::mem::offset_of!(atkd_token_terms, uncertainty_to) - 232usize];
     ["Offset of field: atkd_token_terms::tkd_to"]
-        [::std::mem::offset_of!(atkd_token_terms, tkd_to) - 224usize];
+        [::std::mem::offset_of!(atkd_token_terms, tkd_to) - 240usize];
     ["Offset of field: atkd_token_terms::dkd_to"]
-        [::std::mem::offset_of!(atkd_token_terms, dkd_to) - 232usize];
+        [::std::mem::offset_of!(atkd_token_terms, dkd_to) - 248usize];
     ["Offset of field: atkd_token_terms::modes_to"]
-        [::std::mem::offset_of!(atkd_token_terms, modes_to) - 240usize];
+        [::std::mem::offset_of!(atkd_token_terms, modes_to) - 256usize];
     ["Offset of field: atkd_token_terms::scale"]
-        [::std::mem::offset_of!(atkd_token_terms, scale) - 248usize];
+        [::std::mem::offset_of!(atkd_token_terms, scale) - 264usize];
     ["Offset of field: atkd_token_terms::mean"]
-        [::std::mem::offset_of!(atkd_token_terms, mean) - 256usize];
+        [::std::mem::offset_of!(atkd_token_terms, mean) - 272usize];
     ["Offset of field: atkd_token_terms::blocks"]
-        [::std::mem::offset_of!(atkd_token_terms, blocks) - 260usize];
+        [::std::mem::offset_of!(atkd_token_terms, blocks) - 276usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_scale_gradient {
     pub gradient: *mut ::std::os::raw::c_void,
     pub factor: *const f32,
-    pub stride: i64,
+    pub strides: atkd_strides,
     pub tokens: u32,
     pub vocab: u32,
     pub blocks: u32,
@@ -342,22 +361,22 @@ pub struct atkd_scale_gradient {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_scale_gradient"][::std::mem::size_of::<atkd_scale_gradient>() - 40usize];
+    ["Size of atkd_scale_gradient"][::std::mem::size_of::<atkd_scale_gradient>() - 56usize];
     ["Alignment of atkd_scale_gradient"][::std::mem::align_of::<atkd_scale_gradient>() - 8usize];
     ["Offset of field: atkd_scale_gradient::gradient"]
         [::std::mem::offset_of!(atkd_scale_gradient, gradient) - 0usize];
     ["Offset of field: atkd_scale_gradient::factor"]
         [::std::mem::offset_of!(atkd_scale_gradient, factor) - 8usize];
-    ["Offset of field: atkd_scale_gradient::stride"]
-        [::std::mem::offset_of!(atkd_scale_gradient, stride) - 16usize];
+    ["Offset of field: atkd_scale_gradient::strides"]
+        [::std::mem::offset_of!(atkd_scale_gradient, strides) - 16usize];
     ["Offset of field: atkd_scale_gradient::tokens"]
-        [::std::mem::offset_of!(atkd_scale_gradient, tokens) - 24usize];
+        [::std::mem::offset_of!(atkd_scale_gradient, tokens) - 40usize];
     ["Offset of field: atkd_scale_gradient::vocab"]
-        [::std::mem::offset_of!(atkd_scale_gradient, vocab) - 28usize];
+        [::std::mem::offset_of!(atkd_scale_gradient, vocab) - 44usize];
     ["Offset of field: atkd_scale_gradient::blocks"]
-        [::std::mem::offset_of!(atkd_scale_gradient, blocks) - 32usize];
+        [::std::mem::offset_of!(atkd_scale_gradient, blocks) - 48usize];
     ["Offset of field: atkd_scale_gradient::parts"]
-        [::std::mem::offset_of!(atkd_scale_gradient, parts) - 36usize];
+        [::std::mem::offset_of!(atkd_scale_gradient, parts) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

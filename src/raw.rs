@@ -9,7 +9,7 @@
 //! let logits = |logits: &[f32; 3]| RawLogits {
 //!     address: logits.as_ptr() as u64,
 //!     dtype: Dtype::F32,
-//!     row_stride: 3,
+//!     strides: 3.into(),
 //! };
 //! let call = RawCall {
 //!     tokens: 1,
@@ -30,25 +30,24 @@
 //! # Ok::<(), atkd::Error>(())
 //! ```
 
-use half::{bf16, f16};
 use rayon::ThreadPool;
 
 use crate::cpu::Workers;
 use crate::logits::span;
+use crate::strides::ByteRows;
 use crate::{
-    Batch, Dtype, Elements, ElementsMut, Error, Logits, LogitsMut, Objective, Result, Target,
-    TokenTerms, cpu,
+    Batch, Dtype, Error, Logits, LogitsMut, Objective, Result, Strides, Target, TokenTerms, cpu,
 };
 
-/// Logits or a gradient `[tokens, vocab]` at an address, rows `row_stride` elements apart.
+/// Logits or a gradient `[tokens, vocab]` at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawLogits {
     /// Of the first element.
     pub address: u64,
     /// The type of the elements.
     pub dtype: Dtype,
-    /// Elements from row to row.
-    pub row_stride: usize,
+    /// Where the rows start, in elements from the first: a row stride by `into()`, or [`Strides::nested`].
+    pub strides: Strides,
 }
 
 /// One label a token at an address.
@@ -82,15 +81,16 @@ pub struct RawCall {
     /// The teacher's margins, float32 `[N]`, where they are known from elsewhere: hard tokens are selected
     /// by these, and the teacher's logits are read once less.
     pub margins: Option<u64>,
-    /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied.
+    /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied. If it is infinite
+    /// or NaN, as a trainer's loss scale may make it, the gradient of every valid token is NaN.
     pub upstream: Option<u64>,
 }
 
 impl RawLogits {
     /// The address after the last element, if all of them can be there.
     pub(crate) fn end(self, what: &'static str, tokens: usize, vocab: usize) -> Result<u64> {
-        let Self { address, dtype, row_stride } = self;
-        let elements = span(what, tokens, vocab, row_stride)?;
+        let Self { address, dtype, strides } = self;
+        let elements = span(what, tokens, vocab, strides)?;
         if elements > 0 && address == 0 {
             return Err(Error::Null { what, elements });
         }
@@ -100,16 +100,41 @@ impl RawLogits {
             .checked_mul(dtype.size() as u64)
             .and_then(|bytes| address.checked_add(bytes))
             .filter(|&end| end <= isize::MAX as u64)
-            .ok_or(Error::Shape { what, tokens, vocab, row_stride, reason })
+            .ok_or(Error::Shape { what, tokens, vocab, strides, reason })
+    }
+
+    /// Whether an element of either, both of which can be there, is in a row of the other.
+    fn overlaps(self, other: Self, tokens: usize, vocab: usize) -> bool {
+        let [one, other] = [self, other].map(|Self { address, dtype, strides }| {
+            ByteRows::new(address, dtype.size(), strides, tokens, vocab)
+        });
+        one.overlap(&other)
+    }
+
+    /// Whether both are the same rows.
+    fn is_same(self, other: Self, tokens: usize) -> bool {
+        let of_tokens = |logits: Self| Self { strides: logits.strides.of(tokens), ..logits };
+        of_tokens(self) == of_tokens(other)
     }
 }
 
 impl RawCall {
+    /// Whether the gradient overwrites the student's logits.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.gradient.is_some_and(|gradient| gradient.is_same(self.student, self.tokens))
+    }
+
     /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
     /// known.
     pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
         if self.labels.is_none() && objective.target() == Target::Label {
             return Err(Error::NoLabels);
+        }
+        if let Some((_, count)) = self.sequences
+            && count > i32::MAX as usize
+        {
+            let (what, most) = ("the number of sequences", i32::MAX as usize);
+            return Err(Error::TooLarge { what, value: count, most });
         }
         if let Some((_, 0)) = self.sequences
             && self.tokens > 0
@@ -145,9 +170,16 @@ impl RawCall {
             return Err(Error::GradientDtype { student, actual });
         }
         let (_, start, end) = spans[2];
-        for &(what, other_start, other_end) in &spans[..2] {
-            let in_place = what == "the student's logits" && gradient == self.student;
-            if start < other_end && other_start < end && !in_place {
+        for (&(what, other_start, other_end), other) in
+            spans.iter().zip([self.teacher, self.student])
+        {
+            let in_place = what == "the student's logits" && self.is_in_place();
+            // Rows may lie between the other's.
+            if start < other_end
+                && other_start < end
+                && !in_place
+                && gradient.overlaps(other, self.tokens, self.vocab)
+            {
                 return Err(Error::Overlap {
                     what,
                     gradient: [start, end],
@@ -205,8 +237,8 @@ impl RawOutput {
 /// is computed from without being the student's logits themselves. Nothing was written then.
 ///
 /// # Safety
-/// Every address is of what it is described to be: logits and gradient of `(tokens - 1) * row_stride +
-/// vocab` elements, all of them initialised. Until the call returns nobody else writes to any of it, nor
+/// Every address is of what it is described to be: logits and gradient of `tokens` rows of `vocab` elements,
+/// all of them initialised. Until the call returns nobody else writes to any of it, nor
 /// reads what is written: gradient and outputs.
 pub unsafe fn run(
     pool: Option<&ThreadPool>,
@@ -223,8 +255,7 @@ pub unsafe fn run(
     if let Some(upstream) = call.upstream {
         // SAFETY: the caller says that it is one number.
         let upstream = unsafe { slice::<f32>("the upstream gradient", upstream, 1)?[0] };
-        let upstream = f64::from(upstream) * objective.upstream_gradient();
-        objective = objective.with_upstream_gradient(upstream)?;
+        objective = objective.times_upstream_gradient(upstream.into());
     }
     let workers = Workers::of(pool);
     let offsets;
@@ -243,13 +274,18 @@ pub unsafe fn run(
         };
         if let Some((at, count)) = call.sequences {
             let signed = slice::<i64>("the sequences' offsets", at, count + 1)?;
-            // A negative one becomes larger than any number of tokens.
-            offsets = signed.iter().map(|&offset| offset as usize).collect::<Vec<_>>();
+            offsets = signed
+                .iter()
+                .enumerate()
+                .map(|(index, &offset)| {
+                    usize::try_from(offset).map_err(|_| Error::NegativeOffset { index, offset })
+                })
+                .collect::<Result<Vec<_>>>()?;
             batch = batch.with_sequences(&offsets)?;
         }
         match call.gradient {
             None => cpu::forward_by(workers, &objective, &batch, call.logits(call.student)?)?,
-            Some(gradient) if gradient == call.student => {
+            Some(gradient) if call.is_in_place() => {
                 let student = call.logits_mut(gradient)?;
                 cpu::forward_backward_in_place_by(workers, &objective, &batch, student)?
             }
@@ -280,42 +316,17 @@ impl RawCall {
     /// # Safety
     /// As [`run`], for `'a`, of a call that is valid.
     unsafe fn logits<'a>(&self, logits: RawLogits) -> Result<Logits<'a>> {
-        let RawLogits { address, dtype, row_stride } = logits;
-        let elements = span("logits", self.tokens, self.vocab, row_stride)?;
+        let RawLogits { address, dtype, strides } = logits;
         // SAFETY: the caller's.
-        let elements: Elements = unsafe {
-            match dtype {
-                Dtype::F32 => slice::<f32>("logits", address, elements)?.into(),
-                Dtype::F16 => slice::<f16>("logits", address, elements)?.into(),
-                Dtype::Bf16 => slice::<bf16>("logits", address, elements)?.into(),
-            }
-        };
-        Logits::strided(elements, self.tokens, self.vocab, row_stride)
+        unsafe { Logits::at(address as *const u8, dtype, self.tokens, self.vocab, strides) }
     }
 
     /// # Safety
     /// As [`run`], for `'a`, of a call that is valid.
     unsafe fn logits_mut<'a>(&self, logits: RawLogits) -> Result<LogitsMut<'a>> {
-        /// # Safety
-        /// `address` is valid for `length` elements for `'a`.
-        unsafe fn slice_mut<'a, T>(address: u64, length: usize) -> &'a mut [T] {
-            if length == 0 {
-                return &mut [];
-            }
-            // SAFETY: the caller's.
-            unsafe { std::slice::from_raw_parts_mut(address as *mut T, length) }
-        }
-        let RawLogits { address, dtype, row_stride } = logits;
-        let elements = span("the gradient", self.tokens, self.vocab, row_stride)?;
+        let RawLogits { address, dtype, strides } = logits;
         // SAFETY: the caller's.
-        let elements: ElementsMut = unsafe {
-            match dtype {
-                Dtype::F32 => slice_mut::<f32>(address, elements).into(),
-                Dtype::F16 => slice_mut::<f16>(address, elements).into(),
-                Dtype::Bf16 => slice_mut::<bf16>(address, elements).into(),
-            }
-        };
-        LogitsMut::strided(elements, self.tokens, self.vocab, row_stride)
+        unsafe { LogitsMut::at(address as *mut u8, dtype, self.tokens, self.vocab, strides) }
     }
 }
 
@@ -363,7 +374,7 @@ mod tests {
     }
 
     fn logits(data: &[f32], row_stride: usize) -> RawLogits {
-        RawLogits { address: at(data), dtype: Dtype::F32, row_stride }
+        RawLogits { address: at(data), dtype: Dtype::F32, strides: row_stride.into() }
     }
 
     fn call(teacher: &[f32], student: &[f32], labels: &[i64], row_stride: usize) -> RawCall {
@@ -453,9 +464,83 @@ mod tests {
         Ok(())
     }
 
+    /// [3, 2, VOCAB]: the student's rows, and beside each the gradient's, or the other way round in a dimension.
+    #[test]
+    fn rows_between_rows() -> Result<()> {
+        let (teacher, student, labels) = (random(1, 15), random(2, 15), [4_i64, -100, 0]);
+        let mut expected = vec![0_f32; 15];
+        let view = |v| Logits::new(v, TOKENS, VOCAB);
+        let batch = Batch::new(view(&teacher)?, &labels)?;
+        let to = LogitsMut::new(&mut expected, TOKENS, VOCAB)?;
+        forward_backward(&Objective::default(), &batch, view(&student)?, to)?;
+        let mut both = vec![13_f32; 30];
+        for (row, to) in student.chunks(VOCAB).zip(both.chunks_mut(2 * VOCAB)) {
+            to[..VOCAB].copy_from_slice(row);
+        }
+        let address = both.as_mut_ptr() as u64;
+        let at = |element: usize| RawLogits {
+            address: address + 4 * element as u64,
+            dtype: Dtype::F32,
+            strides: (2 * VOCAB).into(),
+        };
+        let call = RawCall {
+            student: at(0),
+            gradient: Some(at(VOCAB)),
+            ..call(&teacher, &student, &labels, VOCAB)
+        };
+        // SAFETY: all are arrays of the shapes given.
+        unsafe { run(None, &Objective::default(), &call, &RawOutput::default())? };
+        for (i, (row, gradient)) in both.chunks(2 * VOCAB).zip(expected.chunks(VOCAB)).enumerate() {
+            assert_eq!((&row[..VOCAB], &row[VOCAB..]), (&student[i * VOCAB..][..VOCAB], gradient));
+        }
+        for element in [1, VOCAB - 1, VOCAB + 1] {
+            let call = RawCall { gradient: Some(at(element)), ..call };
+            // SAFETY: it fails before it touches anything.
+            let result = unsafe { run(None, &Objective::default(), &call, &RawOutput::default()) };
+            assert!(matches!(result, Err(Error::Overlap { .. })), "{element}: {result:?}");
+        }
+        Ok(())
+    }
+
+    /// The same rows described in two ways are in place.
+    #[test]
+    fn in_place_however_it_is_said() -> Result<()> {
+        let (teacher, mut student, labels) = (random(1, 15), random(2, 15), [4_i64, 1, 0]);
+        let call = call(&teacher, &student, &labels, VOCAB);
+        let place = RawLogits { address: student.as_mut_ptr() as u64, ..call.student };
+        let again = RawLogits { strides: Strides::nested(TOKENS, 7, VOCAB), ..place };
+        let call = RawCall { student: place, gradient: Some(again), ..call };
+        // SAFETY: all are arrays of the shapes given.
+        unsafe { run(None, &Objective::default(), &call, &RawOutput::default()) }
+    }
+
+    #[test]
+    fn upstream_gradients_that_are_not_finite() -> Result<()> {
+        let (teacher, student, labels) = (random(1, 15), random(2, 15), [4_i64, -100, 0]);
+        for upstream in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+            let (mut gradient, mut loss, upstream) = (vec![13_f32; 15], f32::NAN, [upstream]);
+            let call = RawCall {
+                gradient: Some(RawLogits {
+                    address: gradient.as_mut_ptr() as u64,
+                    ..logits(&student, VOCAB)
+                }),
+                upstream: Some(at(&upstream)),
+                ..call(&teacher, &student, &labels, VOCAB)
+            };
+            let to = RawOutput { loss: Some(&raw mut loss as u64), ..RawOutput::default() };
+            // SAFETY: all are arrays of the shapes given.
+            unsafe { run(None, &Objective::default(), &call, &to)? };
+            assert!(loss > 0.0 && loss.is_finite());
+            for (i, g) in gradient.iter().enumerate() {
+                assert!(if i / VOCAB == 1 { *g == 0.0 } else { g.is_nan() }, "{i}: {g}");
+            }
+        }
+        Ok(())
+    }
+
     #[test]
     fn no_tokens_may_have_no_address() -> Result<()> {
-        let nowhere = RawLogits { address: 0, dtype: Dtype::F16, row_stride: VOCAB };
+        let nowhere = RawLogits { address: 0, dtype: Dtype::F16, strides: VOCAB.into() };
         let mut loss = f32::NAN;
         let call = RawCall {
             tokens: 0,
@@ -496,6 +581,21 @@ mod tests {
         fails(RawCall { gradient: Some(good.teacher), ..good }, ["overlaps", "teacher's"]);
         fails(RawCall { tokens: usize::MAX / 8, ..good }, ["address space", "vocabulary 5"]);
         fails(RawCall { labels: None, ..good }, ["no labels", ""]);
+        let offsets = [0_i64, -7, 3];
+        for count in [usize::MAX, i64::MAX as usize, 1 << 60, 1 << 40, 1 << 31] {
+            let sequences = Some((offsets.as_ptr() as u64, count));
+            fails(RawCall { sequences, ..good }, ["number of sequences", &count.to_string()]);
+        }
+        let sequences = Some((offsets.as_ptr() as u64, 2));
+        fails(RawCall { sequences, ..good }, ["sequence offset 1 is -7", "negative"]);
+        let nested = |inner, outer, row| RawLogits {
+            strides: Strides::nested(inner, outer, row),
+            ..good.student
+        };
+        fails(RawCall { student: nested(2, 11, 5), ..good }, ["multiple", "2 rows"]);
+        fails(RawCall { student: nested(0, 11, 5), ..good }, ["multiple", "0 rows"]);
+        let four = RawCall { tokens: 4, ..good };
+        fails(RawCall { student: nested(2, 9, 5), ..four }, ["the rows overlap", "outer stride 9"]);
         fails(RawCall { margins: Some(8), ..good }, ["margins", "CPU"]);
     }
 }

@@ -147,6 +147,8 @@ pub(crate) fn finish(
     let (tkd, slope) = bernoulli_kl(u, w);
     let dkd = state.dkd(inverse_temperature);
 
+    let nan = f64::NAN;
+    let no_number = GradientScales { teacher: nan, student: nan, student_at_1: nan, target: nan };
     if u.is_nan() || w.is_nan() || dkd.is_nan() {
         let terms = TokenTerms {
             margin: u,
@@ -157,11 +159,7 @@ pub(crate) fn finish(
             valid: true,
             hard,
         };
-        let nan = f64::NAN;
-        return (
-            terms,
-            GradientScales { teacher: nan, student: nan, student_at_1: nan, target: nan },
-        );
+        return (terms, no_number);
     }
 
     let coefficients = if hard { objective.hard() } else { objective.easy() };
@@ -182,6 +180,9 @@ pub(crate) fn finish(
         hard,
     };
 
+    if !scale.is_finite() {
+        return (terms, no_number);
+    }
     // Where the teacher has no mass off the target, DKD is 0 whatever the student does.
     let beta = if state.teacher_sum == 0.0 { 0.0 } else { c_dkd };
     let gamma = c_tkd * slope;

@@ -16,8 +16,8 @@ use atkd::cuda::{
 };
 use atkd::plan::{Preference, RowKernel};
 use atkd::{
-    Batch, Dtype, Error, Logits, LogitsMut, Objective, Output, Reduction, Result, Target, battery,
-    reference,
+    Batch, Dtype, Error, Logits, LogitsMut, Objective, Output, Reduction, Result, Strides, Target,
+    battery, reference,
 };
 use half::bf16;
 
@@ -226,7 +226,8 @@ impl Loaded {
     /// The call by address.
     pub fn raw(&self) -> RawCall {
         let address = |slice: &CudaSlice<bf16>| slice.device_ptr(&self.stream).0;
-        let logits = |address| RawLogits { address, dtype: Dtype::Bf16, row_stride: self.vocab };
+        let logits =
+            |address| RawLogits { address, dtype: Dtype::Bf16, strides: self.vocab.into() };
         RawCall {
             tokens: self.tokens,
             vocab: self.vocab,
@@ -563,7 +564,7 @@ fn errors_name_what_does_not_fit() {
         expected: 44,
         tokens: 4,
         vocab: 11,
-        row_stride: 11,
+        strides: 11.into(),
         actual: 40,
     };
     assert_eq!(DeviceLogits::new(&loaded.teacher, 4, 11).unwrap_err(), expected);
@@ -616,7 +617,7 @@ fn errors_name_what_does_not_fit() {
         let error = loaded.launch(&objective, &RawCall { tokens, vocab, ..call }).unwrap_err();
         assert!(matches!(error, Error::TooLarge { most: 0x7fff_ffff, .. }), "{error}");
     }
-    let teacher = RawLogits { row_stride: 1 << 62, ..call.teacher };
+    let teacher = RawLogits { strides: (1_usize << 62).into(), ..call.teacher };
     let error = loaded.launch(&objective, &RawCall { teacher, ..call }).unwrap_err();
     assert!(matches!(error, Error::Shape { what: "the teacher's logits", .. }), "{error}");
     // Nothing of this left a trace.
@@ -708,6 +709,63 @@ fn views_at_odd_elements_with_strides() {
             }
             input.check(&objective, &(output, gradient));
         }
+    }
+}
+
+/// The rows of `[2, 4, 2, vocab + 1]` but for the last of every four: the student's, and beside each the gradient's.
+#[test]
+fn rows_of_two_strides_beside_each_other() {
+    let Some(gpu) = Gpu::new() else { return };
+    for vocab in VOCABS {
+        let input = Input::new(6, vocab, 14);
+        let objective = Objective::default();
+        let (width, row, outer) = (vocab + 1, 2 * (vocab + 1), 8 * (vocab + 1));
+        let strides = Strides::nested(3, outer, row);
+        let start = |token: usize| token / 3 * outer + token % 3 * row;
+        let mut before = vec![bf16::from_f32(13.0); 2 * outer];
+        for (token, logits) in input.student.chunks(vocab).enumerate() {
+            before[start(token)..][..vocab].copy_from_slice(logits);
+        }
+        let mut loaded = Loaded::new(&gpu, &gpu.stream, &input);
+        let mut both = gpu.upload(&before);
+        let address = both.device_ptr(&gpu.stream).0;
+        let call = loaded.raw();
+        let at = |element: usize| RawLogits {
+            address: address + 2 * element as u64,
+            strides,
+            ..call.student
+        };
+        for (to, upstream) in [(width, None), (0, None), (width, Some(f32::INFINITY))] {
+            gpu.stream.memcpy_htod(&before, &mut both).unwrap();
+            let factor = upstream.map(|upstream| gpu.upload(&[upstream]));
+            let upstream = factor.as_ref().map(|factor| factor.device_ptr(&gpu.stream).0);
+            let call = RawCall { student: at(0), gradient: Some(at(to)), upstream, ..call };
+            loaded.launch(&objective, &call).unwrap();
+            let output = loaded.workspace.read(&gpu.stream).unwrap();
+            let mut after = gpu.stream.clone_dtoh(&both).unwrap();
+            let mut gradient = Vec::new();
+            for token in 0..6 {
+                let at = start(token) + to;
+                gradient.extend_from_slice(&after[at..at + vocab]);
+                after[at..at + vocab].copy_from_slice(&before[at..at + vocab]);
+            }
+            assert!(after == before, "something else was written");
+            if upstream.is_none() {
+                input.check(&objective, &(output, gradient));
+                continue;
+            }
+            check_output(&output, &input.reference(&objective, &input.batch()).0);
+            for (row, token) in gradient.chunks(vocab).zip(&output.tokens) {
+                assert!(row.iter().all(|g| if token.valid {
+                    g.is_nan()
+                } else {
+                    *g == bf16::ZERO
+                }));
+            }
+        }
+        let overlapping = RawCall { student: at(0), gradient: Some(at(vocab - 1)), ..call };
+        let error = loaded.launch(&objective, &overlapping).unwrap_err();
+        assert!(matches!(error, Error::Overlap { what: "the student's logits", .. }), "{error}");
     }
 }
 

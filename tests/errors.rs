@@ -114,13 +114,20 @@ fn messages_are_sentences() {
         );
         let reason = "the vocabulary must hold at least one token";
         is(
-            Error::Shape { what, tokens: 1, vocab: 0, row_stride: 0, reason },
+            Error::Shape { what, tokens: 1, vocab: 0, strides: 0.into(), reason },
             &format!(
                 "the shape of {what} is impossible: 1 token, vocabulary 0, row stride 0; {reason}"
             ),
         );
         is(
-            Error::Length { what, expected: 14, tokens: 3, vocab: 2, row_stride: 6, actual: 12 },
+            Error::Length {
+                what,
+                expected: 14,
+                tokens: 3,
+                vocab: 2,
+                strides: 6.into(),
+                actual: 12,
+            },
             &format!(
                 "3 tokens of 2 logits with row stride 6 take 14 elements, but the slice of {what} holds 12"
             ),

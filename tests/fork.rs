@@ -31,7 +31,7 @@ impl Data {
         let logits = |address: *const f32| RawLogits {
             address: address as u64,
             dtype: Dtype::F32,
-            row_stride: VOCAB,
+            strides: VOCAB.into(),
         };
         let mut gradient = vec![f32::NAN; TOKENS * VOCAB];
         let call = RawCall {

@@ -5,7 +5,8 @@ use atkd::plan::{LaunchShape, Preference, RowKernel};
 use atkd::simt::machine::{Buffer, Kernel, run};
 use atkd::simt::{self, Extra, Simulation, Traffic};
 use atkd::{
-    Batch, Error, Logits, LogitsMut, Objective, Output, Reduction, Target, battery, cpu, reference,
+    Batch, Error, Logits, LogitsMut, Objective, Output, Reduction, Strides, Target, battery, cpu,
+    reference,
 };
 use half::{bf16, f16};
 
@@ -283,24 +284,37 @@ fn scaled_gradients() {
         let mut one = Simulation { seed: 3, ..Simulation::default() };
         one.device.multiprocessors = 1;
         // Rows that start anywhere; more blocks than rows, which share them; more rows than blocks.
-        for (simulation, tokens, vocab, stride) in [
-            (Simulation::default(), 3, 9001, 9003),
-            (Simulation::default(), 1, 4096, 4096),
-            (one, 70, 300, 301),
-            (one, 5, 1, 2),
-            (one, 0, 7, 7),
+        // The last two numbers are of rows that are not evenly spaced.
+        for (simulation, tokens, vocab, stride, inner, outer) in [
+            (Simulation::default(), 3, 9001, 9003, 3, 0),
+            (Simulation::default(), 1, 4096, 4096, 1, 0),
+            (Simulation::default(), 6, 2000, 2000, 3, 8001),
+            (one, 70, 300, 301, 70, 0),
+            (one, 70, 300, 3000, 10, 301),
+            (one, 5, 1, 2, 5, 0),
+            (one, 0, 7, 7, 1, 0),
         ] {
-            let length = if tokens == 0 { 0 } else { (tokens - 1) * stride + vocab };
+            let starts: Vec<usize> =
+                (0..tokens).map(|i| i / inner * outer + i % inner * stride).collect();
+            let length = starts.iter().max().map_or(0, |start| start + vocab);
+            let mut inside = vec![false; length];
+            for &start in &starts {
+                inside[start..start + vocab].fill(true);
+            }
+            let strides: Strides = match outer {
+                0 => stride.into(),
+                _ => Strides::nested(inner, outer, stride),
+            };
             let mut random = fastrand::Rng::with_seed(7);
             let before: Vec<T> = (0..length).map(|_| narrow(random.f32() - 0.5)).collect();
             for factor in [0.37_f32, 0.0, -3.0, 1.0] {
                 let mut memory = before.clone();
                 let mut gradient =
-                    LogitsMut::strided(&mut memory[..], tokens, vocab, stride).unwrap();
+                    LogitsMut::strided(&mut memory[..], tokens, vocab, strides).unwrap();
                 let traffic = simulation.scale_gradient(&mut gradient, factor).unwrap();
                 for (i, (&now, &before)) in memory.iter().zip(&before).enumerate() {
                     let scaled = narrow(widen(before) * factor);
-                    assert_eq!(now, if i % stride < vocab { scaled } else { before }, "{i}");
+                    assert_eq!(now, if inside[i] { scaled } else { before }, "{i}");
                 }
                 let Some((kernel, _)) = traffic.first() else {
                     assert_eq!(tokens, 0);

@@ -36,7 +36,7 @@ impl Data {
         let logits = |logits: &[f32]| RawLogits {
             address: logits.as_ptr() as u64,
             dtype: Dtype::F32,
-            row_stride: VOCAB,
+            strides: VOCAB.into(),
         };
         let call = RawCall {
             tokens: TOKENS,

@@ -2,8 +2,8 @@
 
 use std::ffi::c_void;
 
-use atkd::Dtype;
 use atkd::raw::{RawCall, RawLabels, RawLogits, RawOutput};
+use atkd::{Dtype, Strides};
 
 use crate::status::Failure;
 
@@ -18,16 +18,23 @@ pub const ATKD_I64: i32 = 3;
 /// A 32-bit signed integer.
 pub const ATKD_I32: i32 = 4;
 
-/// Logits, or a gradient, [tokens, vocab]: each row contiguous, rows `row_stride` elements apart.
+/// Logits, or a gradient, [tokens, vocab]: each row contiguous, and no element in two rows. Row i starts at element
+/// i * row_stride or, if `inner` is not 0, where it does in a tensor [outer, inner, vocab]: at
+/// i / inner * outer_stride + i % inner * row_stride.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AtkdMatrix {
     /// The first element, aligned to its size.
     pub data: *mut c_void,
-    /// Elements from the start of one row to the start of the next, at least vocab.
+    /// Elements from the start of one row to the start of the next; at least vocab if `inner` is 0.
     pub row_stride: i64,
     /// ATKD_F32, ATKD_F16 or ATKD_BF16.
     pub dtype: i32,
+    /// Rows of one outer index, of which tokens is a multiple, such as the length of a sequence; 0 if all rows
+    /// are row_stride elements apart.
+    pub inner: i64,
+    /// Elements from one outer index to the next, which may be fewer than row_stride; of an inner that is not 0.
+    pub outer_stride: i64,
 }
 
 /// One label a token, without gaps.
@@ -63,10 +70,11 @@ pub struct AtkdCall {
     pub labels: AtkdLabels,
     /// Where the gradient goes.
     pub gradient: AtkdMatrix,
-    /// One number that the gradient is multiplied by; null for 1.
+    /// One number that the gradient is multiplied by; null for 1. If it is infinite or NaN, the gradient of every
+    /// valid token is NaN.
     pub upstream: *const f32,
-    /// Hard tokens are selected within each of this many sequences, or within the whole batch if it is
-    /// 0.
+    /// Hard tokens are selected within each of this many sequences, at most 2^31 - 1, or within the whole batch if
+    /// it is 0.
     pub sequences: i64,
     /// [sequences + 1]: sequence i is tokens offsets[i] to offsets[i + 1] - 1.
     pub sequence_offsets: *const i64,
@@ -105,7 +113,13 @@ impl AtkdMatrix {
             }
         };
         let row_stride = size("a row stride", self.row_stride)?;
-        Ok(RawLogits { address: self.data as u64, dtype, row_stride })
+        let strides = match size("a matrix's inner", self.inner)? {
+            0 => row_stride.into(),
+            inner => {
+                Strides::nested(inner, size("an outer stride", self.outer_stride)?, row_stride)
+            }
+        };
+        Ok(RawLogits { address: self.data as u64, dtype, strides })
     }
 }
 

@@ -5,7 +5,7 @@ mod pages;
 mod threads;
 
 use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput};
-use atkd::{Dtype, Reduction, Target};
+use atkd::{Dtype, Reduction, Strides, Target};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
@@ -71,10 +71,10 @@ impl Objective {
     }
 }
 
-/// Address, dtype, row stride.
-type Matrix = (u64, String, usize);
+/// Address, dtype, row stride; the rows of one outer index, and its stride, or 0 rows where all are evenly spaced.
+type Matrix = (u64, String, usize, usize, usize);
 
-fn logits((address, dtype, row_stride): Matrix) -> PyResult<RawLogits> {
+fn logits((address, dtype, row_stride, inner, outer_stride): Matrix) -> PyResult<RawLogits> {
     let dtype = match dtype.as_str() {
         "float32" => Dtype::F32,
         "float16" => Dtype::F16,
@@ -84,7 +84,11 @@ fn logits((address, dtype, row_stride): Matrix) -> PyResult<RawLogits> {
             return Err(PyTypeError::new_err(message));
         }
     };
-    Ok(RawLogits { address, dtype, row_stride })
+    let strides = match inner {
+        0 => row_stride.into(),
+        _ => Strides::nested(inner, outer_stride, row_stride),
+    };
+    Ok(RawLogits { address, dtype, strides })
 }
 
 /// The call, and the addresses of its results: the loss, float32; and as `stats` the terms, float32
@@ -154,10 +158,7 @@ fn run_on_host(
     let (call, output) =
         call(shape, student, teacher, labels, sequences, scale, gradient, loss, stats)?;
     if let Some(gradient) = call.gradient.filter(|&gradient| gradient != call.student) {
-        pages::advise_huge(
-            gradient.address,
-            call.tokens * gradient.row_stride * gradient.dtype.size(),
-        );
+        pages::advise_huge(gradient.address, call.tokens * call.vocab * gradient.dtype.size());
     }
     let pool = threads::pool(py, threads)?;
     py.detach(|| {

@@ -1,5 +1,9 @@
 """Loss, gradient and terms of every token against float64 autograd of the paper's definitions."""
 
+import itertools
+import subprocess
+import sys
+
 import pytest
 import torch
 from support import assert_equal_to_definitions, assert_gradient, batch, exactly, weight
@@ -124,6 +128,10 @@ def time_first(logits):
     return logits.transpose(0, -2).contiguous().transpose(0, -2)
 
 
+def all_but_the_last_position(logits):
+    return torch.cat([logits, logits[..., -1:, :]], dim=-2)[..., :-1, :]
+
+
 def vocabulary_first(logits):
     return logits.transpose(0, -1).contiguous().transpose(0, -1)
 
@@ -131,7 +139,14 @@ def vocabulary_first(logits):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("shape", [(8, 101), (2, 4, 101)])
 @pytest.mark.parametrize(
-    "view", [rows_of_a_wider_tensor, every_second_row, time_first, vocabulary_first]
+    "view",
+    [
+        rows_of_a_wider_tensor,
+        every_second_row,
+        time_first,
+        all_but_the_last_position,
+        vocabulary_first,
+    ],
 )
 def test_strides(view, shape, inplace):
     student, teacher, labels = batch(*shape)
@@ -149,14 +164,64 @@ def test_expanded_teacher():
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_evenly_spaced_rows_are_not_copied(copies):
+def test_rows_of_two_strides_are_not_copied(copies):
     from atkd._ops import _rows
 
-    wide = torch.zeros(4, 6, 110)
-    views = [wide[..., :100], wide[:, 1], wide[1:2, ::2], wide]
-    copied = [wide[:, :3], wide.transpose(0, 1), wide[:1, :1].expand(4, 6, 110), wide[..., ::2]]
+    wide, blocks = torch.zeros(4, 6, 110), torch.zeros(2, 3, 4, 5, 110)
+    views = [wide[..., :100], wide[:, 1], wide[1:2, ::2], wide, wide[:, :3], wide[:, 1:, 3:70]]
+    views += [wide.transpose(0, 1), wide[::2, ::3], blocks[:, :, :3], blocks[:, 0, :, ::2][0]]
+    copied = [wide[:1, :1].expand(4, 6, 110), wide[:, :1].expand(4, 6, 110), wide[..., ::2]]
+    copied += [blocks[:, :, :3, :4], wide.flatten().as_strided((4, 6, 110), (600, 100, 1))]
     for logits in copied if copies else views:
         assert (_rows(logits).data_ptr() != logits.data_ptr()) == copies
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtypes", itertools.product(DTYPES, DTYPES))
+def test_the_shift_by_slices_has_the_bits_of_a_copy(dtypes, inplace):
+    student, teacher, labels = batch(3, 7, 513, dtype=dtypes[0], teacher_dtype=dtypes[1])
+    results = []
+    for shifted in [lambda z: z[:, :-1], lambda z: z[:, :-1].contiguous()]:
+        leaf = student.clone().requires_grad_()
+        loss = atkd.atkd_loss(
+            shifted(leaf * 1), shifted(teacher), labels[:, 1:], inplace=inplace, ce_weight=0.3
+        )
+        (3 * loss).backward()
+        assert leaf.grad[:, :-1].any() and not leaf.grad[:, -1].any()
+        results.append((loss, leaf.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results))
+
+
+def test_in_place_leaves_the_rest_of_a_slice_alone():
+    student, teacher, labels = batch(3, 7, 40, ignored=False)
+    logits, part = student.clone().requires_grad_() * 1, (slice(None), slice(1, -1), slice(3, 20))
+    atkd.atkd_loss(logits[part], teacher[part], labels[:, 1:-1] % 17, inplace=True)
+    changed = logits.detach() != student
+    assert changed[part].all() and changed.sum() == changed[part].numel()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_shift_by_slices_needs_no_copy(inplace):
+    """In volumes of logits: the student's, the gradient, and the one that slicing's own backward makes."""
+    script = f"""
+import resource, torch, atkd
+B, T, V = 4, 65, 65536
+teacher, labels = torch.randn(B, T, V), torch.randint(V, (B, T))
+leaf = torch.randn(B, T, V).requires_grad_()
+def step(tokens):
+    z = leaf[:, :tokens] * 1
+    loss = atkd.atkd_loss(z[:, :-1], teacher[:, :tokens - 1], labels[:, 1:tokens], inplace={inplace})
+    if {inplace}:
+        del z
+    loss.backward()
+step(8)
+leaf.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(T)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (B * T * V * 4))
+"""
+    volumes = float(subprocess.check_output([sys.executable, "-c", script], text=True))
+    assert volumes < (2.2 if inplace else 3.2), volumes
 
 
 SETTINGS = [{}, {"reduction": "sum"}, {"num_items_in_batch": 12}, {"shift_labels": True}]

@@ -59,7 +59,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
     let mut modes = stream.alloc_zeros::<u8>(TOKENS).unwrap();
     // SAFETY: the call prepares it.
     let workspace = unsafe { stream.alloc::<u8>(Kernels::workspace_bytes(TOKENS)) }.unwrap();
-    let matrix = |address| RawLogits { address, dtype: Dtype::F32, row_stride: VOCAB };
+    let matrix = |address| RawLogits { address, dtype: Dtype::F32, strides: VOCAB.into() };
     let call = RawCall {
         tokens: TOKENS,
         vocab: VOCAB,

@@ -162,7 +162,7 @@ fn logits<'a>(rows: &Rows, storage: &'a Storage) -> Result<DeviceLogits<'a>> {
         DType::BF16 => storage.as_cuda_slice::<bf16>()?.slice(start..).into(),
         other => bail!("the {} logits are {other:?}, but must be F32, F16 or BF16", rows.whose),
     };
-    DeviceLogits::strided(elements, rows.tokens, rows.vocab, rows.row_stride).map_err(Error::wrap)
+    DeviceLogits::strided(elements, rows.tokens, rows.vocab, rows.strides).map_err(Error::wrap)
 }
 
 /// Room for a gradient in the student's dtype.

@@ -23,13 +23,14 @@ use candle_core::{
 };
 use half::bf16;
 
-use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, cpu};
+use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, Strides, cpu};
 
 /// The loss of the student's logits, a float32 scalar that `backward` goes through.
 ///
 /// - `student`, `teacher`: logits `[.., vocab]` of one shape, such as `[tokens, vocab]` or
 ///   `[batch, time, vocab]`, each float32, float16 or bfloat16. They are read where they lie if rows
-///   are contiguous and evenly spaced, and copied otherwise.
+///   are contiguous and at most two strides lead to them, as in `narrow(1, 0, time - 1)` of the latter,
+///   and copied otherwise.
 /// - `labels`: their shape without the last dimension, of any integer dtype.
 ///
 /// Where the student is tracked (it depends on a `Var`), the gradient is computed together with the
@@ -185,13 +186,13 @@ impl CustomOp1 for Loss {
     }
 }
 
-/// Logits `[.., vocab]` as evenly spaced rows.
+/// Logits `[.., vocab]` as rows with one stride or two.
 struct Rows {
     whose: &'static str,
     tensor: Tensor,
     tokens: usize,
     vocab: usize,
-    row_stride: usize,
+    strides: Strides,
 }
 
 impl Rows {
@@ -199,12 +200,12 @@ impl Rows {
         let Some((&vocab, leading)) = tensor.dims().split_last() else {
             bail!("the {whose} logits are a scalar, but must be [tokens, vocab]")
         };
-        let (tensor, row_stride) = match row_stride(tensor.layout()) {
-            Some(row_stride) => (tensor.clone(), row_stride),
-            None => (tensor.contiguous()?, vocab),
+        let (tensor, strides) = match strides(tensor.layout()) {
+            Some(strides) => (tensor.clone(), strides),
+            None => (tensor.contiguous()?, vocab.into()),
         };
         let tokens = leading.iter().product();
-        Ok(Self { whose, tensor, tokens, vocab, row_stride })
+        Ok(Self { whose, tensor, tokens, vocab, strides })
     }
 
     fn logits<'a>(&self, storage: &'a Storage) -> Result<Logits<'a>> {
@@ -219,27 +220,33 @@ impl Rows {
                 other.dtype()
             ),
         };
-        Logits::strided(elements, self.tokens, self.vocab, self.row_stride).map_err(Error::wrap)
+        Logits::strided(elements, self.tokens, self.vocab, self.strides).map_err(Error::wrap)
     }
 }
 
-/// Elements from row to row of `[.., vocab]`, if rows are contiguous and evenly spaced.
-fn row_stride(layout: &Layout) -> Option<usize> {
+/// Where the rows of `[.., vocab]` start, if they are contiguous, disjoint and make a grid of two dimensions at
+/// most.
+fn strides(layout: &Layout) -> Option<Strides> {
     let (&vocab, leading) = layout.dims().split_last()?;
     let (&step, strides) = layout.stride().split_last()?;
     if vocab > 1 && step != 1 {
         return None;
     }
-    let mut innermost_first = leading.iter().zip(strides).rev().filter(|(size, _)| **size != 1);
-    let Some((&rows, &row_stride)) = innermost_first.next() else { return Some(vocab) };
-    let mut next = rows * row_stride;
-    for (&size, &stride) in innermost_first {
-        if stride != next {
-            return None;
+    // Dimensions of which one goes on where the other ends are one; the innermost comes first.
+    let mut merged: Vec<(usize, usize)> = Vec::new();
+    for (&size, &stride) in leading.iter().zip(strides).rev().filter(|(size, _)| **size != 1) {
+        match merged.last_mut() {
+            Some((rows, row_stride)) if stride == *rows * *row_stride => *rows *= size,
+            _ => merged.push((size, stride)),
         }
-        next *= size;
     }
-    (row_stride >= vocab).then_some(row_stride)
+    let strides = match merged[..] {
+        [] => vocab.into(),
+        [(_, row_stride)] => row_stride.into(),
+        [(rows, row_stride), (_, outer)] => Strides::nested(rows, outer, row_stride),
+        _ => return None,
+    };
+    strides.span(leading.iter().product(), vocab).is_ok().then_some(strides)
 }
 
 /// That there is one label a token, for logits `[.., vocab]`.
@@ -263,21 +270,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn evenly_spaced_rows_need_no_copy() -> Result<()> {
+    fn rows_of_two_strides_need_no_copy() -> Result<()> {
         let logits = Tensor::zeros((2, 3, 8), DType::F32, &Device::Cpu)?;
-        let row_stride = |tensor: Tensor| row_stride(tensor.layout());
-        assert_eq!(row_stride(logits.clone()), Some(8));
-        assert_eq!(row_stride(logits.narrow(2, 1, 5)?), Some(8));
-        assert_eq!(row_stride(logits.narrow(0, 1, 1)?), Some(8));
-        assert_eq!(row_stride(logits.narrow(1, 2, 1)?), Some(24));
-        assert_eq!(row_stride(logits.narrow(1, 0, 1)?.narrow(0, 0, 1)?.narrow(2, 0, 4)?), Some(4));
-        assert_eq!(row_stride(logits.narrow(1, 0, 2)?), None);
-        assert_eq!(row_stride(logits.transpose(0, 1)?), None);
-        assert_eq!(row_stride(logits.transpose(1, 2)?), None);
-        assert_eq!(
-            row_stride(Tensor::zeros(8, DType::F32, &Device::Cpu)?.broadcast_as((3, 8))?),
-            None
-        );
+        let strides = |tensor: Tensor| strides(tensor.layout());
+        assert_eq!(strides(logits.clone()), Some(8.into()));
+        assert_eq!(strides(logits.narrow(2, 1, 5)?), Some(8.into()));
+        assert_eq!(strides(logits.narrow(0, 1, 1)?), Some(8.into()));
+        assert_eq!(strides(logits.narrow(1, 2, 1)?), Some(24.into()));
+        let one = logits.narrow(1, 0, 1)?.narrow(0, 0, 1)?.narrow(2, 0, 4)?;
+        assert_eq!(strides(one), Some(4.into()));
+        assert_eq!(strides(logits.narrow(1, 0, 2)?), Some(Strides::nested(2, 24, 8)));
+        assert_eq!(strides(logits.transpose(0, 1)?), Some(Strides::nested(2, 8, 24)));
+        assert_eq!(strides(logits.transpose(1, 2)?), None);
+        let blocks = Tensor::zeros((2, 3, 4, 5, 8), DType::F32, &Device::Cpu)?;
+        assert_eq!(strides(blocks.narrow(2, 0, 3)?), Some(Strides::nested(15, 160, 8)));
+        assert_eq!(strides(blocks.narrow(2, 0, 3)?.narrow(3, 0, 4)?), None);
+        let broadcast = Tensor::zeros(8, DType::F32, &Device::Cpu)?.broadcast_as((3, 8))?;
+        assert_eq!(strides(broadcast), None);
         Ok(())
     }
 }

@@ -29,20 +29,20 @@ impl Copy {
     }
 
     fn logits(&self, like: Logits) -> Result<DeviceLogits<'_>> {
-        let (tokens, vocab, row_stride) = (like.tokens(), like.vocab(), like.row_stride());
+        let (tokens, vocab, strides) = (like.tokens(), like.vocab(), like.strides());
         match self {
-            Self::F32(slice) => DeviceLogits::strided(slice, tokens, vocab, row_stride),
-            Self::F16(slice) => DeviceLogits::strided(slice, tokens, vocab, row_stride),
-            Self::Bf16(slice) => DeviceLogits::strided(slice, tokens, vocab, row_stride),
+            Self::F32(slice) => DeviceLogits::strided(slice, tokens, vocab, strides),
+            Self::F16(slice) => DeviceLogits::strided(slice, tokens, vocab, strides),
+            Self::Bf16(slice) => DeviceLogits::strided(slice, tokens, vocab, strides),
         }
     }
 
     fn logits_mut(&mut self, like: Logits) -> Result<DeviceLogitsMut<'_>> {
-        let (tokens, vocab, row_stride) = (like.tokens(), like.vocab(), like.row_stride());
+        let (tokens, vocab, strides) = (like.tokens(), like.vocab(), like.strides());
         match self {
-            Self::F32(slice) => DeviceLogitsMut::strided(slice, tokens, vocab, row_stride),
-            Self::F16(slice) => DeviceLogitsMut::strided(slice, tokens, vocab, row_stride),
-            Self::Bf16(slice) => DeviceLogitsMut::strided(slice, tokens, vocab, row_stride),
+            Self::F32(slice) => DeviceLogitsMut::strided(slice, tokens, vocab, strides),
+            Self::F16(slice) => DeviceLogitsMut::strided(slice, tokens, vocab, strides),
+            Self::Bf16(slice) => DeviceLogitsMut::strided(slice, tokens, vocab, strides),
         }
     }
 

@@ -60,7 +60,7 @@ impl Kernels {
     /// that is 1, as it mostly is where nothing comes after the loss, only the scalar is read.
     ///
     /// # Errors
-    /// If the shape, the stride and the addresses do not go together, or the driver refuses.
+    /// If the shape, the strides and the addresses do not go together, or the driver refuses.
     ///
     /// # Safety
     /// Both are device memory of this context that nobody else writes to, nor reads the gradient, until the stream is

@@ -5,8 +5,8 @@ use cudarc::driver::{
 use half::{bf16, f16};
 
 use crate::launch::{RawLabels, RawLogits};
-use crate::logits::span;
-use crate::{Dtype, Error, Result};
+use crate::logits::check_length;
+use crate::{Dtype, Error, Result, Strides};
 
 macro_rules! elements {
     ($(#[$doc:meta])* $name:ident, $view:ident, $slice:ident: $($kind:tt)+) => {
@@ -84,21 +84,6 @@ elements!(
     DeviceElementsMut, CudaViewMut, CudaSlice: &mut
 );
 
-/// That the elements hold the rows: exactly without gaps, at least with.
-fn check(
-    what: &'static str,
-    actual: usize,
-    [tokens, vocab]: [usize; 2],
-    row_stride: usize,
-    exactly: bool,
-) -> Result<()> {
-    let expected = span(what, tokens, vocab, row_stride)?;
-    if actual < expected || (exactly && actual != expected) {
-        return Err(Error::Length { what, expected, tokens, vocab, row_stride, actual });
-    }
-    Ok(())
-}
-
 macro_rules! logits {
     ($(#[$doc:meta])* $name:ident, $elements:ident) => {
         $(#[$doc])*
@@ -106,7 +91,7 @@ macro_rules! logits {
         pub struct $name<'a> {
             pub(super) elements: $elements<'a>,
             pub(super) shape: [usize; 2],
-            row_stride: usize,
+            strides: Strides,
         }
 
         impl<'a> $name<'a> {
@@ -116,23 +101,25 @@ macro_rules! logits {
             /// If there are not exactly `tokens * vocab` elements, or `vocab` is 0.
             pub fn new(elements: impl Into<$elements<'a>>, tokens: usize, vocab: usize) -> Result<Self> {
                 let elements = elements.into();
-                check("logits", elements.len(), [tokens, vocab], vocab, true)?;
-                Ok(Self { elements, shape: [tokens, vocab], row_stride: vocab })
+                let strides = vocab.into();
+                check_length("logits", elements.len(), [tokens, vocab], strides, true)?;
+                Ok(Self { elements, shape: [tokens, vocab], strides })
             }
 
-            /// Rows `row_stride` elements apart; what lies between them is not touched.
+            /// Rows that start where `strides` say: a row stride, or [`Strides::nested`]. What lies between them
+            /// is not touched.
             ///
             /// # Errors
-            /// If `row_stride < vocab`, `vocab` is 0, or the elements end before the last row does.
+            /// If two rows share an element, `vocab` is 0, or the elements end before the last row does.
             pub fn strided(
                 elements: impl Into<$elements<'a>>,
                 tokens: usize,
                 vocab: usize,
-                row_stride: usize,
+                strides: impl Into<Strides>,
             ) -> Result<Self> {
-                let elements = elements.into();
-                check("logits", elements.len(), [tokens, vocab], row_stride, false)?;
-                Ok(Self { elements, shape: [tokens, vocab], row_stride })
+                let (elements, strides) = (elements.into(), strides.into());
+                check_length("logits", elements.len(), [tokens, vocab], strides, false)?;
+                Ok(Self { elements, shape: [tokens, vocab], strides })
             }
 
             pub(super) fn context(&self) -> &CudaContext {
@@ -143,7 +130,7 @@ macro_rules! logits {
 }
 
 logits!(
-    /// Logits `[tokens, vocab]` on the device, each row contiguous, rows `row_stride` elements apart.
+    /// Logits `[tokens, vocab]` on the device, each row contiguous, rows where [`Strides`] say.
     DeviceLogits, DeviceElements
 );
 logits!(
@@ -159,20 +146,20 @@ impl DeviceLogits<'_> {
             DeviceElements::F16(view) => view.device_ptr(stream),
             DeviceElements::Bf16(view) => view.device_ptr(stream),
         };
-        (RawLogits { address, dtype: self.elements.dtype(), row_stride: self.row_stride }, guard)
+        (RawLogits { address, dtype: self.elements.dtype(), strides: self.strides }, guard)
     }
 }
 
 impl DeviceLogitsMut<'_> {
     /// See [`DeviceLogits::raw`].
     pub(crate) fn raw<'a>(&'a mut self, stream: &'a CudaStream) -> (RawLogits, SyncOnDrop<'a>) {
-        let (dtype, row_stride) = (self.elements.dtype(), self.row_stride);
+        let (dtype, strides) = (self.elements.dtype(), self.strides);
         let (address, guard) = match &mut self.elements {
             DeviceElementsMut::F32(view) => view.device_ptr_mut(stream),
             DeviceElementsMut::F16(view) => view.device_ptr_mut(stream),
             DeviceElementsMut::Bf16(view) => view.device_ptr_mut(stream),
         };
-        (RawLogits { address, dtype, row_stride }, guard)
+        (RawLogits { address, dtype, strides }, guard)
     }
 }
 

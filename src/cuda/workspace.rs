@@ -124,7 +124,7 @@ impl Workspace {
     ///
     /// `gradient` is of the student's dtype, each element rounded once from float32, or float32. Rows of
     /// ignored tokens become 0. `upstream`, one float32 on the device, multiplies the gradient beside the
-    /// objective's own upstream gradient.
+    /// objective's own upstream gradient; if it is infinite or NaN, the gradient of every valid token is NaN.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), or if the gradient's dtype is neither.

@@ -71,7 +71,7 @@ fn input(name: &'static str, elements: Elements) -> Buffer {
 
 fn raw(logits: Logits) -> RawLogits {
     let address = logits.elements().as_ptr() as u64;
-    RawLogits { address, dtype: logits.dtype(), row_stride: logits.row_stride() }
+    RawLogits { address, dtype: logits.dtype(), strides: logits.strides() }
 }
 
 fn address<T>(slice: &[T]) -> u64 {

@@ -54,7 +54,7 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
     })?;
     let copy = 2.0 * size.volume() as f64 / copy_seconds;
 
-    let raw = |address| RawLogits { address, dtype, row_stride: vocab };
+    let raw = |address| RawLogits { address, dtype, strides: vocab.into() };
     let call = RawCall {
         tokens,
         vocab,

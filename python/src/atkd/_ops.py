@@ -1,7 +1,7 @@
 """The loss as an operator, `torch.ops.atkd.loss`, and as an autograd function."""
 
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -133,18 +133,43 @@ def check(
         raise ValueError(f"student_logits are on {student.device}, but labels on {labels.device}")
 
 
+def _strides(logits: Tensor) -> Optional[Tuple[int, int, int]]:
+    """The row stride of `[.., vocab]`; the number of rows of one outer index, and its stride, or 0 and 0 where
+    all rows are evenly spaced. None unless rows are contiguous, apart, and a grid of two dimensions at most.
+    """
+    vocab = logits.shape[-1]
+    if logits.is_contiguous():
+        return vocab, 0, 0
+    *strides, step = logits.stride()
+    if vocab > 1 and step != 1:
+        return None
+    # Dimensions of which one goes on where the other ends are one; the innermost comes first.
+    grid: List[Tuple[int, int]] = []
+    for stride, size in zip(reversed(strides), reversed(logits.shape[:-1])):
+        if size != 1 and grid and stride == grid[-1][0] * grid[-1][1]:
+            grid[-1] = grid[-1][0], grid[-1][1] * size
+        elif size != 1:
+            grid.append((stride, size))
+    end = vocab
+    for stride, size in sorted(grid):
+        if stride < end:
+            return None
+        end += (size - 1) * stride
+    if len(grid) > 2:
+        return None
+    row_stride = grid[0][0] if grid else vocab
+    return (row_stride, grid[0][1], grid[1][0]) if len(grid) == 2 else (row_stride, 0, 0)
+
+
 def _rows(logits: Tensor) -> Tensor:
-    """`[tokens, vocab]` with contiguous rows that do not overlap: a view where there is one."""
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-    (tokens, vocab), (step, inner) = rows.shape, rows.stride()
-    contiguous = vocab == 1 or inner == 1
-    apart = tokens <= 1 or step >= vocab
-    return rows if contiguous and apart else rows.contiguous()
+    """The same logits where they lie, if the native side can read them there, or else a copy."""
+    return logits if _strides(logits) is not None else logits.contiguous()
 
 
-def _matrix(rows: Tensor) -> Tuple[int, str, int]:
-    stride = rows.stride()[0] if rows.shape[0] > 1 else rows.shape[1]
-    return rows.data_ptr(), _DTYPES[rows.dtype], stride
+def _matrix(rows: Tensor) -> Tuple[int, str, int, int, int]:
+    strides = _strides(rows)
+    assert strides is not None
+    return rows.data_ptr(), _DTYPES[rows.dtype], *strides
 
 
 def _empty_stats(student: Tensor) -> Stats:
@@ -195,7 +220,8 @@ def _run(
         loss = student.new_empty((), dtype=torch.float32)
     stats = _empty_stats(teacher) if with_stats else None
     student_rows, teacher_rows = _rows(student), _rows(teacher)
-    tokens, vocab = student_rows.shape
+    vocab = student.shape[-1]
+    tokens = student.numel() // vocab
     flat_labels = None if labels is None else labels.contiguous()
     offsets = None
     if per_sequence:
@@ -331,12 +357,13 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
         return gradient if upstream.item() == 1.0 else gradient.mul_(upstream)
     # Looks at the number there; from here it would stop the queue.
     rows = _rows(gradient)
+    vocab = rows.shape[-1]
     with torch.cuda.device(gradient.device):
-        shape = (rows.shape[0], rows.shape[1])
+        shape = (rows.numel() // vocab, vocab)
         _atkd.scale_on_device(_queue(), shape, _matrix(rows), upstream.data_ptr())
     # Autograd raises if anybody else goes by what it was.
     torch.autograd.graph.increment_version(rows)
-    return rows.view(gradient.shape)
+    return rows
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
@@ -389,7 +416,7 @@ class Loss(torch.autograd.Function):
             place, teacher, labels, scale, gradient, per_sequence, settings, with_stats
         )
         if inplace:
-            gradient = place.view(student.shape)
+            gradient = place
             if place.data_ptr() == student.data_ptr():
                 torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(gradient)
