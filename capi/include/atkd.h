@@ -109,7 +109,12 @@
 /*
  What a program was compiled against; compare it with atkd_abi_version().
  */
-#define ATKD_ABI_VERSION 1
+#define ATKD_ABI_VERSION 2
+
+/*
+ Threads that a workspace for host memory has at most: to start them takes time that grows with their square.
+ */
+#define ATKD_MAX_THREADS 1024
 
 /*
  A loss over tokens. Never changes: any number of threads may use one at once.
@@ -213,7 +218,9 @@ typedef struct AtkdSettings {
 typedef int32_t AtkdStatus;
 
 /*
- Logits, or a gradient, [tokens, vocab]: each row contiguous, rows `row_stride` elements apart.
+ Logits, or a gradient, [tokens, vocab]: each row contiguous, and no element in two rows. Row i starts at element
+ i * row_stride or, if `inner` is not 0, where it does in a tensor [outer, inner, vocab]: at
+ i / inner * outer_stride + i % inner * row_stride.
  */
 typedef struct AtkdMatrix {
   /*
@@ -221,13 +228,22 @@ typedef struct AtkdMatrix {
    */
   void *data;
   /*
-   Elements from the start of one row to the start of the next, at least vocab.
+   Elements from the start of one row to the start of the next; at least vocab if `inner` is 0.
    */
   int64_t row_stride;
   /*
    ATKD_F32, ATKD_F16 or ATKD_BF16.
    */
   int32_t dtype;
+  /*
+   Rows of one outer index, of which tokens is a multiple, such as the length of a sequence; 0 if all rows
+   are row_stride elements apart.
+   */
+  int64_t inner;
+  /*
+   Elements from one outer index to the next, which may be fewer than row_stride; of an inner that is not 0.
+   */
+  int64_t outer_stride;
 } AtkdMatrix;
 
 /*
@@ -273,12 +289,13 @@ typedef struct AtkdCall {
    */
   struct AtkdMatrix gradient;
   /*
-   One number that the gradient is multiplied by; null for 1.
+   One number that the gradient is multiplied by; null for 1. If it is infinite or NaN, the gradient of every
+   valid token is NaN.
    */
   const float *upstream;
   /*
-   Hard tokens are selected within each of this many sequences, or within the whole batch if it is
-   0.
+   Hard tokens are selected within each of this many sequences, at most 2^31 - 1, or within the whole batch if
+   it is 0.
    */
   int64_t sequences;
   /*
@@ -338,7 +355,7 @@ typedef struct AtkdCall {
 
 #ifdef __cplusplus
 extern "C" {
-#endif // __cplusplus
+#endif /* __cplusplus */
 
 /*
  ATKD_ABI_VERSION of the library that is loaded. Other numbers mean another layout of the structs.
@@ -363,7 +380,8 @@ const char *atkd_version(void);
 struct AtkdSettings atkd_default_settings(void);
 
 /*
- Checks the settings and makes an objective of them, to be destroyed by atkd_objective_destroy.
+ Checks the settings and makes an objective of them, to be destroyed by atkd_objective_destroy. On an error
+ *objective is null.
 
  # Safety
  `settings` is null or points to settings, `objective` is null or has room for a pointer.
@@ -381,9 +399,9 @@ void atkd_objective_destroy(struct AtkdObjective *objective);
 
 /*
  A workspace for host memory, to be destroyed by atkd_workspace_destroy. A call is worked on by
- `threads` threads: the one that makes it, and others that the workspace's calls share. If `threads` is
- 0, by one a core, and all of the process shares the others. No call waits for a thread that is busy with
- something else.
+ `threads` threads, at most ATKD_MAX_THREADS: the one that makes it, and others that the workspace's calls
+ share. If `threads` is 0, by one a core, and all of the process shares the others. No call waits for a thread
+ that is busy with something else. On an error *workspace is null.
 
  In the child of a fork a workspace for host memory can be used as in its parent, whatever the parent's
  threads were doing: atkd starts other threads there.
@@ -403,6 +421,8 @@ AtkdStatus atkd_workspace_create(size_t threads,
  A label that names no token of the vocabulary is met by a kernel, which drops its token; the
  loss that the call leaves is NaN, and so are those of later calls until atkd_workspace_synchronize has
  returned the error.
+
+ On an error of this function *workspace is null.
 
  # Safety
  `workspace` is null or has room for a pointer.
@@ -454,7 +474,7 @@ AtkdStatus atkd_forward_backward(const struct AtkdObjective *objective,
                                  const struct AtkdCall *call);
 
 #ifdef __cplusplus
-}  // extern "C"
-#endif  // __cplusplus
+}  /* extern "C" */
+#endif  /* __cplusplus */
 
 #endif  /* ATKD_H */

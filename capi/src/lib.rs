@@ -23,7 +23,10 @@ pub use types::*;
 use workspace::Place;
 
 /// What a program was compiled against; compare it with atkd_abi_version().
-pub const ATKD_ABI_VERSION: u32 = 1;
+pub const ATKD_ABI_VERSION: u32 = 2;
+
+/// Threads that a workspace for host memory has at most: to start them takes time that grows with their square.
+pub const ATKD_MAX_THREADS: usize = 1024;
 
 /// A loss over tokens. Never changes: any number of threads may use one at once.
 pub struct AtkdObjective(Objective);
@@ -57,7 +60,8 @@ pub extern "C" fn atkd_default_settings() -> AtkdSettings {
     AtkdSettings::default()
 }
 
-/// Checks the settings and makes an objective of them, to be destroyed by atkd_objective_destroy.
+/// Checks the settings and makes an objective of them, to be destroyed by atkd_objective_destroy. On an error
+/// *objective is null.
 ///
 /// # Safety
 /// `settings` is null or points to settings, `objective` is null or has room for a pointer.
@@ -66,13 +70,13 @@ pub unsafe extern "C" fn atkd_objective_create(
     settings: *const AtkdSettings,
     objective: *mut *mut AtkdObjective,
 ) -> AtkdStatus {
-    guard(|| {
-        // SAFETY: the caller's.
-        let settings = unsafe { settings.as_ref() }.ok_or(Failure::null("settings"))?;
-        let made = AtkdObjective(self::objective(settings)?);
-        // SAFETY: the caller's.
-        unsafe { put(objective, "objective", made) }
-    })
+    // SAFETY: the caller's.
+    unsafe {
+        put(objective, "objective", || {
+            let settings = settings.as_ref().ok_or(Failure::null("settings"))?;
+            Ok(AtkdObjective(self::objective(settings)?))
+        })
+    }
 }
 
 /// Null is nothing to destroy.
@@ -86,9 +90,9 @@ pub unsafe extern "C" fn atkd_objective_destroy(objective: *mut AtkdObjective) {
 }
 
 /// A workspace for host memory, to be destroyed by atkd_workspace_destroy. A call is worked on by
-/// `threads` threads: the one that makes it, and others that the workspace's calls share. If `threads` is
-/// 0, by one a core, and all of the process shares the others. No call waits for a thread that is busy with
-/// something else.
+/// `threads` threads, at most ATKD_MAX_THREADS: the one that makes it, and others that the workspace's calls
+/// share. If `threads` is 0, by one a core, and all of the process shares the others. No call waits for a thread
+/// that is busy with something else. On an error *workspace is null.
 ///
 /// In the child of a fork a workspace for host memory can be used as in its parent, whatever the parent's
 /// threads were doing: atkd starts other threads there.
@@ -100,11 +104,8 @@ pub unsafe extern "C" fn atkd_workspace_create(
     threads: usize,
     workspace: *mut *mut AtkdWorkspace,
 ) -> AtkdStatus {
-    guard(|| {
-        let place = Place::host(threads)?;
-        // SAFETY: the caller's.
-        unsafe { put(workspace, "workspace", AtkdWorkspace(place)) }
-    })
+    // SAFETY: the caller's.
+    unsafe { put(workspace, "workspace", || Ok(AtkdWorkspace(Place::host(threads)?))) }
 }
 
 /// A workspace for the memory of a CUDA device, in its primary context, to be destroyed by
@@ -116,6 +117,8 @@ pub unsafe extern "C" fn atkd_workspace_create(
 /// loss that the call leaves is NaN, and so are those of later calls until atkd_workspace_synchronize has
 /// returned the error.
 ///
+/// On an error of this function *workspace is null.
+///
 /// # Safety
 /// `workspace` is null or has room for a pointer.
 #[unsafe(no_mangle)]
@@ -124,11 +127,8 @@ pub unsafe extern "C" fn atkd_workspace_create_cuda(
     max_tokens: usize,
     workspace: *mut *mut AtkdWorkspace,
 ) -> AtkdStatus {
-    guard(|| {
-        let place = Place::cuda(device, max_tokens)?;
-        // SAFETY: the caller's.
-        unsafe { put(workspace, "workspace", AtkdWorkspace(place)) }
-    })
+    // SAFETY: the caller's.
+    unsafe { put(workspace, "workspace", || Ok(AtkdWorkspace(Place::cuda(device, max_tokens)?))) }
 }
 
 /// Waits for what is on the CUstream, and returns the error of a kernel, if there was one since the last
@@ -227,15 +227,26 @@ unsafe fn run(
     }
 }
 
+/// Leaves a handle of what is made at `to`, or null.
+///
 /// # Safety
 /// `to` is null or has room for a pointer.
-unsafe fn put<T>(to: *mut *mut T, name: &'static str, value: T) -> Result<(), Failure> {
-    if to.is_null() {
-        return Err(Failure::null(name));
-    }
-    // SAFETY: the caller's.
-    unsafe { to.write(Box::into_raw(Box::new(value))) };
-    Ok(())
+unsafe fn put<T>(
+    to: *mut *mut T,
+    name: &'static str,
+    make: impl FnOnce() -> Result<T, Failure>,
+) -> AtkdStatus {
+    guard(|| {
+        if to.is_null() {
+            return Err(Failure::null(name));
+        }
+        // SAFETY: the caller's.
+        unsafe { to.write(std::ptr::null_mut()) };
+        let handle = Box::into_raw(Box::new(make()?));
+        // SAFETY: the caller's.
+        unsafe { to.write(handle) };
+        Ok(())
+    })
 }
 
 /// # Safety

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
+use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// One of the codes below.
@@ -34,7 +35,7 @@ impl Failure {
         Self::new(ATKD_INVALID_ARGUMENT, format!("{name} is a null pointer"))
     }
 
-    pub(crate) fn value(name: &'static str, value: i32, allowed: &'static str) -> Self {
+    pub(crate) fn value(name: &'static str, value: impl Display, allowed: &'static str) -> Self {
         Self::new(ATKD_INVALID_ARGUMENT, format!("{name} is {value}, but must be {allowed}"))
     }
 }

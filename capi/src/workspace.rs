@@ -10,6 +10,7 @@ use atkd::cuda::{self, Kernels, Workspace};
 use atkd::raw::{self, RawCall, RawOutput};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::ATKD_MAX_THREADS;
 use crate::status::{ATKD_INVALID_ARGUMENT, Failure};
 
 pub(crate) enum Place {
@@ -38,6 +39,10 @@ impl Place {
     pub(crate) fn host(threads: usize) -> Result<Self, Failure> {
         if threads == 0 {
             return Ok(Self::Host(None));
+        }
+        if threads > ATKD_MAX_THREADS {
+            let allowed = "at most ATKD_MAX_THREADS (1024), or 0 for one a core";
+            return Err(Failure::value("threads", threads, allowed));
         }
         let pool = ThreadPoolBuilder::new().num_threads(threads).build().map_err(|error| {
             let message = format!("{threads} threads cannot be started: {error}");

@@ -34,6 +34,18 @@ fn compile_and_run(source: &str, library: &Path) {
 }
 
 #[test]
+fn the_header_is_plain_c89() {
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("include/atkd.h");
+    let compiled = Command::new("cc")
+        .args(["-std=c89", "-pedantic-errors", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"])
+        .args(["-x", "c"])
+        .arg(include)
+        .output()
+        .expect("a C compiler, `cc`, is installed");
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+}
+
+#[test]
 fn c_with_the_shared_library() {
     let name = format!("{}atkd_c{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
     for source in ["call.c", "fork.c"] {

@@ -184,11 +184,140 @@ static void sequences_and_in_place(AtkdWorkspace *workspace) {
     atkd_objective_destroy(objective);
 }
 
-static void errors(AtkdWorkspace *workspace) {
+/* logits[:, :-1] of [batch, time, vocab], and the same rows without gaps. */
+static void rows_with_two_strides(AtkdWorkspace *workspace) {
+    enum { BATCH = 5, TIME = 8, ROWS = BATCH * (TIME - 1) };
     AtkdSettings settings = atkd_default_settings();
     AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+    float *even[2] = {malloc(ROWS * VOCAB * sizeof(float)), malloc(ROWS * VOCAB * sizeof(float))};
+    int64_t targets[ROWS];
+    for (int i = 0; i < ROWS; i++) {
+        int from = i / (TIME - 1) * TIME + i % (TIME - 1);
+        memcpy(&even[0][i * VOCAB], &teacher[from * STRIDE], VOCAB * sizeof(float));
+        memcpy(&even[1][i * VOCAB], &student[from * STRIDE], VOCAB * sizeof(float));
+        targets[i] = labels[from + 1];
+    }
+    float losses[2];
+    AtkdCall call = new_call();
+    call.tokens = ROWS;
+    call.labels.data = targets;
+    call.teacher = (AtkdMatrix){.data = even[0], .row_stride = VOCAB, .dtype = ATKD_F32};
+    call.student = (AtkdMatrix){.data = even[1], .row_stride = VOCAB, .dtype = ATKD_F32};
+    call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+    call.loss = &losses[0];
+    check(atkd_forward_backward(objective, workspace, &call));
+
+    float *copy = malloc(sizeof student);
+    memcpy(copy, student, sizeof student);
+    call.teacher = (AtkdMatrix){
+        .data = teacher, .row_stride = STRIDE, .dtype = ATKD_F32, .inner = TIME - 1, .outer_stride = TIME * STRIDE};
+    call.student = call.teacher;
+    call.student.data = copy;
+    call.gradient = call.student;
+    call.loss = &losses[1];
+    check(atkd_forward_backward(objective, workspace, &call));
+    assert(losses[0] == losses[1]);
+    for (int b = 0; b < BATCH; b++) {
+        for (int t = 0; t < TIME; t++) {
+            size_t at = (size_t)(b * TIME + t) * STRIDE;
+            const float *row = t + 1 < TIME ? &gradient[(b * (TIME - 1) + t) * VOCAB] : &student[at];
+            assert(memcmp(&copy[at], row, VOCAB * sizeof(float)) == 0);
+            assert(memcmp(&copy[at + VOCAB], &student[at + VOCAB], (STRIDE - VOCAB) * sizeof(float)) == 0);
+        }
+    }
+
+    call.student.inner = 6;
+    expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "multiple");
+    call.student.inner = -7;
+    expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "inner is -7");
+    call.student = call.gradient;
+    call.gradient.outer_stride += STRIDE;
+    expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "overlaps");
+    call.gradient.outer_stride = 3 * STRIDE;
+    expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "rows overlap");
+    free(copy);
+    free(even[0]);
+    free(even[1]);
+    atkd_objective_destroy(objective);
+}
+
+/* [TOKENS, 2, VOCAB]: the student's row, and beside it the gradient's. */
+static void a_gradient_between_the_students_rows(AtkdWorkspace *workspace) {
+    AtkdSettings settings = atkd_default_settings();
+    AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+    AtkdCall call = new_call();
+    call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+    check(atkd_forward_backward(objective, workspace, &call));
+    float *both = malloc(2 * TOKENS * VOCAB * sizeof(float));
+    for (int i = 0; i < TOKENS; i++) {
+        memcpy(&both[2 * i * VOCAB], &student[i * STRIDE], VOCAB * sizeof(float));
+    }
+    call.student = (AtkdMatrix){.data = both, .row_stride = 2 * VOCAB, .dtype = ATKD_F32};
+    call.gradient = (AtkdMatrix){.data = both + VOCAB, .row_stride = 2 * VOCAB, .dtype = ATKD_F32};
+    check(atkd_forward_backward(objective, workspace, &call));
+    for (int i = 0; i < TOKENS; i++) {
+        assert(memcmp(&both[2 * i * VOCAB], &student[i * STRIDE], VOCAB * sizeof(float)) == 0);
+        assert(memcmp(&both[(2 * i + 1) * VOCAB], &gradient[i * VOCAB], VOCAB * sizeof(float)) == 0);
+    }
+    call.gradient.data = both + VOCAB - 1;
+    expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "overlaps");
+    free(both);
+    atkd_objective_destroy(objective);
+}
+
+static void an_upstream_gradient_that_is_not_finite(AtkdWorkspace *workspace) {
+    AtkdSettings settings = atkd_default_settings();
+    AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+    for (int k = 0; k < 2; k++) {
+        float loss, upstream = k == 0 ? INFINITY : NAN;
+        AtkdCall call = new_call();
+        call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+        call.upstream = &upstream;
+        call.loss = &loss;
+        check(atkd_forward_backward(objective, workspace, &call));
+        assert(isfinite(loss) && loss > 0);
+        for (int i = 0; i < TOKENS * VOCAB; i++) {
+            assert(labels[i / VOCAB] == -100 ? gradient[i] == 0 : isnan(gradient[i]));
+        }
+    }
+    atkd_objective_destroy(objective);
+}
+
+static void counts_that_cannot_be(AtkdWorkspace *workspace) {
+    AtkdSettings settings = atkd_default_settings();
+    AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+    AtkdCall call = new_call();
+    int64_t offsets[] = {0, -1, TOKENS};
+    call.sequence_offsets = offsets;
+    call.sequences = 2;
+    expect_error(atkd_forward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "offset 1 is -1");
+    const int64_t counts[] = {INT64_MAX, INT64_MAX - 1, (int64_t)1 << 60, (int64_t)1 << 40, (int64_t)1 << 31};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        call.sequences = counts[i];
+        expect_error(atkd_forward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "number of sequences");
+    }
+    const size_t threads[] = {SIZE_MAX, SIZE_MAX / 2, 100000, ATKD_MAX_THREADS + 1};
+    for (size_t i = 0; i < sizeof threads / sizeof *threads; i++) {
+        AtkdWorkspace *none = workspace;
+        expect_error(atkd_workspace_create(threads[i], &none), ATKD_INVALID_ARGUMENT, "1024");
+        assert(none == NULL);
+    }
+    atkd_objective_destroy(objective);
+}
+
+static void errors(AtkdWorkspace *workspace) {
+    AtkdSettings settings = atkd_default_settings();
+    AtkdObjective *objective = (AtkdObjective *)&settings;
+    expect_error(atkd_objective_create(NULL, &objective), ATKD_INVALID_ARGUMENT, "settings");
+    assert(objective == NULL);
+    objective = (AtkdObjective *)&settings;
     settings.lambda = 7;
     expect_error(atkd_objective_create(&settings, &objective), ATKD_INVALID_ARGUMENT, "lambda is 7");
+    assert(objective == NULL);
     settings.lambda = 0.2;
     settings.target = 5;
     expect_error(atkd_objective_create(&settings, &objective), ATKD_INVALID_ARGUMENT, "target is 5");
@@ -217,8 +346,9 @@ static void errors(AtkdWorkspace *workspace) {
     call.gradient = call.teacher;
     expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "overlaps");
     expect_error(atkd_forward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "gradient.data");
-    AtkdWorkspace *cuda;
+    AtkdWorkspace *cuda = workspace;
     expect_error(atkd_workspace_create_cuda(-1, TOKENS, &cuda), ATKD_INVALID_ARGUMENT, "device is -1");
+    assert(cuda == NULL);
     /* On any machine: it has no driver, or fewer devices. */
     assert(atkd_workspace_create_cuda(4096, TOKENS, &cuda) != ATKD_OK);
     assert(strstr(atkd_error_message(), "driver") != NULL);
@@ -238,6 +368,10 @@ int main(void) {
         kl_against_the_textbook(workspace);
         threads_share_everything(workspace);
         sequences_and_in_place(workspace);
+        rows_with_two_strides(workspace);
+        a_gradient_between_the_students_rows(workspace);
+        an_upstream_gradient_that_is_not_finite(workspace);
+        counts_that_cannot_be(workspace);
         errors(workspace);
         atkd_workspace_destroy(workspace);
     }
