@@ -124,8 +124,8 @@ typedef struct {
     void *gradient;              // [N, V], may be student; null for the loss alone
     const float *upstream;       // the gradient of what comes after, or null for 1
     float *teacher_margin;       // [N]
-    float *student_margin;       // [N]
-    float *dkd;                  // [N]
+    float *student_margin;       // [N], over 2^64: float32 holds any logit's
+    float *dkd;                  // [N], over 2^64
     double *student_margin_at_1; // [N], if cross entropy has a weight: the student's at temperature 1
     void *states;                // [2][ATKD_TEAM_BLOCKS] of ATKD_TEAM_STATE bytes; or, of row_pipelined,
                                  // [2][ATKD_PIPELINED_BLOCKS] of ATKD_TOLD_STATE

@@ -44,8 +44,8 @@ struct Sum {
     } while (0)
 
 // Relative to the same maxima in all lanes.
-template <class Real> ATKD_DEVICE void share_maxima(RowState<Real> &part, float exponent) {
-    part.rebase(max_of_warp(part.teacher_max), max_of_warp(part.student_max), exponent);
+template <bool AT_1, class Real> ATKD_DEVICE void share_maxima(RowState<Real> &part, float exponent) {
+    part.template rebase<AT_1>(max_of_warp(part.teacher_max), max_of_warp(part.student_max), exponent);
 }
 
 // The state of a row of which each lane has a part, in every lane; all share their maxima. All
@@ -74,18 +74,24 @@ template <bool AT_1, class Warps> ATKD_DEVICE void post_state(const RowState<flo
 }
 
 // The state of a row from those that the warps of the cluster have posted, in every lane of the calling warp.
-template <class Warps>
+template <bool AT_1, class Warps>
 ATKD_DEVICE RowState<double> merge_cluster(const Warps &warps, uint32_t warps_a_block, float exponent) {
-    RowState<double> part = RowState<double>::empty();
-    ATKD_NO_UNROLL
-    for (uint32_t i = thread_index() % WARP; i < warps_a_block * cluster_blocks(); i += WARP) {
+    auto posted = [&](uint32_t i) {
         RowState<float> warp = ATKD_REMOTE(warps, i % warps_a_block, i / warps_a_block);
-        part.merge({warp.teacher_sum, warp.weighted_gap, warp.student_sum, warp.student_sum_at_1,
-                    warp.teacher_max, warp.student_max, warp.ruled_out},
-                   exponent);
+        return RowState<double>{warp.teacher_sum, warp.weighted_gap, warp.student_sum, warp.student_sum_at_1,
+                                warp.teacher_max, warp.student_max,  warp.ruled_out};
+    };
+    RowState<double> part = RowState<double>::empty();
+    uint32_t i = thread_index() % WARP, all = warps_a_block * cluster_blocks();
+    if (i < all) {
+        part = posted(i);
     }
-    share_maxima(part, exponent);
-    return merge_warp<true>(part);
+    ATKD_NO_UNROLL
+    for (i += WARP; i < all; i += WARP) {
+        part.merge<AT_1>(posted(i), exponent);
+    }
+    share_maxima<AT_1>(part, exponent);
+    return merge_warp<AT_1>(part);
 }
 
 // A power of two.
@@ -94,6 +100,7 @@ ATKD_DEVICE uint32_t team_rank(const atkd_rows &p) { return block_index() & (tea
 // The same from the states that the blocks of a team have; by one warp of each, and of the same bits in all.
 // A state lies in one of two places in turn: it is overwritten after the team has met once more, to where each
 // block comes only when it has read it.
+template <bool AT_1>
 ATKD_DEVICE RowState<double> merge_team(const RowState<double> &own, const atkd_rows &p, float exponent) {
     static_assert(sizeof own == ATKD_TEAM_STATE, "the layout is a contract");
     uint32_t lane = thread_index() % WARP, rank = team_rank(p);
@@ -109,6 +116,6 @@ ATKD_DEVICE RowState<double> merge_team(const RowState<double> &own, const atkd_
     }
     ATKD_WAIT_FOR_FLIP(arrived, before);
     RowState<double> part = lane < team_blocks(p) ? load(states - rank + lane) : RowState<double>::empty();
-    share_maxima(part, exponent);
-    return merge_warp<true>(part);
+    share_maxima<AT_1>(part, exponent);
+    return merge_warp<AT_1>(part);
 }

@@ -157,14 +157,18 @@ struct Odds {
     float inverse, odds, sigmoid, rest; // rest: 1 - sigmoid
 
     static ATKD_DEVICE Odds of(float sum, float max, float target_logit, float exponent) {
-        sum += correction_of(max, exponent);
         // A sum of 0 belongs to exponentials that are all 0, and so is their share of the gradient.
         bool nothing = sum == 0 && target_logit > OUTSIDE;
-        float odds = nothing ? 0 : sum * exp2_fast(fmaf(-target_logit, exponent, reference_of(max, exponent)));
+        float to_target = -Base::of(max, exponent).exponent_of(target_logit, exponent);
+        float odds = nothing ? 0 : (sum + correction_of(max, exponent)) * exp2_fast(to_target);
         odds = target_logit == -OUTSIDE ? nanf("") : odds;
         // 0 from odds of 2^126 on.
         float rest = reciprocal_fast(1 + odds);
-        return {sum == 0 ? 0 : reciprocal_fast(sum), odds, rest == 0 ? 1 : odds * rest, rest};
+        // Not corrected: the gradient's exponential of the maximum has the error that its part of the sum has, and
+        // near 1 their ratio must be right to the last bit. So one step of Newton's.
+        float inverse = reciprocal_fast(sum);
+        inverse = fmaf(inverse, fmaf(-sum, inverse, 1.0f), inverse);
+        return {sum == 0 ? 0 : inverse, odds, rest == 0 ? 1 : odds * rest, rest};
     }
 };
 
@@ -197,11 +201,14 @@ ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights,
         student.inverse == 0 ? 0 : (beta + gamma + (AT_1 ? 0 : gamma_at_1)) * student.inverse,
         AT_1 && student_at_1.inverse != 0 ? gamma_at_1 * student_at_1.inverse : 0,
         -(gamma + gamma_at_1),
-        state.references(exponent),
+        state.teacher_max,
+        state.student_max,
+        reference_of(state.teacher_max, exponent),
+        reference_of(state.student_max, exponent),
     };
     if (has_nan(state) || teacher.odds != teacher.odds || student.odds != student.odds || weights.ce != weights.ce) {
         scales.teacher = scales.student = scales.student_at_1 = scales.target = nanf("");
-        scales.references = {0, 0, 0};
+        scales.teacher_max = scales.student_max = scales.teacher_reference = scales.student_reference = 0;
     }
     return scales;
 }
@@ -223,23 +230,23 @@ ATKD_DEVICE void tell(const atkd_rows &p, uint32_t token, const RowState<double>
     sum += correction_of(max, exponent);
     double log_sum = log(sum);
     float target_logit = lane == TEACHER ? target.teacher : target.student;
-    double margin = margin_of(log_sum, reference_of(max, exponent), target_logit, exponent);
-    double dkd = state.weighted_gap / sum * LN_2 - log_sum + shuffle_from(log_sum, STUDENT);
+    double margin = margin_of(log_sum, max, target_logit, exponent);
+    double dkd = state.weighted_gap / sum * (LN_2 * double(GAP_UNIT)) - log_sum + shuffle_from(log_sum, STUDENT);
     bool not_a_number = has_nan(state) || warp_ballot(lane <= STUDENT && margin != margin) != 0;
-    // Rounding may fall below 0, a divergence cannot.
+    // It may be below 0 by rounding: no less than above it, so that a mean of many is right.
     dkd = not_a_number             ? nan("")
           : state.teacher_sum == 0 ? 0
           : state.ruled_out != 0   ? -double(OUTSIDE)
-                                   : fmax(dkd, 0.0);
+                                   : dkd;
     if (lane == TEACHER) {
         store(p.teacher_margin + token, float(margin));
-        store(p.dkd + token, float(dkd));
+        store(p.dkd + token, float(dkd * (1 / double(GAP_UNIT))));
         if (p.write_keys != 0) {
             store(p.batch.keys + token, key_of(float(margin)));
         }
     }
     if (lane == STUDENT) {
-        store(p.student_margin + token, float(margin));
+        store(p.student_margin + token, float(margin * (1 / double(GAP_UNIT))));
     }
     if (p.objective.ce_weight != 0 && lane == (AT_1 ? STUDENT_AT_1 : STUDENT)) {
         store(p.student_margin_at_1 + token, margin);
@@ -262,9 +269,9 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
     ATKD_SYNC_CLUSTER();
     if (settles) {
         float exponent = p.batch.inverse_temperature * LOG2_E;
-        RowState<double> state = merge_cluster(warps, block_threads() / WARP, exponent);
+        RowState<double> state = merge_cluster<AT_1>(warps, block_threads() / WARP, exponent);
         if (team_blocks(p) > 1) {
-            state = merge_team(state, p, exponent);
+            state = merge_team<AT_1>(state, p, exponent);
         }
         GradientScales settled = scales_of<AT_1>(p, weights, rows.token, mode, state, target_logits, tells);
         if (thread_index() == 0) {
@@ -287,20 +294,33 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
     return scales[0];
 }
 
-// The gradient of a chunk, but for the target.
-template <bool AT_1, class P, class Q>
+// A flag that is known when compiling.
+template <bool B> struct Flag {
+    static constexpr bool value = B;
+};
+
+// The gradient of a chunk, but for the target. LARGE_ROW: of a row with a LARGE reference.
+template <bool AT_1, bool LARGE_ROW, class P, class Q>
 ATKD_DEVICE void gradient_of(const GradientScales &scales, float exponent, const Packed<P> &teacher_chunk,
                              const Packed<Q> &student_chunk, float (&g)[CHUNK]) {
     float a[CHUNK], b[CHUNK];
     unpack(teacher_chunk, a);
     unpack(student_chunk, b);
+    auto base_of = [](float max, float reference, float exponent) {
+        return LARGE_ROW ? Base::of(max, exponent) : Base{0, reference};
+    };
+    Base teacher_base = base_of(scales.teacher_max, scales.teacher_reference, exponent);
+    Base student_base = base_of(scales.student_max, scales.student_reference, exponent);
+    Base base_at_1 = base_of(scales.student_max, scales.reference_at_1(), LOG2_E);
+    auto exponential = [](const Base &base, float z, float exponent) {
+        return exp2_fast(LARGE_ROW ? base.exponent_of(z, exponent) : fmaf(z, exponent, -base.reference));
+    };
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
-        float teacher = exp2_fast(fmaf(a[k], exponent, -scales.references.teacher));
-        float student = exp2_fast(fmaf(b[k], exponent, -scales.references.student));
+        float teacher = exponential(teacher_base, a[k], exponent), student = exponential(student_base, b[k], exponent);
         g[k] = fmaf(scales.student, student, -(scales.teacher * teacher));
         if (AT_1) {
-            g[k] += scales.student_at_1 * exp2_fast(fmaf(b[k], LOG2_E, -scales.references.student_at_1));
+            g[k] += scales.student_at_1 * exponential(base_at_1, b[k], LOG2_E);
         }
     }
 }

@@ -32,17 +32,75 @@ constexpr float HEADROOM = 16.0f;
 constexpr float LOG2_E = 1.44269504f;
 constexpr double LN_2 = 0.69314718055994530942;
 
-// Exponentials are 2^(z * exponent - reference), exponent = log2(e) / T: one multiply-add each, rounded
-// once. The reference follows from a maximum (or a little less), so that logits of any size lose no digits; its
-// own rounding is no error, since the sums, the margins and the gradient share it. Of nothing, or of -inf alone,
-// it is finite: z - max stays a number.
-ATKD_DEVICE float reference_of(float max, float exponent) { return fmaxf(max * exponent, -3.402823466e38f); }
+constexpr float LOWEST = -3.402823466e38f;
+
+// To and from float, an integer below 2^22 is what this one's last bits say.
+constexpr float ROUNDS = 12582912.0f; // 1.5 * 2^23
+
+// Exponentials are 2^(z * exponent - reference), exponent = log2(e) / T: one multiply-add each, rounded once. The
+// reference is the integer nearest to a maximum's exponent (or a little less), so that logits up to 1e5 lose no digits
+// and sums are rebased by exact powers of 2. From LARGE on the exponents' digits would not do: there the maximum itself
+// is subtracted first. Passes over a row do so only where they must, in code of its own: in the common code a LARGE
+// reference is NaN, and so is what it makes of a row.
+constexpr float LARGE = 262144.0f;
+
+ATKD_DEVICE float reference_of(float max, float exponent) {
+    float reference = fmaf(max, exponent, ROUNDS) - ROUNDS;
+    return fabsf(reference) < LARGE ? reference : nanf("");
+}
+
+// Gaps are in units of this, so that those between any two logits are finite. Nothing but the exponent of a float
+// changes.
+constexpr float GAP_UNIT = 0x1p64f;
+
+// What the exponents of a part of a row are relative to: (z - shift) * exponent - reference, for any finite maximum.
+struct Base {
+    float shift, reference;
+
+    static ATKD_DEVICE Base of(float max, float exponent) {
+        float reference = fmaf(max, exponent, ROUNDS) - ROUNDS;
+        bool large = !(fabsf(reference) < LARGE);
+        return {large ? max : 0.0f, large ? 0.0f : reference};
+    }
+    ATKD_DEVICE float exponent_of(float z, float exponent) const { return fmaf(z - shift, exponent, -reference); }
+    // The same in units of GAP_UNIT.
+    ATKD_DEVICE float gap_of(float z, float exponent) const {
+        return fmaf(0.5f * z - 0.5f * shift, exponent * (2 / GAP_UNIT), -reference * (1 / GAP_UNIT));
+    }
+};
+
+// How much the exponents change from one maximum's base to another's; and the same in units of GAP_UNIT.
+ATKD_DEVICE float distance(float from_max, float to_max, float exponent) {
+    Base from = Base::of(from_max, exponent), to = Base::of(to_max, exponent);
+    return fmaf(from.shift - to.shift, exponent, from.reference - to.reference);
+}
+ATKD_DEVICE float gap_between(float from_max, float to_max, float exponent) {
+    Base from = Base::of(from_max, exponent), to = Base::of(to_max, exponent);
+    return fmaf(0.5f * from.shift - 0.5f * to.shift, exponent * (2 / GAP_UNIT),
+                (from.reference - to.reference) * (1 / GAP_UNIT));
+}
+
+// 2^x of such a distance, which is not above 0: exactly, where it is an integer.
+ATKD_DEVICE float exp2_of_distance(float x) {
+    x = fmaxf(x, -127.0f);
+    float rounded = x + ROUNDS;
+    // 0 from -127.
+    float power = from_bits<float>((to_bits(rounded) << 23) + 0x3f800000u);
+    return power * exp2_fast(x - (rounded - ROUNDS));
+}
 
 // What a sum lacks for the maximum itself, on which a peaked row's loss hangs, to count as exactly 2^residue, the
-// residue being the reference's rounding, and not with exp2_fast's error.
+// residue being what the reference is off by, and not with exp2_fast's error.
 ATKD_DEVICE float correction_of(float max, float exponent) {
-    float residue = fmaf(max, exponent, -reference_of(max, exponent)), x = residue * float(LN_2);
-    return fabsf(x) < 0.01f ? fmaf(x, fmaf(x, 0.5f, 1.0f), 1.0f) - exp2_fast(residue) : 0.0f;
+    float x = Base::of(max, exponent).exponent_of(max, exponent);
+    // 2^x for |x| <= 1/2, to 2e-8: Cephes'.
+    float power = 1.535336188e-4f;
+    power = fmaf(power, x, 1.339887440e-3f);
+    power = fmaf(power, x, 9.618437358e-3f);
+    power = fmaf(power, x, 5.550332471e-2f);
+    power = fmaf(power, x, 2.402264791e-1f);
+    power = fmaf(power, x, 6.931472029e-1f);
+    return fmaf(power, x, 1.0f) - exp2_fast(x);
 }
 
 struct References {
@@ -50,23 +108,23 @@ struct References {
     float student_at_1; // of 2^(z^q_j * log2(e))
 };
 
-// One pass over a row, or a part of it, target left out. With the exponents
-// x_j = z^p_j * exponent - reference of the teacher's maximum, y_j likewise of the student:
+// One pass over a row, or a part of it, target left out. With the exponents x_j of the teacher relative to the base of
+// its maximum, y_j likewise of the student:
 template <class Real> struct RowState {
     Real teacher_sum;      // sum 2^x_j
-    Real weighted_gap;     // sum 2^x_j (x_j - y_j)
+    Real weighted_gap;     // sum 2^x_j (x_j - y_j), in units of GAP_UNIT
     Real student_sum;      // sum 2^y_j
-    Real student_sum_at_1; // sum 2^(z^q_j * log2(e) - reference), for cross entropy
-    float teacher_max, student_max;
+    Real student_sum_at_1; // the student's sum at temperature 1, for cross entropy
+    float teacher_max, student_max; // finite; of nothing, or of -inf alone, LOWEST
     uint32_t ruled_out; // the student rules out (-inf) a token that the teacher does not
 
-    static ATKD_DEVICE RowState empty() { return {0, 0, 0, 0, OUTSIDE, OUTSIDE, 0}; }
+    static ATKD_DEVICE RowState empty() { return {0, 0, 0, 0, LOWEST, LOWEST, 0}; }
 
     // From a lane's maxima to the warp's.
     static ATKD_DEVICE RowState from(float teacher_max, float student_max) {
         RowState state = empty();
-        state.teacher_max = max_of_warp(teacher_max);
-        state.student_max = max_of_warp(student_max);
+        state.teacher_max = fmaxf(max_of_warp(teacher_max), LOWEST);
+        state.student_max = fmaxf(max_of_warp(student_max), LOWEST);
         return state;
     }
 
@@ -75,32 +133,29 @@ template <class Real> struct RowState {
                 reference_of(student_max, LOG2_E)};
     }
 
-    // Not if anything was masked.
+    // Not if anything was masked, or a reference is LARGE.
     ATKD_DEVICE bool finite() const { return fabsf(weighted_gap) < -OUTSIDE; }
 
     // The same sums relative to new maxima, neither below the old one.
-    ATKD_DEVICE void rebase(float new_teacher_max, float new_student_max, float exponent) {
-        References before = references(exponent);
-        teacher_max = new_teacher_max;
-        student_max = new_student_max;
-        References after = references(exponent);
-        float dp = before.teacher - after.teacher, dq = before.student - after.student;
-        Real teacher = exp2_fast(dp), student = exp2_fast(dq);
-        // A part that holds nothing has no gap to carry, and its distance may overflow.
-        Real shift = teacher_sum == 0 ? 0 : teacher_sum * (Real(dp) - Real(dq));
-        weighted_gap = teacher == 0 ? Real(0) : teacher * (weighted_gap + shift);
+    template <bool AT_1> ATKD_DEVICE void rebase(float new_teacher_max, float new_student_max, float exponent) {
+        float dp = gap_between(teacher_max, new_teacher_max, exponent);
+        float dq = gap_between(student_max, new_student_max, exponent);
+        Real teacher = exp2_of_distance(dp * GAP_UNIT), student = exp2_of_distance(dq * GAP_UNIT);
+        weighted_gap = teacher * (weighted_gap + teacher_sum * (Real(dp) - Real(dq)));
         teacher_sum *= teacher;
         student_sum *= student;
-        if (student_sum_at_1 != 0) {
-            student_sum_at_1 *= exp2_fast(before.student_at_1 - after.student_at_1);
+        if (AT_1) {
+            student_sum_at_1 *= exp2_of_distance(distance(student_max, new_student_max, LOG2_E));
         }
+        teacher_max = new_teacher_max;
+        student_max = new_student_max;
     }
 
     // Another part of the same row.
-    ATKD_DEVICE void merge(RowState other, float exponent) {
+    template <bool AT_1> ATKD_DEVICE void merge(RowState other, float exponent) {
         float teacher = fmaxf(teacher_max, other.teacher_max), student = fmaxf(student_max, other.student_max);
-        rebase(teacher, student, exponent);
-        other.rebase(teacher, student, exponent);
+        rebase<AT_1>(teacher, student, exponent);
+        other.template rebase<AT_1>(teacher, student, exponent);
         teacher_sum += other.teacher_sum;
         weighted_gap += other.weighted_gap;
         student_sum += other.student_sum;
@@ -141,31 +196,52 @@ template <class T> ATKD_DEVICE float max_of(const Packed<T> &packed) {
     return largest.value();
 }
 
-// Adds a chunk of both models, relative to the references of the state's maxima. The target, and what lies outside the
-// row, are -inf in both; MASKED says that something is.
-template <bool AT_1, bool MASKED, class P, class Q>
+// Adds a chunk of both models, relative to the bases of the state's maxima, whose references are given. The target, and
+// what lies outside the row, are -inf in both. CAREFUL: that or LARGE references are there. The chunk has sums of its
+// own first, so that few additions round a large one.
+template <bool AT_1, bool CAREFUL, class P, class Q>
 ATKD_DEVICE void add(RowState<float> &state, const References &references, const Packed<P> &teacher,
                      const Packed<Q> &student, float exponent) {
     float a[CHUNK], b[CHUNK];
     unpack(teacher, a);
     unpack(student, b);
+    Base teacher_base = Base::of(state.teacher_max, exponent), student_base = Base::of(state.student_max, exponent);
+    Base student_base_at_1 = Base::of(state.student_max, LOG2_E);
+    float teacher_sum = 0, weighted_gap = 0, student_sum = 0, student_sum_at_1 = 0;
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
-        float x = fmaf(a[k], exponent, -references.teacher);
-        float y = fmaf(b[k], exponent, -references.student);
-        float p = exp2_fast(x), gap = x - y;
-        if (MASKED) {
+        float x, y, p, gap;
+        if (CAREFUL) {
+            float x_gap = teacher_base.gap_of(a[k], exponent), y_gap = student_base.gap_of(b[k], exponent);
+            x = x_gap * GAP_UNIT;
+            y = y_gap * GAP_UNIT;
+            p = exp2_fast(x);
             // Not 0 * inf; and what the student rules out is counted, not multiplied.
             bool ruled_out = b[k] == OUTSIDE && a[k] != OUTSIDE;
             state.ruled_out |= ruled_out ? 1u : 0u;
-            gap = p == 0.0f || ruled_out ? 0.0f : gap;
+            gap = p == 0.0f || ruled_out ? 0.0f : x_gap - y_gap;
+        } else {
+            x = fmaf(a[k], exponent, -references.teacher);
+            y = fmaf(b[k], exponent, -references.student);
+            p = exp2_fast(x);
+            gap = x - y;
         }
-        state.teacher_sum += p;
-        state.weighted_gap = fmaf(p, gap, state.weighted_gap);
-        state.student_sum += exp2_fast(y);
+        float q = exp2_fast(y);
+        teacher_sum = k == 0 ? p : teacher_sum + p;
+        weighted_gap = k == 0 ? p * gap : fmaf(p, gap, weighted_gap);
+        student_sum = k == 0 ? q : student_sum + q;
         if (AT_1) {
-            state.student_sum_at_1 += exp2_fast(fmaf(b[k], LOG2_E, -references.student_at_1));
+            float q_at_1 = exp2_fast(CAREFUL ? student_base_at_1.exponent_of(b[k], LOG2_E)
+                                             : fmaf(b[k], LOG2_E, -references.student_at_1));
+            student_sum_at_1 = k == 0 ? q_at_1 : student_sum_at_1 + q_at_1;
         }
+    }
+    state.teacher_sum += teacher_sum;
+    state.weighted_gap = CAREFUL ? state.weighted_gap + weighted_gap
+                                 : fmaf(weighted_gap, 1 / GAP_UNIT, state.weighted_gap);
+    state.student_sum += student_sum;
+    if (AT_1) {
+        state.student_sum_at_1 += student_sum_at_1;
     }
 }
 
@@ -180,7 +256,8 @@ ATKD_DEVICE void accumulate(RowState<float> &state, References &references, cons
                 (!AT_1 || state.student_sum_at_1 - before.student_sum_at_1 < HEADROOM);
     if (ATKD_RARELY(!fits)) {
         state = before;
-        state.rebase(fmaxf(state.teacher_max, max_of(teacher)), fmaxf(state.student_max, max_of(student)), exponent);
+        state.rebase<AT_1>(fmaxf(state.teacher_max, max_of(teacher)), fmaxf(state.student_max, max_of(student)),
+                           exponent);
         references = state.references(exponent);
         add<AT_1, true>(state, references, teacher, student, exponent);
     }
@@ -192,8 +269,9 @@ template <class Real> ATKD_DEVICE bool has_nan(const RowState<Real> &state) {
 }
 
 // The log-odds against the target: log sum_{j != g} e^{(z_j - z_g) / T}.
-ATKD_DEVICE double margin_of(double log_sum, float reference, float target, float exponent) {
-    double margin = log_sum + (double(reference) - double(target) * double(exponent)) * LN_2;
+ATKD_DEVICE double margin_of(double log_sum, float max, float target, float exponent) {
+    Base base = Base::of(max, exponent);
+    double margin = log_sum + ((double(base.shift) - double(target)) * double(exponent) + double(base.reference)) * LN_2;
     return target == -OUTSIDE ? nan("") : margin;
 }
 
@@ -240,12 +318,18 @@ ATKD_DEVICE Terms terms_of(const atkd_objective &objective, double teacher_margi
     return terms;
 }
 
-// The gradient with respect to z_j is
-// student 2^y_j - teacher 2^x_j + student_at_1 2^(z^q_j * log2(e) - references.student_at_1).
+// The gradient with respect to z_j is student 2^y_j - teacher 2^x_j + student_at_1 2^(y_j at temperature 1).
 struct alignas(16) GradientScales {
     float teacher, student, student_at_1;
     float target; // the gradient at the target
-    References references;
+    float teacher_max, student_max, teacher_reference, student_reference;
+
+    ATKD_DEVICE float reference_at_1() const { return reference_of(student_max, LOG2_E); }
+    // A reference is NaN.
+    template <bool AT_1> ATKD_DEVICE bool large() const {
+        float sum = teacher_reference + student_reference + (AT_1 ? reference_at_1() : 0.0f);
+        return sum != sum;
+    }
 };
 
 // An unsigned integer that orders as the margins do: NaN is 1, below every number; 0 is left for

@@ -105,11 +105,6 @@ template <class T, uint32_t WORKERS> struct Shared {
 // Where a block's slices lie in its shared memory: the teacher's, then the student's.
 template <class T> ATKD_DEVICE uint32_t to_student(const atkd_rows &p) { return p.slice * CHUNK * sizeof(T); }
 
-// A flag that is known when compiling.
-template <bool B> struct Flag {
-    static constexpr bool value = B;
-};
-
 // A thread that works on the row: all but the last warp's.
 template <class T, uint32_t WORKERS> struct Worker {
     using Of = Block<T, WORKERS>;
@@ -245,13 +240,14 @@ template <class T, uint32_t WORKERS> struct Worker {
     }
 
     // `read` is told when turns of the slice have been read, and whether that is all of it.
-    template <class Read> ATKD_DEVICE void gradient(const GradientScales &of_row, Read read) const {
+    template <bool LARGE_ROW, class Read>
+    ATKD_DEVICE void gradient(const GradientScales &of_row, Read read) const {
         Row<T> gradient = Rows<T, T>(p, row.token).template gradient<T>(p);
         uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(row.start + row.whole_start));
         auto store_gradient = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
                                   auto whole) {
             float g[CHUNK];
-            gradient_of<false>(of_row, exponent, teacher, student, g);
+            gradient_of<false, LARGE_ROW>(of_row, exponent, teacher, student, g);
             Packed<T> packed = pack<T>(g);
             ATKD_UNROLL
             for (uint32_t i = 0; i < Of::PARTS; i++) {
@@ -266,7 +262,7 @@ template <class T, uint32_t WORKERS> struct Worker {
         }
         if (ATKD_RARELY(has_end)) {
             float g[CHUNK];
-            gradient_of<false>(of_row, exponent, end_of(0), end_of(1), g);
+            gradient_of<false, LARGE_ROW>(of_row, exponent, end_of(0), end_of(1), g);
             put_target(gradient.within(row.target, end_chunk), of_row.target, g);
             store_chunk(gradient, end_chunk, g);
         }
@@ -440,11 +436,11 @@ template <class T, uint32_t WORKERS> struct Server {
         if (!ignored) {
             uint32_t warp = lane % (WORKERS / WARP);
             of_block = state_of<float>(shared.warp_sums[warp], shared.warp_maxima[warp]);
-            share_maxima(of_block, p.batch.inverse_temperature * LOG2_E);
+            share_maxima<false>(of_block, p.batch.inverse_temperature * LOG2_E);
             of_block = merge_warp<false, WORKERS / WARP>(of_block);
         }
         block_sums = {0, 0, 0, 0};
-        block_maxima = {OUTSIDE, OUTSIDE};
+        block_maxima = {LOWEST, LOWEST};
         if (leads) {
             block_sums = sums_of(of_block);
             block_maxima = maxima_of(of_block);
@@ -486,7 +482,7 @@ template <class T, uint32_t WORKERS> struct Server {
 
     template <class Real> ATKD_DEVICE RowState<Real> merge_blocks() const {
         auto state = state_of<Real>(block_sums, block_maxima);
-        share_maxima(state, p.batch.inverse_temperature * LOG2_E);
+        share_maxima<false>(state, p.batch.inverse_temperature * LOG2_E);
         return merge_warp<false>(state);
     }
 };
@@ -542,7 +538,12 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
             }
         };
         if (!ignored && p.gradient != nullptr) {
-            worker.gradient(shared.scales[0], read);
+            GradientScales scales = shared.scales[0];
+            if (ATKD_RARELY(scales.large<false>())) {
+                worker.template gradient<true>(scales, read);
+            } else {
+                worker.template gradient<false>(scales, read);
+            }
         }
         read(true);
     }

@@ -81,25 +81,32 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
     Row<T> gradient = rows.template gradient<T>(p);
     plain = gradient.wholes == 0 ? 0 : plain;
     rows.first = forget(rows.first);
-    ATKD_UNROLL
-    for (uint32_t i = 0; i < HELD; i++) {
-        if ((plain >> i & 1) != 0) {
-            float g[CHUNK];
-            gradient_of<false>(row_scales, exponent, teacher[i], student[i], g);
-            store_whole(gradient, rows.first + i * rows.stride, g);
-        }
-    }
-    if (ATKD_RARELY(held != plain)) {
+    auto store_gradient = [&](auto large) {
         ATKD_UNROLL
         for (uint32_t i = 0; i < HELD; i++) {
-            uint32_t chunk = rows.first + i * rows.stride, within = rows.teacher.within(target, chunk);
-            if (((held & ~plain) >> i & 1) != 0) {
+            if ((plain >> i & 1) != 0) {
                 float g[CHUNK];
-                gradient_of<false>(row_scales, exponent, teacher[i], student[i], g);
-                put_target(within, row_scales.target, g);
-                store_chunk(gradient, chunk, g);
+                gradient_of<false, decltype(large)::value>(row_scales, exponent, teacher[i], student[i], g);
+                store_whole(gradient, rows.first + i * rows.stride, g);
             }
         }
+        if (ATKD_RARELY(held != plain)) {
+            ATKD_UNROLL
+            for (uint32_t i = 0; i < HELD; i++) {
+                uint32_t chunk = rows.first + i * rows.stride, within = rows.teacher.within(target, chunk);
+                if (((held & ~plain) >> i & 1) != 0) {
+                    float g[CHUNK];
+                    gradient_of<false, decltype(large)::value>(row_scales, exponent, teacher[i], student[i], g);
+                    put_target(within, row_scales.target, g);
+                    store_chunk(gradient, chunk, g);
+                }
+            }
+        }
+    };
+    if (ATKD_RARELY(row_scales.large<false>())) {
+        store_gradient(Flag<true>());
+    } else {
+        store_gradient(Flag<false>());
     }
 }
 

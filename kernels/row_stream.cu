@@ -37,7 +37,7 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
             without_target(chunk, teacher, student);
             accumulate<AT_1>(own, references, teacher, student, exponent);
         });
-    share_maxima(own, exponent);
+    share_maxima<AT_1>(own, exponent);
     GradientScales row_scales = settle_row<AT_1>(p, rows, mode, target, own, warps, scales);
     if (p.gradient == nullptr) {
         return;
@@ -47,14 +47,21 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     rows.first = forget(rows.first);
     rows.wholes = forget(rows.wholes);
     bool has_target = false;
-    for_chunks<true>(
-        rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
-        [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
-            float g[CHUNK];
-            gradient_of<AT_1>(row_scales, exponent, teacher, student, g);
-            store_chunk(gradient, chunk, g);
-            has_target |= chunk == target_chunk;
-        });
+    auto store_gradient = [&](auto large) {
+        for_chunks<true>(
+            rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
+            [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
+                float g[CHUNK];
+                gradient_of<AT_1, decltype(large)::value>(row_scales, exponent, teacher, student, g);
+                store_chunk(gradient, chunk, g);
+                has_target |= chunk == target_chunk;
+            });
+    };
+    if (ATKD_RARELY(row_scales.large<AT_1>())) {
+        store_gradient(Flag<true>());
+    } else {
+        store_gradient(Flag<false>());
+    }
     if (ATKD_RARELY(has_target)) {
         store(gradient.data + target, narrow<G>(row_scales.target));
     }

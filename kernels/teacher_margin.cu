@@ -50,7 +50,7 @@ template <class T> struct ThreadSum {
     ATKD_DEVICE ThreadSum(const Row<const T> &row_, uint32_t target_, float exponent_, Packed<T> first)
         : row(row_), target(target_), target_chunk(row_.chunk_of(target_)), exponent(exponent_), sum(0) {
         take_target_out(thread_index(), first);
-        max = max_of_warp(max_of(first));
+        max = fmaxf(max_of_warp(max_of(first)), LOWEST);
         reference = reference_of(max, exponent);
     }
 
@@ -66,6 +66,15 @@ template <class T> struct ThreadSum {
         ATKD_UNROLL
         for (uint32_t k = 0; k < CHUNK; k++) {
             to += exp2_fast(fmaf(x[k], exponent, -reference));
+        }
+    }
+    // The same where the reference may be LARGE.
+    ATKD_DEVICE void add_with_care(const Packed<T> &packed, float &to) const {
+        float x[CHUNK];
+        unpack(packed, x);
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            to += exp2_fast(reference == reference ? fmaf(x[k], exponent, -reference) : (x[k] - max) * exponent);
         }
     }
 
@@ -98,11 +107,11 @@ template <class T> struct ThreadSum {
                 f(packed);
             }
         };
+        float before = max;
         for_turn([&](const Packed<T> &packed) { max = fmaxf(max, max_of(packed)); });
-        float before = reference;
         reference = reference_of(max, exponent);
-        float with_turn = sum * exp2_fast(before - reference);
-        for_turn([&](const Packed<T> &packed) { add(packed, with_turn); });
+        float with_turn = sum * exp2_fast(distance(before, max, exponent));
+        for_turn([&](const Packed<T> &packed) { add_with_care(packed, with_turn); });
         return with_turn;
     }
 };
@@ -128,12 +137,12 @@ template <class T, class WarpSums> ATKD_DEVICE void merge(const atkd_batch &batc
     uint32_t lane = thread_index() % WARP, warps = block_threads() / WARP;
     float exponent = batch.inverse_temperature * LOG2_E;
     WarpSum part = sums[at + (lane < warps ? lane : 0)];
-    float max = max_of_warp(part.max), reference = reference_of(max, exponent);
-    double own = double(part.sum) * double(exp2_fast(reference_of(part.max, exponent) - reference));
+    float max = max_of_warp(part.max);
+    double own = double(part.sum) * double(exp2_of_distance(distance(part.max, max, exponent)));
     double sum = reduce_warp(lane < warps ? own : 0, Sum());
     if (lane == 0) {
         float target = widen(load(teacher_row<T>(batch, part.token) + part.target));
-        double margin = margin_of(log(sum + correction_of(max, exponent)), reference, target, exponent);
+        double margin = margin_of(log(sum + correction_of(max, exponent)), max, target, exponent);
         store(batch.keys + part.token, key_of(float(margin)));
     }
 }
@@ -219,7 +228,11 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
                 start = start_after;
             } while (start < row.chunks());
             float max = max_of_warp(own.max);
-            float sum = reduce_warp(own.sum * exp2_fast(own.reference - reference_of(max, own.exponent)), Sum());
+            float down = own.reference - reference_of(max, own.exponent);
+            if (ATKD_RARELY(down != down)) {
+                down = distance(own.max, max, own.exponent);
+            }
+            float sum = reduce_warp(own.sum * exp2_fast(down), Sum());
             merge_posted();
             posted_row = posted_row + 1 == 2 * warps ? 0 : posted_row + 1;
             if (thread_index() % WARP == 0) {

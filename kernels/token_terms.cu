@@ -40,7 +40,8 @@ ATKD_KERNEL(token_terms, atkd_token_terms, 256, 2) {
          token += p.blocks * block_threads()) {
         uint8_t mode = load(p.batch.modes + token);
         // Of an ignored token anything, and not used.
-        float u = load(p.uncertainty + token), w = load(p.tkd + token), dkd = load(p.dkd + token);
+        float u = load(p.uncertainty + token);
+        double w = double(load(p.tkd + token)) * GAP_UNIT, dkd = double(load(p.dkd + token)) * GAP_UNIT;
         double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
         Terms terms = {0, 0, 0, 0};
         if (mode != ATKD_IGNORED) {
