@@ -143,6 +143,10 @@ ATKD_DEVICE uint32_t forget(uint32_t value) {
     asm volatile("" : "+r"(value));
     return value;
 }
+ATKD_DEVICE double forget(double value) {
+    asm volatile("" : "+d"(value));
+    return value;
+}
 
 // 2^x, 0 below 2^-126; relative error 2^-22.
 ATKD_DEVICE float exp2_fast(float x) {

@@ -230,7 +230,7 @@ ATKD_DEVICE void tell(const atkd_rows &p, uint32_t token, const RowState<double>
     sum += correction_of(max, exponent);
     double log_sum = log(sum);
     float target_logit = lane == TEACHER ? target.teacher : target.student;
-    double margin = margin_of(log_sum, max, target_logit, exponent);
+    double margin = log_sum + to_margin(max, target_logit, exponent);
     double dkd = state.weighted_gap / sum * (LN_2 * double(GAP_UNIT)) - log_sum + shuffle_from(log_sum, STUDENT);
     bool not_a_number = has_nan(state) || warp_ballot(lane <= STUDENT && margin != margin) != 0;
     // It may be below 0 by rounding: no less than above it, so that a mean of many is right.

@@ -268,11 +268,11 @@ template <class Real> ATKD_DEVICE bool has_nan(const RowState<Real> &state) {
     return state.teacher_sum != 0 && state.ruled_out == 0 && state.weighted_gap != state.weighted_gap;
 }
 
-// The log-odds against the target: log sum_{j != g} e^{(z_j - z_g) / T}.
-ATKD_DEVICE double margin_of(double log_sum, float max, float target, float exponent) {
-    Base base = Base::of(max, exponent);
-    double margin = log_sum + ((double(base.shift) - double(target)) * double(exponent) + double(base.reference)) * LN_2;
-    return target == -OUTSIDE ? nan("") : margin;
+// From the logarithm of a sum to the log-odds against the target, log sum_{j != g} e^{(z_j - z_g) / T}.
+ATKD_DEVICE double to_margin(float max, float target, float exponent) {
+    float residue = Base::of(max, exponent).exponent_of(max, exponent);
+    double difference = ((double(max) - double(target)) * double(exponent) - double(residue)) * LN_2;
+    return target == -OUTSIDE ? nan("") : difference;
 }
 
 ATKD_DEVICE double sigmoid(double x) {

@@ -68,16 +68,6 @@ template <class T> struct ThreadSum {
             to += exp2_fast(fmaf(x[k], exponent, -reference));
         }
     }
-    // The same where the reference may be LARGE.
-    ATKD_DEVICE void add_with_care(const Packed<T> &packed, float &to) const {
-        float x[CHUNK];
-        unpack(packed, x);
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            to += exp2_fast(reference == reference ? fmaf(x[k], exponent, -reference) : (x[k] - max) * exponent);
-        }
-    }
-
     // Of chunk `start` and those that follow it, which are in `next`; loads those of the next turn.
     template <class Load>
     ATKD_DEVICE void turn(uint32_t start, uint32_t stride, Packed<T> (&next)[AHEAD<T>], Load load) {
@@ -107,11 +97,11 @@ template <class T> struct ThreadSum {
                 f(packed);
             }
         };
-        float before = max;
         for_turn([&](const Packed<T> &packed) { max = fmaxf(max, max_of(packed)); });
+        float before = reference;
         reference = reference_of(max, exponent);
-        float with_turn = sum * exp2_fast(distance(before, max, exponent));
-        for_turn([&](const Packed<T> &packed) { add_with_care(packed, with_turn); });
+        float with_turn = sum * exp2_fast(before - reference);
+        for_turn([&](const Packed<T> &packed) { add(packed, with_turn); });
         return with_turn;
     }
 };
@@ -132,6 +122,29 @@ template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint
     return Row<const T>(data, batch.vocab, lead_of(data, LINE));
 }
 
+// The lane's share of what its warp's chunks of a row come to, relative to a maximum that none of them exceeds. Rows with
+// a LARGE reference need it: so seldom that it goes by single elements, which take few registers.
+template <class T>
+ATKD_DEVICE float sum_from(const atkd_batch &batch, uint32_t token, uint32_t target, float max) {
+    const T *data = teacher_row<T>(batch, token);
+    float exponent = batch.inverse_temperature * LOG2_E, sum = 0;
+    Base base = Base::of(max, exponent);
+    uint32_t lane = thread_index() % WARP, lead = lead_of(data, LINE);
+    ATKD_NO_UNROLL
+    for (uint32_t start = (thread_index() - lane) * CHUNK; start < batch.vocab + lead;
+         start += block_threads() * CHUNK) {
+        ATKD_NO_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            // Before the row it is larger than any.
+            uint32_t element = start + k * WARP + lane - lead;
+            if (element < batch.vocab && element != target) {
+                sum += exp2_fast(base.exponent_of(widen(load(data + element)), exponent));
+            }
+        }
+    }
+    return sum;
+}
+
 // From the sums of all warps to the token's key, by one of them.
 template <class T, class WarpSums> ATKD_DEVICE void merge(const atkd_batch &batch, const WarpSums &sums, uint32_t at) {
     uint32_t lane = thread_index() % WARP, warps = block_threads() / WARP;
@@ -142,7 +155,9 @@ template <class T, class WarpSums> ATKD_DEVICE void merge(const atkd_batch &batc
     double sum = reduce_warp(lane < warps ? own : 0, Sum());
     if (lane == 0) {
         float target = widen(load(teacher_row<T>(batch, part.token) + part.target));
-        double margin = margin_of(log(sum + correction_of(max, exponent)), max, target, exponent);
+        // Before the logarithm, which takes the most registers.
+        double after = forget(to_margin(max, target, exponent));
+        double margin = log(forget(sum + correction_of(max, exponent))) + after;
         store(batch.keys + part.token, key_of(float(margin)));
     }
 }
@@ -228,11 +243,11 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
                 start = start_after;
             } while (start < row.chunks());
             float max = max_of_warp(own.max);
-            float down = own.reference - reference_of(max, own.exponent);
-            if (ATKD_RARELY(down != down)) {
-                down = distance(own.max, max, own.exponent);
+            float sum = reduce_warp(own.sum * exp2_fast(own.reference - reference_of(max, own.exponent)), Sum());
+            // A reference was LARGE, or the row has a NaN.
+            if (ATKD_RARELY(sum != sum)) {
+                sum = reduce_warp(sum_from<T>(p.batch, forget(token), target, max), Sum());
             }
-            float sum = reduce_warp(own.sum * exp2_fast(down), Sum());
             merge_posted();
             posted_row = posted_row + 1 == 2 * warps ? 0 : posted_row + 1;
             if (thread_index() % WARP == 0) {

@@ -204,6 +204,7 @@ ATKD_DEVICE int32_t warp_max(int32_t value) {
     return value;
 }
 ATKD_DEVICE uint32_t forget(uint32_t value) { return value; }
+ATKD_DEVICE double forget(double value) { return value; }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
 
 // As wrong as a GPU's may be: by up to 2^-22, up or down at the argument's whim.
