@@ -1114,22 +1114,9 @@ const GROUPS: [Group; 9] = [
     ("sure teachers", sure_teachers),
 ];
 
-/// Groups that the CUDA kernels do not pass yet: empty this, and their tests run them.
-pub const KERNELS_LACK: &[&str] =
-    &["finite masks", "magnitudes", "temperatures", "close models", "sure teachers"];
-
 /// Runs every case on a backend, a function as
 /// [`cpu::forward_backward`](crate::cpu::forward_backward), and tells `report` of each as it ends.
 pub fn run(
-    backend: impl Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output>,
-    report: impl FnMut(&Check),
-) -> Vec<Check> {
-    run_but(&[], backend, report)
-}
-
-/// As [`run`], but for the groups of these names.
-pub fn run_but(
-    left_out: &[&str],
     backend: impl Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output>,
     mut report: impl FnMut(&Check),
 ) -> Vec<Check> {
@@ -1156,7 +1143,7 @@ pub fn run_but(
             add("reference: the paper's table", case, caught(by_the_paper(&paper, tokens)));
         }
     }
-    for (group, cases) in GROUPS.into_iter().filter(|(group, _)| !left_out.contains(group)) {
+    for (group, cases) in GROUPS {
         for case in cases() {
             let worst = case.run(&backend);
             add(group, case.name, worst);
