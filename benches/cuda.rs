@@ -65,6 +65,7 @@ fn compare(c: &mut Criterion) {
             labels: Some(RawLabels::I64(labels.device_ptr(stream).0)),
             sequences: None,
             margins: None,
+            hard: None,
             upstream: None,
         };
         let mut workspace = Workspace::new(&kernels, stream, TOKENS).unwrap();

@@ -10,14 +10,19 @@ template <class P> ATKD_DEVICE const P *teacher_row(const atkd_batch &batch, uin
     return row_at(static_cast<const P *>(batch.teacher), batch.teacher_strides, token);
 }
 
+// The label of a token as it was given.
+ATKD_DEVICE int64_t given_label(const atkd_batch &batch, uint32_t token) {
+    return batch.label_bytes == 8 ? load(static_cast<const int64_t *>(batch.labels) + token)
+                                  : load(static_cast<const int32_t *>(batch.labels) + token);
+}
+
 // The label of a token, or IGNORED_TARGET. A label outside the vocabulary is reported in the summary and
 // its token dropped: no kernel reads outside its row.
 ATKD_DEVICE int32_t label_of(const atkd_batch &batch, uint32_t token) {
     if (batch.labels == nullptr) {
         return 0;
     }
-    int64_t label = batch.label_bytes == 8 ? load(static_cast<const int64_t *>(batch.labels) + token)
-                                           : load(static_cast<const int32_t *>(batch.labels) + token);
+    int64_t label = given_label(batch, token);
     if (label == batch.ignore_index) {
         return IGNORED_TARGET;
     }

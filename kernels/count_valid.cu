@@ -1,11 +1,12 @@
-// How many tokens are valid, where no token's loss depends on which are hard.
+// How many tokens are valid, where no token's loss depends on which are hard, or the caller says which are.
 #include "batch.cuh"
 
 ATKD_KERNEL(count_valid, atkd_count_valid, 256, 6) {
     uint32_t token = block_index() * block_threads() + thread_index();
     bool valid = token < p.batch.tokens && target_of(p.batch, token) != IGNORED_TARGET;
+    bool hard = valid && (p.hard != nullptr ? load(p.hard + token) != 0 : p.valid_mode == ATKD_HARD);
     if (token < p.batch.tokens) {
-        store(p.batch.modes + token, static_cast<uint8_t>(valid ? p.valid_mode : ATKD_IGNORED));
+        store(p.batch.modes + token, static_cast<uint8_t>(!valid ? ATKD_IGNORED : hard ? ATKD_HARD : ATKD_EASY));
     }
     if (block_index() == 0) {
         clear_states(p.states);
@@ -17,5 +18,12 @@ ATKD_KERNEL(count_valid, atkd_count_valid, 256, 6) {
     uint32_t votes = warp_ballot(valid);
     if (thread_index() % WARP == 0 && votes != 0) {
         add_atomic(&p.batch.summary->counted_valid, count_bits(votes));
+    }
+    // Else select_hard counts them.
+    if (p.hard != nullptr) {
+        uint32_t hard_votes = warp_ballot(hard);
+        if (thread_index() % WARP == 0 && hard_votes != 0) {
+            add_atomic(&p.batch.summary->counted_hard, count_bits(hard_votes));
+        }
     }
 }

@@ -9,9 +9,9 @@
 
 // As Rust's side asserts of its own (src/params.rs).
 static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 104, "the layout is a contract");
-static_assert(sizeof(atkd_teacher_margin) == 112 && sizeof(atkd_count_valid) == 128, "the layout is a contract");
-static_assert(sizeof(atkd_select_hard) == 168 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_rows) == 336 && sizeof(atkd_token_terms) == 280, "the layout is a contract");
+static_assert(sizeof(atkd_teacher_margin) == 120 && sizeof(atkd_count_valid) == 136, "the layout is a contract");
+static_assert(sizeof(atkd_select_hard) == 184 && sizeof(atkd_objective) == 80, "the layout is a contract");
+static_assert(sizeof(atkd_rows) == 336 && sizeof(atkd_token_terms) == 288, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.

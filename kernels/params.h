@@ -74,13 +74,16 @@ typedef struct {
 // teacher_margin: keys and, if the target is the teacher's, targets. A block takes a token in turn.
 typedef struct {
     atkd_batch batch;
+    float *margins;  // [N], where the caller wants them: -inf for an ignored token, NaN for a bad label; or null
     uint32_t blocks; // of the launch
     uint32_t reserved;
 } atkd_teacher_margin;
 
-// count_valid: modes and the count of valid tokens, where no token's loss depends on the selection.
+// count_valid: modes and the count of valid tokens, where no token's loss depends on the selection, or the caller has
+// made it.
 typedef struct {
     atkd_batch batch;
+    const uint8_t *hard;   // [N]: not 0 for a hard token, instead of valid_mode; hard tokens are counted then; or null
     void *states;          // of row_pipelined, whose numbers become 0
     const uint32_t *guess; // becomes the summary's; any value is right
     uint32_t valid_mode;   // ATKD_EASY or ATKD_HARD
@@ -91,11 +94,14 @@ typedef struct {
 typedef struct {
     atkd_batch batch;
     const float *margins;   // [N], instead of the keys, which are then written; null for none
+    const uint8_t *valid;   // [N]: 0 for a token that does not compete, beside margins instead of labels; or null
     const int64_t *offsets; // [scopes + 1]: scope s is tokens offsets[s]..offsets[s + 1]; null for one scope
     uint32_t *thresholds;   // [scopes]: the key of the last hard token; 0 where there is none
     uint32_t *wrong;        // [N]: tokens whose modes, guessed before, turn out other; null if none were
     void *states;           // of row_pipelined, whose numbers become 0
-    uint32_t *guess;        // where the first scope's threshold is left for the next call
+    uint32_t *guess;        // where the first scope's threshold is left for the next call; null where this is no part
+                            // of a call, and leaves the summary's counters alone
+    uint8_t *hard_to;       // [N]: 1 for a hard token, else 0, where the caller wants it; or null
     double hard_ratio;      // k of ceil(k * valid)
     uint32_t scopes;
     uint32_t count; // add the valid tokens to the summary's
@@ -156,6 +162,7 @@ typedef struct {
     float *uncertainty_to;
     float *tkd_to;
     float *dkd_to;
+    float *margin_to; // the teacher's; -inf for an ignored token
     uint8_t *modes_to;
     double scale;    // of the loss
     uint32_t mean;   // and over the number of valid tokens

@@ -20,7 +20,8 @@ ATKD_DEVICE uint32_t first_key(const atkd_select_hard &p, uint32_t token) {
     if (p.margins == nullptr) {
         return load(p.batch.keys + token);
     }
-    uint32_t key = target_of(p.batch, token) == IGNORED_TARGET ? 0 : key_of(load(p.margins + token));
+    bool valid = p.valid != nullptr ? load(p.valid + token) != 0 : target_of(p.batch, token) != IGNORED_TARGET;
+    uint32_t key = valid ? key_of(load(p.margins + token)) : 0;
     store(p.batch.keys + token, key);
     return key;
 }
@@ -182,9 +183,12 @@ ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
         }
         if (token < end) {
             store(p.batch.modes + token, mode);
+            if (p.hard_to != nullptr) {
+                store(p.hard_to + token, static_cast<uint8_t>(mode == ATKD_HARD));
+            }
         }
     }
-    if (rank == 0 && thread_index() == 0) {
+    if (rank == 0 && thread_index() == 0 && p.guess != nullptr) {
         store(p.thresholds + scope, threshold);
         if (scope == 0) {
             store(p.guess, threshold);

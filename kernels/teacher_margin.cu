@@ -1,5 +1,6 @@
-// The teacher's margin of every token, as a sortable key; one read of the teacher's logits, but for what is read again
-// at once. Where the target is the teacher's arg max, it is found first; the row's second read should hit the cache.
+// The teacher's margin of every token, as a sortable key, and as a number where the caller wants it; one read of the
+// teacher's logits, but for what is read again at once. Where the target is the teacher's arg max, it is found first; the
+// row's second read should hit the cache.
 #include "batch.cuh"
 #include "reduce.cuh"
 
@@ -150,7 +151,9 @@ ATKD_DEVICE float sum_from(const atkd_batch &batch, uint32_t token, uint32_t tar
 }
 
 // From the sums of all warps to the token's key, by one of them.
-template <class T, class WarpSums> ATKD_DEVICE void merge(const atkd_batch &batch, const WarpSums &sums, uint32_t at) {
+template <class T, class WarpSums>
+ATKD_DEVICE void merge(const atkd_teacher_margin &p, const WarpSums &sums, uint32_t at) {
+    const atkd_batch &batch = p.batch;
     uint32_t lane = thread_index() % WARP, warps = block_threads() / WARP;
     float exponent = batch.inverse_temperature * LOG2_E;
     WarpSum part = sums[at + (lane < warps ? lane : 0)];
@@ -163,6 +166,9 @@ template <class T, class WarpSums> ATKD_DEVICE void merge(const atkd_batch &batc
         double after = forget(to_margin(max, target, exponent));
         double margin = log(forget(sum + correction_of(max, exponent))) + after;
         store(batch.keys + part.token, key_of(float(margin)));
+        if (p.margins != nullptr) {
+            store(p.margins + part.token, float(margin));
+        }
     }
 }
 
@@ -195,7 +201,7 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
         ATKD_WAIT(posted, 0, posted_row % 2);
         uint32_t merger = posted_row < warps ? posted_row : posted_row - warps;
         if (warp == merger) {
-            merge<T>(p.batch, sums, posted_row % 2 * MOST_WARPS);
+            merge<T>(p, sums, posted_row % 2 * MOST_WARPS);
         }
     };
     if (thread_index() == 0) {
@@ -212,6 +218,10 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
         if (ATKD_RARELY(label == IGNORED_TARGET)) {
             if (thread_index() == 0) {
                 store(p.batch.keys + token, 0u);
+                if (p.margins != nullptr) {
+                    bool ignored = given_label(p.batch, token) == p.batch.ignore_index;
+                    store(p.margins + token, ignored ? OUTSIDE : nanf(""));
+                }
                 if (p.batch.target == ATKD_TARGET_TEACHER) {
                     store(p.batch.targets + token, IGNORED_TARGET);
                 }

@@ -54,6 +54,7 @@ ATKD_KERNEL(token_terms, atkd_token_terms, 256, 2) {
         store_if_wanted(p.uncertainty_to, token, float(terms.uncertainty));
         store_if_wanted(p.tkd_to, token, float(terms.tkd));
         store_if_wanted(p.dkd_to, token, float(terms.dkd));
+        store_if_wanted(p.margin_to, token, mode == ATKD_IGNORED ? OUTSIDE : u);
         store_if_wanted(p.modes_to, token, mode);
         own += terms.loss;
     }

@@ -1,5 +1,6 @@
 //! What the student learns from: the teacher's logits, the labels, the sequences.
 
+use crate::selection::{check_offsets, scopes};
 use crate::{Error, Logits, Objective, Result};
 
 /// One label a token.
@@ -55,6 +56,8 @@ pub struct Batch<'a> {
     teacher: Logits<'a>,
     labels: Option<Labels<'a>>,
     sequences: Option<&'a [usize]>,
+    margins: Option<&'a [f32]>,
+    hard: Option<&'a [bool]>,
 }
 
 impl<'a> Batch<'a> {
@@ -65,37 +68,54 @@ impl<'a> Batch<'a> {
         if labels.len() != teacher.tokens() {
             return Err(Error::LabelCount { labels: labels.len(), tokens: teacher.tokens() });
         }
-        Ok(Self { teacher, labels: Some(labels), sequences: None })
+        Ok(Self { labels: Some(labels), ..Self::unlabelled(teacher) })
     }
 
     /// A batch without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
     pub fn unlabelled(teacher: Logits<'a>) -> Self {
-        Self { teacher, labels: None, sequences: None }
+        Self { teacher, labels: None, sequences: None, margins: None, hard: None }
     }
 
-    /// Selects hard tokens within each sequence instead of the whole batch. Sequence `i` is tokens
-    /// `offsets[i]..offsets[i + 1]`.
+    /// Selects hard tokens within each sequence instead of the whole batch, which is this call's tokens. Sequence `i`
+    /// is tokens `offsets[i]..offsets[i + 1]`.
     ///
     /// # Errors
     /// If the offsets do not start at 0, never fall, and end at the number of tokens.
     pub fn with_sequences(mut self, offsets: &'a [usize]) -> Result<Self> {
-        let tokens = self.teacher.tokens();
-        let error = |index, offset, reason| Error::Sequences { index, offset, tokens, reason };
-        match offsets.first() {
-            Some(0) => {}
-            Some(&first) => return Err(error(0, first, "the first must be 0")),
-            None => return Err(error(0, 0, "there must be at least one")),
-        }
-        for (i, pair) in offsets.windows(2).enumerate() {
-            if pair[1] < pair[0] {
-                return Err(error(i + 1, pair[1], "offsets must not fall"));
-            }
-        }
-        let last = offsets.len() - 1;
-        if offsets[last] != tokens {
-            return Err(error(last, offsets[last], "the last must be the number of tokens"));
-        }
+        check_offsets(offsets, self.teacher.tokens())?;
         self.sequences = Some(offsets);
+        Ok(self)
+    }
+
+    /// Selects hard tokens by these margins instead of the teacher's own: NaN ranks below every number, among equals
+    /// the lower index wins. [`TokenTerms::margin`](crate::TokenTerms::margin) stays the teacher's.
+    ///
+    /// # Errors
+    /// If there is not one margin per token.
+    pub fn with_margins(mut self, margins: &'a [f32]) -> Result<Self> {
+        let tokens = self.teacher.tokens();
+        if margins.len() != tokens {
+            return Err(Error::MarginCount { margins: margins.len(), tokens });
+        }
+        self.margins = Some(margins);
+        Ok(self)
+    }
+
+    /// The hard tokens, from a selection made elsewhere: see [`select_hard`](crate::select_hard). Nothing is selected
+    /// then; the objective's hard ratio, sequences and margins are not used. Ignored tokens stay ignored.
+    ///
+    /// # Errors
+    /// If there is not one value per token.
+    pub fn with_hard(mut self, hard: &'a [bool]) -> Result<Self> {
+        let tokens = self.teacher.tokens();
+        if hard.len() != tokens {
+            return Err(Error::MaskCount {
+                what: "the mask of hard tokens",
+                values: hard.len(),
+                tokens,
+            });
+        }
+        self.hard = Some(hard);
         Ok(self)
     }
 
@@ -114,11 +134,19 @@ impl<'a> Batch<'a> {
         self.sequences
     }
 
+    /// The margins given to [`with_margins`](Self::with_margins).
+    pub fn margins(&self) -> Option<&'a [f32]> {
+        self.margins
+    }
+
+    /// The mask given to [`with_hard`](Self::with_hard).
+    pub fn hard(&self) -> Option<&'a [bool]> {
+        self.hard
+    }
+
     /// The ranges of tokens within which hard tokens are selected.
     pub(crate) fn scopes(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
-        let whole = self.sequences.is_none().then_some(0..self.teacher.tokens());
-        let offsets = self.sequences.unwrap_or_default();
-        offsets.windows(2).map(|pair| pair[0]..pair[1]).chain(whole)
+        scopes(self.sequences, self.teacher.tokens())
     }
 
     /// The label of each token; `None` for ignored ones, 0 for all of an unlabelled batch.

@@ -156,6 +156,8 @@ struct Case {
     /// Empty for none at all.
     labels: Vec<i64>,
     sequences: Option<Vec<usize>>,
+    margins: Option<Vec<f32>>,
+    hard: Option<Vec<bool>>,
     teacher_dtype: Dtype,
     student_dtype: Dtype,
     gradient_dtype: Dtype,
@@ -191,6 +193,8 @@ fn random(tokens: usize, vocab: usize, seed: u64) -> Case {
         student,
         labels,
         sequences: None,
+        margins: None,
+        hard: None,
         teacher_dtype: Dtype::F32,
         student_dtype: Dtype::F32,
         gradient_dtype: Dtype::F32,
@@ -261,6 +265,14 @@ impl Case {
         };
         let batch = match &self.sequences {
             Some(offsets) => batch.with_sequences(offsets)?,
+            None => batch,
+        };
+        let batch = match &self.margins {
+            Some(margins) => batch.with_margins(margins)?,
+            None => batch,
+        };
+        let batch = match &self.hard {
+            Some(hard) => batch.with_hard(hard)?,
             None => batch,
         };
         let student = self.view(STUDENT, &student)?;
@@ -530,6 +542,54 @@ fn selections() -> Vec<Case> {
         row[hopeless.labels[i] as usize] = -30.0 - (i * 5 % 8) as f32;
     }
     cases.push(hopeless.named("hopeless teachers are told apart"));
+    // Margins are compared in single precision, where those of the labels 1e-9 and 0 are one number.
+    let mut alike = random(4, 13, 9);
+    for (i, row) in alike.teacher.chunks_mut(13).enumerate() {
+        row.fill(0.0);
+        row[alike.labels[i] as usize] = if i % 2 == 0 { 1e-9 } else { 0.0 };
+    }
+    cases.push(alike.named("margins that differ in float64 alone: the lower index"));
+
+    let mut given = random(40, 11, 10);
+    for i in (2..40).step_by(5) {
+        given.labels[i] = -100;
+    }
+    let in_sequences = Some(vec![0, 3, 3, 30, 40]);
+    let unlabelled = |case: &Case| {
+        Case { labels: Vec::new(), ..case.clone() }.with(Ok(atkd.with_target(Target::Teacher)))
+    };
+    // The selection is no longer the teacher's, and ignored tokens are among those chosen.
+    let mask = Case { hard: Some((0..40).map(|i| i % 3 == 0).collect()), ..given.clone() };
+    cases.push(mask.clone().named("a mask"));
+    cases.push(unlabelled(&mask).named("a mask, no labels, teacher's arg max"));
+    for (name, objective) in [
+        ("a mask, hard ratio 0", atkd.with_hard_ratio(0.0)),
+        ("a mask, hard ratio 1", atkd.with_hard_ratio(1.0)),
+        ("a mask, which changes no loss", Ok(Objective::kl())),
+    ] {
+        cases.push(mask.clone().with(objective).named(name));
+    }
+    let all = Case { hard: Some(vec![true; 40]), ..mask.clone() };
+    cases.push(all.named("a mask of all tokens"));
+    cases.push(Case { hard: Some(vec![false; 40]), ..mask.clone() }.named("a mask of no token"));
+    let mut one = random(1, 11, 11);
+    one.hard = Some(vec![false]);
+    cases.push(one.named("a mask of no token, for one"));
+    let none = Case { hard: Some(Vec::new()), ..random(0, 11, 12) };
+    cases.push(none.with(Ok(atkd.with_target(Target::Teacher))).named("a mask, no tokens"));
+    let numbers = [3.0, f32::NAN, -2.0, 0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, 3.0];
+    let margins = (0..40).map(|i| numbers[i * 5 % 8]).collect();
+    let margins = Case { margins: Some(margins), ..given };
+    cases.push(margins.clone().named("margins given, some equal, some NaN"));
+    cases.push(unlabelled(&margins).named("margins given, no labels, teacher's arg max"));
+    for ratio in [0.0, 0.01, 0.9, 1.0] {
+        let case = margins.clone().with(atkd.with_hard_ratio(ratio));
+        cases.push(case.named(format!("margins given, hard ratio {ratio}")));
+    }
+    cases.push(margins.clone().with(Ok(Objective::dkd())).named("margins given, to no effect"));
+    let margins = Case { sequences: in_sequences, ..margins };
+    cases.push(margins.clone().named("margins given, per sequence"));
+    cases.push(Case { hard: mask.hard, ..margins }.named("a mask beside margins and sequences"));
     cases
 }
 

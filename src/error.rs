@@ -104,9 +104,9 @@ pub enum Error {
     /// One margin a token, no more and no fewer.
     #[error("{} given for {}", were(*margins, "margin"), count(*tokens, "token"))]
     MarginCount { margins: usize, tokens: usize },
-    /// The CPU selects by the teacher's logits alone.
-    #[error("margins were given, but the CPU selects hard tokens by the teacher's own; give none")]
-    HostMargins,
+    /// One value of a mask per token, no more and no fewer.
+    #[error("{values} values of {what} were given for {tokens} tokens")]
+    MaskCount { what: &'static str, values: usize, tokens: usize },
     /// An upstream gradient that is no scalar.
     #[error("the upstream gradient has {actual} elements, but must be a scalar: 1")]
     Upstream { actual: usize },

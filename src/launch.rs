@@ -2,10 +2,11 @@
 
 use std::ffi::c_void;
 
+use crate::objective::unit_interval;
 use crate::params::*;
 use crate::plan::{self, DeviceProperties, LaunchShape, Plan, Problem, RowKernel};
 use crate::raw::check_alignment;
-pub use crate::raw::{RawCall, RawLabels, RawLogits, RawOutput};
+pub use crate::raw::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
 use crate::{Coefficient, Dtype, Error, Objective, Output, Reduction, Result, Target, TokenTerms};
 
 impl RawCall {
@@ -352,6 +353,151 @@ impl Place {
         let guess = workspace + std::mem::offset_of!(atkd_summary, guess) as u64;
         Self { layout, workspace, guess }
     }
+
+    fn column(&self, column: usize) -> u64 {
+        self.workspace + self.layout.column(column) as u64
+    }
+
+    /// What the blocks of a team tell each other.
+    fn states(&self) -> *mut c_void {
+        (self.workspace + self.layout.states() as u64) as *mut c_void
+    }
+
+    /// Whether there is room for so many.
+    fn check(&self, tokens: usize, sequences: usize) -> Result<()> {
+        let capacity = self.layout.capacity;
+        for (what, needed) in [("tokens", tokens), ("sequences", sequences)] {
+            if needed > capacity {
+                return Err(Error::Workspace { what, needed, capacity });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the kernels share, without teacher and labels.
+    fn batch(&self, tokens: usize) -> atkd_batch {
+        atkd_batch {
+            teacher: std::ptr::null(),
+            labels: std::ptr::null(),
+            targets: self.column(TARGETS) as *mut i32,
+            keys: self.column(KEYS) as *mut u32,
+            modes: self.column(MODES) as *mut u8,
+            summary: self.workspace as *mut atkd_summary,
+            teacher_strides: atkd_strides { stride: 0, skip: 0, inverse: 0, shift: 0 },
+            ignore_index: 0,
+            tokens: tokens as u32,
+            vocab: 1,
+            label_bytes: 0,
+            target: ATKD_TARGET_LABEL,
+            inverse_temperature: 1.0,
+            reserved: 0,
+        }
+    }
+
+    /// The same with them.
+    fn batch_of(&self, objective: &Objective, call: &RawCall) -> atkd_batch {
+        let (labels, label_bytes) = match call.labels {
+            None => (0, 0),
+            Some(RawLabels::I64(address)) => (address, 8),
+            Some(RawLabels::I32(address)) => (address, 4),
+        };
+        atkd_batch {
+            teacher: call.teacher.address as *const c_void,
+            labels: labels as *const c_void,
+            teacher_strides: strides(call.teacher, call.tokens),
+            ignore_index: objective.ignore_index(),
+            vocab: call.vocab as u32,
+            label_bytes,
+            target: match objective.target() {
+                Target::Label => ATKD_TARGET_LABEL,
+                Target::Teacher => ATKD_TARGET_TEACHER,
+            },
+            inverse_temperature: (1.0 / objective.temperature()) as f32,
+            ..self.batch(call.tokens)
+        }
+    }
+
+    /// The pass over the teacher's logits, which leaves margins at `to` if that is not 0.
+    fn margins(&self, call: &RawCall, batch: atkd_batch, plan: &Plan, to: u64) -> Launch {
+        Launch {
+            kernel: of_dtype!("teacher_margin", call.teacher.dtype),
+            shape: plan.margin,
+            parameters: Parameters::TeacherMargin(atkd_teacher_margin {
+                batch,
+                margins: to as *mut f32,
+                blocks: plan.margin.grid,
+                reserved: 0,
+            }),
+        }
+    }
+}
+
+/// The kernel that leaves the teacher's margins at `to`, if there is anything to do.
+///
+/// # Errors
+/// If the shape, the stride and the addresses do not go together, or exceed the workspace.
+pub(crate) fn margins(
+    objective: &Objective,
+    teacher: &RawTeacher,
+    to: u64,
+    device: &DeviceProperties,
+    place: Place,
+) -> Result<Option<Launch>> {
+    check_sizes(teacher.tokens, teacher.vocab)?;
+    teacher.check(objective, to)?;
+    place.check(teacher.tokens, 1)?;
+    let call = teacher.call();
+    let plan = Plan::new(device, &call.problem(objective), None);
+    let launch = place.margins(&call, place.batch_of(objective, &call), &plan, to);
+    Ok((launch.shape.grid > 0).then_some(launch))
+}
+
+/// The kernel of a selection apart from any call, if there is anything to do. Leaves the workspace's counters alone.
+///
+/// # Errors
+/// If the ratio is not in [0, 1], or the addresses do not go together, or they exceed the workspace.
+pub(crate) fn selection(
+    selection: &RawSelection,
+    hard_ratio: f64,
+    device: &DeviceProperties,
+    place: Place,
+) -> Result<Option<Launch>> {
+    let RawSelection { tokens, margins, valid, sequences, hard } = *selection;
+    unit_interval("the hard ratio", hard_ratio)?;
+    check_sizes(tokens, 1)?;
+    selection.check()?;
+    let scopes = sequences.map_or(1, |(_, count)| count);
+    place.check(tokens, scopes)?;
+    let problem = Problem {
+        tokens,
+        vocab: 1,
+        teacher: Dtype::F32,
+        student: Dtype::F32,
+        gradient: Dtype::F32,
+        sum_at_1: false,
+        aligned_alike: true,
+        scopes,
+    };
+    let shape = Plan::new(device, &problem, None).select;
+    let launch = Launch {
+        kernel: "select_hard",
+        shape,
+        parameters: Parameters::SelectHard(atkd_select_hard {
+            batch: place.batch(tokens),
+            margins: margins as *const f32,
+            valid: valid.unwrap_or(0) as *const u8,
+            offsets: sequences.map_or(0, |(address, _)| address) as *const i64,
+            thresholds: place.column(THRESHOLDS) as *mut u32,
+            wrong: std::ptr::null_mut(),
+            states: place.states(),
+            guess: std::ptr::null_mut(),
+            hard_to: hard as *mut u8,
+            hard_ratio,
+            scopes: scopes as u32,
+            count: 0,
+        }),
+    };
+    Ok((tokens > 0 && shape.grid > 0).then_some(launch))
 }
 
 /// Where rows lie, for the kernels.
@@ -379,75 +525,44 @@ pub(crate) fn launches(
     call: &RawCall,
     output: &RawOutput,
     plan: &Plan,
-    Place { layout, workspace, guess: last_guess }: Place,
+    place: Place,
 ) -> Result<impl Iterator<Item = Launch> + use<>> {
     call.validate(objective)?;
     output.check()?;
     let problem = call.problem(objective);
     let scopes = problem.scopes;
-    for (what, needed) in [("tokens", call.tokens), ("sequences", scopes)] {
-        if needed > layout.capacity {
-            return Err(Error::Workspace { what, needed, capacity: layout.capacity });
-        }
-    }
-    let column = |column| workspace + layout.column(column) as u64;
-    let (labels, label_bytes) = match call.labels {
-        None => (0, 0),
-        Some(RawLabels::I64(address)) => (address, 8),
-        Some(RawLabels::I32(address)) => (address, 4),
-    };
-    let inverse_temperature = 1.0 / objective.temperature();
-    let batch = atkd_batch {
-        teacher: call.teacher.address as *const c_void,
-        labels: labels as *const c_void,
-        targets: column(TARGETS) as *mut i32,
-        keys: column(KEYS) as *mut u32,
-        modes: column(MODES) as *mut u8,
-        summary: workspace as *mut atkd_summary,
-        teacher_strides: strides(call.teacher, call.tokens),
-        ignore_index: objective.ignore_index(),
-        tokens: call.tokens as u32,
-        vocab: call.vocab as u32,
-        label_bytes,
-        target: match objective.target() {
-            Target::Label => ATKD_TARGET_LABEL,
-            Target::Teacher => ATKD_TARGET_TEACHER,
-        },
-        inverse_temperature: inverse_temperature as f32,
-        reserved: 0,
-    };
+    place.check(call.tokens, scopes)?;
+    let column = |column| place.column(column);
+    let batch = place.batch_of(objective, call);
+    // With a mask nothing is selected.
+    let selects = call.hard.is_none();
+    let margins = call.margins.filter(|_| selects);
     // Without a gradient no row's outcome depends on which tokens are hard: the loss is weighted after the selection.
-    let depends = objective.depends_on_selection() && call.gradient.is_some();
-    let needs_margins =
-        objective.target() == Target::Teacher || (depends && call.margins.is_none());
+    let depends = selects && objective.depends_on_selection() && call.gradient.is_some();
+    let needs_margins = objective.target() == Target::Teacher || (depends && margins.is_none());
     // Instead of a pass over the teacher's logits before the rows, a guess, and some rows once more. A row
     // whose gradient has replaced the student's logits cannot be done again.
     let guess = depends
-        && call.margins.is_none()
+        && margins.is_none()
         && objective.target() == Target::Label
         && scopes == 1
         && call.gradient.is_some()
         && !call.is_in_place();
+    // What is selected by the caller's margins needs no row, which then leaves its own margin's key.
+    let before_rows = (depends && !guess) || margins.is_some();
     // The column that only a target of the teacher's needs.
     let wrong = if guess { column(TARGETS) as *mut u32 } else { std::ptr::null_mut() };
 
-    let states = (workspace + layout.states() as u64) as *mut c_void;
-    let margin = Launch {
-        kernel: of_dtype!("teacher_margin", call.teacher.dtype),
-        shape: plan.margin,
-        parameters: Parameters::TeacherMargin(atkd_teacher_margin {
-            batch,
-            blocks: plan.margin.grid,
-            reserved: 0,
-        }),
-    };
+    let states = place.states();
+    let margin = place.margins(call, batch, plan, 0);
     let count = Launch {
         kernel: "count_valid",
         shape: plan.count,
         parameters: Parameters::CountValid(atkd_count_valid {
             batch,
+            hard: call.hard.unwrap_or(0) as *const u8,
             states,
-            guess: last_guess as *const u32,
+            guess: place.guess as *const u32,
             valid_mode: if objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
             reserved: 0,
         }),
@@ -457,15 +572,17 @@ pub(crate) fn launches(
         shape: plan.select,
         parameters: Parameters::SelectHard(atkd_select_hard {
             batch,
-            margins: call.margins.unwrap_or(0) as *const f32,
+            margins: margins.unwrap_or(0) as *const f32,
+            valid: std::ptr::null(),
             offsets: call.sequences.map_or(0, |(address, _)| address) as *const i64,
             thresholds: column(THRESHOLDS) as *mut u32,
             wrong,
             states,
-            guess: last_guess as *mut u32,
+            guess: place.guess as *mut u32,
+            hard_to: std::ptr::null_mut(),
             hard_ratio: objective.hard_ratio(),
             scopes: scopes as u32,
-            count: (depends && !guess).into(),
+            count: before_rows.into(),
         }),
     };
     let number = |coefficient| {
@@ -484,7 +601,7 @@ pub(crate) fn launches(
         tkd: [number(easy.tkd), number(hard.tkd)],
         dkd: [number(easy.dkd), number(hard.dkd)],
         ce_weight: objective.ce_weight(),
-        inverse_temperature,
+        inverse_temperature: 1.0 / objective.temperature(),
     };
     let first = atkd_rows {
         batch,
@@ -502,7 +619,7 @@ pub(crate) fn launches(
         gradient_strides: strides(gradient.unwrap_or(call.student), call.tokens),
         scale: scale * objective.upstream_gradient(),
         mean,
-        write_keys: (guess || (!needs_margins && call.margins.is_none())).into(),
+        write_keys: (guess || !needs_margins || margins.is_some()).into(),
         guess: guess.into(),
         clusters: 0,
         team: 1,
@@ -538,6 +655,7 @@ pub(crate) fn launches(
             uncertainty_to: output.uncertainty.unwrap_or(0) as *mut f32,
             tkd_to: output.tkd.unwrap_or(0) as *mut f32,
             dkd_to: output.dkd.unwrap_or(0) as *mut f32,
+            margin_to: output.margin.unwrap_or(0) as *mut f32,
             modes_to: output.modes.unwrap_or(0) as *mut u8,
             scale,
             mean,
@@ -548,7 +666,9 @@ pub(crate) fn launches(
     let again = rows(plan.rows_again, again);
     let rows = if guess {
         [Some(count), Some(first), Some(select), Some(again)]
-    } else if depends {
+    } else if !selects {
+        [needs_margins.then_some(margin), Some(count), Some(first), None]
+    } else if before_rows {
         [needs_margins.then_some(margin), Some(select), Some(first), None]
     } else {
         // Which tokens are hard is told after the rows, whose margins then come with the loss.

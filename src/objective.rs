@@ -64,8 +64,9 @@ pub enum Reduction {
 /// loss = kd_weight * (c_tkd * TKD + c_dkd * DKD) [* temperature^2] + ce_weight * CE
 /// ```
 ///
-/// where (c_tkd, c_dkd) are those of the hard tokens for the `ceil(hard_ratio * valid tokens)` tokens
-/// on which the teacher is least certain, and those of the easy tokens for the rest.
+/// where (c_tkd, c_dkd) are those of the hard tokens for the `ceil(hard_ratio * valid tokens)` tokens of the call
+/// on which the teacher is least certain, and those of the easy tokens for the rest. For a batch in several calls see
+/// [`select_hard`](crate::select_hard).
 ///
 /// | constructor | easy tokens | hard tokens |
 /// |---|---|---|
@@ -113,7 +114,7 @@ fn check(name: &'static str, value: f64, allowed: &'static str, ok: bool) -> Res
     if ok { Ok(value) } else { Err(Error::Setting { name, value, allowed }) }
 }
 
-fn unit_interval(name: &'static str, value: f64) -> Result<f64> {
+pub(crate) fn unit_interval(name: &'static str, value: f64) -> Result<f64> {
     check(name, value, "in [0, 1]", (0.0..=1.0).contains(&value))
 }
 
@@ -127,6 +128,11 @@ fn weight(name: &'static str, value: f64) -> Result<f64> {
 
 fn positive(name: &'static str, value: f64) -> Result<f64> {
     check(name, value, "finite and above 0", value.is_finite() && value > 0.0)
+}
+
+/// As [`Objective::hard_count`].
+pub(crate) fn hard_count(hard_ratio: f64, valid: usize) -> usize {
+    ((hard_ratio * valid as f64).ceil() as usize).min(valid)
 }
 
 impl Objective {
@@ -193,7 +199,8 @@ impl Objective {
         }
     }
 
-    /// The share k of the valid tokens that is hard, rounded up to whole tokens. Default 0.5.
+    /// The share k of a call's valid tokens that is hard, rounded up to whole tokens. Default 0.5. Not used where
+    /// the call is told which tokens are hard ([`Batch::with_hard`](crate::Batch::with_hard)).
     ///
     /// # Errors
     /// If it is not in [0, 1].
@@ -352,7 +359,7 @@ impl Objective {
 
     /// Hard tokens among `valid` ones: `ceil(hard_ratio * valid)`, in float64.
     pub fn hard_count(&self, valid: usize) -> usize {
-        ((self.hard_ratio * valid as f64).ceil() as usize).min(valid)
+        hard_count(self.hard_ratio, valid)
     }
 
     /// What the sum of the tokens' losses is multiplied by.

@@ -124,24 +124,28 @@ const _: () = {
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_teacher_margin {
     pub batch: atkd_batch,
+    pub margins: *mut f32,
     pub blocks: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 112usize];
+    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 120usize];
     ["Alignment of atkd_teacher_margin"][::std::mem::align_of::<atkd_teacher_margin>() - 8usize];
     ["Offset of field: atkd_teacher_margin::batch"]
         [::std::mem::offset_of!(atkd_teacher_margin, batch) - 0usize];
+    ["Offset of field: atkd_teacher_margin::margins"]
+        [::std::mem::offset_of!(atkd_teacher_margin, margins) - 104usize];
     ["Offset of field: atkd_teacher_margin::blocks"]
-        [::std::mem::offset_of!(atkd_teacher_margin, blocks) - 104usize];
+        [::std::mem::offset_of!(atkd_teacher_margin, blocks) - 112usize];
     ["Offset of field: atkd_teacher_margin::reserved"]
-        [::std::mem::offset_of!(atkd_teacher_margin, reserved) - 108usize];
+        [::std::mem::offset_of!(atkd_teacher_margin, reserved) - 116usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_count_valid {
     pub batch: atkd_batch,
+    pub hard: *const u8,
     pub states: *mut ::std::os::raw::c_void,
     pub guess: *const u32,
     pub valid_mode: u32,
@@ -149,57 +153,65 @@ pub struct atkd_count_valid {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 128usize];
+    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 136usize];
     ["Alignment of atkd_count_valid"][::std::mem::align_of::<atkd_count_valid>() - 8usize];
     ["Offset of field: atkd_count_valid::batch"]
         [::std::mem::offset_of!(atkd_count_valid, batch) - 0usize];
+    ["Offset of field: atkd_count_valid::hard"]
+        [::std::mem::offset_of!(atkd_count_valid, hard) - 104usize];
     ["Offset of field: atkd_count_valid::states"]
-        [::std::mem::offset_of!(atkd_count_valid, states) - 104usize];
+        [::std::mem::offset_of!(atkd_count_valid, states) - 112usize];
     ["Offset of field: atkd_count_valid::guess"]
-        [::std::mem::offset_of!(atkd_count_valid, guess) - 112usize];
+        [::std::mem::offset_of!(atkd_count_valid, guess) - 120usize];
     ["Offset of field: atkd_count_valid::valid_mode"]
-        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 120usize];
+        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 128usize];
     ["Offset of field: atkd_count_valid::reserved"]
-        [::std::mem::offset_of!(atkd_count_valid, reserved) - 124usize];
+        [::std::mem::offset_of!(atkd_count_valid, reserved) - 132usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_select_hard {
     pub batch: atkd_batch,
     pub margins: *const f32,
+    pub valid: *const u8,
     pub offsets: *const i64,
     pub thresholds: *mut u32,
     pub wrong: *mut u32,
     pub states: *mut ::std::os::raw::c_void,
     pub guess: *mut u32,
+    pub hard_to: *mut u8,
     pub hard_ratio: f64,
     pub scopes: u32,
     pub count: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 168usize];
+    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 184usize];
     ["Alignment of atkd_select_hard"][::std::mem::align_of::<atkd_select_hard>() - 8usize];
     ["Offset of field: atkd_select_hard::batch"]
         [::std::mem::offset_of!(atkd_select_hard, batch) - 0usize];
     ["Offset of field: atkd_select_hard::margins"]
         [::std::mem::offset_of!(atkd_select_hard, margins) - 104usize];
+    ["Offset of field: atkd_select_hard::valid"]
+        [::std::mem::offset_of!(atkd_select_hard, valid) - 112usize];
     ["Offset of field: atkd_select_hard::offsets"]
-        [::std::mem::offset_of!(atkd_select_hard, offsets) - 112usize];
+        [::std::mem::offset_of!(atkd_select_hard, offsets) - 120usize];
     ["Offset of field: atkd_select_hard::thresholds"]
-        [::std::mem::offset_of!(atkd_select_hard, thresholds) - 120usize];
+        [::std::mem::offset_of!(atkd_select_hard, thresholds) - 128usize];
     ["Offset of field: atkd_select_hard::wrong"]
-        [::std::mem::offset_of!(atkd_select_hard, wrong) - 128usize];
+        [::std::mem::offset_of!(atkd_select_hard, wrong) - 136usize];
     ["Offset of field: atkd_select_hard::states"]
-        [::std::mem::offset_of!(atkd_select_hard, states) - 136usize];
+        [::std::mem::offset_of!(atkd_select_hard, states) - 144usize];
     ["Offset of field: atkd_select_hard::guess"]
-        [::std::mem::offset_of!(atkd_select_hard, guess) - 144usize];
+        [::std::mem::offset_of!(atkd_select_hard, guess) - 152usize];
+    ["Offset of field: atkd_select_hard::hard_to"]
+        [::std::mem::offset_of!(atkd_select_hard, hard_to) - 160usize];
     ["Offset of field: atkd_select_hard::hard_ratio"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 152usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 168usize];
     ["Offset of field: atkd_select_hard::scopes"]
-        [::std::mem::offset_of!(atkd_select_hard, scopes) - 160usize];
+        [::std::mem::offset_of!(atkd_select_hard, scopes) - 176usize];
     ["Offset of field: atkd_select_hard::count"]
-        [::std::mem::offset_of!(atkd_select_hard, count) - 164usize];
+        [::std::mem::offset_of!(atkd_select_hard, count) - 180usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -308,6 +320,7 @@ pub struct atkd_token_terms {
     pub uncertainty_to: *mut f32,
     pub tkd_to: *mut f32,
     pub dkd_to: *mut f32,
+    pub margin_to: *mut f32,
     pub modes_to: *mut u8,
     pub scale: f64,
     pub mean: u32,
@@ -315,7 +328,7 @@ pub struct atkd_token_terms {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 280usize];
+    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 288usize];
     ["Alignment of atkd_token_terms"][::std::mem::align_of::<atkd_token_terms>() - 8usize];
     ["Offset of field: atkd_token_terms::batch"]
         [::std::mem::offset_of!(atkd_token_terms, batch) - 0usize];
@@ -339,14 +352,16 @@ const _: () = {
         [::std::mem::offset_of!(atkd_token_terms, tkd_to) - 240usize];
     ["Offset of field: atkd_token_terms::dkd_to"]
         [::std::mem::offset_of!(atkd_token_terms, dkd_to) - 248usize];
+    ["Offset of field: atkd_token_terms::margin_to"]
+        [::std::mem::offset_of!(atkd_token_terms, margin_to) - 256usize];
     ["Offset of field: atkd_token_terms::modes_to"]
-        [::std::mem::offset_of!(atkd_token_terms, modes_to) - 256usize];
+        [::std::mem::offset_of!(atkd_token_terms, modes_to) - 264usize];
     ["Offset of field: atkd_token_terms::scale"]
-        [::std::mem::offset_of!(atkd_token_terms, scale) - 264usize];
+        [::std::mem::offset_of!(atkd_token_terms, scale) - 272usize];
     ["Offset of field: atkd_token_terms::mean"]
-        [::std::mem::offset_of!(atkd_token_terms, mean) - 272usize];
+        [::std::mem::offset_of!(atkd_token_terms, mean) - 280usize];
     ["Offset of field: atkd_token_terms::blocks"]
-        [::std::mem::offset_of!(atkd_token_terms, blocks) - 276usize];
+        [::std::mem::offset_of!(atkd_token_terms, blocks) - 284usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

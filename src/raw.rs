@@ -20,6 +20,7 @@
 //!     labels: Some(RawLabels::I64(labels.as_ptr() as u64)),
 //!     sequences: None,
 //!     margins: None,
+//!     hard: None,
 //!     upstream: None,
 //! };
 //! let mut loss = 0.0_f32;
@@ -35,9 +36,7 @@ use rayon::ThreadPool;
 use crate::cpu::Workers;
 use crate::logits::span;
 use crate::strides::ByteRows;
-use crate::{
-    Batch, Dtype, Error, Logits, LogitsMut, Objective, Result, Strides, Target, TokenTerms, cpu,
-};
+use crate::{Batch, Dtype, Error, Logits, LogitsMut, Objective, Result, Strides, Target, cpu};
 
 /// Logits or a gradient `[tokens, vocab]` at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +80,9 @@ pub struct RawCall {
     /// The teacher's margins, float32 `[N]`, where they are known from elsewhere: hard tokens are selected
     /// by these, and the teacher's logits are read once less.
     pub margins: Option<u64>,
+    /// Which tokens are hard, a byte per token, 0 or not, where that was selected elsewhere: nothing is selected then,
+    /// and hard ratio, sequences and margins are not used. Ignored tokens stay ignored.
+    pub hard: Option<u64>,
     /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied. If it is infinite
     /// or NaN, as a trainer's loss scale may make it, the gradient of every valid token is NaN.
     pub upstream: Option<u64>,
@@ -130,18 +132,7 @@ impl RawCall {
         if self.labels.is_none() && objective.target() == Target::Label {
             return Err(Error::NoLabels);
         }
-        if let Some((_, count)) = self.sequences
-            && count > i32::MAX as usize
-        {
-            let (what, most) = ("the number of sequences", i32::MAX as usize);
-            return Err(Error::TooLarge { what, value: count, most });
-        }
-        if let Some((_, 0)) = self.sequences
-            && self.tokens > 0
-        {
-            let (tokens, reason) = (self.tokens, "the last must be the number of tokens");
-            return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
-        }
+        check_sequences(self.sequences, self.tokens)?;
         let (labels, label_bytes) = match self.labels {
             None => (0, 1),
             Some(RawLabels::I64(address)) => (address, 8),
@@ -154,6 +145,9 @@ impl RawCall {
             ("the upstream gradient", self.upstream.unwrap_or(0), 4),
         ] {
             check_alignment(what, address, multiple)?;
+        }
+        for (what, address) in [("the margins", self.margins), (HARD_MASK, self.hard)] {
+            check_there(what, address, self.tokens)?;
         }
         let mut spans = Vec::with_capacity(3);
         for (what, logits) in [
@@ -191,6 +185,104 @@ impl RawCall {
     }
 }
 
+/// What the teacher's margins follow from, by address. N is `tokens`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawTeacher {
+    /// Rows.
+    pub tokens: usize,
+    /// Logits in a row.
+    pub vocab: usize,
+    /// The teacher's logits.
+    pub teacher: RawLogits,
+    /// As [`RawCall::labels`].
+    pub labels: Option<RawLabels>,
+}
+
+impl RawTeacher {
+    /// A call about the same, with the teacher as its own student.
+    pub(crate) fn call(&self) -> RawCall {
+        let Self { tokens, vocab, teacher, labels } = *self;
+        RawCall {
+            tokens,
+            vocab,
+            teacher,
+            student: teacher,
+            gradient: None,
+            labels,
+            sequences: None,
+            margins: None,
+            hard: None,
+            upstream: None,
+        }
+    }
+
+    /// Whether the call can be made, and its margins written.
+    pub(crate) fn check(&self, objective: &Objective, to: u64) -> Result<()> {
+        self.call().check(objective)?;
+        check_alignment("the margins", to, size_of::<f32>() as u64)?;
+        check_there("the margins", Some(to), self.tokens)
+    }
+}
+
+/// A selection apart from any loss, by address. N is `tokens`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawSelection {
+    /// Margins.
+    pub tokens: usize,
+    /// float32 `[N]`.
+    pub margins: u64,
+    /// Which tokens count, a byte per token, 0 or not; `None` for all.
+    pub valid: Option<u64>,
+    /// As [`RawCall::sequences`].
+    pub sequences: Option<(u64, usize)>,
+    /// Where one byte per token goes: 1 for a hard token, else 0.
+    pub hard: u64,
+}
+
+impl RawSelection {
+    /// Whether the addresses go together.
+    pub(crate) fn check(&self) -> Result<()> {
+        check_sequences(self.sequences, self.tokens)?;
+        let offsets = self.sequences.map_or(0, |(address, _)| address);
+        check_alignment("the sequences' offsets", offsets, 8)?;
+        check_alignment("the margins", self.margins, size_of::<f32>() as u64)?;
+        for (what, address) in [
+            ("the margins", Some(self.margins)),
+            ("valid", self.valid),
+            (HARD_MASK, Some(self.hard)),
+        ] {
+            check_there(what, address, self.tokens)?;
+        }
+        Ok(())
+    }
+}
+
+const HARD_MASK: &str = "the mask of hard tokens";
+
+/// That there is an address where values are to be.
+fn check_there(what: &'static str, address: Option<u64>, tokens: usize) -> Result<()> {
+    match address {
+        Some(0) if tokens > 0 => Err(Error::Null { what, elements: tokens }),
+        _ => Ok(()),
+    }
+}
+
+fn check_sequences(sequences: Option<(u64, usize)>, tokens: usize) -> Result<()> {
+    if let Some((_, count)) = sequences
+        && count > i32::MAX as usize
+    {
+        let (what, most) = ("the number of sequences", i32::MAX as usize);
+        return Err(Error::TooLarge { what, value: count, most });
+    }
+    if let Some((_, 0)) = sequences
+        && tokens > 0
+    {
+        let reason = "the last must be the number of tokens";
+        return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
+    }
+    Ok(())
+}
+
 /// The mode of an ignored token.
 pub const IGNORED: u8 = 0;
 /// The mode of a token that is not hard.
@@ -204,12 +296,15 @@ pub struct RawOutput {
     /// One float32: the reduced loss. On a GPU NaN if a label, or a sequence's offset, is out of range, which is an
     /// error on the CPU.
     pub loss: Option<u64>,
-    /// float32 `[N]`: see [`TokenTerms::uncertainty`].
+    /// float32 `[N]`: see [`TokenTerms::uncertainty`](crate::TokenTerms::uncertainty). In single precision it is exactly 1 above a margin of 17.4, and
+    /// no order of the tokens any more: `margin` is.
     pub uncertainty: Option<u64>,
-    /// float32 `[N]`: see [`TokenTerms::tkd`].
+    /// float32 `[N]`: see [`TokenTerms::tkd`](crate::TokenTerms::tkd).
     pub tkd: Option<u64>,
-    /// float32 `[N]`: see [`TokenTerms::dkd`].
+    /// float32 `[N]`: see [`TokenTerms::dkd`](crate::TokenTerms::dkd).
     pub dkd: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::margin`](crate::TokenTerms::margin), of the teacher even if the call was given margins.
+    pub margin: Option<u64>,
     /// One byte a token: [`IGNORED`], [`EASY`] or [`HARD`].
     pub modes: Option<u64>,
 }
@@ -222,6 +317,7 @@ impl RawOutput {
             ("the uncertainties", self.uncertainty),
             ("the TKD terms", self.tkd),
             ("the DKD terms", self.dkd),
+            ("the margins", self.margin),
         ] {
             check_alignment(what, address.unwrap_or(0), size_of::<f32>() as u64)?;
         }
@@ -248,9 +344,6 @@ pub unsafe fn run(
 ) -> Result<()> {
     call.check(objective)?;
     output.check()?;
-    if call.margins.is_some() {
-        return Err(Error::HostMargins);
-    }
     let mut objective = *objective;
     if let Some(upstream) = call.upstream {
         // SAFETY: the caller says that it is one number.
@@ -258,30 +351,21 @@ pub unsafe fn run(
         objective = objective.times_upstream_gradient(upstream.into());
     }
     let workers = Workers::of(pool);
-    let offsets;
+    let (offsets, hard): (Vec<usize>, Vec<bool>);
     // SAFETY: the caller's, for as long as this function runs. What is borrowed mutably overlaps nothing
     // else: checked for the logits, and the caller's word for the rest.
     let result = unsafe {
-        let teacher = call.logits(call.teacher)?;
-        let mut batch = match call.labels {
-            Some(RawLabels::I64(at)) => {
-                Batch::new(teacher, slice::<i64>("the labels", at, call.tokens)?)?
-            }
-            Some(RawLabels::I32(at)) => {
-                Batch::new(teacher, slice::<i32>("the labels", at, call.tokens)?)?
-            }
-            None => Batch::unlabelled(teacher),
-        };
-        if let Some((at, count)) = call.sequences {
-            let signed = slice::<i64>("the sequences' offsets", at, count + 1)?;
-            offsets = signed
-                .iter()
-                .enumerate()
-                .map(|(index, &offset)| {
-                    usize::try_from(offset).map_err(|_| Error::NegativeOffset { index, offset })
-                })
-                .collect::<Result<Vec<_>>>()?;
+        let mut batch = call.batch()?;
+        if let Some(sequences) = call.sequences {
+            offsets = offsets_at(sequences)?;
             batch = batch.with_sequences(&offsets)?;
+        }
+        if let Some(at) = call.margins {
+            batch = batch.with_margins(slice("the margins", at, call.tokens)?)?;
+        }
+        if let Some(at) = call.hard {
+            hard = bools_at(HARD_MASK, at, call.tokens)?;
+            batch = batch.with_hard(&hard)?;
         }
         match call.gradient {
             None => cpu::forward_by(workers, &objective, &batch, call.logits(call.student)?)?,
@@ -303,6 +387,7 @@ pub unsafe fn run(
         write(output.uncertainty, &result.tokens, |token| token.uncertainty as f32);
         write(output.tkd, &result.tokens, |token| token.tkd as f32);
         write(output.dkd, &result.tokens, |token| token.dkd as f32);
+        write(output.margin, &result.tokens, |token| token.margin as f32);
         write(output.modes, &result.tokens, |token| match (token.valid, token.hard) {
             (false, _) => IGNORED,
             (true, false) => EASY,
@@ -312,7 +397,90 @@ pub unsafe fn run(
     Ok(())
 }
 
+/// The teacher's margins in host memory, to `to`, float32 `[N]`: see [`cpu::teacher_margins`]. Threads as [`run`].
+///
+/// # Errors
+/// As [`cpu::teacher_margins`]; and if an address is null or not aligned. Nothing was written then.
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn teacher_margins(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    teacher: &RawTeacher,
+    to: u64,
+) -> Result<()> {
+    teacher.check(objective, to)?;
+    // SAFETY: the caller's, for as long as this function runs.
+    let batch = unsafe { teacher.call().batch()? };
+    let margins = cpu::teacher_margins_by(Workers::of(pool), objective, &batch)?;
+    // SAFETY: the caller says that there is room for one number per token.
+    unsafe { write(Some(to), &margins, |&margin| margin) };
+    Ok(())
+}
+
+/// A selection in host memory: see [`select_hard`](crate::select_hard).
+///
+/// # Errors
+/// As [`select_hard`](crate::select_hard); and if an address is null or not aligned. Nothing was written then.
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn select_hard(selection: &RawSelection, hard_ratio: f64) -> Result<()> {
+    selection.check()?;
+    let RawSelection { tokens, margins, valid, sequences, hard } = *selection;
+    // SAFETY: the caller's, for as long as this function runs.
+    let selected = unsafe {
+        let margins = slice("the margins", margins, tokens)?;
+        let valid = valid.map(|at| bools_at("valid", at, tokens)).transpose()?;
+        let offsets = sequences.map(|sequences| offsets_at(sequences)).transpose()?;
+        crate::select_hard(margins, valid.as_deref(), hard_ratio, offsets.as_deref())?
+    };
+    // SAFETY: the caller says that there is room for one byte per token.
+    unsafe { write(Some(hard), &selected, |&hard| u8::from(hard)) };
+    Ok(())
+}
+
+/// # Safety
+/// `count + 1` offsets are at the address, unless it is null, and aligned.
+unsafe fn offsets_at((address, count): (u64, usize)) -> Result<Vec<usize>> {
+    // SAFETY: the caller's.
+    let signed = unsafe { slice::<i64>("the sequences' offsets", address, count + 1)? };
+    let offsets = signed.iter().enumerate().map(|(index, &offset)| {
+        usize::try_from(offset).map_err(|_| Error::NegativeOffset { index, offset })
+    });
+    offsets.collect()
+}
+
+/// # Safety
+/// `length` bytes are at the address, unless it is null.
+unsafe fn bools_at(what: &'static str, address: u64, length: usize) -> Result<Vec<bool>> {
+    // SAFETY: the caller's.
+    let bytes = unsafe { slice::<u8>(what, address, length)? };
+    Ok(bytes.iter().map(|&byte| byte != 0).collect())
+}
+
 impl RawCall {
+    /// The teacher and the labels.
+    ///
+    /// # Safety
+    /// As [`run`], for `'a`, of a call that is valid.
+    unsafe fn batch<'a>(&self) -> Result<Batch<'a>> {
+        // SAFETY: the caller's.
+        unsafe {
+            let teacher = self.logits(self.teacher)?;
+            match self.labels {
+                Some(RawLabels::I64(at)) => {
+                    Batch::new(teacher, slice::<i64>("the labels", at, self.tokens)?)
+                }
+                Some(RawLabels::I32(at)) => {
+                    Batch::new(teacher, slice::<i32>("the labels", at, self.tokens)?)
+                }
+                None => Ok(Batch::unlabelled(teacher)),
+            }
+        }
+    }
+
     /// # Safety
     /// As [`run`], for `'a`, of a call that is valid.
     unsafe fn logits<'a>(&self, logits: RawLogits) -> Result<Logits<'a>> {
@@ -353,7 +521,7 @@ unsafe fn slice<'a, T>(what: &'static str, address: u64, length: usize) -> Resul
 
 /// # Safety
 /// `address` is null, or has room for one value a token.
-unsafe fn write<T>(address: Option<u64>, tokens: &[TokenTerms], value: impl Fn(&TokenTerms) -> T) {
+unsafe fn write<T, U>(address: Option<u64>, tokens: &[U], value: impl Fn(&U) -> T) {
     let Some(address) = address else { return };
     for (i, token) in tokens.iter().enumerate() {
         // SAFETY: inside the column.
@@ -387,6 +555,7 @@ mod tests {
             labels: Some(RawLabels::I64(at(labels))),
             sequences: None,
             margins: None,
+            hard: None,
             upstream: None,
         }
     }
@@ -407,7 +576,7 @@ mod tests {
         let output = forward_backward(&objective, &batch, view(&student)?, to)?;
 
         let mut loss = f32::NAN;
-        let mut terms = [[f32::NAN; TOKENS]; 3];
+        let mut terms = [[f32::NAN; TOKENS]; 4];
         let mut modes = [9_u8; TOKENS];
         let mut gradient = vec![f32::NAN; 15];
         let to = RawOutput {
@@ -415,6 +584,7 @@ mod tests {
             uncertainty: Some(terms[0].as_mut_ptr() as u64),
             tkd: Some(terms[1].as_mut_ptr() as u64),
             dkd: Some(terms[2].as_mut_ptr() as u64),
+            margin: Some(terms[3].as_mut_ptr() as u64),
             modes: Some(modes.as_mut_ptr() as u64),
         };
         let call = RawCall {
@@ -431,7 +601,8 @@ mod tests {
         assert_eq!(loss, output.loss as f32);
         assert_eq!(gradient, expected.iter().map(|d| 2.0 * d).collect::<Vec<_>>());
         for (i, token) in output.tokens.iter().enumerate() {
-            let expected = [token.uncertainty, token.tkd, token.dkd].map(|term| term as f32);
+            let expected = [token.uncertainty, token.tkd, token.dkd, token.margin];
+            let expected = expected.map(|term| term as f32);
             assert_eq!(terms.map(|column| column[i]), expected);
             assert_eq!((modes[i] != IGNORED, modes[i] == HARD), (token.valid, token.hard));
         }
@@ -596,6 +767,85 @@ mod tests {
         fails(RawCall { student: nested(0, 11, 5), ..good }, ["multiple", "0 rows"]);
         let four = RawCall { tokens: 4, ..good };
         fails(RawCall { student: nested(2, 9, 5), ..four }, ["the rows overlap", "outer stride 9"]);
-        fails(RawCall { margins: Some(8), ..good }, ["margins", "CPU"]);
+        fails(RawCall { margins: Some(6), ..good }, ["the margins", "0x6"]);
+        fails(RawCall { margins: Some(0), ..good }, ["the margins", "is null"]);
+        fails(RawCall { hard: Some(0), ..good }, ["the mask of hard tokens", "is null"]);
+
+        let good = RawSelection {
+            tokens: TOKENS,
+            margins: teacher.as_ptr() as u64,
+            valid: None,
+            sequences: None,
+            hard: 8,
+        };
+        let fails = |selection: RawSelection, ratio, part: &str| {
+            // SAFETY: it fails before it touches anything.
+            let message = unsafe { select_hard(&selection, ratio) }.unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        };
+        fails(RawSelection { margins: 0, ..good }, 0.5, "the address of the margins is null");
+        fails(RawSelection { margins: 6, ..good }, 0.5, "the address of the margins is 0x6");
+        fails(RawSelection { valid: Some(0), ..good }, 0.5, "the address of valid is null");
+        fails(
+            RawSelection { hard: 0, ..good },
+            0.5,
+            "the address of the mask of hard tokens is null",
+        );
+        fails(RawSelection { sequences: Some((8, 0)), ..good }, 0.5, "number of tokens");
+        fails(good, -0.5, "the hard ratio is -0.5");
+        let offsets = [0_i64, -1, 3];
+        let sequences = Some((offsets.as_ptr() as u64, 2));
+        fails(RawSelection { sequences, ..good }, 0.5, "sequence offset 1 is -1");
+    }
+
+    #[test]
+    fn margins_and_a_selection_apart_from_the_loss() -> Result<()> {
+        let (teacher, student, labels) = (random(1, 15), random(2, 15), [4_i64, -100, 0]);
+        let call = call(&teacher, &student, &labels, VOCAB);
+        let RawCall { tokens, vocab, .. } = call;
+        let of_teacher = RawTeacher { tokens, vocab, teacher: call.teacher, labels: call.labels };
+        let objective = Objective::default();
+        let [mut margins, mut in_call] = [[f32::NAN; TOKENS]; 2];
+        let [mut hard, mut modes] = [[9_u8; TOKENS]; 2];
+        let valid = [1_u8, 0, 255];
+        let selection = RawSelection {
+            tokens,
+            margins: margins.as_mut_ptr() as u64,
+            valid: Some(valid.as_ptr() as u64),
+            sequences: None,
+            hard: hard.as_mut_ptr() as u64,
+        };
+        let to = RawOutput {
+            margin: Some(in_call.as_mut_ptr() as u64),
+            modes: Some(modes.as_mut_ptr() as u64),
+            ..RawOutput::default()
+        };
+        // SAFETY: all are arrays of the shapes given.
+        unsafe {
+            teacher_margins(None, &objective, &of_teacher, selection.margins)?;
+            select_hard(&selection, 0.5)?;
+            run(None, &objective, &call, &to)?;
+        }
+        assert_eq!(margins, in_call);
+        assert_eq!(margins[1], f32::NEG_INFINITY);
+        assert_eq!(hard, modes.map(|mode| u8::from(mode == HARD)));
+
+        // The others are hard, and the ignored one stays so.
+        let mask = hard.map(|hard| (1 - hard) * 7);
+        let given = margins.map(|margin| -margin);
+        let masked = RawCall { hard: Some(mask.as_ptr() as u64), ..call };
+        let by_margins = RawCall { margins: Some(given.as_ptr() as u64), ..call };
+        for call in [masked, by_margins] {
+            // SAFETY: as above.
+            unsafe { run(None, &objective, &call, &to)? };
+            assert_eq!(margins, in_call);
+            let expected = [0, 1, 2].map(|i| match (valid[i], hard[i]) {
+                (0, _) => IGNORED,
+                (_, 0) => HARD,
+                _ => EASY,
+            });
+            assert_eq!(modes, expected);
+        }
+        Ok(())
     }
 }

@@ -150,12 +150,18 @@ pub(crate) fn compute(
     Ok(Output::reduce(objective, tokens))
 }
 
-/// The `ceil(k * valid)` tokens of largest margin within each scope: NaN last, ties by lower index.
+/// The batch's own mask; else the `ceil(k * valid)` tokens of largest float32 margin within each scope: NaN last, ties
+/// by lower index.
 fn select(objective: &Objective, batch: &Batch, margins: &[Option<f64>]) -> Vec<bool> {
+    if let Some(hard) = batch.hard() {
+        return hard.iter().zip(margins).map(|(&hard, margin)| hard && margin.is_some()).collect();
+    }
     let mut hard = vec![false; margins.len()];
     for scope in batch.scopes() {
-        let mut ranked: Vec<(usize, f64)> =
-            scope.filter_map(|token| Some((token, margins[token]?))).collect();
+        let key =
+            |token: usize, margin| batch.margins().map_or(margin as f32, |given| given[token]);
+        let mut ranked: Vec<(usize, f32)> =
+            scope.filter_map(|token| Some((token, key(token, margins[token]?)))).collect();
         ranked.sort_by(|(_, a), (_, b)| match (a.is_nan(), b.is_nan()) {
             (false, false) => b.partial_cmp(a).expect("neither is NaN"),
             (a, b) => a.cmp(&b),

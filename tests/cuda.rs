@@ -237,6 +237,7 @@ impl Loaded {
             labels: Some(RawLabels::I64(self.labels.device_ptr(&self.stream).0)),
             sequences: None,
             margins: None,
+            hard: None,
             upstream: None,
         }
     }
@@ -465,6 +466,118 @@ fn margins_from_the_caller() {
         };
         assert!((token.loss - loss).abs() <= 2e-6 * (1.0 + loss), "{i}: {} {loss}", token.loss);
     }
+}
+
+/// Margins, a selection among them, and calls that are told of it: the same as calls that select by themselves.
+#[test]
+fn a_selection_apart_from_the_loss() {
+    let Some(gpu) = Gpu::new() else { return };
+    let (stream, objective) = (&gpu.stream, Objective::default());
+    let mut input = Input::new(11, 300, 7);
+    input.labels[4] = -100;
+    let mut loaded = Loaded::new(&gpu, stream, &input);
+    loaded.backward(&objective, None).unwrap();
+    let (expected, gradient) = loaded.read();
+
+    let mut margins: CudaSlice<f32> = stream.alloc_zeros(11).unwrap();
+    let teacher = DeviceLogits::new(&loaded.teacher, 11, 300).unwrap();
+    let batch = DeviceBatch::new(teacher, &loaded.labels).unwrap();
+    let workspace = &mut loaded.workspace;
+    workspace.teacher_margins(stream, &objective, &batch, margins.as_view_mut()).unwrap();
+    for (margin, token) in stream.clone_dtoh(&margins).unwrap().into_iter().zip(&expected.tokens) {
+        let (margin, exact) = (f64::from(margin), token.margin);
+        assert!(margin == exact || (margin - exact).abs() <= 5e-7 * (1.0 + exact.abs()));
+    }
+    // The loss stays, its tokens are gone.
+    assert_eq!(workspace.read_loss(stream).unwrap(), expected.loss);
+    assert_eq!(workspace.read(stream).unwrap().tokens, []);
+
+    let valid = gpu.upload(&input.labels.iter().map(|&l| u8::from(l != -100)).collect::<Vec<_>>());
+    let mut hard: CudaSlice<u8> = stream.clone_htod(&[7_u8; 11]).unwrap();
+    let of_valid = Some(valid.as_view());
+    let (margins, of_valid) = (margins.as_view(), of_valid.as_ref());
+    workspace.select_hard(stream, &margins, of_valid, 0.5, None, hard.as_view_mut()).unwrap();
+    let selected: Vec<u8> = expected.tokens.iter().map(|token| token.hard.into()).collect();
+    assert_eq!(stream.clone_dtoh(&hard).unwrap(), selected);
+    let offsets = gpu.upload(&[0_i64, 3, 3, 11]);
+    let sequences = Some(offsets.as_view());
+    let mut by_sequence: CudaSlice<u8> = stream.alloc_zeros(11).unwrap();
+    let to = by_sequence.as_view_mut();
+    workspace.select_hard(stream, &margins, of_valid, 0.3, sequences.as_ref(), to).unwrap();
+    let host = stream.clone_dtoh(&margins).unwrap();
+    let valid_on_host: Vec<bool> = input.labels.iter().map(|&label| label != -100).collect();
+    let by_host =
+        atkd::select_hard(&host, Some(&valid_on_host), 0.3, Some(&[0, 3, 3, 11])).unwrap();
+    assert_eq!(
+        stream.clone_dtoh(&by_sequence).unwrap(),
+        by_host.into_iter().map(u8::from).collect::<Vec<_>>()
+    );
+
+    // Whatever the objective's own ratio.
+    let objective = objective.with_hard_ratio(0.9).unwrap();
+    let student = DeviceLogits::new(&loaded.student, 11, 300).unwrap();
+    let teacher = DeviceLogits::new(&loaded.teacher, 11, 300).unwrap();
+    let batch = DeviceBatch::new(teacher, &loaded.labels).unwrap();
+    let batch = batch.with_hard(hard.as_view()).unwrap();
+    let to = DeviceLogitsMut::new(&mut loaded.gradient, 11, 300).unwrap();
+    loaded.workspace.forward_backward(stream, &objective, &batch, &student, to, None).unwrap();
+    assert_eq!(loaded.read(), (expected, gradient));
+    let counted = loaded.workspace.modes();
+    let hard_tokens = stream.clone_dtoh(&counted).unwrap();
+    assert_eq!(hard_tokens.iter().filter(|&&mode| mode == 2).count(), 5);
+}
+
+/// What is wrong with a selection, or with margins, by itself: an error at once, or of the next read where a kernel met
+/// it.
+#[test]
+fn selections_and_margins_that_cannot_be() {
+    let Some(gpu) = Gpu::new() else { return };
+    let (stream, objective) = (&gpu.stream, Objective::default());
+    let mut input = Input::new(4, 30, 7);
+    input.labels[2] = 30;
+    let mut loaded = Loaded::new(&gpu, stream, &input);
+    let mut floats: CudaSlice<f32> = stream.alloc_zeros(4).unwrap();
+    let mut bytes: CudaSlice<u8> = stream.clone_htod(&[7_u8; 4]).unwrap();
+    let batch = || {
+        let teacher = DeviceLogits::new(&loaded.teacher, 4, 30).unwrap();
+        DeviceBatch::new(teacher, &loaded.labels).unwrap()
+    };
+    let workspace = &mut loaded.workspace;
+    let result = workspace.teacher_margins(stream, &objective, &batch(), floats.slice_mut(..3));
+    assert_eq!(result, Err(Error::MarginCount { margins: 3, tokens: 4 }));
+    workspace.teacher_margins(stream, &objective, &batch(), floats.as_view_mut()).unwrap();
+    assert!(stream.clone_dtoh(&floats).unwrap()[2].is_nan());
+    let fault = workspace.read_loss(stream).unwrap_err();
+    assert_eq!(fault, Error::DeviceLabel { token: 2, vocab: 30, ignore_index: -100 });
+    assert_eq!(workspace.read_loss(stream), Ok(0.0));
+
+    let error = batch().with_hard(bytes.slice(..3)).unwrap_err();
+    let what = "the mask of hard tokens";
+    assert_eq!(error, Error::MaskCount { what, values: 3, tokens: 4 });
+    let margins = floats.as_view();
+    let result = workspace.select_hard(stream, &margins, None, 0.5, None, bytes.slice_mut(..3));
+    assert_eq!(result, Err(Error::MaskCount { what, values: 3, tokens: 4 }));
+    let result = workspace.select_hard(stream, &margins, None, -1.0, None, bytes.as_view_mut());
+    assert!(matches!(result, Err(Error::Setting { name: "the hard ratio", .. })));
+    let three = gpu.upload(&[1_u8; 3]);
+    let valid = Some(three.as_view());
+    let result =
+        workspace.select_hard(stream, &margins, valid.as_ref(), 0.5, None, bytes.as_view_mut());
+    assert_eq!(result, Err(Error::MaskCount { what: "valid", values: 3, tokens: 4 }));
+    let offsets = gpu.upload(&[0_i64, 3, 2, 4]);
+    let sequences = Some(offsets.as_view());
+    let to = bytes.as_view_mut();
+    workspace.select_hard(stream, &margins, None, 1.0, sequences.as_ref(), to).unwrap();
+    let fault = workspace.read_loss(stream).unwrap_err();
+    assert_eq!(fault, Error::DeviceSequences { sequence: 1 });
+    assert_eq!(stream.clone_dtoh(&bytes).unwrap(), [1, 1, 1, 1]);
+    let offsets = gpu.upload(&[0_i64, 3, 3, 5]);
+    let sequences = Some(offsets.as_view());
+    let to = bytes.as_view_mut();
+    workspace.select_hard(stream, &margins, None, 1.0, sequences.as_ref(), to).unwrap();
+    assert!(workspace.read_loss(stream).is_err());
+    // Of the sequence that ends beyond the tokens none.
+    assert_eq!(stream.clone_dtoh(&bytes).unwrap(), [1, 1, 1, 0]);
 }
 
 #[test]

@@ -104,11 +104,21 @@ impl Input {
         objective: &Objective,
         extra: Extra,
     ) -> (Output, Vec<bf16>, Traffic) {
+        self.run_batch(simulation, objective, &self.batch(), extra)
+    }
+
+    fn run_batch(
+        &self,
+        simulation: Simulation,
+        objective: &Objective,
+        batch: &Batch,
+        extra: Extra,
+    ) -> (Output, Vec<bf16>, Traffic) {
         let mut gradient = vec![bf16::NAN; self.tokens * self.vocab];
         let mut to = LogitsMut::new(&mut gradient, self.tokens, self.vocab).unwrap();
         let student = self.view(&self.student);
         let (output, traffic) =
-            simulation.run(objective, &self.batch(), student, Some(&mut to), extra).unwrap();
+            simulation.run(objective, batch, student, Some(&mut to), extra).unwrap();
         (output, gradient, traffic)
     }
 
@@ -265,7 +275,7 @@ fn in_place() {
 #[test]
 fn an_upstream_gradient_from_the_device() {
     let input = Input::new(5, 700);
-    let upstream = Extra { upstream: Some(-2.5), ..Extra::default() };
+    let upstream = Extra { upstream: Some(-2.5) };
     let host = Objective::default().with_upstream_gradient(-2.5).unwrap();
     let simulation = Simulation::default();
     let by_device = input.run(simulation, &Objective::default(), upstream);
@@ -377,20 +387,159 @@ fn margins_from_the_caller() {
     let mut input = Input::new(6, 200);
     input.labels[1] = -100;
     let margins = [0.0, 9.0, -3.0, 2.0, f32::NAN, 2.0];
-    let extra = Extra { margins: Some(&margins), ..Extra::default() };
+    let batch = input.batch().with_margins(&margins).unwrap();
     let objective = Objective::default().with_hard_ratio(0.3).unwrap();
-    let (output, _, traffic) = input.run(Simulation::default(), &objective, extra);
+    let run =
+        |objective| input.run_batch(Simulation::default(), objective, &batch, Extra::default());
+    let own = input.run(Simulation::default(), &objective, Extra::default()).0;
+    let (output, _, traffic) = run(&objective);
     let hard: Vec<bool> = output.tokens.iter().map(|token| token.hard).collect();
     assert_eq!(hard, [false, false, false, true, false, true]);
     assert_eq!(traffic[0].0, "select_hard");
-    assert_eq!(output.tokens[3].margin, 2.0);
-    assert!(output.tokens[4].margin.is_nan() && output.tokens[4].loss.is_finite());
+    let margins = |output: &Output| output.tokens.iter().map(|t| t.margin).collect::<Vec<_>>();
+    assert_eq!(margins(&output), margins(&own));
+    assert!(output.tokens[4].loss.is_finite());
     // With the teacher's arg max as target its logits are read all the same.
     let objective = objective.with_target(Target::Teacher);
-    let (output, _, traffic) = input.run(Simulation::default(), &objective, extra);
+    let (output, _, traffic) = run(&objective);
     let hard: Vec<bool> = output.tokens.iter().map(|token| token.hard).collect();
     assert_eq!(hard, [false, false, false, true, false, true]);
     assert_eq!(traffic[0].0, "teacher_margin_bf16");
+}
+
+/// A call that is told which tokens are hard comes to the same bits as one that finds them by itself, in place too, and
+/// reads either model once.
+#[test]
+fn a_mask_is_the_calls_own_selection() {
+    for (simulation, tokens, vocab) in [
+        (Simulation::default(), 9, 300),
+        (pipelined(2, 2), 9, 700),
+        (pipelined_by(RowKernel::PipelinedWide, 1, 2), 9, 300),
+        (streamed(64, 2, 1), 9, 700),
+        (in_teams(2, 2), 9, 700),
+        (Simulation::default(), 0, 5),
+        (Simulation::default(), 1, 5),
+    ] {
+        let mut input = Input::new(tokens, vocab);
+        for token in (1..tokens).step_by(4) {
+            input.labels[token] = -100;
+        }
+        let volume = (2 * tokens * vocab) as u64;
+        for target in [Target::Label, Target::Teacher] {
+            let objective = Objective::atkd(0.3).unwrap().with_ce_weight(0.1).unwrap();
+            let objective = objective.with_target(target);
+            let (output, gradient, _) = input.run(simulation, &objective, Extra::default());
+            let hard: Vec<bool> = output.tokens.iter().map(|token| token.hard).collect();
+            // What is not used.
+            let objective = objective.with_hard_ratio(0.9).unwrap();
+            let nonsense = vec![f32::NAN; tokens];
+            let batch = input.batch().with_margins(&nonsense).unwrap();
+            let batch = batch.with_hard(&hard).unwrap();
+            let (masked, with_mask, traffic) =
+                input.run_batch(simulation, &objective, &batch, Extra::default());
+            // Of the teacher's arg max the margins are another kernel's.
+            assert_eq!(masked, output);
+            assert_eq!(with_mask, gradient);
+            let mut in_place = input.student.clone();
+            let mut view = LogitsMut::new(&mut in_place, tokens, vocab).unwrap();
+            let (masked, in_place_traffic) =
+                simulation.run_in_place(&objective, &batch, &mut view, Extra::default()).unwrap();
+            assert_eq!(masked, output);
+            assert_eq!(in_place, gradient);
+            for traffic in [traffic, in_place_traffic] {
+                let kernels: Vec<&str> = traffic.iter().map(|(kernel, _)| *kernel).collect();
+                if tokens == 0 {
+                    assert_eq!(kernels, ["token_terms"]);
+                    continue;
+                }
+                let margins = target == Target::Teacher;
+                let [count, rows, terms] = kernels[usize::from(margins)..] else {
+                    panic!("{kernels:?}")
+                };
+                assert!(!margins || kernels[0] == "teacher_margin_bf16");
+                assert_eq!((count, terms), ("count_valid", "token_terms"));
+                assert!(rows.starts_with("row_"), "{kernels:?}");
+                if rows.starts_with("row_stream") || margins {
+                    continue;
+                }
+                let ignored = input.labels.iter().filter(|&&label| label == -100).count();
+                let read = volume - (2 * ignored * vocab) as u64;
+                let slack = (64 * tokens) as u64;
+                for model in ["teacher", "student"] {
+                    let (found, _) = bytes(&traffic, rows, model);
+                    assert!(found >= read && found <= read + slack, "{model}: {found} of {read}");
+                }
+            }
+        }
+    }
+}
+
+/// The margins by themselves are those of a call in place, in which the same kernel computes them.
+#[test]
+fn margins_apart_from_a_call() {
+    for (tokens, vocab) in [(40, 700), (5, 16_400), (0, 3), (1, 1)] {
+        let mut input = Input::new(tokens, vocab);
+        for token in (0..tokens).step_by(7) {
+            input.labels[token] = -100;
+        }
+        for target in [Target::Label, Target::Teacher] {
+            let objective = Objective::default().with_target(target).with_temperature(2.0).unwrap();
+            let mut few = Simulation::default();
+            few.device.multiprocessors = 1;
+            let mut in_place = input.student.clone();
+            let mut in_place = LogitsMut::new(&mut in_place, tokens, vocab).unwrap();
+            let (output, _) = few
+                .run_in_place(&objective, &input.batch(), &mut in_place, Extra::default())
+                .unwrap();
+            let (margins, traffic) = few.teacher_margins(&objective, &input.batch()).unwrap();
+            let expected: Vec<f32> =
+                output.tokens.iter().map(|token| token.margin as f32).collect();
+            assert_eq!(margins, expected);
+            if tokens > 0 {
+                assert_eq!(traffic[0].0, "teacher_margin_bf16");
+                assert_eq!(counts(&traffic, "teacher_margin_bf16", "margins").1, 4 * tokens as u64);
+            }
+        }
+    }
+    let mut input = Input::new(4, 50);
+    input.labels = vec![49, 50, -100, -1];
+    let (margins, _) =
+        Simulation::default().teacher_margins(&Objective::default(), &input.batch()).unwrap();
+    assert!(margins[0].is_finite() && margins[1].is_nan() && margins[3].is_nan());
+    assert_eq!(margins[2], f32::NEG_INFINITY);
+}
+
+/// As the CPU's, of more tokens than threads too.
+#[test]
+fn selections_apart_from_a_call() {
+    let special = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1.0, -1.0];
+    let mut random = fastrand::Rng::with_seed(8);
+    for tokens in [0, 1, 5, 64, 700] {
+        for ratio in [0.0, 0.3, 0.5, 1.0] {
+            for distinct in [1, 8, usize::MAX] {
+                let margins: Vec<f32> = (0..tokens)
+                    .map(|_| match distinct {
+                        usize::MAX => 8.0 * random.f32() - 4.0,
+                        _ => special[random.usize(..distinct)],
+                    })
+                    .collect();
+                let valid: Vec<bool> = (0..tokens).map(|_| random.u32(..4) > 0).collect();
+                let middle = random.usize(..=tokens);
+                let offsets = [0, middle, middle, tokens];
+                for (valid, sequences) in
+                    [(None, None), (Some(&valid[..]), None), (Some(&valid[..]), Some(&offsets[..]))]
+                {
+                    let expected = atkd::select_hard(&margins, valid, ratio, sequences).unwrap();
+                    let simulation = Simulation { seed: random.u64(..), ..Simulation::default() };
+                    let (hard, _) =
+                        simulation.select_hard(&margins, valid, ratio, sequences).unwrap();
+                    assert_eq!(hard, expected);
+                }
+            }
+        }
+    }
+    let error = Simulation::default().select_hard(&[1.0], None, 1.5, None).unwrap_err();
+    assert!(matches!(error, Error::Setting { name: "the hard ratio", .. }), "{error}");
 }
 
 /// On a device nobody looks at the labels beforehand: a kernel does, drops the token, and says so.

@@ -294,14 +294,25 @@ typedef struct AtkdCall {
    */
   const float *upstream;
   /*
-   Hard tokens are selected within each of this many sequences, at most 2^31 - 1, or within the whole batch if
-   it is 0.
+   Hard tokens are selected within each of this many sequences, at most 2^31 - 1, or within the whole batch, which
+   is this call's tokens, if it is 0. With gradient accumulation, or ranks that share a batch, that is a part of the
+   batch, and the parts' gradients are 7 to 26% off the whole batch's (README.md): select by atkd_select_hard over
+   the margins of all parts, and give each call its share as `hard`.
    */
   int64_t sequences;
   /*
    [sequences + 1]: sequence i is tokens offsets[i] to offsets[i + 1] - 1.
    */
   const int64_t *sequence_offsets;
+  /*
+   [tokens]: hard tokens are selected by these margins instead of the teacher's own. Null for none.
+   */
+  const float *margins;
+  /*
+   [tokens]: not 0 for a hard token. Nothing is selected then; the hard ratio, sequences and margins are not
+   used, and ignored tokens stay ignored. Null for none.
+   */
+  const uint8_t *hard;
   /*
    One number: the reduced loss. Null if not wanted; so are the others.
    */
@@ -319,6 +330,11 @@ typedef struct AtkdCall {
    */
   float *dkd;
   /*
+   [tokens]: the teacher's margin, log((1 - p) / p) of the target's p, by which hard tokens are selected;
+   -infinity for an ignored token.
+   */
+  float *margin;
+  /*
    [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
    */
   uint8_t *modes;
@@ -327,6 +343,45 @@ typedef struct AtkdCall {
    */
   void *stream;
 } AtkdCall;
+
+/*
+ A selection of hard tokens by itself, over the tokens of as many calls as there are. Every pointer but `stream` is to
+ host memory, or for a CUDA workspace to its device's.
+ */
+typedef struct AtkdSelection {
+  /*
+   Margins.
+   */
+  int64_t tokens;
+  /*
+   [tokens]: the larger, the harder; NaN ranks below every number, and among equals the lower index is harder.
+   */
+  const float *margins;
+  /*
+   [tokens]: not 0 for a token that counts. Null for all.
+   */
+  const uint8_t *valid;
+  /*
+   The share of the valid tokens that is hard, in [0, 1], rounded up to whole tokens.
+   */
+  double hard_ratio;
+  /*
+   As AtkdCall.sequences.
+   */
+  int64_t sequences;
+  /*
+   [sequences + 1]: as AtkdCall.sequence_offsets.
+   */
+  const int64_t *sequence_offsets;
+  /*
+   [tokens]: becomes 1 for a hard token, else 0.
+   */
+  uint8_t *hard;
+  /*
+   The CUstream to work on, for a CUDA workspace; the default stream if null.
+   */
+  void *stream;
+} AtkdSelection;
 
 /*
  Done.
@@ -472,6 +527,28 @@ AtkdStatus atkd_forward(const struct AtkdObjective *objective,
 AtkdStatus atkd_forward_backward(const struct AtkdObjective *objective,
                                  struct AtkdWorkspace *workspace,
                                  const struct AtkdCall *call);
+
+/*
+ The teacher's margins alone, to call->margin. Of the call, tokens, vocab, teacher, labels and stream are read, and
+ nothing else; of the objective its temperature, target and ignore index. On a device a token whose label is out of
+ range gets NaN, beside the error of atkd_workspace_synchronize.
+
+ # Safety
+ As atkd_forward_backward.
+ */
+AtkdStatus atkd_teacher_margins(const struct AtkdObjective *objective,
+                                struct AtkdWorkspace *workspace,
+                                const struct AtkdCall *call);
+
+/*
+ Selects hard tokens by their margins, exactly as a call over all of these tokens would. On a device, sequences whose
+ offsets are out of order get no hard tokens, beside the error of atkd_workspace_synchronize.
+
+ # Safety
+ As atkd_forward_backward.
+ */
+AtkdStatus atkd_select_hard(struct AtkdWorkspace *workspace,
+                            const struct AtkdSelection *selection);
 
 #ifdef __cplusplus
 }  /* extern "C" */

@@ -209,6 +209,56 @@ pub unsafe extern "C" fn atkd_forward_backward(
     })
 }
 
+/// The teacher's margins alone, to call->margin. Of the call, tokens, vocab, teacher, labels and stream are read, and
+/// nothing else; of the objective its temperature, target and ignore index. On a device a token whose label is out of
+/// range gets NaN, beside the error of atkd_workspace_synchronize.
+///
+/// # Safety
+/// As atkd_forward_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_teacher_margins(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    call: *const AtkdCall,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's.
+        let (call, objective, workspace) =
+            unsafe { (call.as_ref(), objective.as_ref(), workspace.as_ref()) };
+        let call = call.ok_or(Failure::null("call"))?;
+        let objective = objective.ok_or(Failure::null("objective"))?;
+        let workspace = workspace.ok_or(Failure::null("workspace"))?;
+        let teacher = call.parse_teacher()?;
+        if call.margin.is_null() && call.tokens > 0 {
+            return Err(Failure::null("margin"));
+        }
+        let to = call.margin as u64;
+        // SAFETY: the caller's.
+        unsafe { workspace.0.teacher_margins(&objective.0, &teacher, to, call.stream) }
+    })
+}
+
+/// Selects hard tokens by their margins, exactly as a call over all of these tokens would. On a device, sequences whose
+/// offsets are out of order get no hard tokens, beside the error of atkd_workspace_synchronize.
+///
+/// # Safety
+/// As atkd_forward_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_select_hard(
+    workspace: *mut AtkdWorkspace,
+    selection: *const AtkdSelection,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's.
+        let (selection, workspace) = unsafe { (selection.as_ref(), workspace.as_ref()) };
+        let selection = selection.ok_or(Failure::null("selection"))?;
+        let workspace = workspace.ok_or(Failure::null("workspace"))?;
+        let AtkdSelection { hard_ratio, stream, .. } = *selection;
+        // SAFETY: the caller's.
+        unsafe { workspace.0.select_hard(&selection.parse()?, hard_ratio, stream) }
+    })
+}
+
 /// # Safety
 /// As [`atkd_forward_backward`].
 unsafe fn run(

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use atkd::raw::{RawCall, RawLabels, RawLogits, RawOutput};
+use atkd::raw::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::{Dtype, Strides};
 
 use crate::status::Failure;
@@ -73,11 +73,18 @@ pub struct AtkdCall {
     /// One number that the gradient is multiplied by; null for 1. If it is infinite or NaN, the gradient of every
     /// valid token is NaN.
     pub upstream: *const f32,
-    /// Hard tokens are selected within each of this many sequences, at most 2^31 - 1, or within the whole batch if
-    /// it is 0.
+    /// Hard tokens are selected within each of this many sequences, at most 2^31 - 1, or within the whole batch, which
+    /// is this call's tokens, if it is 0. With gradient accumulation, or ranks that share a batch, that is a part of the
+    /// batch, and the parts' gradients are 7 to 26% off the whole batch's (README.md): select by atkd_select_hard over
+    /// the margins of all parts, and give each call its share as `hard`.
     pub sequences: i64,
     /// [sequences + 1]: sequence i is tokens offsets[i] to offsets[i + 1] - 1.
     pub sequence_offsets: *const i64,
+    /// [tokens]: hard tokens are selected by these margins instead of the teacher's own. Null for none.
+    pub margins: *const f32,
+    /// [tokens]: not 0 for a hard token. Nothing is selected then; the hard ratio, sequences and margins are not
+    /// used, and ignored tokens stay ignored. Null for none.
+    pub hard: *const u8,
     /// One number: the reduced loss. Null if not wanted; so are the others.
     pub loss: *mut f32,
     /// [tokens]: 1 - p(target) of the teacher.
@@ -86,6 +93,9 @@ pub struct AtkdCall {
     pub tkd: *mut f32,
     /// [tokens]: the diversity part.
     pub dkd: *mut f32,
+    /// [tokens]: the teacher's margin, log((1 - p) / p) of the target's p, by which hard tokens are selected;
+    /// -infinity for an ignored token.
+    pub margin: *mut f32,
     /// [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
     pub modes: *mut u8,
     /// The CUstream to work on, for a CUDA workspace; the default stream if null.
@@ -127,8 +137,17 @@ fn address<T>(pointer: *const T) -> Option<u64> {
     (!pointer.is_null()).then_some(pointer as u64)
 }
 
+/// How many, and their offsets.
+fn sequences(count: i64, offsets: *const i64) -> Result<Option<(u64, usize)>, Failure> {
+    Ok(match size("sequences", count)? {
+        0 => None,
+        count => Some((address(offsets).ok_or(Failure::null("sequence_offsets"))?, count)),
+    })
+}
+
 impl AtkdCall {
-    pub(crate) fn parse(&self, with_gradient: bool) -> Result<RawCall, Failure> {
+    /// The teacher and the labels.
+    pub(crate) fn parse_teacher(&self) -> Result<RawTeacher, Failure> {
         let labels = match (address(self.labels.data), self.labels.dtype) {
             (None, _) if self.tokens == 0 => Some(RawLabels::I64(0)),
             (None, _) => None,
@@ -139,22 +158,26 @@ impl AtkdCall {
                 return Err(Failure::value("the labels' dtype", other, allowed));
             }
         };
-        let sequences = match size("sequences", self.sequences)? {
-            0 => None,
-            count => {
-                let offsets = address(self.sequence_offsets);
-                Some((offsets.ok_or(Failure::null("sequence_offsets"))?, count))
-            }
-        };
-        Ok(RawCall {
+        Ok(RawTeacher {
             tokens: size("tokens", self.tokens)?,
             vocab: size("vocab", self.vocab)?,
             teacher: self.teacher.parse()?,
+            labels,
+        })
+    }
+
+    pub(crate) fn parse(&self, with_gradient: bool) -> Result<RawCall, Failure> {
+        let RawTeacher { tokens, vocab, teacher, labels } = self.parse_teacher()?;
+        Ok(RawCall {
+            tokens,
+            vocab,
+            teacher,
             student: self.student.parse()?,
             gradient: if with_gradient { Some(self.gradient.parse()?) } else { None },
             labels,
-            sequences,
-            margins: None,
+            sequences: sequences(self.sequences, self.sequence_offsets)?,
+            margins: address(self.margins),
+            hard: address(self.hard),
             upstream: address(self.upstream),
         })
     }
@@ -165,7 +188,43 @@ impl AtkdCall {
             uncertainty: address(self.uncertainty),
             tkd: address(self.tkd),
             dkd: address(self.dkd),
+            margin: address(self.margin),
             modes: address(self.modes),
         }
+    }
+}
+
+/// A selection of hard tokens by itself, over the tokens of as many calls as there are. Every pointer but `stream` is to
+/// host memory, or for a CUDA workspace to its device's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdSelection {
+    /// Margins.
+    pub tokens: i64,
+    /// [tokens]: the larger, the harder; NaN ranks below every number, and among equals the lower index is harder.
+    pub margins: *const f32,
+    /// [tokens]: not 0 for a token that counts. Null for all.
+    pub valid: *const u8,
+    /// The share of the valid tokens that is hard, in [0, 1], rounded up to whole tokens.
+    pub hard_ratio: f64,
+    /// As AtkdCall.sequences.
+    pub sequences: i64,
+    /// [sequences + 1]: as AtkdCall.sequence_offsets.
+    pub sequence_offsets: *const i64,
+    /// [tokens]: becomes 1 for a hard token, else 0.
+    pub hard: *mut u8,
+    /// The CUstream to work on, for a CUDA workspace; the default stream if null.
+    pub stream: *mut c_void,
+}
+
+impl AtkdSelection {
+    pub(crate) fn parse(&self) -> Result<RawSelection, Failure> {
+        Ok(RawSelection {
+            tokens: size("tokens", self.tokens)?,
+            margins: self.margins as u64,
+            valid: address(self.valid),
+            sequences: sequences(self.sequences, self.sequence_offsets)?,
+            hard: self.hard as u64,
+        })
     }
 }

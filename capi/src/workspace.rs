@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use atkd::Objective;
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels, Workspace};
-use atkd::raw::{self, RawCall, RawOutput};
+use atkd::raw::{self, RawCall, RawOutput, RawSelection, RawTeacher};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::ATKD_MAX_THREADS;
@@ -83,6 +83,56 @@ impl Place {
                 unsafe {
                     let stream = wrap(&workspace, stream);
                     workspace.launch(&stream, objective, call, output)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`raw::teacher_margins`] or [`Workspace::launch_margins`].
+    pub(crate) unsafe fn teacher_margins(
+        &self,
+        objective: &Objective,
+        teacher: &RawTeacher,
+        to: u64,
+        stream: *mut c_void,
+    ) -> Result<(), Failure> {
+        match self {
+            // SAFETY: the caller's.
+            Self::Host(threads) => unsafe {
+                let pool = threads.as_ref().map(|threads| &*threads.pool);
+                raw::teacher_margins(pool, objective, teacher, to)
+            }?,
+            Self::Cuda(workspace) => {
+                let mut workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
+                // SAFETY: the caller's.
+                unsafe {
+                    let stream = wrap(&workspace, stream);
+                    workspace.launch_margins(&stream, objective, teacher, to)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`raw::select_hard`] or [`Workspace::launch_selection`].
+    pub(crate) unsafe fn select_hard(
+        &self,
+        selection: &RawSelection,
+        hard_ratio: f64,
+        stream: *mut c_void,
+    ) -> Result<(), Failure> {
+        match self {
+            // SAFETY: the caller's.
+            Self::Host(_) => unsafe { raw::select_hard(selection, hard_ratio) }?,
+            Self::Cuda(workspace) => {
+                let mut workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
+                // SAFETY: the caller's.
+                unsafe {
+                    let stream = wrap(&workspace, stream);
+                    workspace.launch_selection(&stream, selection, hard_ratio)?;
                 }
             }
         }

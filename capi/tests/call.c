@@ -184,6 +184,90 @@ static void sequences_and_in_place(AtkdWorkspace *workspace) {
     atkd_objective_destroy(objective);
 }
 
+/* Two calls that are told which tokens of both are hard add up to one call over all tokens. */
+static void a_selection_over_two_calls(AtkdWorkspace *workspace) {
+    enum { FIRST = 13 };
+    AtkdSettings settings = atkd_default_settings();
+    settings.reduction = ATKD_REDUCTION_SUM;
+    AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+    float loss, margins[TOKENS], margin[TOKENS];
+    uint8_t valid[TOKENS], hard[TOKENS], modes[TOKENS];
+    AtkdCall call = new_call();
+    call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+    call.loss = &loss;
+    call.margin = margin;
+    call.modes = modes;
+    check(atkd_forward_backward(objective, workspace, &call));
+
+    for (int i = 0; i < TOKENS; i++) {
+        valid[i] = labels[i] != -100;
+        margins[i] = NAN;
+    }
+    int starts[] = {0, FIRST, TOKENS};
+    for (int k = 0; k < 2; k++) {
+        AtkdCall part = {0};
+        part.tokens = starts[k + 1] - starts[k];
+        part.vocab = VOCAB;
+        part.teacher = (AtkdMatrix){.data = &teacher[starts[k] * STRIDE], .row_stride = STRIDE, .dtype = ATKD_F32};
+        part.labels = (AtkdLabels){.data = &labels[starts[k]], .dtype = ATKD_I64};
+        part.margin = &margins[starts[k]];
+        check(atkd_teacher_margins(objective, workspace, &part));
+    }
+    assert(memcmp(margins, margin, sizeof margins) == 0);
+    AtkdSelection selection = {0};
+    selection.tokens = TOKENS;
+    selection.margins = margins;
+    selection.valid = valid;
+    selection.hard_ratio = 0.5;
+    selection.hard = hard;
+    check(atkd_select_hard(workspace, &selection));
+    for (int i = 0; i < TOKENS; i++) {
+        assert(hard[i] == (modes[i] == ATKD_HARD));
+    }
+    float sum = 0, *of_parts = malloc(sizeof gradient);
+    for (int k = 0; k < 2; k++) {
+        float part_loss;
+        AtkdCall part = new_call();
+        part.tokens = starts[k + 1] - starts[k];
+        part.teacher.data = &teacher[starts[k] * STRIDE];
+        part.student.data = &student[starts[k] * STRIDE];
+        part.labels.data = &labels[starts[k]];
+        part.gradient = (AtkdMatrix){.data = &of_parts[starts[k] * VOCAB], .row_stride = VOCAB, .dtype = ATKD_F32};
+        part.hard = &hard[starts[k]];
+        part.loss = &part_loss;
+        check(atkd_forward_backward(objective, workspace, &part));
+        sum += part_loss;
+    }
+    assert(fabsf(sum - loss) < 1e-6f * loss);
+    assert(memcmp(of_parts, gradient, sizeof gradient) == 0);
+
+    /* The margins' own way: the easiest first. */
+    for (int i = 0; i < TOKENS; i++) {
+        margins[i] = -margins[i];
+    }
+    call.margins = margins;
+    check(atkd_forward_backward(objective, workspace, &call));
+    for (int i = 0; i < TOKENS; i++) {
+        assert(modes[i] == (!valid[i] ? ATKD_IGNORED : hard[i] ? ATKD_EASY : ATKD_HARD));
+    }
+
+    selection.hard_ratio = 2;
+    expect_error(atkd_select_hard(workspace, &selection), ATKD_INVALID_ARGUMENT, "hard ratio is 2");
+    selection.hard_ratio = 0.5;
+    selection.margins = NULL;
+    expect_error(atkd_select_hard(workspace, &selection), ATKD_INVALID_ARGUMENT, "margins");
+    expect_error(atkd_select_hard(workspace, NULL), ATKD_INVALID_ARGUMENT, "selection");
+    expect_error(atkd_select_hard(NULL, &selection), ATKD_INVALID_ARGUMENT, "workspace");
+    selection.tokens = -1;
+    expect_error(atkd_select_hard(workspace, &selection), ATKD_INVALID_ARGUMENT, "tokens is -1");
+    call.margin = NULL;
+    expect_error(atkd_teacher_margins(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "margin");
+    expect_error(atkd_teacher_margins(NULL, workspace, &call), ATKD_INVALID_ARGUMENT, "objective");
+    free(of_parts);
+    atkd_objective_destroy(objective);
+}
+
 /* logits[:, :-1] of [batch, time, vocab], and the same rows without gaps. */
 static void rows_with_two_strides(AtkdWorkspace *workspace) {
     enum { BATCH = 5, TIME = 8, ROWS = BATCH * (TIME - 1) };
@@ -372,6 +456,7 @@ int main(void) {
         a_gradient_between_the_students_rows(workspace);
         an_upstream_gradient_that_is_not_finite(workspace);
         counts_that_cannot_be(workspace);
+        a_selection_over_two_calls(workspace);
         errors(workspace);
         atkd_workspace_destroy(workspace);
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels};
-use atkd::raw::{RawCall, RawLogits, RawOutput};
+use atkd::raw::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::{Objective, Result};
 use pyo3::prelude::*;
 
@@ -55,6 +55,37 @@ pub unsafe fn run(
     unsafe {
         let (kernels, stream) = open(queue)?;
         kernels.launch_raw(&stream, objective, call, workspace, output)
+    }
+}
+
+/// # Safety
+/// As [`Kernels::launch_margins_raw`].
+pub unsafe fn teacher_margins(
+    queue: Queue,
+    workspace: u64,
+    objective: &Objective,
+    teacher: &RawTeacher,
+    to: u64,
+) -> Result<()> {
+    // SAFETY: the caller's.
+    unsafe {
+        let (kernels, stream) = open(queue)?;
+        kernels.launch_margins_raw(&stream, objective, teacher, to, workspace)
+    }
+}
+
+/// # Safety
+/// As [`Kernels::launch_selection_raw`].
+pub unsafe fn select_hard(
+    queue: Queue,
+    workspace: u64,
+    selection: &RawSelection,
+    hard_ratio: f64,
+) -> Result<()> {
+    // SAFETY: the caller's.
+    unsafe {
+        let (kernels, stream) = open(queue)?;
+        kernels.launch_selection_raw(&stream, selection, hard_ratio, workspace)
     }
 }
 

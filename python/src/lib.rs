@@ -4,7 +4,7 @@ mod device;
 mod pages;
 mod threads;
 
-use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput};
+use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::{Dtype, Reduction, Strides, Target};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -91,39 +91,52 @@ fn logits((address, dtype, row_stride, inner, outer_stride): Matrix) -> PyResult
     Ok(RawLogits { address, dtype, strides })
 }
 
+fn labels(labels: Option<(u64, String)>) -> PyResult<Option<RawLabels>> {
+    match labels.as_ref().map(|(address, dtype)| (*address, dtype.as_str())) {
+        None => Ok(None),
+        Some((address, "int64")) => Ok(Some(RawLabels::I64(address))),
+        Some((address, "int32")) => Ok(Some(RawLabels::I32(address))),
+        Some((_, other)) => {
+            let message = format!("labels are {other}, but must be int64 or int32");
+            Err(PyTypeError::new_err(message))
+        }
+    }
+}
+
+fn of_teacher(
+    (tokens, vocab): (usize, usize),
+    teacher: Matrix,
+    labels: Option<(u64, String)>,
+) -> PyResult<RawTeacher> {
+    Ok(RawTeacher { tokens, vocab, teacher: logits(teacher)?, labels: self::labels(labels)? })
+}
+
 /// The call, and the addresses of its results: the loss, float32; and as `stats` the terms, float32
-/// `[3, tokens]`, and a byte a token, `modes` of [`RawOutput`]. `sequences` is the address of int64
-/// offsets, and how many sequences they make.
+/// `[4, tokens]`, and a byte a token, `modes` of [`RawOutput`]. `hard` is the address of a byte per token,
+/// `sequences` that of int64 offsets, and how many sequences they make.
 #[expect(clippy::too_many_arguments, reason = "they are what a call is")]
 fn call(
     (tokens, vocab): (usize, usize),
     student: Matrix,
     teacher: Matrix,
     labels: Option<(u64, String)>,
+    hard: Option<u64>,
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
     loss: u64,
     stats: Option<(u64, u64)>,
 ) -> PyResult<(RawCall, RawOutput)> {
-    let labels = match labels.as_ref().map(|(address, dtype)| (*address, dtype.as_str())) {
-        None => None,
-        Some((address, "int64")) => Some(RawLabels::I64(address)),
-        Some((address, "int32")) => Some(RawLabels::I32(address)),
-        Some((_, other)) => {
-            let message = format!("labels are {other}, but must be int64 or int32");
-            return Err(PyTypeError::new_err(message));
-        }
-    };
     let call = RawCall {
         tokens,
         vocab,
         teacher: logits(teacher)?,
         student: logits(student)?,
         gradient: gradient.map(logits).transpose()?,
-        labels,
+        labels: self::labels(labels)?,
         sequences,
         margins: None,
+        hard,
         upstream: scale,
     };
     let column =
@@ -133,6 +146,7 @@ fn call(
         uncertainty: column(0),
         tkd: column(1),
         dkd: column(2),
+        margin: column(3),
         modes: stats.map(|(_, modes)| modes),
     };
     Ok((call, output))
@@ -149,6 +163,7 @@ fn run_on_host(
     student: Matrix,
     teacher: Matrix,
     labels: Option<(u64, String)>,
+    hard: Option<u64>,
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
@@ -156,7 +171,7 @@ fn run_on_host(
     stats: Option<(u64, u64)>,
 ) -> PyResult<()> {
     let (call, output) =
-        call(shape, student, teacher, labels, sequences, scale, gradient, loss, stats)?;
+        call(shape, student, teacher, labels, hard, sequences, scale, gradient, loss, stats)?;
     if let Some(gradient) = call.gradient.filter(|&gradient| gradient != call.student) {
         pages::advise_huge(gradient.address, call.tokens * call.vocab * gradient.dtype.size());
     }
@@ -187,6 +202,7 @@ fn run_on_device(
     student: Matrix,
     teacher: Matrix,
     labels: Option<(u64, String)>,
+    hard: Option<u64>,
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
@@ -194,10 +210,84 @@ fn run_on_device(
     stats: Option<(u64, u64)>,
 ) -> PyResult<()> {
     let (call, output) =
-        call(shape, student, teacher, labels, sequences, scale, gradient, loss, stats)?;
+        call(shape, student, teacher, labels, hard, sequences, scale, gradient, loss, stats)?;
     // SAFETY: as for the host; and the memory is of torch's allocator, which hands it out again only in the
     // order of the stream.
     py.detach(|| unsafe { device::run(queue, workspace, &objective.0, &call, &output) })
+        .map_err(exception)
+}
+
+/// The teacher's margins on host memory, to the address `to`, by so many threads.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
+fn teacher_margins_on_host(
+    py: Python,
+    threads: usize,
+    objective: &Objective,
+    shape: (usize, usize),
+    teacher: Matrix,
+    labels: Option<(u64, String)>,
+    to: u64,
+) -> PyResult<()> {
+    let teacher = of_teacher(shape, teacher, labels)?;
+    let pool = threads::pool(py, threads)?;
+    // SAFETY: as for the loss.
+    py.detach(|| unsafe { raw::teacher_margins(Some(&pool), &objective.0, &teacher, to) })
+        .map_err(exception)
+}
+
+/// The same on a device: enqueued, not waited for. `workspace` is as for the loss.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
+fn teacher_margins_on_device(
+    py: Python,
+    queue: device::Queue,
+    workspace: u64,
+    objective: &Objective,
+    shape: (usize, usize),
+    teacher: Matrix,
+    labels: Option<(u64, String)>,
+    to: u64,
+) -> PyResult<()> {
+    let teacher = of_teacher(shape, teacher, labels)?;
+    // SAFETY: as for the loss.
+    py.detach(|| unsafe { device::teacher_margins(queue, workspace, &objective.0, &teacher, to) })
+        .map_err(exception)
+}
+
+/// A selection on host memory; all arguments but the ratio are as in [`RawSelection`].
+#[pyfunction]
+fn select_hard_on_host(
+    py: Python,
+    tokens: usize,
+    margins: u64,
+    valid: Option<u64>,
+    sequences: Option<(u64, usize)>,
+    hard_ratio: f64,
+    hard: u64,
+) -> PyResult<()> {
+    let selection = RawSelection { tokens, margins, valid, sequences, hard };
+    // SAFETY: as for the loss.
+    py.detach(|| unsafe { raw::select_hard(&selection, hard_ratio) }).map_err(exception)
+}
+
+/// The same on a device: enqueued, not waited for. `workspace` is as for the loss.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "they are what a selection is")]
+fn select_hard_on_device(
+    py: Python,
+    queue: device::Queue,
+    workspace: u64,
+    tokens: usize,
+    margins: u64,
+    valid: Option<u64>,
+    sequences: Option<(u64, usize)>,
+    hard_ratio: f64,
+    hard: u64,
+) -> PyResult<()> {
+    let selection = RawSelection { tokens, margins, valid, sequences, hard };
+    // SAFETY: as for the loss.
+    py.detach(|| unsafe { device::select_hard(queue, workspace, &selection, hard_ratio) })
         .map_err(exception)
 }
 
@@ -220,7 +310,10 @@ mod _atkd {
     #[pymodule_export]
     use super::device::workspace_bytes;
     #[pymodule_export]
-    use super::{Objective, run_on_device, run_on_host, scale_on_device};
+    use super::{
+        Objective, run_on_device, run_on_host, scale_on_device, select_hard_on_device,
+        select_hard_on_host, teacher_margins_on_device, teacher_margins_on_host,
+    };
     use pyo3::prelude::*;
 
     #[pymodule_init]

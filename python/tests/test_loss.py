@@ -91,7 +91,8 @@ def test_no_labels_to_shift(shape, ignore_index):
     value, stats = atkd.atkd_loss(actual, teacher, return_stats=True, **settings)
     value.backward()
     assert torch.equal(value, loss) and torch.equal(actual.grad, expected.grad)
-    assert all(not column[..., -1].any() for column in stats)
+    assert all(not column[..., -1].any() for column in stats[:4])
+    assert (stats.margin[..., -1] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
@@ -238,7 +239,8 @@ def test_no_valid_token_gives_exactly_zero(shape, settings, inplace):
     )
     loss.backward()
     assert loss.item() == 0 and not leaf.grad.any() and leaf.grad.shape == shape
-    assert all(column.shape == labels.shape and not column.any() for column in stats)
+    assert all(column.shape == labels.shape and not column.any() for column in stats[:4])
+    assert stats.margin.shape == labels.shape and (stats.margin == -torch.inf).all()
 
 
 def test_non_finite_logits_stay_in_their_row():

@@ -55,7 +55,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
     let mut labels_on_device = stream.clone_htod(&labels).unwrap();
     let offsets = stream.clone_htod(&[0_i64, 3, 6]).unwrap();
     let mut written = stream.alloc_zeros::<f32>(TOKENS * VOCAB).unwrap();
-    let mut floats = stream.alloc_zeros::<f32>(1 + 3 * TOKENS).unwrap();
+    let mut floats = stream.alloc_zeros::<f32>(1 + 4 * TOKENS).unwrap();
     let mut modes = stream.alloc_zeros::<u8>(TOKENS).unwrap();
     // SAFETY: the call prepares it.
     let workspace = unsafe { stream.alloc::<u8>(Kernels::workspace_bytes(TOKENS)) }.unwrap();
@@ -69,6 +69,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         labels: Some(RawLabels::I64(labels_on_device.device_ptr(&stream).0)),
         sequences: Some((offsets.device_ptr(&stream).0, 2)),
         margins: None,
+        hard: None,
         upstream: None,
     };
     let start = floats.device_ptr(&stream).0;
@@ -78,13 +79,15 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         uncertainty: Some(column(1)),
         tkd: Some(column(1 + TOKENS)),
         dkd: Some(column(1 + 2 * TOKENS)),
+        margin: Some(column(1 + 3 * TOKENS)),
         modes: Some(modes.device_ptr(&stream).0),
     };
     let mut check = || {
         let found = stream.clone_dtoh(&floats).unwrap();
         let near = |actual: f32, exact: f64| {
+            let actual = f64::from(actual);
             assert!(
-                (f64::from(actual) - exact).abs() < 2e-6 * (1.0 + exact.abs()),
+                actual == exact || (actual - exact).abs() < 2e-6 * (1.0 + exact.abs()),
                 "{actual} {exact}"
             )
         };
@@ -94,6 +97,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
             near(found[1 + i], token.uncertainty);
             near(found[1 + TOKENS + i], token.tkd);
             near(found[1 + 2 * TOKENS + i], token.dkd);
+            near(found[1 + 3 * TOKENS + i], token.margin);
             assert_eq!(
                 (found_modes[i] != raw::IGNORED, found_modes[i] == raw::HARD),
                 (token.valid, token.hard)

@@ -16,7 +16,7 @@
 //! written at once for the group that the tokens so far suggest, and the few that turn out wrong are
 //! done again: the result is the exact selection's, and the logits are read once. A gradient in place
 //! would have overwritten what it needs to be done again, so there the teacher's logits are read once
-//! more, beforehand.
+//! more, beforehand; but not if the batch has a mask or margins of its own.
 //!
 //! Memory beyond the arguments: about 230 bytes a token, and two float32 rows a thread (three if cross
 //! entropy is wanted at a temperature other than 1).
@@ -38,7 +38,7 @@ use crate::logits::ElementsMut;
 use crate::objective::{Objective, Target};
 use crate::output::{Output, TokenTerms};
 use crate::row::{self, RowState};
-use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result};
+use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result, selection};
 use block::Instructions;
 use rows::{Destination, RowPass};
 use team::Team;
@@ -93,6 +93,17 @@ pub fn forward_backward_in_place(
     student: LogitsMut,
 ) -> Result<Output> {
     forward_backward_in_place_by(Workers::default(), objective, batch, student)
+}
+
+/// The teacher's margins, one per token: the log-odds against the target, u = log((1 - p) / p), at the objective's
+/// temperature, for [`select_hard`](crate::select_hard) over the tokens of several calls. -inf for an ignored token, which
+/// a margin alone does not tell: a valid token's is -inf where the teacher is certain. Of the objective, nothing else
+/// than its temperature, target and ignore index is used. Each is [`TokenTerms::margin`] of a call rounded to float32.
+///
+/// # Errors
+/// If a label is out of range, or labels are needed and missing.
+pub fn teacher_margins(objective: &Objective, batch: &Batch) -> Result<Vec<f32>> {
+    teacher_margins_by(Workers::default(), objective, batch)
 }
 
 /// What a call runs on.
@@ -167,6 +178,54 @@ pub(crate) fn forward_backward_in_place_by(
     compute(workers, objective, batch, rows)
 }
 
+/// As [`teacher_margins`].
+pub(crate) fn teacher_margins_by(
+    Workers { instructions, team }: Workers,
+    objective: &Objective,
+    batch: &Batch,
+) -> Result<Vec<f32>> {
+    let pass = RowPass::new(instructions, objective)?;
+    let targets = targets(&pass, team, objective, batch)?;
+    let margins = margins(&pass, team, batch, &targets);
+    Ok(margins.into_iter().map(|margin| margin.map_or(f32::NEG_INFINITY, |m| m as f32)).collect())
+}
+
+/// The target of each token; `None` for ignored ones.
+fn targets(
+    pass: &RowPass,
+    team: Team,
+    objective: &Objective,
+    batch: &Batch,
+) -> Result<Vec<Option<usize>>> {
+    let labels = batch.valid_labels(objective)?;
+    let teacher = batch.teacher();
+    Ok(match objective.target() {
+        Target::Label => labels,
+        Target::Teacher => {
+            let scratch = || pass.scratch(teacher.vocab(), false);
+            team.map(
+                labels.into_iter().enumerate().collect(),
+                scratch,
+                |scratch, (token, label)| label.map(|_| pass.arg_max(teacher.row(token), scratch)),
+            )
+        }
+    })
+}
+
+/// The margin of each token that has a target, from the teacher's logits alone.
+fn margins(
+    pass: &RowPass,
+    team: Team,
+    batch: &Batch,
+    targets: &[Option<usize>],
+) -> Vec<Option<f64>> {
+    let targets = targets.iter().copied().enumerate().collect();
+    let margin = |_: &mut (), (token, target): (usize, Option<usize>)| {
+        target.map(|target| pass.margin(batch.teacher().row(token), target))
+    };
+    team.map(targets, || (), margin)
+}
+
 /// One row of the student, and where its gradient goes.
 enum StudentRow<'a> {
     Forward(Elements<'a>),
@@ -209,20 +268,13 @@ fn compute(
     batch: &Batch,
     mut rows: Vec<StudentRow>,
 ) -> Result<Output> {
-    let labels = batch.valid_labels(objective)?;
     let teacher = batch.teacher();
     let pass = RowPass::new(instructions, objective)?;
+    let targets = targets(&pass, team, objective, batch)?;
     let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
     let in_place = rows.iter().any(|row| matches!(row, StudentRow::InPlace(_)));
     let scratch = || pass.scratch(teacher.vocab(), with_gradient);
-    let tokens = |column: &[Option<usize>]| column.iter().copied().enumerate().collect::<Vec<_>>();
 
-    let targets: Vec<Option<usize>> = match objective.target() {
-        Target::Label => labels,
-        Target::Teacher => team.map(tokens(&labels), scratch, |scratch, (token, label)| {
-            label.map(|_| pass.arg_max(teacher.row(token), scratch))
-        }),
-    };
     let valid = targets.iter().flatten().count();
     let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
     let finish = |state: &RowState, margin, student_target, hard| {
@@ -231,21 +283,29 @@ fn compute(
     };
 
     let depends = objective.depends_on_selection();
-    // A gradient that overwrites its logits cannot be written twice: its group must be known first.
-    let known = (depends && in_place).then(|| {
-        let margin = |_: &mut (), (token, target): (usize, Option<usize>)| {
-            target.map(|target| pass.margin(teacher.row(token), target))
-        };
-        select_hard(objective, batch, &team.map(tokens(&targets), || (), margin))
-    });
+    // All backends select by float32 margins.
+    let select_by = |margin: &dyn Fn(usize) -> Option<f32>| {
+        selection::select(objective.hard_ratio(), batch.scopes(), teacher.tokens(), margin)
+    };
+    let known = match (batch.hard(), batch.margins()) {
+        (Some(hard), _) => Some(
+            hard.iter().zip(&targets).map(|(&hard, target)| hard && target.is_some()).collect(),
+        ),
+        (None, Some(margins)) => Some(select_by(&|token| targets[token].map(|_| margins[token]))),
+        // A gradient that overwrites its logits cannot be written twice: its group must be known first.
+        (None, None) => (depends && in_place).then(|| {
+            let margins = margins(&pass, team, batch, &targets);
+            select_by(&|token| margins[token].map(|margin| margin as f32))
+        }),
+    };
     let running = Mutex::new(RunningSelection::new(objective));
-    let group = |token: usize, margin| match &known {
+    let group = |token: usize, margin: f64| match &known {
         Some(hard) => hard[token],
-        None => running.lock().unwrap_or_else(PoisonError::into_inner).add(margin),
+        None => running.lock().unwrap_or_else(PoisonError::into_inner).add(margin as f32),
     };
 
     let mut order: Vec<(usize, &mut StudentRow)> = rows.iter_mut().enumerate().collect();
-    if depends && with_gradient && !in_place {
+    if known.is_none() && depends && with_gradient {
         // Neighbours are alike; a mixed order teaches the running selection sooner.
         fastrand::Rng::with_seed(0).shuffle(&mut order);
     }
@@ -268,9 +328,8 @@ fn compute(
     });
     kept.sort_unstable_by_key(|&(token, _)| token);
 
-    let margin = |(_, kept): &(usize, Option<Kept>)| kept.as_ref().map(|kept| kept.terms.margin);
-    let hard = known.unwrap_or_else(|| {
-        select_hard(objective, batch, &kept.iter().map(margin).collect::<Vec<_>>())
+    let hard: Vec<bool> = known.unwrap_or_else(|| {
+        select_by(&|token| kept[token].1.as_ref().map(|kept| kept.terms.margin as f32))
     });
     let wrong = kept
         .iter_mut()
@@ -303,8 +362,8 @@ fn compute(
 /// all but about the square root of the tokens.
 struct RunningSelection<'a> {
     objective: &'a Objective,
-    hard: BinaryHeap<Reverse<i64>>,
-    easy: BinaryHeap<i64>,
+    hard: BinaryHeap<Reverse<i32>>,
+    easy: BinaryHeap<i32>,
 }
 
 impl<'a> RunningSelection<'a> {
@@ -313,10 +372,10 @@ impl<'a> RunningSelection<'a> {
     }
 
     /// Whether `margin` is among the largest so far.
-    fn add(&mut self, margin: f64) -> bool {
-        let bits = margin.to_bits() as i64;
+    fn add(&mut self, margin: f32) -> bool {
+        let bits = margin.to_bits() as i32;
         // The order of the numbers as an order of integers.
-        let key = if bits < 0 { bits ^ i64::MAX } else { bits };
+        let key = if bits < 0 { bits ^ i32::MAX } else { bits };
         self.hard.push(Reverse(key));
         if self.hard.len() > self.objective.hard_count(self.hard.len() + self.easy.len()) {
             self.easy.extend(self.hard.pop().map(|Reverse(least)| least));
@@ -327,28 +386,4 @@ impl<'a> RunningSelection<'a> {
         }
         self.hard.peek().is_some_and(|&Reverse(least)| key >= least)
     }
-}
-
-/// Whether each token is among the `ceil(k * valid)` of largest margin in its scope. NaN ranks below
-/// every number; among equals the lower index wins.
-fn select_hard(objective: &Objective, batch: &Batch, margins: &[Option<f64>]) -> Vec<bool> {
-    let mut hard = vec![false; margins.len()];
-    for scope in batch.scopes() {
-        let mut ranked: Vec<(f64, usize)> = scope
-            .filter_map(|token| {
-                let margin = margins[token]?;
-                // Adding 0 makes -0 and 0 equal in the total order, and a NaN of either sign last.
-                Some((if margin.is_nan() { -f64::NAN } else { margin + 0.0 }, token))
-            })
-            .collect();
-        let count = objective.hard_count(ranked.len());
-        if count > 0 && count < ranked.len() {
-            ranked
-                .select_nth_unstable_by(count - 1, |(a, i), (b, j)| b.total_cmp(a).then(i.cmp(j)));
-        }
-        for &(_, token) in &ranked[..count] {
-            hard[token] = true;
-        }
-    }
-    hard
 }

@@ -360,3 +360,41 @@ fn close_models_are_told_apart() {
         }
     }
 }
+
+/// By a mask, by margins, and in place with either: what a call selects by itself.
+#[test]
+fn a_selection_apart_from_the_loss() {
+    let (tokens, vocab) = (50, 301);
+    let Case { teacher, student, mut labels, .. } = case(tokens, vocab, 12);
+    labels[7] = -100;
+    labels[40] = -100;
+    let view = |logits| Logits::new(logits, tokens, vocab).unwrap();
+    let batch = Batch::new(view(&teacher[..]), &labels).unwrap();
+    for target in [Target::Label, Target::Teacher] {
+        let objective = Objective::default().with_target(target).with_temperature(1.5).unwrap();
+        let run = |objective: &Objective, batch: &Batch| {
+            let mut gradient = vec![0_f32; tokens * vocab];
+            let to = LogitsMut::new(&mut gradient, tokens, vocab).unwrap();
+            let output = forward_backward(objective, batch, view(&student[..]), to).unwrap();
+            let mut in_place = student.clone();
+            let to = LogitsMut::new(&mut in_place, tokens, vocab).unwrap();
+            assert_eq!(forward_backward_in_place(objective, batch, to).unwrap(), output);
+            assert_eq!(in_place, gradient);
+            (output, gradient)
+        };
+        let expected = run(&objective, &batch);
+        let margins = teacher_margins(&objective, &batch).unwrap();
+        let in_call = expected.0.tokens.iter().map(|token| token.margin as f32);
+        assert_eq!(margins, in_call.collect::<Vec<_>>());
+        let valid: Vec<bool> = labels.iter().map(|&label| label != -100).collect();
+        let hard = crate::select_hard(&margins, Some(&valid), 0.5, None).unwrap();
+        assert_eq!(hard, expected.0.tokens.iter().map(|token| token.hard).collect::<Vec<_>>());
+        assert!(run(&objective, &batch.with_margins(&margins).unwrap()) == expected);
+        let unused = objective.with_hard_ratio(1.0).unwrap();
+        assert!(run(&unused, &batch.with_hard(&hard).unwrap()) == expected);
+    }
+    let error = batch.with_hard(&[true; 3]).unwrap_err();
+    assert!(error.to_string().contains("3 values of the mask of hard tokens"), "{error}");
+    let error = batch.with_margins(&[1.0; 3]).unwrap_err();
+    assert_eq!(error, Error::MarginCount { margins: 3, tokens });
+}

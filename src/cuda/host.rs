@@ -125,6 +125,23 @@ impl Kernels {
                 device_batch.with_sequences(offsets.as_view())?
             }
         };
+        let margins;
+        let device_batch = match batch.margins() {
+            None => device_batch,
+            Some(given) => {
+                margins = upload(stream, given)?;
+                device_batch.with_margins(margins.slice(..given.len()))?
+            }
+        };
+        let hard;
+        let device_batch = match batch.hard() {
+            None => device_batch,
+            Some(given) => {
+                let bytes: Vec<u8> = given.iter().map(|&hard| hard.into()).collect();
+                hard = upload(stream, &bytes)?;
+                device_batch.with_hard(hard.slice(..given.len()))?
+            }
+        };
         let sequences = batch.sequences().map_or(0, <[usize]>::len);
         let capacity = batch.teacher().tokens().max(sequences);
         let mut workspace = Workspace::new(self, stream, capacity)?;

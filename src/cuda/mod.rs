@@ -35,6 +35,10 @@
 //! Labels are on the device, where no error can be returned: a kernel that meets one outside the
 //! vocabulary drops its token and notes it in the workspace: the [`loss`](Workspace::loss) on the device is NaN, and
 //! the next [`read`](Workspace::read) or [`read_loss`](Workspace::read_loss) returns it as an error.
+//!
+//! Hard tokens are those of one call. Where tokens of several calls, or devices, are to compete with each other,
+//! [`Workspace::teacher_margins`] gives the margins to select by, [`Workspace::select_hard`] selects among all of them,
+//! and [`DeviceBatch::with_hard`] gives each call its share.
 
 mod host;
 mod kernels;
@@ -49,7 +53,7 @@ pub use cudarc;
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, DriverError};
 
-pub use crate::launch::{RawCall, RawLabels, RawLogits, RawOutput};
+pub use crate::launch::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
 use crate::{Error, Result};
 pub use kernels::Kernels;
 pub use tensor::{

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, result};
 
 use super::{Kernels, driver};
-use crate::launch::{Layout, Place, RawCall, RawLogits, RawOutput, launches, scale_gradient};
+use crate::launch::{
+    Launch, Layout, Place, RawCall, RawLogits, RawOutput, RawSelection, RawTeacher, launches,
+    margins, scale_gradient, selection,
+};
 use crate::params::atkd_summary;
 use crate::{Objective, Result};
 
@@ -56,6 +59,76 @@ impl Kernels {
         Ok(())
     }
 
+    /// Enqueues the teacher's margins: as [`Workspace::launch_margins`](super::Workspace::launch_margins), in memory of the
+    /// caller as [`launch_raw`](Self::launch_raw). The margin of a token whose label is out of range is NaN.
+    ///
+    /// # Errors
+    /// As [`Workspace::launch_margins`](super::Workspace::launch_margins).
+    ///
+    /// # Safety
+    /// As [`launch_raw`](Self::launch_raw).
+    pub unsafe fn launch_margins_raw(
+        &self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        teacher: &RawTeacher,
+        to: u64,
+        workspace: u64,
+    ) -> Result<()> {
+        self.context().bind_to_thread().map_err(driver("using the context"))?;
+        let layout = Layout { capacity: teacher.tokens.max(1) };
+        let place = Place { layout, workspace, guess: self.guess };
+        let launch = margins(objective, teacher, to, &self.device(), place)?;
+        // SAFETY: the caller's.
+        unsafe { self.launch_alone(stream, launch, workspace) }
+    }
+
+    /// Enqueues a selection: as [`Workspace::launch_selection`](super::Workspace::launch_selection), in memory of the
+    /// caller as [`launch_raw`](Self::launch_raw).
+    ///
+    /// # Errors
+    /// As [`Workspace::launch_selection`](super::Workspace::launch_selection).
+    ///
+    /// # Safety
+    /// As [`launch_raw`](Self::launch_raw).
+    pub unsafe fn launch_selection_raw(
+        &self,
+        stream: &Arc<CudaStream>,
+        from: &RawSelection,
+        hard_ratio: f64,
+        workspace: u64,
+    ) -> Result<()> {
+        self.context().bind_to_thread().map_err(driver("using the context"))?;
+        let scopes = from.sequences.map_or(1, |(_, count)| count);
+        let layout = Layout { capacity: from.tokens.max(scopes) };
+        let place = Place { layout, workspace, guess: self.guess };
+        let launch = selection(from, hard_ratio, &self.device(), place)?;
+        // SAFETY: the caller's.
+        unsafe {
+            clear_hard(stream, from)?;
+            self.launch_alone(stream, launch, workspace)
+        }
+    }
+
+    /// # Safety
+    /// As [`launch_raw`](Self::launch_raw).
+    unsafe fn launch_alone(
+        &self,
+        stream: &Arc<CudaStream>,
+        launch: Option<Launch>,
+        workspace: u64,
+    ) -> Result<()> {
+        let Some(launch) = launch else { return Ok(()) };
+        // SAFETY: within the workspace, whose size is the caller's word.
+        unsafe {
+            let bytes = size_of::<atkd_summary>();
+            result::memset_d8_async(workspace, 0, bytes, stream.cu_stream())
+        }
+        .map_err(driver("preparing a workspace"))?;
+        // SAFETY: the caller vouches for all addresses.
+        unsafe { self.launch(stream, &launch, false) }
+    }
+
     /// Enqueues the multiplication of a gradient `[tokens, vocab]`, in place, by the float32 scalar at `factor`. If
     /// that is 1, as it mostly is where nothing comes after the loss, only the scalar is read.
     ///
@@ -79,5 +152,20 @@ impl Kernels {
             Some(launch) => unsafe { self.launch(stream, &launch, false) },
             None => Ok(()),
         }
+    }
+}
+
+/// Where a kernel meets offsets out of order, it selects nothing, and writes nothing.
+///
+/// # Safety
+/// As [`Kernels::launch_raw`], of a selection that is valid.
+pub(super) unsafe fn clear_hard(stream: &CudaStream, selection: &RawSelection) -> Result<()> {
+    if selection.sequences.is_none() || selection.tokens == 0 {
+        return Ok(());
+    }
+    // SAFETY: the caller says that there is one byte per token.
+    unsafe {
+        result::memset_d8_async(selection.hard, 0, selection.tokens, stream.cu_stream())
+            .map_err(driver("preparing a mask"))
     }
 }

@@ -232,6 +232,7 @@ pub struct DeviceBatch<'a> {
     pub(super) labels: Option<DeviceLabels<'a>>,
     pub(super) sequences: Option<CudaView<'a, i64>>,
     pub(super) margins: Option<CudaView<'a, f32>>,
+    pub(super) hard: Option<CudaView<'a, u8>>,
 }
 
 impl<'a> DeviceBatch<'a> {
@@ -248,11 +249,11 @@ impl<'a> DeviceBatch<'a> {
 
     /// A batch without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
     pub fn unlabelled(teacher: DeviceLogits<'a>) -> Self {
-        Self { teacher, labels: None, sequences: None, margins: None }
+        Self { teacher, labels: None, sequences: None, margins: None, hard: None }
     }
 
-    /// Selects hard tokens within each sequence instead of the whole batch. Sequence `i` is tokens
-    /// `offsets[i]..offsets[i + 1]`; the first offset is 0, the last the number of tokens. They are on the
+    /// Selects hard tokens within each sequence instead of the whole batch, which is this call's tokens. Sequence `i` is
+    /// tokens `offsets[i]..offsets[i + 1]`; the first offset is 0, the last the number of tokens. They are on the
     /// device, where a kernel checks them.
     ///
     /// # Errors
@@ -277,6 +278,25 @@ impl<'a> DeviceBatch<'a> {
             return Err(Error::MarginCount { margins: margins.len(), tokens });
         }
         self.margins = Some(margins);
+        Ok(self)
+    }
+
+    /// The hard tokens, a byte per token, 0 or not, from a selection made elsewhere: nothing is selected then, and the
+    /// objective's hard ratio, sequences and margins are not used. The teacher's logits are read once. Ignored tokens stay
+    /// ignored.
+    ///
+    /// # Errors
+    /// If there is not one byte per token.
+    pub fn with_hard(mut self, hard: CudaView<'a, u8>) -> Result<Self> {
+        let [tokens, _] = self.teacher.shape;
+        if hard.len() != tokens {
+            return Err(Error::MaskCount {
+                what: "the mask of hard tokens",
+                values: hard.len(),
+                tokens,
+            });
+        }
+        self.hard = Some(hard);
         Ok(self)
     }
 }

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DeviceSlice,
-    result,
+    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut,
+    DeviceSlice, result,
 };
 
+use super::raw::clear_hard;
 use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, driver};
 use crate::launch::{
-    Layout, Place, RawCall, RawLogits, RawOutput, check_faults, launches, read_summary,
+    Launch, Layout, Place, RawCall, RawLogits, RawOutput, RawSelection, RawTeacher, check_faults,
+    launches, margins, read_summary, selection,
 };
 use crate::params::atkd_summary;
 use crate::{Error, Objective, Output, Result};
@@ -175,27 +177,38 @@ impl Workspace {
         others: &[(&'static str, &CudaContext)],
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
-        self.check_context("the stream", stream.context())?;
         let batch = [
             ("the teacher's logits", Some(batch.teacher.context())),
             ("the labels", batch.labels.as_ref().map(DeviceLabels::context)),
             ("the sequences' offsets", batch.sequences.as_ref().map(context_of)),
             ("the margins", batch.margins.as_ref().map(context_of)),
+            ("the mask of hard tokens", batch.hard.as_ref().map(context_of)),
             ("the upstream gradient", upstream.map(context_of)),
-            ("the workspace", Some(self.memory.context())),
         ];
         let others = others.iter().map(|&(what, context)| (what, Some(context)));
-        for (what, context) in others.chain(batch) {
+        self.check_memory(stream, others.chain(batch))?;
+        match upstream.map(CudaView::len) {
+            None | Some(1) => Ok(()),
+            Some(actual) => Err(Error::Upstream { actual }),
+        }
+    }
+
+    /// Whether all memory of a call, and the workspace's, is of its context, and can be used on the stream.
+    fn check_memory<'a>(
+        &'a self,
+        stream: &Arc<CudaStream>,
+        parts: impl Iterator<Item = (&'static str, Option<&'a CudaContext>)>,
+    ) -> Result<()> {
+        self.check_context("the stream", stream.context())?;
+        let workspace = ("the workspace", Some(&**self.memory.context()));
+        for (what, context) in parts.chain([workspace]) {
             let Some(context) = context else { continue };
             self.check_context(what, context)?;
             if tracked_capture(stream, context)? {
                 return Err(Error::TrackedCapture);
             }
         }
-        match upstream.map(CudaView::len) {
-            None | Some(1) => Ok(()),
-            Some(actual) => Err(Error::Upstream { actual }),
-        }
+        Ok(())
     }
 
     fn enqueue(
@@ -212,6 +225,7 @@ impl Workspace {
         let sequences =
             batch.sequences.as_ref().map(|offsets| (offsets.device_ptr(stream), offsets.len() - 1));
         let margins = batch.margins.as_ref().map(|margins| margins.device_ptr(stream));
+        let hard = batch.hard.as_ref().map(|hard| hard.device_ptr(stream));
         let upstream = upstream.map(|upstream| upstream.device_ptr(stream));
         let [tokens, vocab] = batch.teacher.shape;
         let call = RawCall {
@@ -223,6 +237,7 @@ impl Workspace {
             labels: labels.as_ref().map(|(labels, _)| *labels),
             sequences: sequences.as_ref().map(|((address, _), count)| (*address, *count)),
             margins: margins.as_ref().map(|(address, _)| *address),
+            hard: hard.as_ref().map(|(address, _)| *address),
             upstream: upstream.as_ref().map(|(address, _)| *address),
         };
         // SAFETY: the views were checked to hold what the call says, and the guards above let the memory's
@@ -289,6 +304,158 @@ impl Workspace {
         let tokens = if failed { 0 } else { call.tokens };
         self.last = Some(Last { objective: *objective, tokens, vocab: call.vocab, failed });
         launched
+    }
+
+    /// Enqueues the teacher's margins, one per token, to `to`: as [`cpu::teacher_margins`](crate::cpu::teacher_margins).
+    /// A label out of range leaves NaN there, and is an error of the next read. Of the batch, teacher and labels are read
+    /// alone. The terms that the last call left for its tokens are gone.
+    ///
+    /// # Errors
+    /// If shapes, contexts or capacity do not fit, or the driver refuses.
+    pub fn teacher_margins(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        batch: &DeviceBatch,
+        mut to: CudaViewMut<f32>,
+    ) -> Result<()> {
+        let [tokens, vocab] = batch.teacher.shape;
+        if to.len() != tokens {
+            return Err(Error::MarginCount { margins: to.len(), tokens });
+        }
+        let parts = [
+            ("the teacher's logits", Some(batch.teacher.context())),
+            ("the labels", batch.labels.as_ref().map(DeviceLabels::context)),
+            ("the margins", Some(&**to.stream().context())),
+        ];
+        self.check_memory(stream, parts.into_iter())?;
+        let (teacher, _teacher) = batch.teacher.raw(stream);
+        let labels = batch.labels.as_ref().map(|labels| labels.raw(stream));
+        let (to, _to) = to.device_ptr_mut(stream);
+        let labels = labels.as_ref().map(|(labels, _)| *labels);
+        let teacher = RawTeacher { tokens, vocab, teacher, labels };
+        // SAFETY: the views were checked to hold what the call says, and the guards above let the memory's
+        // owners wait for the stream.
+        unsafe { self.launch_margins(stream, objective, &teacher, to) }
+    }
+
+    /// Enqueues a selection, one byte per token to `hard`, 1 for a hard token and 0 for the others: as
+    /// [`select_hard`](crate::select_hard). `valid`, a byte per token, tells which tokens count: those that are not 0, and
+    /// all without it. Offsets of `sequences` that are out of order select nothing in theirs, and are an error of the next
+    /// read. The terms that the last call left for its tokens are gone.
+    ///
+    /// # Errors
+    /// If the ratio is not in [0, 1], counts, contexts or capacity do not fit, or the driver refuses.
+    pub fn select_hard(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        margins: &CudaView<f32>,
+        valid: Option<&CudaView<u8>>,
+        hard_ratio: f64,
+        sequences: Option<&CudaView<i64>>,
+        mut hard: CudaViewMut<u8>,
+    ) -> Result<()> {
+        let tokens = margins.len();
+        for (what, values) in
+            [("valid", valid.map(CudaView::len)), ("the mask of hard tokens", Some(hard.len()))]
+        {
+            if let Some(values) = values.filter(|&values| values != tokens) {
+                return Err(Error::MaskCount { what, values, tokens });
+            }
+        }
+        if sequences.is_some_and(|offsets| offsets.is_empty()) {
+            let reason = "there must be at least one";
+            return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
+        }
+        let parts = [
+            ("the margins", Some(context_of(margins))),
+            ("valid", valid.map(context_of)),
+            ("the sequences' offsets", sequences.map(context_of)),
+            ("the mask of hard tokens", Some(&**hard.stream().context())),
+        ];
+        self.check_memory(stream, parts.into_iter())?;
+        let (margins, _margins) = margins.device_ptr(stream);
+        let valid = valid.map(|valid| valid.device_ptr(stream));
+        let sequences = sequences.map(|offsets| (offsets.device_ptr(stream), offsets.len() - 1));
+        let (hard, _hard) = hard.device_ptr_mut(stream);
+        let selection = RawSelection {
+            tokens,
+            margins,
+            valid: valid.as_ref().map(|(address, _)| *address),
+            sequences: sequences.as_ref().map(|((address, _), count)| (*address, *count)),
+            hard,
+        };
+        // SAFETY: as for the margins.
+        unsafe { self.launch_selection(stream, &selection, hard_ratio) }
+    }
+
+    /// As [`teacher_margins`](Self::teacher_margins), by address.
+    ///
+    /// # Errors
+    /// If shapes, strides, alignments or capacity do not fit, or the driver refuses.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub unsafe fn launch_margins(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        teacher: &RawTeacher,
+        to: u64,
+    ) -> Result<()> {
+        let place = Place::new(self.layout, self.address);
+        let launch = margins(objective, teacher, to, &self.kernels.device(), place)?;
+        let failed = self.last.is_some_and(|last| last.failed);
+        let last = Last { objective: *objective, tokens: 0, vocab: teacher.vocab, failed };
+        // SAFETY: the caller's.
+        unsafe { self.launch_alone(stream, launch, last) }
+    }
+
+    /// As [`select_hard`](Self::select_hard), by address.
+    ///
+    /// # Errors
+    /// If the ratio is not in [0, 1], alignments or capacity do not fit, or the driver refuses.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub unsafe fn launch_selection(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        from: &RawSelection,
+        hard_ratio: f64,
+    ) -> Result<()> {
+        let place = Place::new(self.layout, self.address);
+        let launch = selection(from, hard_ratio, &self.kernels.device(), place)?;
+        self.check_context("the stream", stream.context())?;
+        let context = self.kernels.context();
+        context.bind_to_thread().map_err(driver("using the context"))?;
+        // SAFETY: the caller's.
+        unsafe { clear_hard(stream, from)? };
+        let first = Last { objective: Objective::default(), tokens: 0, vocab: 1, failed: false };
+        let last = Last { tokens: 0, ..self.last.unwrap_or(first) };
+        // SAFETY: the caller's.
+        unsafe { self.launch_alone(stream, launch, last) }
+    }
+
+    /// A kernel that is no part of a call, and overwrites what the last one left for its tokens.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    unsafe fn launch_alone(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        launch: Option<Launch>,
+        last: Last,
+    ) -> Result<()> {
+        self.check_context("the stream", stream.context())?;
+        let Some(launch) = launch else { return Ok(()) };
+        let context = self.kernels.context();
+        context.bind_to_thread().map_err(driver("using the context"))?;
+        let ordered = !tracked_capture(stream, self.memory.context())?;
+        let _guard = ordered.then(|| self.memory.device_ptr_mut(stream));
+        self.last = Some(last);
+        // SAFETY: the caller vouches for the addresses, the layout for the workspace's.
+        unsafe { self.kernels.launch(stream, &launch, false) }
     }
 
     /// From now on, takes the time of every kernel, for [`times`](Self::times). Costs a few microseconds

@@ -7,7 +7,9 @@ use std::ffi::c_void;
 
 use machine::Buffer;
 
-use crate::launch::{self, Launch, Layout, Place, RawCall, RawLabels, RawLogits, RawOutput};
+use crate::launch::{
+    self, Launch, Layout, Place, RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher,
+};
 use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
@@ -53,9 +55,7 @@ pub type Traffic = Vec<(&'static str, Vec<Buffer>)>;
 
 /// What a call reads beside the batch and the student's logits.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Extra<'a> {
-    /// The teacher's margins, known from elsewhere.
-    pub margins: Option<&'a [f32]>,
+pub struct Extra {
     /// The gradient of what comes after.
     pub upstream: Option<f32>,
 }
@@ -183,31 +183,19 @@ impl Simulation {
             gradient,
             labels: labels.as_ref().map(|(labels, _)| *labels),
             sequences: sequences.as_ref().map(|offsets| (address(offsets), offsets.len() - 1)),
-            margins: extra.margins.map(address),
+            margins: batch.margins().map(address),
+            hard: batch.hard().map(address),
             upstream: upstream.as_ref().map(|upstream| address(upstream)),
         };
         buffers.extend(labels.map(|(_, buffer)| buffer));
         buffers.extend(sequences.as_ref().map(|offsets| Buffer::input("offsets", offsets)));
-        buffers.extend(extra.margins.map(|margins| Buffer::input("margins", margins)));
+        buffers.extend(batch.margins().map(|margins| Buffer::input("margins", margins)));
+        buffers.extend(batch.hard().map(|hard| Buffer::input("hard", hard)));
         buffers.extend(upstream.as_ref().map(|upstream| Buffer::input("upstream", upstream)));
 
         let scopes = call.sequences.map_or(1, |(_, count)| count);
         let layout = Layout { capacity: tokens.max(scopes) };
-        // 16 bytes a piece, for the alignment of a device's memory; poisoned but for the summary.
-        let mut workspace =
-            vec![0xdead_beef_dead_beef_dead_beef_dead_beef_u128; layout.bytes() / 16];
-        // SAFETY: the workspace starts with room for a summary, of plain numbers, which any alignment of 8 suits.
-        unsafe {
-            let summary = workspace.as_mut_ptr().cast::<atkd_summary>();
-            summary.write_bytes(0, 1);
-            (*summary).guess = self.guess;
-        }
-        buffers.extend(
-            layout
-                .columns(address(&workspace) as usize)
-                .map(|(name, addresses)| Buffer::at(name, addresses)),
-        );
-
+        let workspace = self.workspace(layout, &mut buffers);
         let problem = call.problem(objective);
         let plan = Plan::new(&self.device, &problem, self.preferred);
         let mut traffic = Vec::new();
@@ -222,6 +210,104 @@ impl Simulation {
         let memory =
             unsafe { std::slice::from_raw_parts(workspace.as_ptr().cast::<u8>(), layout.bytes()) };
         Ok((layout.read(memory, tokens, vocab, objective)?, traffic))
+    }
+
+    /// The memory that kernels work in, and its columns as buffers.
+    fn workspace(self, layout: Layout, buffers: &mut Vec<Buffer>) -> Vec<u128> {
+        // 16 bytes a piece, for the alignment of a device's memory; poisoned but for the summary.
+        let mut workspace =
+            vec![0xdead_beef_dead_beef_dead_beef_dead_beef_u128; layout.bytes() / 16];
+        // SAFETY: the workspace starts with room for a summary, of plain numbers, which any alignment of 8 suits.
+        unsafe {
+            let summary = workspace.as_mut_ptr().cast::<atkd_summary>();
+            summary.write_bytes(0, 1);
+            (*summary).guess = self.guess;
+        }
+        buffers.extend(
+            layout
+                .columns(address(&workspace) as usize)
+                .map(|(name, addresses)| Buffer::at(name, addresses)),
+        );
+        workspace
+    }
+
+    /// As [`cpu::teacher_margins`](crate::cpu::teacher_margins), and what was read and written. The margin of a label out
+    /// of range is NaN.
+    ///
+    /// # Errors
+    /// If labels are needed and missing, or the kernel does what it must not.
+    pub fn teacher_margins(
+        self,
+        objective: &Objective,
+        batch: &Batch,
+    ) -> Result<(Vec<f32>, Traffic)> {
+        let teacher = batch.teacher();
+        let mut to = vec![f32::from_bits(0xdead_beef); teacher.tokens()];
+        let labels = batch.labels().map(|labels| match labels {
+            Labels::I64(v) => (RawLabels::I64(address(v)), Buffer::input("labels", v)),
+            Labels::I32(v) => (RawLabels::I32(address(v)), Buffer::input("labels", v)),
+        });
+        let mut buffers =
+            vec![input("teacher", teacher.elements()), Buffer::output("margins", &mut to)];
+        let labels = labels.map(|(labels, buffer)| {
+            buffers.push(buffer);
+            labels
+        });
+        let layout = Layout { capacity: teacher.tokens().max(1) };
+        let workspace = self.workspace(layout, &mut buffers);
+        let (tokens, vocab, teacher) = (teacher.tokens(), teacher.vocab(), raw(teacher));
+        let of = RawTeacher { tokens, vocab, teacher, labels };
+        let place = Place::new(layout, address(&workspace));
+        let launch = launch::margins(objective, &of, address(&to), &self.device, place)?;
+        Ok((to, self.alone(launch, buffers)?))
+    }
+
+    /// As [`select_hard`](crate::select_hard), and what was read and written.
+    ///
+    /// # Errors
+    /// If the ratio is not in [0, 1], or the kernel does what it must not.
+    ///
+    /// # Panics
+    /// If offsets are out of order.
+    pub fn select_hard(
+        self,
+        margins: &[f32],
+        valid: Option<&[bool]>,
+        hard_ratio: f64,
+        sequences: Option<&[usize]>,
+    ) -> Result<(Vec<bool>, Traffic)> {
+        let tokens = margins.len();
+        let mut hard = vec![0xaa_u8; tokens];
+        let sequences: Option<Vec<i64>> =
+            sequences.map(|offsets| offsets.iter().map(|&offset| offset as i64).collect());
+        let mut buffers =
+            vec![Buffer::input("margins", margins), Buffer::output("hard", &mut hard)];
+        buffers.extend(valid.map(|valid| Buffer::input("valid", valid)));
+        buffers.extend(sequences.as_ref().map(|offsets| Buffer::input("offsets", offsets)));
+        let selection = RawSelection {
+            tokens,
+            margins: address(margins),
+            valid: valid.map(address),
+            sequences: sequences.as_ref().map(|offsets| (address(offsets), offsets.len() - 1)),
+            hard: address(&hard),
+        };
+        let scopes = selection.sequences.map_or(1, |(_, count)| count);
+        let layout = Layout { capacity: tokens.max(scopes) };
+        let workspace = self.workspace(layout, &mut buffers);
+        let place = Place::new(layout, address(&workspace));
+        let launch = launch::selection(&selection, hard_ratio, &self.device, place)?;
+        let traffic = self.alone(launch, buffers)?;
+        let hard = hard.into_iter().map(|byte| {
+            assert!(byte < 2, "a token was left out, or marked by {byte:#x}");
+            byte == 1
+        });
+        Ok((hard.collect(), traffic))
+    }
+
+    fn alone(self, launch: Option<Launch>, mut buffers: Vec<Buffer>) -> Result<Traffic> {
+        let Some(launch) = launch else { return Ok(Vec::new()) };
+        self.launch(&launch, &mut buffers)?;
+        Ok(vec![(launch.kernel, buffers)])
     }
 
     /// A gradient times a number, in place, and what was read and written.
@@ -272,6 +358,7 @@ impl Simulation {
             labels: Some(RawLabels::I64(address(labels))),
             sequences: None,
             margins: None,
+            hard: None,
             upstream: None,
         };
         let mut buffers = [
@@ -402,11 +489,13 @@ mod tests {
         let parameters = atkd_select_hard {
             batch,
             margins: std::ptr::null(),
+            valid: std::ptr::null(),
             offsets: std::ptr::null(),
             thresholds: thresholds.as_mut_ptr(),
             wrong: std::ptr::null_mut(),
             states: states.as_mut_ptr().cast(),
             guess: guess.as_mut_ptr(),
+            hard_to: std::ptr::null_mut(),
             hard_ratio: 0.3,
             scopes: 1,
             count: 1,

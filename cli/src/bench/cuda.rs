@@ -64,6 +64,7 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
         labels: Some(RawLabels::I64(labels.device_ptr(stream).0)),
         sequences: None,
         margins: None,
+        hard: None,
         upstream: None,
     };
     let mut workspace = Workspace::new(kernels, stream, tokens)?;

@@ -9,6 +9,10 @@ __all__ = [
     "run_on_device",
     "run_on_host",
     "scale_on_device",
+    "select_hard_on_device",
+    "select_hard_on_host",
+    "teacher_margins_on_device",
+    "teacher_margins_on_host",
     "workspace_bytes",
 ]
 
@@ -36,6 +40,7 @@ def run_on_host(
     student: Tuple[int, str, int, int, int],
     teacher: Tuple[int, str, int, int, int],
     labels: Optional[Tuple[int, str]],
+    hard: Optional[int],
     sequences: Optional[Tuple[int, int]],
     scale: Optional[int],
     gradient: Optional[Tuple[int, str, int, int, int]],
@@ -50,6 +55,7 @@ def run_on_device(
     student: Tuple[int, str, int, int, int],
     teacher: Tuple[int, str, int, int, int],
     labels: Optional[Tuple[int, str]],
+    hard: Optional[int],
     sequences: Optional[Tuple[int, int]],
     scale: Optional[int],
     gradient: Optional[Tuple[int, str, int, int, int]],
@@ -61,4 +67,39 @@ def scale_on_device(
     shape: Tuple[int, int],
     gradient: Tuple[int, str, int, int, int],
     factor: int,
+) -> None: ...
+def teacher_margins_on_host(
+    threads: int,
+    objective: Objective,
+    shape: Tuple[int, int],
+    teacher: Tuple[int, str, int, int, int],
+    labels: Optional[Tuple[int, str]],
+    to: int,
+) -> None: ...
+def teacher_margins_on_device(
+    queue: Tuple[int, int],
+    workspace: int,
+    objective: Objective,
+    shape: Tuple[int, int],
+    teacher: Tuple[int, str, int, int, int],
+    labels: Optional[Tuple[int, str]],
+    to: int,
+) -> None: ...
+def select_hard_on_host(
+    tokens: int,
+    margins: int,
+    valid: Optional[int],
+    sequences: Optional[Tuple[int, int]],
+    hard_ratio: float,
+    hard: int,
+) -> None: ...
+def select_hard_on_device(
+    queue: Tuple[int, int],
+    workspace: int,
+    tokens: int,
+    margins: int,
+    valid: Optional[int],
+    sequences: Optional[Tuple[int, int]],
+    hard_ratio: float,
+    hard: int,
 ) -> None: ...

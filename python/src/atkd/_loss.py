@@ -12,16 +12,22 @@ _Number = Union[float, Tensor]
 
 
 class Stats(NamedTuple):
-    """The terms of each token, shaped as the labels; 0 for ignored ones. No gradient flows through."""
+    """The terms of each token, shaped as the labels; 0 for ignored ones, but for the margin. No gradient flows
+    through.
+    """
 
     uncertainty: Tensor
-    """1 - p(target) of the teacher, float32."""
+    """1 - p(target) of the teacher, float32: exactly 1 above a margin of 17.4, so no number to select by."""
     tkd: Tensor
     """The target part of the KL divergence, float32."""
     dkd: Tensor
     """The divergence of the renormalised rest, float32."""
     hard: Tensor
     """Whether the token was among the hard ones, bool."""
+    margin: Tensor
+    """log((1 - p) / p) of the teacher's p(target), float32, by which hard tokens are selected; -inf for ignored
+    ones.
+    """
 
 
 def _check_tensor(name: str, value: object, is_or_are: str = "are") -> None:
@@ -93,6 +99,25 @@ def _scale(num_items: Union[int, float, Tensor], device: torch.device) -> Tensor
     return scale.where((scale > 0) & scale.isfinite(), float("nan"))
 
 
+def _shifted(
+    logits: Tensor,
+    labels: Optional[Tensor],
+    shift_labels: bool,
+    target: str,
+    ignore_index: int,
+) -> Tuple[Optional[Tensor], int]:
+    """The labels by the position of the logits that they are about, and the index of those that are ignored."""
+    if not shift_labels:
+        return labels, ignore_index
+    if labels is None and target == "teacher":
+        # Labels that only say which position is ignored.
+        ignore_index = -100
+        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    if labels is not None and labels.dim() > 0:
+        labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return labels, ignore_index
+
+
 def _is_per_sequence(selection: str) -> bool:
     if selection not in ("batch", "sequence"):
         raise ValueError(f'selection is "{selection}", but must be "batch" or "sequence"')
@@ -117,6 +142,7 @@ def atkd_loss(
     kd_weight: _Number = 1.0,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
     shift_labels: bool = False,
+    hard: Optional[Tensor] = None,
     inplace: bool = False,
     return_stats: bool = False,
 ) -> Union[Tensor, Tuple[Tensor, Stats]]:
@@ -134,12 +160,14 @@ def atkd_loss(
         labels: `[N]` or `[B, T]`, int64 or int32. May be left out if `target="teacher"`.
         lam: easy tokens learn `lam * DKD`, hard ones `(1 - lam) * (TKD + DKD)`; of `"atkd"` alone.
         hard_ratio: the share of the valid tokens, those of which the teacher is least certain, that is
-            hard.
+            hard. Not used with `hard`.
         temperature: divides both models' logits, but not for cross entropy.
         temperature_squared: multiplies the distillation terms by the temperature's square.
         objective: `"atkd"`, `"kl"` (the plain divergence), `"tkd"` or `"dkd"` (one part alone).
         target: `"label"`, or `"teacher"`: the teacher's arg max splits the distributions.
-        selection: hard tokens are those of the `"batch"`, or of each `"sequence"` of `[B, T, V]`.
+        selection: hard tokens are those of the `"batch"`, which is the tokens of this call, or of each
+            `"sequence"` of `[B, T, V]`. A micro-batch, or a rank's part of a batch, has hard tokens of its
+            own, and the parts' gradients do not add up to the whole batch's; see `hard`.
         reduction: `"mean"` over the valid tokens, or `"sum"`.
         ignore_index: tokens with this label are dropped.
         ce_weight: of the student's cross entropy, which is added.
@@ -150,6 +178,9 @@ def atkd_loss(
             negative, NaN or infinite makes the loss NaN.
         shift_labels: logits at one position are about the label at the next, as in a causal model: the
             labels are shifted along their last dimension, and the last position is ignored.
+        hard: which tokens are hard, bool, one per position of the logits (with `shift_labels` too), where that
+            was selected elsewhere, such as over all parts of a batch: see `teacher_margins` and `select_hard`.
+            Nothing is selected then. Ignored tokens stay ignored.
         inplace: the gradient overwrites the student's logits. `backward` raises if an operation before
             needs them for its derivative, and if one after, of theirs or of a view, sends a gradient
             back. It cannot know of a use that sends none (under `torch.no_grad`, or of
@@ -168,6 +199,8 @@ def atkd_loss(
     _check_tensor("teacher_logits", teacher_logits)
     if labels is not None:
         _check_tensor("labels", labels)
+    if hard is not None:
+        _check_tensor("hard", hard, "is")
     _check_numbers(lam, hard_ratio, temperature, ce_weight, kd_weight)
     _check_shift_labels(shift_labels)
     if teacher_logits.requires_grad:
@@ -175,12 +208,7 @@ def atkd_loss(
     scale = None
     if num_items_in_batch is not None:
         reduction, scale = "sum", _scale(num_items_in_batch, student_logits.device)
-    if shift_labels and labels is None and target == "teacher":
-        # Labels that only say which position is ignored.
-        ignore_index = -100
-        labels = torch.zeros(student_logits.shape[:-1], dtype=torch.int64, device=student_logits.device)
-    if shift_labels and labels is not None and labels.dim() > 0:
-        labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    labels, ignore_index = _shifted(student_logits, labels, shift_labels, target, ignore_index)
     settings = (
         objective,
         lam,
@@ -195,12 +223,12 @@ def atkd_loss(
     )
     per_sequence = _is_per_sequence(selection)
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    tensors = student_logits, teacher_logits, labels, scale
+    tensors = student_logits, teacher_logits, labels, scale, hard
     if _ops.derivatives_are_transformed():
         loss, _, *stats = _ops.Transformed.apply(
             *tensors, per_sequence, _ops.with_numbers(settings)
         )
-    elif _ops.runs_directly(student_logits, teacher_logits, labels):
+    elif _ops.runs_directly(student_logits, teacher_logits, labels, hard):
         loss, stats = _ops.run_directly(
             *tensors, with_gradient, inplace, per_sequence, settings, return_stats
         )
@@ -210,8 +238,88 @@ def atkd_loss(
         )
     if not return_stats:
         return loss
-    terms, hard = stats
-    return loss, Stats(*terms.unbind(), hard)
+    terms, chosen = stats
+    uncertainty, tkd, dkd, margin = terms.unbind()
+    return loss, Stats(uncertainty, tkd, dkd, chosen, margin)
+
+
+def teacher_margins(
+    teacher_logits: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    temperature: _Number = 1.0,
+    target: str = "label",
+    ignore_index: int = -100,
+    shift_labels: bool = False,
+) -> Tensor:
+    """The teacher's margin of each token, log((1 - p) / p) of its p(target): what hard tokens are selected by.
+
+    For `select_hard` over the tokens of several calls, micro-batches or ranks. On the CPU they are the `margin` of
+    `atkd_loss(return_stats=True)`, bit for bit; on a GPU the last bit may differ. No gradient flows through.
+
+    Args:
+        teacher_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16.
+        labels: as `atkd_loss` takes them, and so are the others.
+
+    Returns:
+        float32, shaped as the labels; -inf for ignored tokens, of which `select_hard` must be told by `valid`. On a
+        GPU NaN for a label out of range, as raising would wait.
+
+    Raises:
+        TypeError: for a dtype that is none of these.
+        ValueError: for shapes or devices that differ, a setting outside its domain, a label that names no token of
+            the vocabulary.
+    """
+    _check_tensor("teacher_logits", teacher_logits)
+    if labels is not None:
+        _check_tensor("labels", labels)
+    _check_number("temperature", temperature)
+    _check_shift_labels(shift_labels)
+    labels, ignore_index = _shifted(teacher_logits, labels, shift_labels, target, ignore_index)
+    settings = "kl", 0.2, 0.5, temperature, False, target, "mean", ignore_index, 0.0, 1.0
+    margins: Tensor = _ops.teacher_margins(
+        teacher_logits.detach(), labels, *_ops.with_numbers(settings)
+    )
+    return margins
+
+
+def select_hard(
+    margins: Tensor,
+    hard_ratio: _Number,
+    *,
+    valid: Optional[Tensor] = None,
+    cu_seqlens: Optional[Tensor] = None,
+) -> Tensor:
+    """Which tokens are hard: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly.
+
+    Among equals the lower index is hard; NaN ranks below every number. Over the margins of one call this is that
+    call's own selection; over those of several, in whatever order they are put together, it is that of one call with
+    all of their tokens, and `atkd_loss(..., hard=part)` takes each part.
+
+    Args:
+        margins: float32, of any shape: `teacher_margins` of each part, or `Stats.margin`.
+        hard_ratio: in [0, 1].
+        valid: bool, shaped as the margins: which tokens count, `labels != ignore_index`. Without it all do.
+        cu_seqlens: `[sequences + 1]`, int32 or int64: selects within sequence `i` of the flattened margins,
+            `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. The first is 0, the last the number of margins. On a GPU,
+            where raising would wait, sequences whose offsets are out of order get no hard tokens.
+
+    Returns:
+        bool, shaped as the margins.
+
+    Raises:
+        TypeError: for other dtypes.
+        ValueError: for shapes or devices that differ, a ratio outside [0, 1], offsets out of order.
+    """
+    _check_tensor("margins", margins)
+    if valid is not None:
+        _check_tensor("valid", valid, "is")
+    if cu_seqlens is not None:
+        _check_tensor("cu_seqlens", cu_seqlens)
+    _check_number("hard_ratio", hard_ratio)
+    ratio, number = _ops.number_or_tensor(hard_ratio)
+    hard: Tensor = _ops.select_hard(margins.detach(), valid, cu_seqlens, ratio, number)
+    return hard
 
 
 class ATKDLoss(torch.nn.Module):
@@ -274,12 +382,14 @@ class ATKDLoss(torch.nn.Module):
         teacher_logits: Tensor,
         labels: Optional[Tensor] = None,
         num_items_in_batch: Union[None, int, float, Tensor] = None,
+        hard: Optional[Tensor] = None,
     ) -> Union[Tensor, Tuple[Tensor, Stats]]:
         return atkd_loss(
             student_logits,
             teacher_logits,
             labels,
             num_items_in_batch=num_items_in_batch,
+            hard=hard,
             **self.settings,
         )
 

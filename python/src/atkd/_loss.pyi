@@ -10,6 +10,7 @@ class Stats(NamedTuple):
     tkd: Tensor
     dkd: Tensor
     hard: Tensor
+    margin: Tensor
 
 @overload
 def atkd_loss(
@@ -30,6 +31,7 @@ def atkd_loss(
     kd_weight: _Number = 1.0,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
     shift_labels: bool = False,
+    hard: Optional[Tensor] = None,
     inplace: bool = False,
     return_stats: Literal[False] = False,
 ) -> Tensor: ...
@@ -52,6 +54,7 @@ def atkd_loss(
     kd_weight: _Number = 1.0,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
     shift_labels: bool = False,
+    hard: Optional[Tensor] = None,
     inplace: bool = False,
     return_stats: Literal[True],
 ) -> Tuple[Tensor, Stats]: ...
@@ -74,9 +77,27 @@ def atkd_loss(
     kd_weight: _Number = 1.0,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
     shift_labels: bool = False,
+    hard: Optional[Tensor] = None,
     inplace: bool = False,
     return_stats: bool,
 ) -> Union[Tensor, Tuple[Tensor, Stats]]: ...
+
+def teacher_margins(
+    teacher_logits: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    temperature: _Number = 1.0,
+    target: str = "label",
+    ignore_index: int = -100,
+    shift_labels: bool = False,
+) -> Tensor: ...
+def select_hard(
+    margins: Tensor,
+    hard_ratio: _Number,
+    *,
+    valid: Optional[Tensor] = None,
+    cu_seqlens: Optional[Tensor] = None,
+) -> Tensor: ...
 
 class ATKDLoss(torch.nn.Module):
     settings: Dict[str, Any]
@@ -105,5 +126,6 @@ class ATKDLoss(torch.nn.Module):
         teacher_logits: Tensor,
         labels: Optional[Tensor] = None,
         num_items_in_batch: Union[None, int, float, Tensor] = None,
+        hard: Optional[Tensor] = None,
     ) -> Any: ...
     def extra_repr(self) -> str: ...

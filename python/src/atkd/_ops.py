@@ -18,7 +18,7 @@ _NO_SECOND_DERIVATIVE = (
     "the gradient of atkd_loss has no derivative (create_graph=True, or a transform of torch.func twice)"
 )
 
-# Uncertainty, TKD, DKD as `[3, *tokens]`; which tokens are hard.
+# Uncertainty, TKD, DKD, margin as `[4, *tokens]`; which tokens are hard.
 Stats = Tuple[Tensor, Tensor]
 
 
@@ -68,21 +68,70 @@ def _are_apart(one: Tensor, other: Tensor) -> bool:
     return not (one.is_cpu and other.is_cpu) and one.device != other.device
 
 
+def _check_logits(name: str, logits: Tensor) -> None:
+    if logits.dtype not in _DTYPES:
+        raise TypeError(f"{name} are {logits.dtype}, but must be float32, float16 or bfloat16")
+    if len(logits.shape) < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} are {list(logits.shape)}, but must be [N, V] or [B, T, V]")
+
+
+def _check_numbers(settings: Tuple[Any, ...]) -> None:
+    numbers = settings[10] if len(settings) > 10 else None
+    if numbers is not None and (
+        numbers.dtype != torch.float64 or numbers.shape != (len(NUMBERS),) or not numbers.is_cpu
+    ):
+        raise ValueError(
+            f"numbers are {numbers.dtype} {list(numbers.shape)} on {numbers.device}, "
+            f"but must be torch.float64 [{len(NUMBERS)}] on cpu"
+        )
+
+
+def _check_labels(
+    labels: Optional[Tensor], name: str, logits: Tensor, settings: Tuple[Any, ...]
+) -> None:
+    """`name` is of the logits that they belong to."""
+    if labels is None:
+        if Settings(*settings).target == "label":
+            raise ValueError(
+                'labels are None, but target="label" needs one a token; '
+                'give labels, or target="teacher"'
+            )
+        return
+    shape = logits.shape
+    if labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"labels are {labels.dtype}, but must be int64 or int32")
+    if labels.shape != shape[:-1]:
+        raise ValueError(
+            f"labels are {list(labels.shape)}, but for logits {list(shape)} "
+            f"must be {list(shape[:-1])}"
+        )
+    if _are_apart(labels, logits):
+        raise ValueError(f"{name} are on {logits.device}, but labels on {labels.device}")
+
+
+def _check_mask(name: str, mask: Tensor, beside: str, other: Tensor, shape: Any) -> None:
+    """`shape` is what it must have, on the device of `other`, which is called `beside`."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} is {mask.dtype}, but must be torch.bool")
+    if mask.shape != shape:
+        raise ValueError(f"{name} is {list(mask.shape)}, but must be {list(shape)}")
+    if _are_apart(mask, other):
+        raise ValueError(f"{beside} are on {other.device}, but {name} on {mask.device}")
+
+
 def check(
     student: Tensor,
     teacher: Tensor,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
+    hard: Optional[Tensor],
     per_sequence: bool,
     settings: Tuple[Any, ...],
 ) -> None:
     """Raises unless the tensors fit together. The settings themselves are checked natively."""
     shape = student.shape
-    for name, logits in [("student_logits", student), ("teacher_logits", teacher)]:
-        if logits.dtype not in _DTYPES:
-            raise TypeError(f"{name} are {logits.dtype}, but must be float32, float16 or bfloat16")
-        if len(logits.shape) < 2 or logits.shape[-1] == 0:
-            raise ValueError(f"{name} are {list(logits.shape)}, but must be [N, V] or [B, T, V]")
+    _check_logits("student_logits", student)
+    _check_logits("teacher_logits", teacher)
     if teacher.shape != shape:
         message = f"student_logits are {list(shape)}, but teacher_logits are {list(teacher.shape)}"
         vocab = min(shape[-1], teacher.shape[-1])
@@ -105,32 +154,12 @@ def check(
                 f"scale is {list(scale.shape)} on {scale.device}, "
                 f"but must be a scalar on {student.device}"
             )
-    numbers = settings[10] if len(settings) > 10 else None
-    if numbers is not None and (
-        numbers.dtype != torch.float64 or numbers.shape != (len(NUMBERS),) or not numbers.is_cpu
-    ):
-        raise ValueError(
-            f"numbers are {numbers.dtype} {list(numbers.shape)} on {numbers.device}, "
-            f"but must be torch.float64 [{len(NUMBERS)}] on cpu"
-        )
+    _check_numbers(settings)
+    if hard is not None:
+        _check_mask("hard", hard, "student_logits", student, shape[:-1])
     if per_sequence and len(shape) != 3:
         raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {list(shape)}')
-    if labels is None:
-        if Settings(*settings).target == "label":
-            raise ValueError(
-                'labels are None, but target="label" needs one a token; '
-                'give labels, or target="teacher"'
-            )
-        return
-    if labels.dtype not in _LABEL_DTYPES:
-        raise TypeError(f"labels are {labels.dtype}, but must be int64 or int32")
-    if labels.shape != shape[:-1]:
-        raise ValueError(
-            f"labels are {list(labels.shape)}, but for logits {list(shape)} "
-            f"must be {list(shape[:-1])}"
-        )
-    if _are_apart(labels, student):
-        raise ValueError(f"student_logits are on {student.device}, but labels on {labels.device}")
+    _check_labels(labels, "student_logits", student, settings)
 
 
 def _strides(logits: Tensor) -> Optional[Tuple[int, int, int]]:
@@ -172,10 +201,14 @@ def _matrix(rows: Tensor) -> Tuple[int, str, int, int, int]:
     return rows.data_ptr(), _DTYPES[rows.dtype], *strides
 
 
+def _labels(flat: Optional[Tensor]) -> Optional[Tuple[int, str]]:
+    return None if flat is None else (flat.data_ptr(), _LABEL_DTYPES[flat.dtype])
+
+
 def _empty_stats(student: Tensor) -> Stats:
     tokens = student.shape[:-1]
     return (
-        student.new_empty((3, *tokens), dtype=torch.float32),
+        student.new_empty((4, *tokens), dtype=torch.float32),
         student.new_empty(tokens, dtype=torch.bool),
     )
 
@@ -193,21 +226,28 @@ def _queue() -> Tuple[int, int]:
     return torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
 
 
+def _check_device(name: str, tensor: Tensor) -> None:
+    if not (tensor.is_cpu or tensor.is_cuda):
+        raise ValueError(f"{name} are on {tensor.device}, but must be on the CPU or a CUDA device")
+
+
+def _address(tensor: Optional[Tensor]) -> Optional[int]:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def _run(
     student: Tensor,
     teacher: Tensor,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
+    hard: Optional[Tensor],
     gradient: Optional[Tensor],
     per_sequence: bool,
     settings: Tuple[Any, ...],
     with_stats: bool,
 ) -> Tuple[Tensor, Optional[Stats]]:
     """The loss, and the statistics if asked. In place if `gradient` is `student`."""
-    if not (student.is_cpu or student.is_cuda):
-        raise ValueError(
-            f"student_logits are on {student.device}, but must be on the CPU or a CUDA device"
-        )
+    _check_device("student_logits", student)
     if student.is_cpu and scale is not None and not math.isfinite(scale.item()):
         raise ValueError(
             f"scale, the reciprocal of num_items_in_batch, is {scale.item()}, but must be finite: "
@@ -223,6 +263,7 @@ def _run(
     vocab = student.shape[-1]
     tokens = student.numel() // vocab
     flat_labels = None if labels is None else labels.contiguous()
+    flat_hard = None if hard is None else hard.contiguous()
     offsets = None
     if per_sequence:
         batch, length = teacher.shape[:2]
@@ -232,11 +273,10 @@ def _run(
         (tokens, vocab),
         _matrix(student_rows),
         _matrix(teacher_rows),
-        None
-        if flat_labels is None
-        else (flat_labels.data_ptr(), _LABEL_DTYPES[flat_labels.dtype]),
+        _labels(flat_labels),
+        _address(flat_hard),
         None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1),
-        None if scale is None else scale.data_ptr(),
+        _address(scale),
         None if gradient is None else _matrix(_rows(gradient)),
         loss.data_ptr(),
         None if stats is None else (stats[0].data_ptr(), stats[1].data_ptr()),
@@ -246,10 +286,8 @@ def _run(
     elif tokens == 0:
         loss.zero_()
     else:
-        # torch's own memory: its allocator knows which stream, or captured graph, still uses it.
-        device, size = student.device, _atkd.workspace_bytes(tokens)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        with torch.cuda.device(device):
+        workspace = _workspace(tokens, student.device)
+        with torch.cuda.device(student.device):
             _atkd.run_on_device(_queue(), workspace.data_ptr(), *arguments)
         if stats is not None:
             # It holds 0 for an ignored token, 1 for an easy one, 2 for a hard one.
@@ -262,7 +300,7 @@ def _run(
 @torch.library.custom_op(
     "atkd::loss",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor? labels, Tensor? scale, bool with_gradient, "
+    schema="(Tensor student, Tensor teacher, Tensor? labels, Tensor? scale, Tensor? hard, bool with_gradient, "
     f"bool per_sequence, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def loss(
@@ -270,18 +308,20 @@ def loss(
     teacher: Tensor,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
+    hard: Optional[Tensor],
     with_gradient: bool,
     per_sequence: bool,
     *settings: Any,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss; the gradient (float32 for float16 logits; empty unless `with_gradient`);
-    uncertainty, TKD, DKD as `[3, *tokens]`; which tokens are hard. Loss and gradient are multiplied by
+    uncertainty, TKD, DKD, margin as `[4, *tokens]`; which tokens are hard: `hard`, if that is given, or
+    selected. Loss and gradient are multiplied by
     `scale`, a float32 scalar on the logits' device.
     """
-    check(student, teacher, labels, scale, per_sequence, settings)
+    check(student, teacher, labels, scale, hard, per_sequence, settings)
     gradient = _empty_gradient(student, with_gradient)
     to = gradient if with_gradient else None
-    value, stats = _run(student, teacher, labels, scale, to, per_sequence, settings, True)
+    value, stats = _run(student, teacher, labels, scale, hard, to, per_sequence, settings, True)
     assert stats is not None
     return value, gradient, *stats
 
@@ -292,18 +332,19 @@ def _(
     teacher: Tensor,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
+    hard: Optional[Tensor],
     with_gradient: bool,
     per_sequence: bool,
     *settings: Any,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    check(student, teacher, labels, scale, per_sequence, settings)
+    check(student, teacher, labels, scale, hard, per_sequence, settings)
     value = student.new_empty((), dtype=torch.float32)
     return value, _empty_gradient(student, with_gradient), *_empty_stats(student)
 
 
 def _one_by_one(
     function: Any, info: Any, in_dims: Tuple[Any, ...], arguments: Tuple[Any, ...]
-) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
+) -> Any:
     """A rule for vmap: which tokens are hard is known a batch at a time."""
     if info.batch_size == 0:
         raise ValueError("vmap needs at least one batch, but there are 0")
@@ -316,16 +357,122 @@ def _one_by_one(
         )
         for i in range(info.batch_size)
     ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
     return tuple(torch.stack(each) for each in zip(*results)), (0, 0, 0, 0)
 
 
-if hasattr(loss, "register_vmap"):  # not before torch 2.5
+@torch.library.custom_op(
+    "atkd::teacher_margins",
+    mutates_args=(),
+    schema=f"(Tensor teacher, Tensor? labels, {_SETTINGS}) -> Tensor",
+)
+def teacher_margins(teacher: Tensor, labels: Optional[Tensor], *settings: Any) -> Tensor:
+    """The teacher's margins, float32, shaped as the labels. Of the settings, nothing but temperature, target and
+    ignore_index is used.
+    """
+    margins: Tensor = _empty_margins(teacher, labels, *settings)
+    _check_device("teacher_logits", teacher)
+    rows, flat_labels = _rows(teacher), None if labels is None else labels.contiguous()
+    tokens, vocab = teacher.shape[:-1].numel(), teacher.shape[-1]
+    objective = _objective(settings, teacher)
+    arguments = (tokens, vocab), _matrix(rows), _labels(flat_labels), margins.data_ptr()
+    if teacher.is_cpu:
+        _atkd.teacher_margins_on_host(torch.get_num_threads(), objective, *arguments)
+    elif tokens > 0:
+        workspace = _workspace(tokens, teacher.device)
+        with torch.cuda.device(teacher.device):
+            _atkd.teacher_margins_on_device(_queue(), workspace.data_ptr(), objective, *arguments)
+    return margins
 
-    @loss.register_vmap
-    def _(
-        info: Any, in_dims: Tuple[Any, ...], *arguments: Any
-    ) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
-        return _one_by_one(loss, info, in_dims, arguments)
+
+@teacher_margins.register_fake
+def _empty_margins(teacher: Tensor, labels: Optional[Tensor], *settings: Any) -> Tensor:
+    _check_logits("teacher_logits", teacher)
+    _check_numbers(settings)
+    _check_labels(labels, "teacher_logits", teacher, settings)
+    return teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "atkd::select_hard",
+    mutates_args=(),
+    schema="(Tensor margins, Tensor? valid, Tensor? cu_seqlens, float hard_ratio, Tensor? number=None) -> Tensor",
+)
+def select_hard(
+    margins: Tensor,
+    valid: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    hard_ratio: float,
+    number: Optional[Tensor] = None,
+) -> Tensor:
+    """Which tokens are hard, shaped as the margins. `number`, a scalar on the CPU, replaces the ratio: it may change
+    without torch.compile compiling again.
+    """
+    hard: Tensor = _empty_selection(margins, valid, cu_seqlens, hard_ratio, number)
+    _check_device("margins", margins)
+    if number is not None:
+        hard_ratio = number.item()
+    flat_margins, flat_valid = margins.contiguous(), None if valid is None else valid.contiguous()
+    offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    tokens, sequences = margins.numel(), 1 if offsets is None else offsets.numel() - 1
+    arguments = (
+        tokens,
+        flat_margins.data_ptr(),
+        _address(flat_valid),
+        None if offsets is None else (offsets.data_ptr(), sequences),
+        hard_ratio,
+        hard.data_ptr(),
+    )
+    if margins.is_cpu:
+        _atkd.select_hard_on_host(*arguments)
+    else:
+        workspace = _workspace(max(tokens, sequences), margins.device)
+        with torch.cuda.device(margins.device):
+            _atkd.select_hard_on_device(_queue(), workspace.data_ptr(), *arguments)
+    return hard
+
+
+@select_hard.register_fake
+def _empty_selection(
+    margins: Tensor,
+    valid: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    hard_ratio: float,
+    number: Optional[Tensor] = None,
+) -> Tensor:
+    if margins.dtype != torch.float32:
+        raise TypeError(f"margins are {margins.dtype}, but must be torch.float32")
+    if valid is not None:
+        _check_mask("valid", valid, "margins", margins, margins.shape)
+    if cu_seqlens is not None:
+        if cu_seqlens.dtype not in _LABEL_DTYPES:
+            raise TypeError(f"cu_seqlens are {cu_seqlens.dtype}, but must be int64 or int32")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+            raise ValueError(f"cu_seqlens are {list(cu_seqlens.shape)}, but must be [sequences + 1]")
+        if _are_apart(cu_seqlens, margins):
+            raise ValueError(f"margins are on {margins.device}, but cu_seqlens on {cu_seqlens.device}")
+    if number is not None and (number.dim() != 0 or not number.is_cpu):
+        raise ValueError(
+            f"number is {list(number.shape)} on {number.device}, but must be a scalar on cpu"
+        )
+    return torch.empty_like(margins, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+def _register_vmap(operator: Any) -> None:
+    if hasattr(operator, "register_vmap"):  # not before torch 2.5
+        operator.register_vmap(
+            lambda info, in_dims, *arguments: _one_by_one(operator, info, in_dims, arguments)
+        )
+
+
+for _operator in (loss, teacher_margins, select_hard):
+    _register_vmap(_operator)
+
+
+def _workspace(tokens: int, device: torch.device) -> Tensor:
+    """torch's own memory: its allocator knows which stream, or captured graph, still uses it."""
+    return torch.empty(_atkd.workspace_bytes(tokens), dtype=torch.uint8, device=device)
 
 
 def _is_watched() -> bool:
@@ -367,12 +514,12 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
-    _, gradient, stats, hard = output
-    ctx.mark_non_differentiable(gradient, stats, hard)
+    _, gradient, stats, chosen = output
+    ctx.mark_non_differentiable(gradient, stats, chosen)
     # Else backward gets zeros as large as the gradient, for the outputs that have none.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient)
-    ctx.with_gradient = inputs[4]
+    ctx.with_gradient = inputs[5]
     ctx.others = len(inputs) - 1
 
 
@@ -401,19 +548,20 @@ class Loss(torch.autograd.Function):
         teacher: Tensor,
         labels: Optional[Tensor],
         scale: Optional[Tensor],
+        hard: Optional[Tensor],
         with_gradient: bool,
         inplace: bool,
         per_sequence: bool,
         settings: Tuple[Any, ...],
         with_stats: bool,
     ) -> Tuple[Tensor, Optional[Stats]]:
-        check(student, teacher, labels, scale, per_sequence, settings)
+        check(student, teacher, labels, scale, hard, per_sequence, settings)
         place = _rows(student.detach()) if inplace else student
         gradient = None
         if with_gradient:
             gradient = place if inplace else _empty_gradient(student)
         value, stats = _run(
-            place, teacher, labels, scale, gradient, per_sequence, settings, with_stats
+            place, teacher, labels, scale, hard, gradient, per_sequence, settings, with_stats
         )
         if inplace:
             gradient = place
@@ -428,7 +576,7 @@ class Loss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(_NO_SECOND_DERIVATIVE)
         (gradient,) = ctx.saved_tensors
-        return (_scaled(gradient, upstream), *[None] * 8)
+        return (_scaled(gradient, upstream), *[None] * 9)
 
 
 class _Overwritten(torch.autograd.Function):
@@ -471,6 +619,7 @@ def run_directly(
     teacher: Tensor,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
+    hard: Optional[Tensor],
     with_gradient: bool,
     inplace: bool,
     per_sequence: bool,
@@ -481,7 +630,16 @@ def run_directly(
     inplace = inplace and with_gradient and _may_be_overwritten(student)
     before = student._version if inplace else 0
     result: Tuple[Tensor, Optional[Stats]] = Loss.apply(
-        student, teacher, labels, scale, with_gradient, inplace, per_sequence, settings, with_stats
+        student,
+        teacher,
+        labels,
+        scale,
+        hard,
+        with_gradient,
+        inplace,
+        per_sequence,
+        settings,
+        with_stats,
     )
     if inplace and student._version != before:
         # The gradient that `Loss` has saved lies in the same memory, and must not seem modified.
@@ -521,7 +679,10 @@ class Transformed(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: Tuple[Any, ...], *arguments: Any
     ) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
-        return _one_by_one(Transformed.apply, info, in_dims, arguments)
+        result: Tuple[Tuple[Tensor, ...], Tuple[int, ...]] = _one_by_one(
+            Transformed.apply, info, in_dims, arguments
+        )
+        return result
 
     @staticmethod
     def forward(
@@ -529,25 +690,26 @@ class Transformed(torch.autograd.Function):
         teacher: Tensor,
         labels: Optional[Tensor],
         scale: Optional[Tensor],
+        hard: Optional[Tensor],
         per_sequence: bool,
         settings: Tuple[Any, ...],
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         result: Tuple[Tensor, Tensor, Tensor, Tensor] = loss(
-            student, teacher, labels, scale, True, per_sequence, *settings
+            student, teacher, labels, scale, hard, True, per_sequence, *settings
         )
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
-        student, (_, gradient, stats, hard) = inputs[0], output
-        ctx.mark_non_differentiable(gradient, stats, hard)
+        student, (_, gradient, stats, chosen) = inputs[0], output
+        ctx.mark_non_differentiable(gradient, stats, chosen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient, student)
         ctx.save_for_forward(gradient, student)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
-        return (_Once.apply(*ctx.saved_tensors) * upstream, *[None] * 5)
+        return (_Once.apply(*ctx.saved_tensors) * upstream, *[None] * 6)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
@@ -606,19 +768,25 @@ def _may_change(number: Any) -> bool:
     return not _has_static_value(number)
 
 
+def _as_tensor(number: Any) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.detach().reshape(()).to("cpu", torch.float64)
+    product: Tensor = torch.ones((), dtype=torch.float64, device="cpu") * number
+    return product
+
+
+def number_or_tensor(number: Any) -> Tuple[float, Optional[Tensor]]:
+    """A number that stays, or a tensor with one that may change in its place."""
+    return (0.0, _as_tensor(number)) if _may_change(number) else (number, None)
+
+
 def with_numbers(settings: Tuple[Any, ...]) -> Tuple[Any, ...]:
     """The settings as the operator takes them, with `numbers` if one of these may change."""
     objective, lam, hard_ratio, temperature, squared, target, reduction, ignored, ce, kd = settings
     given = lam, hard_ratio, temperature, ce, kd
     if not any([_may_change(number) for number in given]):
         return settings
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    numbers = [
-        number.detach().reshape(()).to("cpu", torch.float64)
-        if isinstance(number, Tensor)
-        else one * number
-        for number in given
-    ]
+    numbers = [_as_tensor(number) for number in given]
     # The numbers replace the zeros.
     zero = 0.0
     return (
