@@ -43,6 +43,7 @@ impl Data {
             labels: Some(RawLabels::I64(self.labels.as_ptr() as u64)),
             sequences: None,
             margins: None,
+            hard: None,
             upstream: None,
         };
         let mut loss = f32::NAN;

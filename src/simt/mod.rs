@@ -541,7 +541,8 @@ mod tests {
             let mut modes = modes.clone();
             // Both margins 0, where TKD is 0: what remains is DKD.
             let [mut uncertainty, mut tkd] = [vec![0_f32; TOKENS], vec![0_f32; TOKENS]];
-            let mut dkd = dkd_before.clone();
+            // In the units of that column.
+            let mut dkd: Vec<f32> = dkd_before.iter().map(|dkd| dkd / 2_f32.powi(64)).collect();
             let mut loss = vec![0_f64; TOKENS];
             let mut sums = vec![f64::NAN; shape.grid as usize];
             let [mut loss_to, mut dkd_to] = [vec![0_f32], vec![0_f32; TOKENS]];
