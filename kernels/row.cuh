@@ -57,9 +57,9 @@ ATKD_DEVICE uint32_t token_to_do(const atkd_rows &p, uint32_t index) {
 
 // Calls f(token) for the tokens that are this cluster's, or team's, to do.
 template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
-    uint32_t count = tokens_to_do(p);
+    // How many there are is read for each again, which takes no register over a row.
     ATKD_NO_UNROLL
-    for (uint32_t i = cluster_index() / team_blocks(p); i < count; i += p.clusters) {
+    for (uint32_t i = cluster_index() / team_blocks(p); i < tokens_to_do(p); i += p.clusters) {
         f(token_to_do(p, i));
     }
     // No block ends while another may read what it shares.

@@ -219,7 +219,6 @@ fn run_on_device(
 
 /// The teacher's margins on host memory, to the address `to`, by so many threads.
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
 fn teacher_margins_on_host(
     py: Python,
     threads: usize,
