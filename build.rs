@@ -84,7 +84,7 @@ mod cuda {
         Err(missing)
     }
 
-    /// What there is of nvcc, the first to be preferred. Python is asked only when none before can compile.
+    /// Every nvcc that is found, the preferred one first. Python is asked only when none before can compile.
     fn search() -> impl Iterator<Item = PathBuf> {
         let toolkits = ["CUDA_HOME", "CUDA_PATH"]
             .into_iter()

@@ -23,7 +23,7 @@ enum Temporary {
 }
 
 impl Destination {
-    /// Whether it can be written there is known before anything is computed.
+    /// This says before anything is computed if it cannot be written there.
     pub fn open(path: &Path, input: &Path) -> Result<Self> {
         check(path, input)?;
         let cannot = |error: io::Error| anyhow!("cannot write {}: {error}", path.display());
