@@ -40,7 +40,7 @@ ATKD_DEVICE int32_t target_of(const atkd_batch &batch, uint32_t token) {
 
 // Before a launch in teams that tell each other the states of rows by number: no number is there yet. By one block.
 ATKD_DEVICE void clear_states(void *states) {
-    for (uint32_t i = thread_index(); i < 2 * ATKD_PIPELINED_BLOCKS * (ATKD_TOLD_STATE / 16); i += block_threads()) {
+    for (uint32_t i = thread_index(); i < 2 * ATKD_PIPELINED_GRID * (ATKD_TOLD_STATE / 16); i += block_threads()) {
         store16(static_cast<Bytes16 *>(states) + i, {{0, 0, 0, 0}});
     }
 }

@@ -1,7 +1,7 @@
 // How many tokens are valid, where no token's loss depends on which are hard, or the caller says which are.
 #include "batch.cuh"
 
-ATKD_KERNEL(count_valid, atkd_count_valid, 256, 6) {
+ATKD_KERNEL(count_valid, atkd_count_valid, ATKD_COUNT) {
     uint32_t token = block_index() * block_threads() + thread_index();
     bool valid = token < p.batch.tokens && target_of(p.batch, token) != IGNORED_TARGET;
     bool hard = valid && (p.hard != nullptr ? load(p.hard + token) != 0 : p.valid_mode == ATKD_HARD);

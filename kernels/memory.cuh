@@ -36,10 +36,11 @@ static_assert(sizeof(atkd_rows) == 336 && sizeof(atkd_token_terms) == 288, "the 
 ATKD_DEVICE void begin_kernel() {
     ATKD_SINCE_SM_90("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 }
-// Blocks of at most `threads`, of which a multiprocessor should hold `blocks` at once.
-#define ATKD_KERNEL(name, params, threads, blocks)                                                            \
+// A kernel with the launch bounds geometry##_THREADS and geometry##_BLOCKS.
+#define ATKD_KERNEL(name, params, geometry)                                                                   \
     static ATKD_DEVICE void name##_body(const params &p);                                                     \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ params p) {    \
+    extern "C" __global__ void __launch_bounds__(geometry##_THREADS, geometry##_BLOCKS)                       \
+        name(const __grid_constant__ params p) {                                                              \
         begin_kernel();                                                                                       \
         name##_body(p);                                                                                       \
     }                                                                                                         \
@@ -363,13 +364,13 @@ template <> ATKD_DEVICE uint32_t max_of_two<bf16>(uint32_t a, uint32_t b) {
 #include "simt/simt.h"
 #endif
 
-constexpr uint32_t WARP = 32;
+constexpr uint32_t WARP = ATKD_WARP;
 
 // Logits that one thread handles at once: 16 bytes of half precision, twice that of single.
-constexpr uint32_t CHUNK = 8;
+constexpr uint32_t CHUNK = ATKD_CHUNK;
 
 // Bytes that the L2 cache holds together.
-constexpr uint32_t LINE = 128;
+constexpr uint32_t LINE = ATKD_LINE;
 
 // Where a row of a matrix starts. The branch goes one way for all rows of a launch; without it the compiler computes the
 // product anew in every turn of a loop, to save registers.

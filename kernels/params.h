@@ -15,15 +15,52 @@
 #define ATKD_EASY 1u
 #define ATKD_HARD 2u
 
+// Threads per warp.
+#define ATKD_WARP 32u
+// Consecutive logits that a thread handles at once.
+#define ATKD_CHUNK 8u
+// Bytes of a line of the L2 cache.
+#define ATKD_LINE 128u
+
+// Launch bounds of each kernel: threads per block at most, and blocks that a multiprocessor must hold at once.
+#define ATKD_MARGIN_THREADS 256u
+#define ATKD_MARGIN_BLOCKS 5u
+#define ATKD_COUNT_THREADS 256u
+#define ATKD_COUNT_BLOCKS 6u
+#define ATKD_SELECT_THREADS 1024u
+#define ATKD_SELECT_BLOCKS 1u
+#define ATKD_RESIDENT_THREADS 256u
+#define ATKD_RESIDENT_BLOCKS 2u
+#define ATKD_STREAM_THREADS 384u
+#define ATKD_STREAM_BLOCKS 2u
+// row_pipelined's consumer warps, and the producer warp.
+#define ATKD_PIPELINED_THREADS (128u + ATKD_WARP)
+#define ATKD_PIPELINED_BLOCKS 6u
+#define ATKD_PIPELINED_WIDE_THREADS (256u + ATKD_WARP)
+#define ATKD_PIPELINED_WIDE_BLOCKS 3u
+#define ATKD_TERMS_THREADS 256u
+#define ATKD_TERMS_BLOCKS 2u
+#define ATKD_SCALE_THREADS 256u
+#define ATKD_SCALE_BLOCKS 6u
+#define ATKD_UNFUSED_THREADS 512u
+#define ATKD_UNFUSED_BLOCKS 2u
+#define ATKD_UNFUSED_TOKENS_THREADS 256u
+#define ATKD_UNFUSED_TOKENS_BLOCKS 2u
+
+// Bytes of each model's row that a thread of row_resident holds in registers.
+#define ATKD_HELD_BYTES 128u
+// Bytes of static shared memory of a block of row_pipelined at most, beside the row's slices.
+#define ATKD_PIPELINED_STATIC_BYTES 640u
+
 // Blocks that a launch in teams has at most, and the bytes of a row's state that each tells its team.
 #define ATKD_TEAM_BLOCKS 512u
 #define ATKD_TEAM_STATE 48u
 // Blocks that a launch of row_pipelined has at most, and the bytes of a row's state that each tells its team.
-#define ATKD_PIPELINED_BLOCKS 1024u
+#define ATKD_PIPELINED_GRID 1024u
 #define ATKD_TOLD_STATE 32u
 
 // Blocks that token_terms has at most: each leaves a sum where the states of rows were.
-#define ATKD_TERMS_BLOCKS 1024u
+#define ATKD_TERMS_GRID 1024u
 
 // Where the rows of a matrix [N, V] start, in elements from the first. Row i starts at i * stride, and at `skip` more for
 // every whole number of rows of one outer index in i: i * inverse, over 2^32, over 2^shift.
@@ -134,7 +171,7 @@ typedef struct {
     float *dkd;                  // [N], over 2^64
     double *student_margin_at_1; // [N], if cross entropy has a weight: the student's at temperature 1
     void *states;                // [2][ATKD_TEAM_BLOCKS] of ATKD_TEAM_STATE bytes; or, of row_pipelined,
-                                 // [2][ATKD_PIPELINED_BLOCKS] of ATKD_TOLD_STATE
+                                 // [2][ATKD_PIPELINED_GRID] of ATKD_TOLD_STATE
     const uint32_t *wrong;       // the tokens to do, counted in the summary; null for all
     atkd_strides student_strides;
     atkd_strides gradient_strides;

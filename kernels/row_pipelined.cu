@@ -426,7 +426,7 @@ template <class T, uint32_t WORKERS> struct Server {
     }
 
     ATKD_DEVICE Told *told_by(uint32_t block) const {
-        return static_cast<Told *>(p.states) + (number & 1) * ATKD_PIPELINED_BLOCKS + block;
+        return static_cast<Told *>(p.states) + (number & 1) * ATKD_PIPELINED_GRID + block;
     }
 
     // From the states of the warps to the block's, from all blocks' to what the gradient needs.
@@ -601,16 +601,16 @@ template <class T, uint32_t WORKERS> ATKD_DEVICE void row_pipelined(const atkd_r
 
 // Nothing where there are no bulk copies: no plan chooses it there.
 #if defined(__CUDACC__) && __CUDA_ARCH__ < 900
-#define ATKD_ROW_PIPELINED(T, WORKERS)
+#define ATKD_ROW_PIPELINED(T, geometry)
 #else
-#define ATKD_ROW_PIPELINED(T, WORKERS) row_pipelined<T, WORKERS>(p)
+#define ATKD_ROW_PIPELINED(T, geometry) row_pipelined<T, geometry##_THREADS - WARP>(p)
 #endif
 
-ATKD_KERNEL(row_pipelined_f32, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(float, 128); }
-ATKD_KERNEL(row_pipelined_f16, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(f16, 128); }
-ATKD_KERNEL(row_pipelined_bf16, atkd_rows, 160, 6) { ATKD_ROW_PIPELINED(bf16, 128); }
+ATKD_KERNEL(row_pipelined_f32, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(float, ATKD_PIPELINED); }
+ATKD_KERNEL(row_pipelined_f16, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(f16, ATKD_PIPELINED); }
+ATKD_KERNEL(row_pipelined_bf16, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(bf16, ATKD_PIPELINED); }
 
 // The same by fewer blocks, twice as large.
-ATKD_KERNEL(row_pipelined_wide_f32, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(float, 256); }
-ATKD_KERNEL(row_pipelined_wide_f16, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(f16, 256); }
-ATKD_KERNEL(row_pipelined_wide_bf16, atkd_rows, 288, 3) { ATKD_ROW_PIPELINED(bf16, 256); }
+ATKD_KERNEL(row_pipelined_wide_f32, atkd_rows, ATKD_PIPELINED_WIDE) { ATKD_ROW_PIPELINED(float, ATKD_PIPELINED_WIDE); }
+ATKD_KERNEL(row_pipelined_wide_f16, atkd_rows, ATKD_PIPELINED_WIDE) { ATKD_ROW_PIPELINED(f16, ATKD_PIPELINED_WIDE); }
+ATKD_KERNEL(row_pipelined_wide_bf16, atkd_rows, ATKD_PIPELINED_WIDE) { ATKD_ROW_PIPELINED(bf16, ATKD_PIPELINED_WIDE); }

@@ -7,8 +7,8 @@ namespace {
 
 template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t token) {
     // Chunks of each model in a thread's registers: 128 bytes.
-    constexpr uint32_t HELD = 128 / (CHUNK * sizeof(T));
-    ATKD_ROW_SHARED(256);
+    constexpr uint32_t HELD = ATKD_HELD_BYTES / (CHUNK * sizeof(T));
+    ATKD_ROW_SHARED(ATKD_RESIDENT_THREADS);
     Rows<T, T> rows(p, token);
     uint8_t mode = load(p.batch.modes + rows.token);
     int32_t signed_target = target_of(p.batch, rows.token);
@@ -116,6 +116,6 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
 
 } // namespace
 
-ATKD_KERNEL(row_resident_f32, atkd_rows, 256, 2) { row_resident<float>(p); }
-ATKD_KERNEL(row_resident_f16, atkd_rows, 256, 2) { row_resident<f16>(p); }
-ATKD_KERNEL(row_resident_bf16, atkd_rows, 256, 2) { row_resident<bf16>(p); }
+ATKD_KERNEL(row_resident_f32, atkd_rows, ATKD_RESIDENT) { row_resident<float>(p); }
+ATKD_KERNEL(row_resident_f16, atkd_rows, ATKD_RESIDENT) { row_resident<f16>(p); }
+ATKD_KERNEL(row_resident_bf16, atkd_rows, ATKD_RESIDENT) { row_resident<bf16>(p); }

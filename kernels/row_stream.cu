@@ -6,7 +6,7 @@
 namespace {
 
 template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
-    ATKD_ROW_SHARED(384);
+    ATKD_ROW_SHARED(ATKD_STREAM_THREADS);
     Rows<P, Q> rows(p, token);
     // Every thread reads mode and label: cached words, and no barrier to wait at.
     uint8_t mode = load(p.batch.modes + rows.token);
@@ -80,7 +80,7 @@ template <class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows
 
 // row_stream_<teacher>_<student>_<gradient>
 #define ATKD_ROW_STREAM(teacher, P, student, Q, gradient, G)                                                  \
-    ATKD_KERNEL(row_stream_##teacher##_##student##_##gradient, atkd_rows, 384, 2) { row_stream<P, Q, G>(p); }
+    ATKD_KERNEL(row_stream_##teacher##_##student##_##gradient, atkd_rows, ATKD_STREAM) { row_stream<P, Q, G>(p); }
 #define ATKD_ROW_STREAM_OF(teacher, P)                                                                        \
     ATKD_ROW_STREAM(teacher, P, f32, float, f32, float)                                                       \
     ATKD_ROW_STREAM(teacher, P, f16, f16, f16, f16)                                                           \

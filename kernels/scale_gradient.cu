@@ -28,6 +28,6 @@ template <class T> ATKD_DEVICE void scale_gradient(const atkd_scale_gradient &p)
 
 } // namespace
 
-ATKD_KERNEL(scale_gradient_f32, atkd_scale_gradient, 256, 6) { scale_gradient<float>(p); }
-ATKD_KERNEL(scale_gradient_f16, atkd_scale_gradient, 256, 6) { scale_gradient<f16>(p); }
-ATKD_KERNEL(scale_gradient_bf16, atkd_scale_gradient, 256, 6) { scale_gradient<bf16>(p); }
+ATKD_KERNEL(scale_gradient_f32, atkd_scale_gradient, ATKD_SCALE) { scale_gradient<float>(p); }
+ATKD_KERNEL(scale_gradient_f16, atkd_scale_gradient, ATKD_SCALE) { scale_gradient<f16>(p); }
+ATKD_KERNEL(scale_gradient_bf16, atkd_scale_gradient, ATKD_SCALE) { scale_gradient<bf16>(p); }

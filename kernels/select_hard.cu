@@ -55,7 +55,7 @@ ATKD_DEVICE void find_digit(const Counts &merged, uint32_t remaining, Fields &fo
 
 } // namespace
 
-ATKD_KERNEL(select_hard, atkd_select_hard, 1024, 1) {
+ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
     // Two, in turn: one may be read by other blocks while the next digit is counted in the other.
     ATKD_SHARED(uint32_t, histograms, 2 * DIGITS);
     ATKD_SHARED(uint32_t, merged, DIGITS);

@@ -113,7 +113,7 @@ struct alignas(16) WarpSum {
     uint32_t token, target;
 };
 
-constexpr uint32_t MOST_WARPS = 256 / WARP; // of the launch bounds
+constexpr uint32_t MOST_WARPS = ATKD_MARGIN_THREADS / WARP;
 // Before the first: of odd parity, and the barrier's phase before its first counts as over; and no warp's to merge.
 constexpr uint32_t NO_ROW = 0xffffffffu;
 
@@ -278,6 +278,6 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
 
 } // namespace
 
-ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin, 256, 5) { teacher_margin<float>(p); }
-ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin, 256, 5) { teacher_margin<f16>(p); }
-ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin, 256, 5) { teacher_margin<bf16>(p); }
+ATKD_KERNEL(teacher_margin_f32, atkd_teacher_margin, ATKD_MARGIN) { teacher_margin<float>(p); }
+ATKD_KERNEL(teacher_margin_f16, atkd_teacher_margin, ATKD_MARGIN) { teacher_margin<f16>(p); }
+ATKD_KERNEL(teacher_margin_bf16, atkd_teacher_margin, ATKD_MARGIN) { teacher_margin<bf16>(p); }

@@ -32,7 +32,7 @@ ATKD_DEVICE void end_call(const atkd_token_terms &p, double sum) {
 
 } // namespace
 
-ATKD_KERNEL(token_terms, atkd_token_terms, 256, 2) {
+ATKD_KERNEL(token_terms, atkd_token_terms, ATKD_TERMS) {
     ATKD_SHARED(double, sums, MAX_WARPS);
     double own = 0;
     ATKD_NO_UNROLL

@@ -36,7 +36,7 @@ template <class Op> ATKD_DEVICE void reduce(const atkd_unfused &p, float start_v
 } // namespace
 
 #define ATKD_UNFUSED_MAP(name, A, Out, expression)                                                            \
-    ATKD_KERNEL(unfused_##name, atkd_unfused, 512, 2) {                                                       \
+    ATKD_KERNEL(unfused_##name, atkd_unfused, ATKD_UNFUSED) {                                                       \
         map<A, Out>(p, [](float a, float b, float row, float c) {                                             \
             (void)a, (void)b, (void)row, (void)c;                                                             \
             return expression;                                                                                \
@@ -60,11 +60,11 @@ ATKD_UNFUSED_MAP(log, float, float, logf(a + c))
 ATKD_UNFUSED_MAP(over_row_slope, float, float, -a * b / ((row + c) * (row + c)))
 ATKD_UNFUSED_MAP(times_minus_row, float, float, a * (b - row))
 
-ATKD_KERNEL(unfused_max, atkd_unfused, 512, 2) { reduce(p, OUTSIDE, Max()); }
-ATKD_KERNEL(unfused_sum, atkd_unfused, 512, 2) { reduce(p, 0.0f, Sum()); }
+ATKD_KERNEL(unfused_max, atkd_unfused, ATKD_UNFUSED) { reduce(p, OUTSIDE, Max()); }
+ATKD_KERNEL(unfused_sum, atkd_unfused, ATKD_UNFUSED) { reduce(p, 0.0f, Sum()); }
 
 // The few numbers of each token, with a thread each: what the target says.
-ATKD_KERNEL(unfused_targets, atkd_unfused_tokens, 256, 2) {
+ATKD_KERNEL(unfused_targets, atkd_unfused_tokens, ATKD_UNFUSED_TOKENS) {
     uint32_t token = block_index() * block_threads() + thread_index();
     if (token >= p.tokens) {
         return;
@@ -79,7 +79,7 @@ ATKD_KERNEL(unfused_targets, atkd_unfused_tokens, 256, 2) {
 }
 
 // Losses, and the factor of DKD's gradient.
-ATKD_KERNEL(unfused_losses, atkd_unfused_tokens, 256, 2) {
+ATKD_KERNEL(unfused_losses, atkd_unfused_tokens, ATKD_UNFUSED_TOKENS) {
     uint32_t token = block_index() * block_threads() + thread_index();
     if (token >= p.tokens) {
         return;
@@ -95,7 +95,7 @@ ATKD_KERNEL(unfused_losses, atkd_unfused_tokens, 256, 2) {
 }
 
 // The target's part of the gradient with respect to q.
-ATKD_KERNEL(unfused_target_gradient, atkd_unfused_tokens, 256, 2) {
+ATKD_KERNEL(unfused_target_gradient, atkd_unfused_tokens, ATKD_UNFUSED_TOKENS) {
     uint32_t token = block_index() * block_threads() + thread_index();
     if (token >= p.tokens) {
         return;

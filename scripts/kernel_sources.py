@@ -7,15 +7,24 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 
 
+def geometry():
+    """The numbers that kernels/params.h defines, by name."""
+    found = {}
+    for name, value in re.findall(r"#define (ATKD_\w+) ([^/\n]+)", (KERNELS / "params.h").read_text()):
+        # A sum of numbers and of names before it.
+        found[name] = sum(found[part] if part in found else int(part.rstrip("u"), 0)
+                          for part in value.strip().strip("()").split(" + "))
+    return found
+
+
 def launch_bounds():
-    """Threads a block and blocks a multiprocessor, by the start of a kernel's name."""
+    """Threads per block and blocks per multiprocessor, by the start of a kernel's name."""
+    numbers = geometry()
     text = "".join(path.read_text() for path in KERNELS.glob("*.cu"))
-    found = re.findall(r"ATKD_KERNEL\((\w+?)_?(?:##[\w#]+)?, \w+, (\d+), (\d+)\)", text)
-    return {name: (int(threads), int(blocks)) for name, threads, blocks in found}
+    found = re.findall(r"ATKD_KERNEL\((\w+?)_?(?:##[\w#]+)?, \w+, (\w+)\)", text)
+    return {name: (numbers[f"{stem}_THREADS"], numbers[f"{stem}_BLOCKS"]) for name, stem in found}
 
 
 def planned_shared():
-    """Bytes that src/plan.rs gives the threads of row_pipelined beside the row, and those that the device takes."""
-    text = (ROOT / "src/plan.rs").read_text()
-    found = re.search(r"const PIPELINED_SHARED_BYTES: usize = (\d+) \+ (\d+);", text)
-    return int(found[1]), int(found[2])
+    """Bytes of static shared memory that plans allow a block of row_pipelined."""
+    return geometry()["ATKD_PIPELINED_STATIC_BYTES"]

@@ -82,7 +82,7 @@
 //! - [`cuda`] computes on NVIDIA GPUs, from and to device memory (feature `cuda`, on by default; builds and
 //!   loads without CUDA too). The kernels are in a build only if an nvcc compiled them.
 //! - [`reference`](mod@reference) is the same in float64 straight from the definitions, for checking.
-//! - [`raw`] is calls by address, for other languages and frameworks, and [`cpu`] on such a call.
+//! - [`call`] is calls by address, for other languages and frameworks; [`cpu::raw`] runs them on the host.
 //! - [`candle`], with the feature of that name, is a differentiable operation for training loops; with
 //!   `candle-cuda` on CUDA tensors too.
 //! - [`simt`], with the feature of that name, runs the CUDA kernels on the CPU, as a test.
@@ -97,14 +97,15 @@
 
 mod batch;
 pub mod battery;
+pub mod call;
 #[cfg(feature = "candle")]
 pub mod candle;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-mod error;
 #[cfg(any(feature = "cuda", feature = "simt"))]
-mod launch;
+mod device;
+mod error;
 mod logits;
 mod objective;
 mod output;
@@ -112,7 +113,6 @@ mod output;
 mod params;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod plan;
-pub mod raw;
 pub mod reference;
 mod row;
 mod selection;

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use crate::Dtype;
-use crate::params::{ATKD_PIPELINED_BLOCKS, ATKD_TEAM_BLOCKS, ATKD_TERMS_BLOCKS};
+use crate::params::*;
+use crate::{Dtype, Target};
 
 /// What a plan needs to know of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,8 +27,8 @@ impl DeviceProperties {
         multiprocessors: 132,
         l2_bytes: 60 << 20,
         shared_bytes: 228 << 10,
-        pipelined_blocks: 6,
-        pipelined_wide_blocks: 3,
+        pipelined_blocks: ATKD_PIPELINED_BLOCKS,
+        pipelined_wide_blocks: ATKD_PIPELINED_WIDE_BLOCKS,
     };
 
     /// Blocks that can form a cluster without the driver's special leave.
@@ -56,6 +56,80 @@ pub struct Problem {
     pub aligned_alike: bool,
     /// Parts within which hard tokens are selected.
     pub scopes: usize,
+    /// The token at which the vocabulary is split.
+    pub target: Target,
+    /// The origin of the set of hard tokens.
+    pub hard: HardTokens,
+    /// Whether a gradient is wanted that depends on which tokens are hard.
+    pub gradient_depends_on_hard: bool,
+    /// Whether the gradient overwrites the student's logits, so that no row can be done again.
+    pub in_place: bool,
+}
+
+/// The origin of a call's set of hard tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HardTokens {
+    /// The call selects them by the margins that it computes.
+    Selected,
+    /// The call selects them by margins that the caller has.
+    ByMargins,
+    /// The caller gives the set.
+    Given,
+}
+
+/// The order of a call's stages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Schedule {
+    /// The rows are done by the last call's threshold, and those that it predicted wrong once more.
+    PredictThenRepair,
+    /// The hard tokens are known before the rows: selected by the caller's margins, or by those that a pass over the
+    /// teacher's logits leaves.
+    SelectFirst,
+    /// The selection changes no gradient: it comes after the rows, which leave the margins.
+    SelectLast,
+    /// Nothing is selected: the caller gives the hard tokens.
+    Given,
+}
+
+/// A stage of a call: one launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// `teacher_margin`, if the plan has a margin pass.
+    Margins,
+    /// `count_valid`
+    Count,
+    /// `select_hard`
+    Select,
+    /// The kernel for rows, for all tokens.
+    Rows,
+    /// The kernel for rows, for the mispredicted tokens again.
+    Repair,
+    /// `token_terms`
+    Finish,
+}
+
+impl Schedule {
+    /// The stages in their order.
+    pub fn stages(self) -> &'static [Stage] {
+        use Stage::{Count, Finish, Margins, Repair, Rows, Select};
+        match self {
+            Self::PredictThenRepair => &[Count, Rows, Select, Repair, Finish],
+            Self::SelectFirst => &[Margins, Select, Rows, Finish],
+            Self::SelectLast => &[Margins, Count, Rows, Select, Finish],
+            Self::Given => &[Margins, Count, Rows, Finish],
+        }
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::PredictThenRepair => "predict, then repair",
+            Self::SelectFirst => "select first",
+            Self::SelectLast => "select last",
+            Self::Given => "hard tokens given",
+        })
+    }
 }
 
 /// How one kernel is launched.
@@ -135,6 +209,10 @@ pub struct Preference {
 /// The launch of every kernel that a call may need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
+    /// The order of the stages.
+    pub schedule: Schedule,
+    /// Whether the schedule's margin stage is needed: a pass over the teacher's logits before the rows.
+    pub margin_pass: bool,
     /// `teacher_margin`: the teacher's rows are read once.
     pub margin: LaunchShape,
     /// `count_valid`: the labels are read.
@@ -155,32 +233,30 @@ pub struct Plan {
     pub terms: LaunchShape,
 }
 
-const WARP: usize = 32;
-/// Logits that a thread handles at once, as in kernels/memory.cuh.
-const CHUNK: usize = 8;
-/// In a line of the L2 cache, of half precision; in two, of single.
-const CHUNKS_OF_A_LINE: usize = 8;
+const WARP: usize = ATKD_WARP as usize;
+const CHUNK: usize = ATKD_CHUNK as usize;
+/// Chunks of half precision in a line of the L2 cache; in two lines, of single precision.
+const CHUNKS_OF_A_LINE: usize = (ATKD_LINE / (2 * ATKD_CHUNK)) as usize;
 /// From here on `row_pipelined` beats `row_resident`, as measured (docs/performance.md).
 const LEAST_PIPELINED: usize = 2048;
 /// As many as a warp has lanes.
 const MOST_TEAM: usize = WARP;
-/// Of the launch bounds of each kernel: threads a block, blocks a multiprocessor.
-const MARGIN_THREADS: usize = 256;
-const MARGIN_BLOCKS: usize = 5;
-const STREAM_THREADS: usize = 384;
-const RESIDENT_THREADS: usize = 256;
-const RESIDENT_BLOCKS: usize = 2;
-const STREAM_BLOCKS: usize = 2;
-pub(crate) const PIPELINED_THREADS: usize = 160;
-pub(crate) const PIPELINED_WIDE_THREADS: usize = 288;
-const SCALE_THREADS: usize = 256;
-const SCALE_BLOCKS: usize = 6;
-const TOKEN_THREADS: usize = 256;
-const SELECT_THREADS: usize = 1024;
+const MARGIN_THREADS: usize = ATKD_MARGIN_THREADS as usize;
+const MARGIN_BLOCKS: usize = ATKD_MARGIN_BLOCKS as usize;
+const STREAM_THREADS: usize = ATKD_STREAM_THREADS as usize;
+const STREAM_BLOCKS: usize = ATKD_STREAM_BLOCKS as usize;
+const RESIDENT_THREADS: usize = ATKD_RESIDENT_THREADS as usize;
+const RESIDENT_BLOCKS: usize = ATKD_RESIDENT_BLOCKS as usize;
+const SCALE_THREADS: usize = ATKD_SCALE_THREADS as usize;
+const SCALE_BLOCKS: usize = ATKD_SCALE_BLOCKS as usize;
+const COUNT_THREADS: usize = ATKD_COUNT_THREADS as usize;
+const TERMS_THREADS: usize = ATKD_TERMS_THREADS as usize;
+const SELECT_THREADS: usize = ATKD_SELECT_THREADS as usize;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
-const HELD_BYTES: usize = 128;
-/// Of a block of `row_pipelined`, beside its slices: what its threads share, and what the device takes.
-const PIPELINED_SHARED_BYTES: usize = 640 + 1024;
+const HELD_BYTES: usize = ATKD_HELD_BYTES as usize;
+/// Bytes that a block of `row_pipelined` takes of a multiprocessor's shared memory beside its slices: its static shared
+/// memory, and what the driver reserves per block.
+const PIPELINED_SHARED_BYTES: usize = ATKD_PIPELINED_STATIC_BYTES as usize + 1024;
 /// Bytes by which a device hands out shared memory.
 const SHARED_UNIT: usize = 128;
 
@@ -195,9 +271,15 @@ struct BlocksOnChip {
 impl BlocksOnChip {
     fn of(device: &DeviceProperties, row_kernel: RowKernel) -> Self {
         if row_kernel == RowKernel::PipelinedWide {
-            Self { threads: PIPELINED_WIDE_THREADS, most: device.pipelined_wide_blocks as usize }
+            Self {
+                threads: ATKD_PIPELINED_WIDE_THREADS as usize,
+                most: device.pipelined_wide_blocks as usize,
+            }
         } else {
-            Self { threads: PIPELINED_THREADS, most: device.pipelined_blocks as usize }
+            Self {
+                threads: ATKD_PIPELINED_THREADS as usize,
+                most: device.pipelined_blocks as usize,
+            }
         }
     }
 }
@@ -243,6 +325,14 @@ pub(crate) fn scale_gradient(
     (shape(tokens.min(at_once / parts) * parts, block, 1), parts as u32)
 }
 
+/// The launch of `select_hard`: a cluster per scope.
+pub(crate) fn select_hard(device: &DeviceProperties, tokens: usize, scopes: usize) -> LaunchShape {
+    let largest_scope = tokens.div_ceil(scopes.max(1));
+    let blocks = (largest_scope.div_ceil(SELECT_THREADS).next_power_of_two() as u32)
+        .clamp(1, device.portable_cluster());
+    shape(scopes * blocks as usize, threads(largest_scope, 1, SELECT_THREADS), blocks)
+}
+
 impl Plan {
     /// The plan of a call on a device: by the preferred kernel if that can do the call, else by the first that can of
     /// those that read a row once, else by `row_stream`.
@@ -268,9 +358,7 @@ impl Plan {
         let Preference { row_kernel, team } = choice;
         let Problem { tokens, vocab, scopes, .. } = *problem;
         let chunks = chunks(vocab);
-        let largest_scope = tokens.div_ceil(scopes.max(1));
-        let select_blocks = (largest_scope.div_ceil(SELECT_THREADS).next_power_of_two() as u32)
-            .clamp(1, device.portable_cluster());
+        let (schedule, margin_pass) = problem.schedule();
         let (rows, blocks) = match row_kernel {
             RowKernel::Resident => (Self::resident(problem, chunks)?, RESIDENT_BLOCKS),
             RowKernel::Pipelined | RowKernel::PipelinedWide => {
@@ -287,14 +375,12 @@ impl Plan {
         let at_once = (device.multiprocessors as usize * blocks / a_row).max(1);
         let again = tokens.min(at_once) * a_row;
         Some(Self {
+            schedule,
+            margin_pass,
             // As many rows to each block as to any other: a few that ended last would leave the memory idle.
             margin: shape(tokens.div_ceil(tokens.div_ceil(margins_at_once).max(1)), margin, 1),
-            count: shape(tokens.div_ceil(TOKEN_THREADS), TOKEN_THREADS as u32, 1),
-            select: shape(
-                scopes * select_blocks as usize,
-                threads(largest_scope, 1, SELECT_THREADS),
-                select_blocks,
-            ),
+            count: shape(tokens.div_ceil(COUNT_THREADS), COUNT_THREADS as u32, 1),
+            select: select_hard(device, tokens, scopes),
             row_kernel,
             rows,
             rows_again: LaunchShape { grid: rows.grid.min(again as u32), ..rows },
@@ -302,8 +388,8 @@ impl Plan {
             rows_in_flight_bytes: in_flight_bytes(device, problem, a_row),
             // One ends the call, even without tokens.
             terms: shape(
-                tokens.div_ceil(TOKEN_THREADS).clamp(1, ATKD_TERMS_BLOCKS as usize),
-                TOKEN_THREADS as u32,
+                tokens.div_ceil(TERMS_THREADS).clamp(1, ATKD_TERMS_GRID as usize),
+                TERMS_THREADS as u32,
                 1,
             ),
         })
@@ -342,7 +428,7 @@ impl Plan {
         // The size of a team, how many of them, and the bytes of a block.
         let with = |blocks: usize| {
             let at_once = device.multiprocessors as usize * blocks;
-            let at_once = at_once.min(ATKD_PIPELINED_BLOCKS as usize);
+            let at_once = at_once.min(ATKD_PIPELINED_GRID as usize);
             let room = device.shared_bytes / blocks / SHARED_UNIT * SHARED_UNIT;
             let room = room.saturating_sub(PIPELINED_SHARED_BYTES);
             teams.clone().take_while(|&team| team <= MOST_TEAM.min(at_once)).find_map(|team| {
@@ -397,6 +483,24 @@ impl Plan {
 }
 
 impl Problem {
+    /// The order of the stages, and whether it starts with a pass over the teacher's logits.
+    fn schedule(&self) -> (Schedule, bool) {
+        let of_teacher = self.target == Target::Teacher;
+        // Margins that nobody has, and that the gradients wait for.
+        let wanted = self.gradient_depends_on_hard && self.hard == HardTokens::Selected;
+        let schedule = match self.hard {
+            HardTokens::Given => Schedule::Given,
+            HardTokens::ByMargins => Schedule::SelectFirst,
+            // The prediction is one threshold, and needs the target's logits before any row's.
+            HardTokens::Selected if wanted && !of_teacher && self.scopes == 1 && !self.in_place => {
+                return (Schedule::PredictThenRepair, false);
+            }
+            HardTokens::Selected if wanted => Schedule::SelectFirst,
+            HardTokens::Selected => Schedule::SelectLast,
+        };
+        (schedule, of_teacher || wanted)
+    }
+
     /// What the kernels that read a row once are made for.
     fn of_one_type(&self) -> bool {
         self.teacher == self.student && self.student == self.gradient && !self.sum_at_1
@@ -412,6 +516,7 @@ fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, blocks_a_row: u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::kernel::KERNELS;
 
     const H200: DeviceProperties = DeviceProperties::H200;
     const A100: DeviceProperties = DeviceProperties {
@@ -432,40 +537,68 @@ mod tests {
             sum_at_1: false,
             aligned_alike: true,
             scopes: 1,
+            target: Target::Label,
+            hard: HardTokens::Selected,
+            gradient_depends_on_hard: true,
+            in_place: false,
         }
     }
 
-    /// The kernels say the same of themselves.
     #[test]
-    fn launch_bounds() {
-        let source = concat!(
-            include_str!("../kernels/teacher_margin.cu"),
-            include_str!("../kernels/row_stream.cu"),
-            include_str!("../kernels/row_resident.cu"),
-            include_str!("../kernels/row_pipelined.cu"),
-            include_str!("../kernels/scale_gradient.cu"),
-            include_str!("../kernels/select_hard.cu"),
-            include_str!("../kernels/count_valid.cu"),
-            include_str!("../kernels/token_terms.cu"),
-        );
-        let pipelined_blocks = H200.pipelined_blocks as usize;
-        let pipelined_wide_blocks = H200.pipelined_wide_blocks as usize;
-        for (kernel, threads, blocks) in [
-            ("teacher_margin_bf16", MARGIN_THREADS, Some(MARGIN_BLOCKS)),
-            ("row_stream_##", STREAM_THREADS, Some(STREAM_BLOCKS)),
-            ("row_resident_bf16", RESIDENT_THREADS, Some(RESIDENT_BLOCKS)),
-            ("row_pipelined_bf16", PIPELINED_THREADS, Some(pipelined_blocks)),
-            ("row_pipelined_wide_bf16", PIPELINED_WIDE_THREADS, Some(pipelined_wide_blocks)),
-            ("scale_gradient_bf16", SCALE_THREADS, Some(SCALE_BLOCKS)),
-            ("select_hard", SELECT_THREADS, None),
-            ("count_valid", TOKEN_THREADS, None),
-            ("token_terms", TOKEN_THREADS, None),
+    fn schedules() {
+        let plain = problem(64, 1000, Dtype::F32, Dtype::F32);
+        let of = |problem: Problem| {
+            let plan = Plan::new(&H200, &problem, None);
+            (plan.schedule, plan.margin_pass)
+        };
+        assert_eq!(of(plain), (Schedule::PredictThenRepair, false));
+        for without_prediction in [
+            Problem { in_place: true, ..plain },
+            Problem { scopes: 2, ..plain },
+            Problem { target: Target::Teacher, ..plain },
         ] {
-            let (_, rest) = source.split_once(&format!("ATKD_KERNEL({kernel}")).unwrap();
-            let (arguments, _) = rest.split_once(')').unwrap();
-            let mut bounds = arguments.rsplit(", ").map(|number| number.parse().unwrap());
-            let found: (usize, usize) = (bounds.next().unwrap(), bounds.next().unwrap());
-            assert_eq!(found, (blocks.unwrap_or(found.0), threads), "{kernel}: blocks, threads");
+            assert_eq!(of(without_prediction), (Schedule::SelectFirst, true));
+        }
+        let last = Problem { gradient_depends_on_hard: false, ..plain };
+        assert_eq!(of(last), (Schedule::SelectLast, false));
+        assert_eq!(of(Problem { target: Target::Teacher, ..last }), (Schedule::SelectLast, true));
+        for (hard, schedule) in
+            [(HardTokens::ByMargins, Schedule::SelectFirst), (HardTokens::Given, Schedule::Given)]
+        {
+            for depends in [plain, last] {
+                let problem = Problem { hard, ..depends };
+                assert_eq!(of(problem), (schedule, false));
+                let of_teacher = Problem { target: Target::Teacher, ..problem };
+                assert_eq!(of(of_teacher), (schedule, true));
+            }
+        }
+    }
+
+    /// The kernel table has the launch bounds that kernels are compiled with, in this order.
+    #[test]
+    fn plans_stay_within_launch_bounds() {
+        let threads = |name: &str| {
+            let kernel = KERNELS.iter().find(|kernel| kernel.name.starts_with(name)).unwrap();
+            kernel.threads
+        };
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            for vocab in [1, 100, 4096, 50_257, 151_936, 1 << 20] {
+                for tokens in [1, 300, 8192, 1 << 22] {
+                    let plan = Plan::new(&H200, &problem(tokens, vocab, dtype, dtype), None);
+                    for (name, shape) in [
+                        ("teacher_margin", plan.margin),
+                        ("count_valid", plan.count),
+                        ("select_hard", plan.select),
+                        (
+                            &format!("{}_{}", plan.row_kernel, dtype.to_string().to_lowercase()),
+                            plan.rows,
+                        ),
+                        ("token_terms", plan.terms),
+                    ] {
+                        assert!((32..=threads(name)).contains(&shape.block), "{name}: {shape}");
+                    }
+                }
+            }
         }
     }
 

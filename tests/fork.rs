@@ -4,7 +4,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput};
+use atkd::call::{RawCall, RawLabels, RawLogits, RawOutput};
+use atkd::cpu::raw;
 use atkd::{Dtype, Objective};
 
 const TOKENS: usize = 64;

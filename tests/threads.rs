@@ -4,7 +4,8 @@ use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput};
+use atkd::call::{RawCall, RawLabels, RawLogits, RawOutput};
+use atkd::cpu::raw;
 use atkd::{Batch, Dtype, Logits, Objective, cpu};
 
 const TOKENS: usize = 16;

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use atkd::raw::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
+use atkd::call::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::{Dtype, Strides};
 
 use crate::status::Failure;

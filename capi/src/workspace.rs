@@ -5,9 +5,10 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::Objective;
+use atkd::call::{RawCall, RawOutput, RawSelection, RawTeacher};
+use atkd::cpu::raw;
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels, Workspace};
-use atkd::raw::{self, RawCall, RawOutput, RawSelection, RawTeacher};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::ATKD_MAX_THREADS;

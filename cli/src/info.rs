@@ -1,9 +1,9 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use atkd::cpu;
 use atkd::cuda::Kernels;
-use atkd::plan::{DeviceProperties, Plan, Problem, RowKernel};
+use atkd::plan::{DeviceProperties, HardTokens, Plan, Problem, RowKernel, Schedule};
+use atkd::{Target, cpu};
 use clap::ValueEnum;
 
 use crate::backend::{Backend, Choice};
@@ -80,6 +80,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         sum_at_1: false,
         aligned_alike: true,
         scopes: 1,
+        target: Target::Label,
+        hard: HardTokens::Selected,
+        gradient_depends_on_hard: true,
+        in_place: false,
     };
     let plan = Plan::new(&device, &problem, None);
     let mut table = crate::table(&["kernel", "launch"]);
@@ -92,6 +96,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     ] {
         table.add_row([kernel, &shape.to_string()]);
     }
+    let order = match plan.schedule {
+        Schedule::PredictThenRepair => {
+            "the rows by the threshold that the last call left, then the selection, then the rows predicted wrong again"
+        }
+        Schedule::SelectFirst => "the selection before the rows",
+        Schedule::SelectLast => "the selection after the rows",
+        Schedule::Given => "no selection",
+    };
+    let schedule =
+        format!("Schedule of a call with a gradient of its own: {} ({order}).", plan.schedule);
     let team = plan.rows.team;
     let a_row = match (plan.rows.blocks_a_row(), plan.rows.team) {
         (1, _) => "With a block a row".into(),
@@ -121,7 +135,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         ),
     };
     crate::print(&format!(
-        "\n{} x {} {dtype} on {whose} ({} multiprocessors, L2 cache {:.1} MB):\n\n{}\n\n{why}",
+        "\n{} x {} {dtype} on {whose} ({} multiprocessors, L2 cache {:.1} MB):\n\n{}\n\n{schedule}\n{why}",
         args.tokens,
         args.vocab,
         device.multiprocessors,

@@ -1,12 +1,16 @@
 // Kernels with the mistakes that the simulator must catch, one each.
 #include "../reduce.cuh"
 
+// Launch bounds.
+#define BROKEN_THREADS 64
+#define BROKEN_WARP_THREADS 32
+
 typedef struct {
     uint32_t *data; // one element a thread
 } atkd_broken;
 
 // Reads what another thread writes, without the barrier between.
-ATKD_KERNEL(broken_missing_barrier, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_missing_barrier, atkd_broken, BROKEN) {
     ATKD_SHARED(uint32_t, cells, 64);
     cells[thread_index()] = 0;
     ATKD_SYNC_BLOCK();
@@ -15,7 +19,7 @@ ATKD_KERNEL(broken_missing_barrier, atkd_broken, 64, 1) {
 }
 
 // Reads what another lane wrote, after a shuffle, which orders no memory.
-ATKD_KERNEL(broken_missing_warp_barrier, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_missing_warp_barrier, atkd_broken, BROKEN) {
     ATKD_SHARED(uint32_t, cells, 64);
     cells[thread_index()] = 1;
     uint32_t other = shuffle_xor(thread_index(), 1);
@@ -23,7 +27,7 @@ ATKD_KERNEL(broken_missing_warp_barrier, atkd_broken, 64, 1) {
 }
 
 // One thread reads while others still add.
-ATKD_KERNEL(broken_addition, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_addition, atkd_broken, BROKEN) {
     ATKD_SHARED(uint32_t, cells, 1);
     if (thread_index() == 0) {
         cells[0] = 0;
@@ -36,7 +40,7 @@ ATKD_KERNEL(broken_addition, atkd_broken, 64, 1) {
 }
 
 // Half of the threads never reach the barrier.
-ATKD_KERNEL(broken_divergent_barrier, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_divergent_barrier, atkd_broken, BROKEN) {
     if (thread_index() < 32) {
         ATKD_SYNC_BLOCK();
     }
@@ -44,7 +48,7 @@ ATKD_KERNEL(broken_divergent_barrier, atkd_broken, 64, 1) {
 }
 
 // Two groups wait at different barriers.
-ATKD_KERNEL(broken_two_barriers, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_two_barriers, atkd_broken, BROKEN) {
     if (thread_index() < 32) {
         ATKD_SYNC_BLOCK();
     } else {
@@ -54,25 +58,25 @@ ATKD_KERNEL(broken_two_barriers, atkd_broken, 64, 1) {
 }
 
 // A lane leaves before the shuffle that the others wait for it at.
-ATKD_KERNEL(broken_shuffle, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_shuffle, atkd_broken, BROKEN) {
     if (thread_index() % WARP != 5) {
         store(p.data + thread_index(), shuffle_xor(thread_index(), 1));
     }
 }
 
-ATKD_KERNEL(broken_read_outside, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_read_outside, atkd_broken, BROKEN) {
     store(p.data + thread_index(), load(p.data + thread_index() + 1));
 }
 
-ATKD_KERNEL(broken_write_outside, atkd_broken, 64, 1) { store(p.data - thread_index(), 1u); }
+ATKD_KERNEL(broken_write_outside, atkd_broken, BROKEN) { store(p.data - thread_index(), 1u); }
 
-ATKD_KERNEL(broken_alignment, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_alignment, atkd_broken, BROKEN) {
     if (thread_index() == 0) {
         store16(p.data, load16<false>(p.data + 1));
     }
 }
 
-ATKD_KERNEL(broken_unwritten_shared, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_unwritten_shared, atkd_broken, BROKEN) {
     ATKD_SHARED(uint32_t, cells, 64);
     if (thread_index() != 9) {
         cells[thread_index()] = 1;
@@ -81,14 +85,14 @@ ATKD_KERNEL(broken_unwritten_shared, atkd_broken, 64, 1) {
     store(p.data + thread_index(), uint32_t(cells[thread_index()]));
 }
 
-ATKD_KERNEL(broken_shared_bounds, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_shared_bounds, atkd_broken, BROKEN) {
     ATKD_SHARED(uint32_t, cells, 32);
     cells[thread_index()] = 1;
     store(p.data + thread_index(), 1u);
 }
 
 // Reads what another block writes, without the cluster's barrier between.
-ATKD_KERNEL(broken_missing_cluster_barrier, atkd_broken, 32, 1) {
+ATKD_KERNEL(broken_missing_cluster_barrier, atkd_broken, BROKEN_WARP) {
     ATKD_SHARED(uint32_t, cells, 32);
     cells[thread_index()] = 0;
     ATKD_SYNC_CLUSTER();
@@ -99,7 +103,7 @@ ATKD_KERNEL(broken_missing_cluster_barrier, atkd_broken, 32, 1) {
 }
 
 // One block never reaches the cluster's barrier.
-ATKD_KERNEL(broken_cluster_barrier, atkd_broken, 32, 1) {
+ATKD_KERNEL(broken_cluster_barrier, atkd_broken, BROKEN_WARP) {
     if (cluster_rank() == 0) {
         ATKD_SYNC_CLUSTER();
     }
@@ -107,7 +111,7 @@ ATKD_KERNEL(broken_cluster_barrier, atkd_broken, 32, 1) {
 }
 
 // A block ends while another still reads its shared memory.
-ATKD_KERNEL(broken_remote, atkd_broken, 32, 1) {
+ATKD_KERNEL(broken_remote, atkd_broken, BROKEN_WARP) {
     ATKD_SHARED(uint32_t, cells, 32);
     cells[thread_index()] = thread_index();
     ATKD_SYNC_CLUSTER();
@@ -120,7 +124,7 @@ ATKD_KERNEL(broken_remote, atkd_broken, 32, 1) {
 }
 
 // Only one of two blocks comes to where both should meet.
-ATKD_KERNEL(broken_team, atkd_broken, 32, 1) {
+ATKD_KERNEL(broken_team, atkd_broken, BROKEN_WARP) {
     if (block_index() == 0) {
         if (thread_index() == 0) {
             add_release(p.data, 1u << 30);
@@ -130,7 +134,7 @@ ATKD_KERNEL(broken_team, atkd_broken, 32, 1) {
 }
 
 // There are two blocks in the cluster.
-ATKD_KERNEL(broken_rank, atkd_broken, 32, 1) {
+ATKD_KERNEL(broken_rank, atkd_broken, BROKEN_WARP) {
     ATKD_SHARED(uint32_t, cells, 32);
     store(p.data + thread_index(), uint32_t(ATKD_REMOTE(cells, 0, 2)));
 }
@@ -154,7 +158,7 @@ void load_all(const atkd_broken &p, StagedMemory staged, Barriers &full, uint32_
 }
 
 // The wait is one thread's, with no barrier after it.
-ATKD_KERNEL(broken_unwaited_read, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_unwaited_read, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
@@ -166,7 +170,7 @@ ATKD_KERNEL(broken_unwaited_read, atkd_broken, 64, 1) {
     store(p.data + thread_index(), load_staged(staged, 0).word[0]);
 }
 
-ATKD_KERNEL(broken_early_parity, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_early_parity, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
@@ -176,7 +180,7 @@ ATKD_KERNEL(broken_early_parity, atkd_broken, 64, 1) {
     store(p.data + thread_index(), load_staged(staged, 0).word[0]);
 }
 
-ATKD_KERNEL(broken_late_parity, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_late_parity, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
@@ -185,7 +189,7 @@ ATKD_KERNEL(broken_late_parity, atkd_broken, 64, 1) {
     ATKD_WAIT(full, 0, 1);
 }
 
-ATKD_KERNEL(broken_few_bytes, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_few_bytes, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
@@ -193,7 +197,7 @@ ATKD_KERNEL(broken_few_bytes, atkd_broken, 64, 1) {
     ATKD_WAIT(full, 0, 0);
 }
 
-ATKD_KERNEL(broken_many_bytes, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_many_bytes, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
@@ -202,7 +206,7 @@ ATKD_KERNEL(broken_many_bytes, atkd_broken, 64, 1) {
 }
 
 // The second comes before the first one's bytes.
-ATKD_KERNEL(broken_arrivals, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_arrivals, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
@@ -215,7 +219,7 @@ ATKD_KERNEL(broken_arrivals, atkd_broken, 64, 1) {
 }
 
 // Other threads do not wait for the barrier to be made.
-ATKD_KERNEL(broken_early_barrier, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_early_barrier, atkd_broken, BROKEN) {
     ATKD_SHARED(Barrier, full, 1);
     if (thread_index() == 0) {
         ATKD_SYNC_BLOCK();
@@ -229,7 +233,7 @@ ATKD_KERNEL(broken_early_barrier, atkd_broken, 64, 1) {
 }
 
 // Some threads still read what others refill.
-ATKD_KERNEL(broken_refill_of_the_read, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_refill_of_the_read, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
@@ -243,7 +247,7 @@ ATKD_KERNEL(broken_refill_of_the_read, atkd_broken, 64, 1) {
 }
 
 // A lane says that its warp has read, which is not there yet to say so.
-ATKD_KERNEL(broken_arrival_for_others, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_arrival_for_others, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     ATKD_SHARED(Barrier, read, 1);
@@ -264,25 +268,25 @@ ATKD_KERNEL(broken_arrival_for_others, atkd_broken, 64, 1) {
     ATKD_WAIT(full, 0, 1);
 }
 
-ATKD_KERNEL(broken_bulk_alignment, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_bulk_alignment, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
     ATKD_BULK_LOAD(staged, 0, p.data + 1, 16, full, 0);
 }
 
-ATKD_KERNEL(broken_bulk_size, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_bulk_size, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
     ATKD_BULK_LOAD(staged, 0, p.data, 24, full, 0);
 }
 
-ATKD_KERNEL(broken_prefetch_size, atkd_broken, 64, 1) { bulk_prefetch(p.data, 24); }
+ATKD_KERNEL(broken_prefetch_size, atkd_broken, BROKEN) { bulk_prefetch(p.data, 24); }
 
-ATKD_KERNEL(broken_prefetch_outside, atkd_broken, 64, 1) { bulk_prefetch(p.data, 2 * ALL); }
+ATKD_KERNEL(broken_prefetch_outside, atkd_broken, BROKEN) { bulk_prefetch(p.data, 2 * ALL); }
 
-ATKD_KERNEL(broken_bulk_outside, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_bulk_outside, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
@@ -290,14 +294,14 @@ ATKD_KERNEL(broken_bulk_outside, atkd_broken, 64, 1) {
 }
 
 // There are 512 bytes.
-ATKD_KERNEL(broken_staged_bounds, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_staged_bounds, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
     ATKD_BULK_LOAD(staged, 512 - 128, p.data, ALL, full, 0);
 }
 
-ATKD_KERNEL(broken_unwaited_load, atkd_broken, 64, 1) {
+ATKD_KERNEL(broken_unwaited_load, atkd_broken, BROKEN) {
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 1);
     make(full);
@@ -311,7 +315,7 @@ typedef struct {
 } atkd_staged_rows;
 
 // Not broken: adds 1 to every number, each block of the cluster on its own rows, of which two are staged.
-ATKD_KERNEL(staged_rows, atkd_staged_rows, 64, 1) {
+ATKD_KERNEL(staged_rows, atkd_staged_rows, BROKEN) {
     constexpr uint32_t BYTES = 1024;
     ATKD_STAGED(staged);
     ATKD_SHARED(Barrier, full, 2);
@@ -353,7 +357,7 @@ ATKD_KERNEL(staged_rows, atkd_staged_rows, 64, 1) {
 }
 
 // What is told has another number than what is waited for.
-ATKD_KERNEL(broken_post, atkd_broken, 32, 1) {
+ATKD_KERNEL(broken_post, atkd_broken, BROKEN_WARP) {
     auto *at = reinterpret_cast<Bytes16 *>(p.data);
     if (block_index() == 0) {
         post16(at, {{1, 2, 3, 2 * 7}});

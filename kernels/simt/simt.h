@@ -49,10 +49,10 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 }
 
 #define ATKD_DEVICE inline
-#define ATKD_KERNEL(name, params, threads, blocks)                                                            \
+#define ATKD_KERNEL(name, params, geometry)                                                                   \
     static ATKD_DEVICE void name##_body(const params &p);                                                     \
     extern "C" void name(const params &p) {                                                                   \
-        simt_begin_kernel(threads);                                                                           \
+        simt_begin_kernel(geometry##_THREADS);                                                                           \
         name##_body(p);                                                                                       \
     }                                                                                                         \
     static ATKD_DEVICE void name##_body(const params &p)

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels};
-use atkd::raw::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
+use atkd::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::{Objective, Result};
 use pyo3::prelude::*;
 

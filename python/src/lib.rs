@@ -4,7 +4,8 @@ mod device;
 mod pages;
 mod threads;
 
-use atkd::raw::{self, RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
+use atkd::call::{self, RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
+use atkd::cpu::raw;
 use atkd::{Dtype, Reduction, Strides, Target};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -183,7 +184,7 @@ fn run_on_host(
         if let Some(modes) = output.modes.filter(|_| call.tokens > 0) {
             // SAFETY: as above; every byte was just written.
             let modes = unsafe { std::slice::from_raw_parts_mut(modes as *mut u8, call.tokens) };
-            modes.iter_mut().for_each(|mode| *mode = u8::from(*mode == raw::HARD));
+            modes.iter_mut().for_each(|mode| *mode = u8::from(*mode == call::HARD));
         }
         Ok(())
     })

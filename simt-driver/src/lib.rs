@@ -266,6 +266,7 @@ driver! {
         let name = unsafe { CStr::from_ptr(name) }.to_str().unwrap_or_default();
         let of_candle = || CANDLE_KERNELS.iter().find(|kernel| **kernel == name);
         let (kernel, bytes) = find_kernel(name)
+            .map(|kernel| (kernel.name, kernel.parameter_bytes))
             .or_else(|| of_candle().map(|kernel| (*kernel, 0)))
             .ok_or(CUDA_ERROR_NOT_FOUND)?;
         let id = driver.new_handle();
@@ -312,11 +313,10 @@ driver! {
     fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
         driver, blocks: *mut c_int, function: CUfunction, threads: c_int, bytes: usize, flags: c_uint
     ) {
-        driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
-        supported((threads == 160 || threads == 288) && bytes == 0 && flags == 0)?;
-        let DeviceProperties { pipelined_blocks, pipelined_wide_blocks, .. } = DeviceProperties::H200;
-        let most = if threads == 160 { pipelined_blocks } else { pipelined_wide_blocks };
-        give(blocks, most as c_int)
+        let function = driver.functions.get(&(function as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
+        let kernel = find_kernel(function.kernel).ok_or(CUDA_ERROR_NOT_SUPPORTED)?;
+        supported(threads as u32 == kernel.threads && bytes == 0 && flags == 0)?;
+        give(blocks, kernel.blocks as c_int)
     }
 
     fn cuMemAlloc_v2(driver, address: *mut CUdeviceptr, bytes: usize) {
@@ -620,11 +620,7 @@ driver! {
             }
         }
         let small = driver.is_small(context);
-        let at_once = match kernel {
-            _ if kernel.starts_with("row_pipelined_wide") => 3,
-            _ if kernel.starts_with("row_pipelined") => 6,
-            _ => 2,
-        };
+        let at_once = find_kernel(kernel).map_or(1, |kernel| kernel.blocks);
         if team > at_once * multiprocessors(small) as u32 {
             return Err(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
         }

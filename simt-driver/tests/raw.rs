@@ -3,9 +3,9 @@
 
 use std::io::Write;
 
+use atkd::call::{self, RawOutput};
 use atkd::cuda::cudarc::driver::DevicePtr;
 use atkd::cuda::{self, Kernels, RawCall, RawLabels, RawLogits, Workspace};
-use atkd::raw::{self, RawOutput};
 use atkd::{Batch, Dtype, Error, Logits, LogitsMut, Objective, cpu};
 
 mod loader;
@@ -99,7 +99,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
             near(found[1 + 2 * TOKENS + i], token.dkd);
             near(found[1 + 3 * TOKENS + i], token.margin);
             assert_eq!(
-                (found_modes[i] != raw::IGNORED, found_modes[i] == raw::HARD),
+                (found_modes[i] != call::IGNORED, found_modes[i] == call::HARD),
                 (token.valid, token.hard)
             );
         }

@@ -22,6 +22,7 @@
 //! entropy is wanted at a temperature other than 1).
 
 mod block;
+pub mod raw;
 mod rows;
 mod team;
 #[cfg(test)]

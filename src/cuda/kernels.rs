@@ -6,18 +6,27 @@ use cudarc::driver::sys::{
     self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute,
     CUlaunchAttributeID as LaunchAttribute,
 };
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError,
+};
 use cudarc::nvrtc::Ptx;
 
 use super::driver;
-use crate::launch::{KERNELS, Launch};
-use crate::plan::{
-    DeviceProperties, PIPELINED_THREADS, PIPELINED_WIDE_THREADS, Plan, Preference, Problem,
-};
+use crate::device::kernel::{KERNELS, Launch};
+use crate::params::{ATKD_PIPELINED_THREADS, ATKD_PIPELINED_WIDE_THREADS};
+use crate::plan::{DeviceProperties, Plan, Preference, Problem};
 use crate::{Error, Result};
 
 /// Machine code for several architectures, and PTX; empty if there was no nvcc.
 const FAT_BINARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/atkd.fatbin"));
+
+/// Events before the first kernel of a call, and after each, with its name.
+pub(super) type Clock = Vec<(&'static str, CudaEvent)>;
+
+fn tick(stream: &Arc<CudaStream>) -> Result<CudaEvent> {
+    let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+    stream.record_event(Some(flags)).map_err(driver("taking times"))
+}
 
 /// The kernels, loaded into a context.
 #[derive(Debug)]
@@ -82,8 +91,9 @@ impl Kernels {
             .map_err(driver("loading the kernels"))?;
         let functions: HashMap<_, CudaFunction> = KERNELS
             .iter()
-            .map(|name| {
-                Ok((*name, module.load_function(name).map_err(driver("finding a kernel"))?))
+            .map(|kernel| {
+                let function = module.load_function(kernel.name);
+                Ok((kernel.name, function.map_err(driver("finding a kernel"))?))
             })
             .collect::<Result<_>>()?;
         // A device may run PTX of an older architecture, whose kernels know of no clusters.
@@ -102,16 +112,16 @@ impl Kernels {
             let most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
             let blocks_of = |kernels: [&str; 3], threads| {
                 kernels.iter().try_fold(u32::MAX, |least, kernel| {
-                    let blocks = allow_shared(&functions[kernel], most, threads as u32)
+                    let blocks = allow_shared(&functions[kernel], most, threads)
                         .map_err(driver("preparing a kernel"))?;
                     Ok(least.min(blocks))
                 })
             };
             let pipelined = ["row_pipelined_f32", "row_pipelined_f16", "row_pipelined_bf16"];
-            device.pipelined_blocks = blocks_of(pipelined, PIPELINED_THREADS)?;
+            device.pipelined_blocks = blocks_of(pipelined, ATKD_PIPELINED_THREADS)?;
             let wide =
                 ["row_pipelined_wide_f32", "row_pipelined_wide_f16", "row_pipelined_wide_bf16"];
-            device.pipelined_wide_blocks = blocks_of(wide, PIPELINED_WIDE_THREADS)?;
+            device.pipelined_wide_blocks = blocks_of(wide, ATKD_PIPELINED_WIDE_THREADS)?;
         }
         let mut driver_version = 0;
         // SAFETY: writes one number.
@@ -151,19 +161,41 @@ impl Kernels {
         Plan::new(&self.device, problem, self.preferred)
     }
 
+    /// Enqueues kernels, in order. Takes the time before the first and after each if there is a clock: a kernel's name
+    /// and an event.
+    ///
+    /// # Safety
+    /// The addresses in the launches' parameters are of device memory of the sizes that go with them,
+    /// which stays until the stream is done with it.
+    pub(super) unsafe fn enqueue(
+        &self,
+        stream: &Arc<CudaStream>,
+        launches: impl IntoIterator<Item = Launch>,
+        mut clock: Option<&mut Clock>,
+    ) -> Result<()> {
+        if let Some(clock) = &mut clock {
+            clock.clear();
+            clock.push(("", tick(stream)?));
+        }
+        let mut after = false;
+        for launch in launches {
+            // SAFETY: the caller's.
+            unsafe { self.launch(stream, &launch, after)? };
+            after = launch.shape.team == 1 && clock.is_none();
+            if let Some(clock) = &mut clock {
+                clock.push((launch.kernel, tick(stream)?));
+            }
+        }
+        Ok(())
+    }
+
     /// `after`: the stream's last work is a kernel of the same call, beside which this one may be made ready,
     /// but for kernels in teams.
     /// Every kernel begins by waiting for what is before it.
     ///
     /// # Safety
-    /// The addresses in the launch's parameters are of device memory of the sizes that go with them,
-    /// which stays until the stream is done with it.
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &CudaStream,
-        launch: &Launch,
-        after: bool,
-    ) -> Result<()> {
+    /// As [`enqueue`](Self::enqueue).
+    unsafe fn launch(&self, stream: &CudaStream, launch: &Launch, after: bool) -> Result<()> {
         // SAFETY: plain numbers.
         let mut overlap: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         overlap.id = LaunchAttribute::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;

@@ -40,9 +40,9 @@
 //! [`Workspace::teacher_margins`] gives the margins to select by, [`Workspace::select_hard`] selects among all of them,
 //! and [`DeviceBatch::with_hard`] gives each call its share.
 
+mod by_address;
 mod host;
 mod kernels;
-mod raw;
 mod tensor;
 pub mod unfused;
 mod workspace;
@@ -53,7 +53,7 @@ pub use cudarc;
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, DriverError};
 
-pub use crate::launch::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
+pub use crate::call::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
 use crate::{Error, Result};
 pub use kernels::Kernels;
 pub use tensor::{

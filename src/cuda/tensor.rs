@@ -4,7 +4,7 @@ use cudarc::driver::{
 };
 use half::{bf16, f16};
 
-use crate::launch::{RawLabels, RawLogits};
+use crate::call::{RawLabels, RawLogits};
 use crate::logits::check_length;
 use crate::{Dtype, Error, Result, Strides};
 

@@ -51,8 +51,9 @@ impl Unfused {
         let (address, _guard) = self.memory.device_ptr_mut(stream);
         let launches = launches(call, &self.kernels.device(), address)?;
         for launch in &launches {
+            // Each by itself, as an eager framework launches: none is made ready beside the one before.
             // SAFETY: the caller vouches for the call's addresses, the layout for this memory's.
-            unsafe { self.kernels.launch(stream, launch, false)? };
+            unsafe { self.kernels.enqueue(stream, [*launch], None)? };
         }
         Ok(launches.len())
     }

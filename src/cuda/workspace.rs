@@ -2,18 +2,19 @@ use std::mem::offset_of;
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
+use cudarc::driver::sys::CUstreamCaptureStatus;
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut,
+    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut,
     DeviceSlice, result,
 };
 
-use super::raw::clear_hard;
+use super::by_address::clear_hard;
+use super::kernels::Clock;
 use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, driver};
-use crate::launch::{
-    Launch, Layout, Place, RawCall, RawLogits, RawOutput, RawSelection, RawTeacher, check_faults,
-    launches, margins, read_summary, selection,
-};
+use crate::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
+use crate::device::kernel::Launch;
+use crate::device::stages::{Checked, launches, margins, selection};
+use crate::device::workspace::{Layout, Memory, check_faults, read_summary};
 use crate::params::atkd_summary;
 use crate::{Error, Objective, Output, Result};
 
@@ -29,7 +30,7 @@ pub struct Workspace {
     /// What the last call was about.
     last: Option<Last>,
     /// Before the first kernel of the last call, and after each.
-    clock: Option<Vec<(&'static str, CudaEvent)>>,
+    clock: Option<Clock>,
 }
 
 /// The bytes of a summary that say what kernels met.
@@ -266,27 +267,14 @@ impl Workspace {
         self.check_context("the stream", stream.context())?;
         let context = self.kernels.context();
         context.bind_to_thread().map_err(driver("using the context"))?;
-        call.validate(objective)?;
-        let plan = self.kernels.plan(&call.problem(objective));
-        let place = Place::new(self.layout, self.address);
-        let launches = launches(objective, call, output, &plan, place)?;
+        let checked = Checked::new(objective, call)?;
+        let plan = self.kernels.plan(&checked.problem);
+        let launches = launches(&checked, output, &plan, self.memory_at())?;
         // Orders this call and those on other streams; within a capture the caller does.
         let ordered = !tracked_capture(stream, self.memory.context())?;
         let guard = ordered.then(|| self.memory.device_ptr_mut(stream));
-        if let Some(clock) = &mut self.clock {
-            clock.clear();
-            clock.push(("", tick(stream)?));
-        }
-        let (kernels, clock, mut after) = (&self.kernels, &mut self.clock, false);
-        let launched = launches.into_iter().try_for_each(|launch| {
-            // SAFETY: the caller vouches for the call's addresses, the layout for the workspace's.
-            unsafe { kernels.launch(stream, &launch, after)? };
-            after = launch.shape.team == 1 && clock.is_none();
-            if let Some(clock) = clock {
-                clock.push((launch.kernel, tick(stream)?));
-            }
-            Ok(())
-        });
+        // SAFETY: the caller vouches for the call's addresses, the layout for the workspace's.
+        let launched = unsafe { self.kernels.enqueue(stream, launches, self.clock.as_mut()) };
         let failed = launched.is_err();
         if failed {
             // The last kernel of a call leaves the loss, and the counters at 0 for the next call, and did not run.
@@ -403,8 +391,7 @@ impl Workspace {
         teacher: &RawTeacher,
         to: u64,
     ) -> Result<()> {
-        let place = Place::new(self.layout, self.address);
-        let launch = margins(objective, teacher, to, &self.kernels.device(), place)?;
+        let launch = margins(objective, teacher, to, &self.kernels.device(), self.memory_at())?;
         let failed = self.last.is_some_and(|last| last.failed);
         let last = Last { objective: *objective, tokens: 0, vocab: teacher.vocab, failed };
         // SAFETY: the caller's.
@@ -424,8 +411,7 @@ impl Workspace {
         from: &RawSelection,
         hard_ratio: f64,
     ) -> Result<()> {
-        let place = Place::new(self.layout, self.address);
-        let launch = selection(from, hard_ratio, &self.kernels.device(), place)?;
+        let launch = selection(from, hard_ratio, &self.kernels.device(), self.memory_at())?;
         self.check_context("the stream", stream.context())?;
         let context = self.kernels.context();
         context.bind_to_thread().map_err(driver("using the context"))?;
@@ -455,7 +441,7 @@ impl Workspace {
         let _guard = ordered.then(|| self.memory.device_ptr_mut(stream));
         self.last = Some(last);
         // SAFETY: the caller vouches for the addresses, the layout for the workspace's.
-        unsafe { self.kernels.launch(stream, &launch, false) }
+        unsafe { self.kernels.enqueue(stream, [launch], None) }
     }
 
     /// From now on, takes the time of every kernel, for [`times`](Self::times). Costs a few microseconds
@@ -558,6 +544,10 @@ impl Workspace {
         self.column(self.layout.offsets().modes, self.tokens())
     }
 
+    fn memory_at(&self) -> Memory {
+        Memory::new(self.layout, self.address)
+    }
+
     fn tokens(&self) -> usize {
         self.last.map_or(0, |last| last.tokens)
     }
@@ -587,10 +577,6 @@ fn tracked_capture(stream: &CudaStream, context: &CudaContext) -> Result<bool> {
     }
     let status = stream.capture_status().map_err(driver("asking for the stream's state"))?;
     Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
-}
-
-fn tick(stream: &Arc<CudaStream>) -> Result<CudaEvent> {
-    stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("taking times"))
 }
 
 fn same_context(what: &'static str, expected: &CudaContext, actual: &CudaContext) -> Result<()> {

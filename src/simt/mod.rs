@@ -2,14 +2,17 @@
 //! checks every access and every barrier. For tests on machines without a GPU; slow.
 
 pub mod machine;
+mod table;
 
 use std::ffi::c_void;
 
 use machine::Buffer;
 
-use crate::launch::{
-    self, Launch, Layout, Place, RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher,
-};
+use crate::call::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
+pub use crate::device::kernel::Kernel;
+use crate::device::kernel::{KERNELS, Launch, Shrinks};
+use crate::device::stages::{self, Checked};
+use crate::device::workspace::{Layout, Memory};
 use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
@@ -196,20 +199,19 @@ impl Simulation {
         let scopes = call.sequences.map_or(1, |(_, count)| count);
         let layout = Layout { capacity: tokens.max(scopes) };
         let workspace = self.workspace(layout, &mut buffers);
-        let problem = call.problem(objective);
-        let plan = Plan::new(&self.device, &problem, self.preferred);
+        let checked = Checked::new(objective, &call)?;
+        let plan = Plan::new(&self.device, &checked.problem, self.preferred);
         let mut traffic = Vec::new();
-        let place = Place::new(layout, address(&workspace));
-        let output = RawOutput::default();
-        for launch in launch::launches(objective, &call, &output, &plan, place)? {
+        let memory = Memory::new(layout, address(&workspace));
+        for launch in stages::launches(&checked, &RawOutput::default(), &plan, memory)? {
             let mut buffers = buffers.clone();
             self.launch(&launch, &mut buffers)?;
             traffic.push((launch.kernel, buffers));
         }
         // SAFETY: so many bytes are there, all of them written.
-        let memory =
+        let bytes =
             unsafe { std::slice::from_raw_parts(workspace.as_ptr().cast::<u8>(), layout.bytes()) };
-        Ok((layout.read(memory, tokens, vocab, objective)?, traffic))
+        Ok((layout.read(bytes, tokens, vocab, objective)?, traffic))
     }
 
     /// The memory that kernels work in, and its columns as buffers.
@@ -257,8 +259,8 @@ impl Simulation {
         let workspace = self.workspace(layout, &mut buffers);
         let (tokens, vocab, teacher) = (teacher.tokens(), teacher.vocab(), raw(teacher));
         let of = RawTeacher { tokens, vocab, teacher, labels };
-        let place = Place::new(layout, address(&workspace));
-        let launch = launch::margins(objective, &of, address(&to), &self.device, place)?;
+        let memory = Memory::new(layout, address(&workspace));
+        let launch = stages::margins(objective, &of, address(&to), &self.device, memory)?;
         Ok((to, self.alone(launch, buffers)?))
     }
 
@@ -294,8 +296,8 @@ impl Simulation {
         let scopes = selection.sequences.map_or(1, |(_, count)| count);
         let layout = Layout { capacity: tokens.max(scopes) };
         let workspace = self.workspace(layout, &mut buffers);
-        let place = Place::new(layout, address(&workspace));
-        let launch = launch::selection(&selection, hard_ratio, &self.device, place)?;
+        let memory = Memory::new(layout, address(&workspace));
+        let launch = stages::selection(&selection, hard_ratio, &self.device, memory)?;
         let traffic = self.alone(launch, buffers)?;
         let hard = hard.into_iter().map(|byte| {
             assert!(byte < 2, "a token was left out, or marked by {byte:#x}");
@@ -317,7 +319,7 @@ impl Simulation {
     pub fn scale_gradient(self, gradient: &mut LogitsMut, factor: f32) -> Result<Traffic> {
         let view = gradient.as_logits();
         let factor = [factor];
-        let launch = launch::scale_gradient(
+        let launch = stages::scale_gradient(
             &self.device,
             raw(view),
             view.tokens(),
@@ -400,16 +402,13 @@ impl Simulation {
         buffers: &mut [Buffer],
     ) -> Result<(), String> {
         let mut shape = planned;
-        let clusters = shape.grid / shape.cluster;
-        shape.cluster = shape.cluster.min(self.cluster);
-        shape.grid = clusters * shape.cluster;
-        let of_tokens =
-            ["count_valid", "unfused_targets", "unfused_losses", "unfused_target_gradient"];
-        if kernel.starts_with("row_resident") || kernel.starts_with("row_pipelined") {
-            // A row takes all of their threads, or clusters.
-            shape = planned;
-        } else if !of_tokens.contains(&kernel) {
-            // Those have one thread a token.
+        let shrinks = find_kernel(kernel).map_or(Shrinks::Never, |kernel| kernel.shrinks);
+        if shrinks != Shrinks::Never {
+            let clusters = shape.grid / shape.cluster;
+            shape.cluster = shape.cluster.min(self.cluster);
+            shape.grid = clusters * shape.cluster;
+        }
+        if shrinks == Shrinks::BlocksAndClusters {
             shape.block = shape.block.min(self.block);
         }
         // SAFETY: the caller vouches for the block.
@@ -432,24 +431,25 @@ pub unsafe fn run_kernel(
     buffers: &mut [Buffer],
 ) -> Result<(), String> {
     // SAFETY: the caller vouches for it.
-    unsafe { launch::simulate(kernel, shape, seed, parameters, buffers) }
+    unsafe { table::simulate(kernel, shape, seed, parameters, buffers) }
 }
 
-/// The name of a kernel and the bytes of its parameter block, if there is one called so.
-pub fn find_kernel(name: &str) -> Option<(&'static str, usize)> {
-    launch::PARAMETER_BYTES.iter().find(|(kernel, _)| *kernel == name).copied()
+/// The kernel called so, if there is one.
+pub fn find_kernel(name: &str) -> Option<&'static Kernel> {
+    KERNELS.iter().find(|kernel| kernel.name == name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Dtype;
-    use crate::launch::STATES_BYTES;
+    use crate::Target;
+    use crate::device::workspace::STATES_BYTES;
     use crate::params::{
         ATKD_EASY, ATKD_HARD, ATKD_IGNORED, atkd_batch, atkd_coefficient, atkd_select_hard,
         atkd_token_terms,
     };
-    use crate::plan::Problem;
+    use crate::plan::{HardTokens, Problem};
 
     /// On the device of simulations, a batch in bfloat16.
     fn planned(tokens: usize) -> Plan {
@@ -462,6 +462,10 @@ mod tests {
             sum_at_1: false,
             aligned_alike: true,
             scopes: 1,
+            target: Target::Label,
+            hard: HardTokens::Selected,
+            gradient_depends_on_hard: true,
+            in_place: false,
         };
         Plan::new(&Simulation::default().device, &problem, None)
     }

@@ -3,9 +3,11 @@
 use std::ffi::c_void;
 
 use super::EPSILON;
-use crate::launch::{
-    self, Launch, Layout, Parameters, Place, RawCall, RawLabels, RawLogits, RawOutput,
-};
+use crate::call::{RawCall, RawLabels, RawLogits, RawOutput};
+use crate::device::kernel::{Launch, Parameters};
+use crate::device::stages::{self, Checked};
+use crate::device::workspace::Layout;
+use crate::device::workspace::Memory as Workspace;
 use crate::params::*;
 use crate::plan::{DeviceProperties, LaunchShape, Plan};
 use crate::{Dtype, Objective, Result};
@@ -106,9 +108,10 @@ pub(crate) fn launches(
 
     // The fused call's own selection is the best there is for the baseline too.
     let ranked = RawCall { margins: Some(uncertainty), sequences: None, ..*call };
-    let plan = Plan::new(device, &ranked.problem(&objective), None);
-    let place = Place::new(memory.layout(), address);
-    let mut fused = launch::launches(&objective, &ranked, &RawOutput::default(), &plan, place)?;
+    let checked = Checked::new(&objective, &ranked)?;
+    let plan = Plan::new(device, &checked.problem, None);
+    let workspace = Workspace::new(memory.layout(), address);
+    let mut fused = stages::launches(&checked, &RawOutput::default(), &plan, workspace)?;
     let select = fused.find(|launch| launch.kernel == "select_hard").expect("ATKD selects");
     let Parameters::SelectHard(atkd_select_hard { batch, .. }) = select.parameters else {
         unreachable!("that is its parameter block");

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, result};
 
 use super::{Kernels, driver};
-use crate::launch::{
-    Launch, Layout, Place, RawCall, RawLogits, RawOutput, RawSelection, RawTeacher, launches,
-    margins, scale_gradient, selection,
-};
+use crate::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
+use crate::device::kernel::Launch;
+use crate::device::stages::{Checked, launches, margins, scale_gradient, selection};
+use crate::device::workspace::{Layout, Memory};
 use crate::params::atkd_summary;
 use crate::{Objective, Result};
 
@@ -38,25 +38,12 @@ impl Kernels {
         output: &RawOutput,
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
-        call.validate(objective)?;
-        let problem = call.problem(objective);
-        let layout = Layout { capacity: call.tokens.max(problem.scopes) };
-        let plan = self.plan(&problem);
-        let place = Place { layout, workspace, guess: self.guess };
-        let launches = launches(objective, call, output, &plan, place)?;
-        // SAFETY: within the workspace, whose size is the caller's word.
-        unsafe {
-            let bytes = size_of::<atkd_summary>();
-            result::memset_d8_async(workspace, 0, bytes, stream.cu_stream())
-        }
-        .map_err(driver("preparing a workspace"))?;
-        let mut after = false;
-        for launch in launches {
-            // SAFETY: the caller vouches for all addresses.
-            unsafe { self.launch(stream, &launch, after)? };
-            after = launch.shape.team == 1;
-        }
-        Ok(())
+        let checked = Checked::new(objective, call)?;
+        let layout = Layout { capacity: call.tokens.max(checked.problem.scopes) };
+        let memory = Memory { layout, workspace, guess: self.guess };
+        let launches = launches(&checked, output, &self.plan(&checked.problem), memory)?;
+        // SAFETY: the caller vouches for all addresses.
+        unsafe { self.enqueue_in(stream, launches, workspace) }
     }
 
     /// Enqueues the teacher's margins: as [`Workspace::launch_margins`](super::Workspace::launch_margins), in memory of the
@@ -77,10 +64,10 @@ impl Kernels {
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
         let layout = Layout { capacity: teacher.tokens.max(1) };
-        let place = Place { layout, workspace, guess: self.guess };
-        let launch = margins(objective, teacher, to, &self.device(), place)?;
+        let memory = Memory { layout, workspace, guess: self.guess };
+        let launch = margins(objective, teacher, to, &self.device(), memory)?;
         // SAFETY: the caller's.
-        unsafe { self.launch_alone(stream, launch, workspace) }
+        unsafe { self.enqueue_in(stream, launch, workspace) }
     }
 
     /// Enqueues a selection: as [`Workspace::launch_selection`](super::Workspace::launch_selection), in memory of the
@@ -101,24 +88,29 @@ impl Kernels {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
         let scopes = from.sequences.map_or(1, |(_, count)| count);
         let layout = Layout { capacity: from.tokens.max(scopes) };
-        let place = Place { layout, workspace, guess: self.guess };
-        let launch = selection(from, hard_ratio, &self.device(), place)?;
+        let memory = Memory { layout, workspace, guess: self.guess };
+        let launch = selection(from, hard_ratio, &self.device(), memory)?;
         // SAFETY: the caller's.
         unsafe {
             clear_hard(stream, from)?;
-            self.launch_alone(stream, launch, workspace)
+            self.enqueue_in(stream, launch, workspace)
         }
     }
 
+    /// Enqueues launches, if there are any, that work in memory of the caller, which holds anything.
+    ///
     /// # Safety
     /// As [`launch_raw`](Self::launch_raw).
-    unsafe fn launch_alone(
+    unsafe fn enqueue_in(
         &self,
         stream: &Arc<CudaStream>,
-        launch: Option<Launch>,
+        launches: impl IntoIterator<Item = Launch>,
         workspace: u64,
     ) -> Result<()> {
-        let Some(launch) = launch else { return Ok(()) };
+        let mut launches = launches.into_iter().peekable();
+        if launches.peek().is_none() {
+            return Ok(());
+        }
         // SAFETY: within the workspace, whose size is the caller's word.
         unsafe {
             let bytes = size_of::<atkd_summary>();
@@ -126,7 +118,7 @@ impl Kernels {
         }
         .map_err(driver("preparing a workspace"))?;
         // SAFETY: the caller vouches for all addresses.
-        unsafe { self.launch(stream, &launch, false) }
+        unsafe { self.enqueue(stream, launches, None) }
     }
 
     /// Enqueues the multiplication of a gradient `[tokens, vocab]`, in place, by the float32 scalar at `factor`. If
@@ -147,11 +139,9 @@ impl Kernels {
         factor: u64,
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
-        match scale_gradient(&self.device(), gradient, tokens, vocab, factor)? {
-            // SAFETY: the caller vouches for the addresses.
-            Some(launch) => unsafe { self.launch(stream, &launch, false) },
-            None => Ok(()),
-        }
+        let launch = scale_gradient(&self.device(), gradient, tokens, vocab, factor)?;
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { self.enqueue(stream, launch, None) }
     }
 }
 

@@ -1,0 +1,301 @@
+//! What a call reads and writes, by address: for memory that other languages and frameworks own, on the host or on a
+//! device. [`cpu::raw`](crate::cpu::raw) and [`cuda`](crate::cuda) run such calls.
+
+use crate::logits::span;
+use crate::strides::ByteRows;
+use crate::{Dtype, Error, Objective, Result, Strides, Target};
+
+/// Logits or a gradient `[tokens, vocab]` at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawLogits {
+    /// Of the first element.
+    pub address: u64,
+    /// The type of the elements.
+    pub dtype: Dtype,
+    /// Where the rows start, in elements from the first: a row stride by `into()`, or [`Strides::nested`].
+    pub strides: Strides,
+}
+
+/// One label a token at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RawLabels {
+    /// 64 bits each.
+    I64(u64),
+    /// 32 bits each.
+    I32(u64),
+}
+
+/// Everything that a call reads, and its gradient, by address. N is `tokens`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawCall {
+    /// Rows.
+    pub tokens: usize,
+    /// Logits in a row.
+    pub vocab: usize,
+    /// The teacher's logits.
+    pub teacher: RawLogits,
+    /// The student's logits.
+    pub student: RawLogits,
+    /// Where the gradient goes, of the student's dtype or float32; may be the student's logits
+    /// themselves. `None` for the loss alone.
+    pub gradient: Option<RawLogits>,
+    /// `None` for a batch without labels, with [`Target::Teacher`].
+    pub labels: Option<RawLabels>,
+    /// Hard tokens are selected within sequences: the address of their `count + 1` offsets, 64 bits each,
+    /// and `count`.
+    pub sequences: Option<(u64, usize)>,
+    /// The teacher's margins, float32 `[N]`, where they are known from elsewhere: hard tokens are selected
+    /// by these, and the teacher's logits are read once less.
+    pub margins: Option<u64>,
+    /// Which tokens are hard, a byte per token, 0 or not, where that was selected elsewhere: nothing is selected then,
+    /// and hard ratio, sequences and margins are not used. Ignored tokens stay ignored.
+    pub hard: Option<u64>,
+    /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied. If it is infinite
+    /// or NaN, as a trainer's loss scale may make it, the gradient of every valid token is NaN.
+    pub upstream: Option<u64>,
+}
+
+impl RawLogits {
+    /// The address after the last element, if all of them can be there.
+    pub(crate) fn end(self, what: &'static str, tokens: usize, vocab: usize) -> Result<u64> {
+        let Self { address, dtype, strides } = self;
+        let elements = span(what, tokens, vocab, strides)?;
+        if elements > 0 && address == 0 {
+            return Err(Error::Null { what, elements });
+        }
+        check_alignment(what, address, dtype.size() as u64)?;
+        let reason = "it ends beyond the address space";
+        (elements as u64)
+            .checked_mul(dtype.size() as u64)
+            .and_then(|bytes| address.checked_add(bytes))
+            .filter(|&end| end <= isize::MAX as u64)
+            .ok_or(Error::Shape { what, tokens, vocab, strides, reason })
+    }
+
+    /// Whether an element of either, both of which can be there, is in a row of the other.
+    fn overlaps(self, other: Self, tokens: usize, vocab: usize) -> bool {
+        let [one, other] = [self, other].map(|Self { address, dtype, strides }| {
+            ByteRows::new(address, dtype.size(), strides, tokens, vocab)
+        });
+        one.overlap(&other)
+    }
+
+    /// Whether both are the same rows.
+    fn is_same(self, other: Self, tokens: usize) -> bool {
+        let of_tokens = |logits: Self| Self { strides: logits.strides.of(tokens), ..logits };
+        of_tokens(self) == of_tokens(other)
+    }
+}
+
+impl RawCall {
+    /// Whether the gradient overwrites the student's logits.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.gradient.is_some_and(|gradient| gradient.is_same(self.student, self.tokens))
+    }
+
+    /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
+    /// known.
+    pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
+        if self.labels.is_none() && objective.target() == Target::Label {
+            return Err(Error::NoLabels);
+        }
+        check_sequences(self.sequences, self.tokens)?;
+        let (labels, label_bytes) = match self.labels {
+            None => (0, 1),
+            Some(RawLabels::I64(address)) => (address, 8),
+            Some(RawLabels::I32(address)) => (address, 4),
+        };
+        for (what, address, multiple) in [
+            ("the labels", labels, label_bytes),
+            ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
+            ("the margins", self.margins.unwrap_or(0), 4),
+            ("the upstream gradient", self.upstream.unwrap_or(0), 4),
+        ] {
+            check_alignment(what, address, multiple)?;
+        }
+        for (what, address) in [("the margins", self.margins), (HARD_MASK, self.hard)] {
+            check_there(what, address, self.tokens)?;
+        }
+        let mut spans = Vec::with_capacity(3);
+        for (what, logits) in [
+            ("the teacher's logits", Some(self.teacher)),
+            ("the student's logits", Some(self.student)),
+            ("the gradient", self.gradient),
+        ] {
+            let Some(logits) = logits else { continue };
+            spans.push((what, logits.address, logits.end(what, self.tokens, self.vocab)?));
+        }
+        let Some(gradient) = self.gradient else { return Ok(()) };
+        if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
+            let (student, actual) = (self.student.dtype, gradient.dtype);
+            return Err(Error::GradientDtype { student, actual });
+        }
+        let (_, start, end) = spans[2];
+        for (&(what, other_start, other_end), other) in
+            spans.iter().zip([self.teacher, self.student])
+        {
+            let in_place = what == "the student's logits" && self.is_in_place();
+            // Rows may lie between the other's.
+            if start < other_end
+                && other_start < end
+                && !in_place
+                && gradient.overlaps(other, self.tokens, self.vocab)
+            {
+                return Err(Error::Overlap {
+                    what,
+                    gradient: [start, end],
+                    other: [other_start, other_end],
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the teacher's margins follow from, by address. N is `tokens`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawTeacher {
+    /// Rows.
+    pub tokens: usize,
+    /// Logits in a row.
+    pub vocab: usize,
+    /// The teacher's logits.
+    pub teacher: RawLogits,
+    /// As [`RawCall::labels`].
+    pub labels: Option<RawLabels>,
+}
+
+impl RawTeacher {
+    /// A call about the same, with the teacher as its own student.
+    pub(crate) fn call(&self) -> RawCall {
+        let Self { tokens, vocab, teacher, labels } = *self;
+        RawCall {
+            tokens,
+            vocab,
+            teacher,
+            student: teacher,
+            gradient: None,
+            labels,
+            sequences: None,
+            margins: None,
+            hard: None,
+            upstream: None,
+        }
+    }
+
+    /// Whether the call can be made, and its margins written.
+    pub(crate) fn check(&self, objective: &Objective, to: u64) -> Result<()> {
+        self.call().check(objective)?;
+        check_alignment("the margins", to, size_of::<f32>() as u64)?;
+        check_there("the margins", Some(to), self.tokens)
+    }
+}
+
+/// A selection apart from any loss, by address. N is `tokens`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawSelection {
+    /// Margins.
+    pub tokens: usize,
+    /// float32 `[N]`.
+    pub margins: u64,
+    /// Which tokens count, a byte per token, 0 or not; `None` for all.
+    pub valid: Option<u64>,
+    /// As [`RawCall::sequences`].
+    pub sequences: Option<(u64, usize)>,
+    /// Where one byte per token goes: 1 for a hard token, else 0.
+    pub hard: u64,
+}
+
+impl RawSelection {
+    /// Whether the addresses go together.
+    pub(crate) fn check(&self) -> Result<()> {
+        check_sequences(self.sequences, self.tokens)?;
+        let offsets = self.sequences.map_or(0, |(address, _)| address);
+        check_alignment("the sequences' offsets", offsets, 8)?;
+        check_alignment("the margins", self.margins, size_of::<f32>() as u64)?;
+        for (what, address) in [
+            ("the margins", Some(self.margins)),
+            ("valid", self.valid),
+            (HARD_MASK, Some(self.hard)),
+        ] {
+            check_there(what, address, self.tokens)?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) const HARD_MASK: &str = "the mask of hard tokens";
+
+/// That there is an address where values are to be.
+fn check_there(what: &'static str, address: Option<u64>, tokens: usize) -> Result<()> {
+    match address {
+        Some(0) if tokens > 0 => Err(Error::Null { what, elements: tokens }),
+        _ => Ok(()),
+    }
+}
+
+fn check_sequences(sequences: Option<(u64, usize)>, tokens: usize) -> Result<()> {
+    if let Some((_, count)) = sequences
+        && count > i32::MAX as usize
+    {
+        let (what, most) = ("the number of sequences", i32::MAX as usize);
+        return Err(Error::TooLarge { what, value: count, most });
+    }
+    if let Some((_, 0)) = sequences
+        && tokens > 0
+    {
+        let reason = "the last must be the number of tokens";
+        return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
+    }
+    Ok(())
+}
+
+/// The mode of an ignored token.
+pub const IGNORED: u8 = 0;
+/// The mode of a token that is not hard.
+pub const EASY: u8 = 1;
+/// The mode of a hard token.
+pub const HARD: u8 = 2;
+
+/// Where the results of a call go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawOutput {
+    /// One float32: the reduced loss. On a GPU NaN if a label, or a sequence's offset, is out of range, which is an
+    /// error on the CPU.
+    pub loss: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::uncertainty`](crate::TokenTerms::uncertainty). In single precision it is exactly 1 above a margin of 17.4, and
+    /// no order of the tokens any more: `margin` is.
+    pub uncertainty: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::tkd`](crate::TokenTerms::tkd).
+    pub tkd: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::dkd`](crate::TokenTerms::dkd).
+    pub dkd: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::margin`](crate::TokenTerms::margin), of the teacher even if the call was given margins.
+    pub margin: Option<u64>,
+    /// One byte a token: [`IGNORED`], [`EASY`] or [`HARD`].
+    pub modes: Option<u64>,
+}
+
+impl RawOutput {
+    /// Whether each address suits its elements.
+    pub(crate) fn check(&self) -> Result<()> {
+        for (what, address) in [
+            ("the loss", self.loss),
+            ("the uncertainties", self.uncertainty),
+            ("the TKD terms", self.tkd),
+            ("the DKD terms", self.dkd),
+            ("the margins", self.margin),
+        ] {
+            check_alignment(what, address.unwrap_or(0), size_of::<f32>() as u64)?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn check_alignment(what: &'static str, address: u64, multiple: u64) -> Result<()> {
+    if address.is_multiple_of(multiple) {
+        Ok(())
+    } else {
+        Err(Error::Unaligned { what, address, multiple })
+    }
+}

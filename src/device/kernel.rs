@@ -1,0 +1,214 @@
+//! The kernels: their names, parameter blocks and geometry, and what one launch of a kernel is.
+
+use std::ffi::c_void;
+
+use crate::Dtype;
+use crate::call::RawLogits;
+use crate::params::*;
+use crate::plan::LaunchShape;
+
+/// What there is to know of a kernel without running it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes of its parameter block.
+    pub parameter_bytes: usize,
+    /// Threads per block at most, by its launch bounds.
+    pub threads: u32,
+    /// Blocks that a multiprocessor holds at once, by its launch bounds.
+    pub blocks: u32,
+    /// How a simulation may make its launches smaller.
+    pub shrinks: Shrinks,
+}
+
+/// Which numbers of a launch a simulation may make smaller than planned, since the kernel works with any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shrinks {
+    /// Threads per block and blocks per cluster.
+    BlocksAndClusters,
+    /// Blocks per cluster alone: there is a thread per token.
+    Clusters,
+    /// Neither: the planned blocks have just enough room for a row.
+    Never,
+}
+
+/// Hands the list of all kernels to a macro: by parameter block, then by launch bounds, then their names.
+macro_rules! with_kernels {
+    ($macro:ident) => {
+        $macro! {
+            TeacherMargin(atkd_teacher_margin) {
+                ATKD_MARGIN_THREADS ATKD_MARGIN_BLOCKS BlocksAndClusters:
+                    teacher_margin_f32 teacher_margin_f16 teacher_margin_bf16;
+            }
+            CountValid(atkd_count_valid) {
+                ATKD_COUNT_THREADS ATKD_COUNT_BLOCKS Clusters: count_valid;
+            }
+            SelectHard(atkd_select_hard) {
+                ATKD_SELECT_THREADS ATKD_SELECT_BLOCKS BlocksAndClusters: select_hard;
+            }
+            Rows(atkd_rows) {
+                ATKD_RESIDENT_THREADS ATKD_RESIDENT_BLOCKS Never:
+                    row_resident_f32 row_resident_f16 row_resident_bf16;
+                ATKD_PIPELINED_THREADS ATKD_PIPELINED_BLOCKS Never:
+                    row_pipelined_f32 row_pipelined_f16 row_pipelined_bf16;
+                ATKD_PIPELINED_WIDE_THREADS ATKD_PIPELINED_WIDE_BLOCKS Never:
+                    row_pipelined_wide_f32 row_pipelined_wide_f16 row_pipelined_wide_bf16;
+                ATKD_STREAM_THREADS ATKD_STREAM_BLOCKS BlocksAndClusters:
+                    row_stream_f32_f32_f32 row_stream_f32_f16_f16 row_stream_f32_f16_f32
+                    row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32
+                    row_stream_f16_f32_f32 row_stream_f16_f16_f16 row_stream_f16_f16_f32
+                    row_stream_f16_bf16_bf16 row_stream_f16_bf16_f32
+                    row_stream_bf16_f32_f32 row_stream_bf16_f16_f16 row_stream_bf16_f16_f32
+                    row_stream_bf16_bf16_bf16 row_stream_bf16_bf16_f32;
+            }
+            TokenTerms(atkd_token_terms) {
+                ATKD_TERMS_THREADS ATKD_TERMS_BLOCKS BlocksAndClusters: token_terms;
+            }
+            ScaleGradient(atkd_scale_gradient) {
+                ATKD_SCALE_THREADS ATKD_SCALE_BLOCKS BlocksAndClusters:
+                    scale_gradient_f32 scale_gradient_f16 scale_gradient_bf16;
+            }
+            Unfused(atkd_unfused) {
+                ATKD_UNFUSED_THREADS ATKD_UNFUSED_BLOCKS BlocksAndClusters:
+                    unfused_copy_f32 unfused_widen_f16 unfused_widen_bf16 unfused_narrow_f16 unfused_narrow_bf16
+                    unfused_fill unfused_exp_minus_row unfused_over_row unfused_times_row unfused_times unfused_minus
+                    unfused_over unfused_log unfused_over_row_slope unfused_times_minus_row unfused_max unfused_sum;
+            }
+            UnfusedTokens(atkd_unfused_tokens) {
+                ATKD_UNFUSED_TOKENS_THREADS ATKD_UNFUSED_TOKENS_BLOCKS Clusters:
+                    unfused_targets unfused_losses unfused_target_gradient;
+            }
+        }
+    };
+}
+pub(crate) use with_kernels;
+
+macro_rules! table {
+    ($($variant:ident($params:ident) {
+        $($threads:ident $blocks:ident $shrinks:ident: $($name:ident)+;)+
+    })+) => {
+        /// A kernel's parameter block.
+        #[derive(Clone, Copy, Debug)]
+        pub enum Parameters {
+            $($variant($params),)+
+        }
+
+        /// All kernels.
+        pub const KERNELS: &[Kernel] = &[$($($(Kernel {
+            name: stringify!($name),
+            parameter_bytes: size_of::<$params>(),
+            threads: $threads,
+            blocks: $blocks,
+            shrinks: Shrinks::$shrinks,
+        },)+)+)+];
+
+        impl Parameters {
+            /// The address of the block, as a launch wants it.
+            pub fn as_ptr(&self) -> *const c_void {
+                match self {
+                    $(Self::$variant(parameters) => std::ptr::from_ref(parameters).cast(),)+
+                }
+            }
+        }
+    };
+}
+with_kernels!(table);
+
+/// One kernel of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Its name.
+    pub kernel: &'static str,
+    /// Blocks and threads.
+    pub shape: LaunchShape,
+    /// Its argument.
+    pub parameters: Parameters,
+}
+
+impl Launch {
+    /// This launch, unless there is nothing to do: a grid without blocks cannot be launched.
+    pub fn unless_empty(self) -> Option<Self> {
+        (self.shape.grid > 0).then_some(self)
+    }
+}
+
+/// The name of the kernel for logits of one type.
+macro_rules! of_dtype {
+    ($kernel:literal, $dtype:expr) => {
+        match $dtype {
+            $crate::Dtype::F32 => concat!($kernel, "_f32"),
+            $crate::Dtype::F16 => concat!($kernel, "_f16"),
+            $crate::Dtype::Bf16 => concat!($kernel, "_bf16"),
+        }
+    };
+}
+pub(crate) use of_dtype;
+
+/// The name of `row_stream` for logits and a gradient of these types.
+pub fn row_stream(teacher: Dtype, student: Dtype, gradient: Dtype) -> &'static str {
+    macro_rules! of_teacher {
+        ($teacher:literal) => {
+            match (student, gradient) {
+                (Dtype::F32, _) => concat!("row_stream_", $teacher, "_f32_f32"),
+                (Dtype::F16, Dtype::F32) => concat!("row_stream_", $teacher, "_f16_f32"),
+                (Dtype::F16, _) => concat!("row_stream_", $teacher, "_f16_f16"),
+                (Dtype::Bf16, Dtype::F32) => concat!("row_stream_", $teacher, "_bf16_f32"),
+                (Dtype::Bf16, _) => concat!("row_stream_", $teacher, "_bf16_bf16"),
+            }
+        };
+    }
+    match teacher {
+        Dtype::F32 => of_teacher!("f32"),
+        Dtype::F16 => of_teacher!("f16"),
+        Dtype::Bf16 => of_teacher!("bf16"),
+    }
+}
+
+/// The starts of rows, in the form in which kernels find them.
+pub fn strides(logits: RawLogits, tokens: usize) -> atkd_strides {
+    let strides = logits.strides.of(tokens);
+    let (skip, inner) = strides.skip();
+    // row / inner, rounded down, is row * inverse / 2^(32 + shift) for every row below 2^31: the inverse is too large
+    // by at most 1, and 2^31 by no more than `inner` is no more than 2^(32 + shift).
+    let shift = (inner as u32).next_power_of_two().ilog2().saturating_sub(1);
+    let inverse = (1_u64 << (32 + shift)) / inner as u64 + 1;
+    atkd_strides {
+        stride: strides.row() as i64,
+        skip,
+        inverse: if skip == 0 { 0 } else { inverse as u32 },
+        shift,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Strides;
+
+    #[test]
+    fn rows_start_where_the_kernels_find_them() {
+        let mut random = fastrand::Rng::with_seed(0);
+        for inner in
+            (2..70).chain((2..31).flat_map(|bits| [(1 << bits) - 1, 1 << bits, (1 << bits) + 1]))
+        {
+            let logits = RawLogits {
+                address: 0,
+                dtype: Dtype::F16,
+                strides: Strides::nested(inner, 7 * inner + 5, 7),
+            };
+            let at = strides(logits, i32::MAX as usize);
+            let last = i32::MAX as usize;
+            let near = |row: usize| [row.saturating_sub(1), row, row + 1];
+            let rows =
+                (0..8).flat_map(|times| near(times * inner)).chain(near(last / inner * inner));
+            let rows = rows.chain((0..100).map(|_| random.usize(..last))).chain([last]);
+            for row in rows.filter(|&row| row <= last) {
+                // As row_at in kernels/memory.cuh.
+                let outer = (row as u64 * u64::from(at.inverse)) >> 32 >> at.shift;
+                let start = row as i64 * at.stride + outer as i64 * at.skip;
+                assert_eq!(start, logits.strides.start(row) as i64, "{row} of {inner}");
+            }
+        }
+    }
+}

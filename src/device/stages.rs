@@ -1,0 +1,369 @@
+//! The stages of a call, and their launches.
+//!
+//! A [`Schedule`] says which stages a call has, in which order; [`Stages`] makes the launch of each.
+
+use std::ffi::c_void;
+
+use super::kernel::{Launch, Parameters, of_dtype, row_stream, strides};
+use super::workspace::{Column, Memory};
+use crate::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher, check_alignment};
+use crate::objective::unit_interval;
+use crate::params::*;
+use crate::plan::{
+    self, DeviceProperties, HardTokens, LaunchShape, Plan, Problem, RowKernel, Schedule, Stage,
+};
+use crate::{Coefficient, Error, Objective, Reduction, Result};
+
+/// A call whose shapes, strides and addresses go together, and that kernels can do. What lies behind an address cannot
+/// be known.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Checked<'a> {
+    pub objective: &'a Objective,
+    pub call: &'a RawCall,
+    /// What a plan for the call needs to know.
+    pub problem: Problem,
+}
+
+impl<'a> Checked<'a> {
+    /// # Errors
+    /// If the call's shapes, strides and addresses do not go together, or are too large.
+    pub fn new(objective: &'a Objective, call: &'a RawCall) -> Result<Self> {
+        check_sizes(call.tokens, call.vocab)?;
+        call.check(objective)?;
+        Ok(Self { objective, call, problem: problem(objective, call) })
+    }
+}
+
+fn problem(objective: &Objective, call: &RawCall) -> Problem {
+    Problem {
+        tokens: call.tokens,
+        vocab: call.vocab,
+        teacher: call.teacher.dtype,
+        student: call.student.dtype,
+        gradient: call.gradient.map_or(call.student.dtype, |gradient| gradient.dtype),
+        sum_at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
+        aligned_alike: [Some(call.student), call.gradient].into_iter().flatten().all(|other| {
+            let offsets = |logits: RawLogits| {
+                let (strides, size) = (logits.strides.of(call.tokens), logits.dtype.size());
+                let bytes = |elements: i64| elements.rem_euclid(16) * size as i64 % 16;
+                let (skip, inner) = strides.skip();
+                // Whole 16 bytes do not matter, wherever they are skipped.
+                let inner = if bytes(skip) == 0 { 0 } else { inner };
+                (logits.address % 16, bytes(strides.row() as i64), bytes(skip), inner)
+            };
+            offsets(other) == offsets(call.teacher)
+        }),
+        scopes: call.sequences.map_or(1, |(_, count)| count),
+        target: objective.target(),
+        hard: match (call.hard, call.margins) {
+            (Some(_), _) => HardTokens::Given,
+            (None, Some(_)) => HardTokens::ByMargins,
+            (None, None) => HardTokens::Selected,
+        },
+        gradient_depends_on_hard: objective.depends_on_selection() && call.gradient.is_some(),
+        in_place: call.is_in_place(),
+    }
+}
+
+fn check_sizes(tokens: usize, vocab: usize) -> Result<()> {
+    for (what, value) in [("the number of tokens", tokens), ("the vocabulary size", vocab)] {
+        if value > i32::MAX as usize {
+            return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
+        }
+    }
+    Ok(())
+}
+
+/// The pass over the teacher's logits, which leaves margins at `to` if that is not 0.
+fn margin_pass(call: &RawCall, batch: atkd_batch, plan: &Plan, to: u64) -> Launch {
+    Launch {
+        kernel: of_dtype!("teacher_margin", call.teacher.dtype),
+        shape: plan.margin,
+        parameters: Parameters::TeacherMargin(atkd_teacher_margin {
+            batch,
+            margins: to as *mut f32,
+            blocks: plan.margin.grid,
+            reserved: 0,
+        }),
+    }
+}
+
+/// The kernel that leaves the teacher's margins at `to`, if there is anything to do.
+///
+/// # Errors
+/// If the shape, the stride and the addresses do not go together, or exceed the workspace.
+pub(crate) fn margins(
+    objective: &Objective,
+    teacher: &RawTeacher,
+    to: u64,
+    device: &DeviceProperties,
+    memory: Memory,
+) -> Result<Option<Launch>> {
+    check_sizes(teacher.tokens, teacher.vocab)?;
+    teacher.check(objective, to)?;
+    memory.check(teacher.tokens, 1)?;
+    let call = teacher.call();
+    let plan = Plan::new(device, &problem(objective, &call), None);
+    Ok(margin_pass(&call, memory.batch_of(objective, &call), &plan, to).unless_empty())
+}
+
+/// The kernel of a selection apart from any call, if there is anything to do. It leaves the workspace's counters alone.
+///
+/// # Errors
+/// If the ratio is not in [0, 1], or the addresses do not go together, or they exceed the workspace.
+pub(crate) fn selection(
+    selection: &RawSelection,
+    hard_ratio: f64,
+    device: &DeviceProperties,
+    memory: Memory,
+) -> Result<Option<Launch>> {
+    let RawSelection { tokens, margins, valid, sequences, hard } = *selection;
+    unit_interval("the hard ratio", hard_ratio)?;
+    check_sizes(tokens, 1)?;
+    selection.check()?;
+    let scopes = sequences.map_or(1, |(_, count)| count);
+    memory.check(tokens, scopes)?;
+    let launch = Launch {
+        kernel: "select_hard",
+        shape: plan::select_hard(device, tokens, scopes),
+        parameters: Parameters::SelectHard(atkd_select_hard {
+            batch: memory.batch(tokens),
+            margins: margins as *const f32,
+            valid: valid.unwrap_or(0) as *const u8,
+            offsets: sequences.map_or(0, |(address, _)| address) as *const i64,
+            thresholds: memory.column(Column::Thresholds) as *mut u32,
+            wrong: std::ptr::null_mut(),
+            states: memory.states(),
+            guess: std::ptr::null_mut(),
+            hard_to: hard as *mut u8,
+            hard_ratio,
+            scopes: scopes as u32,
+            count: 0,
+        }),
+    };
+    Ok(if tokens > 0 { launch.unless_empty() } else { None })
+}
+
+/// The kernels of a call, in order. Its results are in the workspace, and where `output` wants them.
+///
+/// # Errors
+/// If the outputs' addresses are not aligned, or the call exceeds the workspace.
+pub(crate) fn launches(
+    checked: &Checked,
+    output: &RawOutput,
+    plan: &Plan,
+    memory: Memory,
+) -> Result<impl Iterator<Item = Launch> + use<>> {
+    output.check()?;
+    memory.check(checked.call.tokens, checked.problem.scopes)?;
+    let stages = Stages::new(checked, output, plan, memory);
+    let order = plan.schedule.stages().iter();
+    let order = order.filter(|&&stage| stage != Stage::Margins || stages.plan.margin_pass);
+    let launches: Vec<Launch> =
+        order.filter_map(|&stage| stages.launch(stage).unless_empty()).collect();
+    Ok(launches.into_iter())
+}
+
+/// What the launches of a call have in common.
+struct Stages {
+    objective: Objective,
+    call: RawCall,
+    output: RawOutput,
+    problem: Problem,
+    plan: Plan,
+    memory: Memory,
+    batch: atkd_batch,
+}
+
+impl Stages {
+    fn new(checked: &Checked, output: &RawOutput, plan: &Plan, memory: Memory) -> Self {
+        let Checked { objective, call, problem } = *checked;
+        let batch = memory.batch_of(objective, call);
+        let (objective, call, output, plan) = (*objective, *call, *output, *plan);
+        Self { objective, call, output, problem, plan, memory, batch }
+    }
+
+    fn launch(&self, stage: Stage) -> Launch {
+        match stage {
+            Stage::Margins => margin_pass(&self.call, self.batch, &self.plan, 0),
+            Stage::Count => self.count(),
+            Stage::Select => self.select(),
+            Stage::Rows => self.rows(self.plan.rows, false),
+            Stage::Repair => self.rows(self.plan.rows_again, true),
+            Stage::Finish => self.finish(),
+        }
+    }
+
+    fn predicts(&self) -> bool {
+        self.plan.schedule == Schedule::PredictThenRepair
+    }
+
+    /// The caller's margins, if hard tokens are selected by them.
+    fn margins_given(&self) -> Option<u64> {
+        self.call.margins.filter(|_| self.problem.hard == HardTokens::ByMargins)
+    }
+
+    fn count(&self) -> Launch {
+        Launch {
+            kernel: "count_valid",
+            shape: self.plan.count,
+            parameters: Parameters::CountValid(atkd_count_valid {
+                batch: self.batch,
+                hard: self.call.hard.unwrap_or(0) as *const u8,
+                states: self.memory.states(),
+                guess: self.memory.guess as *const u32,
+                valid_mode: if self.objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
+                reserved: 0,
+            }),
+        }
+    }
+
+    fn select(&self) -> Launch {
+        let wrong = if self.predicts() { self.memory.column(Column::Targets) } else { 0 };
+        Launch {
+            kernel: "select_hard",
+            shape: self.plan.select,
+            parameters: Parameters::SelectHard(atkd_select_hard {
+                batch: self.batch,
+                margins: self.margins_given().unwrap_or(0) as *const f32,
+                valid: std::ptr::null(),
+                offsets: self.call.sequences.map_or(0, |(address, _)| address) as *const i64,
+                thresholds: self.memory.column(Column::Thresholds) as *mut u32,
+                wrong: wrong as *mut u32,
+                states: self.memory.states(),
+                guess: self.memory.guess as *mut u32,
+                hard_to: std::ptr::null_mut(),
+                hard_ratio: self.objective.hard_ratio(),
+                scopes: self.problem.scopes as u32,
+                count: (self.plan.schedule == Schedule::SelectFirst).into(),
+            }),
+        }
+    }
+
+    /// The rows' kernel: for all tokens, or for the mispredicted ones again.
+    fn rows(&self, shape: LaunchShape, again: bool) -> Launch {
+        let Self { call, problem, plan, memory, .. } = self;
+        let predicts = self.predicts() && !again;
+        let wrong = if again { memory.column(Column::Targets) } else { 0 };
+        // Rows leave the keys unless a pass over the teacher's logits has, or a prediction that had them.
+        let write_keys = !again && (!plan.margin_pass || self.margins_given().is_some());
+        Launch {
+            kernel: match plan.row_kernel {
+                RowKernel::Resident => of_dtype!("row_resident", problem.student),
+                RowKernel::Pipelined => of_dtype!("row_pipelined", problem.student),
+                RowKernel::PipelinedWide => of_dtype!("row_pipelined_wide", problem.student),
+                RowKernel::Stream => row_stream(problem.teacher, problem.student, problem.gradient),
+            },
+            shape,
+            parameters: Parameters::Rows(atkd_rows {
+                batch: self.batch,
+                objective: self.weights(),
+                student: call.student.address as *const c_void,
+                gradient: call.gradient.map_or(0, |gradient| gradient.address) as *mut c_void,
+                upstream: call.upstream.unwrap_or(0) as *const f32,
+                teacher_margin: memory.column(Column::Uncertainty) as *mut f32,
+                student_margin: memory.column(Column::Tkd) as *mut f32,
+                dkd: memory.column(Column::Dkd) as *mut f32,
+                student_margin_at_1: memory.column(Column::Loss) as *mut f64,
+                states: memory.states(),
+                wrong: wrong as *const u32,
+                student_strides: strides(call.student, call.tokens),
+                gradient_strides: strides(call.gradient.unwrap_or(call.student), call.tokens),
+                scale: self.scale() * self.objective.upstream_gradient(),
+                mean: self.mean(),
+                write_keys: write_keys.into(),
+                guess: predicts.into(),
+                clusters: shape.grid / shape.blocks_a_row(),
+                team: shape.team,
+                slice: plan.slice_chunks,
+            }),
+        }
+    }
+
+    fn finish(&self) -> Launch {
+        let Self { output, plan, memory, .. } = self;
+        Launch {
+            kernel: "token_terms",
+            shape: plan.terms,
+            parameters: Parameters::TokenTerms(atkd_token_terms {
+                batch: self.batch,
+                objective: self.weights(),
+                uncertainty: memory.column(Column::Uncertainty) as *mut f32,
+                tkd: memory.column(Column::Tkd) as *mut f32,
+                dkd: memory.column(Column::Dkd) as *mut f32,
+                loss: memory.column(Column::Loss) as *mut f64,
+                sums: memory.states().cast(),
+                reduced_loss_to: output.loss.unwrap_or(0) as *mut f32,
+                uncertainty_to: output.uncertainty.unwrap_or(0) as *mut f32,
+                tkd_to: output.tkd.unwrap_or(0) as *mut f32,
+                dkd_to: output.dkd.unwrap_or(0) as *mut f32,
+                margin_to: output.margin.unwrap_or(0) as *mut f32,
+                modes_to: output.modes.unwrap_or(0) as *mut u8,
+                scale: self.scale(),
+                mean: self.mean(),
+                blocks: plan.terms.grid,
+            }),
+        }
+    }
+
+    fn weights(&self) -> atkd_objective {
+        let objective = &self.objective;
+        let number = |coefficient| {
+            let (value, times_uncertainty) = match coefficient {
+                Coefficient::Constant(value) => (value, 0),
+                Coefficient::Uncertainty => (1.0, 1),
+            };
+            atkd_coefficient { value: value * objective.distillation_scale(), times_uncertainty }
+        };
+        let (easy, hard) = (objective.easy(), objective.hard());
+        atkd_objective {
+            tkd: [number(easy.tkd), number(hard.tkd)],
+            dkd: [number(easy.dkd), number(hard.dkd)],
+            ce_weight: objective.ce_weight(),
+            inverse_temperature: 1.0 / objective.temperature(),
+        }
+    }
+
+    /// What multiplies the sum over the tokens, but for the mean's division by their count, which the kernels do.
+    fn scale(&self) -> f64 {
+        self.objective.reduction_scale(1)
+    }
+
+    fn mean(&self) -> u32 {
+        (self.objective.reduction() == Reduction::Mean).into()
+    }
+}
+
+/// What multiplies a gradient `[tokens, vocab]`, in place, by the float32 scalar at `factor`.
+///
+/// # Errors
+/// If the shape, the strides and the addresses do not go together.
+pub(crate) fn scale_gradient(
+    device: &DeviceProperties,
+    gradient: RawLogits,
+    tokens: usize,
+    vocab: usize,
+    factor: u64,
+) -> Result<Option<Launch>> {
+    check_sizes(tokens, vocab)?;
+    gradient.end("the gradient", tokens, vocab)?;
+    if factor == 0 {
+        return Err(Error::Null { what: "the factor", elements: 1 });
+    }
+    check_alignment("the factor", factor, size_of::<f32>() as u64)?;
+    let (shape, parts) = plan::scale_gradient(device, tokens, vocab);
+    let launch = Launch {
+        kernel: of_dtype!("scale_gradient", gradient.dtype),
+        shape,
+        parameters: Parameters::ScaleGradient(atkd_scale_gradient {
+            gradient: gradient.address as *mut c_void,
+            factor: factor as *const f32,
+            strides: strides(gradient, tokens),
+            tokens: tokens as u32,
+            vocab: vocab as u32,
+            blocks: shape.grid,
+            parts,
+        }),
+    };
+    Ok(launch.unless_empty())
+}

@@ -1,0 +1,315 @@
+//! The memory that the kernels of a call share, and what they leave in it.
+
+use std::ffi::c_void;
+
+use crate::call::{RawCall, RawLabels};
+use crate::params::*;
+use crate::{Error, Objective, Output, Result, Target, TokenTerms};
+
+use super::kernel::strides;
+
+/// The columns of a workspace, one element per token each. The row kernels leave in three of them what a token's
+/// terms follow from, and `token_terms` writes the terms over that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Column {
+    /// float64. The row kernels: the student's margin at temperature 1, if cross entropy has a weight. Then
+    /// `token_terms`: the token's loss before the reduction.
+    Loss,
+    /// float32. The row kernels: the teacher's margin. Then `token_terms`: the uncertainty.
+    Uncertainty,
+    /// float32. The row kernels: the student's margin over 2^64. Then `token_terms`: TKD.
+    Tkd,
+    /// float32. The row kernels: DKD over 2^64. Then `token_terms`: DKD.
+    Dkd,
+    /// uint32, written once in a call, by the first to know them: `teacher_margin`, the row kernels, or `select_hard`
+    /// from the caller's margins. The order of the keys is that of the margins; 0 for an ignored token, 1 for NaN.
+    Keys,
+    /// uint32, one per sequence. `select_hard`: the key of the last hard token.
+    Thresholds,
+    /// int32. `teacher_margin`: the target, if that is the teacher's arg max. In a call that predicts, where it is the
+    /// label, `select_hard` instead: the mispredicted tokens, as many as the summary counts.
+    Targets,
+    /// uint8: ignored, easy or hard. The row kernels in a call that predicts, else `count_valid`; then `select_hard`.
+    Modes,
+}
+
+impl Column {
+    /// In the order in which they lie, widest first: for the simulator their names, and the bytes of an element.
+    const ALL: [(Self, &str, usize); 8] = [
+        (Self::Loss, "token losses", 8),
+        (Self::Uncertainty, "uncertainties", 4),
+        (Self::Tkd, "tkd", 4),
+        (Self::Dkd, "dkd", 4),
+        (Self::Keys, "keys", 4),
+        (Self::Thresholds, "thresholds", 4),
+        (Self::Targets, "targets", 4),
+        (Self::Modes, "modes", 1),
+    ];
+}
+
+/// Bytes of the area through which the blocks of a team exchange their states, two per block; `token_terms` leaves its
+/// blocks' sums there.
+pub(crate) const STATES_BYTES: usize = {
+    let teams = 2 * (ATKD_TEAM_BLOCKS * ATKD_TEAM_STATE) as usize;
+    let pipelined = 2 * (ATKD_PIPELINED_GRID * ATKD_TOLD_STATE) as usize;
+    if teams > pipelined { teams } else { pipelined }
+};
+const _: () = assert!(ATKD_TERMS_GRID as usize * size_of::<f64>() <= STATES_BYTES);
+
+/// The layout of a workspace: a summary, the columns, the teams' states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// For how many tokens, and sequences, there is room.
+    pub capacity: usize,
+}
+
+impl Layout {
+    /// Bytes in all: 33 a token and 67 KB.
+    pub fn bytes(self) -> usize {
+        self.states() + STATES_BYTES
+    }
+
+    /// Bytes before the teams' states.
+    fn states(self) -> usize {
+        self.after(&Column::ALL)
+    }
+
+    /// Bytes before a column.
+    fn column(self, column: Column) -> usize {
+        self.after(&Column::ALL[..column as usize])
+    }
+
+    /// Bytes of the summary and of the columns given.
+    fn after(self, columns: &[(Column, &str, usize)]) -> usize {
+        let padded = self.capacity.next_multiple_of(16);
+        let bytes: usize = columns.iter().map(|(_, _, bytes)| bytes * padded).sum();
+        size_of::<atkd_summary>().next_multiple_of(16) + bytes
+    }
+
+    /// The parts of a workspace at `address`, by name.
+    #[cfg(feature = "simt")]
+    pub fn columns(
+        self,
+        address: usize,
+    ) -> impl Iterator<Item = (&'static str, std::ops::Range<usize>)> {
+        let summary = ("summary", address..address + size_of::<atkd_summary>());
+        let columns = Column::ALL.iter().map(move |&(column, name, bytes)| {
+            let start = address + self.column(column);
+            (name, start..start + bytes * self.capacity)
+        });
+        let states = address + self.states();
+        let states = ("teams' states", states..states + STATES_BYTES);
+        [summary, states].into_iter().chain(columns)
+    }
+
+    /// Where columns lie for callers that read them on the device.
+    #[cfg(feature = "cuda")]
+    pub fn offsets(self) -> ColumnOffsets {
+        ColumnOffsets {
+            loss: std::mem::offset_of!(atkd_summary, loss_f32),
+            token_loss: self.column(Column::Loss),
+            uncertainty: self.column(Column::Uncertainty),
+            tkd: self.column(Column::Tkd),
+            dkd: self.column(Column::Dkd),
+            modes: self.column(Column::Modes),
+        }
+    }
+
+    /// What the kernels left in the workspace's memory.
+    ///
+    /// # Errors
+    /// If a kernel met a label or an offset out of range.
+    pub fn read(
+        self,
+        memory: &[u8],
+        tokens: usize,
+        vocab: usize,
+        objective: &Objective,
+    ) -> Result<Output> {
+        let summary = read_summary(memory);
+        check_faults(&summary, vocab, objective)?;
+        fn column<const N: usize>(memory: &[u8], offset: usize, token: usize) -> [u8; N] {
+            *memory[offset + N * token..].first_chunk().expect("the memory holds every column")
+        }
+        let float =
+            |at, token| f64::from(f32::from_ne_bytes(column(memory, self.column(at), token)));
+        let tokens = (0..tokens)
+            .map(|token| {
+                let mode = u32::from(memory[self.column(Column::Modes) + token]);
+                TokenTerms {
+                    margin: margin_of_key(u32::from_ne_bytes(column(
+                        memory,
+                        self.column(Column::Keys),
+                        token,
+                    ))),
+                    uncertainty: float(Column::Uncertainty, token),
+                    tkd: float(Column::Tkd, token),
+                    dkd: float(Column::Dkd, token),
+                    loss: f64::from_ne_bytes(column(memory, self.column(Column::Loss), token)),
+                    valid: mode != ATKD_IGNORED,
+                    hard: mode == ATKD_HARD,
+                }
+            })
+            .collect();
+        Ok(Output { loss: summary.loss, tokens })
+    }
+}
+
+/// Bytes before what a caller may read on the device.
+#[cfg(feature = "cuda")]
+pub(crate) struct ColumnOffsets {
+    pub loss: usize,
+    pub token_loss: usize,
+    pub uncertainty: usize,
+    pub tkd: usize,
+    pub dkd: usize,
+    pub modes: usize,
+}
+
+/// The summary at the start of a workspace's memory.
+pub(crate) fn read_summary(memory: &[u8]) -> atkd_summary {
+    assert!(memory.len() >= size_of::<atkd_summary>());
+    // SAFETY: there are that many bytes, and any bytes make a summary of numbers.
+    unsafe { memory.as_ptr().cast::<atkd_summary>().read_unaligned() }
+}
+
+pub(crate) fn check_faults(
+    summary: &atkd_summary,
+    vocab: usize,
+    objective: &Objective,
+) -> Result<()> {
+    if summary.label_fault != 0 {
+        let ignore_index = objective.ignore_index();
+        return Err(Error::DeviceLabel { token: !summary.label_fault, vocab, ignore_index });
+    }
+    if summary.offset_fault != 0 {
+        return Err(Error::DeviceSequences { sequence: !summary.offset_fault });
+    }
+    Ok(())
+}
+
+/// The inverse of `key_of` in kernels/row_math.cuh.
+fn margin_of_key(key: u32) -> f64 {
+    match key {
+        0 => f64::NEG_INFINITY,
+        1 => f64::NAN,
+        _ if key & 0x8000_0000 != 0 => f32::from_bits(key & 0x7fff_ffff).into(),
+        _ => f32::from_bits(!key).into(),
+    }
+}
+
+/// A workspace by its address.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Memory {
+    /// The layout.
+    pub layout: Layout,
+    /// The address of the summary, a multiple of 16. The summary is all 0 before the first call.
+    pub workspace: u64,
+    /// The address of a word that keeps the last call's threshold, which the next call predicts by. Any value is right.
+    pub guess: u64,
+}
+
+impl Memory {
+    /// A workspace that keeps the threshold itself.
+    pub fn new(layout: Layout, workspace: u64) -> Self {
+        let guess = workspace + std::mem::offset_of!(atkd_summary, guess) as u64;
+        Self { layout, workspace, guess }
+    }
+
+    /// The address of a column.
+    pub fn column(&self, column: Column) -> u64 {
+        self.workspace + self.layout.column(column) as u64
+    }
+
+    /// The address of the teams' states.
+    pub fn states(&self) -> *mut c_void {
+        (self.workspace + self.layout.states() as u64) as *mut c_void
+    }
+
+    /// Whether there is room for so many.
+    pub fn check(&self, tokens: usize, sequences: usize) -> Result<()> {
+        let capacity = self.layout.capacity;
+        for (what, needed) in [("tokens", tokens), ("sequences", sequences)] {
+            if needed > capacity {
+                return Err(Error::Workspace { what, needed, capacity });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the kernels share, without teacher and labels.
+    pub fn batch(&self, tokens: usize) -> atkd_batch {
+        atkd_batch {
+            teacher: std::ptr::null(),
+            labels: std::ptr::null(),
+            targets: self.column(Column::Targets) as *mut i32,
+            keys: self.column(Column::Keys) as *mut u32,
+            modes: self.column(Column::Modes) as *mut u8,
+            summary: self.workspace as *mut atkd_summary,
+            teacher_strides: atkd_strides { stride: 0, skip: 0, inverse: 0, shift: 0 },
+            ignore_index: 0,
+            tokens: tokens as u32,
+            vocab: 1,
+            label_bytes: 0,
+            target: ATKD_TARGET_LABEL,
+            inverse_temperature: 1.0,
+            reserved: 0,
+        }
+    }
+
+    /// The same with them.
+    pub fn batch_of(&self, objective: &Objective, call: &RawCall) -> atkd_batch {
+        let (labels, label_bytes) = match call.labels {
+            None => (0, 0),
+            Some(RawLabels::I64(address)) => (address, 8),
+            Some(RawLabels::I32(address)) => (address, 4),
+        };
+        atkd_batch {
+            teacher: call.teacher.address as *const c_void,
+            labels: labels as *const c_void,
+            teacher_strides: strides(call.teacher, call.tokens),
+            ignore_index: objective.ignore_index(),
+            vocab: call.vocab as u32,
+            label_bytes,
+            target: match objective.target() {
+                Target::Label => ATKD_TARGET_LABEL,
+                Target::Teacher => ATKD_TARGET_TEACHER,
+            },
+            inverse_temperature: (1.0 / objective.temperature()) as f32,
+            ..self.batch(call.tokens)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `column` counts on it.
+    #[test]
+    fn columns_are_listed_in_their_order() {
+        for (i, (column, ..)) in Column::ALL.into_iter().enumerate() {
+            assert_eq!(column as usize, i);
+        }
+    }
+
+    #[test]
+    fn a_workspace_takes_33_bytes_a_token_and_67_kb() {
+        for capacity in [0, 1, 15, 16, 17, 8192, 1 << 22] {
+            let bytes = Layout { capacity }.bytes();
+            assert!(bytes <= 33 * capacity + 67_584, "{bytes} bytes for {capacity} tokens");
+        }
+    }
+
+    #[test]
+    fn keys_and_margins() {
+        assert_eq!(margin_of_key(0), f64::NEG_INFINITY);
+        assert!(margin_of_key(1).is_nan());
+        for margin in [0.0_f32, 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE] {
+            // As key_of in kernels/row_math.cuh.
+            let bits = margin.to_bits();
+            let key = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+            assert_eq!(margin_of_key(key), f64::from(margin));
+        }
+    }
+}
