@@ -114,7 +114,6 @@ mod params;
 pub mod plan;
 pub mod raw;
 pub mod reference;
-mod row;
 mod selection;
 #[cfg(feature = "simt")]
 pub mod simt;
