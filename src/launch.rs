@@ -54,6 +54,7 @@ macro_rules! kernels {
     ($($variant:ident($params:ty): $($name:ident)+;)+) => {
         /// A kernel's parameter block.
         #[derive(Clone, Copy, Debug)]
+        #[cfg_attr(not(feature = "battery"), allow(dead_code, reason = "the battery alone launches the unfused kernels"))]
         pub enum Parameters {
             $($variant($params),)+
         }

@@ -44,6 +44,7 @@ mod host;
 mod kernels;
 mod raw;
 mod tensor;
+#[cfg(feature = "battery")]
 pub mod unfused;
 mod workspace;
 
