@@ -1,4 +1,4 @@
-//! What the student learns from: the teacher's logits, the labels, the sequences.
+//! The batch that a student learns from: the teacher's logits, the labels, the sequences.
 
 use crate::selection::{check_offsets, scopes};
 use crate::{Error, Logits, Objective, Result};

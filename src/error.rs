@@ -147,12 +147,12 @@ pub enum Error {
     Driver { doing: &'static str, code: u32, message: String },
 }
 
-/// As in "1 token" and "2 tokens".
+/// "1 token", "2 tokens".
 fn count(number: usize, one: &str) -> String {
     format!("{number} {one}{}", if number == 1 { "" } else { "s" })
 }
 
-/// As in "1 token was" and "2 tokens were".
+/// "1 token was", "2 tokens were".
 fn were(number: usize, one: &str) -> String {
     format!("{} {}", count(number, one), if number == 1 { "was" } else { "were" })
 }

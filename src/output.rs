@@ -1,4 +1,4 @@
-//! What comes back: the loss, each token's terms, and a summary of them.
+//! The results of a call: the loss, each token's terms, and a summary of them.
 
 use crate::Objective;
 
@@ -19,9 +19,9 @@ pub struct TokenTerms {
     pub dkd: f64,
     /// The token's loss: both parts and the cross entropy, weighted as the objective says.
     pub loss: f64,
-    /// Whether the token counts: its label is not `ignore_index`.
+    /// True if the token counts: its label is not `ignore_index`.
     pub valid: bool,
-    /// Whether it was among the hard tokens.
+    /// True if it was among the hard tokens.
     pub hard: bool,
 }
 

@@ -33,7 +33,7 @@ use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, 
 ///   and copied otherwise.
 /// - `labels`: their shape without the last dimension, of any integer dtype.
 ///
-/// Where the student is tracked (it depends on a `Var`), the gradient is computed together with the
+/// If the student is tracked (it depends on a `Var`), the gradient is computed together with the
 /// loss, which then holds it: as large as the student's logits (in float32 for float16 logits, so that
 /// a scaled loss rescues gradients that float16 cannot represent). `backward` multiplies it by the
 /// gradient that arrives, and returns it in the student's dtype. Nothing flows back to the teacher.
@@ -55,10 +55,10 @@ pub fn loss(
     Ok(loss_and_output(objective, student, teacher, labels, false)?.0)
 }
 
-/// As [`loss`], with the terms of each token, in the order of the labels' elements.
+/// [`loss`], and the terms of each token, in the order of the labels' elements.
 ///
 /// # Errors
-/// As [`loss`].
+/// Those of [`loss`].
 pub fn loss_with_output(
     objective: &Objective,
     student: &Tensor,
@@ -224,7 +224,7 @@ impl Rows {
     }
 }
 
-/// Where the rows of `[.., vocab]` start, if they are contiguous, disjoint and make a grid of two dimensions at
+/// The strides of the rows of `[.., vocab]`, if these are contiguous, disjoint and make a grid of two dimensions at
 /// most.
 fn strides(layout: &Layout) -> Option<Strides> {
     let (&vocab, leading) = layout.dims().split_last()?;

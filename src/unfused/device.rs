@@ -15,7 +15,7 @@ const MATRICES: usize = 8;
 /// Results with one number a token.
 const VECTORS: usize = 11;
 
-/// Where the steps' results lie in one piece of device memory.
+/// The places of the steps' results in one piece of device memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Memory {
     pub tokens: usize,
@@ -23,7 +23,7 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// What the selection needs, as in the fused call.
+    /// The part that the selection needs, as in the fused call.
     pub fn layout(self) -> Layout {
         Layout { capacity: self.tokens }
     }
@@ -50,7 +50,7 @@ impl Memory {
 /// Rows are contiguous, labels 64 bits.
 ///
 /// # Errors
-/// As the fused call's.
+/// The launches of an unfused call, in the form of the fused one's.
 pub(crate) fn launches(
     call: &RawCall,
     device: &DeviceProperties,
