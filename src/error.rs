@@ -48,7 +48,7 @@ pub enum Error {
         if *student == Dtype::F32 { "F32".into() } else { format!("{student} or F32") }
     )]
     GradientDtype { student: Dtype, actual: Dtype },
-    /// One label a token, no more and no fewer.
+    /// One label per token, no more and no fewer.
     #[error("{} given for {}", were(*labels, "label"), count(*tokens, "token"))]
     LabelCount { labels: usize, tokens: usize },
     /// The objective's target is the label, but the batch has none.

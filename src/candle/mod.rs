@@ -41,7 +41,7 @@ use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, 
 /// On CUDA tensors nothing waits for the device. `backward` takes the gradient from the loss; another `backward` of the
 /// same loss computes it anew. For float16 logits the loss holds none, and `backward` computes it with the gradient that
 /// arrives as a factor, which reads both models' logits once more. A label out of range is met by a kernel, which drops
-/// its token and makes the loss NaN; [`loss_with_output`], which waits, returns the error. A workspace of 33 bytes a token
+/// its token and makes the loss NaN; [`loss_with_output`], which waits, returns the error. A workspace of 33 bytes per token
 /// and 67 KB stays for each thread and stream that computes losses.
 ///
 /// # Errors
@@ -249,7 +249,7 @@ fn strides(layout: &Layout) -> Option<Strides> {
     strides.span(leading.iter().product(), vocab).is_ok().then_some(strides)
 }
 
-/// That there is one label a token, for logits `[.., vocab]`.
+/// Checks that there is one label per token, for logits `[.., vocab]`.
 fn check_labels(labels: &Tensor, logits: &Shape) -> Result<()> {
     let expected = &logits.dims()[..logits.rank() - 1];
     if labels.dims() != expected {

@@ -9,7 +9,7 @@
 //! pool help if they are free before the work is done, and the calling thread does what is left; nobody waits for
 //! a thread that is busy with something else. A call works in the child of a fork, too, whatever threads of the parent
 //! were doing. The parent's pools have no threads there, so that calls have others to help them, of a pool
-//! that this crate makes: as many as the pool has that they would have been of, and at most one a core
+//! that this crate makes: as many as the pool has that they would have been of, and at most one per core
 //! (`RAYON_NUM_THREADS`).
 //!
 //! The hard tokens are known only when every teacher's row has been read. A gradient beside the logits is written at
@@ -18,7 +18,7 @@
 //! mispredicted row, so there the teacher's logits are read once more, beforehand; but not if the batch has a mask or
 //! margins of its own.
 //!
-//! Memory beyond the arguments: about 230 bytes a token, and two float32 rows a thread (three if cross
+//! Memory beyond the arguments: about 230 bytes per token, and two float32 rows per thread (three if cross
 //! entropy is wanted at a temperature other than 1).
 
 mod dispatch;

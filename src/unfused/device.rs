@@ -1,4 +1,4 @@
-//! The unfused loss as kernel launches, one a step.
+//! The unfused loss as kernel launches, one per step.
 
 use std::ffi::c_void;
 
