@@ -68,10 +68,10 @@ struct Args {
     /// Training steps of the teacher [default: as many as the students']
     #[arg(long)]
     teacher_steps: Option<usize>,
-    /// Of the models' starts and the order of the batches
+    /// The seed of the models' starts and of the order of the batches
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Where tables (CSV) and plots (SVG) go
+    /// The folder for tables (CSV) and plots (SVG)
     #[arg(long, default_value = "target/distill")]
     out: PathBuf,
     /// ATKD's weight of easy tokens; hard ones have 1 - lambda
@@ -80,7 +80,7 @@ struct Args {
     /// The share of tokens that ATKD takes as hard
     #[arg(long, default_value_t = 0.5)]
     hard_ratio: f64,
-    /// Of the distillation terms
+    /// The temperature of the distillation terms
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
     /// The weight of cross entropy beside a distillation term

@@ -1,9 +1,9 @@
-//! What the student learns from: the teacher's logits, the labels, the sequences.
+//! The batch that a student learns from: the teacher's logits, the labels, the sequences.
 
 use crate::selection::{check_offsets, scopes};
 use crate::{Error, Logits, Objective, Result};
 
-/// One label a token.
+/// One label per token.
 #[derive(Clone, Copy, Debug)]
 pub enum Labels<'a> {
     /// 64 bits, as PyTorch has them.
@@ -49,7 +49,7 @@ macro_rules! from_slice {
 }
 from_slice!(i64 => I64, i32 => I32);
 
-/// A batch of tokens as the student sees it: the teacher's logits `[tokens, vocab]`, a label a token,
+/// A batch of tokens as the student sees it: the teacher's logits `[tokens, vocab]`, a label per token,
 /// and the scope within which tokens compete for being hard.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
@@ -61,8 +61,10 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
+    /// A batch with one label per token.
+    ///
     /// # Errors
-    /// If there is not one label a token.
+    /// If there are more labels than tokens, or fewer.
     pub fn new(teacher: Logits<'a>, labels: impl Into<Labels<'a>>) -> Result<Self> {
         let labels = labels.into();
         if labels.len() != teacher.tokens() {

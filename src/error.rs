@@ -48,7 +48,7 @@ pub enum Error {
         if *student == Dtype::F32 { "F32".into() } else { format!("{student} or F32") }
     )]
     GradientDtype { student: Dtype, actual: Dtype },
-    /// One label a token, no more and no fewer.
+    /// One label per token, no more and no fewer.
     #[error("{} given for {}", were(*labels, "label"), count(*tokens, "token"))]
     LabelCount { labels: usize, tokens: usize },
     /// The objective's target is the label, but the batch has none.
@@ -147,12 +147,12 @@ pub enum Error {
     Driver { doing: &'static str, code: u32, message: String },
 }
 
-/// As in "1 token" and "2 tokens".
+/// "1 token", "2 tokens".
 fn count(number: usize, one: &str) -> String {
     format!("{number} {one}{}", if number == 1 { "" } else { "s" })
 }
 
-/// As in "1 token was" and "2 tokens were".
+/// "1 token was", "2 tokens were".
 fn were(number: usize, one: &str) -> String {
     format!("{} {}", count(number, one), if number == 1 { "was" } else { "were" })
 }

@@ -86,8 +86,8 @@
 //! - [`candle`], with the feature of that name, is a differentiable operation for training loops; with
 //!   `candle-cuda` on CUDA tensors too.
 //! - [`simt`], with the feature of that name, runs the CUDA kernels on the CPU, as a test.
-//! - [`battery`] holds the tests that every implementation must pass; [`unfused`] is what benchmarks
-//!   compare with.
+//! - [`battery`], with the feature of that name, holds the tests that every implementation must pass. With the same
+//!   feature, [`unfused`] is the baseline of the benchmarks.
 #![warn(missing_docs)]
 // Without its feature a module has no page to link to.
 #![cfg_attr(
@@ -96,6 +96,7 @@
 )]
 
 mod batch;
+#[cfg(feature = "battery")]
 pub mod battery;
 pub mod call;
 #[cfg(feature = "candle")]
@@ -114,11 +115,11 @@ mod params;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod plan;
 pub mod reference;
-mod row;
 mod selection;
 #[cfg(feature = "simt")]
 pub mod simt;
 mod strides;
+#[cfg(feature = "battery")]
 pub mod unfused;
 
 pub use batch::{Batch, Labels};

@@ -40,22 +40,22 @@ impl std::fmt::Display for Dtype {
 /// Borrowed elements of one of the three dtypes.
 #[derive(Clone, Copy, Debug)]
 pub enum Elements<'a> {
-    /// Of float32.
+    /// Elements of float32.
     F32(&'a [f32]),
-    /// Of float16.
+    /// Elements of float16.
     F16(&'a [f16]),
-    /// Of bfloat16.
+    /// Elements of bfloat16.
     Bf16(&'a [bf16]),
 }
 
 /// Mutably borrowed elements of one of the three dtypes.
 #[derive(Debug)]
 pub enum ElementsMut<'a> {
-    /// Of float32.
+    /// Elements of float32.
     F32(&'a mut [f32]),
-    /// Of float16.
+    /// Elements of float16.
     F16(&'a mut [f16]),
-    /// Of bfloat16.
+    /// Elements of bfloat16.
     Bf16(&'a mut [bf16]),
 }
 
@@ -114,7 +114,7 @@ impl<'a> Elements<'a> {
         }
     }
 
-    /// Whether there are none.
+    /// True if there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -144,7 +144,7 @@ impl<'a> Elements<'a> {
     /// So many elements are at `first`, and nobody writes to them for `'a`.
     unsafe fn at(dtype: Dtype, first: *const u8, length: usize) -> Self {
         /// # Safety
-        /// As for all elements.
+        /// Those of the method.
         unsafe fn slice<'a, T>(first: *const u8, length: usize) -> &'a [T] {
             // SAFETY: the caller's.
             unsafe { std::slice::from_raw_parts(first.cast(), length) }
@@ -165,7 +165,7 @@ impl<'a> ElementsMut<'a> {
     /// So many elements are at `first`, and nobody else uses them for `'a`.
     unsafe fn at(dtype: Dtype, first: *mut u8, length: usize) -> Self {
         /// # Safety
-        /// As for all elements.
+        /// Those of the method.
         unsafe fn slice<'a, T>(first: *mut u8, length: usize) -> &'a mut [T] {
             // SAFETY: the caller's.
             unsafe { std::slice::from_raw_parts_mut(first.cast(), length) }
@@ -346,7 +346,7 @@ impl<'a> Logits<'a> {
         self.rows.vocab
     }
 
-    /// Where the rows start.
+    /// The strides of the rows, in elements.
     pub fn strides(&self) -> Strides {
         self.rows.strides
     }

@@ -1,4 +1,4 @@
-//! What is computed: coefficients, selection, target, reduction. Checked once, when it is set.
+//! The loss that is computed: coefficients, selection, target, reduction. Each setting is checked once, when it is set.
 
 use crate::{Error, Result};
 
@@ -21,20 +21,20 @@ impl From<f64> for Coefficient {
 /// The weights of the two parts of the KL divergence, for one group of tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Coefficients {
-    /// Of the target part, a KL divergence of two Bernoulli distributions.
+    /// The coefficient of the target part, a KL divergence of two Bernoulli distributions.
     pub tkd: Coefficient,
-    /// Of the diversity part, the KL divergence of the renormalised non-targets.
+    /// The coefficient of the diversity part, the KL divergence of the renormalised non-targets.
     pub dkd: Coefficient,
 }
 
 impl Coefficients {
-    /// Of TKD and of DKD.
+    /// The coefficients of TKD and of DKD.
     pub fn new(tkd: impl Into<Coefficient>, dkd: impl Into<Coefficient>) -> Self {
         Self { tkd: tkd.into(), dkd: dkd.into() }
     }
 }
 
-/// Which token of the vocabulary splits a distribution into target and non-targets. Cross entropy is
+/// The token of the vocabulary that splits a distribution into target and non-targets. Cross entropy is
 /// of the same token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -130,7 +130,7 @@ fn positive(name: &'static str, value: f64) -> Result<f64> {
     check(name, value, "finite and above 0", value.is_finite() && value > 0.0)
 }
 
-/// As [`Objective::hard_count`].
+/// [`Objective::hard_count`] for any ratio.
 pub(crate) fn hard_count(hard_ratio: f64, valid: usize) -> usize {
     ((hard_ratio * valid as f64).ceil() as usize).min(valid)
 }
@@ -222,7 +222,7 @@ impl Objective {
         Ok(self)
     }
 
-    /// Whether the distillation terms are multiplied by the temperature's square, which keeps their
+    /// Multiplies the distillation terms by the temperature's square, or not. The square keeps their
     /// gradient's size when the temperature changes (Hinton et al., 2015). Default no.
     pub fn with_temperature_squared(mut self, yes: bool) -> Self {
         self.temperature_squared = yes;
@@ -342,7 +342,7 @@ impl Objective {
         self.upstream
     }
 
-    /// What TKD and DKD are multiplied by beside their coefficients: `kd_weight`, or
+    /// The factor of TKD and DKD beside their coefficients: `kd_weight`, or
     /// `kd_weight * temperature^2`.
     pub fn distillation_scale(&self) -> f64 {
         if self.temperature_squared {
@@ -352,7 +352,7 @@ impl Objective {
         }
     }
 
-    /// Whether a token's loss depends on its being easy or hard.
+    /// True if a token's loss depends on its being easy or hard.
     pub fn depends_on_selection(&self) -> bool {
         self.easy != self.hard && self.hard_ratio > 0.0 && self.hard_ratio < 1.0
     }
@@ -362,7 +362,7 @@ impl Objective {
         hard_count(self.hard_ratio, valid)
     }
 
-    /// What the sum of the tokens' losses is multiplied by.
+    /// The factor of the sum of the tokens' losses, where `valid` tokens count.
     pub fn reduction_scale(&self, valid: usize) -> f64 {
         match self.reduction {
             Reduction::Sum => 1.0,

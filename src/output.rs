@@ -1,13 +1,13 @@
-//! What comes back: the loss, each token's terms, and a summary of them.
+//! The results of a call: the loss, each token's terms, and a summary of them.
 
 use crate::Objective;
 
-/// The terms of one token, before the reduction. All 0 for an ignored token. Where a logit is NaN or
+/// The terms of one token, in nats, before the reduction. All 0 for an ignored token. Where a logit is NaN or
 /// +inf, or all are -inf, they are NaN: all of them if it is the teacher's, all but `margin` and
 /// `uncertainty` if it is the student's.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TokenTerms {
-    /// The teacher's margin u, the log-odds against the target: UNC = sigmoid(u). Tells tokens apart
+    /// The teacher's margin u, the log-odds against the target: UNC = sigmoid(u). It tells tokens apart
     /// where UNC is 0 or 1 in floating point. -inf for an ignored token.
     pub margin: f64,
     /// UNC = 1 - p(target) of the teacher.
@@ -19,9 +19,9 @@ pub struct TokenTerms {
     pub dkd: f64,
     /// The token's loss: both parts and the cross entropy, weighted as the objective says.
     pub loss: f64,
-    /// Whether the token counts: its label is not `ignore_index`.
+    /// True if the token counts: its label is not `ignore_index`.
     pub valid: bool,
-    /// Whether it was among the hard tokens.
+    /// True if it was among the hard tokens.
     pub hard: bool,
 }
 
@@ -40,9 +40,9 @@ impl TokenTerms {
 /// The loss of a batch and the terms of each of its tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Output {
-    /// The reduced loss, without the upstream gradient.
+    /// The reduced loss, in nats, without the upstream gradient.
     pub loss: f64,
-    /// One entry a token.
+    /// One entry per token.
     pub tokens: Vec<TokenTerms>,
 }
 

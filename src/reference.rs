@@ -71,10 +71,10 @@ fn defined(logits: &[f64]) -> bool {
         && logits.iter().any(|z| *z != f64::NEG_INFINITY)
 }
 
-/// The loss, and each token's terms.
+/// The loss, and each token's terms, in nats. `student` is `[tokens, vocab]`, as the batch's teacher.
 ///
 /// # Errors
-/// As [`forward_backward`].
+/// Those of [`forward_backward`].
 pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<Output> {
     batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
     compute(objective, batch, |token| widen(student.row(token)), None)

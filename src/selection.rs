@@ -1,12 +1,12 @@
-//! Which tokens are hard, by their margins: apart from any loss, so that the tokens of several calls, or ranks, can
-//! compete with each other.
+//! The selection of hard tokens by their margins, apart from any loss, so that the tokens of several calls, or ranks,
+//! can compete with each other.
 
 use std::ops::Range;
 
 use crate::objective::{hard_count, unit_interval};
 use crate::{Error, Result};
 
-/// Which tokens are hard: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly. Among equals the lower
+/// Selects the hard tokens: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly. Among equals the lower
 /// index wins; NaN ranks below every number.
 ///
 /// Margins are the teacher's, as [`cpu::teacher_margins`](crate::cpu::teacher_margins) returns them or
@@ -51,7 +51,7 @@ pub fn select_hard(
     Ok(select(hard_ratio, scopes(sequences, tokens), tokens, of_valid))
 }
 
-/// As [`select_hard`], of valid arguments: `margin` is `None` for a token that does not count.
+/// [`select_hard`] for arguments that were checked: `margin` is `None` for a token that does not count.
 pub(crate) fn select(
     hard_ratio: f64,
     scopes: impl Iterator<Item = Range<usize>>,
@@ -79,7 +79,7 @@ pub(crate) fn select(
     hard
 }
 
-/// Whether offsets partition the tokens.
+/// Checks that offsets partition the tokens.
 pub(crate) fn check_offsets(offsets: &[usize], tokens: usize) -> Result<()> {
     let error = |index, offset, reason| Error::Sequences { index, offset, tokens, reason };
     match offsets.first() {

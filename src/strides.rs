@@ -1,6 +1,6 @@
-//! Where the rows of a matrix lie, and whether those of two matrices lie apart.
+//! The places of a matrix's rows, and a test that those of two matrices lie apart.
 
-/// Where the rows of logits, or of a gradient, `[tokens, vocab]` start, in elements from the first.
+/// The starts of the rows of logits, or of a gradient, `[tokens, vocab]`, in elements from the first.
 ///
 /// All rows are evenly spaced: a row stride, which a `usize` becomes by `into()`. Or they are the rows of a
 /// tensor `[outer, inner, vocab]` with a stride for each of both dimensions, such as `logits[:, :-1]` of
@@ -119,7 +119,7 @@ struct Grid {
 }
 
 impl Grid {
-    /// Whether no element is in two rows. The last element's index must fit.
+    /// True if no element is in two rows. The last element's index must fit.
     fn is_apart(&self, vocab: usize) -> bool {
         let &Self { near, rows, far, groups } = self;
         let end = (rows - 1) * near + vocab;
@@ -171,12 +171,12 @@ impl ByteRows {
         }
     }
 
-    /// Whether a byte is in a row of either.
+    /// True if a byte is in a row of both.
     pub(crate) fn overlap(&self, other: &Self) -> bool {
         let extent = |rows: &Self| (rows.rows - 1) * rows.near + rows.length;
         (0..self.groups).any(|group| {
             let start = self.start + group * self.far;
-            // Those of the other's groups that reach into this one's extent.
+            // The groups of the other that reach into this one's extent.
             let before = (start - extent(other) - other.start).div_euclid(other.far.max(1)) + 1;
             let last = (start + extent(self) - 1 - other.start).div_euclid(other.far.max(1));
             (before.max(0)..=last.min(other.groups - 1)).any(|group| {

@@ -1,6 +1,7 @@
 //! The candle operation against the float64 reference, and against candle's own differentiation of the
 //! paper's definitions.
 
+use atkd::battery::compare::{loss_within, term_within};
 use atkd::candle::{loss, loss_with_output};
 use atkd::{Batch, Logits, Objective, Output, Reduction, reference};
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -51,7 +52,7 @@ fn check(objective: &Objective, student: &Var, teacher: &Tensor, labels: &Tensor
     let found = loss(objective, student, teacher, labels).unwrap();
     assert_eq!((found.dtype(), found.dims()), (DType::F32, &[][..]));
     let value = f64::from(found.to_scalar::<f32>().unwrap());
-    assert!((value - output.loss).abs() <= 1e-6 * output.loss.abs() + 2e-7, "{value} {output:?}");
+    assert!((value - output.loss).abs() <= loss_within(output.loss, 1.0), "{value} {output:?}");
 
     let gradients = found.affine(upstream, 0.0).unwrap().backward().unwrap();
     let found = gradients.get(student).unwrap();
@@ -114,8 +115,11 @@ fn sequences_of_a_batch() {
     assert_eq!(output.tokens.len(), 15);
     for (found, expected) in output.tokens.iter().zip(&reference.tokens) {
         assert_eq!((found.hard, found.valid), (expected.hard, expected.valid));
-        assert!((found.loss - expected.loss).abs() <= 2e-6 * (1.0 + expected.loss));
-        assert!((found.uncertainty - expected.uncertainty).abs() <= 2e-6);
+        assert!((found.loss - expected.loss).abs() <= term_within(expected.loss, 1.0));
+        assert!(
+            (found.uncertainty - expected.uncertainty).abs()
+                <= term_within(expected.uncertainty, 1.0)
+        );
     }
 }
 
@@ -277,7 +281,7 @@ fn agrees_with_candles_own_differentiation() -> Result<()> {
         let found = loss(&objective, &student, &teacher, &labels)?;
         let (value, expected) = (found.to_scalar::<f32>()?, expected.to_scalar::<f64>()?);
         assert!(
-            (f64::from(value) - expected).abs() <= 1e-6 * expected + 2e-7,
+            (f64::from(value) - expected).abs() <= loss_within(expected, 1.0),
             "{value} {expected}"
         );
         let gradient = found.backward()?.remove(&student).unwrap();

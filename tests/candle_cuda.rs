@@ -32,7 +32,7 @@ fn skipped(why: &str) {
     let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
-/// Whether the driver is the simulated one, which counts.
+/// Returns true if the driver is the simulated one, which counts.
 fn counts() -> bool {
     // SAFETY: looks for a name.
     let counts = unsafe { Library::this().get::<*const u8>(b"simt_driver_traffic").is_ok() };

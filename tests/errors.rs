@@ -1,4 +1,4 @@
-//! What is wrong with a call is said with the numbers that explain it, and nothing is written.
+//! An error says what is wrong with a call, with the numbers that explain it, and nothing was written.
 
 use atkd::{Batch, Dtype, Error, Labels, Logits, LogitsMut, Objective, Reduction, cpu, reference};
 use half::bf16;

@@ -2,60 +2,17 @@
 //! those threads held.
 #![cfg(unix)]
 
+mod common;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use atkd::call::{RawCall, RawLabels, RawLogits, RawOutput};
-use atkd::cpu::raw;
-use atkd::{Dtype, Objective};
+use common::Data;
 
 const TOKENS: usize = 64;
-const VOCAB: usize = 1000;
-/// A call's beginning and end are where threads of a pool hold locks.
+/// Many, since a pool's threads hold locks only at a call's beginning and end.
 const FORKS: usize = 100;
 
-struct Data {
-    teacher: Vec<f32>,
-    student: Vec<f32>,
-    labels: Vec<i64>,
-}
-
-impl Data {
-    fn new() -> Self {
-        let mut random = fastrand::Rng::with_seed(9);
-        let mut logits = || (0..TOKENS * VOCAB).map(|_| 6.0 * random.f32()).collect();
-        let (teacher, student) = (logits(), logits());
-        Self { teacher, student, labels: (0..TOKENS as i64).collect() }
-    }
-
-    /// The bits of loss and gradient.
-    fn run(&self, pool: Option<&rayon::ThreadPool>) -> (u32, Vec<u32>) {
-        let logits = |address: *const f32| RawLogits {
-            address: address as u64,
-            dtype: Dtype::F32,
-            strides: VOCAB.into(),
-        };
-        let mut gradient = vec![f32::NAN; TOKENS * VOCAB];
-        let call = RawCall {
-            tokens: TOKENS,
-            vocab: VOCAB,
-            teacher: logits(self.teacher.as_ptr()),
-            student: logits(self.student.as_ptr()),
-            gradient: Some(logits(gradient.as_mut_ptr())),
-            labels: Some(RawLabels::I64(self.labels.as_ptr() as u64)),
-            sequences: None,
-            margins: None,
-            hard: None,
-            upstream: None,
-        };
-        let mut loss = f32::NAN;
-        let output = RawOutput { loss: Some(&raw mut loss as u64), ..RawOutput::default() };
-        // SAFETY: the addresses are of arrays of the shapes given.
-        unsafe { raw::run(pool, &Objective::default(), &call, &output).unwrap() };
-        (loss.to_bits(), gradient.iter().map(|g| g.to_bits()).collect())
-    }
-}
-
-/// Whether `work` returns true in a child within 20 seconds.
+/// Returns true if `work` does so in a child within 20 seconds.
 fn holds_in_child(work: impl FnOnce() -> bool) -> bool {
     // SAFETY: the child calls nothing that needs the parent's other threads, which is what is tested, and ends without
     // destructors; a signal ends it if it hangs.
@@ -75,7 +32,7 @@ fn holds_in_child(work: impl FnOnce() -> bool) -> bool {
 
 /// The children work with the pool that the parent works with, on one thread and, meanwhile, on two others.
 fn children_work(pool: Option<&rayon::ThreadPool>) {
-    let data = &Data::new();
+    let data = &Data::new(TOKENS);
     let expected = &data.run(pool);
     assert!(holds_in_child(|| data.run(pool) == *expected), "in a quiet process");
     // A grandchild, after its own parent's call, and one that uses whatever pool it makes.
@@ -115,7 +72,7 @@ fn with_a_pool_given() {
 /// A child that several threads call in at once has one pool, whose threads work.
 #[test]
 fn threads_of_a_child() {
-    let data = &Data::new();
+    let data = &Data::new(TOKENS);
     let expected = &data.run(None);
     assert!(holds_in_child(|| {
         std::thread::scope(|scope| {

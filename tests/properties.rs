@@ -1,5 +1,6 @@
 //! Properties that hold for any shape, dtype, stride and objective.
 
+use atkd::battery::compare::{gradient_floor, gradient_within, loss_within};
 use atkd::{
     Batch, Coefficient, Coefficients, Dtype, Logits, LogitsMut, Objective, Reduction, Target, cpu,
     reference,
@@ -68,13 +69,13 @@ fn input() -> impl Strategy<Value = Input> {
     )
 }
 
-/// Anything the objective multiplies a token's terms by.
+/// A bound on what the objective multiplies a token's terms by.
 fn weight(objective: &Objective) -> f64 {
     2.0 * objective.distillation_scale() + objective.ce_weight()
 }
 
 macro_rules! check {
-    ($element:ty, $convert:expr, $digits:expr, $input:expr, $objective:expr) => {{
+    ($element:ty, $convert:expr, $input:expr, $objective:expr) => {{
         let (input, objective): (&Input, &Objective) = ($input, $objective);
         let narrow = |v: &[f32]| -> Vec<$element> { v.iter().map(|&z| $convert(z)).collect() };
         let (teacher, student) = (narrow(&input.teacher), narrow(&input.student));
@@ -95,22 +96,17 @@ macro_rules! check {
         prop_assert_eq!(&cpu::forward(objective, &batch, logits).unwrap(), &output);
 
         let valid = exact.summary().valid_tokens;
-        let scale = objective.reduction_scale(valid);
-        let allowed = 1e-6 * exact.loss.abs() + 2e-7 * weight(objective) * scale * valid as f64;
+        let unit = weight(objective) * objective.reduction_scale(valid) * valid as f64;
+        let allowed = loss_within(exact.loss, unit);
         prop_assert!((output.loss - exact.loss).abs() <= allowed, "{} {}", output.loss, exact.loss);
-        let scale = scale * objective.upstream_gradient().abs();
+        let floor = gradient_floor(objective, weight(objective), valid);
         for i in 0..tokens {
             prop_assert_eq!(output.tokens[i].hard, exact.tokens[i].hard);
             let exact = &exact_gradient[i * vocab..][..vocab];
             let largest = exact.iter().fold(0.0_f64, |max, g| max.max(g.abs()));
             for (j, exact) in exact.iter().enumerate() {
                 let g = f64::from(f32::from(apart[i * stride + j]));
-                // 2^-11 and 2^-8 of the value, or the least step of float16 where it is subnormal.
-                let rounding =
-                    if $digits == 24 { 0.0 } else { exact.abs() * 0.5_f64.powi($digits) + 3e-8 };
-                let allowed = 1e-6 * largest
-                    + 5e-7 * weight(objective) * scale / objective.temperature()
-                    + rounding;
+                let allowed = gradient_within(logits.dtype(), *exact, largest, floor);
                 prop_assert!((g - exact).abs() <= allowed, "gradient[{i}, {j}]: {g:e}, {exact:e}");
             }
             for (k, untouched) in
@@ -132,9 +128,9 @@ proptest! {
         dtype in prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::Bf16)],
     ) {
         match dtype {
-            Dtype::F32 => check!(f32, |z| z, 24, &input, &objective),
-            Dtype::F16 => check!(f16, f16::from_f32, 11, &input, &objective),
-            Dtype::Bf16 => check!(bf16, bf16::from_f32, 8, &input, &objective),
+            Dtype::F32 => check!(f32, |z| z, &input, &objective),
+            Dtype::F16 => check!(f16, f16::from_f32, &input, &objective),
+            Dtype::Bf16 => check!(bf16, bf16::from_f32, &input, &objective),
         }
     }
 
@@ -156,7 +152,7 @@ proptest! {
         input.teacher.iter_mut().for_each(|z| *z += shift as f32);
         input.student.iter_mut().for_each(|z| *z -= 3.0 * shift as f32);
         let after = loss(&input);
-        prop_assert!((before - after).abs() <= 1e-6 * before + 2e-7, "{before} {after}");
+        prop_assert!((before - after).abs() <= loss_within(before, 1.0), "{before} {after}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Which code computes.
+//! The code that computes: a backend, and its kernel for rows.
 
 use std::fmt;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub enum Choice {
     Reference,
 }
 
-/// Which kernel does the rows on a GPU.
+/// The choice of the kernel for rows.
 #[derive(clap::Args)]
 pub struct RowKernelArgs {
     /// A kernel for rows other than the plan's choice, wherever it can do the call; only with cuda

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow, bail};
 use tempfile::{NamedTempFile, TempPath};
 
-/// Where the gradient goes. Until all of it is written it is in a file beside, which has no name where the system
+/// The gradient's file. Until all of it is written it is in another file in the same folder, which has no name where the system
 /// knows such files: then nothing is left of it, however the program ends.
 pub struct Destination {
     /// Links followed.
@@ -66,7 +66,7 @@ impl Temporary {
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
-            // What any new file asks for; the user's umask takes its share.
+            // Any new file asks for this; the user's umask takes its share.
             builder.permissions(std::fs::Permissions::from_mode(0o666));
         }
         builder.tempfile_in(folder).map(Self::Named)
@@ -144,7 +144,7 @@ fn check(path: &Path, input: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a path leads to through symbolic links, even to a file that is not there yet.
+/// Follows symbolic links to the path that they lead to, even if there is no file yet.
 fn follow(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..40 {

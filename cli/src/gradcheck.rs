@@ -6,6 +6,7 @@ use atkd::battery::{self, Check};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::backend::{Choice, RowKernelArgs};
+use crate::output;
 
 /// Check a backend: every shape, dtype and edge case against float64 and finite differences.
 ///
@@ -13,7 +14,7 @@ use crate::backend::{Choice, RowKernelArgs};
 /// exceeds it.
 #[derive(clap::Args)]
 pub struct Args {
-    /// What is checked
+    /// The backend to check
     #[arg(long, value_enum, default_value = "auto")]
     backend: Choice,
     #[command(flatten)]
@@ -42,7 +43,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for check in &checks {
         groups.entry(check.group).or_default().push(check);
     }
-    let mut table = crate::table(&["group", "case", "passed", "largest error / allowed"]);
+    let mut table = output::table(&["group", "case", "passed", "largest error / allowed"]);
     let verdict = |passed: bool| if passed { "yes" } else { "NO" };
     for (group, checks) in groups {
         let passed = checks.iter().filter(|check| check.passed()).count();
@@ -57,9 +58,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             }
         }
     }
-    crate::print(&table.trim_fmt())?;
+    output::print(&table.trim_fmt())?;
     let failed = checks.iter().filter(|check| !check.passed()).count();
-    crate::print(&format!(
+    output::print(&format!(
         "\n{}: {} of {} cases passed",
         backend,
         checks.len() - failed,

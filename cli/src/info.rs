@@ -7,6 +7,7 @@ use atkd::{Target, cpu};
 use clap::ValueEnum;
 
 use crate::backend::{Backend, Choice};
+use crate::output;
 use crate::tensors::DtypeName;
 
 /// Backends and devices: what this build can use here, why not the rest, and how a call is cut up.
@@ -18,7 +19,7 @@ pub struct Args {
     /// Rows of that call
     #[arg(long, default_value_t = 8192)]
     tokens: usize,
-    /// Of both models and the gradient
+    /// The type of both models' logits and of the gradient
     #[arg(long, value_enum, default_value = "bf16", ignore_case = true)]
     dtype: DtypeName,
 }
@@ -31,7 +32,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             i32::MAX
         );
     }
-    let mut table = crate::table(&["backend", "usable", "what it is"]);
+    let mut table = output::table(&["backend", "usable", "what it is"]);
     let cuda = Choice::Cuda.backend();
     for choice in [Choice::Cpu, Choice::Cuda, Choice::Reference, Choice::Simt] {
         let (usable, what) = match choice.backend() {
@@ -51,17 +52,17 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         };
         table.add_row([name.get_name(), usable, what]);
     }
-    crate::print(&format!(
+    output::print(&format!(
         "atkd {} on {} {}\n\n{}",
         env!("CARGO_PKG_VERSION"),
         std::env::consts::OS,
         std::env::consts::ARCH,
         table.trim_fmt()
     ))?;
-    crate::print(&format!("\nauto is {}", Choice::Auto.backend()?))?;
+    output::print(&format!("\nauto is {}", Choice::Auto.backend()?))?;
     let built: Vec<String> =
         Kernels::architectures().map(|number| format!("sm_{number}")).collect();
-    crate::print(&match Kernels::missing() {
+    output::print(&match Kernels::missing() {
         Some(hint) => format!("kernels in this build: none; {hint}"),
         None => format!("kernels in this build: {}, and PTX", built.join(", ")),
     })?;
@@ -86,7 +87,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         in_place: false,
     };
     let plan = Plan::new(&device, &problem, None);
-    let mut table = crate::table(&["kernel", "launch"]);
+    let mut table = output::table(&["kernel", "launch"]);
     for (kernel, shape) in [
         ("teacher_margin", plan.margin),
         ("count_valid", plan.count),
@@ -134,7 +135,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             },
         ),
     };
-    crate::print(&format!(
+    output::print(&format!(
         "\n{} x {} {dtype} on {whose} ({} multiprocessors, L2 cache {:.1} MB):\n\n{}\n\n{schedule}\n{why}",
         args.tokens,
         args.vocab,

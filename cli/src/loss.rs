@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::backend::{Backend, Choice};
 use crate::destination::Destination;
+use crate::output;
 use crate::tensors::{self, Matrix};
 
 /// The loss of a file of logits, and its gradient.
@@ -20,10 +21,10 @@ use crate::tensors::{self, Matrix};
 pub struct Args {
     /// Logits and labels, as safetensors
     file: PathBuf,
-    /// What computes
+    /// The backend that computes
     #[arg(long, value_enum, default_value = "auto")]
     backend: Choice,
-    /// What the student learns
+    /// The loss that the student learns by
     #[arg(long, value_enum, default_value = "atkd")]
     objective: Name,
     /// ATKD's weight of easy tokens; hard ones have 1 - lambda
@@ -38,7 +39,7 @@ pub struct Args {
     /// Multiply the distillation terms by the square of the temperature
     #[arg(long)]
     temperature_squared: bool,
-    /// Which token splits the distributions: the label, or the teacher's most probable
+    /// The token that splits the distributions: the label, or the teacher's most probable
     #[arg(long, value_enum, default_value = "label")]
     target: TargetName,
     /// Over the valid tokens
@@ -227,9 +228,9 @@ fn report(args: &Args, backend: &Backend, output: &Output) -> Result<()> {
             "mean_dkd": number(summary.mean_dkd),
             "backend": backend.to_string(),
         });
-        return crate::print(&object.to_string());
+        return output::print(&object.to_string());
     }
-    let mut table = crate::table(&[]);
+    let mut table = output::table(&[]);
     let threshold = match summary.threshold_uncertainty {
         Some(threshold) => format!("{threshold:.6}"),
         None => "no hard token".into(),
@@ -247,7 +248,7 @@ fn report(args: &Args, backend: &Backend, output: &Output) -> Result<()> {
     ] {
         table.add_row([name, &value]);
     }
-    crate::print(&table.trim_fmt())?;
+    output::print(&table.trim_fmt())?;
     if summary.non_finite_tokens > 0 {
         eprintln!(
             "warning: the loss of {} of {} valid tokens is NaN or infinite",

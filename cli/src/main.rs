@@ -6,6 +6,7 @@ mod destination;
 mod gradcheck;
 mod info;
 mod loss;
+mod output;
 mod tensors;
 
 use std::process::ExitCode;
@@ -53,20 +54,4 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
-}
-
-/// Prints to standard output; a closed pipe (`atkd ... | head`) is not an error.
-fn print(text: &str) -> anyhow::Result<()> {
-    use std::io::{ErrorKind, Write};
-    match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
-        _ => Ok(()),
-    }
-}
-
-/// A table without a frame.
-fn table(header: &[&str]) -> comfy_table::Table {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING).set_header(header);
-    table
 }

@@ -418,7 +418,7 @@ fn a_killed_run_leaves_no_file() {
     }
 }
 
-/// What cannot be mapped into memory is told at once; a pipe that nobody writes to would be waited for.
+/// A file that cannot be mapped into memory is refused at once, without a wait for a pipe that nobody writes to.
 #[cfg(unix)]
 #[test]
 fn pipes_and_devices_are_no_input() {
@@ -429,7 +429,7 @@ fn pipes_and_devices_are_no_input() {
     command.timeout(std::time::Duration::from_secs(20));
     fails(command, &["cannot read", "pipe", "regular file"]);
     fails(loss(Path::new("/dev/null"), &[]), &["cannot read", "/dev/null", "device"]);
-    // As a shell's <(...) is.
+    // A shell's <(...) is such a pipe.
     let mut command = loss(Path::new("/dev/stdin"), &[]);
     command.write_stdin("{}");
     fails(command, &["cannot read", "/dev/stdin", "pipe"]);
@@ -582,7 +582,7 @@ fn labels_are_optional_for_the_teacher_s_target() {
     );
     let object = json(loss(&path, &["--target", "teacher", "--json"]));
     assert_eq!(object["valid_tokens"], 6);
-    // Where there are labels, they say which tokens are ignored.
+    // If there are labels, they say which tokens are ignored.
     let path = files.batch("labelled", &files.labels);
     let object = json(loss(&path, &["--target", "teacher", "--json"]));
     assert_eq!(object["valid_tokens"], 5);

@@ -1,4 +1,4 @@
-//! What was measured: a table, CSV files and plots.
+//! The measurements as a table, CSV files and plots.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use plotters::prelude::*;
 
 use crate::Result;
 
-/// Of Okabe and Ito: told apart by people of any colour vision.
+/// The palette of Okabe and Ito, which people of any colour vision can tell apart.
 const COLORS: [RGBColor; 5] = [
     RGBColor(0, 0, 0),
     RGBColor(0, 114, 178),

@@ -55,7 +55,7 @@ impl Text {
         let mut bytes = 0;
         for file in &files {
             let content = fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
-            // What is not text has no place in a vocabulary.
+            // Bytes that are no text have no place in a vocabulary.
             if let Ok(content) = String::from_utf8(content)
                 && !content.is_empty()
             {

@@ -67,7 +67,7 @@ fn with_workspace<T>(
     })
 }
 
-/// A batch on one device: the teacher's logits and a label a token.
+/// A batch on one device: the teacher's logits and a label per token.
 #[derive(Clone)]
 pub(super) struct Batch {
     pub teacher: Tensor,

@@ -33,7 +33,7 @@ use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, 
 ///   and copied otherwise.
 /// - `labels`: their shape without the last dimension, of any integer dtype.
 ///
-/// Where the student is tracked (it depends on a `Var`), the gradient is computed together with the
+/// If the student is tracked (it depends on a `Var`), the gradient is computed together with the
 /// loss, which then holds it: as large as the student's logits (in float32 for float16 logits, so that
 /// a scaled loss rescues gradients that float16 cannot represent). `backward` multiplies it by the
 /// gradient that arrives, and returns it in the student's dtype. Nothing flows back to the teacher.
@@ -41,7 +41,7 @@ use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, 
 /// On CUDA tensors nothing waits for the device. `backward` takes the gradient from the loss; another `backward` of the
 /// same loss computes it anew. For float16 logits the loss holds none, and `backward` computes it with the gradient that
 /// arrives as a factor, which reads both models' logits once more. A label out of range is met by a kernel, which drops
-/// its token and makes the loss NaN; [`loss_with_output`], which waits, returns the error. A workspace of 33 bytes a token
+/// its token and makes the loss NaN; [`loss_with_output`], which waits, returns the error. A workspace of 33 bytes per token
 /// and 67 KB stays for each thread and stream that computes losses.
 ///
 /// # Errors
@@ -55,10 +55,10 @@ pub fn loss(
     Ok(loss_and_output(objective, student, teacher, labels, false)?.0)
 }
 
-/// As [`loss`], with the terms of each token, in the order of the labels' elements.
+/// [`loss`], and the terms of each token, in the order of the labels' elements.
 ///
 /// # Errors
-/// As [`loss`].
+/// Those of [`loss`].
 pub fn loss_with_output(
     objective: &Objective,
     student: &Tensor,
@@ -224,7 +224,7 @@ impl Rows {
     }
 }
 
-/// Where the rows of `[.., vocab]` start, if they are contiguous, disjoint and make a grid of two dimensions at
+/// The strides of the rows of `[.., vocab]`, if these are contiguous, disjoint and make a grid of two dimensions at
 /// most.
 fn strides(layout: &Layout) -> Option<Strides> {
     let (&vocab, leading) = layout.dims().split_last()?;
@@ -249,7 +249,7 @@ fn strides(layout: &Layout) -> Option<Strides> {
     strides.span(leading.iter().product(), vocab).is_ok().then_some(strides)
 }
 
-/// That there is one label a token, for logits `[.., vocab]`.
+/// Checks that there is one label per token, for logits `[.., vocab]`.
 fn check_labels(labels: &Tensor, logits: &Shape) -> Result<()> {
     let expected = &logits.dims()[..logits.rank() - 1];
     if labels.dims() != expected {

@@ -1,7 +1,7 @@
 //! The fused loss on the CPU: the embedded default.
 //!
 //! Each row is read once from memory. Its exponentials stay in the core's own cache until the row's
-//! sums are known, and the gradient leaves from there. The calling thread and those of rayon's current
+//! sums are known, and the gradient is written from there. The calling thread and those of rayon's current
 //! thread pool, as many in all as the pool has, work on rows of their own; the result is the same, bit for
 //! bit, for any number of threads, on machines of one instruction set ([`instruction_set`]).
 //!
@@ -9,24 +9,28 @@
 //! pool help if they are free before the work is done, and the calling thread does what is left; nobody waits for
 //! a thread that is busy with something else. A call works in the child of a fork, too, whatever threads of the parent
 //! were doing. The parent's pools have no threads there, so that calls have others to help them, of a pool
-//! that this crate makes: as many as the pool has that they would have been of, and at most one a core
+//! that this crate makes: as many as the pool has that they would have been of, and at most one per core
 //! (`RAYON_NUM_THREADS`).
 //!
-//! Which tokens are hard is known only when every teacher's row has been read. A gradient of its own is
-//! written at once for the group that the tokens so far suggest, and the few that turn out wrong are
-//! done again: the result is the exact selection's, and the logits are read once. A gradient in place
-//! would have overwritten what it needs to be done again, so there the teacher's logits are read once
-//! more, beforehand; but not if the batch has a mask or margins of its own.
+//! The hard tokens are known only when every teacher's row has been read. A gradient beside the logits is written at
+//! once for the group that the tokens so far predict, and the few mispredicted rows are done again: the result is the
+//! exact selection's, and the logits are read once. A gradient in place would have overwritten the logits of a
+//! mispredicted row, so there the teacher's logits are read once more, beforehand; but not if the batch has a mask or
+//! margins of its own.
 //!
-//! Memory beyond the arguments: about 230 bytes a token, and two float32 rows a thread (three if cross
+//! Memory beyond the arguments: about 230 bytes per token, and two float32 rows per thread (three if cross
 //! entropy is wanted at a temperature other than 1).
 
-mod block;
+mod dispatch;
+mod element;
+mod exp;
+mod math;
 pub mod raw;
 mod rows;
-mod team;
 #[cfg(test)]
 mod tests;
+mod threads;
+mod tile;
 mod vector;
 
 use std::cmp::Reverse;
@@ -38,14 +42,14 @@ use rayon::ThreadPool;
 use crate::logits::ElementsMut;
 use crate::objective::{Objective, Target};
 use crate::output::{Output, TokenTerms};
-use crate::row::{self, RowState};
 use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result, selection};
-use block::Instructions;
+use dispatch::Instructions;
+use math::{Divergence, ForwardKl, RowState};
 use rows::{Destination, RowPass};
-use team::Team;
+use threads::Threads;
 
-/// Bytes of a gradient that is too large to be found in the cache by whoever reads it next.
-const PAST_CACHE_FROM: usize = 16 << 20;
+/// Bytes from which on a gradient is too large to be found in the cache by whoever reads it next.
+const NON_TEMPORAL_FROM: usize = 16 << 20;
 
 /// The instruction set in use: the one that the environment variable `ATKD_INSTRUCTIONS` names (`avx512`, `avx2`
 /// or `portable`), else the widest that this machine has. Results differ in their last bits from one to another.
@@ -57,7 +61,7 @@ pub fn instruction_set() -> Result<&'static str> {
     Ok(Instructions::chosen()?.name())
 }
 
-/// The loss, and each token's terms.
+/// The loss, and each token's terms, in nats. `student` is `[tokens, vocab]`, as the batch's teacher.
 ///
 /// # Errors
 /// If the shapes differ, a label is out of range, or labels are needed and missing.
@@ -68,8 +72,8 @@ pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<
 /// The loss, each token's terms, and the gradient with respect to the student's logits, times the
 /// objective's upstream gradient.
 ///
-/// `gradient` is of the student's dtype, each element rounded once from float32, or float32. Rows of
-/// ignored tokens become 0.
+/// `student` and `gradient` are `[tokens, vocab]`, as the batch's teacher. `gradient` is of the student's dtype, each
+/// element rounded once from float32, or float32. Rows of ignored tokens become 0.
 ///
 /// # Errors
 /// If the shapes differ, the gradient's dtype is neither, a label is out of range, or labels are
@@ -83,11 +87,11 @@ pub fn forward_backward(
     forward_backward_by(Workers::default(), objective, batch, student, gradient)
 }
 
-/// As [`forward_backward`], with the gradient written over the student's logits: a third less memory
-/// traffic.
+/// [`forward_backward`] with the gradient written over the student's logits, `[tokens, vocab]`: a third less memory
+/// traffic. The gradient has the logits' dtype.
 ///
 /// # Errors
-/// As [`forward_backward`]; the logits are unchanged then.
+/// If the shapes differ, a label is out of range, or labels are needed and missing. The logits are unchanged then.
 pub fn forward_backward_in_place(
     objective: &Objective,
     batch: &Batch,
@@ -107,12 +111,12 @@ pub fn teacher_margins(objective: &Objective, batch: &Batch) -> Result<Vec<f32>>
     teacher_margins_by(Workers::default(), objective, batch)
 }
 
-/// What a call runs on.
+/// The means of a call: an instruction set and threads.
 #[derive(Clone, Copy)]
 pub(crate) struct Workers<'a> {
-    /// `None` for the chosen ones.
+    /// `None` for [`Instructions::chosen`].
     instructions: Option<Instructions>,
-    team: Team<'a>,
+    threads: Threads<'a>,
 }
 
 impl Default for Workers<'_> {
@@ -124,11 +128,11 @@ impl Default for Workers<'_> {
 impl<'a> Workers<'a> {
     /// The caller and all but one of the pool's threads, or of rayon's current pool.
     pub(crate) fn of(pool: Option<&'a ThreadPool>) -> Self {
-        Self { instructions: None, team: Team(pool) }
+        Self { instructions: None, threads: Threads(pool) }
     }
 }
 
-/// As [`forward`].
+/// [`forward`] by the workers given.
 pub(crate) fn forward_by(
     workers: Workers,
     objective: &Objective,
@@ -140,7 +144,7 @@ pub(crate) fn forward_by(
     compute(workers, objective, batch, rows)
 }
 
-/// As [`forward_backward`].
+/// [`forward_backward`] by the workers given.
 pub(crate) fn forward_backward_by(
     workers: Workers,
     objective: &Objective,
@@ -154,19 +158,19 @@ pub(crate) fn forward_backward_by(
     if shape.dtype() != student.dtype() && shape.dtype() != Dtype::F32 {
         return Err(Error::GradientDtype { student: student.dtype(), actual: shape.dtype() });
     }
-    let past_cache = shape.tokens() * shape.vocab() * shape.dtype().size() >= PAST_CACHE_FROM;
+    let non_temporal = shape.tokens() * shape.vocab() * shape.dtype().size() >= NON_TEMPORAL_FROM;
     let rows = gradient.rows().into_iter().enumerate();
     let rows = rows
         .map(|(token, gradient)| StudentRow::Into {
             logits: student.row(token),
             gradient,
-            past_cache,
+            non_temporal,
         })
         .collect();
     compute(workers, objective, batch, rows)
 }
 
-/// As [`forward_backward_in_place`].
+/// [`forward_backward_in_place`] by the workers given.
 pub(crate) fn forward_backward_in_place_by(
     workers: Workers,
     objective: &Objective,
@@ -179,22 +183,22 @@ pub(crate) fn forward_backward_in_place_by(
     compute(workers, objective, batch, rows)
 }
 
-/// As [`teacher_margins`].
+/// [`teacher_margins`] by the workers given.
 pub(crate) fn teacher_margins_by(
-    Workers { instructions, team }: Workers,
+    Workers { instructions, threads }: Workers,
     objective: &Objective,
     batch: &Batch,
 ) -> Result<Vec<f32>> {
     let pass = RowPass::new(instructions, objective)?;
-    let targets = targets(&pass, team, objective, batch)?;
-    let margins = margins(&pass, team, batch, &targets);
+    let targets = targets(&pass, threads, objective, batch)?;
+    let margins = margins(&pass, threads, batch, &targets);
     Ok(margins.into_iter().map(|margin| margin.map_or(f32::NEG_INFINITY, |m| m as f32)).collect())
 }
 
 /// The target of each token; `None` for ignored ones.
 fn targets(
     pass: &RowPass,
-    team: Team,
+    threads: Threads,
     objective: &Objective,
     batch: &Batch,
 ) -> Result<Vec<Option<usize>>> {
@@ -204,7 +208,7 @@ fn targets(
         Target::Label => labels,
         Target::Teacher => {
             let scratch = || pass.scratch(teacher.vocab(), false);
-            team.map(
+            threads.map(
                 labels.into_iter().enumerate().collect(),
                 scratch,
                 |scratch, (token, label)| label.map(|_| pass.arg_max(teacher.row(token), scratch)),
@@ -216,7 +220,7 @@ fn targets(
 /// The margin of each token that has a target, from the teacher's logits alone.
 fn margins(
     pass: &RowPass,
-    team: Team,
+    threads: Threads,
     batch: &Batch,
     targets: &[Option<usize>],
 ) -> Vec<Option<f64>> {
@@ -224,13 +228,13 @@ fn margins(
     let margin = |_: &mut (), (token, target): (usize, Option<usize>)| {
         target.map(|target| pass.margin(batch.teacher().row(token), target))
     };
-    team.map(targets, || (), margin)
+    threads.map(targets, || (), margin)
 }
 
-/// One row of the student, and where its gradient goes.
+/// One row of the student, and the destination of its gradient.
 enum StudentRow<'a> {
     Forward(Elements<'a>),
-    Into { logits: Elements<'a>, gradient: ElementsMut<'a>, past_cache: bool },
+    Into { logits: Elements<'a>, gradient: ElementsMut<'a>, non_temporal: bool },
     InPlace(ElementsMut<'a>),
 }
 
@@ -245,33 +249,43 @@ impl StudentRow<'_> {
     fn gradient(&mut self) -> Option<Destination<'_>> {
         match self {
             StudentRow::Forward(_) => None,
-            StudentRow::Into { gradient, past_cache, .. } => {
-                Some(Destination { row: gradient.reborrow(), past_cache: *past_cache })
+            StudentRow::Into { gradient, non_temporal, .. } => {
+                Some(Destination { row: gradient.reborrow(), non_temporal: *non_temporal })
             }
             StudentRow::InPlace(row) => {
-                Some(Destination { row: row.reborrow(), past_cache: false })
+                Some(Destination { row: row.reborrow(), non_temporal: false })
             }
         }
     }
 }
 
-/// What is kept of a row until the hard tokens are known.
+/// The facts about a row that are kept until the hard tokens are known.
 struct Kept {
     state: RowState,
     student_target: f64,
-    /// Those of the group that the gradient was written for.
+    /// The terms for the group that the gradient was written for.
     terms: TokenTerms,
 }
 
+/// A call, by the divergence of its objective.
 fn compute(
-    Workers { instructions, team }: Workers,
+    workers: Workers,
+    objective: &Objective,
+    batch: &Batch,
+    rows: Vec<StudentRow>,
+) -> Result<Output> {
+    compute_by::<ForwardKl>(workers, objective, batch, rows)
+}
+
+fn compute_by<D: Divergence>(
+    Workers { instructions, threads }: Workers,
     objective: &Objective,
     batch: &Batch,
     mut rows: Vec<StudentRow>,
 ) -> Result<Output> {
     let teacher = batch.teacher();
     let pass = RowPass::new(instructions, objective)?;
-    let targets = targets(&pass, team, objective, batch)?;
+    let targets = targets(&pass, threads, objective, batch)?;
     let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
     let in_place = rows.iter().any(|row| matches!(row, StudentRow::InPlace(_)));
     let scratch = || pass.scratch(teacher.vocab(), with_gradient);
@@ -280,7 +294,15 @@ fn compute(
     let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
     let finish = |state: &RowState, margin, student_target, hard| {
         let inverse_temperature = pass.inverse_temperature;
-        row::finish(objective, inverse_temperature, state, margin, student_target, hard, scale)
+        math::finish::<D>(
+            objective,
+            inverse_temperature,
+            state,
+            margin,
+            student_target,
+            hard,
+            scale,
+        )
     };
 
     let depends = objective.depends_on_selection();
@@ -295,7 +317,7 @@ fn compute(
         (None, Some(margins)) => Some(select_by(&|token| targets[token].map(|_| margins[token]))),
         // A gradient that overwrites its logits cannot be written twice: its group must be known first.
         (None, None) => (depends && in_place).then(|| {
-            let margins = margins(&pass, team, batch, &targets);
+            let margins = margins(&pass, threads, batch, &targets);
             select_by(&|token| margins[token].map(|margin| margin as f32))
         }),
     };
@@ -310,7 +332,7 @@ fn compute(
         // Neighbours are alike; a mixed order teaches the running selection sooner.
         fastrand::Rng::with_seed(0).shuffle(&mut order);
     }
-    let mut kept = team.map(order, scratch, |scratch, (token, student)| {
+    let mut kept = threads.map(order, scratch, |scratch, (token, student)| {
         let Some(target) = targets[token] else {
             if let Some(mut gradient) = student.gradient() {
                 gradient.row.fill_zero();
@@ -318,12 +340,12 @@ fn compute(
             return (token, None);
         };
         let row = teacher.row(token);
-        let state = pass.state(row, student.logits(), target, scratch);
+        let state = pass.state::<D>(row, student.logits(), target, scratch);
         let margin = pass.margin_of(&state, row, target);
         let student_target = student.logits().get(target).into();
         let (terms, scales) = finish(&state, margin, student_target, group(token, margin));
         if let Some(gradient) = student.gradient() {
-            pass.gradient(&state, &scales, target, scratch, gradient);
+            pass.gradient::<D>(&state, &scales, target, scratch, gradient);
         }
         (token, Some(Kept { state, student_target, terms }))
     });
@@ -332,7 +354,7 @@ fn compute(
     let hard: Vec<bool> = known.unwrap_or_else(|| {
         select_by(&|token| kept[token].1.as_ref().map(|kept| kept.terms.margin as f32))
     });
-    let wrong = kept
+    let mispredicted = kept
         .iter_mut()
         .zip(&mut rows)
         .filter_map(|((token, kept), student)| {
@@ -340,8 +362,8 @@ fn compute(
             Some((*token, targets[*token]?, kept, student))
         })
         .collect();
-    team.map(
-        wrong,
+    threads.map(
+        mispredicted,
         || None,
         |own, (token, target, kept, student)| {
             let (terms, scales) =
@@ -349,9 +371,9 @@ fn compute(
             kept.terms = terms;
             if depends && with_gradient {
                 let scratch = own.get_or_insert_with(scratch);
-                let state = pass.state(teacher.row(token), student.logits(), target, scratch);
+                let state = pass.state::<D>(teacher.row(token), student.logits(), target, scratch);
                 let gradient = student.gradient().expect("there is one for every row");
-                pass.gradient(&state, &scales, target, scratch, gradient);
+                pass.gradient::<D>(&state, &scales, target, scratch, gradient);
             }
         },
     );
@@ -359,8 +381,8 @@ fn compute(
     Ok(Output::reduce(objective, kept.into_iter().map(terms).collect()))
 }
 
-/// The hard tokens among those seen so far: a guess at the group of the next one, which is right for
-/// all but about the square root of the tokens.
+/// The hard tokens among those seen so far. They predict the group of the next one, rightly for all but about the
+/// square root of the tokens.
 struct RunningSelection<'a> {
     objective: &'a Objective,
     hard: BinaryHeap<Reverse<i32>>,
@@ -372,7 +394,7 @@ impl<'a> RunningSelection<'a> {
         Self { objective, hard: BinaryHeap::new(), easy: BinaryHeap::new() }
     }
 
-    /// Whether `margin` is among the largest so far.
+    /// Adds a margin, and returns true if it is among the largest so far.
     fn add(&mut self, margin: f32) -> bool {
         let bits = margin.to_bits() as i32;
         // The order of the numbers as an order of integers.

@@ -1,11 +1,12 @@
-//! What only the inside shows: every instruction set, any number of threads, the memory taken.
+//! Tests from the inside: every instruction set, any number of threads, the memory taken.
 
-use super::block::{Ahead, Exponent, Exponentials, Instructions, Reference};
+use super::exp::Exponent;
+use super::tile::{Exponentials, Prefetch, Shift};
 use super::*;
 use crate::{Coefficients, Reduction, battery};
 
-fn no_ahead() -> [Ahead; 2] {
-    [Ahead { address: std::ptr::null(), size: 0 }; 2]
+fn no_prefetch() -> [Prefetch; 2] {
+    [Prefetch { address: std::ptr::null(), size: 0 }; 2]
 }
 
 /// exp over its whole range, against float64, in the vector loop and in its tail.
@@ -18,12 +19,17 @@ fn exponentials_are_right_for_every_instruction_set() {
             let x: Vec<f32> = (0..400_003)
                 .map(|i| (2.0 + (lowest - 2.0) * f64::from(i) / 400_003.0) as f32)
                 .collect();
-            for careful in [false, true] {
-                let to = Reference { max: 0.0, careful };
+            for guarded in [false, true] {
+                let shift = Shift { value: 0.0, guarded };
                 let (mut p, mut q) = (vec![0.0; x.len()], vec![0.0; x.len()]);
-                let mut out =
-                    Exponentials { teacher: &mut p, student: &mut q, student_at_1: &mut [] };
-                instructions.accumulate([&x, &x], [to; 2], exponent, &mut out, no_ahead());
+                let mut out = Exponentials { kept: &mut p, student: &mut q, student_at_1: &mut [] };
+                instructions.accumulate::<_, ForwardKl>(
+                    [&x, &x],
+                    [shift; 2],
+                    exponent,
+                    &mut out,
+                    no_prefetch(),
+                );
                 assert_eq!(p, q);
                 for (&x, &p) in x.iter().zip(&p) {
                     let exact = (f64::from(x) * inverse_temperature).exp();
@@ -43,17 +49,23 @@ fn exponentials_are_right_for_every_instruction_set() {
 }
 
 #[test]
-fn careful_exponentials_vanish_below_the_normal_range() {
+fn guarded_exponentials_vanish_below_the_normal_range() {
     for instructions in Instructions::available() {
         let x: Vec<f32> = [f32::NEG_INFINITY, -1e38, -200.0, -104.0, -88.0, f32::NAN]
             .into_iter()
             .cycle()
             .take(42)
             .collect();
-        let to = Reference { max: 0.0, careful: true };
+        let shift = Shift { value: 0.0, guarded: true };
         let (mut p, mut q) = (vec![1.0; x.len()], vec![1.0; x.len()]);
-        let mut out = Exponentials { teacher: &mut p, student: &mut q, student_at_1: &mut [] };
-        instructions.accumulate([&x, &x], [to; 2], Exponent::new(1.0), &mut out, no_ahead());
+        let mut out = Exponentials { kept: &mut p, student: &mut q, student_at_1: &mut [] };
+        instructions.accumulate::<_, ForwardKl>(
+            [&x, &x],
+            [shift; 2],
+            Exponent::new(1.0),
+            &mut out,
+            no_prefetch(),
+        );
         for (x, p) in x.iter().zip(&p) {
             if x.is_nan() { assert!(p.is_nan()) } else { assert_eq!(*p, 0.0, "e^{x}") }
         }
@@ -67,7 +79,7 @@ struct Case {
     labels: Vec<i64>,
 }
 
-/// Logits whose row maxima climb from block to block, with now and then a mask.
+/// Logits whose row maxima climb from tile to tile, with now and then a mask.
 fn case(tokens: usize, vocab: usize, seed: u64) -> Case {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut logits = |slope: f32| -> Vec<f32> {
@@ -154,8 +166,8 @@ fn the_number_of_threads_changes_no_bit() {
     }
 }
 
-/// The exponentials of a block are relative to what those before it were, unless one is too large: at the
-/// start of a block, in a vector, and in what is left of the last.
+/// The exponentials of a tile are relative to the shift of the tile before, unless one is too large: at the start of a
+/// tile, in a vector, and in the tail of the last.
 #[test]
 fn a_logit_far_above_all_others_is_seen_wherever_it_is() {
     let vocab = 2 * 1024 + 37;
@@ -184,12 +196,12 @@ fn a_logit_far_above_all_others_is_seen_wherever_it_is() {
     }
 }
 
-/// Whatever the student does: of equal margins the first token's is the hard one.
+/// Among equal margins the first tokens' are the hard ones, whatever the student does.
 #[test]
 fn equal_teachers_tie() {
     let (tokens, vocab) = (6, 3000);
     for instructions in Instructions::available() {
-        // Just above what a block's exponentials may be and not be noticed.
+        // Just above the largest exponentials that are in range.
         for height in [2.0, 2.03, 2.06, 2.09, 2.12] {
             let mut case = case(1, vocab, 6);
             case.teacher.iter_mut().for_each(|z| *z = z.clamp(-9.0, 1.0));
@@ -207,7 +219,7 @@ fn equal_teachers_tie() {
     }
 }
 
-/// What is hard in place is found in a pass over the teacher alone.
+/// In place, the hard tokens are found in a pass over the teacher alone.
 #[test]
 fn margins_of_the_teacher_alone_are_the_same_bits() {
     for instructions in Instructions::available() {
@@ -217,7 +229,8 @@ fn margins_of_the_teacher_alone_are_the_same_bits() {
             let (teacher, student) = (&case.teacher, &case.student);
             let mut scratch = pass.scratch(vocab, true);
             for target in [0, vocab / 3, vocab - 1] {
-                let state = pass.state(teacher.into(), student.into(), target, &mut scratch);
+                let state =
+                    pass.state::<ForwardKl>(teacher.into(), student.into(), target, &mut scratch);
                 let both = pass.margin_of(&state, teacher.into(), target);
                 let alone = pass.margin(teacher.into(), target);
                 assert_eq!(alone.to_bits(), both.to_bits(), "{} {vocab}", instructions.name());
@@ -226,9 +239,9 @@ fn margins_of_the_teacher_alone_are_the_same_bits() {
     }
 }
 
-/// Large gradients leave past the cache, in whole lines: any alignment, any dtype, and the same bits.
+/// Large gradients are written by non-temporal stores: any alignment, any dtype, and the same bits.
 #[test]
-fn streamed_gradients_are_the_same() {
+fn non_temporal_gradients_are_the_same() {
     use half::{bf16, f16};
     let case = case(5, 4999, 4);
     let (tokens, vocab) = (case.tokens(), case.vocab);
@@ -236,7 +249,7 @@ fn streamed_gradients_are_the_same() {
         ($element:ty, $convert:expr) => {{
             let student: Vec<$element> = case.student.iter().map(|&z| $convert(z)).collect();
             let student = Logits::new(&student, tokens, vocab).unwrap();
-            let run = |offset: usize, past_cache: bool| {
+            let run = |offset: usize, non_temporal: bool| {
                 let mut memory = vec![$convert(7.0); offset + tokens * vocab + 3];
                 let rows = memory[offset..][..tokens * vocab]
                     .chunks_mut(vocab)
@@ -244,7 +257,7 @@ fn streamed_gradients_are_the_same() {
                     .map(|(token, row)| StudentRow::Into {
                         logits: student.row(token),
                         gradient: row.into(),
-                        past_cache,
+                        non_temporal,
                     })
                     .collect();
                 compute(Workers::default(), &Objective::default(), &case.batch(), rows).unwrap();
@@ -361,7 +374,7 @@ fn close_models_are_told_apart() {
     }
 }
 
-/// By a mask, by margins, and in place with either: what a call selects by itself.
+/// A call that is given a mask or margins, in place or not, gives what one does that selects by itself.
 #[test]
 fn a_selection_apart_from_the_loss() {
     let (tokens, vocab) = (50, 301);

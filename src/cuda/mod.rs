@@ -44,6 +44,7 @@ mod by_address;
 mod host;
 mod kernels;
 mod tensor;
+#[cfg(feature = "battery")]
 pub mod unfused;
 mod workspace;
 

@@ -90,6 +90,7 @@ macro_rules! table {
     })+) => {
         /// A kernel's parameter block.
         #[derive(Clone, Copy, Debug)]
+        #[cfg_attr(not(feature = "battery"), allow(dead_code, reason = "the battery alone launches the unfused kernels"))]
         pub enum Parameters {
             $($variant($params),)+
         }

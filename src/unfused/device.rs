@@ -1,4 +1,4 @@
-//! The unfused loss as kernel launches, one a step.
+//! The unfused loss as kernel launches, one per step.
 
 use std::ffi::c_void;
 
@@ -17,7 +17,7 @@ const MATRICES: usize = 8;
 /// Results with one number a token.
 const VECTORS: usize = 11;
 
-/// Where the steps' results lie in one piece of device memory.
+/// The places of the steps' results in one piece of device memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Memory {
     pub tokens: usize,
@@ -25,7 +25,7 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// What the selection needs, as in the fused call.
+    /// The part that the selection needs, as in the fused call.
     pub fn layout(self) -> Layout {
         Layout { capacity: self.tokens }
     }
@@ -52,7 +52,7 @@ impl Memory {
 /// Rows are contiguous, labels 64 bits.
 ///
 /// # Errors
-/// As the fused call's.
+/// The launches of an unfused call, in the form of the fused one's.
 pub(crate) fn launches(
     call: &RawCall,
     device: &DeviceProperties,

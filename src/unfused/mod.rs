@@ -127,10 +127,10 @@ pub fn forward_backward(
     (loss, gradient.data)
 }
 
-/// As [`forward_backward`] for bfloat16, which frameworks widen first and whose gradient they narrow.
+/// [`forward_backward`] for bfloat16, which frameworks widen first and whose gradient they narrow.
 ///
 /// # Panics
-/// As [`forward_backward`].
+/// As [`forward_backward`] does.
 pub fn forward_backward_bf16(
     teacher: &[bf16],
     student: &[bf16],

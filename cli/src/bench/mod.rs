@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::backend::{Backend, Choice, RowKernelArgs};
+use crate::output;
 use crate::tensors::DtypeName;
 
 /// Time the fused loss and gradient against the unfused one.
@@ -24,7 +25,7 @@ use crate::tensors::DtypeName;
 /// Example: atkd bench --backend cuda --tokens 2048,8192 --vocab 32000,128256 --dtype bf16 --save results
 #[derive(clap::Args)]
 pub struct Args {
-    /// What is timed
+    /// The backend to time
     #[arg(long, value_enum, default_value = "auto")]
     backend: Choice,
     #[command(flatten)]
@@ -35,7 +36,7 @@ pub struct Args {
     /// Logits in a row; several sizes with commas between
     #[arg(long, value_delimiter = ',', default_value = "32000")]
     vocab: Vec<usize>,
-    /// Of both models and the gradient
+    /// The type of both models' logits and of the gradient
     #[arg(long, value_enum, default_value = "f32", ignore_case = true)]
     dtype: DtypeName,
     /// Runs of each variant, up to a million; the median counts
@@ -139,7 +140,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         plot::save(&folder.join("bench.svg"), &title, &measured)
             .with_context(|| format!("cannot draw into {}", folder.display()))?;
     }
-    crate::print(if args.json { &json } else { &table })?;
+    output::print(if args.json { &json } else { &table })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -181,7 +182,7 @@ fn json(backend: &Backend, device: &str, measured: &[Measured]) -> serde_json::V
 /// In Markdown.
 fn table(backend: &Backend, device: &str, measured: &[Measured]) -> String {
     let header = ["size", "variant", "median ms", "GB/s", "share of copy", "times the fused time"];
-    let mut table = crate::table(&header);
+    let mut table = output::table(&header);
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
     for at in measured {
         for timing in &at.timings {

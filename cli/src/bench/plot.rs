@@ -76,7 +76,7 @@ pub fn save(path: &Path, title: &str, measured: &[Measured]) -> Result<()> {
     Ok(())
 }
 
-/// What moves volumes, by its name in the picture: each size may have another kernel for rows.
+/// The timings that move volumes, each with its name in the picture: sizes may differ in their kernel for rows.
 fn drawn(at: &Measured) -> impl Iterator<Item = (&str, &Timing)> {
     at.timings.iter().filter(|timing| timing.volumes > 0).map(|timing| {
         let variant = timing.variant.as_str();

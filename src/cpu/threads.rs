@@ -1,4 +1,4 @@
-//! The threads of a call.
+//! The threads of a call: the caller, who can do all of the work alone, and helpers from a pool, if they come in time.
 
 use std::any::Any;
 use std::panic::{self, AssertUnwindSafe};
@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// The calling thread, and all but one of a pool's: rayon's current pool if none is given.
+/// The calling thread, and all but one of a pool's, which is rayon's current pool if none is given.
 ///
 /// The caller works rather than waits: it has the data that a caller's caches hold, and a thread that is
 /// woken while another sleeps may find itself on the same core as a third. It can do all of the work by itself. Those
@@ -17,9 +17,9 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 ///
 /// In the child of a fork the helpers are of a pool that is made there: see [`forked`].
 #[derive(Clone, Copy, Default)]
-pub struct Team<'a>(pub Option<&'a ThreadPool>);
+pub struct Threads<'a>(pub Option<&'a ThreadPool>);
 
-impl<'a> Team<'a> {
+impl<'a> Threads<'a> {
     /// How many threads work, the caller's included, and the pool of the others, rayon's current one if `None`.
     fn threads(self) -> (usize, Option<&'a ThreadPool>) {
         if !forked() {
@@ -33,7 +33,7 @@ impl<'a> Team<'a> {
         }
     }
 
-    /// `work` on every item, in the items' order. Each thread makes itself one `S`.
+    /// Does `work` on every item, and returns the results in the items' order. Each thread makes itself one `S`.
     pub fn map<T: Send, S, R: Send>(
         self,
         items: Vec<T>,
@@ -74,7 +74,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// `job` on the calling thread and on up to `helpers` others, each from its beginning to its end. A panic of any of
+/// Runs `job` on the calling thread and on up to `helpers` others, each from its beginning to its end. A panic of any of
 /// them is the caller's.
 fn run_beside(pool: Option<&ThreadPool>, helpers: usize, job: &(dyn Fn() + Sync)) {
     if helpers == 0 {
@@ -106,18 +106,18 @@ fn run_beside(pool: Option<&ThreadPool>, helpers: usize, job: &(dyn Fn() + Sync)
     }
 }
 
-/// What helpers go through. It outlives the job behind it, for those that come late.
+/// Helpers pass it to get to the job. It outlives the job, for those that come late.
 struct Door {
     job: Job,
     inside: Mutex<Inside>,
-    /// One of them has left.
+    /// A helper has left.
     left: Condvar,
 }
 
 struct Inside {
     open: bool,
     threads: usize,
-    /// Of the first that panicked.
+    /// The payload of the first helper that panicked.
     panic: Option<Box<dyn Any + Send>>,
 }
 
@@ -130,7 +130,7 @@ unsafe impl Send for Job {}
 unsafe impl Sync for Job {}
 
 impl Door {
-    /// What a thread of the pool does for the caller, if it comes in time. It calls the other helpers too, by halves:
+    /// A thread of the pool helps the caller, if it comes in time. It calls the other helpers too, by halves:
     /// no more than one task of a call waits in a pool that is busy, and the caller wakes one thread alone.
     fn help(self: Arc<Self>, helpers: usize) {
         {
@@ -172,7 +172,7 @@ impl Drop for Closes<'_> {
     }
 }
 
-/// Whether this process is a fork of the one that made the first call. The pools that were there have no threads here,
+/// True in a fork of the process that made the first call. The pools that were there have no threads here,
 /// and locks that those held stay locked: none of these pools may be asked for help.
 fn forked() -> bool {
     static FIRST: AtomicU32 = AtomicU32::new(0);
@@ -213,19 +213,20 @@ mod tests {
     use std::sync::mpsc::channel;
     use std::time::Duration;
 
-    use super::Team;
+    use super::Threads;
 
     #[test]
     fn results_are_in_the_order_of_the_items() {
         for threads in [1, 2, 8] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             for count in [0, 1, 2, 9, 1000] {
-                let squares =
-                    |team: Team| team.map((0..count).collect(), || (), |(), item: u64| item * item);
+                let squares = |threads: Threads| {
+                    threads.map((0..count).collect(), || (), |(), item: u64| item * item)
+                };
                 let expected: Vec<u64> = (0..count).map(|item| item * item).collect();
-                assert_eq!(squares(Team(Some(&pool))), expected);
-                assert_eq!(pool.install(|| squares(Team(None))), expected);
-                assert_eq!(pool.install(|| squares(Team(Some(&pool)))), expected);
+                assert_eq!(squares(Threads(Some(&pool))), expected);
+                assert_eq!(pool.install(|| squares(Threads(None))), expected);
+                assert_eq!(pool.install(|| squares(Threads(Some(&pool)))), expected);
             }
         }
     }
@@ -247,7 +248,7 @@ mod tests {
                 let here = std::thread::current().id();
                 let items = vec![String::from("an item"); 50];
                 let work = |(): &mut (), item: String| (item.len(), std::thread::current().id());
-                let done = Team(Some(&pool)).map(items, || (), work);
+                let done = Threads(Some(&pool)).map(items, || (), work);
                 assert_eq!(done, [(7, here); 50]);
                 releases.iter().for_each(|release| release.send(()).unwrap());
                 pool.broadcast(|_| ());
@@ -275,7 +276,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(10));
             inside.fetch_sub(1, Ordering::SeqCst);
         };
-        Team(Some(&pool)).map(vec![(); THREADS], || (), work);
+        Threads(Some(&pool)).map(vec![(); THREADS], || (), work);
         assert_eq!(inside.into_inner(), 0);
     }
 
@@ -294,7 +295,7 @@ mod tests {
                         assert!(!panics || value != number, "on purpose");
                         value + round
                     };
-                    Team(Some(pool)).map(values.iter().collect(), || 0, work)
+                    Threads(Some(pool)).map(values.iter().collect(), || 0, work)
                 };
                 if round % 5 == 0 {
                     pool.spawn(std::thread::yield_now);
@@ -320,7 +321,7 @@ mod tests {
     #[test]
     #[should_panic = "item 3"]
     fn a_panic_reaches_the_caller() {
-        Team(None).map((0..5).collect(), || (), |(), item| assert_ne!(item, 3, "item 3"));
+        Threads(None).map((0..5).collect(), || (), |(), item| assert_ne!(item, 3, "item 3"));
     }
 
     /// The caller has nothing left to do when its helper panics.
@@ -340,6 +341,6 @@ mod tests {
                 panic!("of a helper");
             }
         };
-        Team(Some(&pool)).map(vec![(); 2], || (), work);
+        Threads(Some(&pool)).map(vec![(); 2], || (), work);
     }
 }

@@ -1,0 +1,226 @@
+//! One call of a backend, and its comparison with the reference.
+
+use half::{bf16, f16};
+
+use super::compare::{RELATIVE, Worst, gradient_floor, gradient_within};
+use crate::{
+    Batch, Dtype, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, Result, Strides,
+    reference,
+};
+
+pub(super) type Backend<'a> = dyn Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output> + 'a;
+
+/// Logits of one of the three dtypes.
+enum Tensor {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Tensor {
+    fn new(dtype: Dtype, values: impl Iterator<Item = f32>) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32(values.collect()),
+            Dtype::F16 => Self::F16(values.map(f16::from_f32).collect()),
+            Dtype::Bf16 => Self::Bf16(values.map(bf16::from_f32).collect()),
+        }
+    }
+
+    fn elements(&self) -> Elements<'_> {
+        match self {
+            Self::F32(v) => v.into(),
+            Self::F16(v) => v.into(),
+            Self::Bf16(v) => v.into(),
+        }
+    }
+
+    fn elements_mut(&mut self) -> ElementsMut<'_> {
+        match self {
+            Self::F32(v) => v.into(),
+            Self::F16(v) => v.into(),
+            Self::Bf16(v) => v.into(),
+        }
+    }
+}
+
+/// One call of a backend.
+#[derive(Clone)]
+pub(super) struct Case {
+    pub name: String,
+    pub objective: Objective,
+    pub vocab: usize,
+    pub teacher: Vec<f32>,
+    pub student: Vec<f32>,
+    /// Empty for none at all.
+    pub labels: Vec<i64>,
+    pub sequences: Option<Vec<usize>>,
+    pub margins: Option<Vec<f32>>,
+    pub hard: Option<Vec<bool>>,
+    pub teacher_dtype: Dtype,
+    pub student_dtype: Dtype,
+    pub gradient_dtype: Dtype,
+    /// Elements between the rows, and before the first.
+    pub padding: usize,
+    /// For teacher, student and gradient: every `INNER` rows are followed by a gap that is longer than a row.
+    pub nested: [bool; 3],
+}
+
+/// Rows of one outer index, where there are any.
+const INNER: usize = 3;
+pub(super) const TEACHER: usize = 0;
+pub(super) const STUDENT: usize = 1;
+pub(super) const GRADIENT: usize = 2;
+
+pub(super) const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+
+/// The value between the rows, which must stay there.
+const PADDING: f32 = 13.0;
+
+pub(super) fn random(tokens: usize, vocab: usize, seed: u64) -> Case {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut logits = || -> Vec<f32> {
+        (0..tokens * vocab).map(|_| 4.0 * (0..4).map(|_| random.f32() - 0.5).sum::<f32>()).collect()
+    };
+    let (teacher, student) = (logits(), logits());
+    let labels = (0..tokens).map(|_| random.i64(0..vocab as i64)).collect();
+    Case {
+        name: String::new(),
+        objective: Objective::default(),
+        vocab,
+        teacher,
+        student,
+        labels,
+        sequences: None,
+        margins: None,
+        hard: None,
+        teacher_dtype: Dtype::F32,
+        student_dtype: Dtype::F32,
+        gradient_dtype: Dtype::F32,
+        padding: 0,
+        nested: [false; 3],
+    }
+}
+
+impl Case {
+    pub fn tokens(&self) -> usize {
+        self.teacher.len() / self.vocab
+    }
+
+    pub fn named(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    pub fn with(mut self, objective: Result<Objective>) -> Self {
+        self.objective = objective.expect("the battery's objectives are valid");
+        self
+    }
+
+    pub fn dtypes(mut self, teacher: Dtype, student: Dtype, gradient: Dtype) -> Self {
+        (self.teacher_dtype, self.student_dtype, self.gradient_dtype) =
+            (teacher, student, gradient);
+        self
+    }
+
+    /// The starts of a matrix's rows; no gap is a multiple of 16 bytes with its rows.
+    pub fn strides(&self, matrix: usize) -> Strides {
+        let row = self.vocab + self.padding;
+        match self.nested[matrix] {
+            true => Strides::nested(INNER, (INNER + 1) * row + 1, row),
+            false => row.into(),
+        }
+    }
+
+    /// `values` with the padding in place.
+    fn tensor(&self, matrix: usize, dtype: Dtype, values: &[f32]) -> Tensor {
+        let strides = self.strides(matrix);
+        let mut elements =
+            vec![PADDING; self.padding + strides.start(self.tokens()) + self.padding];
+        for (i, row) in values.chunks(self.vocab).enumerate() {
+            elements[self.padding + strides.start(i)..][..self.vocab].copy_from_slice(row);
+        }
+        Tensor::new(dtype, elements.into_iter())
+    }
+
+    fn view<'a>(&self, matrix: usize, tensor: &'a Tensor) -> Result<Logits<'a>> {
+        let elements = tensor.elements();
+        let elements = elements.slice(self.padding..elements.len());
+        Logits::strided(elements, self.tokens(), self.vocab, self.strides(matrix))
+    }
+
+    pub fn run(&self, backend: &Backend) -> Worst {
+        self.compare(backend).unwrap_or_else(|error| Worst::fail(format!("error: {error}")))
+    }
+
+    fn compare(&self, backend: &Backend) -> Result<Worst> {
+        let (tokens, vocab, objective) = (self.tokens(), self.vocab, &self.objective);
+        let teacher = self.tensor(TEACHER, self.teacher_dtype, &self.teacher);
+        let student = self.tensor(STUDENT, self.student_dtype, &self.student);
+        let mut gradient = self.tensor(GRADIENT, self.gradient_dtype, &vec![99.0; tokens * vocab]);
+        let batch = match self.labels.is_empty() {
+            true => Batch::unlabelled(self.view(TEACHER, &teacher)?),
+            false => Batch::new(self.view(TEACHER, &teacher)?, &self.labels)?,
+        };
+        let batch = match &self.sequences {
+            Some(offsets) => batch.with_sequences(offsets)?,
+            None => batch,
+        };
+        let batch = match &self.margins {
+            Some(margins) => batch.with_margins(margins)?,
+            None => batch,
+        };
+        let batch = match &self.hard {
+            Some(hard) => batch.with_hard(hard)?,
+            None => batch,
+        };
+        let student = self.view(STUDENT, &student)?;
+        let mut elements = gradient.elements_mut();
+        let end = elements.as_ref().len();
+        let strides = self.strides(GRADIENT);
+        let view = LogitsMut::strided(elements.slice(self.padding..end), tokens, vocab, strides)?;
+        let output = backend(objective, &batch, student, view)?;
+        let (exact, exact_gradient) = reference::forward_backward(objective, &batch, student)?;
+
+        let mut worst = Worst::none();
+        let valid = exact.tokens.iter().filter(|token| token.valid).count();
+        let squared =
+            if objective.temperature_squared() { objective.temperature().powi(2) } else { 1.0 };
+        let unit = squared.max(1.0);
+        let logits = self.teacher.iter().chain(&self.student).filter(|z| z.is_finite());
+        let largest = logits.fold(0.0_f32, |largest, z| largest.max(z.abs()));
+        // The loss may be that of one token, which a logit far below the others makes.
+        let relative = if largest <= 50.0 { RELATIVE } else { 2e-6 };
+        worst.add_output(&output, &exact, relative, unit);
+        if worst.ratio.is_infinite() {
+            return Ok(worst);
+        }
+
+        let weight = objective.distillation_scale() + objective.ce_weight();
+        let floor = gradient_floor(objective, weight, valid);
+        let elements = gradient.elements();
+        let mut outside = vec![true; elements.len()];
+        for (i, exact) in exact_gradient.chunks(vocab).enumerate() {
+            let largest = exact.iter().fold(0.0_f64, |largest, g| largest.max(g.abs()));
+            let start = self.padding + strides.start(i);
+            outside[start..start + vocab].fill(false);
+            let mut sum = 0.0;
+            for (j, &exact) in exact.iter().enumerate() {
+                let actual = f64::from(elements.get(start + j));
+                let allowed = gradient_within(self.gradient_dtype, exact, largest, floor);
+                worst.add(|| format!("gradient[{i}, {j}]"), actual, exact, allowed);
+                sum += actual;
+            }
+            // If the loss is infinite the limit of the gradient need not sum to 0.
+            if self.gradient_dtype == Dtype::F32 && output.tokens[i].loss.is_finite() {
+                // Rounding of each element, and what the floor allows the row as a whole.
+                let total: f64 = exact.iter().map(|g| g.abs()).sum();
+                worst.add(|| format!("sum of gradient[{i}]"), sum, 0.0, RELATIVE * total + floor);
+            }
+        }
+        for (i, _) in outside.iter().enumerate().filter(|(_, outside)| **outside) {
+            let name = || format!("element {i}, outside the gradient");
+            worst.add(name, elements.get(i).into(), PADDING.into(), 0.0);
+        }
+        Ok(worst)
+    }
+}

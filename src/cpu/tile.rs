@@ -1,0 +1,386 @@
+//! The arithmetic on one tile of a row, in float32, written once over a [`Vector`].
+//!
+//! A tile is a stretch of a row that stays in the first-level cache. Four loops work on it:
+//!
+//! ```text
+//! extent          smallest and largest logit
+//! sum_exp         one model's sum of exponentials, for margins
+//! accumulate      both models' sums and the divergence's cross term; the exponentials are kept
+//! write_gradient  the gradient, from what accumulate has kept and the row's scales
+//! ```
+//!
+//! **Shifts.** Exponentials are relative to a shift that is carried from tile to tile, not to the tile's own maximum:
+//! one read of the logits does. The plain loop is right only for exponents in range, and notices if one was not (see
+//! [`exp`](super::exp)); the caller then looks at the extent and repeats the tile, with a larger shift or guarded.
+//!
+//! **Sums.** A lane adds [`PARTIAL`] vectors in float32, then adds that partial sum to a compensated one.
+//!
+//! **Loops by hand.** Iterator adapters and closures are not always inlined into a function with target features, and
+//! then cost more than the arithmetic. [`dispatch`](super::dispatch) compiles each loop once per instruction set.
+
+use std::ops::Range;
+
+use super::element::Element;
+use super::exp::{Exponent, exp_by, guarded_exp, in_range, tail_in_range};
+use super::math::{Divergence, Flags, Pair, STUDENT, Sums, TEACHER};
+use super::vector::{MAX_LANES, Vector};
+
+/// Vectors that are added up before what that rounds off is looked after. Beside an exponential near 1 every
+/// addition of a small one may be off by 6e-8: four of them in each model, and 2e-7 for the scales and
+/// products, are about the 5e-7 that a gradient may be off by.
+const PARTIAL: usize = 4;
+
+/// The number that a tile's exponentials of one model are relative to, and the loop that they need.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Shift {
+    /// The tile's largest logit, or a little less, or anything more.
+    pub value: f32,
+    /// An exponential may underflow or a logit be infinite: use the guarded loop.
+    pub guarded: bool,
+}
+
+/// The smallest and the largest logit, NaN passed over; (+inf, -inf) for no logit.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    pub low: f32,
+    pub high: f32,
+}
+
+/// The exponentials of a tile, written by [`accumulate`] and read by [`write_gradient`].
+pub struct Exponentials<'a> {
+    /// The values that [`Divergence::fold`] has returned.
+    pub kept: &'a mut [f32],
+    pub student: &'a mut [f32],
+    /// The student's at temperature 1; empty unless they are wanted.
+    pub student_at_1: &'a mut [f32],
+}
+
+/// The logits to read next. Their cache lines are requested while the arithmetic runs.
+#[derive(Clone, Copy)]
+pub struct Prefetch {
+    pub address: *const u8,
+    /// Bytes of one logit.
+    pub size: usize,
+}
+
+impl Prefetch {
+    /// Requests the line of logit `index`, which need not exist.
+    #[inline(always)]
+    fn request<V: Vector>(self, index: usize) {
+        V::prefetch(self.address.wrapping_add(index * self.size));
+    }
+}
+
+/// The outcome of [`accumulate`].
+#[derive(Clone, Copy, Debug)]
+pub struct TileSums {
+    /// Without the pairs that are left to [`Divergence::far_term`].
+    pub sums: Sums,
+    /// There are such pairs.
+    pub far: bool,
+    /// For teacher and student: no logit is infinite or NaN, no exponential subnormal or above 2^3.5.
+    pub in_range: [bool; 2],
+}
+
+/// The multipliers of a tile's exponentials in its gradient: see [`GradientScales`](super::math::GradientScales).
+#[derive(Clone, Copy, Debug)]
+pub struct Scales {
+    pub divergence: f32,
+    pub student: f32,
+    pub student_at_1: f32,
+}
+
+/// The number of elements in whole vectors, and the vector of those that follow, padded with -inf.
+#[inline(always)]
+fn tail<L: Element, V: Vector>(x: &[L]) -> (usize, V) {
+    let whole = x.len() - x.len() % V::LANES;
+    let mut padded = [L::NEG_INFINITY; MAX_LANES];
+    padded[..x.len() - whole].copy_from_slice(&x[whole..]);
+    (whole, L::load(&padded))
+}
+
+#[inline(always)]
+pub fn extent<L: Element, V: Vector>(x: &[L]) -> Extent {
+    let mut low = V::splat(f32::INFINITY);
+    let mut high = V::splat(f32::NEG_INFINITY);
+    let whole = x.len() - x.len() % V::LANES;
+    let mut i = 0;
+    while i < whole {
+        let x: V = L::load(&x[i..i + V::LANES]);
+        low = x.min_or(low);
+        high = x.max_or(high);
+        i += V::LANES;
+    }
+    let mut extent = Extent { low: low.fold(f32::min), high: high.fold(f32::max) };
+    for &x in &x[whole..] {
+        let x = x.widen();
+        extent = Extent { low: extent.low.min(x), high: extent.high.max(x) };
+    }
+    extent
+}
+
+/// A compensated sum by lane: the sum, and the error that its additions have rounded off.
+#[derive(Clone, Copy)]
+struct Compensated<V> {
+    sum: V,
+    error: V,
+}
+
+impl<V: Vector> Compensated<V> {
+    #[inline(always)]
+    fn zero() -> Self {
+        Self { sum: V::splat(0.0), error: V::splat(0.0) }
+    }
+
+    /// Adds `part`, which becomes 0. (Dekker's two-sum. If `part` is the larger, which at most doubles a sum of
+    /// exponentials, the error may be off by half an ulp of it, as one plain addition is.)
+    #[inline(always)]
+    fn take(&mut self, part: &mut V) {
+        let sum = self.sum.add(*part);
+        let error = part.sub(sum.sub(self.sum));
+        *self = Self { sum, error: self.error.add(error) };
+        *part = V::splat(0.0);
+    }
+
+    #[inline(always)]
+    fn fold(self) -> f64 {
+        let mut lanes = [[0.0; MAX_LANES]; 2];
+        self.sum.store::<false>(&mut lanes[0]);
+        self.error.store::<false>(&mut lanes[1]);
+        let mut wide = [0.0; MAX_LANES];
+        let mut i = 0;
+        while i < V::LANES {
+            wide[i] = f64::from(lanes[0][i]) + f64::from(lanes[1][i]);
+            i += 1;
+        }
+        // In halves, which are vectors again.
+        let mut half = V::LANES / 2;
+        while half > 0 {
+            let mut i = 0;
+            while i < half {
+                wide[i] += wide[i + half];
+                i += 1;
+            }
+            half /= 2;
+        }
+        wide[0]
+    }
+}
+
+/// sum e^{(x_j - shift) / T}, added as in [`accumulate`], to the same bits, and whether the tile is in range as in
+/// [`TileSums::in_range`].
+#[inline(always)]
+pub fn sum_exp<L: Element, V: Vector, const GUARDED: bool>(
+    x: &[L],
+    shift: f32,
+    exponent: Exponent,
+    prefetch: Prefetch,
+) -> (f64, bool) {
+    let (whole, rest) = tail::<L, V>(x);
+    let shifts = V::splat(shift);
+    let (mut sum, mut total) = (V::splat(0.0), Compensated::zero());
+    let mut range_bits = V::splat(0.0);
+    let mut i = 0;
+    while i < whole {
+        let end = whole.min(i + PARTIAL * V::LANES);
+        while i < end {
+            prefetch.request::<V>(i);
+            let x: V = L::load(&x[i..i + V::LANES]);
+            sum = sum.add(exp_by::<V, GUARDED>(x.sub(shifts), exponent, &mut range_bits));
+            i += V::LANES;
+        }
+        total.take(&mut sum);
+    }
+    let in_range = in_range(range_bits) && tail_in_range(&x[whole..], shift, exponent);
+    sum = sum.add(guarded_exp(rest.sub(shifts), exponent, &mut range_bits));
+    total.take(&mut sum);
+    (total.fold(), in_range)
+}
+
+/// Partial sums by lane, and what they are relative to.
+#[derive(Clone, Copy)]
+struct LaneSums<V> {
+    shifts: [V; 2],
+    exponent: Exponent,
+    teacher: V,
+    cross: V,
+    student: V,
+    student_at_1: V,
+    /// Those of the whole tile.
+    flags: Flags<V>,
+    /// Those of the whole tile, by [`exp`](super::exp), for the teacher and the student.
+    range_bits: [V; 2],
+}
+
+impl<V: Vector> LaneSums<V> {
+    /// Adds logits `a` of the teacher and `b` of the student. Returns a vector for each part of [`Exponentials`], the
+    /// last one only with `AT_1`.
+    #[inline(always)]
+    fn add<D: Divergence, const GUARDED: bool, const AT_1: bool>(&mut self, a: V, b: V) -> [V; 3] {
+        let da = a.sub(self.shifts[TEACHER]);
+        let db = b.sub(self.shifts[STUDENT]);
+        let [teacher_bits, student_bits] = &mut self.range_bits;
+        let p = exp_by::<V, GUARDED>(da, self.exponent, teacher_bits);
+        let q = exp_by::<V, GUARDED>(db, self.exponent, student_bits);
+        let pair = Pair { logits: [a, b], distances: [da, db], exponentials: [p, q] };
+        let kept = D::fold::<V, GUARDED>(&pair, &mut self.cross, &mut self.flags);
+        self.teacher = self.teacher.add(p);
+        self.student = self.student.add(q);
+        let mut q_at_1 = V::splat(0.0);
+        if AT_1 {
+            q_at_1 = exp_by::<V, GUARDED>(db, Exponent::new(1.0), student_bits);
+            self.student_at_1 = self.student_at_1.add(q_at_1);
+        }
+        [kept, q, q_at_1]
+    }
+
+    /// Moves the partial sums into the totals of teacher, cross term, student and student at temperature 1.
+    #[inline(always)]
+    fn flush<const AT_1: bool>(&mut self, totals: &mut [Compensated<V>; 4]) {
+        totals[0].take(&mut self.teacher);
+        totals[1].take(&mut self.cross);
+        totals[2].take(&mut self.student);
+        if AT_1 {
+            totals[3].take(&mut self.student_at_1);
+        }
+    }
+}
+
+/// Sums over one tile of the teacher's and the student's logits, whose exponentials it leaves in `out`.
+#[inline(always)]
+pub fn accumulate<L: Element, V: Vector, D: Divergence, const GUARDED: bool, const AT_1: bool>(
+    teacher: &[L],
+    student: &[L],
+    shifts: (f32, f32),
+    exponent: Exponent,
+    out: &mut Exponentials,
+    prefetch: [Prefetch; 2],
+) -> TileSums {
+    let zero = V::splat(0.0);
+    let mut sums = LaneSums {
+        shifts: [V::splat(shifts.0), V::splat(shifts.1)],
+        exponent,
+        teacher: zero,
+        cross: zero,
+        student: zero,
+        student_at_1: zero,
+        flags: Flags { mismatch: zero, far: zero },
+        range_bits: [zero; 2],
+    };
+    let mut totals = [Compensated::<V>::zero(); 4];
+    let (whole, a_rest) = tail::<L, V>(teacher);
+    let (_, b_rest) = tail::<L, V>(student);
+    let mut i = 0;
+    while i < whole {
+        let end = whole.min(i + PARTIAL * V::LANES);
+        while i < end {
+            prefetch[TEACHER].request::<V>(i);
+            prefetch[STUDENT].request::<V>(i);
+            let lanes = i..i + V::LANES;
+            let a: V = L::load(&teacher[lanes.clone()]);
+            let b: V = L::load(&student[lanes.clone()]);
+            let [kept, q, q_at_1] = sums.add::<D, GUARDED, AT_1>(a, b);
+            kept.store::<false>(&mut out.kept[lanes.clone()]);
+            q.store::<false>(&mut out.student[lanes.clone()]);
+            if AT_1 {
+                q_at_1.store::<false>(&mut out.student_at_1[lanes]);
+            }
+            i += V::LANES;
+        }
+        sums.flush::<AT_1>(&mut totals);
+    }
+    let mut in_range = [in_range(sums.range_bits[TEACHER]), in_range(sums.range_bits[STUDENT])];
+    if whole < teacher.len() {
+        let (a, b) = (&teacher[whole..], &student[whole..]);
+        in_range[TEACHER] &= tail_in_range(a, shifts.0, exponent);
+        in_range[STUDENT] &= tail_in_range(b, shifts.1, exponent);
+        if AT_1 {
+            in_range[STUDENT] &= tail_in_range(b, shifts.1, Exponent::new(1.0));
+        }
+        let [kept, q, q_at_1] = sums.add::<D, true, AT_1>(a_rest, b_rest);
+        let mut padded = [0.0; MAX_LANES];
+        let left = teacher.len() - whole;
+        kept.store::<false>(&mut padded);
+        out.kept[whole..].copy_from_slice(&padded[..left]);
+        q.store::<false>(&mut padded);
+        out.student[whole..].copy_from_slice(&padded[..left]);
+        if AT_1 {
+            q_at_1.store::<false>(&mut padded);
+            out.student_at_1[whole..].copy_from_slice(&padded[..left]);
+        }
+        sums.flush::<AT_1>(&mut totals);
+    }
+    TileSums {
+        sums: Sums {
+            teacher: totals[0].fold(),
+            cross: totals[1].fold(),
+            student: totals[2].fold(),
+            student_at_1: if AT_1 { totals[3].fold() } else { 0.0 },
+            mismatch: sums.flags.mismatch.fold(f32::max) > 0.0,
+        },
+        far: sums.flags.far.fold(f32::max) > 0.0,
+        in_range,
+    }
+}
+
+/// One vector of the gradient, of the elements from `at` on. `from` has the parts of [`Exponentials`].
+#[inline(always)]
+fn gradient<V: Vector, D: Divergence>(from: [&[f32]; 3], scales: Scales, at: usize) -> V {
+    let [kept, q, q_at_1] = from;
+    let lanes = at..at + V::LANES;
+    let student = V::load(&q[lanes.clone()]);
+    let sum = student.mul(V::splat(scales.student));
+    let kept = V::load(&kept[lanes.clone()]);
+    let sum = D::gradient(kept, student, V::splat(scales.divergence), sum);
+    if q_at_1.is_empty() {
+        return sum;
+    }
+    V::load(&q_at_1[lanes]).mul_add(V::splat(scales.student_at_1), sum)
+}
+
+/// The gradient of a range too short for a vector.
+#[inline(always)]
+fn write_partial_vector<G: Element, V: Vector, D: Divergence>(
+    from: [&[f32]; 3],
+    scales: Scales,
+    range: Range<usize>,
+    to: &mut [G],
+) {
+    if range.is_empty() {
+        return;
+    }
+    let mut padded = [[0.0; MAX_LANES]; 3];
+    for (padded, from) in padded.iter_mut().zip(from) {
+        if !from.is_empty() {
+            padded[..range.len()].copy_from_slice(&from[range.clone()]);
+        }
+    }
+    let [kept, q, q_at_1] = &padded;
+    let q_at_1: &[f32] = if from[2].is_empty() { &[] } else { q_at_1 };
+    let sum = gradient::<V, D>([kept, q, q_at_1], scales, 0);
+    let mut out = [G::default(); MAX_LANES];
+    G::store::<V, false>(sum, &mut out);
+    to[range.clone()].copy_from_slice(&out[..range.len()]);
+}
+
+/// Writes the gradient of a tile. `NON_TEMPORAL` stores begin at the first element that is aligned to a vector.
+#[inline(always)]
+pub fn write_gradient<G: Element, V: Vector, D: Divergence, const NON_TEMPORAL: bool>(
+    from: &Exponentials,
+    scales: Scales,
+    to: &mut [G],
+) {
+    let from = [&*from.kept, &*from.student, &*from.student_at_1];
+    let mut i = 0;
+    if NON_TEMPORAL {
+        let behind = to.as_ptr().addr() % (V::LANES * size_of::<G>()) / size_of::<G>();
+        i = if behind == 0 { 0 } else { to.len().min(V::LANES - behind) };
+        write_partial_vector::<G, V, D>(from, scales, 0..i, to);
+    }
+    while i + V::LANES <= to.len() {
+        let sum = gradient::<V, D>(from, scales, i);
+        G::store::<V, NON_TEMPORAL>(sum, &mut to[i..i + V::LANES]);
+        i += V::LANES;
+    }
+    write_partial_vector::<G, V, D>(from, scales, i..to.len(), to);
+}
