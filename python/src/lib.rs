@@ -22,7 +22,7 @@ fn unknown<T>(name: &str, value: &str, allowed: &str) -> PyResult<T> {
     Err(PyValueError::new_err(format!("{name} is {value:?}, but must be {allowed}")))
 }
 
-/// What is computed, checked.
+/// A checked objective.
 #[pyclass(frozen, module = "atkd._atkd")]
 struct Objective(atkd::Objective);
 

@@ -122,7 +122,7 @@ class _Overwritten(torch.autograd.Function):
 
 
 def _may_be_overwritten(student: Tensor) -> bool:
-    """Whether autograd allows that. It is an error for a leaf."""
+    """True if autograd allows that. It is an error for a leaf."""
     base = _private.base(student)
     leaf = student if base is None else base
     if leaf.is_leaf and leaf.requires_grad:
@@ -160,7 +160,7 @@ def run_directly(
 
 
 def runs_directly(*tensors: Optional[Tensor]) -> bool:
-    """Whether no compiler, tracer, transform or tensor subclass wants to see an operator, and the tensors'
+    """True if no compiler, tracer, transform or tensor subclass wants to see an operator, and the tensors'
     memory holds their values.
     """
     return (

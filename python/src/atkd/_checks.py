@@ -1,4 +1,4 @@
-"""Which tensors fit together. Settings are checked natively."""
+"""Checks that tensors fit together. Settings are checked natively."""
 
 from typing import Any, Dict, Optional
 
@@ -16,7 +16,7 @@ LABEL_DTYPES = {torch.int64: _atkd.LabelDtype.I64, torch.int32: _atkd.LabelDtype
 
 
 def _are_apart(one: Tensor, other: Tensor) -> bool:
-    """Whether their devices differ. On the CPU without asking for these, which is slow."""
+    """True if their devices differ, which it does not ask for on the CPU: that is slow."""
     return not (one.is_cpu and other.is_cpu) and one.device != other.device
 
 

@@ -26,7 +26,7 @@ class Stats(NamedTuple):
     dkd: Tensor
     """The divergence of the renormalised rest, float32."""
     hard: Tensor
-    """Whether the token was among the hard ones, bool."""
+    """True for hard tokens."""
     margin: Tensor
     """log((1 - p) / p) of the teacher's p(target), float32, by which hard tokens are selected; -inf for ignored
     ones.
@@ -129,7 +129,7 @@ def _is_per_sequence(selection: str) -> bool:
 
 
 class Keywords(Settings, total=False):
-    """What `atkd_loss` takes as keywords beside `return_stats`, for type checkers; it describes them."""
+    """The keywords of `atkd_loss` beside `return_stats`, for type checkers; it describes them."""
 
     selection: str
     num_items_in_batch: Union[None, int, float, Tensor]
@@ -345,7 +345,7 @@ def select_hard(
     valid: Optional[Tensor] = None,
     cu_seqlens: Optional[Tensor] = None,
 ) -> Tensor:
-    """Which tokens are hard: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly.
+    """Selects the hard tokens: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly.
 
     Among equals the lower index is hard; NaN ranks below every number. Over the margins of one call this is that
     call's own selection; over those of several, in whatever order they are put together, it is that of one call with

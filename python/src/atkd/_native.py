@@ -51,7 +51,7 @@ class Call(NamedTuple):
     teacher: Matrix
     labels: Optional[Labels]
     hard: Optional[int]
-    """Which tokens are hard, bool `[tokens]`; else they are selected."""
+    """Bool `[tokens]`: the hard tokens, which are then not selected."""
     sequences: Optional[Tuple[int, int]]
     """Offsets, int64 `[sequences + 1]`, and the number of sequences that hard tokens are selected within."""
     scale: Optional[int]
@@ -242,7 +242,7 @@ def run_selection(
     hard_ratio: float,
     hard: Tensor,
 ) -> None:
-    """Which tokens are hard, to the tensor `hard`."""
+    """Selects the hard tokens into the tensor `hard`."""
     check_device("margins", margins)
     flat_margins, flat_valid = margins.contiguous(), _contiguous(valid)
     offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()

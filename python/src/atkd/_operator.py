@@ -135,7 +135,7 @@ def select_hard(
     hard_ratio: float,
     number: Optional[Tensor] = None,
 ) -> Tensor:
-    """Which tokens are hard, shaped as the margins. `number`, a scalar on the CPU, replaces the ratio: it may change
+    """The hard tokens, bool, shaped as the margins. `number`, a scalar on the CPU, replaces the ratio: it may change
     without torch.compile compiling again.
     """
     hard = _fake_selection(margins, valid, cu_seqlens, hard_ratio, number)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def is_traced_or_transformed() -> bool:
-    """Whether a tracer or a transform such as vmap wants to see each operation. torch tells its own Python code alone:
+    """True if a tracer or a transform such as vmap wants to see each operation. torch tells its own Python code alone:
     a public operator goes through the dispatcher, whose overhead this avoids where nobody looks.
     """
     return (
@@ -23,7 +23,7 @@ def is_traced_or_transformed() -> bool:
 
 
 def derivatives_are_transformed() -> bool:
-    """Whether forward-mode derivatives or a transform of torch.func want more of an operation than an operator's
+    """True if forward-mode derivatives or a transform of torch.func want more of an operation than an operator's
     derivative. A custom operator cannot register a rule for forward mode, nor one for torch.func.grad of itself.
     """
     if torch.autograd.forward_ad._current_level >= 0:
@@ -38,7 +38,7 @@ def derivatives_are_transformed() -> bool:
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward pass that is running may run again (`retain_graph=True`), which nothing public tells: the
+    """True if the backward pass that is running may run again (`retain_graph=True`), which nothing public tells: the
     saved gradient must then survive. Not in every version of torch; where it is missing the answer is yes.
     """
     known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -46,8 +46,8 @@ def graph_is_kept() -> bool:
 
 
 def holds_its_values(tensor: Tensor) -> bool:
-    """Whether its memory does: not if it is zeros without memory, which only a private method tells, or negated. The
-    dispatcher makes tensors of these before an operator runs.
+    """True unless it is negated, or zeros without memory, which only a private method tells. The dispatcher makes
+    tensors of these before an operator runs.
     """
     return not tensor.is_neg() and not tensor._is_zerotensor()
 
@@ -71,7 +71,7 @@ def base(tensor: Tensor) -> Optional[Tensor]:
 
 
 def view_may_be_overwritten(view: Tensor) -> bool:
-    """Whether autograd allows that of a view: not of those that `chunk`, `split` or `unbind` make, which only a
+    """True if autograd allows it. It does not for views that `chunk`, `split` or `unbind` make, which only a
     private function tells before it raises.
     """
     how = torch._C._autograd._get_creation_meta(view)

@@ -30,7 +30,9 @@ class Settings(TypedDict, total=False):
 DEFAULTS: Dict[str, Any] = _atkd.default_settings()
 
 # The settings that schedules change.
-NUMBERS: Tuple[str, ...] = tuple(name for name, default in DEFAULTS.items() if type(default) is float)
+NUMBERS: Tuple[str, ...] = tuple(
+    name for name, default in DEFAULTS.items() if type(default) is float
+)
 
 # The settings in the schema of an operator. `numbers`, float64 `[len(NUMBERS)]` on the CPU, replaces the settings that
 # `NUMBERS` names: a number in a tensor may change without torch.compile compiling again.
@@ -86,7 +88,7 @@ _has_static_value = getattr(symbolic_shapes, "has_static_value", None)
 
 
 def _may_change(number: Any) -> bool:
-    """Whether it is a tensor, or torch.compile compiles for other numbers in its place too."""
+    """True if it is a tensor, or torch.compile compiles for other numbers in its place too."""
     if isinstance(number, Tensor):
         return True
     if _has_static_value is None or not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
