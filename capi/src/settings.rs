@@ -175,3 +175,79 @@ pub(crate) fn objective(settings: &AtkdSettings) -> Result<Objective, Failure> {
         .with_kd_weight(settings.kd_weight)?
         .with_ce_weight(settings.ce_weight)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::fmt::Debug;
+
+    use super::*;
+
+    /// The fields of a struct, as Rust prints them.
+    fn fields(of: &impl Debug) -> BTreeMap<String, String> {
+        let mut fields = Vec::<(String, String)>::new();
+        for line in format!("{of:#?}").lines() {
+            match line.strip_prefix("    ").and_then(|line| line.split_once(": ")) {
+                Some((name, value)) if !name.starts_with(' ') => {
+                    fields.push((name.into(), value.into()));
+                }
+                _ => {
+                    if let Some((_, value)) = fields.last_mut() {
+                        *value += line;
+                    }
+                }
+            }
+        }
+        fields.into_iter().collect()
+    }
+
+    fn changed(one: &impl Debug, other: &impl Debug) -> BTreeSet<String> {
+        let (one, other) = (fields(one), fields(other));
+        one.iter()
+            .filter(|&(name, value)| other[name] != *value)
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+
+    fn set<'a>(names: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
+        names.into_iter().map(String::from).collect()
+    }
+
+    #[test]
+    fn every_setting_of_an_objective_can_be_set() {
+        let default = AtkdSettings::default();
+        let rust = Objective::default();
+        assert_eq!(objective(&default).unwrap(), rust);
+        let constant = |value| AtkdCoefficient { kind: ATKD_COEFFICIENT_CONSTANT, value };
+        let both = AtkdCoefficients { tkd: constant(0.5), dkd: constant(0.6) };
+        let decoupled = AtkdSettings { objective: ATKD_OBJECTIVE_DECOUPLED, ..default };
+        let denominator = ATKD_REDUCTION_DENOMINATOR;
+        // Other settings, and the fields of the objective that they change.
+        let changes: [(AtkdSettings, &[&str]); 12] = [
+            (AtkdSettings { objective: ATKD_OBJECTIVE_KL, ..default }, &["easy", "hard"]),
+            (AtkdSettings { target: ATKD_TARGET_TEACHER, ..default }, &["target"]),
+            (AtkdSettings { reduction: ATKD_REDUCTION_SUM, ..default }, &["reduction"]),
+            (AtkdSettings { reduction: denominator, denominator: 7.0, ..default }, &["reduction"]),
+            (AtkdSettings { temperature_squared: 1, ..default }, &["temperature_squared"]),
+            (AtkdSettings { ignore_index: -1, ..default }, &["ignore_index"]),
+            (AtkdSettings { lambda: 0.3, ..default }, &["easy", "hard"]),
+            (AtkdSettings { hard_ratio: 0.4, ..default }, &["hard_ratio"]),
+            (AtkdSettings { temperature: 2.0, ..default }, &["temperature"]),
+            (AtkdSettings { kd_weight: 0.5, ..default }, &["kd_weight"]),
+            (AtkdSettings { ce_weight: 0.5, ..default }, &["ce_weight"]),
+            (AtkdSettings { easy: both, hard: both, ..decoupled }, &["easy", "hard"]),
+        ];
+        // An upstream gradient is an argument of the call.
+        let mut rust_fields = set(["upstream"]);
+        let mut c_fields = BTreeSet::new();
+        for (settings, expected) in changes {
+            let actual = changed(&rust, &objective(&settings).unwrap());
+            assert_eq!(actual, set(expected.iter().copied()), "{settings:?}");
+            rust_fields.extend(actual);
+            c_fields.extend(changed(&default, &settings));
+        }
+        let names = |of: &dyn Debug| fields(&of).into_keys().collect::<BTreeSet<_>>();
+        assert_eq!(rust_fields, names(&rust), "settings of Rust");
+        assert_eq!(c_fields, names(&default), "settings of C");
+    }
+}

@@ -257,3 +257,79 @@ fn report(args: &Args, backend: &Backend, output: &Output) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use clap::{Args as _, Command, FromArgMatches};
+
+    use super::*;
+
+    fn command() -> Command {
+        Args::augment_args(Command::new("loss"))
+    }
+
+    fn objective(options: &[&str]) -> Objective {
+        let matches = command().get_matches_from([&["loss", "file"], options].concat());
+        Args::from_arg_matches(&matches).unwrap().objective().unwrap()
+    }
+
+    /// The fields of an objective, as Rust prints them.
+    fn fields(objective: &Objective) -> BTreeMap<String, String> {
+        let mut fields = Vec::<(String, String)>::new();
+        for line in format!("{objective:#?}").lines() {
+            match line.strip_prefix("    ").and_then(|line| line.split_once(": ")) {
+                Some((name, value)) if !name.starts_with(' ') => {
+                    fields.push((name.into(), value.into()));
+                }
+                _ => {
+                    if let Some((_, value)) = fields.last_mut() {
+                        *value += line;
+                    }
+                }
+            }
+        }
+        fields.into_iter().collect()
+    }
+
+    #[test]
+    fn every_setting_of_an_objective_is_an_option() {
+        assert_eq!(objective(&[]), Objective::default());
+        let default = fields(&Objective::default());
+        // Options, and the fields of the objective that they change.
+        let changes: [(&[&str], &[&str]); 10] = [
+            (&["--objective", "kl"], &["easy", "hard"]),
+            (&["--lambda", "0.3"], &["easy", "hard"]),
+            (&["--hard-ratio", "0.4"], &["hard_ratio"]),
+            (&["--temperature", "2"], &["temperature"]),
+            (&["--temperature-squared"], &["temperature_squared"]),
+            (&["--target", "teacher"], &["target"]),
+            (&["--reduction", "sum"], &["reduction"]),
+            (&["--ce-weight", "0.5"], &["ce_weight"]),
+            (&["--kd-weight", "0.5"], &["kd_weight"]),
+            (&["--ignore-index", "-1"], &["ignore_index"]),
+        ];
+        // An upstream gradient is the business of a program that goes on with the loss.
+        let mut reached = BTreeSet::from(["upstream"]);
+        for (options, expected) in changes {
+            let other = fields(&objective(options));
+            let actual: Vec<&String> =
+                default.keys().filter(|&name| default[name] != other[name]).collect();
+            assert_eq!(actual, expected, "{options:?}");
+            reached.extend(expected);
+        }
+        let all: BTreeSet<&str> = default.keys().map(String::as_str).collect();
+        assert_eq!(reached, all, "settings of Rust");
+
+        let not_settings = ["file", "backend", "grad", "json"];
+        let options: BTreeSet<String> = command()
+            .get_arguments()
+            .filter(|option| !not_settings.contains(&option.get_id().as_str()))
+            .map(|option| format!("--{}", option.get_long().unwrap()))
+            .collect();
+        let tried: BTreeSet<String> =
+            changes.iter().map(|(options, _)| options[0].into()).collect();
+        assert_eq!(options, tried, "options of the CLI");
+    }
+}

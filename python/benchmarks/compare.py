@@ -23,9 +23,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 import atkd
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1] / "benches"), str(HERE.parent / "tests")]
@@ -60,7 +59,7 @@ def liger():
         return [], dict.fromkeys(names, "its kernels are Triton's, and this machine has no GPU")
     kl = LigerKLDIVLoss(reduction="batchmean", log_target=True)
     jsd = LigerJSD()
-    logs = lambda s, t: (s.float().log_softmax(-1), t.float().log_softmax(-1))  # noqa: E731
+    logs = lambda s, t: (s.float().log_softmax(-1), t.float().log_softmax(-1))
     return [
         (names[0], lambda s, t, labels: kl(*logs(s, t)), exact_kl),
         (names[1], lambda s, t, labels: jsd(*logs(s, t)), exact_jsd),

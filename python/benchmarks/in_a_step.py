@@ -11,9 +11,8 @@ the runs, of a queue that is never empty.
 import argparse
 import statistics
 
-import torch
-
 import atkd
+import torch
 
 # Few: while they pass the GPU draws little power.
 CYCLES = 200_000

@@ -12,9 +12,8 @@ import argparse
 import statistics
 import time
 
-import torch
-
 import atkd
+import torch
 from atkd import _atkd
 
 KINDS = ["native", "forward", "around", "bare", "forward + backward", "backward", "backward of x * 1"]
@@ -43,7 +42,7 @@ def main():
     one = torch.ones((), requires_grad=True)
 
     inside, prepared = [0.0], []
-    native = _atkd.run_on_host
+    native = _atkd.run
 
     def watched(*arguments):
         prepared[:] = arguments
@@ -51,7 +50,7 @@ def main():
         native(*arguments)
         inside[0] = time.perf_counter() - start
 
-    _atkd.run_on_host = watched
+    _atkd.run = watched
     kept = atkd.atkd_loss(student, teacher, labels)  # And with it the memory at these addresses.
     direct = tuple(prepared)
 

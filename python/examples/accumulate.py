@@ -11,10 +11,9 @@ of its tokens are hard. Prints how far the gradient is from that of the whole ba
 
 import argparse
 
+import atkd
 import torch
 import torch.distributed as dist
-
-import atkd
 
 VOCAB, SEQUENCES, LENGTH = 500, 32, 24
 

@@ -11,10 +11,9 @@ Prints the loss as it falls, and how far the student is from the teacher on text
 import argparse
 import tempfile
 
+import atkd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-
-import atkd
 
 VOCAB, LENGTH = 64, 32
 

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use atkd::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels};
-use atkd::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::{Objective, Result};
 use pyo3::prelude::*;
 

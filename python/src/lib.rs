@@ -6,9 +6,10 @@ mod threads;
 
 use atkd::call::{self, RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::cpu::raw;
-use atkd::{Dtype, Reduction, Strides, Target};
-use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use atkd::{Coefficient, Dtype, Reduction, Strides, Target};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 fn exception(error: atkd::Error) -> PyErr {
     match error {
@@ -21,25 +22,29 @@ fn unknown<T>(name: &str, value: &str, allowed: &str) -> PyResult<T> {
     Err(PyValueError::new_err(format!("{name} is {value:?}, but must be {allowed}")))
 }
 
-/// What is computed, checked.
+/// A checked objective.
 #[pyclass(frozen, module = "atkd._atkd")]
 struct Objective(atkd::Objective);
 
 #[pymethods]
 impl Objective {
     #[new]
+    #[pyo3(signature = (
+        *, lam, hard_ratio, temperature, objective, target, reduction, ignore_index, ce_weight, kd_weight,
+        temperature_squared
+    ))]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keywords")]
     fn new(
-        objective: &str,
         lam: f64,
         hard_ratio: f64,
         temperature: f64,
-        temperature_squared: bool,
+        objective: &str,
         target: &str,
         reduction: &str,
         ignore_index: i64,
         ce_weight: f64,
         kd_weight: f64,
+        temperature_squared: bool,
     ) -> PyResult<Self> {
         let objective = match objective {
             "atkd" => atkd::Objective::atkd(lam).map_err(exception)?,
@@ -70,214 +75,237 @@ impl Objective {
             .map(Self)
             .map_err(exception)
     }
+
+    /// Rust's own default, which the one of `default_settings` must equal.
+    #[staticmethod]
+    fn default() -> Self {
+        Self(atkd::Objective::default())
+    }
+
+    fn __repr__(&self) -> String {
+        format!("{:#?}", self.0)
+    }
 }
 
-/// Address, dtype, row stride; the rows of one outer index, and its stride, or 0 rows where all are evenly spaced.
-type Matrix = (u64, String, usize, usize, usize);
-
-fn logits((address, dtype, row_stride, inner, outer_stride): Matrix) -> PyResult<RawLogits> {
-    let dtype = match dtype.as_str() {
-        "float32" => Dtype::F32,
-        "float16" => Dtype::F16,
-        "bfloat16" => Dtype::Bf16,
-        other => {
-            let message = format!("logits are {other}, but must be float32, float16 or bfloat16");
-            return Err(PyTypeError::new_err(message));
-        }
+/// The keywords of [`Objective`] with Rust's defaults, in the order that the package uses everywhere.
+#[pyfunction]
+fn default_settings(py: Python) -> PyResult<Bound<PyDict>> {
+    let objective = atkd::Objective::default();
+    let Coefficient::Constant(lam) = objective.easy().dkd else {
+        unreachable!("the default is ATKD, whose easy tokens learn lambda DKD")
     };
-    let strides = match inner {
-        0 => row_stride.into(),
-        _ => Strides::nested(inner, outer_stride, row_stride),
+    let target = match objective.target() {
+        Target::Label => "label",
+        Target::Teacher => "teacher",
     };
-    Ok(RawLogits { address, dtype, strides })
+    let reduction = match objective.reduction() {
+        Reduction::Mean => "mean",
+        Reduction::Sum => "sum",
+        Reduction::Denominator(_) => unreachable!("the default is a mean"),
+    };
+    let settings = PyDict::new(py);
+    settings.set_item("lam", lam)?;
+    settings.set_item("hard_ratio", objective.hard_ratio())?;
+    settings.set_item("temperature", objective.temperature())?;
+    settings.set_item("objective", "atkd")?;
+    settings.set_item("target", target)?;
+    settings.set_item("reduction", reduction)?;
+    settings.set_item("ignore_index", objective.ignore_index())?;
+    settings.set_item("ce_weight", objective.ce_weight())?;
+    settings.set_item("kd_weight", objective.kd_weight())?;
+    settings.set_item("temperature_squared", objective.temperature_squared())?;
+    Ok(settings)
 }
 
-fn labels(labels: Option<(u64, String)>) -> PyResult<Option<RawLabels>> {
-    match labels.as_ref().map(|(address, dtype)| (*address, dtype.as_str())) {
-        None => Ok(None),
-        Some((address, "int64")) => Ok(Some(RawLabels::I64(address))),
-        Some((address, "int32")) => Ok(Some(RawLabels::I32(address))),
-        Some((_, other)) => {
-            let message = format!("labels are {other}, but must be int64 or int32");
-            Err(PyTypeError::new_err(message))
+/// The dtype of logits.
+#[pyclass(frozen, eq, from_py_object, module = "atkd._atkd", name = "Dtype")]
+#[derive(Clone, Copy, PartialEq)]
+enum LogitsDtype {
+    F32,
+    F16,
+    #[pyo3(name = "BF16")]
+    Bf16,
+}
+
+impl From<LogitsDtype> for Dtype {
+    fn from(dtype: LogitsDtype) -> Self {
+        match dtype {
+            LogitsDtype::F32 => Dtype::F32,
+            LogitsDtype::F16 => Dtype::F16,
+            LogitsDtype::Bf16 => Dtype::Bf16,
         }
     }
 }
 
-fn of_teacher(
-    (tokens, vocab): (usize, usize),
-    teacher: Matrix,
-    labels: Option<(u64, String)>,
-) -> PyResult<RawTeacher> {
-    Ok(RawTeacher { tokens, vocab, teacher: logits(teacher)?, labels: self::labels(labels)? })
+/// The dtype of labels.
+#[pyclass(frozen, eq, from_py_object, module = "atkd._atkd")]
+#[derive(Clone, Copy, PartialEq)]
+enum LabelDtype {
+    I64,
+    I32,
 }
 
-/// The call, and the addresses of its results: the loss, float32; and as `stats` the terms, float32
-/// `[4, tokens]`, and a byte a token, `modes` of [`RawOutput`]. `hard` is the address of a byte per token,
-/// `sequences` that of int64 offsets, and how many sequences they make.
-#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
-fn call(
-    (tokens, vocab): (usize, usize),
+/// Logits `[tokens, vocab]` by address, as `Matrix` of `_native.py`. Strides are in elements. `inner` is the number of
+/// rows that are `row_stride` apart; such groups are `outer_stride` apart. It is 0 where all rows are evenly spaced.
+#[derive(FromPyObject)]
+struct Matrix {
+    address: u64,
+    dtype: LogitsDtype,
+    row_stride: usize,
+    inner: usize,
+    outer_stride: usize,
+}
+
+impl From<Matrix> for RawLogits {
+    fn from(matrix: Matrix) -> Self {
+        let strides = match matrix.inner {
+            0 => matrix.row_stride.into(),
+            inner => Strides::nested(inner, matrix.outer_stride, matrix.row_stride),
+        };
+        Self { address: matrix.address, dtype: matrix.dtype.into(), strides }
+    }
+}
+
+/// Labels `[tokens]` by address, as `Labels` of `_native.py`.
+#[derive(FromPyObject)]
+struct Labels {
+    address: u64,
+    dtype: LabelDtype,
+}
+
+impl From<Labels> for RawLabels {
+    fn from(labels: Labels) -> Self {
+        match labels.dtype {
+            LabelDtype::I64 => Self::I64(labels.address),
+            LabelDtype::I32 => Self::I32(labels.address),
+        }
+    }
+}
+
+/// A call by address, as `Call` of `_native.py`, which says what each is.
+#[derive(FromPyObject)]
+struct Call {
+    tokens: usize,
+    vocab: usize,
     student: Matrix,
     teacher: Matrix,
-    labels: Option<(u64, String)>,
+    labels: Option<Labels>,
     hard: Option<u64>,
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
     loss: u64,
-    stats: Option<(u64, u64)>,
-) -> PyResult<(RawCall, RawOutput)> {
-    let call = RawCall {
-        tokens,
-        vocab,
-        teacher: logits(teacher)?,
-        student: logits(student)?,
-        gradient: gradient.map(logits).transpose()?,
-        labels: self::labels(labels)?,
-        sequences,
-        margins: None,
-        hard,
-        upstream: scale,
-    };
-    let column =
-        |index: usize| stats.map(|(terms, _)| terms + (index * tokens * size_of::<f32>()) as u64);
-    let output = RawOutput {
-        loss: Some(loss),
-        uncertainty: column(0),
-        tkd: column(1),
-        dkd: column(2),
-        margin: column(3),
-        modes: stats.map(|(_, modes)| modes),
-    };
-    Ok((call, output))
+    terms: Option<u64>,
+    groups: Option<u64>,
 }
 
-/// The loss on host memory, by so many threads. The bytes that it leaves are bools: which tokens are hard.
+impl Call {
+    fn raw(self) -> (RawCall, RawOutput) {
+        let column = |index: usize| {
+            self.terms.map(|terms| terms + (index * self.tokens * size_of::<f32>()) as u64)
+        };
+        let output = RawOutput {
+            loss: Some(self.loss),
+            uncertainty: column(0),
+            tkd: column(1),
+            dkd: column(2),
+            margin: column(3),
+            modes: self.groups,
+        };
+        let call = RawCall {
+            tokens: self.tokens,
+            vocab: self.vocab,
+            teacher: self.teacher.into(),
+            student: self.student.into(),
+            gradient: self.gradient.map(Into::into),
+            labels: self.labels.map(Into::into),
+            sequences: self.sequences,
+            margins: None,
+            hard: self.hard,
+            upstream: self.scale,
+        };
+        (call, output)
+    }
+}
+
+/// The hardware that a call runs on.
+#[derive(FromPyObject)]
+enum Place {
+    /// The CPU, by this many threads.
+    Host(usize),
+    /// A stream of a CUDA device, where the call is enqueued and not waited for, and the address of
+    /// `workspace_bytes` to work in.
+    Device(device::Queue, u64),
+}
+
+/// The loss. On the host its `groups` are bools that say which tokens are hard, on a device the bytes of
+/// [`RawOutput::modes`].
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
-fn run_on_host(
-    py: Python,
-    threads: usize,
-    objective: &Objective,
-    shape: (usize, usize),
-    student: Matrix,
-    teacher: Matrix,
-    labels: Option<(u64, String)>,
-    hard: Option<u64>,
-    sequences: Option<(u64, usize)>,
-    scale: Option<u64>,
-    gradient: Option<Matrix>,
-    loss: u64,
-    stats: Option<(u64, u64)>,
-) -> PyResult<()> {
-    let (call, output) =
-        call(shape, student, teacher, labels, hard, sequences, scale, gradient, loss, stats)?;
+fn run(py: Python, place: Place, objective: &Objective, call: Call) -> PyResult<()> {
+    let (call, output) = call.raw();
+    let threads = match place {
+        Place::Host(threads) => threads,
+        // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these shapes
+        // that it holds, and nobody else writes to them meanwhile. A device's memory is of torch's allocator, which
+        // hands it out again only in the order of the stream.
+        Place::Device(queue, workspace) => {
+            return py
+                .detach(|| unsafe { device::run(queue, workspace, &objective.0, &call, &output) })
+                .map_err(exception);
+        }
+    };
     if let Some(gradient) = call.gradient.filter(|&gradient| gradient != call.student) {
         pages::advise_huge(gradient.address, call.tokens * call.vocab * gradient.dtype.size());
     }
     let pool = threads::pool(py, threads)?;
     py.detach(|| {
-        // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these
-        // shapes that it holds, and nobody else writes to them meanwhile.
+        // SAFETY: as above.
         unsafe { raw::run(Some(&pool), &objective.0, &call, &output) }.map_err(exception)?;
-        if let Some(modes) = output.modes.filter(|_| call.tokens > 0) {
+        if let Some(groups) = output.modes.filter(|_| call.tokens > 0) {
             // SAFETY: as above; every byte was just written.
-            let modes = unsafe { std::slice::from_raw_parts_mut(modes as *mut u8, call.tokens) };
-            modes.iter_mut().for_each(|mode| *mode = u8::from(*mode == call::HARD));
+            let groups = unsafe { std::slice::from_raw_parts_mut(groups as *mut u8, call.tokens) };
+            groups.iter_mut().for_each(|group| *group = u8::from(*group == call::HARD));
         }
         Ok(())
     })
 }
 
-/// The loss on a device: enqueued, not waited for. `workspace` is the address of
-/// `workspace_bytes` to work in.
+/// The teacher's margins, float32 `[tokens]`, to the address `to`.
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
-fn run_on_device(
+#[expect(clippy::too_many_arguments, reason = "they are what margins follow from")]
+fn teacher_margins(
     py: Python,
-    queue: device::Queue,
-    workspace: u64,
+    place: Place,
     objective: &Objective,
-    shape: (usize, usize),
-    student: Matrix,
-    teacher: Matrix,
-    labels: Option<(u64, String)>,
-    hard: Option<u64>,
-    sequences: Option<(u64, usize)>,
-    scale: Option<u64>,
-    gradient: Option<Matrix>,
-    loss: u64,
-    stats: Option<(u64, u64)>,
-) -> PyResult<()> {
-    let (call, output) =
-        call(shape, student, teacher, labels, hard, sequences, scale, gradient, loss, stats)?;
-    // SAFETY: as for the host; and the memory is of torch's allocator, which hands it out again only in the
-    // order of the stream.
-    py.detach(|| unsafe { device::run(queue, workspace, &objective.0, &call, &output) })
-        .map_err(exception)
-}
-
-/// The teacher's margins on host memory, to the address `to`, by so many threads.
-#[pyfunction]
-fn teacher_margins_on_host(
-    py: Python,
-    threads: usize,
-    objective: &Objective,
-    shape: (usize, usize),
-    teacher: Matrix,
-    labels: Option<(u64, String)>,
-    to: u64,
-) -> PyResult<()> {
-    let teacher = of_teacher(shape, teacher, labels)?;
-    let pool = threads::pool(py, threads)?;
-    // SAFETY: as for the loss.
-    py.detach(|| unsafe { raw::teacher_margins(Some(&pool), &objective.0, &teacher, to) })
-        .map_err(exception)
-}
-
-/// The same on a device: enqueued, not waited for. `workspace` is as for the loss.
-#[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "they are what a call is")]
-fn teacher_margins_on_device(
-    py: Python,
-    queue: device::Queue,
-    workspace: u64,
-    objective: &Objective,
-    shape: (usize, usize),
-    teacher: Matrix,
-    labels: Option<(u64, String)>,
-    to: u64,
-) -> PyResult<()> {
-    let teacher = of_teacher(shape, teacher, labels)?;
-    // SAFETY: as for the loss.
-    py.detach(|| unsafe { device::teacher_margins(queue, workspace, &objective.0, &teacher, to) })
-        .map_err(exception)
-}
-
-/// A selection on host memory; all arguments but the ratio are as in [`RawSelection`].
-#[pyfunction]
-fn select_hard_on_host(
-    py: Python,
     tokens: usize,
-    margins: u64,
-    valid: Option<u64>,
-    sequences: Option<(u64, usize)>,
-    hard_ratio: f64,
-    hard: u64,
+    vocab: usize,
+    teacher: Matrix,
+    labels: Option<Labels>,
+    to: u64,
 ) -> PyResult<()> {
-    let selection = RawSelection { tokens, margins, valid, sequences, hard };
-    // SAFETY: as for the loss.
-    py.detach(|| unsafe { raw::select_hard(&selection, hard_ratio) }).map_err(exception)
+    let (teacher, labels) = (teacher.into(), labels.map(Into::into));
+    let teacher = RawTeacher { tokens, vocab, teacher, labels };
+    let objective = &objective.0;
+    match place {
+        Place::Host(threads) => {
+            let pool = threads::pool(py, threads)?;
+            // SAFETY: as for the loss.
+            py.detach(|| unsafe { raw::teacher_margins(Some(&pool), objective, &teacher, to) })
+        }
+        // SAFETY: as for the loss.
+        Place::Device(queue, workspace) => py.detach(|| unsafe {
+            device::teacher_margins(queue, workspace, objective, &teacher, to)
+        }),
+    }
+    .map_err(exception)
 }
 
-/// The same on a device: enqueued, not waited for. `workspace` is as for the loss.
+/// A selection; all arguments but the place and the ratio are as in [`RawSelection`].
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "they are what a selection is")]
-fn select_hard_on_device(
+fn select_hard(
     py: Python,
-    queue: device::Queue,
-    workspace: u64,
+    place: Place,
     tokens: usize,
     margins: u64,
     valid: Option<u64>,
@@ -286,9 +314,15 @@ fn select_hard_on_device(
     hard: u64,
 ) -> PyResult<()> {
     let selection = RawSelection { tokens, margins, valid, sequences, hard };
-    // SAFETY: as for the loss.
-    py.detach(|| unsafe { device::select_hard(queue, workspace, &selection, hard_ratio) })
-        .map_err(exception)
+    match place {
+        // SAFETY: as for the loss.
+        Place::Host(_) => py.detach(|| unsafe { raw::select_hard(&selection, hard_ratio) }),
+        // SAFETY: as for the loss.
+        Place::Device(queue, workspace) => {
+            py.detach(|| unsafe { device::select_hard(queue, workspace, &selection, hard_ratio) })
+        }
+    }
+    .map_err(exception)
 }
 
 /// Multiplies a gradient on a device by the float32 scalar at `factor`: enqueued, and nothing to do for 1.
@@ -300,9 +334,8 @@ fn scale_on_device(
     gradient: Matrix,
     factor: u64,
 ) -> PyResult<()> {
-    let gradient = logits(gradient)?;
     // SAFETY: as for the loss.
-    py.detach(|| unsafe { device::scale(queue, gradient, shape, factor) }).map_err(exception)
+    py.detach(|| unsafe { device::scale(queue, gradient.into(), shape, factor) }).map_err(exception)
 }
 
 #[pymodule]
@@ -311,13 +344,14 @@ mod _atkd {
     use super::device::workspace_bytes;
     #[pymodule_export]
     use super::{
-        Objective, run_on_device, run_on_host, scale_on_device, select_hard_on_device,
-        select_hard_on_host, teacher_margins_on_device, teacher_margins_on_host,
+        LabelDtype, LogitsDtype, Objective, default_settings, run, scale_on_device, select_hard,
+        teacher_margins,
     };
     use pyo3::prelude::*;
 
     #[pymodule_init]
     fn init(module: &Bound<PyModule>) -> PyResult<()> {
+        module.add("HARD", super::call::HARD)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -1,13 +1,12 @@
 """Batches, and the errors that are allowed."""
 
+import atkd
 import definitions
 import torch
-
-import atkd
-from atkd._ops import Settings
+from atkd._settings import DEFAULTS
 
 # What the operators take after the tensors.
-SETTINGS = Settings("atkd", 0.2, 0.5, 1.0, False, "label", "mean", -100, 0.0, 1.0)
+SETTINGS = tuple(DEFAULTS.values())
 
 EPS = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TINY = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}

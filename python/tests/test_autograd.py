@@ -5,12 +5,11 @@ import signal
 import threading
 from collections.abc import Callable
 
+import atkd
+import definitions
 import pytest
 import torch
 from support import SETTINGS, assert_gradient, batch, exactly, weight
-
-import atkd
-import definitions
 
 
 def test_definitions_pass_gradcheck():

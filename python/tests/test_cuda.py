@@ -1,5 +1,6 @@
 """CUDA tensors: against the same definitions, and what only a device has: streams, graphs, no waiting for it."""
 
+import atkd
 import pytest
 import torch
 from support import (
@@ -10,8 +11,6 @@ from support import (
     exactly,
     weight,
 )
-
-import atkd
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: nothing of this file was tested"

@@ -1,10 +1,9 @@
 """Every error is a ValueError or TypeError that carries the numbers."""
 
+import atkd
 import pytest
 import torch
 from support import SETTINGS, batch
-
-import atkd
 
 STUDENT, TEACHER, LABELS = batch(6, 50, ignored=False)
 

@@ -1,11 +1,10 @@
 """`inplace=True`: the gradient lies where the logits were, and autograd knows."""
 
+import atkd
 import pytest
 import torch
 from support import assert_gradient, batch, exactly, weight
 from torch.utils.checkpoint import checkpoint
-
-import atkd
 
 STUDENT, TEACHER, LABELS = batch(3, 4, 50, ignored=False)
 

@@ -4,11 +4,10 @@ import itertools
 import subprocess
 import sys
 
+import atkd
 import pytest
 import torch
 from support import assert_equal_to_definitions, assert_gradient, batch, exactly, weight
-
-import atkd
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -166,7 +165,7 @@ def test_expanded_teacher():
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_rows_of_two_strides_are_not_copied(copies):
-    from atkd._ops import _rows
+    from atkd._native import rows
 
     wide, blocks = torch.zeros(4, 6, 110), torch.zeros(2, 3, 4, 5, 110)
     views = [wide[..., :100], wide[:, 1], wide[1:2, ::2], wide, wide[:, :3], wide[:, 1:, 3:70]]
@@ -174,7 +173,7 @@ def test_rows_of_two_strides_are_not_copied(copies):
     copied = [wide[:1, :1].expand(4, 6, 110), wide[:, :1].expand(4, 6, 110), wide[..., ::2]]
     copied += [blocks[:, :, :3, :4], wide.flatten().as_strided((4, 6, 110), (600, 100, 1))]
     for logits in copied if copies else views:
-        assert (_rows(logits).data_ptr() != logits.data_ptr()) == copies
+        assert (rows(logits).data_ptr() != logits.data_ptr()) == copies
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -1,11 +1,10 @@
 """The operator as torch.library and torch.compile see them."""
 
+import atkd
 import pytest
 import torch
 from support import SETTINGS, assert_gradient, batch, exactly, weight
 from torch.fx.experimental.proxy_tensor import make_fx
-
-import atkd
 
 CASES = {
     "float32": batch(6, 40),

@@ -1,11 +1,10 @@
 """Numbers that change at each step."""
 
+import atkd
 import pytest
 import torch
-from support import batch
+from support import SETTINGS, batch
 from torch.fx.experimental import symbolic_shapes
-
-import atkd
 
 STEPS = 20
 DATA = batch(6, 40)
@@ -86,9 +85,8 @@ def test_tensors_are_numbers():
 
 
 def test_numbers_of_the_operator():
-    settings = ("atkd", 0.0, 0.0, 1.0, False, "label", "mean", -100, 0.0, 1.0)
     numbers = torch.tensor([0.3, 0.4, 2.0, 0.5, 0.6], dtype=torch.float64)
-    arguments = (*DATA, None, None, True, False, *settings)
+    arguments = (*DATA, None, None, True, False, *SETTINGS)
     loss, *_ = torch.ops.atkd.loss(*arguments, numbers)
     expected = atkd.atkd_loss(
         *DATA, lam=0.3, hard_ratio=0.4, temperature=2.0, ce_weight=0.5, kd_weight=0.6

@@ -4,14 +4,13 @@ import importlib.util
 import math
 from pathlib import Path
 
+import atkd
 import definitions
 import pytest
 import torch
 import torch.distributed as dist
 from support import SETTINGS, batch
 from torch.fx.experimental import symbolic_shapes
-
-import atkd
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "accumulate.py"
 NAN, INF = float("nan"), float("inf")

@@ -1,11 +1,10 @@
 """Tensors whose memory is not their values, and tensor subclasses, beside plain ones."""
 
+import atkd
 import pytest
 import torch
 import torch.distributed as dist
 from support import assert_gradient, batch, exactly, weight
-
-import atkd
 
 STUDENT, TEACHER, LABELS = batch(6, 50, ignored=False)
 

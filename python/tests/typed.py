@@ -2,11 +2,10 @@
 
 from typing import Any, Dict, Tuple, Union
 
+import atkd
 import torch
 from torch import Tensor
 from typing_extensions import assert_type
-
-import atkd
 
 
 def uses(student: Tensor, teacher: Tensor, labels: Tensor, flag: bool, name: str) -> None:

@@ -1,101 +1,78 @@
-from typing import Optional, Tuple, final
+from typing import Any, ClassVar, Dict, Optional, Tuple, Union, final
 
 from typing_extensions import Self
 
+from ._native import Call, Labels, Matrix
+
 __version__: str
 __all__ = [
+    "HARD",
+    "Dtype",
+    "LabelDtype",
     "Objective",
     "__version__",
-    "run_on_device",
-    "run_on_host",
+    "default_settings",
+    "run",
     "scale_on_device",
-    "select_hard_on_device",
-    "select_hard_on_host",
-    "teacher_margins_on_device",
-    "teacher_margins_on_host",
+    "select_hard",
+    "teacher_margins",
     "workspace_bytes",
 ]
+
+HARD: int
+
+# A device's ordinal, and a stream.
+_Queue = Tuple[int, int]
+# Threads of the CPU; or a queue, and the address of `workspace_bytes`.
+_Place = Union[int, Tuple[_Queue, int]]
+
+@final
+class Dtype:
+    F32: ClassVar[Dtype]
+    F16: ClassVar[Dtype]
+    BF16: ClassVar[Dtype]
+
+@final
+class LabelDtype:
+    I64: ClassVar[LabelDtype]
+    I32: ClassVar[LabelDtype]
 
 @final
 class Objective:
     def __new__(
         cls,
-        objective: str,
+        *,
         lam: float,
         hard_ratio: float,
         temperature: float,
-        temperature_squared: bool,
+        objective: str,
         target: str,
         reduction: str,
         ignore_index: int,
         ce_weight: float,
         kd_weight: float,
+        temperature_squared: bool,
     ) -> Self: ...
+    @staticmethod
+    def default() -> Objective: ...
 
+def default_settings() -> Dict[str, Any]: ...
 def workspace_bytes(tokens: int) -> int: ...
-def run_on_host(
-    threads: int,
-    objective: Objective,
-    shape: Tuple[int, int],
-    student: Tuple[int, str, int, int, int],
-    teacher: Tuple[int, str, int, int, int],
-    labels: Optional[Tuple[int, str]],
-    hard: Optional[int],
-    sequences: Optional[Tuple[int, int]],
-    scale: Optional[int],
-    gradient: Optional[Tuple[int, str, int, int, int]],
-    loss: int,
-    stats: Optional[Tuple[int, int]],
-) -> None: ...
-def run_on_device(
-    queue: Tuple[int, int],
-    workspace: int,
-    objective: Objective,
-    shape: Tuple[int, int],
-    student: Tuple[int, str, int, int, int],
-    teacher: Tuple[int, str, int, int, int],
-    labels: Optional[Tuple[int, str]],
-    hard: Optional[int],
-    sequences: Optional[Tuple[int, int]],
-    scale: Optional[int],
-    gradient: Optional[Tuple[int, str, int, int, int]],
-    loss: int,
-    stats: Optional[Tuple[int, int]],
-) -> None: ...
+def run(place: _Place, objective: Objective, call: Call) -> None: ...
 def scale_on_device(
-    queue: Tuple[int, int],
-    shape: Tuple[int, int],
-    gradient: Tuple[int, str, int, int, int],
-    factor: int,
+    queue: _Queue, shape: Tuple[int, int], gradient: Matrix, factor: int
 ) -> None: ...
-def teacher_margins_on_host(
-    threads: int,
+def teacher_margins(
+    place: _Place,
     objective: Objective,
-    shape: Tuple[int, int],
-    teacher: Tuple[int, str, int, int, int],
-    labels: Optional[Tuple[int, str]],
-    to: int,
-) -> None: ...
-def teacher_margins_on_device(
-    queue: Tuple[int, int],
-    workspace: int,
-    objective: Objective,
-    shape: Tuple[int, int],
-    teacher: Tuple[int, str, int, int, int],
-    labels: Optional[Tuple[int, str]],
-    to: int,
-) -> None: ...
-def select_hard_on_host(
     tokens: int,
-    margins: int,
-    valid: Optional[int],
-    sequences: Optional[Tuple[int, int]],
-    hard_ratio: float,
-    hard: int,
+    vocab: int,
+    teacher: Matrix,
+    labels: Optional[Labels],
+    to: int,
 ) -> None: ...
-def select_hard_on_device(
-    queue: Tuple[int, int],
-    workspace: int,
+def select_hard(
+    place: _Place,
     tokens: int,
     margins: int,
     valid: Optional[int],

@@ -1,0 +1,137 @@
+"""Checks that tensors fit together. Settings are checked natively."""
+
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor
+
+from . import _atkd, _settings
+
+DTYPES = {
+    torch.float32: _atkd.Dtype.F32,
+    torch.float16: _atkd.Dtype.F16,
+    torch.bfloat16: _atkd.Dtype.BF16,
+}
+LABEL_DTYPES = {torch.int64: _atkd.LabelDtype.I64, torch.int32: _atkd.LabelDtype.I32}
+
+
+def _are_apart(one: Tensor, other: Tensor) -> bool:
+    """True if their devices differ, which it does not ask for on the CPU: that is slow."""
+    return not (one.is_cpu and other.is_cpu) and one.device != other.device
+
+
+def check_device(name: str, tensor: Tensor) -> None:
+    if not (tensor.is_cpu or tensor.is_cuda):
+        raise ValueError(f"{name} are on {tensor.device}, but must be on the CPU or a CUDA device")
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"{name} are {logits.dtype}, but must be float32, float16 or bfloat16")
+    if len(logits.shape) < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} are {list(logits.shape)}, but must be [N, V] or [B, T, V]")
+
+
+def _check_labels(labels: Optional[Tensor], name: str, logits: Tensor, target: str) -> None:
+    """`name` is that of the logits, to which the labels belong."""
+    if labels is None:
+        if target == "label":
+            raise ValueError(
+                'labels are None, but target="label" needs one a token; '
+                'give labels, or target="teacher"'
+            )
+        return
+    shape = logits.shape
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"labels are {labels.dtype}, but must be int64 or int32")
+    if labels.shape != shape[:-1]:
+        raise ValueError(
+            f"labels are {list(labels.shape)}, but for logits {list(shape)} "
+            f"must be {list(shape[:-1])}"
+        )
+    if _are_apart(labels, logits):
+        raise ValueError(f"{name} are on {logits.device}, but labels on {labels.device}")
+
+
+def _check_mask(name: str, mask: Tensor, beside: str, other: Tensor, shape: Any) -> None:
+    """`shape` is what it must have, on the device of `other`, which is called `beside`."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} is {mask.dtype}, but must be torch.bool")
+    if mask.shape != shape:
+        raise ValueError(f"{name} is {list(mask.shape)}, but must be {list(shape)}")
+    if _are_apart(mask, other):
+        raise ValueError(f"{beside} are on {other.device}, but {name} on {mask.device}")
+
+
+def check_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    per_sequence: bool,
+    settings: Dict[str, Any],
+) -> None:
+    """Raises unless these are what a loss follows from."""
+    shape = student.shape
+    _check_logits("student_logits", student)
+    _check_logits("teacher_logits", teacher)
+    if teacher.shape != shape:
+        message = f"student_logits are {list(shape)}, but teacher_logits are {list(teacher.shape)}"
+        vocab = min(shape[-1], teacher.shape[-1])
+        if shape[:-1] == teacher.shape[:-1]:
+            wider = "teacher_logits" if teacher.shape[-1] > vocab else "student_logits"
+            message += (
+                f"; if the tokens that both vocabularies have come first, give {wider}[..., :{vocab}]"
+            )
+        raise ValueError(message)
+    if _are_apart(teacher, student):
+        raise ValueError(
+            f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
+        )
+    if scale is not None:
+        # Only the operator is given one; the function makes its own.
+        if scale.dtype != torch.float32:
+            raise TypeError(f"scale is {scale.dtype}, but must be float32")
+        if scale.dim() != 0 or _are_apart(scale, student):
+            raise ValueError(
+                f"scale is {list(scale.shape)} on {scale.device}, "
+                f"but must be a scalar on {student.device}"
+            )
+    _settings.check_numbers(settings)
+    if hard is not None:
+        _check_mask("hard", hard, "student_logits", student, shape[:-1])
+    if per_sequence and len(shape) != 3:
+        raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {list(shape)}')
+    _check_labels(labels, "student_logits", student, settings["target"])
+
+
+def check_margins(teacher: Tensor, labels: Optional[Tensor], settings: Dict[str, Any]) -> None:
+    """Raises unless these are what margins follow from."""
+    _check_logits("teacher_logits", teacher)
+    _settings.check_numbers(settings)
+    _check_labels(labels, "teacher_logits", teacher, settings["target"])
+
+
+def check_selection(
+    margins: Tensor,
+    valid: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    number: Optional[Tensor],
+) -> None:
+    """Raises unless these are what a selection follows from."""
+    if margins.dtype != torch.float32:
+        raise TypeError(f"margins are {margins.dtype}, but must be torch.float32")
+    if valid is not None:
+        _check_mask("valid", valid, "margins", margins, margins.shape)
+    if cu_seqlens is not None:
+        if cu_seqlens.dtype not in LABEL_DTYPES:
+            raise TypeError(f"cu_seqlens are {cu_seqlens.dtype}, but must be int64 or int32")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+            raise ValueError(f"cu_seqlens are {list(cu_seqlens.shape)}, but must be [sequences + 1]")
+        if _are_apart(cu_seqlens, margins):
+            raise ValueError(f"margins are on {margins.device}, but cu_seqlens on {cu_seqlens.device}")
+    if number is not None and (number.dim() != 0 or not number.is_cpu):
+        raise ValueError(
+            f"number is {list(number.shape)} on {number.device}, but must be a scalar on cpu"
+        )

@@ -1,0 +1,275 @@
+"""Tensors as the native module takes them: by address, with strides and dtypes; and the calls of it."""
+
+import math
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import _atkd, _settings
+from ._checks import DTYPES, LABEL_DTYPES, check_device
+
+_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
+
+# Uncertainty, TKD, DKD, margin as `[4, *tokens]`; which tokens are hard.
+Stats = Tuple[Tensor, Tensor]
+
+
+class Strides(NamedTuple):
+    """The strides of logits `[.., vocab]`, in elements."""
+
+    row_stride: int
+    inner: int = 0
+    """The number of rows that are `row_stride` apart, or 0 where all rows are evenly spaced."""
+    outer_stride: int = 0
+    """The distance of such groups."""
+
+
+class Matrix(NamedTuple):
+    """Logits `[tokens, vocab]`, or a gradient."""
+
+    address: int
+    dtype: _atkd.Dtype
+    row_stride: int
+    inner: int
+    outer_stride: int
+
+
+class Labels(NamedTuple):
+    """Labels `[tokens]`."""
+
+    address: int
+    dtype: _atkd.LabelDtype
+
+
+class Call(NamedTuple):
+    """The addresses that a loss is computed from and written to."""
+
+    tokens: int
+    vocab: int
+    student: Matrix
+    teacher: Matrix
+    labels: Optional[Labels]
+    hard: Optional[int]
+    """Bool `[tokens]`: the hard tokens, which are then not selected."""
+    sequences: Optional[Tuple[int, int]]
+    """Offsets, int64 `[sequences + 1]`, and the number of sequences that hard tokens are selected within."""
+    scale: Optional[int]
+    """A float32 scalar that the gradient is multiplied by."""
+    gradient: Optional[Matrix]
+    loss: int
+    """A float32 scalar."""
+    terms: Optional[int]
+    """Uncertainty, TKD, DKD, margin: float32 `[4, tokens]`."""
+    groups: Optional[int]
+    """A byte per token: on the CPU whether it is hard, on a device its group."""
+
+
+def _strides(logits: Tensor) -> Optional[Strides]:
+    """None unless rows are contiguous, apart, and a grid of two dimensions at most."""
+    vocab = logits.shape[-1]
+    if logits.is_contiguous():
+        return Strides(vocab)
+    *strides, step = logits.stride()
+    if vocab > 1 and step != 1:
+        return None
+    # Dimensions of which one goes on where the other ends are one; the innermost comes first.
+    grid: List[Tuple[int, int]] = []
+    for stride, size in zip(reversed(strides), reversed(logits.shape[:-1])):
+        if size != 1 and grid and stride == grid[-1][0] * grid[-1][1]:
+            grid[-1] = grid[-1][0], grid[-1][1] * size
+        elif size != 1:
+            grid.append((stride, size))
+    end = vocab
+    for stride, size in sorted(grid):
+        if stride < end:
+            return None
+        end += (size - 1) * stride
+    if len(grid) > 2:
+        return None
+    row_stride = grid[0][0] if grid else vocab
+    return Strides(row_stride, grid[0][1], grid[1][0]) if len(grid) == 2 else Strides(row_stride)
+
+
+def rows(logits: Tensor) -> Tensor:
+    """The same logits where they lie, if the native side can read them there, or else a copy."""
+    return logits if _strides(logits) is not None else logits.contiguous()
+
+
+def _contiguous(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Optional[Tensor]) -> Optional[int]:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _matrix(logits: Tensor) -> Matrix:
+    strides = _strides(logits)
+    assert strides is not None, "`rows` has been called"
+    return Matrix(logits.data_ptr(), DTYPES[logits.dtype], *strides)
+
+
+def _labels(flat: Optional[Tensor]) -> Optional[Labels]:
+    return None if flat is None else Labels(flat.data_ptr(), LABEL_DTYPES[flat.dtype])
+
+
+def _sequences(offsets: Optional[Tensor]) -> Optional[Tuple[int, int]]:
+    return None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1)
+
+
+
+def _queue() -> Tuple[int, int]:
+    """The current device and stream."""
+    return torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+
+
+def _run(function: Any, tensor: Tensor, entries: int, *arguments: Any) -> None:
+    """Calls a function of the native module where `tensor` lies. `entries` are the tokens, or the sequences if these
+    are more.
+    """
+    if tensor.is_cpu:
+        function(torch.get_num_threads(), *arguments)
+        return
+    # torch's own memory: its allocator knows which stream, or captured graph, still uses it.
+    workspace = torch.empty(
+        _atkd.workspace_bytes(entries), dtype=torch.uint8, device=tensor.device
+    )
+    with torch.cuda.device(tensor.device):
+        function((_queue(), workspace.data_ptr()), *arguments)
+
+
+def empty_stats(logits: Tensor) -> Stats:
+    tokens = logits.shape[:-1]
+    return (
+        logits.new_empty((4, *tokens), dtype=torch.float32),
+        logits.new_empty(tokens, dtype=torch.bool),
+    )
+
+
+def empty_gradient(student: Tensor, with_gradient: bool = True) -> Tensor:
+    # Gradients of a mean over many tokens are below what float16 holds, and a scaled loss could not
+    # bring them back.
+    dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
+    if not with_gradient:
+        return student.new_empty((0,), dtype=dtype)
+    return torch.empty_like(student, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def run_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    gradient: Optional[Tensor],
+    per_sequence: bool,
+    settings: Dict[str, Any],
+    with_stats: bool,
+) -> Tuple[Tensor, Optional[Stats]]:
+    """The loss, and the statistics if asked. In place if `gradient` is `student`."""
+    check_device("student_logits", student)
+    if student.is_cpu and scale is not None and not math.isfinite(scale.item()):
+        raise ValueError(
+            f"scale, the reciprocal of num_items_in_batch, is {scale.item()}, but must be finite: "
+            "num_items_in_batch must be positive and finite, or 0 in a batch without valid tokens"
+        )
+    # `empty_like` is the quickest of torch's ways on the CPU.
+    loss = torch.empty_like(_SCALAR) if student.is_cpu else student.new_empty((), dtype=torch.float32)
+    terms, chosen = empty_stats(teacher) if with_stats else (None, None)
+    vocab = student.shape[-1]
+    tokens = student.numel() // vocab
+    offsets = None
+    if per_sequence:
+        batch, length = teacher.shape[:2]
+        offsets = torch.arange(batch + 1, dtype=torch.int64, device=student.device) * length
+    # Each has a name, and so lives until the call is over.
+    student_rows, teacher_rows = rows(student), rows(teacher)
+    gradient_rows = None if gradient is None else rows(gradient)
+    flat_labels, flat_hard = _contiguous(labels), _contiguous(hard)
+    call = Call(
+        tokens=tokens,
+        vocab=vocab,
+        student=_matrix(student_rows),
+        teacher=_matrix(teacher_rows),
+        labels=_labels(flat_labels),
+        hard=_address(flat_hard),
+        sequences=_sequences(offsets),
+        scale=_address(scale),
+        gradient=None if gradient_rows is None else _matrix(gradient_rows),
+        loss=loss.data_ptr(),
+        terms=_address(terms),
+        groups=_address(chosen),
+    )
+    objective = _settings.objective(settings, student)
+    if student.is_cpu or tokens > 0:
+        _run(_atkd.run, student, tokens, objective, call)
+    else:
+        loss.zero_()
+    if chosen is not None and not student.is_cpu:
+        chosen = chosen.view(torch.uint8) == _atkd.HARD
+    if scale is not None:
+        loss.mul_(scale)
+    return loss, None if terms is None or chosen is None else (terms, chosen)
+
+
+def run_margins(
+    teacher: Tensor, labels: Optional[Tensor], settings: Dict[str, Any], margins: Tensor
+) -> None:
+    """The teacher's margins, to the tensor `margins`."""
+    check_device("teacher_logits", teacher)
+    teacher_rows, flat_labels = rows(teacher), _contiguous(labels)
+    tokens, vocab = teacher.shape[:-1].numel(), teacher.shape[-1]
+    objective = _settings.objective(settings, teacher)
+    if teacher.is_cpu or tokens > 0:
+        _run(
+            _atkd.teacher_margins,
+            teacher,
+            tokens,
+            objective,
+            tokens,
+            vocab,
+            _matrix(teacher_rows),
+            _labels(flat_labels),
+            margins.data_ptr(),
+        )
+
+
+def run_selection(
+    margins: Tensor,
+    valid: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    hard_ratio: float,
+    hard: Tensor,
+) -> None:
+    """Selects the hard tokens into the tensor `hard`."""
+    check_device("margins", margins)
+    flat_margins, flat_valid = margins.contiguous(), _contiguous(valid)
+    offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    sequences = _sequences(offsets)
+    tokens = margins.numel()
+    _run(
+        _atkd.select_hard,
+        margins,
+        max(tokens, 1 if sequences is None else sequences[1]),
+        tokens,
+        flat_margins.data_ptr(),
+        _address(flat_valid),
+        sequences,
+        hard_ratio,
+        hard.data_ptr(),
+    )
+
+
+def scale_on_device(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """`gradient * upstream`, over the gradient's own memory. The kernel looks at the number there; from here that
+    would stop the queue.
+    """
+    gradient_rows = rows(gradient)
+    vocab = gradient_rows.shape[-1]
+    shape = gradient_rows.numel() // vocab, vocab
+    with torch.cuda.device(gradient.device):
+        _atkd.scale_on_device(_queue(), shape, _matrix(gradient_rows), upstream.data_ptr())
+    # Autograd raises if anybody else goes by what it was.
+    torch.autograd.graph.increment_version(gradient_rows)
+    return gradient_rows

@@ -1,0 +1,144 @@
+"""The operators `torch.ops.atkd.loss`, `teacher_margins` and `select_hard`: what they compute, the shapes that they
+return, and their rule for vmap. The derivative of the loss is in `_autograd.py`.
+"""
+
+from typing import Any, Callable, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, _native, _settings
+
+# The loss, the gradient, the terms, which tokens are hard.
+Results = Tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def one_by_one(
+    function: Any, info: Any, in_dims: Tuple[Any, ...], arguments: Tuple[Any, ...]
+) -> Any:
+    """A rule for vmap: which tokens are hard is known a batch at a time."""
+    if info.batch_size == 0:
+        raise ValueError("vmap needs at least one batch, but there are 0")
+    results = [
+        function(
+            *[
+                x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(arguments, in_dims)
+            ]
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(each) for each in zip(*results))
+    return stacked, (0,) * len(stacked)
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function an operator of its name. `fake` checks the arguments, and returns tensors like the results."""
+
+    def define(function: Callable[..., Any]) -> Any:
+        operator: Any = torch.library.custom_op(
+            f"atkd::{function.__name__}", function, mutates_args=(), schema=schema
+        )
+        operator.register_fake(fake)
+        if hasattr(operator, "register_vmap"):  # not before torch 2.5
+            operator.register_vmap(
+                lambda info, in_dims, *arguments: one_by_one(operator, info, in_dims, arguments)
+            )
+        return operator
+
+    return define
+
+
+def _fake_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    with_gradient: bool,
+    per_sequence: bool,
+    *settings: Any,
+) -> Results:
+    named = _settings.named(settings)
+    _checks.check_loss(student, teacher, labels, scale, hard, per_sequence, named)
+    value = student.new_empty((), dtype=torch.float32)
+    gradient = _native.empty_gradient(student, with_gradient)
+    return value, gradient, *_native.empty_stats(student)
+
+
+@_define(
+    "(Tensor student, Tensor teacher, Tensor? labels, Tensor? scale, Tensor? hard, bool with_gradient, "
+    f"bool per_sequence, {_settings.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_loss,
+)
+def loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    with_gradient: bool,
+    per_sequence: bool,
+    *settings: Any,
+) -> Results:
+    """The loss; the gradient (float32 for float16 logits; empty unless `with_gradient`); uncertainty, TKD, DKD, margin
+    as `[4, *tokens]`; which tokens are hard: `hard`, if that is given, or selected. Loss and gradient are multiplied by
+    `scale`, a float32 scalar on the logits' device.
+    """
+    named = _settings.named(settings)
+    _checks.check_loss(student, teacher, labels, scale, hard, per_sequence, named)
+    gradient = _native.empty_gradient(student, with_gradient)
+    to = gradient if with_gradient else None
+    value, stats = _native.run_loss(
+        student, teacher, labels, scale, hard, to, per_sequence, named, with_stats=True
+    )
+    assert stats is not None
+    return value, gradient, *stats
+
+
+def _fake_margins(teacher: Tensor, labels: Optional[Tensor], *settings: Any) -> Tensor:
+    _checks.check_margins(teacher, labels, _settings.named(settings))
+    return teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
+
+
+@_define(f"(Tensor teacher, Tensor? labels, {_settings.SCHEMA}) -> Tensor", _fake_margins)
+def teacher_margins(teacher: Tensor, labels: Optional[Tensor], *settings: Any) -> Tensor:
+    """The teacher's margins, float32, shaped as the labels. Of the settings only temperature, target and ignore_index
+    are used.
+    """
+    margins = _fake_margins(teacher, labels, *settings)
+    _native.run_margins(teacher, labels, _settings.named(settings), margins)
+    return margins
+
+
+def _fake_selection(
+    margins: Tensor,
+    valid: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    hard_ratio: float,
+    number: Optional[Tensor] = None,
+) -> Tensor:
+    _checks.check_selection(margins, valid, cu_seqlens, number)
+    return torch.empty_like(margins, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+@_define(
+    "(Tensor margins, Tensor? valid, Tensor? cu_seqlens, float hard_ratio, Tensor? number=None) -> Tensor",
+    _fake_selection,
+)
+def select_hard(
+    margins: Tensor,
+    valid: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    hard_ratio: float,
+    number: Optional[Tensor] = None,
+) -> Tensor:
+    """The hard tokens, bool, shaped as the margins. `number`, a scalar on the CPU, replaces the ratio: it may change
+    without torch.compile compiling again.
+    """
+    hard = _fake_selection(margins, valid, cu_seqlens, hard_ratio, number)
+    ratio = hard_ratio if number is None else number.item()
+    _native.run_selection(margins, valid, cu_seqlens, ratio, hard)
+    return hard
