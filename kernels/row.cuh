@@ -263,11 +263,14 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
     Weights weights = {};
     post_state<AT_1>(own, warps);
     if (settles) {
+        // region: one warp per row
         target_logits = target_logits_of<P, Q>(p, rows.token, target);
         weights = Weights::of(p);
+        // end region
     }
     ATKD_SYNC_CLUSTER();
     if (settles) {
+        // region: one warp per row
         float exponent = p.batch.inverse_temperature * LOG2_E;
         RowState<double> state = merge_cluster<AT_1>(warps, block_threads() / WARP, exponent);
         if (team_blocks(p) > 1) {
@@ -281,6 +284,7 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
         if (tells) {
             tell<AT_1>(p, rows.token, state, target_logits);
         }
+        // end region
     }
     ATKD_SYNC_CLUSTER();
     if (cluster_rank() == 0) {
@@ -288,7 +292,9 @@ ATKD_DEVICE GradientScales settle_row(const atkd_rows &p, const Rows<P, Q> &rows
     }
     // By one thread, which uses them at once: no block ends while another's read is on its way.
     if (thread_index() == 0) {
+        // region: one warp per block
         scales[0] = ATKD_REMOTE(scales, 0, 0);
+        // end region
     }
     ATKD_SYNC_BLOCK();
     return scales[0];

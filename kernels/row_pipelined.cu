@@ -106,6 +106,7 @@ template <class T, uint32_t WORKERS> struct Shared {
 template <class T> ATKD_DEVICE uint32_t to_student(const atkd_rows &p) { return p.slice * CHUNK * sizeof(T); }
 
 // A thread that works on the row: all but the last warp's.
+// region: consumers
 template <class T, uint32_t WORKERS> struct Worker {
     using Of = Block<T, WORKERS>;
     const atkd_rows &p;
@@ -268,8 +269,10 @@ template <class T, uint32_t WORKERS> struct Worker {
         }
     }
 };
+// end region
 
 // The last warp: it asks for rows, and settles what they come to. Its first lane, the leader, does what one does.
+// region: one warp per block
 template <class T, uint32_t WORKERS> struct Server {
     using Of = Block<T, WORKERS>;
     const atkd_rows &p;
@@ -406,7 +409,9 @@ template <class T, uint32_t WORKERS> struct Server {
             ask(ALL);
         }
         if (rank == 0 && row.mode != ATKD_IGNORED) {
+            // region: one warp per row
             tell<false>(p, row.token, merge_blocks<double>(), target_logits);
+            // end region
         }
     }
 
@@ -486,6 +491,7 @@ template <class T, uint32_t WORKERS> struct Server {
         return merge_warp<false>(state);
     }
 };
+// end region
 
 // Where the block's threads meet, of both kinds.
 enum Meeting { HERE = 1, POSTED, SETTLED };
@@ -499,6 +505,7 @@ template <class T> ATKD_DEVICE void drop(const atkd_rows &p, const Coming &row) 
     drop_row<T>(p, rows);
 }
 
+// region: consumers
 template <class T, uint32_t WORKERS>
 ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS> &shared) {
     uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
@@ -548,7 +555,9 @@ ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS
         read(true);
     }
 }
+// end region
 
+// region: one warp per block
 template <class T, uint32_t WORKERS>
 ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS> &shared) {
     Server<T, WORKERS> server(p, staged, shared);
@@ -578,6 +587,7 @@ ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKER
         server.follow(row, parity);
     }
 }
+// end region
 
 template <class T, uint32_t WORKERS> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
     using SharedByBlock = Shared<T, WORKERS>;

@@ -201,11 +201,15 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
         ATKD_WAIT(posted, 0, posted_row % 2);
         uint32_t merger = posted_row < warps ? posted_row : posted_row - warps;
         if (warp == merger) {
+            // region: one warp per block
             merge<T>(p, sums, posted_row % 2 * MOST_WARPS);
+            // end region
         }
     };
     if (thread_index() == 0) {
+        // region: one warp per block
         ATKD_INIT_BARRIER(posted, 0, stride);
+        // end region
     }
     ATKD_SYNC_BLOCK();
     uint32_t token = block_index();
