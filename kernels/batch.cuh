@@ -1,11 +1,11 @@
-// Which token of the vocabulary a row's target is.
+// The target of a row: a token of the vocabulary.
 #pragma once
 
-#include "memory.cuh"
+#include "packed.cuh"
 
 constexpr int32_t IGNORED_TARGET = -1;
 
-// Where a token's row of the teacher starts.
+// The start of a token's row of the teacher.
 template <class P> ATKD_DEVICE const P *teacher_row(const atkd_batch &batch, uint32_t token) {
     return row_at(static_cast<const P *>(batch.teacher), batch.teacher_strides, token);
 }
@@ -38,7 +38,8 @@ ATKD_DEVICE int32_t target_of(const atkd_batch &batch, uint32_t token) {
     return batch.target == ATKD_TARGET_TEACHER ? load(batch.targets + token) : label_of(batch, token);
 }
 
-// Before a launch in teams that tell each other the states of rows by number: no number is there yet. By one block.
+// Clears the slots in which the blocks of row_pipelined exchange states, so that they hold no epoch. To be called by
+// one block, before that kernel's launch.
 ATKD_DEVICE void clear_states(void *states) {
     for (uint32_t i = thread_index(); i < 2 * ATKD_PIPELINED_GRID * (ATKD_TOLD_STATE / 16); i += block_threads()) {
         store16(static_cast<Bytes16 *>(states) + i, {{0, 0, 0, 0}});

@@ -1,4 +1,4 @@
-// How many tokens are valid, where no token's loss depends on which are hard, or the caller says which are.
+// count_valid: counts the valid tokens, where no token's loss depends on the selection, or the caller has made it.
 #include "batch.cuh"
 
 ATKD_KERNEL(count_valid, atkd_count_valid, ATKD_COUNT) {

@@ -1,4 +1,4 @@
-// What the host hands to the kernels. Rust's side is generated from this file (src/params.rs).
+// The parameters that the host hands to the kernels. Rust's side is generated from this file (src/params.rs).
 //
 // Plain C, fixed-width types, widest first: no compiler adds padding of its own taste. Every pointer
 // is to device memory. N is the number of tokens, V the vocabulary.
@@ -10,7 +10,7 @@
 #define ATKD_TARGET_LABEL 0u
 #define ATKD_TARGET_TEACHER 1u
 
-// What select_hard writes for each token.
+// The groups of tokens, which select_hard writes.
 #define ATKD_IGNORED 0u
 #define ATKD_EASY 1u
 #define ATKD_HARD 2u
@@ -62,8 +62,8 @@
 // Blocks that token_terms has at most: each leaves a sum where the states of rows were.
 #define ATKD_TERMS_GRID 1024u
 
-// Where the rows of a matrix [N, V] start, in elements from the first. Row i starts at i * stride, and at `skip` more for
-// every whole number of rows of one outer index in i: i * inverse, over 2^32, over 2^shift.
+// The layout of a matrix [N, V]: where its rows start, in elements from the first. Row i starts at i * stride, and at
+// `skip` more for every whole number of rows of one outer index in i: i * inverse, over 2^32, over 2^shift.
 typedef struct {
     int64_t stride;
     int64_t skip;
@@ -71,8 +71,8 @@ typedef struct {
     uint32_t shift;
 } atkd_strides;
 
-// One a workspace: what a call comes to. All 0 before the first call; between calls the counters are 0, but for the top
-// bits of `arrived`.
+// One per workspace: results, and counters of the call in progress. All 0 before the first call; between calls the
+// counters are 0, but for the top bits of `arrived`.
 typedef struct {
     double loss;
     uint64_t label_fault;  // ~the lowest token whose label is out of range, since the host last looked; 0 for none
@@ -84,7 +84,7 @@ typedef struct {
     uint32_t counted_hard;
     uint32_t counted_wrong; // tokens whose mode was guessed wrong
     uint32_t guess;         // at this call's threshold: the last one's
-    uint32_t drawn;         // rows that teams of row_pipelined came for, beyond the first two of each
+    uint32_t drawn;         // head of row_pipelined's work queue; the first two rows of each team are its own
     uint32_t summed;        // blocks of token_terms that have left their sums
     uint32_t reserved;
     uint32_t arrived[ATKD_TEAM_BLOCKS / 2]; // by team, whose blocks have met when the top bit flips
@@ -150,7 +150,7 @@ typedef struct {
     uint64_t times_uncertainty;
 } atkd_coefficient;
 
-// What a token's loss is made of; [0] easy, [1] hard.
+// The weights of the terms of a token's loss; [0] easy, [1] hard.
 typedef struct {
     atkd_coefficient tkd[2];
     atkd_coefficient dkd[2];
@@ -194,7 +194,7 @@ typedef struct {
     float *dkd;         // [N]
     double *loss;       // [N], before the reduction; over the student's margin at temperature 1
     double *sums;       // [blocks] of the losses
-    // Where the caller wants the same, and the modes; each may be null.
+    // The same and the modes, to where the caller wants them; each may be null.
     float *reduced_loss_to; // [1]
     float *uncertainty_to;
     float *tkd_to;

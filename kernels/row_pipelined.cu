@@ -1,609 +1,647 @@
-// Loss and gradient of one token a team of blocks at a time, whose shared memory holds the whole row of both models:
-// each logit is read once, the gradient written once. Rows come by bulk copies. While a team waits, for a row or for
-// all of its blocks, others on the same multiprocessors work. All blocks of a launch in teams run at once.
+// row_pipelined: loss and gradient, each logit read once. A persistent, warp-specialised kernel: a team of co-resident
+// blocks takes one row at a time, each block a slice of it, which its shared memory holds for both models. The gradient
+// is written while the next row's slice is loaded into the room that this one leaves.
+//
+// Roles. The consumers are all warps but the last: three passes over the slice in shared memory (maxima, sums,
+// gradient). The producer is the last warp: it resolves the next row, issues the bulk copies, merges the sums of the
+// block and of the team, and stores what the row's loss follows from. Its lane 0 does what one thread must.
+//
+// Barriers. full: an mbarrier, which completes when a row's slice has arrived. empty[FIRST_TILE], empty[REST]:
+// mbarriers at which each consumer warp arrives when it has read the slice's first tile, and all of it, for the last
+// time. ROW_FULL, SUMS_READY, SCALES_READY: named barriers of all the block's warps. The slice has one stage of
+// shared memory, refilled as its parts empty; the row's descriptor (Task) and its ragged edges have two, by `stage`.
+//
+//             ROW_FULL                       SUMS_READY                     SCALES_READY
+//   consumers    | max pass, sum pass            |                               | gradient pass, arrives at empty[..]
+//   producer     | next task and its edges,      | block's sums -> publish       | expect the next row; margins, DKD;
+//                | target logits of this row     | -> gather the team's -> scales| wait for empty[..], refill
+//                                                                                  (full of the next row -> ROW_FULL)
+//
+// Exchange. Each block publishes its state of the row to two slots in global memory, which it uses alternately. A
+// slot is a few 16-byte messages, each with the row's epoch in its last word, written and read as one 128-bit access
+// (as in NCCL's LL128 protocol): who finds the epoch has the payload, and no fence is needed. The epoch of a launch's
+// first row is 1, and before a launch all slots hold epoch 0. A slot is free again when its block has gathered the
+// team's states of the next row: by then every block has read what was published here before. Every block merges the
+// same states in the same order, and so has the same scales.
+//
+// Scheduling. The first two rows of a team are its own; later ones come from a queue, whose head (the ticket counter)
+// is atkd_summary.drawn: multiprocessors are not equally fast. The team's first block draws the ticket, and its
+// messages bring it to the others.
 #include "row.cuh"
 
 namespace {
 
+enum NamedBarrier { ROW_FULL = 1, SUMS_READY, SCALES_READY };
+enum EmptyBarrier { FIRST_TILE, REST, EMPTY_BARRIERS };
+
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
-constexpr uint32_t ALL = 0xffffffffu; // room for a slice of any size
+constexpr uint32_t NOT_HERE = 0xffffffffu;
+constexpr uint32_t UNLIMITED = 0xffffffffu;
 
-// The chunks of a row that are this block's, by their places in its slice. Slices start where lines of 128 bytes do, in
-// global memory and in shared memory alike: bulk copies between places 16 bytes off each other take 8% longer. So the
-// row's first line may start with places that are not in the row.
-struct Slice {
-    uint32_t start; // the chunk of the first place; before the row, less than 0, modulo 2^32
-    // Those that share no 16 bytes with what is not in the row: they come by bulk copies.
-    uint32_t whole_start, whole_end;
-    bool starts_outside, ends_outside; // the slice has a chunk of the row before those; after them
-
-    template <class T> static ATKD_DEVICE Slice of(const Row<const T> &row, uint32_t most, uint32_t rank) {
-        uint32_t before = uint32_t(reinterpret_cast<uintptr_t>(row.at(0)) % LINE / (CHUNK * sizeof(T)));
-        uint32_t all = before + row.chunks(), from = rank * most < all ? rank * most : all;
-        uint32_t places = most < all - from ? most : all - from, start = from - before;
-        uint32_t first = rank == 0 ? before : 0;
-        bool starts_outside = first < places && !row.whole(start + first);
-        uint32_t whole_start = first + (starts_outside ? 1 : 0);
-        bool ends_outside = whole_start < places && !row.whole(start + places - 1);
-        return {start, whole_start, places - (ends_outside ? 1 : 0), starts_outside, ends_outside};
-    }
-};
-
-// All warps of a block work on the row, WORKERS threads, but the last, which waits for what is not here yet, and does
-// what takes time and not throughput. They share the whole chunks by pieces of 16 bytes in turn. A pack, which a thread
-// handles at once, is as many elements as a chunk.
-template <class T, uint32_t WORKERS> struct Block {
-    static constexpr uint32_t PARTS = Packed<T>::PARTS, PER = Packed<T>::PER;
-    // Bytes from a thread's piece to its next, and from pack to pack.
-    static constexpr uint32_t STEP = WORKERS * 16, PACK = PARTS * STEP;
-    // Packs that a thread reads together, so that their arithmetic overlaps, and the bytes of all threads' to the next:
-    // 64 bytes of each model a thread or, in small blocks, 32.
-    static constexpr uint32_t TOGETHER = WORKERS / 64 / PARTS, TURN = TOGETHER * PACK;
-};
-
-// What a block needs to know of a row that is on its way.
-struct alignas(8) Coming {
-    uint32_t start, whole_end; // of its slice
-    uint32_t token;            // NO_TOKEN: there is no row to come
+// A row's descriptor: its token, its target and its slice in this block.
+struct alignas(8) Task {
+    uint32_t first_chunk, full_end; // Slice's
+    uint32_t token;                 // NO_TOKEN: there are no more rows
     uint32_t target;
-    // Of the target, if a bulk copy brings it to this block, where the pack of the thread whose it is starts;
-    // else NOT_HERE.
+    // The target's place in the slice, if a bulk copy brings it to this block: the thread that reads it, the offset at
+    // which that thread's vector starts, and the element in the vector. Else target_at is NOT_HERE.
     uint32_t target_at;
     uint8_t target_thread, target_within;
-    uint8_t mode;
-    uint8_t whole_start : 4, starts_outside : 1, ends_outside : 1; // of its slice
+    uint8_t mode;                                   // ATKD_IGNORED, ATKD_EASY or ATKD_HARD
+    uint8_t full_start : 4, has_head : 1, has_tail : 1; // Slice's
 };
-constexpr uint32_t NOT_HERE = 0xffffffffu;
 
-// Where the slices of a row that is on its way come from: what lies in them at 0. Whole chunks lie there to `end`.
-struct alignas(8) Source {
+// The addresses of the next row's slices, as if they were full from offset 0 on; their full chunks end at offset `end`.
+struct alignas(8) LoadSource {
     uintptr_t teacher, student;
     uint32_t end;
 };
 
-// A state as it is posted in the block.
-struct alignas(16) Sums {
-    float teacher, weighted_gap, student;
-    uint32_t ruled_out;
-};
-struct alignas(8) Maxima {
-    float teacher, student;
-};
-ATKD_DEVICE Sums sums_of(const RowState<float> &state) {
-    return {state.teacher_sum, state.weighted_gap, state.student_sum, state.ruled_out};
-}
-ATKD_DEVICE Maxima maxima_of(const RowState<float> &state) { return {state.teacher_max, state.student_max}; }
-template <class Real> ATKD_DEVICE RowState<Real> state_of(const Sums &sums, const Maxima &maxima) {
-    return {sums.teacher, sums.weighted_gap, sums.student, 0, maxima.teacher, maxima.student, sums.ruled_out};
-}
-
-// The same as a block tells it to its team, in global memory: pieces that are written and read whole, each with the
-// number of the row, which the first one of a launch has as 1. Before a launch all numbers there are 0. A block writes
-// to two places in turn: it comes to the same one again when all have read what it wrote there, since it has had their
-// states of the row between.
-struct Told {
-    Bytes16 sums;   // and twice the number, plus 1 if ruled out
-    Bytes16 maxima; // and, of the first block, which row comes after the next; twice the number
-};
-static_assert(sizeof(Told) == ATKD_TOLD_STATE, "the layout is a contract");
-
-// What the threads of a block share beside the row.
-template <class T, uint32_t WORKERS> struct Shared {
-    // The slice's first chunk of teacher and student, then its last, without the target: if no bulk copy brings them.
-    // Of the row at work and the next, in turn.
-    ATKD_SHARED_MEMBER(uint32_t, ends, 2 * 4 * CHUNK * sizeof(T) / 4);
-    ATKD_SHARED_MEMBER(Sums, warp_sums, WORKERS / WARP);
-    ATKD_SHARED_MEMBER(Maxima, warp_maxima, WORKERS / WARP);
+// The shared memory of a block beside the row.
+template <class D, class T, uint32_t CONSUMERS> struct Shared {
+    // By stage, the ragged edges without the target: the head chunk of teacher and student, then the tail chunk.
+    ATKD_SHARED_MEMBER(uint32_t, edges, 2 * 4 * CHUNK * sizeof(T) / 4);
+    ATKD_SHARED_MEMBER(PackedState<D>, warp_states, CONSUMERS / WARP);
     ATKD_SHARED_MEMBER(GradientScales, scales, 1);
     ATKD_SHARED_MEMBER(Weights, weights, 1);
-    ATKD_SHARED_MEMBER(Coming, coming, 2); // the row at work and the next, in turn
-    ATKD_SHARED_MEMBER(Source, source, 1); // of the next
-    ATKD_SHARED_MEMBER(Barrier, full, 1);  // the row has come
-    ATKD_SHARED_MEMBER(Barrier, read, 2);  // its first turn has been read for the last time; all of it has
+    ATKD_SHARED_MEMBER(Task, tasks, 2);        // by stage
+    ATKD_SHARED_MEMBER(LoadSource, source, 1); // of the next row
+    ATKD_SHARED_MEMBER(Barrier, full, 1);
+    ATKD_SHARED_MEMBER(Barrier, empty, EMPTY_BARRIERS);
 };
 
-// Where a block's slices lie in its shared memory: the teacher's, then the student's.
-template <class T> ATKD_DEVICE uint32_t to_student(const atkd_rows &p) { return p.slice * CHUNK * sizeof(T); }
+// The skeleton: the kernel, the consumers' loop, the producer's loop. What they call follows below.
 
-// A thread that works on the row: all but the last warp's.
-template <class T, uint32_t WORKERS> struct Worker {
-    using Of = Block<T, WORKERS>;
+template <class D, class T, uint32_t CONSUMERS> struct Consumer;
+template <class D, class T, uint32_t CONSUMERS> struct Producer;
+template <class T> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task);
+
+// region: consumers
+template <class D, class T, uint32_t CONSUMERS>
+ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, T, CONSUMERS> &shared) {
+    uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
+    for (uint32_t stage = 0;; stage ^= 1) {
+        ATKD_SYNC_NAMED(ROW_FULL, CONSUMERS + WARP);
+        const Task &task = shared.tasks[stage];
+        if (task.token == NO_TOKEN) {
+            break;
+        }
+        bool ignored = task.mode == ATKD_IGNORED;
+        Consumer<D, T, CONSUMERS> consumer(p, staged, shared, task, stage);
+        if (ATKD_RARELY(ignored)) {
+            drop_task<T>(p, task);
+        } else {
+            RowState<D, float> warp_state = consumer.sums();
+            if (lane == 0) {
+                shared.warp_states[warp] = PackedState<D>::of(warp_state);
+            }
+        }
+        ATKD_SYNC_NAMED(SUMS_READY, CONSUMERS + WARP);
+        ATKD_SYNC_NAMED(SCALES_READY, CONSUMERS + WARP);
+        uint32_t arrivals = 0;
+        auto arrive_once = [&](uint32_t part) {
+            if (arrivals == part) {
+                sync_warp();
+                if (lane == 0) {
+                    ATKD_ARRIVE(shared.empty, part);
+                }
+                arrivals += 1;
+            }
+        };
+        auto release = [&](bool all) {
+            arrive_once(FIRST_TILE);
+            if (all) {
+                arrive_once(REST);
+            }
+        };
+        if (!ignored && p.gradient != nullptr) {
+            GradientScales scales = shared.scales[0];
+            if (ATKD_RARELY(scales.template large<false>())) {
+                consumer.template gradient<true>(scales, release);
+            } else {
+                consumer.template gradient<false>(scales, release);
+            }
+        }
+        release(true);
+    }
+}
+// end region
+
+// region: one warp per block
+template <class D, class T, uint32_t CONSUMERS>
+ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, T, CONSUMERS> &shared) {
+    Producer<D, T, CONSUMERS> producer(p, staged, shared);
+    producer.fetch_task(block_index() / p.team, 0);
+    producer.place_edges(0);
+    if (producer.elected) {
+        producer.expect();
+        producer.load_until(UNLIMITED);
+        // Not in registers: the kernel has as many per thread as the consumers need, and the producer none to spare.
+        shared.weights[0] = Weights::of(p);
+    }
+    sync_warp();
+    for (uint32_t stage = 0;; stage ^= 1) {
+        ATKD_WAIT(shared.full, 0, stage);
+        ATKD_SYNC_NAMED(ROW_FULL, CONSUMERS + WARP);
+        const Task &task = shared.tasks[stage];
+        if (task.token == NO_TOKEN) {
+            break;
+        }
+        if (ATKD_RARELY(task.mode == ATKD_IGNORED)) {
+            drop_task<T>(p, task);
+        }
+        producer.prepare(task, stage);
+        ATKD_SYNC_NAMED(SUMS_READY, CONSUMERS + WARP);
+        producer.reduce(task);
+        ATKD_SYNC_NAMED(SCALES_READY, CONSUMERS + WARP);
+        producer.refill(task, stage);
+    }
+}
+// end region
+
+template <class D, class T, uint32_t CONSUMERS> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
+    using SharedByBlock = Shared<D, T, CONSUMERS>;
+    ATKD_STAGED(staged);
+    ATKD_SHARED_STRUCT(SharedByBlock, shared);
+    if (thread_index() == CONSUMERS) {
+        ATKD_INIT_BARRIER(shared.full, 0, 1);
+        ATKD_INIT_BARRIER(shared.empty, FIRST_TILE, CONSUMERS / WARP);
+        ATKD_INIT_BARRIER(shared.empty, REST, CONSUMERS / WARP);
+        publish_barriers();
+    }
+    ATKD_SYNC_BLOCK();
+    if (thread_index() < CONSUMERS) {
+        consume<D, T, CONSUMERS>(p, staged, shared);
+    } else {
+        produce<D, T, CONSUMERS>(p, staged, shared);
+    }
+}
+
+// The layout of a row.
+
+// The chunks of a row that are this block's, by their places in its slice. Slices start at multiples of 128 bytes, in
+// global memory and in shared memory peers: bulk copies between addresses that differ modulo 128 take 8% longer. So
+// the first slice may start with places that are not in the row. The full chunks come by bulk copies; those at the
+// row's ragged edges, which share 16 bytes with something else, are loaded element by element.
+//
+// An example: row 1 of V = 50257 in bf16, a team of 3, p.slice = 2104 chunks (of 8 elements, 16 bytes). The row starts
+// at byte 100514, 2 bytes after a multiple of 16: chunk 0 starts one element before the row, and the row has 6283
+// chunks. Chunk 0 lies 2 chunks after a multiple of 128 bytes, so that the row takes 6285 places.
+//
+//   rank  places          first_chunk  full places      edges
+//   0     2104            -2           3 .. 2104        head: chunk 0, at place 2
+//   1     2104            2102         0 .. 2104        none
+//   2     2077            4206         0 .. 2076        tail: chunk 6282, at place 2076: the row's last 2 elements
+struct Slice {
+    uint32_t first_chunk; // the chunk of place 0; negative before the row, modulo 2^32
+    uint32_t full_start, full_end;
+    bool has_head, has_tail; // the slice has a chunk of the row before its full ones; after them
+
+    template <class T> static ATKD_DEVICE Slice of(const Row<const T> &row, uint32_t room, uint32_t rank) {
+        uint32_t before = uint32_t(reinterpret_cast<uintptr_t>(row.at(0)) % LINE / (CHUNK * sizeof(T)));
+        uint32_t all = before + row.chunks(), from = rank * room < all ? rank * room : all;
+        uint32_t places = room < all - from ? room : all - from, first_chunk = from - before;
+        uint32_t first = rank == 0 ? before : 0;
+        bool has_head = first < places && !row.full(first_chunk + first);
+        uint32_t full_start = first + (has_head ? 1 : 0);
+        bool has_tail = full_start < places && !row.full(first_chunk + places - 1);
+        return {first_chunk, full_start, places - (has_tail ? 1 : 0), has_head, has_tail};
+    }
+};
+
+// How the consumers share a slice's full chunks: pieces of 16 bytes, dealt to the threads in turn. A thread handles a
+// vector at a time, which has as many elements as a chunk: one piece of half precision, two of single.
+template <class T, uint32_t CONSUMERS> struct Tiling {
+    static constexpr uint32_t PARTS = Packed<T>::PARTS, PER = Packed<T>::PER;
+    // Bytes from a thread's piece to its next, and from its vector to its next.
+    static constexpr uint32_t STEP = CONSUMERS * 16, VECTOR = PARTS * STEP;
+    // Vectors that a thread reads before it computes, so that their arithmetic overlaps: 64 bytes of each model per
+    // thread or, in small blocks, 32. A tile is what all threads read so.
+    static constexpr uint32_t UNROLL = CONSUMERS / 64 / PARTS, TILE = UNROLL * VECTOR;
+};
+
+// The teacher's slice lies at 0 in the staged memory, the student's at this offset.
+template <class T> ATKD_DEVICE uint32_t student_offset(const atkd_rows &p) { return p.slice * CHUNK * sizeof(T); }
+
+// All threads of the block, for an ignored token: a gradient of zeros.
+template <class T> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task) {
+    Rows<T, T> rows(p, task.token);
+    rows.first = block_index() % p.team * block_threads() + thread_index();
+    rows.stride = p.team * block_threads();
+    rows.is_leader = rows.first == 0;
+    drop_row<T>(p, rows);
+}
+
+// region: consumers
+// The passes of a consumer thread over its part of the slice.
+template <class D, class T, uint32_t CONSUMERS> struct Consumer {
+    using Tiles = Tiling<T, CONSUMERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<T, WORKERS> &shared;
-    const Coming &row;
-    // Where the slice's whole chunks start in it, and how many bytes they are.
-    uint32_t at_start, end;
+    Shared<D, T, CONSUMERS> &shared;
+    const Task &task;
+    // The full chunks' offset in the slice, and their bytes.
+    uint32_t full_offset, end;
     float exponent;
-    bool has_start, has_end, has_target; // has_end: its first chunk or its last
-    uint32_t end_chunk;
-    uint32_t turn; // of shared.ends
+    bool has_head, has_edge, has_target; // this thread has the head; the head or the tail; the target
+    uint32_t edge_chunk;
+    uint32_t stage;
 
-    ATKD_DEVICE Worker(const atkd_rows &p_, StagedMemory staged_, Shared<T, WORKERS> &shared_, const Coming &row_,
-                       uint32_t turn_)
-        : p(p_), staged(staged_), shared(shared_), row(row_), at_start(row.whole_start * CHUNK * sizeof(T)),
-          end((row.whole_end - row.whole_start) * CHUNK * sizeof(T)),
-          exponent(p.batch.inverse_temperature * LOG2_E), turn(turn_) {
-        has_start = thread_index() == 0 && row.starts_outside;
-        has_end = has_start || (thread_index() == WARP && row.ends_outside);
-        end_chunk = row.start + (has_start ? row.whole_start - 1 : row.whole_end);
-        has_target = row.target_at != NOT_HERE && thread_index() == row.target_thread;
+    ATKD_DEVICE Consumer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_,
+                         const Task &task_, uint32_t stage_)
+        : p(p_), staged(staged_), shared(shared_), task(task_), full_offset(task.full_start * CHUNK * sizeof(T)),
+          end((task.full_end - task.full_start) * CHUNK * sizeof(T)),
+          exponent(p.batch.inverse_temperature * LOG2_E), stage(stage_) {
+        has_head = thread_index() == 0 && task.has_head;
+        has_edge = has_head || (thread_index() == WARP && task.has_tail);
+        edge_chunk = task.first_chunk + (has_head ? task.full_start - 1 : task.full_end);
+        has_target = task.target_at != NOT_HERE && thread_index() == task.target_thread;
     }
 
-    // Of a thread that has an end, its chunk of teacher, 0, or student, 1.
-    ATKD_DEVICE Packed<T> end_of(uint32_t model) const {
+    // The edge chunk of a thread that has one, of teacher (0) or student (1).
+    ATKD_DEVICE Packed<T> edge(uint32_t model) const {
         Packed<T> packed = {};
         ATKD_UNROLL
-        for (uint32_t i = 0; i < 4 * Of::PARTS; i++) {
-            packed.part[i / 4].word[i % 4] = shared.ends[(4 * turn + (has_start ? 0 : 2) + model) * 4 * Of::PARTS + i];
+        for (uint32_t i = 0; i < 4 * Tiles::PARTS; i++) {
+            packed.part[i / 4].word[i % 4] =
+                shared.edges[(4 * stage + (has_head ? 0 : 2) + model) * 4 * Tiles::PARTS + i];
         }
         return packed;
     }
 
-    // A pack of the slice that starts at `slice` in shared memory. With `whole` no part of it is missing.
-    ATKD_DEVICE Packed<T> pack_of(uint32_t slice, uint32_t at, bool whole) const {
-        Packed<T> packed = whole ? Packed<T>() : nothing<T>();
+    // The vector at `at` of the slice at `slice` in shared memory. With `full` it has all of its parts.
+    ATKD_DEVICE Packed<T> load_vector(uint32_t slice, uint32_t at, bool full) const {
+        Packed<T> packed = full ? Packed<T>() : all_neg_inf<T>();
         ATKD_UNROLL
-        for (uint32_t i = 0; i < Of::PARTS; i++) {
-            if (whole || at + i * Of::STEP < end) {
-                packed.part[i] = load_staged(staged, slice + at_start + at + i * Of::STEP);
+        for (uint32_t i = 0; i < Tiles::PARTS; i++) {
+            if (full || at + i * Tiles::STEP < end) {
+                packed.part[i] = load_staged(staged, slice + full_offset + at + i * Tiles::STEP);
             }
         }
         return packed;
     }
-    ATKD_DEVICE Packed<T> teacher_at(uint32_t at, bool whole) const { return pack_of(0, at, whole); }
-    ATKD_DEVICE Packed<T> student_at(uint32_t at, bool whole) const { return pack_of(to_student<T>(p), at, whole); }
+    ATKD_DEVICE Packed<T> teacher_at(uint32_t at, bool full) const { return load_vector(0, at, full); }
+    ATKD_DEVICE Packed<T> student_at(uint32_t at, bool full) const {
+        return load_vector(student_offset<T>(p), at, full);
+    }
 
-    // Calls f(at, further, teacher, student, whole) for the thread's packs, which lie at the sum of both: first for
-    // those of no whole turn, of which the last may lack parts, then turn by turn; and read(last) when it has read
-    // those of a turn. So all is read a turn before the end.
-    template <class F, class Read> ATKD_DEVICE void for_packs(F f, Read read) const {
-        constexpr uint32_t TOGETHER = Of::TOGETHER, PACK = Of::PACK;
-        uint32_t in_turns = end / Of::TURN * Of::TURN;
+    // Calls f(at, further, teacher, student, full) for the thread's vectors, each at offset at + further: first those
+    // that make no whole tile, of which the last may lack parts, then tile by tile. Calls release(last) when a tile has
+    // been read, so that the whole slice is released one tile's arithmetic before the end.
+    template <class F, class Release> ATKD_DEVICE void for_vectors(F f, Release release) const {
+        constexpr uint32_t UNROLL = Tiles::UNROLL, VECTOR = Tiles::VECTOR;
+        uint32_t in_tiles = end / Tiles::TILE * Tiles::TILE;
         ATKD_NO_UNROLL
-        for (uint32_t at = in_turns + thread_index() * 16; at < end; at += PACK) {
-            constexpr bool WHOLE = Of::PARTS == 1;
-            f(at, 0, teacher_at(at, WHOLE), student_at(at, WHOLE), Flag<WHOLE>());
+        for (uint32_t at = in_tiles + thread_index() * 16; at < end; at += VECTOR) {
+            constexpr bool FULL = Tiles::PARTS == 1;
+            f(at, 0, teacher_at(at, FULL), student_at(at, FULL), Flag<FULL>());
         }
         ATKD_NO_UNROLL
-        for (uint32_t at = thread_index() * 16; at < in_turns; at += Of::TURN) {
-            Packed<T> teacher[TOGETHER], student[TOGETHER];
+        for (uint32_t at = thread_index() * 16; at < in_tiles; at += Tiles::TILE) {
+            Packed<T> teacher[UNROLL], student[UNROLL];
             ATKD_UNROLL
-            for (uint32_t i = 0; i < TOGETHER; i++) {
-                teacher[i] = teacher_at(at + i * PACK, true);
-                student[i] = student_at(at + i * PACK, true);
+            for (uint32_t i = 0; i < UNROLL; i++) {
+                teacher[i] = teacher_at(at + i * VECTOR, true);
+                student[i] = student_at(at + i * VECTOR, true);
             }
-            read(at + Of::TURN >= in_turns);
+            release(at + Tiles::TILE >= in_tiles);
             ATKD_UNROLL
-            for (uint32_t i = 0; i < TOGETHER; i++) {
-                f(at, i * PACK, teacher[i], student[i], Flag<true>());
+            for (uint32_t i = 0; i < UNROLL; i++) {
+                f(at, i * VECTOR, teacher[i], student[i], Flag<true>());
             }
         }
     }
-    // All but the target's, which only one warp has to look for.
-    template <class F> ATKD_DEVICE void for_others(F f) const {
-        auto nothing_to_tell = [](bool) {};
-        if (ATKD_RARELY(row.target_at != NOT_HERE && thread_index() / WARP == row.target_thread / WARP)) {
+    // Calls f(teacher, student, full) for the thread's vectors but the target's. Only one warp tests for it.
+    template <class F> ATKD_DEVICE void for_common_vectors(F f) const {
+        auto keep = [](bool) {};
+        if (ATKD_RARELY(task.target_at != NOT_HERE && thread_index() / WARP == task.target_thread / WARP)) {
             auto unless_target = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
-                                     auto whole) {
-                if (!has_target || at + further != row.target_at) {
-                    f(teacher, student, whole);
+                                     auto full) {
+                if (!has_target || at + further != task.target_at) {
+                    f(teacher, student, full);
                 }
             };
-            for_packs(unless_target, nothing_to_tell);
+            for_vectors(unless_target, keep);
         } else {
-            auto any = [&](uint32_t, uint32_t, const Packed<T> &teacher, const Packed<T> &student, auto whole) {
-                f(teacher, student, whole);
+            auto any = [&](uint32_t, uint32_t, const Packed<T> &teacher, const Packed<T> &student, auto full) {
+                f(teacher, student, full);
             };
-            for_packs(any, nothing_to_tell);
+            for_vectors(any, keep);
         }
     }
-    // What else is this thread's.
-    template <class F> ATKD_DEVICE void for_own(F f) const {
-        if (ATKD_RARELY(has_target || has_end)) {
+    // The same for the vector with the target, masked out, and for the edge chunk, if they are this thread's.
+    template <class F> ATKD_DEVICE void for_special_vectors(F f) const {
+        if (ATKD_RARELY(has_target || has_edge)) {
             if (has_target) {
-                Packed<T> teacher = teacher_at(row.target_at, false), student = student_at(row.target_at, false);
-                take_out(row.target_within, teacher);
-                take_out(row.target_within, student);
+                Packed<T> teacher = teacher_at(task.target_at, false), student = student_at(task.target_at, false);
+                mask_out(task.target_within, teacher);
+                mask_out(task.target_within, student);
                 f(teacher, student, Flag<false>());
             }
-            if (has_end) {
-                f(end_of(0), end_of(1), Flag<false>());
+            if (has_edge) {
+                f(edge(0), edge(1), Flag<false>());
             }
         }
     }
 
-    // The state of the thread's warp, in its first lane.
-    ATKD_DEVICE RowState<float> sums() {
-        // The maxima first, so that no sum must be rebased while it is added to.
+    // The max pass and the sum pass. Returns the warp's state.
+    ATKD_DEVICE RowState<D, float> sums() {
+        // The maxima are known before the sums, which then need no rescaling.
         Largest<T> teacher_max, student_max;
         auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
             teacher_max.add(teacher);
             student_max.add(student);
         };
-        for_others(add_to_max);
-        for_own(add_to_max);
-        auto own = RowState<float>::from(teacher_max.value(), student_max.value());
-        References references = own.references(exponent);
-        auto add_with_care = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
-            add<false, true>(own, references, teacher, student, exponent);
+        for_common_vectors(add_to_max);
+        for_special_vectors(add_to_max);
+        auto own = RowState<D, float>::from(teacher_max.value(), student_max.value());
+        Shifts shifts = own.shifts(exponent);
+        auto fold_guarded = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+            D::template fold<false, true>(own, shifts, teacher, student, exponent);
         };
-        for_others([&](const Packed<T> &teacher, const Packed<T> &student, auto whole) {
-            add<false, !decltype(whole)::value>(own, references, teacher, student, exponent);
+        for_common_vectors([&](const Packed<T> &teacher, const Packed<T> &student, auto full) {
+            D::template fold<false, !decltype(full)::value>(own, shifts, teacher, student, exponent);
         });
         if (ATKD_RARELY(!own.finite())) {
-            own = {0, 0, 0, 0, own.teacher_max, own.student_max, 0};
-            for_others(add_with_care);
+            own = RowState<D, float>::empty(own.teacher_max, own.student_max);
+            for_common_vectors(fold_guarded);
         }
-        for_own(add_with_care);
+        for_special_vectors(fold_guarded);
         return merge_warp<false>(own);
     }
 
-    // `read` is told when turns of the slice have been read, and whether that is all of it.
-    template <bool LARGE_ROW, class Read>
-    ATKD_DEVICE void gradient(const GradientScales &of_row, Read read) const {
-        Row<T> gradient = Rows<T, T>(p, row.token).template gradient<T>(p);
-        uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(row.start + row.whole_start));
+    // The gradient pass. `release` is as for_vectors calls it.
+    template <bool LARGE_ROW, class Release>
+    ATKD_DEVICE void gradient(const GradientScales &scales, Release release) const {
+        Row<T> gradient = Rows<T, T>(p, task.token).template gradient<T>(p);
+        uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(task.first_chunk + task.full_start));
         auto store_gradient = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
-                                  auto whole) {
+                                  auto full) {
             float g[CHUNK];
-            gradient_of<false, LARGE_ROW>(of_row, exponent, teacher, student, g);
+            D::template gradient<false, LARGE_ROW>(scales, exponent, teacher, student, g);
             Packed<T> packed = pack<T>(g);
             ATKD_UNROLL
-            for (uint32_t i = 0; i < Of::PARTS; i++) {
-                if (decltype(whole)::value || at + further + i * Of::STEP < end) {
-                    store16(reinterpret_cast<void *>(to + at + further + i * Of::STEP), packed.part[i]);
+            for (uint32_t i = 0; i < Tiles::PARTS; i++) {
+                if (decltype(full)::value || at + further + i * Tiles::STEP < end) {
+                    store16(reinterpret_cast<void *>(to + at + further + i * Tiles::STEP), packed.part[i]);
                 }
             }
         };
-        for_packs(store_gradient, read);
+        for_vectors(store_gradient, release);
         if (ATKD_RARELY(has_target)) {
-            store(gradient.data + row.target, narrow<T>(of_row.target));
+            store(gradient.data + task.target, narrow<T>(scales.target));
         }
-        if (ATKD_RARELY(has_end)) {
+        if (ATKD_RARELY(has_edge)) {
             float g[CHUNK];
-            gradient_of<false, LARGE_ROW>(of_row, exponent, end_of(0), end_of(1), g);
-            put_target(gradient.within(row.target, end_chunk), of_row.target, g);
-            store_chunk(gradient, end_chunk, g);
+            D::template gradient<false, LARGE_ROW>(scales, exponent, edge(0), edge(1), g);
+            insert_target(gradient.within(task.target, edge_chunk), scales.target, g);
+            store_chunk(gradient, edge_chunk, g);
         }
     }
 };
+// end region
 
-// The last warp: it asks for rows, and settles what they come to. Its first lane, the leader, does what one does.
-template <class T, uint32_t WORKERS> struct Server {
-    using Of = Block<T, WORKERS>;
+// A block's state of a row as it is published to its team. The payload is the state's floats and the ticket, three
+// words per message; the state's mismatch bit lies beside the first message's epoch.
+template <class D> struct Exchange {
+    static constexpr uint32_t MESSAGES = (PackedState<D>::FLOATS + 1 + 2) / 3;
+    Bytes16 message[MESSAGES];
+    static_assert(sizeof(Bytes16[MESSAGES]) == ATKD_TOLD_STATE, "the host makes room for so many bytes");
+
+    ATKD_DEVICE void publish(const PackedState<D> &state, uint32_t ticket, uint32_t epoch) {
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < MESSAGES; i++) {
+            Bytes16 payload = {};
+            ATKD_UNROLL
+            for (uint32_t k = 0; k < 3; k++) {
+                uint32_t word = 3 * i + k;
+                payload.word[k] = word < PackedState<D>::FLOATS    ? state.word[word]
+                                  : word == PackedState<D>::FLOATS ? ticket
+                                                                   : 0;
+            }
+            payload.word[3] = 2 * epoch + (i == 0 && state.mismatch() != 0 ? 1 : 0);
+            store_message(message + i, payload);
+        }
+    }
+
+    // Spins until the row's state is there. Returns its ticket.
+    ATKD_DEVICE uint32_t gather(PackedState<D> &state, uint32_t epoch) const {
+        Messages<MESSAGES> messages = {};
+        ATKD_WAIT_FOR_MESSAGES(messages, message, epoch);
+        ATKD_UNROLL
+        for (uint32_t word = 0; word < PackedState<D>::FLOATS; word++) {
+            state.word[word] = messages.part[word / 3].word[word % 3];
+        }
+        state.word[PackedState<D>::FLOATS] = messages.part[0].word[3] & 1;
+        return messages.part[PackedState<D>::FLOATS / 3].word[PackedState<D>::FLOATS % 3];
+    }
+};
+
+// region: one warp per block
+// The producer warp: schedules rows and issues their loads (fetch_task to prefetch), reduces a row's state and its
+// scales (reduce), and stores what the loss follows from (refill).
+template <class D, class T, uint32_t CONSUMERS> struct Producer {
+    using Tiles = Tiling<T, CONSUMERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<T, WORKERS> &shared;
+    Shared<D, T, CONSUMERS> &shared;
     uint32_t lane, count, rank;
-    bool leads;
-    // Of the next row: up to where its slices have been asked for.
-    uint32_t asked;
-    // Of the shared ends, a lane each.
-    uint32_t end_element;
-    // Which row comes after that, by its place among those to do.
-    uint32_t after;
-    // Of the row in turn: its number, and the team's states, a lane each.
-    uint32_t number;
+    bool elected; // lane 0
+    // The next row: the offset up to which its slices have been requested, and each lane's element of its edges.
+    uint32_t loaded_until, edge_element;
+    // The row after the next, by its index among those to do.
+    uint32_t ticket;
+    // The row at work: its epoch, its target's logits, and the states of the team's blocks, one per lane.
+    uint32_t epoch;
     TargetLogits target_logits;
-    Sums block_sums;
-    Maxima block_maxima;
+    PackedState<D> block_state;
 
-    ATKD_DEVICE Server(const atkd_rows &p_, StagedMemory staged_, Shared<T, WORKERS> &shared_)
+    ATKD_DEVICE Producer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_)
         : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
-          rank(block_index() % p_.team), leads(lane == 0), after(block_index() / p_.team + p_.clusters),
-          number(0) {}
+          rank(block_index() % p_.team), elected(lane == 0), ticket(block_index() / p_.team + p_.clusters),
+          epoch(0) {}
 
-    // The row that comes next, by its place among those to do. Known early, it can be asked for as soon as there is
-    // room, and its ends are here when their row is.
-    ATKD_DEVICE void look(uint32_t index, uint32_t turn) {
-        Coming coming = {0, 0, NO_TOKEN, 0, NOT_HERE, 0, 0, ATKD_IGNORED, 0, 0, 0};
-        Source source = {0, 0, 0};
-        asked = 0;
-        end_element = 0;
+    // Resolves a row one row ahead, so that its loads can start as soon as there is room and its edges are in shared
+    // memory when its slice is.
+    ATKD_DEVICE void fetch_task(uint32_t index, uint32_t stage) {
+        Task task = {0, 0, NO_TOKEN, 0, NOT_HERE, 0, 0, ATKD_IGNORED, 0, 0, 0};
+        LoadSource source = {0, 0, 0};
+        loaded_until = 0;
+        edge_element = 0;
         if (index < count) {
-            find(index, coming, source);
+            resolve(index, task, source);
         }
-        if (leads) {
-            shared.coming[turn] = coming;
+        if (elected) {
+            shared.tasks[stage] = task;
             shared.source[0] = source;
         }
     }
-    ATKD_DEVICE void find(uint32_t index, Coming &coming, Source &source) {
-        coming.token = token_to_do(p, index);
-        uint8_t mode = load(p.batch.modes + coming.token);
-        int32_t target = target_of(p.batch, coming.token);
+    ATKD_DEVICE void resolve(uint32_t index, Task &task, LoadSource &source) {
+        task.token = token_to_do(p, index);
+        uint8_t mode = load(p.batch.modes + task.token);
+        int32_t target = target_of(p.batch, task.token);
         if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
             return;
         }
-        Rows<T, T> rows(p, coming.token);
+        Rows<T, T> rows(p, task.token);
         auto slice = Slice::of(rows.teacher, p.slice, rank);
-        uint32_t start = slice.start + slice.whole_start;
-        asked = slice.whole_start * CHUNK * sizeof(T);
-        uint32_t end = slice.whole_end * CHUNK * sizeof(T);
-        source = {reinterpret_cast<uintptr_t>(rows.teacher.at(start)) - asked,
-                  reinterpret_cast<uintptr_t>(rows.student.at(start)) - asked, end};
-        coming.start = slice.start;
-        coming.whole_end = slice.whole_end;
-        coming.target = uint32_t(target);
-        coming.mode = mode;
-        coming.whole_start = uint8_t(slice.whole_start);
-        coming.starts_outside = slice.starts_outside;
-        coming.ends_outside = slice.ends_outside;
-        // Among the elements that bulk copies bring.
-        uint32_t element = coming.target + rows.teacher.lead - start * CHUNK;
-        if (element * sizeof(T) < end - asked) {
-            uint32_t piece = element / Of::PER, turn = piece / WORKERS;
-            coming.target_thread = uint8_t(piece % WORKERS);
-            coming.target_at = coming.target_thread * 16 + turn / Of::PARTS * Of::PACK;
-            coming.target_within = uint8_t(turn % Of::PARTS * Of::PER + element % Of::PER);
+        uint32_t start = slice.first_chunk + slice.full_start;
+        loaded_until = slice.full_start * CHUNK * sizeof(T);
+        uint32_t end = slice.full_end * CHUNK * sizeof(T);
+        source = {reinterpret_cast<uintptr_t>(rows.teacher.at(start)) - loaded_until,
+                  reinterpret_cast<uintptr_t>(rows.student.at(start)) - loaded_until, end};
+        task.first_chunk = slice.first_chunk;
+        task.full_end = slice.full_end;
+        task.target = uint32_t(target);
+        task.mode = mode;
+        task.full_start = uint8_t(slice.full_start);
+        task.has_head = slice.has_head;
+        task.has_tail = slice.has_tail;
+        // The target's place among the elements that bulk copies bring.
+        uint32_t element = task.target + rows.teacher.head - start * CHUNK;
+        if (element * sizeof(T) < end - loaded_until) {
+            uint32_t piece = element / Tiles::PER, round = piece / CONSUMERS;
+            task.target_thread = uint8_t(piece % CONSUMERS);
+            task.target_at = task.target_thread * 16 + round / Tiles::PARTS * Tiles::VECTOR;
+            task.target_within = uint8_t(round % Tiles::PARTS * Tiles::PER + element % Tiles::PER);
         }
-        // Of the slice's first chunk of teacher and student, then its last, a lane each.
-        bool last = lane >= 2 * CHUNK;
-        uint32_t chunk = slice.start + (last ? slice.whole_end : slice.whole_start - 1);
-        uint32_t j = chunk * CHUNK + lane % CHUNK - rows.teacher.lead;
+        // Each lane loads one element of the edges: 8 lanes per chunk, in the order of Shared::edges.
+        bool in_tail = lane >= 2 * CHUNK;
+        uint32_t chunk = slice.first_chunk + (in_tail ? slice.full_end : slice.full_start - 1);
+        uint32_t j = chunk * CHUNK + lane % CHUNK - rows.teacher.head;
         const T *data = lane / CHUNK % 2 == 0 ? rows.teacher.data : rows.student.data;
-        bool there = last ? slice.ends_outside : slice.starts_outside;
-        T z = there && j < p.batch.vocab && j != coming.target ? load(data + j) : narrow<T>(OUTSIDE);
-        end_element = to_bits(z);
+        bool exists = in_tail ? slice.has_tail : slice.has_head;
+        T z = exists && j < p.batch.vocab && j != task.target ? load(data + j) : narrow<T>(NEG_INF);
+        edge_element = to_bits(z);
     }
 
-    ATKD_DEVICE void place_ends(uint32_t turn) {
+    ATKD_DEVICE void place_edges(uint32_t stage) {
         constexpr uint32_t WORDS = 4 * CHUNK * sizeof(T) / 4;
-        uint32_t next = shuffle_xor(end_element, 1);
+        uint32_t next = shuffle_xor(edge_element, 1);
         if (sizeof(T) == 4) {
-            shared.ends[turn * WORDS + lane] = end_element;
+            shared.edges[stage * WORDS + lane] = edge_element;
         } else if (lane % 2 == 0) {
-            shared.ends[turn * WORDS + lane / 2] = end_element | next << 16;
+            shared.edges[stage * WORDS + lane / 2] = edge_element | next << 16;
         }
     }
 
     ATKD_DEVICE void expect() {
-        Source source = shared.source[0];
-        ATKD_EXPECT(shared.full, 0, 2 * (source.end - asked));
+        LoadSource source = shared.source[0];
+        ATKD_EXPECT(shared.full, 0, 2 * (source.end - loaded_until));
     }
 
-    // Asks for it as far as there is room.
-    ATKD_DEVICE void ask(uint32_t room) {
-        Source source = shared.source[0];
+    // Issues the next row's loads up to offset `room` of its slices.
+    ATKD_DEVICE void load_until(uint32_t room) {
+        LoadSource source = shared.source[0];
         uint32_t until = room < source.end ? room : source.end;
-        if (asked < until) {
-            auto *teacher_from = reinterpret_cast<const void *>(source.teacher + asked);
-            auto *student_from = reinterpret_cast<const void *>(source.student + asked);
-            ATKD_BULK_LOAD(staged, asked, teacher_from, until - asked, shared.full, 0);
-            ATKD_BULK_LOAD(staged, asked + to_student<T>(p), student_from, until - asked, shared.full, 0);
-            asked = until;
+        if (loaded_until < until) {
+            auto *teacher_from = reinterpret_cast<const void *>(source.teacher + loaded_until);
+            auto *student_from = reinterpret_cast<const void *>(source.student + loaded_until);
+            ATKD_BULK_LOAD(staged, loaded_until, teacher_from, until - loaded_until, shared.full, 0);
+            ATKD_BULK_LOAD(staged, loaded_until + student_offset<T>(p), student_from, until - loaded_until,
+                           shared.full, 0);
+            loaded_until = until;
         }
     }
-    // What there is no room for yet, into the L2 cache. Any earlier, and it would be gone again when there is.
+    // Brings what there is no room for yet into the L2 cache. Any earlier, and it would be evicted before it is used.
     ATKD_DEVICE void prefetch() {
-        Source source = shared.source[0];
-        if (asked < source.end) {
-            bulk_prefetch(reinterpret_cast<const void *>(source.teacher + asked), source.end - asked);
-            bulk_prefetch(reinterpret_cast<const void *>(source.student + asked), source.end - asked);
+        LoadSource source = shared.source[0];
+        if (loaded_until < source.end) {
+            bulk_prefetch(reinterpret_cast<const void *>(source.teacher + loaded_until), source.end - loaded_until);
+            bulk_prefetch(reinterpret_cast<const void *>(source.student + loaded_until), source.end - loaded_until);
         }
     }
 
-    // While the others work on the gradient: the next row, into the room that this one leaves, and what this one came
-    // to.
-    ATKD_DEVICE void follow(const Coming &row, uint32_t turn) {
-        if (leads) {
+    // Runs beside the max and the sum pass: resolves the next row, draws the ticket of the one after it, and reads the
+    // target's logits of this one.
+    ATKD_DEVICE void prepare(const Task &task, uint32_t stage) {
+        epoch += 1;
+        fetch_task(shuffle_from(ticket, 0), stage ^ 1);
+        if (elected && rank == 0) {
+            ticket = 2 * p.clusters + add_atomic(&p.batch.summary->drawn, 1);
+        }
+        sync_warp();
+        if (task.mode != ATKD_IGNORED) {
+            target_logits = target_logits_of<T, T>(p, task.token, task.target);
+        }
+    }
+
+    // Runs while the consumers wait: reduces the warps' states to the block's, the blocks' to the row's, and that to
+    // the gradient's scales.
+    ATKD_DEVICE void reduce(const Task &task) {
+        bool ignored = task.mode == ATKD_IGNORED;
+        auto of_warps = RowState<D, float>::empty();
+        if (!ignored) {
+            of_warps = PackedState<D>(shared.warp_states[lane % (CONSUMERS / WARP)]).template state<float>();
+            share_maxima<false>(of_warps, p.batch.inverse_temperature * LOG2_E);
+            of_warps = merge_warp<false, CONSUMERS / WARP>(of_warps);
+        }
+        block_state = PackedState<D>::of(elected ? of_warps : RowState<D, float>::empty());
+        if (p.team > 1) {
+            if (elected) {
+                slot_of(block_index())->publish(block_state, ticket, epoch);
+            }
+            // Lanes beyond the team keep the empty state that they have.
+            if (lane < p.team) {
+                ticket = slot_of(block_index() - rank + lane)->gather(block_state, epoch);
+            }
+            sync_warp();
+        }
+        if (!ignored) {
+            Weights weights = shared.weights[0];
+            GradientScales scales = scales_of<D, false>(p, weights, task.token, task.mode, merge_blocks<float>(),
+                                                        target_logits, rank == 0);
+            if (elected) {
+                shared.scales[0] = scales;
+            }
+        }
+    }
+    ATKD_DEVICE Exchange<D> *slot_of(uint32_t block) const {
+        return static_cast<Exchange<D> *>(p.states) + (epoch & 1) * ATKD_PIPELINED_GRID + block;
+    }
+    template <class Real> ATKD_DEVICE RowState<D, Real> merge_blocks() const {
+        auto state = block_state.template state<Real>();
+        share_maxima<false>(state, p.batch.inverse_temperature * LOG2_E);
+        return merge_warp<false>(state);
+    }
+
+    // Runs beside the gradient pass: loads the next row into the room that this one leaves, and stores this one's
+    // margins and DKD.
+    ATKD_DEVICE void refill(const Task &task, uint32_t stage) {
+        if (elected) {
             expect();
             if (p.gradient == nullptr) {
-                ask(ALL);
+                load_until(UNLIMITED);
             }
             if (p.team > 1) {
                 prefetch();
             }
         }
-        place_ends(turn ^ 1);
-        ATKD_WAIT(shared.read, 0, turn);
-        if (leads) {
-            ask(row.whole_start * CHUNK * uint32_t(sizeof(T)) + Of::TURN);
+        place_edges(stage ^ 1);
+        ATKD_WAIT(shared.empty, FIRST_TILE, stage);
+        if (elected) {
+            load_until(task.full_start * CHUNK * uint32_t(sizeof(T)) + Tiles::TILE);
         }
-        ATKD_WAIT(shared.read, 1, turn);
-        if (leads) {
-            ask(ALL);
+        ATKD_WAIT(shared.empty, REST, stage);
+        if (elected) {
+            load_until(UNLIMITED);
         }
-        if (rank == 0 && row.mode != ATKD_IGNORED) {
-            tell<false>(p, row.token, merge_blocks<double>(), target_logits);
+        if (rank == 0 && task.mode != ATKD_IGNORED) {
+            // region: one warp per row
+            store_margins<D, false>(p, task.token, merge_blocks<double>(), target_logits);
+            // end region
         }
-    }
-
-    // While the others work on the row.
-    ATKD_DEVICE void prepare(const Coming &row, uint32_t turn) {
-        number += 1;
-        look(shuffle_from(after, 0), turn ^ 1);
-        if (leads && rank == 0) {
-            // Whoever is ready first comes for one: multiprocessors are not equally fast. The first two rows of each
-            // team are its own.
-            after = 2 * p.clusters + add_atomic(&p.batch.summary->drawn, 1);
-        }
-        sync_warp();
-        if (row.mode != ATKD_IGNORED) {
-            target_logits = target_logits_of<T, T>(p, row.token, row.target);
-        }
-    }
-
-    ATKD_DEVICE Told *told_by(uint32_t block) const {
-        return static_cast<Told *>(p.states) + (number & 1) * ATKD_PIPELINED_GRID + block;
-    }
-
-    // From the states of the warps to the block's, from all blocks' to what the gradient needs.
-    ATKD_DEVICE void settle(const Coming &row) {
-        bool ignored = row.mode == ATKD_IGNORED;
-        auto of_block = RowState<float>::empty();
-        if (!ignored) {
-            uint32_t warp = lane % (WORKERS / WARP);
-            of_block = state_of<float>(shared.warp_sums[warp], shared.warp_maxima[warp]);
-            share_maxima<false>(of_block, p.batch.inverse_temperature * LOG2_E);
-            of_block = merge_warp<false, WORKERS / WARP>(of_block);
-        }
-        block_sums = {0, 0, 0, 0};
-        block_maxima = {LOWEST, LOWEST};
-        if (leads) {
-            block_sums = sums_of(of_block);
-            block_maxima = maxima_of(of_block);
-        }
-        if (p.team > 1) {
-            if (leads) {
-                Told *told = told_by(block_index());
-                post16(&told->sums, {{to_bits(block_sums.teacher), to_bits(block_sums.weighted_gap),
-                                      to_bits(block_sums.student), 2 * number + (block_sums.ruled_out != 0 ? 1 : 0)}});
-                post16(&told->maxima,
-                       {{to_bits(block_maxima.teacher), to_bits(block_maxima.student), after, 2 * number}});
-            }
-            hear();
-        }
-        if (!ignored) {
-            Weights weights = shared.weights[0];
-            GradientScales found =
-                scales_of<false>(p, weights, row.token, row.mode, merge_blocks<float>(), target_logits, rank == 0);
-            if (leads) {
-                shared.scales[0] = found;
-            }
-        }
-    }
-
-    // The states of the team's blocks, a lane each. Lanes without a block keep the empty state that they have.
-    ATKD_DEVICE void hear() {
-        if (lane < p.team) {
-            const Told *told = told_by(block_index() - rank + lane);
-            Posts posts = {};
-            ATKD_WAIT_FOR_POSTS(posts, &told->sums, &told->maxima, number);
-            const Bytes16 &sums = posts.first, &maxima = posts.second;
-            block_sums = {from_bits<float>(sums.word[0]), from_bits<float>(sums.word[1]),
-                          from_bits<float>(sums.word[2]), sums.word[3] & 1};
-            block_maxima = {from_bits<float>(maxima.word[0]), from_bits<float>(maxima.word[1])};
-            after = maxima.word[2];
-        }
-        sync_warp();
-    }
-
-    template <class Real> ATKD_DEVICE RowState<Real> merge_blocks() const {
-        auto state = state_of<Real>(block_sums, block_maxima);
-        share_maxima<false>(state, p.batch.inverse_temperature * LOG2_E);
-        return merge_warp<false>(state);
     }
 };
-
-// Where the block's threads meet, of both kinds.
-enum Meeting { HERE = 1, POSTED, SETTLED };
-
-// All threads of the block, for a token that is ignored.
-template <class T> ATKD_DEVICE void drop(const atkd_rows &p, const Coming &row) {
-    Rows<T, T> rows(p, row.token);
-    rows.first = block_index() % p.team * block_threads() + thread_index();
-    rows.stride = p.team * block_threads();
-    rows.speaks = rows.first == 0;
-    drop_row<T>(p, rows);
-}
-
-template <class T, uint32_t WORKERS>
-ATKD_DEVICE void work(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS> &shared) {
-    uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
-    for (uint32_t parity = 0;; parity ^= 1) {
-        ATKD_MEET(HERE, WORKERS + WARP);
-        const Coming &row = shared.coming[parity];
-        if (row.token == NO_TOKEN) {
-            break;
-        }
-        bool ignored = row.mode == ATKD_IGNORED;
-        Worker<T, WORKERS> worker(p, staged, shared, row, parity);
-        if (ATKD_RARELY(ignored)) {
-            drop<T>(p, row);
-        } else {
-            RowState<float> of_warp = worker.sums();
-            if (lane == 0) {
-                shared.warp_sums[warp] = sums_of(of_warp);
-                shared.warp_maxima[warp] = maxima_of(of_warp);
-            }
-        }
-        ATKD_MEET(POSTED, WORKERS + WARP);
-        ATKD_MEET(SETTLED, WORKERS + WARP);
-        uint32_t times = 0;
-        auto arrive_once = [&](uint32_t part) {
-            if (times == part) {
-                sync_warp();
-                if (lane == 0) {
-                    ATKD_ARRIVE(shared.read, part);
-                }
-                times += 1;
-            }
-        };
-        auto read = [&](bool all) {
-            arrive_once(0);
-            if (all) {
-                arrive_once(1);
-            }
-        };
-        if (!ignored && p.gradient != nullptr) {
-            GradientScales scales = shared.scales[0];
-            if (ATKD_RARELY(scales.large<false>())) {
-                worker.template gradient<true>(scales, read);
-            } else {
-                worker.template gradient<false>(scales, read);
-            }
-        }
-        read(true);
-    }
-}
-
-template <class T, uint32_t WORKERS>
-ATKD_DEVICE void serve(const atkd_rows &p, StagedMemory staged, Shared<T, WORKERS> &shared) {
-    Server<T, WORKERS> server(p, staged, shared);
-    server.look(block_index() / p.team, 0);
-    server.place_ends(0);
-    if (server.leads) {
-        server.expect();
-        server.ask(ALL);
-        // Not in registers, of which this warp has no more than those that need them.
-        shared.weights[0] = Weights::of(p);
-    }
-    sync_warp();
-    for (uint32_t parity = 0;; parity ^= 1) {
-        ATKD_WAIT(shared.full, 0, parity);
-        ATKD_MEET(HERE, WORKERS + WARP);
-        const Coming &row = shared.coming[parity];
-        if (row.token == NO_TOKEN) {
-            break;
-        }
-        if (ATKD_RARELY(row.mode == ATKD_IGNORED)) {
-            drop<T>(p, row);
-        }
-        server.prepare(row, parity);
-        ATKD_MEET(POSTED, WORKERS + WARP);
-        server.settle(row);
-        ATKD_MEET(SETTLED, WORKERS + WARP);
-        server.follow(row, parity);
-    }
-}
-
-template <class T, uint32_t WORKERS> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
-    using SharedByBlock = Shared<T, WORKERS>;
-    ATKD_STAGED(staged);
-    ATKD_SHARED_STRUCT(SharedByBlock, shared);
-    if (thread_index() == WORKERS) {
-        ATKD_INIT_BARRIER(shared.full, 0, 1);
-        ATKD_INIT_BARRIER(shared.read, 0, WORKERS / WARP);
-        ATKD_INIT_BARRIER(shared.read, 1, WORKERS / WARP);
-        publish_barriers();
-    }
-    ATKD_SYNC_BLOCK();
-    if (thread_index() < WORKERS) {
-        work<T, WORKERS>(p, staged, shared);
-    } else {
-        serve<T, WORKERS>(p, staged, shared);
-    }
-}
+// end region
 
 } // namespace
 
-// Nothing where there are no bulk copies: no plan chooses it there.
-#if defined(__CUDACC__) && __CUDA_ARCH__ < 900
-#define ATKD_ROW_PIPELINED(T, geometry)
+// No plan chooses this kernel where there are no bulk copies.
+#if ATKD_BULK_COPIES
+#define ATKD_ROW_PIPELINED(T, geometry) row_pipelined<ForwardKl, T, geometry##_THREADS - WARP>(p)
 #else
-#define ATKD_ROW_PIPELINED(T, geometry) row_pipelined<T, geometry##_THREADS - WARP>(p)
+#define ATKD_ROW_PIPELINED(T, geometry)
 #endif
 
 ATKD_KERNEL(row_pipelined_f32, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(float, ATKD_PIPELINED); }

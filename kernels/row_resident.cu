@@ -1,14 +1,14 @@
-// Loss and gradient of one token a block at a time, whose registers hold the whole row of both models: each
-// logit is read once, the gradient written once. Other blocks on the same multiprocessor read while this one
+// row_resident: loss and gradient; a block takes one token at a time, and its registers hold the row of both models:
+// each logit is read once, the gradient written once. Other blocks on the same multiprocessor read while this one
 // waits at its barriers.
 #include "row.cuh"
 
 namespace {
 
-template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t token) {
+template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t token) {
     // Chunks of each model in a thread's registers: 128 bytes.
     constexpr uint32_t HELD = ATKD_HELD_BYTES / (CHUNK * sizeof(T));
-    ATKD_ROW_SHARED(ATKD_RESIDENT_THREADS);
+    ATKD_ROW_SHARED(D, ATKD_RESIDENT_THREADS);
     Rows<T, T> rows(p, token);
     uint8_t mode = load(p.batch.modes + rows.token);
     int32_t signed_target = target_of(p.batch, rows.token);
@@ -17,16 +17,16 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
         return;
     }
     uint32_t target = uint32_t(signed_target), target_chunk = rows.teacher.chunk_of(target);
-    // Bit i: chunk i exists; and it is neither the target's nor ends outside the row.
+    // Bit i of `held`: chunk i exists; of `plain`: it is full as well, and has not the target.
     uint32_t held = 0, plain = 0;
     Packed<T> teacher[HELD], student[HELD];
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         uint32_t chunk = rows.first + i * rows.stride;
         held |= (chunk < rows.teacher.chunks() ? 1u : 0u) << i;
-        if (rows.whole(chunk)) {
-            teacher[i] = load_whole(rows.teacher, chunk);
-            student[i] = load_whole(rows.student, chunk);
+        if (rows.full(chunk)) {
+            teacher[i] = load_full(rows.teacher, chunk);
+            student[i] = load_full(rows.student, chunk);
             plain |= (chunk != target_chunk ? 1u : 0u) << i;
         }
     }
@@ -35,16 +35,16 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
         for (uint32_t i = 0; i < HELD; i++) {
             uint32_t chunk = rows.first + i * rows.stride;
             if (((held & ~plain) >> i & 1) != 0) {
-                if (!rows.whole(chunk)) {
+                if (!rows.full(chunk)) {
                     rows.load(chunk, teacher[i], student[i]);
                 }
-                take_out(rows.teacher.within(target, chunk), teacher[i]);
-                take_out(rows.teacher.within(target, chunk), student[i]);
+                mask_out(rows.teacher.within(target, chunk), teacher[i]);
+                mask_out(rows.teacher.within(target, chunk), student[i]);
             }
         }
     }
 
-    // The maxima first, so that no sum must be rebased.
+    // The maxima are known before the sums, which then need no rescaling.
     Largest<T> teacher_max, student_max;
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
@@ -54,13 +54,13 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
         }
     }
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    auto own = RowState<float>::from(teacher_max.value(), student_max.value());
-    RowState<float> empty = own;
-    References references = own.references(exponent);
+    auto own = RowState<D, float>::from(teacher_max.value(), student_max.value());
+    RowState<D, float> empty = own;
+    Shifts shifts = own.shifts(exponent);
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         if ((plain >> i & 1) != 0) {
-            add<false, false>(own, references, teacher[i], student[i], exponent);
+            D::template fold<false, false>(own, shifts, teacher[i], student[i], exponent);
         }
     }
     bool masked = !own.finite();
@@ -70,24 +70,24 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
         ATKD_UNROLL
         for (uint32_t i = 0; i < HELD; i++) {
             if ((left >> i & 1) != 0) {
-                add<false, true>(own, references, teacher[i], student[i], exponent);
+                D::template fold<false, true>(own, shifts, teacher[i], student[i], exponent);
             }
         }
     }
-    GradientScales row_scales = settle_row(p, rows, mode, target, own, warps, scales);
+    GradientScales row_scales = reduce_row<D>(p, rows, mode, target, own, warps, scales);
     if (p.gradient == nullptr) {
         return;
     }
     Row<T> gradient = rows.template gradient<T>(p);
-    plain = gradient.wholes == 0 ? 0 : plain;
-    rows.first = forget(rows.first);
+    plain = gradient.full_count == 0 ? 0 : plain;
+    rows.first = opaque(rows.first);
     auto store_gradient = [&](auto large) {
         ATKD_UNROLL
         for (uint32_t i = 0; i < HELD; i++) {
             if ((plain >> i & 1) != 0) {
                 float g[CHUNK];
-                gradient_of<false, decltype(large)::value>(row_scales, exponent, teacher[i], student[i], g);
-                store_whole(gradient, rows.first + i * rows.stride, g);
+                D::template gradient<false, decltype(large)::value>(row_scales, exponent, teacher[i], student[i], g);
+                store_full(gradient, rows.first + i * rows.stride, g);
             }
         }
         if (ATKD_RARELY(held != plain)) {
@@ -96,26 +96,27 @@ template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p, uint32_t to
                 uint32_t chunk = rows.first + i * rows.stride, within = rows.teacher.within(target, chunk);
                 if (((held & ~plain) >> i & 1) != 0) {
                     float g[CHUNK];
-                    gradient_of<false, decltype(large)::value>(row_scales, exponent, teacher[i], student[i], g);
-                    put_target(within, row_scales.target, g);
+                    D::template gradient<false, decltype(large)::value>(row_scales, exponent, teacher[i], student[i],
+                                                                        g);
+                    insert_target(within, row_scales.target, g);
                     store_chunk(gradient, chunk, g);
                 }
             }
         }
     };
-    if (ATKD_RARELY(row_scales.large<false>())) {
+    if (ATKD_RARELY(row_scales.template large<false>())) {
         store_gradient(Flag<true>());
     } else {
         store_gradient(Flag<false>());
     }
 }
 
-template <class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
-    for_tokens(p, [&](uint32_t token) { row_resident<T>(p, token); });
+template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
+    for_tokens(p, [&](uint32_t token) { row_resident<D, T>(p, token); });
 }
 
 } // namespace
 
-ATKD_KERNEL(row_resident_f32, atkd_rows, ATKD_RESIDENT) { row_resident<float>(p); }
-ATKD_KERNEL(row_resident_f16, atkd_rows, ATKD_RESIDENT) { row_resident<f16>(p); }
-ATKD_KERNEL(row_resident_bf16, atkd_rows, ATKD_RESIDENT) { row_resident<bf16>(p); }
+ATKD_KERNEL(row_resident_f32, atkd_rows, ATKD_RESIDENT) { row_resident<ForwardKl, float>(p); }
+ATKD_KERNEL(row_resident_f16, atkd_rows, ATKD_RESIDENT) { row_resident<ForwardKl, f16>(p); }
+ATKD_KERNEL(row_resident_bf16, atkd_rows, ATKD_RESIDENT) { row_resident<ForwardKl, bf16>(p); }

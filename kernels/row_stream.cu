@@ -1,12 +1,13 @@
-// Loss and gradient of one token a cluster or team at a time, for any vocabulary, stride and alignment. One
-// pass over the row for its state, a second for the gradient, whose reads should hit the L2 cache: the host
-// chooses clusters or teams large enough, and so rows in flight few enough.
+// row_stream: loss and gradient; a cluster or team takes one token at a time, of any vocabulary, stride and
+// alignment. One pass over the row for its state, a second for the gradient, whose reads should hit the L2 cache: the
+// host chooses clusters or teams large enough, and so rows in flight few enough.
 #include "row.cuh"
 
 namespace {
 
-template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
-    ATKD_ROW_SHARED(ATKD_STREAM_THREADS);
+template <class D, class P, class Q, class G, bool CE_SUM>
+ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
+    ATKD_ROW_SHARED(D, ATKD_STREAM_THREADS);
     Rows<P, Q> rows(p, token);
     // Every thread reads mode and label: cached words, and no barrier to wait at.
     uint8_t mode = load(p.batch.modes + rows.token);
@@ -18,46 +19,46 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     uint32_t target = uint32_t(signed_target), target_chunk = rows.teacher.chunk_of(target);
     auto without_target = [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
         if (ATKD_RARELY(chunk == target_chunk)) {
-            take_out(rows.teacher.within(target, chunk), teacher);
-            take_out(rows.teacher.within(target, chunk), student);
+            mask_out(rows.teacher.within(target, chunk), teacher);
+            mask_out(rows.teacher.within(target, chunk), student);
         }
     };
-    RowState<float> own;
-    References references;
+    RowState<D, float> own;
+    Shifts shifts;
     float exponent = p.batch.inverse_temperature * LOG2_E;
     for_chunks<false>(
         rows,
-        // A guess at the maxima, so that few chunks exceed it.
+        // The first chunk's maxima are a good estimate of the row's, so that few chunks exceed them.
         [&](uint32_t chunk, Packed<P> teacher, Packed<Q> student) {
             without_target(chunk, teacher, student);
-            own = RowState<float>::from(max_of(teacher), max_of(student));
-            references = own.references(exponent);
+            own = RowState<D, float>::from(max_of(teacher), max_of(student));
+            shifts = own.shifts(exponent);
         },
         [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
             without_target(chunk, teacher, student);
-            accumulate<AT_1>(own, references, teacher, student, exponent);
+            accumulate<D, CE_SUM>(own, shifts, teacher, student, exponent);
         });
-    share_maxima<AT_1>(own, exponent);
-    GradientScales row_scales = settle_row<AT_1>(p, rows, mode, target, own, warps, scales);
+    share_maxima<CE_SUM>(own, exponent);
+    GradientScales row_scales = reduce_row<D, CE_SUM>(p, rows, mode, target, own, warps, scales);
     if (p.gradient == nullptr) {
         return;
     }
     Row<G> gradient = rows.template gradient<G>(p);
-    // Kept, what follows from these would take registers from what one warp did between the passes.
-    rows.first = forget(rows.first);
-    rows.wholes = forget(rows.wholes);
+    // Expressions of these would otherwise be kept in registers, which the warp that reduces the row needs.
+    rows.first = opaque(rows.first);
+    rows.full_count = opaque(rows.full_count);
     bool has_target = false;
     auto store_gradient = [&](auto large) {
         for_chunks<true>(
             rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
             [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
                 float g[CHUNK];
-                gradient_of<AT_1, decltype(large)::value>(row_scales, exponent, teacher, student, g);
+                D::template gradient<CE_SUM, decltype(large)::value>(row_scales, exponent, teacher, student, g);
                 store_chunk(gradient, chunk, g);
                 has_target |= chunk == target_chunk;
             });
     };
-    if (ATKD_RARELY(row_scales.large<AT_1>())) {
+    if (ATKD_RARELY(row_scales.template large<CE_SUM>())) {
         store_gradient(Flag<true>());
     } else {
         store_gradient(Flag<false>());
@@ -67,12 +68,12 @@ template <class P, class Q, class G, bool AT_1> ATKD_DEVICE void row_stream(cons
     }
 }
 
-template <class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows &p) {
+template <class D, class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows &p) {
     // Cross entropy at a temperature other than 1 has a sum of its own.
     if (ATKD_RARELY(p.objective.ce_weight != 0 && p.objective.inverse_temperature != 1)) {
-        for_tokens(p, [&](uint32_t token) { row_stream<P, Q, G, true>(p, token); });
+        for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, true>(p, token); });
     } else {
-        for_tokens(p, [&](uint32_t token) { row_stream<P, Q, G, false>(p, token); });
+        for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, false>(p, token); });
     }
 }
 
@@ -80,7 +81,9 @@ template <class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows
 
 // row_stream_<teacher>_<student>_<gradient>
 #define ATKD_ROW_STREAM(teacher, P, student, Q, gradient, G)                                                  \
-    ATKD_KERNEL(row_stream_##teacher##_##student##_##gradient, atkd_rows, ATKD_STREAM) { row_stream<P, Q, G>(p); }
+    ATKD_KERNEL(row_stream_##teacher##_##student##_##gradient, atkd_rows, ATKD_STREAM) {                      \
+        row_stream<ForwardKl, P, Q, G>(p);                                                                    \
+    }
 #define ATKD_ROW_STREAM_OF(teacher, P)                                                                        \
     ATKD_ROW_STREAM(teacher, P, f32, float, f32, float)                                                       \
     ATKD_ROW_STREAM(teacher, P, f16, f16, f16, f16)                                                           \

@@ -1,6 +1,6 @@
 // A gradient times a number that is known on the device alone. Most often it is 1, and there is nothing to do: a host
 // that looked first would have to wait for the device.
-#include "memory.cuh"
+#include "packed.cuh"
 
 namespace {
 
@@ -12,8 +12,8 @@ template <class T> ATKD_DEVICE void scale_gradient(const atkd_scale_gradient &p)
     uint32_t first = block_index() % p.parts * block_threads() + thread_index();
     for (uint32_t token = block_index() / p.parts; token < p.tokens; token += p.blocks / p.parts) {
         T *data = row_at(static_cast<T *>(p.gradient), p.strides, token);
-        Row<const T> from(data, p.vocab, lead_of(data));
-        Row<T> to(data, p.vocab, from.lead);
+        Row<const T> from(data, p.vocab, head_of(data));
+        Row<T> to(data, p.vocab, from.head);
         for (uint32_t chunk = first; chunk < from.chunks(); chunk += p.parts * block_threads()) {
             float g[CHUNK];
             load_chunk(from, chunk, g);

@@ -1,8 +1,9 @@
-// Which tokens are hard: the ceil(k * valid) of a scope with the largest keys, the lower index among
-// equals. One cluster a scope, each block of it with a share of the tokens. The key of the last hard token
-// is found digit by digit, from the most significant: a histogram of the digit tells where the count is
-// reached.
+// select_hard: the hard tokens of a scope are the ceil(k * valid) with the largest keys, the lower index first among
+// equals. One cluster per scope, each block of it with a share of the tokens. A radix select finds the threshold, the
+// key of the last hard token, digit by digit from the most significant: the histogram of a digit shows where the
+// count is reached.
 #include "batch.cuh"
+#include "math/keys.cuh"
 #include "reduce.cuh"
 
 namespace {
@@ -10,12 +11,12 @@ namespace {
 constexpr uint32_t DIGIT_BITS = 8;
 constexpr uint32_t DIGITS = 1u << DIGIT_BITS;
 
-// Where the next digit of the last hard key was found, for all threads of the block.
+// The next digit of the threshold and what was found with it, for all threads of the block.
 enum Found { DIGIT, REMAINING, EQUALS, VALID, WANTED, FOUND_FIELDS };
 
-ATKD_DEVICE uint32_t lanes_below() { return (1u << thread_index() % WARP) - 1; }
+ATKD_DEVICE uint32_t lanemask_lt() { return (1u << thread_index() % WARP) - 1; }
 
-// The key of a token, the first time: of margins from outside it is made.
+// The key of a token when it is read first; where the caller gave margins, it is made from them.
 ATKD_DEVICE uint32_t first_key(const atkd_select_hard &p, uint32_t token) {
     if (p.margins == nullptr) {
         return load(p.batch.keys + token);
@@ -26,7 +27,7 @@ ATKD_DEVICE uint32_t first_key(const atkd_select_hard &p, uint32_t token) {
     return key;
 }
 
-// By one warp: the digit at which the `remaining` largest are reached. Those of larger digits are hard.
+// Finds the digit at which the `remaining` largest are reached, by one warp. Keys with larger digits are hard.
 template <class Counts, class Fields>
 ATKD_DEVICE void find_digit(const Counts &merged, uint32_t remaining, Fields &found) {
     constexpr uint32_t PER = DIGITS / WARP;
@@ -34,7 +35,7 @@ ATKD_DEVICE void find_digit(const Counts &merged, uint32_t remaining, Fields &fo
     for (uint32_t k = 0; k < PER; k++) {
         own += merged[lane * PER + k];
     }
-    // What lies at this lane's digits and above.
+    // The count of the keys with this lane's digits or larger ones.
     uint32_t at_or_above = own;
     for (uint32_t step = 1; step < WARP; step *= 2) {
         uint32_t other = shuffle_from(at_or_above, lane + step);
@@ -56,7 +57,7 @@ ATKD_DEVICE void find_digit(const Counts &merged, uint32_t remaining, Fields &fo
 } // namespace
 
 ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
-    // Two, in turn: one may be read by other blocks while the next digit is counted in the other.
+    // Two, used alternately: one may be read by other blocks while the next digit is counted in the other.
     ATKD_SHARED(uint32_t, histograms, 2 * DIGITS);
     ATKD_SHARED(uint32_t, merged, DIGITS);
     ATKD_SHARED(uint32_t, counts, MAX_WARPS);
@@ -83,14 +84,14 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
     start = rank * share < end - start ? start + rank * share : end;
     end = share < end - start ? start + share : end;
 
-    // Of a thread's tokens the first has a register for its key: mostly there is no other.
+    // The first of a thread's tokens has a register for its key: mostly there is no other.
     uint32_t own = start + thread_index(), own_key = own < end ? first_key(p, own) : 0;
     // The key of the last hard token, and how many of those with this very key are hard.
     uint32_t threshold = 0, remaining = 0, equals = 0, equals_before = 0;
-    for (uint32_t low = 32 - DIGIT_BITS, turn = 0;; low -= DIGIT_BITS, turn ^= DIGITS) {
+    for (uint32_t low = 32 - DIGIT_BITS, histogram = 0;; low -= DIGIT_BITS, histogram ^= DIGITS) {
         bool first = low + DIGIT_BITS == 32;
         for (uint32_t digit = thread_index(); digit < DIGITS; digit += block_threads()) {
-            histograms[turn + digit] = 0;
+            histograms[histogram + digit] = 0;
         }
         ATKD_SYNC_BLOCK();
         for (uint32_t tile = start; tile < end; tile += block_threads()) {
@@ -102,17 +103,17 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
                     digit = key >> low & (DIGITS - 1);
                 }
             }
-            // Margins are much alike in their first digits: one lane counts for all with the same.
-            uint32_t alike = warp_match(digit);
-            if (digit != DIGITS && (alike & lanes_below()) == 0) {
-                ATKD_ADD_SHARED(histograms, turn + digit, count_bits(alike));
+            // Margins agree in most of their first digits: one lane counts for all with the same.
+            uint32_t peers = warp_match(digit);
+            if (digit != DIGITS && (peers & lanemask_lt()) == 0) {
+                ATKD_ADD_SHARED(histograms, histogram + digit, count_bits(peers));
             }
         }
         ATKD_SYNC_CLUSTER();
         for (uint32_t digit = thread_index(); digit < DIGITS; digit += block_threads()) {
             uint32_t sum = 0;
             for (uint32_t block = 0; block < blocks; block++) {
-                sum += ATKD_REMOTE(histograms, turn + digit, block);
+                sum += ATKD_REMOTE(histograms, histogram + digit, block);
             }
             merged[digit] = sum;
         }
@@ -145,7 +146,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
         if (low == 0) {
             // Only if it will be used: a read that nobody uses could outlast the block that is read.
             for (uint32_t block = 0; remaining < equals && start < end && block < rank; block++) {
-                equals_before += ATKD_REMOTE(histograms, turn + (threshold & (DIGITS - 1)), block);
+                equals_before += ATKD_REMOTE(histograms, histogram + (threshold & (DIGITS - 1)), block);
             }
             break;
         }
@@ -164,7 +165,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
                 counts[thread_index() / WARP] = count_bits(votes);
             }
             ATKD_SYNC_BLOCK();
-            uint32_t place = equals_before + count_bits(votes & lanes_below());
+            uint32_t place = equals_before + count_bits(votes & lanemask_lt());
             for (uint32_t warp = 0; warp < block_threads() / WARP; warp++) {
                 place += warp < thread_index() / WARP ? counts[warp] : 0;
                 equals_before += counts[warp];
@@ -177,7 +178,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
         if (thread_index() % WARP == 0 && votes != 0) {
             place = add_atomic(&p.batch.summary->counted_wrong, count_bits(votes));
         }
-        place = shuffle_from(place, 0) + count_bits(votes & lanes_below());
+        place = shuffle_from(place, 0) + count_bits(votes & lanemask_lt());
         if (wrong) {
             store(p.wrong + place, token);
         }
@@ -192,7 +193,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
         store(p.thresholds + scope, threshold);
         if (scope == 0) {
             store(p.guess, threshold);
-            // For the rows that are done again.
+            // For the repair pass.
             store(&p.batch.summary->drawn, 0u);
         }
         add_atomic(&p.batch.summary->counted_hard, uint32_t(found[WANTED]));

@@ -1,232 +1,83 @@
-// The teacher's margin of every token, as a sortable key, and as a number where the caller wants it; one read of the
-// teacher's logits, but for what is read again at once. Where the target is the teacher's arg max, it is found first; the
-// row's second read should hit the cache.
+// teacher_margin: the teacher's margin of every token, as a sortable key, and as a number where the caller wants it. A
+// persistent kernel: a block takes a row at a time, and reads the logits once, but for chunks that it must recompute at
+// once. Where the target is the teacher's arg max, a pass before finds it; the second read should hit the cache.
+//
+// A row, per thread: the sum of its chunks' exponentials relative to a shift (ThreadSum), PREFETCH chunks loaded ahead;
+// the last loads bring the next row's first chunks. Per warp: one sum, by shuffles. Per block: the warps' sums, by a
+// merge that no warp waits for (DeferredMerge):
+//
+//   warp 0   | row 0's sum | post | row 1's sum | wait for all posts of row 0, merge them | post | row 2's sum | ..
+//   warp 1   | row 0's sum | post | row 1's sum | wait for all posts of row 0             | post | row 2's sum | ..
+//
+// A block's barrier per row would make all warps wait for the slowest. Here a warp posts its sum of a row and goes
+// on; one row later it waits until all have posted that row, which they mostly have, and one of them, another for
+// each row, merges it.
+#include "math/keys.cuh"
+#include "math/online.cuh"
 #include "batch.cuh"
 #include "reduce.cuh"
 
 namespace {
 
-// The index of the largest logit, the lowest among equals; 0 if there is nothing but NaN and -inf.
-template <class T, class Maxima, class Indices>
-ATKD_DEVICE uint32_t arg_max(const Row<const T> &row, Maxima &maxima, Indices &indices) {
-    float best = OUTSIDE;
-    uint32_t index = 0xffffffffu;
-    for (uint32_t chunk = thread_index(); chunk < row.chunks(); chunk += block_threads()) {
-        float x[CHUNK];
-        load_chunk(row, chunk, x);
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            if (x[k] > best) {
-                best = x[k];
-                index = chunk * CHUNK - row.lead + k;
-            }
-        }
-    }
-    float max;
-    ATKD_REDUCE_BLOCK(max, best, Max(), maxima);
-    uint32_t first;
-    ATKD_REDUCE_BLOCK(first, best == max ? index : 0xffffffffu, Min(), indices);
-    return first == 0xffffffffu ? 0 : first;
-}
+constexpr uint32_t MOST_WARPS = ATKD_MARGIN_THREADS / WARP;
 
-// Chunks that a thread has on their way, and goes through in a turn: as many as it takes to keep the memory busy.
-template <class T> constexpr uint32_t AHEAD = 2 / Packed<T>::PARTS;
+// The chunks that a thread loads ahead, and goes through per iteration: as many as it takes to keep the memory busy.
+template <class T> constexpr uint32_t PREFETCH = 2 / Packed<T>::PARTS;
 
-// Nothing outside the row.
-template <class T> ATKD_DEVICE Packed<T> load_or_nothing(const Row<const T> &row, uint32_t chunk) {
-    if (chunk >= row.chunks()) {
-        return nothing<T>();
-    }
-    return load_packed(row, chunk);
-}
-
-// What a thread's chunks of a row come to: sum 2^(z * exponent - reference), target left out. The reference is a large
-// element's; others may exceed it by up to 5.
-template <class T> struct ThreadSum {
-    Row<const T> row;
-    uint32_t target, target_chunk;
-    float exponent, max, reference, sum;
-
-    // With the largest of the warp's first chunks for a reference, so that few others exceed it.
-    ATKD_DEVICE ThreadSum(const Row<const T> &row_, uint32_t target_, float exponent_, Packed<T> first)
-        : row(row_), target(target_), target_chunk(row_.chunk_of(target_)), exponent(exponent_), sum(0) {
-        take_target_out(thread_index(), first);
-        max = fmaxf(max_of_warp(max_of(first)), LOWEST);
-        reference = reference_of(max, exponent);
-    }
-
-    ATKD_DEVICE void take_target_out(uint32_t chunk, Packed<T> &packed) const {
-        if (ATKD_RARELY(chunk == target_chunk)) {
-            take_out(row.within(target, chunk), packed);
-        }
-    }
-
-    ATKD_DEVICE void add(const Packed<T> &packed, float &to) const {
-        float x[CHUNK];
-        unpack(packed, x);
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            to += exp2_fast(fmaf(x[k], exponent, -reference));
-        }
-    }
-    // Of chunk `start` and those that follow it, which are in `next`; loads those of the next turn.
-    template <class Load>
-    ATKD_DEVICE void turn(uint32_t start, uint32_t stride, Packed<T> (&next)[AHEAD<T>], Load load) {
-        float with_turn = sum;
-        bool as_it_is = true;
-        ATKD_UNROLL
-        for (uint32_t i = 0; i < AHEAD<T>; i++) {
-            Packed<T> packed = next[i];
-            next[i] = load(i);
-            add(packed, with_turn);
-            as_it_is &= start + i * stride != target_chunk;
-        }
-        if (ATKD_RARELY(!as_it_is || !(with_turn - sum < AHEAD<T> * HEADROOM))) {
-            with_turn = once_more(start, stride);
-        }
-        sum = with_turn;
-    }
-
-    // The same from the cache, without the target and with a reference that none exceeds.
-    ATKD_DEVICE float once_more(uint32_t start, uint32_t stride) {
-        auto for_turn = [&](auto f) {
-            uint32_t end = start + AHEAD<T> * stride < row.chunks() ? start + AHEAD<T> * stride : row.chunks();
-            ATKD_NO_UNROLL
-            for (uint32_t chunk = start; chunk < end; chunk += stride) {
-                Packed<T> packed = load_packed(row, chunk);
-                take_target_out(chunk, packed);
-                f(packed);
-            }
-        };
-        for_turn([&](const Packed<T> &packed) { max = fmaxf(max, max_of(packed)); });
-        float before = reference;
-        reference = reference_of(max, exponent);
-        float with_turn = sum * exp2_fast(before - reference);
-        for_turn([&](const Packed<T> &packed) { add(packed, with_turn); });
-        return with_turn;
-    }
-};
-
-// What a warp's chunks of a token's row come to, relative to the reference of `max`.
+// The sum of a warp's chunks of a token's row, relative to the shift of `max`.
 struct alignas(16) WarpSum {
     float max, sum;
     uint32_t token, target;
 };
 
-constexpr uint32_t MOST_WARPS = ATKD_MARGIN_THREADS / WARP;
-// Before the first: of odd parity, and the barrier's phase before its first counts as over; and no warp's to merge.
-constexpr uint32_t NO_ROW = 0xffffffffu;
-
-// In chunks of which the first starts where a line does, so that a warp reads whole lines; it may end before the row.
-template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint32_t token) {
-    // As row_at, but without its branch, which takes registers beyond those of five blocks a multiprocessor.
-    const atkd_strides &strides = batch.teacher_strides;
-    uint32_t outer = uint32_t(uint64_t(token) * strides.inverse >> 32) >> strides.shift;
-    int64_t start = int64_t(token) * strides.stride + int64_t(outer) * strides.skip;
-    const T *data = static_cast<const T *>(batch.teacher) + start;
-    return Row<const T>(data, batch.vocab, lead_of(data, LINE));
-}
-
-// The lane's share of what its warp's chunks of a row come to, relative to a maximum that none of them exceeds. Rows with
-// a LARGE reference need it: so seldom that it goes by single elements, which take few registers.
-template <class T>
-ATKD_DEVICE float sum_from(const atkd_batch &batch, uint32_t token, uint32_t target, float max) {
-    const T *data = teacher_row<T>(batch, token);
-    float exponent = batch.inverse_temperature * LOG2_E, sum = 0;
-    Base base = Base::of(max, exponent);
-    uint32_t lane = thread_index() % WARP, lead = lead_of(data, LINE);
-    ATKD_NO_UNROLL
-    for (uint32_t start = (thread_index() - lane) * CHUNK; start < batch.vocab + lead;
-         start += block_threads() * CHUNK) {
-        ATKD_NO_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            // Before the row it is larger than any.
-            uint32_t element = start + k * WARP + lane - lead;
-            if (element < batch.vocab && element != target) {
-                sum += exp2_fast(base.exponent_of(widen(load(data + element)), exponent));
-            }
-        }
-    }
-    return sum;
-}
-
-// From the sums of all warps to the token's key, by one of them.
-template <class T, class WarpSums>
-ATKD_DEVICE void merge(const atkd_teacher_margin &p, const WarpSums &sums, uint32_t at) {
-    const atkd_batch &batch = p.batch;
-    uint32_t lane = thread_index() % WARP, warps = block_threads() / WARP;
-    float exponent = batch.inverse_temperature * LOG2_E;
-    WarpSum part = sums[at + (lane < warps ? lane : 0)];
-    float max = max_of_warp(part.max);
-    double own = double(part.sum) * double(exp2_of_distance(distance(part.max, max, exponent)));
-    double sum = reduce_warp(lane < warps ? own : 0, Sum());
-    if (lane == 0) {
-        float target = widen(load(teacher_row<T>(batch, part.token) + part.target));
-        // Before the logarithm, which takes the most registers.
-        double after = forget(to_margin(max, target, exponent));
-        double margin = log(forget(sum + correction_of(max, exponent))) + after;
-        store(batch.keys + part.token, key_of(float(margin)));
-        if (p.margins != nullptr) {
-            store(p.margins + part.token, float(margin));
-        }
-    }
-}
+template <class T> struct ThreadSum;
+template <class T, class Sums, class Barriers> struct DeferredMerge;
+template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint32_t token);
+template <class T> ATKD_DEVICE Packed<T> load_or_neg_inf(const Row<const T> &row, uint32_t chunk);
+template <class T, class Maxima, class Indices>
+ATKD_DEVICE uint32_t arg_max(const Row<const T> &row, Maxima &maxima, Indices &indices);
+ATKD_DEVICE void store_ignored(const atkd_teacher_margin &p, uint32_t token);
 
 template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p) {
     ATKD_SHARED(float, maxima, MOST_WARPS);
     ATKD_SHARED(uint32_t, indices, MOST_WARPS);
-    // Of two rows. A third is posted when all warps have posted the second; the first was merged before that.
     ATKD_SHARED(WarpSum, sums, 2 * MOST_WARPS);
     ATKD_SHARED(Barrier, posted, 1);
 
-    uint32_t stride = block_threads(), warps = stride / WARP, warp = thread_index() / WARP;
-    Packed<T> next[AHEAD<T>];
-    // A token's label, and the first chunks of its row unless it is ignored, come while the one before is at work.
-    auto label_or_none = [&](uint32_t token) {
+    uint32_t stride = block_threads();
+    DeferredMerge<T, decltype(sums), decltype(posted)> merge(p, sums, posted);
+    Packed<T> next[PREFETCH<T>];
+    // A token's label, and the first chunks of its row unless it is ignored, come during the row before.
+    auto fetch_label = [&](uint32_t token) {
         return token < p.batch.tokens ? label_of(p.batch, token) : IGNORED_TARGET;
     };
-    auto begin = [&](uint32_t token, int32_t label) {
+    auto fetch_row = [&](uint32_t token, int32_t label) {
         if (label != IGNORED_TARGET) {
             Row<const T> row = row_of<T>(p.batch, token);
             ATKD_UNROLL
-            for (uint32_t i = 0; i < AHEAD<T>; i++) {
-                next[i] = load_or_nothing(row, thread_index() + i * stride);
+            for (uint32_t i = 0; i < PREFETCH<T>; i++) {
+                next[i] = load_or_neg_inf(row, thread_index() + i * stride);
             }
-        }
-    };
-    // A row's sums are merged when the warps are through with the next row, by each warp in turn: none waits but for
-    // one that is a row behind. Rows are counted modulo twice the warps.
-    uint32_t posted_row = NO_ROW;
-    auto merge_posted = [&] {
-        ATKD_WAIT(posted, 0, posted_row % 2);
-        uint32_t merger = posted_row < warps ? posted_row : posted_row - warps;
-        if (warp == merger) {
-            merge<T>(p, sums, posted_row % 2 * MOST_WARPS);
         }
     };
     if (thread_index() == 0) {
+        // region: one warp per block
         ATKD_INIT_BARRIER(posted, 0, stride);
+        // end region
     }
     ATKD_SYNC_BLOCK();
     uint32_t token = block_index();
-    int32_t label = label_or_none(token);
-    begin(token, label);
+    int32_t label = fetch_label(token);
+    fetch_row(token, label);
     ATKD_NO_UNROLL
     while (token < p.batch.tokens) {
-        uint32_t token_after = token + p.blocks;
-        int32_t label_after = label_or_none(token_after);
+        uint32_t next_token = token + p.blocks;
+        int32_t next_label = fetch_label(next_token);
         if (ATKD_RARELY(label == IGNORED_TARGET)) {
             if (thread_index() == 0) {
-                store(p.batch.keys + token, 0u);
-                if (p.margins != nullptr) {
-                    bool ignored = given_label(p.batch, token) == p.batch.ignore_index;
-                    store(p.margins + token, ignored ? OUTSIDE : nanf(""));
-                }
-                if (p.batch.target == ATKD_TARGET_TEACHER) {
-                    store(p.batch.targets + token, IGNORED_TARGET);
-                }
+                store_ignored(p, token);
             }
-            begin(token_after, label_after);
+            fetch_row(next_token, next_label);
         } else {
             Row<const T> row = row_of<T>(p.batch, token);
             uint32_t target = uint32_t(label);
@@ -237,44 +88,248 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
                 }
             }
             ThreadSum<T> own(row, target, p.batch.inverse_temperature * LOG2_E, next[0]);
-            uint32_t start = thread_index(), whole_end = row.first_whole + row.wholes;
-            // As long as all of the next turn is whole.
+            uint32_t start = thread_index(), full_end = row.first_full + row.full_count;
+            // Iterations after which a whole iteration of full chunks follows.
             ATKD_NO_UNROLL
-            for (; start + (2 * AHEAD<T> - 1) * stride < whole_end; start += AHEAD<T> * stride) {
-                auto load = [&](uint32_t i) { return load_whole(row, start + (AHEAD<T> + i) * stride); };
-                own.turn(start, stride, next, load);
+            for (; start + (2 * PREFETCH<T> - 1) * stride < full_end; start += PREFETCH<T> * stride) {
+                auto load = [&](uint32_t i) { return load_full(row, start + (PREFETCH<T> + i) * stride); };
+                own.iterate(start, stride, next, load);
             }
-            // The last turn brings the first chunks of the next row.
-            uint32_t start_after;
+            // The last iteration loads the first chunks of the next row.
+            uint32_t next_start;
             ATKD_NO_UNROLL
             do {
-                start_after = start + AHEAD<T> * stride;
-                bool begins = start_after >= row.chunks() && label_after != IGNORED_TARGET;
-                Row<const T> from = row_of<T>(p.batch, begins ? token_after : token);
-                uint32_t first = begins ? thread_index() : start_after;
-                auto load = [&](uint32_t i) { return load_or_nothing(from, first + i * stride); };
-                own.turn(start, stride, next, load);
-                start = start_after;
+                next_start = start + PREFETCH<T> * stride;
+                bool row_ends = next_start >= row.chunks() && next_label != IGNORED_TARGET;
+                Row<const T> from = row_of<T>(p.batch, row_ends ? next_token : token);
+                uint32_t first = row_ends ? thread_index() : next_start;
+                auto load = [&](uint32_t i) { return load_or_neg_inf(from, first + i * stride); };
+                own.iterate(start, stride, next, load);
+                start = next_start;
             } while (start < row.chunks());
-            float max = max_of_warp(own.max);
-            float sum = reduce_warp(own.sum * exp2_fast(own.reference - reference_of(max, own.exponent)), Sum());
-            // A reference was LARGE, or the row has a NaN.
-            if (ATKD_RARELY(sum != sum)) {
-                sum = reduce_warp(sum_from<T>(p.batch, forget(token), target, max), Sum());
-            }
-            merge_posted();
-            posted_row = posted_row + 1 == 2 * warps ? 0 : posted_row + 1;
-            if (thread_index() % WARP == 0) {
-                sums[posted_row % 2 * MOST_WARPS + warp] = WarpSum{max, sum, token, target};
-            }
-            // All lanes: each has read what it merged.
-            ATKD_ARRIVE(posted, 0);
+            merge.post(own.warp_sum(p.batch, token));
         }
-        token = token_after;
-        label = label_after;
+        token = next_token;
+        label = next_label;
     }
-    merge_posted();
+    merge.merge_posted();
 }
+
+// The index of the largest logit, the lowest among equals; 0 if there is nothing but NaN and -inf.
+template <class T, class Maxima, class Indices>
+ATKD_DEVICE uint32_t arg_max(const Row<const T> &row, Maxima &maxima, Indices &indices) {
+    float best = NEG_INF;
+    uint32_t index = 0xffffffffu;
+    for (uint32_t chunk = thread_index(); chunk < row.chunks(); chunk += block_threads()) {
+        float x[CHUNK];
+        load_chunk(row, chunk, x);
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            if (x[k] > best) {
+                best = x[k];
+                index = chunk * CHUNK - row.head + k;
+            }
+        }
+    }
+    float max;
+    ATKD_REDUCE_BLOCK(max, best, Max(), maxima);
+    uint32_t first;
+    ATKD_REDUCE_BLOCK(first, best == max ? index : 0xffffffffu, Min(), indices);
+    return first == 0xffffffffu ? 0 : first;
+}
+
+// The results for an ignored token, or for one whose label is out of range.
+ATKD_DEVICE void store_ignored(const atkd_teacher_margin &p, uint32_t token) {
+    store(p.batch.keys + token, 0u);
+    if (p.margins != nullptr) {
+        bool ignored = given_label(p.batch, token) == p.batch.ignore_index;
+        store(p.margins + token, ignored ? NEG_INF : nanf(""));
+    }
+    if (p.batch.target == ATKD_TARGET_TEACHER) {
+        store(p.batch.targets + token, IGNORED_TARGET);
+    }
+}
+
+// Loads a chunk, -inf outside the row and after its last chunk.
+template <class T> ATKD_DEVICE Packed<T> load_or_neg_inf(const Row<const T> &row, uint32_t chunk) {
+    if (chunk >= row.chunks()) {
+        return all_neg_inf<T>();
+    }
+    return load_packed(row, chunk);
+}
+
+// The teacher's row, in chunks of which the first starts at a multiple of 128 bytes, so that a warp reads whole
+// lines; it may end before the row.
+template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint32_t token) {
+    // As row_at, but without its branch, which takes registers beyond those of five blocks per multiprocessor.
+    const atkd_strides &strides = batch.teacher_strides;
+    uint32_t outer = uint32_t(uint64_t(token) * strides.inverse >> 32) >> strides.shift;
+    int64_t start = int64_t(token) * strides.stride + int64_t(outer) * strides.skip;
+    const T *data = static_cast<const T *>(batch.teacher) + start;
+    return Row<const T>(data, batch.vocab, head_of(data, LINE));
+}
+
+// A lane's share of the sum of its warp's chunks of a row, relative to a maximum that none of them exceeds. Rows with a
+// LARGE shift need it: so seldom that it goes by single elements, which take few registers.
+template <class T>
+ATKD_DEVICE float guarded_sum(const atkd_batch &batch, uint32_t token, uint32_t target, float max) {
+    const T *data = teacher_row<T>(batch, token);
+    float exponent = batch.inverse_temperature * LOG2_E, sum = 0;
+    Shift shift = Shift::of(max, exponent);
+    uint32_t lane = thread_index() % WARP, head = head_of(data, LINE);
+    ATKD_NO_UNROLL
+    for (uint32_t start = (thread_index() - lane) * CHUNK; start < batch.vocab + head;
+         start += block_threads() * CHUNK) {
+        ATKD_NO_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            // Before the row it wraps, and is larger than any element's index.
+            uint32_t element = start + k * WARP + lane - head;
+            if (element < batch.vocab && element != target) {
+                sum += exp2_fast(shift.exponent_of(widen(load(data + element)), exponent));
+            }
+        }
+    }
+    return sum;
+}
+
+// The sum over a thread's chunks of a row: sum 2^(z * exponent - shift), target left out. The shift is that of a large
+// element; others may exceed it by up to 5.
+template <class T> struct ThreadSum {
+    Row<const T> row;
+    uint32_t target, target_chunk;
+    float exponent, max, shift, sum;
+
+    // The shift is that of the largest of the warp's first chunks, so that few others exceed it.
+    ATKD_DEVICE ThreadSum(const Row<const T> &row_, uint32_t target_, float exponent_, Packed<T> first)
+        : row(row_), target(target_), target_chunk(row_.chunk_of(target_)), exponent(exponent_), sum(0) {
+        mask_target(thread_index(), first);
+        max = fmaxf(max_of_warp(max_of(first)), LOWEST);
+        shift = shift_of(max, exponent);
+    }
+
+    ATKD_DEVICE void mask_target(uint32_t chunk, Packed<T> &packed) const {
+        if (ATKD_RARELY(chunk == target_chunk)) {
+            mask_out(row.within(target, chunk), packed);
+        }
+    }
+
+    ATKD_DEVICE void add(const Packed<T> &packed, float &to) const {
+        float x[CHUNK];
+        unpack(packed, x);
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            to += exp2_fast(fmaf(x[k], exponent, -shift));
+        }
+    }
+    // Adds chunk `start` and those that follow it, which are in `next`, and loads those of the next iteration.
+    template <class Load>
+    ATKD_DEVICE void iterate(uint32_t start, uint32_t stride, Packed<T> (&next)[PREFETCH<T>], Load load) {
+        float new_sum = sum;
+        bool has_no_target = true;
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < PREFETCH<T>; i++) {
+            Packed<T> packed = next[i];
+            next[i] = load(i);
+            add(packed, new_sum);
+            has_no_target &= start + i * stride != target_chunk;
+        }
+        if (ATKD_RARELY(!has_no_target || !(new_sum - sum < PREFETCH<T> * HEADROOM))) {
+            new_sum = recompute(start, stride);
+        }
+        sum = new_sum;
+    }
+
+    // The same from the cache, without the target and with a shift that none exceeds.
+    ATKD_DEVICE float recompute(uint32_t start, uint32_t stride) {
+        auto for_chunks = [&](auto f) {
+            uint32_t end = start + PREFETCH<T> * stride < row.chunks() ? start + PREFETCH<T> * stride : row.chunks();
+            ATKD_NO_UNROLL
+            for (uint32_t chunk = start; chunk < end; chunk += stride) {
+                Packed<T> packed = load_packed(row, chunk);
+                mask_target(chunk, packed);
+                f(packed);
+            }
+        };
+        for_chunks([&](const Packed<T> &packed) { max = fmaxf(max, max_of(packed)); });
+        float before = shift;
+        shift = shift_of(max, exponent);
+        float new_sum = sum * exp2_fast(before - shift);
+        for_chunks([&](const Packed<T> &packed) { add(packed, new_sum); });
+        return new_sum;
+    }
+
+    ATKD_DEVICE WarpSum warp_sum(const atkd_batch &batch, uint32_t token) const {
+        float warp_max = max_of_warp(max);
+        float all = reduce_warp(sum * exp2_fast(shift - shift_of(warp_max, exponent)), Sum());
+        // A shift was LARGE, or the row has a NaN.
+        if (ATKD_RARELY(all != all)) {
+            all = reduce_warp(guarded_sum<T>(batch, opaque(token), target, warp_max), Sum());
+        }
+        return {warp_max, all, token, target};
+    }
+};
+
+// The merge of the warps' sums of a row, one row later. `sums` has two slots per warp, used alternately; a phase of
+// the mbarrier `posted`, at which all threads arrive, completes when all warps have posted a row. Row r's slots are
+// written again for row r + 2, after the wait for row r + 1: its phase completes when the merger of row r has arrived
+// for it, and so has read them. Rows are counted modulo twice the warps: their parity is their phase's and their
+// slots', and row r is merged by warp r modulo the warps.
+template <class T, class Sums, class Barriers> struct DeferredMerge {
+    // Before the first row: no warp merges it, and to wait for its odd parity is to wait for the phase before the
+    // barrier's first, which counts as completed.
+    static constexpr uint32_t NO_ROW = 0xffffffffu;
+
+    const atkd_teacher_margin &p;
+    Sums &sums;
+    Barriers &posted;
+    uint32_t warps, warp, row; // row: the last that this warp has posted
+
+    ATKD_DEVICE DeferredMerge(const atkd_teacher_margin &p_, Sums &sums_, Barriers &posted_)
+        : p(p_), sums(sums_), posted(posted_), warps(block_threads() / WARP), warp(thread_index() / WARP),
+          row(NO_ROW) {}
+
+    ATKD_DEVICE void post(const WarpSum &sum) {
+        merge_posted();
+        row = row + 1 == 2 * warps ? 0 : row + 1;
+        if (thread_index() % WARP == 0) {
+            sums[row % 2 * MOST_WARPS + warp] = sum;
+        }
+        // By all lanes: each has read the sums that it merged.
+        ATKD_ARRIVE(posted, 0);
+    }
+
+    // Waits until all warps have posted the last row, and merges it if it is this warp's turn.
+    ATKD_DEVICE void merge_posted() {
+        ATKD_WAIT(posted, 0, row % 2);
+        uint32_t merger = row < warps ? row : row - warps;
+        if (warp == merger) {
+            // region: one warp per block
+            merge(row % 2 * MOST_WARPS);
+            // end region
+        }
+    }
+
+    // From the sums of all warps to the token's key, by one of them.
+    ATKD_DEVICE void merge(uint32_t at) {
+        const atkd_batch &batch = p.batch;
+        uint32_t lane = thread_index() % WARP;
+        float exponent = batch.inverse_temperature * LOG2_E;
+        WarpSum part = sums[at + (lane < warps ? lane : 0)];
+        float max = max_of_warp(part.max);
+        double own = double(part.sum) * double(exp2_of_distance(distance(part.max, max, exponent)));
+        double sum = reduce_warp(lane < warps ? own : 0, Sum());
+        if (lane == 0) {
+            float target = widen(load(teacher_row<T>(batch, part.token) + part.target));
+            // Before the logarithm, which takes the most registers.
+            double after = opaque(to_margin(max, target, exponent));
+            double margin = log(opaque(sum + correction_of(max, exponent))) + after;
+            store(batch.keys + part.token, key_of(float(margin)));
+            if (p.margins != nullptr) {
+                store(p.margins + part.token, float(margin));
+            }
+        }
+    }
+};
 
 } // namespace
 

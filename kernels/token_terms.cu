@@ -1,6 +1,7 @@
-// The terms of every token, from what its row came to, and the loss. A thread a token: beside the rows they would take a
-// whole warp's time for one lane's work. The block that ends last adds up what all have come to, in fixed order, and
-// ends the call: it closes the summary and leaves its counters at 0 for the next.
+// The terms of every token, from its row's margins and DKD, and the loss. One thread per token: beside the rows they
+// would take a whole warp's time for one lane's work. The block that ends last adds up the sums of all, in fixed
+// order, and ends the call: it closes the summary and leaves its counters at 0 for the next.
+#include "math/forward_kl.cuh"
 #include "reduce.cuh"
 
 namespace {
@@ -39,13 +40,13 @@ ATKD_KERNEL(token_terms, atkd_token_terms, ATKD_TERMS) {
     for (uint32_t token = block_index() * block_threads() + thread_index(); token < p.batch.tokens;
          token += p.blocks * block_threads()) {
         uint8_t mode = load(p.batch.modes + token);
-        // Of an ignored token anything, and not used.
+        // An ignored token has anything here, which is not used.
         float u = load(p.uncertainty + token);
         double w = double(load(p.tkd + token)) * GAP_UNIT, dkd = double(load(p.dkd + token)) * GAP_UNIT;
         double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
         Terms terms = {0, 0, 0, 0};
         if (mode != ATKD_IGNORED) {
-            terms = terms_of(p.objective, u, w, at_1, dkd, mode == ATKD_HARD);
+            terms = terms_of<ForwardKl>(p.objective, u, w, at_1, dkd, mode == ATKD_HARD);
         }
         store(p.uncertainty + token, float(terms.uncertainty));
         store(p.tkd + token, float(terms.tkd));
@@ -54,7 +55,7 @@ ATKD_KERNEL(token_terms, atkd_token_terms, ATKD_TERMS) {
         store_if_wanted(p.uncertainty_to, token, float(terms.uncertainty));
         store_if_wanted(p.tkd_to, token, float(terms.tkd));
         store_if_wanted(p.dkd_to, token, float(terms.dkd));
-        store_if_wanted(p.margin_to, token, mode == ATKD_IGNORED ? OUTSIDE : u);
+        store_if_wanted(p.margin_to, token, mode == ATKD_IGNORED ? NEG_INF : u);
         store_if_wanted(p.modes_to, token, mode);
         own += terms.loss;
     }

@@ -60,7 +60,7 @@ ATKD_UNFUSED_MAP(log, float, float, logf(a + c))
 ATKD_UNFUSED_MAP(over_row_slope, float, float, -a * b / ((row + c) * (row + c)))
 ATKD_UNFUSED_MAP(times_minus_row, float, float, a * (b - row))
 
-ATKD_KERNEL(unfused_max, atkd_unfused, ATKD_UNFUSED) { reduce(p, OUTSIDE, Max()); }
+ATKD_KERNEL(unfused_max, atkd_unfused, ATKD_UNFUSED) { reduce(p, NEG_INF, Max()); }
 ATKD_KERNEL(unfused_sum, atkd_unfused, ATKD_UNFUSED) { reduce(p, 0.0f, Sum()); }
 
 // The few numbers of each token, with a thread each: what the target says.

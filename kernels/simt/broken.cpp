@@ -1,5 +1,5 @@
 // Kernels with the mistakes that the simulator must catch, one each.
-#include "../reduce.cuh"
+#include "../batch.cuh"
 
 // Launch bounds.
 #define BROKEN_THREADS 64
@@ -129,7 +129,7 @@ ATKD_KERNEL(broken_team, atkd_broken, BROKEN_WARP) {
         if (thread_index() == 0) {
             add_release(p.data, 1u << 30);
         }
-        ATKD_WAIT_FOR_FLIP(p.data, 0);
+        ATKD_WAIT_FOR_SENSE(p.data, 0);
     }
 }
 
@@ -356,14 +356,14 @@ ATKD_KERNEL(staged_rows, atkd_staged_rows, BROKEN) {
     }
 }
 
-// What is told has another number than what is waited for.
+// The message carries another epoch than the one that is waited for.
 ATKD_KERNEL(broken_post, atkd_broken, BROKEN_WARP) {
     auto *at = reinterpret_cast<Bytes16 *>(p.data);
     if (block_index() == 0) {
-        post16(at, {{1, 2, 3, 2 * 7}});
+        store_message(at, {{1, 2, 3, 2 * 7}});
     } else {
-        Posts posts;
-        ATKD_WAIT_FOR_POSTS(posts, at, at, 8);
-        store(p.data + 8 + thread_index(), posts.first.word[0]);
+        Messages<1> messages;
+        ATKD_WAIT_FOR_MESSAGES(messages, at, 8);
+        store(p.data + 8 + thread_index(), messages.part[0].word[0]);
     }
 }

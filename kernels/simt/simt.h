@@ -1,4 +1,4 @@
-// What the kernels need of a GPU, on a CPU: every CUDA thread is a coroutine that hands over at
+// The GPU's side of machine.cuh, on a CPU: every CUDA thread is a coroutine that hands over at
 // barriers and warp operations, to a scheduler on Rust's side (src/simt) that shuffles them.
 //
 // It is a test instrument. Every access to global memory is checked against the buffers given and for
@@ -17,7 +17,7 @@ uint32_t simt_thread_index();
 uint32_t simt_block_threads();
 uint32_t simt_block_index();
 uint32_t simt_cluster_blocks();
-// Where each thread of a kernel begins whose blocks have at most so many. Does not return if this one has more.
+// Called by each thread first. Does not return if the block has more threads than the kernel's launch bounds.
 void simt_begin_kernel(uint32_t most_threads);
 void simt_sync_block(uint32_t line);
 void simt_sync_cluster(uint32_t line);
@@ -49,20 +49,21 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 }
 
 #define ATKD_DEVICE inline
+#define ATKD_BULK_COPIES 1
 #define ATKD_KERNEL(name, params, geometry)                                                                   \
     static ATKD_DEVICE void name##_body(const params &p);                                                     \
     extern "C" void name(const params &p) {                                                                   \
-        simt_begin_kernel(geometry##_THREADS);                                                                           \
+        simt_begin_kernel(geometry##_THREADS);                                                                \
         name##_body(p);                                                                                       \
     }                                                                                                         \
     static ATKD_DEVICE void name##_body(const params &p)
 #define ATKD_UNROLL
 #define ATKD_NO_UNROLL
 #define ATKD_SYNC_BLOCK() simt_sync_block(__LINE__)
-#define ATKD_MEET(barrier, threads) simt_sync_block(barrier)
+#define ATKD_SYNC_NAMED(barrier, threads) simt_sync_block(barrier)
 #define ATKD_SYNC_CLUSTER() simt_sync_cluster(__LINE__)
 #define ATKD_REMOTE(array, index, rank) (array).remote(index, rank)
-#define ATKD_WAIT_FOR_FLIP(at, before) wait_for_flip(at, before, __LINE__)
+#define ATKD_WAIT_FOR_SENSE(at, before) wait_for_sense(at, before, __LINE__)
 #define ATKD_ADD_SHARED(array, index, value) (array).add(index, value)
 #define ATKD_SHARED(type, name, count)                                                                        \
     SharedArray<type, count> name(__COUNTER__, cluster_rank(), #name)
@@ -80,7 +81,7 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 // As in src/simt/machine/bulk.rs.
 struct Barrier {
     const char *name;
-    uint32_t index, source, arrivals, pending, phase;
+    uint32_t index, id, arrivals, pending, phase;
     int32_t bytes, under_way;
 };
 
@@ -95,7 +96,7 @@ template <class T, uint32_t N> class SharedArray {
     class Element {
       public:
         Element(const SharedArray &array, uint32_t index) : array_(array), index_(index) {}
-        // A reference may be read later, when nobody looks for races any more; but what another thread wrote is there.
+        // The reference may be read later, without a check for races; but the element has been written.
         operator const T &() const {
             if (!array_.cells_->written[index_]) {
                 simt_fault("read of shared memory that nobody has written", array_.name_, index_);
@@ -203,11 +204,11 @@ ATKD_DEVICE int32_t warp_max(int32_t value) {
     }
     return value;
 }
-ATKD_DEVICE uint32_t forget(uint32_t value) { return value; }
-ATKD_DEVICE double forget(double value) { return value; }
+ATKD_DEVICE uint32_t opaque(uint32_t value) { return value; }
+ATKD_DEVICE double opaque(double value) { return value; }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
 
-// As wrong as a GPU's may be: by up to 2^-22, up or down at the argument's whim.
+// As wrong as a GPU's may be: by up to 2^-22, with a sign and size that depend on the argument's bits.
 ATKD_DEVICE float exp2_fast(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -242,7 +243,7 @@ ATKD_DEVICE void add_release(uint32_t *at, uint32_t value) {
     simt_changed(at);
 }
 ATKD_DEVICE uint32_t load_acquire(const uint32_t *at) { return load(at); }
-ATKD_DEVICE void wait_for_flip(const uint32_t *at, uint32_t before, uint32_t line) {
+ATKD_DEVICE void wait_for_sense(const uint32_t *at, uint32_t before, uint32_t line) {
     while ((load_acquire(at) ^ before) >> 31 == 0) {
         simt_wait_for_change(at, line);
     }
@@ -256,7 +257,7 @@ ATKD_DEVICE void max_atomic(uint64_t *at, uint64_t value) {
 struct Bytes16 {
     uint32_t word[4];
 };
-template <bool LAST> ATKD_DEVICE Bytes16 load16(const void *at) {
+template <bool STREAMING> ATKD_DEVICE Bytes16 load16(const void *at) {
     simt_access(at, 16, 16, false);
     Bytes16 value;
     std::memcpy(&value, at, 16);
@@ -267,26 +268,22 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
     std::memcpy(at, &value, 16);
 }
 
-ATKD_DEVICE void post16(Bytes16 *at, const Bytes16 &value) {
+ATKD_DEVICE void store_message(Bytes16 *at, const Bytes16 &value) {
     store16(at, value);
     simt_changed(&at->word[3]);
 }
-ATKD_DEVICE Bytes16 wait_for_post(const Bytes16 *at, uint32_t number, uint32_t line) {
-    for (;;) {
-        Bytes16 value = load16<false>(at);
-        if (value.word[3] >> 1 == number) {
-            return value;
+template <uint32_t N> struct Messages {
+    Bytes16 part[N];
+};
+template <uint32_t N>
+ATKD_DEVICE void wait_for_messages(Messages<N> &messages, const Bytes16 *at, uint32_t epoch, uint32_t line) {
+    for (uint32_t i = 0; i < N; i++) {
+        while ((messages.part[i] = load16<false>(at + i)).word[3] >> 1 != epoch) {
+            simt_wait_for_change(&at[i].word[3], line);
         }
-        simt_wait_for_change(&at->word[3], line);
     }
 }
-struct Posts {
-    Bytes16 first, second;
-};
-ATKD_DEVICE Posts wait_for_posts(const Bytes16 *first, const Bytes16 *second, uint32_t number, uint32_t line) {
-    return {wait_for_post(first, number, line), wait_for_post(second, number, line)};
-}
-#define ATKD_WAIT_FOR_POSTS(posts, first, second, number) posts = wait_for_posts(first, second, number, __LINE__)
+#define ATKD_WAIT_FOR_MESSAGES(messages, at, epoch) wait_for_messages(messages, at, epoch, __LINE__)
 
 struct StagedMemory {};
 ATKD_DEVICE Bytes16 load_staged(StagedMemory, uint32_t offset) {

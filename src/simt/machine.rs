@@ -15,7 +15,7 @@ mod races;
 mod stacks;
 
 const WARP: usize = 32;
-/// How many times a warp's threads get ready, on average, before its rank is another.
+/// How many times a warp's threads get ready, on average, before its rank changes.
 const RANK_LASTS: u32 = 1 << 12;
 
 /// A kernel with its parameter block: the entry that `kernels/simt` compiles.
@@ -53,7 +53,7 @@ impl Buffer {
         Self { name, addresses, writable: true, read: 0, written: 0, accesses: 0 }
     }
 
-    /// What it was called.
+    /// The name that it was given.
     pub fn name(&self) -> &'static str {
         self.name
     }
@@ -68,41 +68,41 @@ enum State {
     Cluster(u32),
     /// At a warp operation.
     Exchange,
-    /// Where the lanes of a warp synchronise.
+    /// At a synchronisation of the warp's lanes.
     Warp,
-    /// For the phase of this parity, in this line.
+    /// Waits for the phase of this parity to complete, in this line.
     Phase(*mut bulk::Barrier, u32, u32),
-    /// For a change of this word, in this line.
-    Flip(*const u32, u32),
+    /// Waits for a change of this word, in this line.
+    Change(*const u32, u32),
     Done,
 }
 
-/// The blocks that are running, a cluster or all of a launch in teams, and what the callbacks from C++ work
-/// on. Threads are numbered through all of them.
+/// The blocks that are co-resident, a cluster or all of a launch in teams, with the state that the callbacks from C++
+/// work on. Threads are numbered through all of them; a block's number among them is its slot.
 struct Machine<'a> {
     kernel: &'static str,
     shape: LaunchShape,
-    /// The first that is running.
+    /// The block in slot 0.
     first_block: u32,
     thread: usize,
     states: Vec<State>,
-    /// The threads in that state, the next to have its turn first: by its warp's rank, then at random.
+    /// The ready threads, ordered by their warps' ranks and then at random: the greatest runs next.
     ready: BinaryHeap<(u32, u32, usize)>,
-    /// Of each warp, below `ranks`.
+    /// The rank of each warp, below `ranks`.
     rank: Vec<u32>,
-    /// With more than one, some warps run whenever they can, and others only when all above them wait: a GPU, too,
+    /// With more than one rank, some warps run whenever they can, and others only when all above them wait: a GPU, too,
     /// may leave a warp alone for long.
     ranks: u32,
     random: fastrand::Rng,
     yielders: Vec<*const Yielder<(), ()>>,
     given: Vec<u64>,
-    /// What the lanes of each warp gave last time.
+    /// The values that the lanes of each warp gave to their last exchange.
     exchanged: Vec<[u64; WARP]>,
-    /// By block and declaration.
+    /// Shared memory by block slot and declaration.
     shared: HashMap<(usize, u64), Box<[u64]>>,
     bulk: bulk::Bulk,
     races: races::Races,
-    /// Of `shared`, by their addresses.
+    /// The accesses to the elements of `shared`, by address.
     elements: HashMap<usize, races::Element>,
     buffers: &'a mut [Buffer],
     fault: Option<String>,
@@ -113,16 +113,16 @@ impl Machine<'_> {
         self.first_block + thread as u32 / self.shape.block
     }
 
-    /// The threads of a block, by its place among those that are running.
-    fn threads_of(&self, place: usize) -> Range<usize> {
+    /// The threads of the block in a slot.
+    fn threads_of(&self, slot: usize) -> Range<usize> {
         let block = self.shape.block as usize;
-        place * block..(place + 1) * block
+        slot * block..(slot + 1) * block
     }
 
-    /// The place of a thread's block, and of the first block of its cluster.
-    fn places_of(&self, thread: usize) -> (usize, usize) {
-        let (place, cluster) = (thread / self.shape.block as usize, self.shape.cluster as usize);
-        (place, place / cluster * cluster)
+    /// The slots of a thread's block and of the first block of its cluster.
+    fn slots_of(&self, thread: usize) -> (usize, usize) {
+        let (slot, cluster) = (thread / self.shape.block as usize, self.shape.cluster as usize);
+        (slot, slot / cluster * cluster)
     }
 
     fn make_ready(&mut self, threads: Range<usize>) {
@@ -145,7 +145,7 @@ impl Machine<'_> {
     }
 
     /// Records the first error.
-    fn blame(&mut self, thread: usize, what: &str) {
+    fn record_fault(&mut self, thread: usize, what: &str) {
         let (kernel, block) = (self.kernel, self.block_of(thread));
         let thread = thread as u32 % self.shape.block;
         self.fault.get_or_insert(format!("{kernel}, block {block}, thread {thread}: {what}"));
@@ -175,9 +175,9 @@ fn wait(state: State) {
     }
 }
 
-/// Lets others take turns, as after anything that they may have waited for: they can be far ahead before this
+/// Lets other threads run, as after every action that they may have waited for: they can be far ahead before this
 /// thread goes on.
-fn pause() {
+fn yield_now() {
     // SAFETY: see `machine`.
     let machine = unsafe { machine() };
     machine.make_ready(machine.thread..machine.thread + 1);
@@ -188,7 +188,7 @@ fn pause() {
 fn fault(what: String) -> ! {
     // SAFETY: see `machine`.
     let machine = unsafe { machine() };
-    machine.blame(machine.thread, &what);
+    machine.record_fault(machine.thread, &what);
     loop {
         wait(State::Done);
     }
@@ -255,7 +255,7 @@ extern "C" fn simt_access(at: *const c_void, bytes: u64, alignment: u64, write: 
     buffer.accesses += 1;
 }
 
-/// Which buffer may be read, or written, there.
+/// The buffer of an access. Ends the launch with an error if the access is not allowed.
 fn accessed(at: *const c_void, bytes: u64, alignment: u64, write: bool) -> usize {
     let (start, what) = (at as usize, if write { "write" } else { "read" });
     let end = start.wrapping_add(bytes as usize);
@@ -287,13 +287,13 @@ fn accessed(at: *const c_void, bytes: u64, alignment: u64, write: bool) -> usize
 
 #[unsafe(no_mangle)]
 extern "C" fn simt_changed(at: *const u32) {
-    unsafe { machine() }.wake(|state| matches!(state, State::Flip(word, _) if word == at));
-    pause();
+    unsafe { machine() }.wake(|state| matches!(state, State::Change(word, _) if word == at));
+    yield_now();
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn simt_wait_for_change(at: *const u32, line: u32) {
-    wait(State::Flip(at, line));
+    wait(State::Change(at, line));
 }
 
 #[unsafe(no_mangle)]
@@ -302,12 +302,17 @@ extern "C" fn simt_shared(slot: u64, bytes: u64, rank: u32) -> *mut c_void {
     if rank >= machine.shape.cluster {
         fault(format!("shared memory of block {rank} in a cluster of {}", machine.shape.cluster));
     }
-    let place = machine.places_of(machine.thread).1 + rank as usize;
-    if machine.states[machine.threads_of(place)].iter().all(|&state| state == State::Done) {
+    let block_slot = machine.slots_of(machine.thread).1 + rank as usize;
+    if machine.states[machine.threads_of(block_slot)].iter().all(|&state| state == State::Done) {
         fault(format!("shared memory of block {rank} of the cluster, which has ended"));
     }
     let words = (bytes as usize).div_ceil(8);
-    machine.shared.entry((place, slot)).or_insert_with(|| vec![0; words].into()).as_mut_ptr().cast()
+    machine
+        .shared
+        .entry((block_slot, slot))
+        .or_insert_with(|| vec![0; words].into())
+        .as_mut_ptr()
+        .cast()
 }
 
 #[unsafe(no_mangle)]
@@ -317,12 +322,11 @@ unsafe extern "C" fn simt_fault(what: *const c_char, name: *const c_char, index:
     fault(format!("{}: {}[{index}]", what.to_string_lossy(), name.to_string_lossy()));
 }
 
-/// Runs every block of a launch. `buffers` is all the global memory that the kernel may touch, and
-/// comes back with what was read and written; `seed` is of the order in which blocks and threads take
-/// turns.
+/// Runs every block of a launch. `buffers` is all the global memory that the kernel may touch; the traffic is added to
+/// their counters. `seed` determines the order in which blocks and threads take turns.
 ///
 /// # Errors
-/// What the kernel did wrong, with kernel, block and thread.
+/// The first fault of the kernel, with block and thread.
 ///
 /// # Safety
 /// The kernel takes a `P`, and the buffers are as large as they say.
@@ -338,11 +342,11 @@ pub unsafe fn run<P: 'static>(
     assert!(block > 0 && block.is_multiple_of(WARP as u32), "{block} threads are no whole warps");
     assert!(shared.is_multiple_of(16), "{shared} bytes of shared memory are no multiple of 16");
     assert!(grid.is_multiple_of(cluster), "{grid} blocks are no whole clusters of {cluster}");
-    let at_once = if team > 1 { grid } else { cluster };
-    let threads = (block * at_once) as usize;
+    let co_resident = if team > 1 { grid } else { cluster };
+    let threads = (block * co_resident) as usize;
     let mut random = fastrand::Rng::with_seed(seed);
     let stacks = Stacks::new(threads).map_err(|error| format!("{kernel}: {error}"))?;
-    let mut firsts: Vec<u32> = (0..grid).step_by(at_once as usize).collect();
+    let mut firsts: Vec<u32> = (0..grid).step_by(co_resident as usize).collect();
     random.shuffle(&mut firsts);
     for first_block in firsts {
         let ranks = 1 << random.u32(..5);
@@ -360,7 +364,7 @@ pub unsafe fn run<P: 'static>(
             given: vec![0; threads],
             exchanged: vec![[0; WARP]; threads / WARP],
             shared: HashMap::new(),
-            bulk: bulk::Bulk::new(at_once as usize, threads, shared),
+            bulk: bulk::Bulk::new(co_resident as usize, threads, shared),
             races: races::Races::new(shape, threads),
             elements: HashMap::new(),
             buffers: &mut *buffers,
@@ -388,12 +392,12 @@ pub unsafe fn run<P: 'static>(
             matches!(coroutines[thread].resume(()), CoroutineResult::Return(()))
         });
         for coroutine in &mut coroutines {
-            // SAFETY: what is left on a stack that stopped halfway is plain numbers.
+            // SAFETY: a stack that stopped halfway holds nothing but plain numbers.
             unsafe { coroutine.force_reset() };
         }
         MACHINE.set(before);
         if let Some(thread) = stacks.overflowed() {
-            machine.blame(thread, "its stack is too small for it");
+            machine.record_fault(thread, "its stack is too small for it");
             result = machine.fault.take().map_or(result, Err);
         }
         result?;
@@ -405,23 +409,23 @@ pub unsafe fn run<P: 'static>(
 fn schedule(machine: *mut Machine, mut resume: impl FnMut(usize) -> bool) -> Result<(), String> {
     // SAFETY of each `(*machine)`: it outlives this call, and no coroutine runs meanwhile.
     let threads = unsafe { &*machine }.states.len();
-    // Threads that wait at a barrier, of each block and, by its first block, of each cluster.
+    // How many threads wait at a barrier: per block slot and, by its first block's slot, per cluster.
     let mut waiting = vec![0; threads];
     let mut waiting_for_cluster = waiting.clone();
     loop {
-        let paused = unsafe { &mut *machine };
-        let copy = paused.bulk.takes_turn(paused.ready.is_empty());
-        let thread = if copy { None } else { paused.ready.pop().map(|(_, _, thread)| thread) };
+        let stopped = unsafe { &mut *machine };
+        let copy = stopped.bulk.takes_turn(stopped.ready.is_empty());
+        let thread = if copy { None } else { stopped.ready.pop().map(|(_, _, thread)| thread) };
         if !copy && thread.is_none() {
             break;
         }
         let ended = match thread {
             Some(thread) => {
-                paused.thread = thread;
+                stopped.thread = thread;
                 resume(thread)
             }
             None => {
-                paused.copy();
+                stopped.copy();
                 false
             }
         };
@@ -436,8 +440,8 @@ fn schedule(machine: *mut Machine, mut resume: impl FnMut(usize) -> bool) -> Res
             return Err(fault);
         }
         let Some(thread) = thread else { continue };
-        // Who waits goes on as soon as all have met that wait together.
-        let (place, first) = machine.places_of(thread);
+        // Threads at a barrier go on as soon as the last of them has arrived.
+        let (slot, first) = machine.slots_of(thread);
         let (met, count) = match machine.states[thread] {
             state @ (State::Exchange | State::Warp) => {
                 let warp = thread / WARP;
@@ -448,19 +452,19 @@ fn schedule(machine: *mut Machine, mut resume: impl FnMut(usize) -> bool) -> Res
                 if state == State::Exchange {
                     machine.exchanged[warp].copy_from_slice(&machine.given[lanes.clone()]);
                 } else {
-                    machine.bulk.meet(lanes.clone());
-                    machine.races.meet_in_warp(lanes.clone());
+                    machine.bulk.join_all(lanes.clone());
+                    machine.races.join_warp(lanes.clone());
                 }
                 machine.make_ready(lanes);
                 continue;
             }
-            State::Block(_) => (machine.threads_of(place), &mut waiting[place]),
+            State::Block(_) => (machine.threads_of(slot), &mut waiting[slot]),
             State::Cluster(_) => {
                 let last = first + machine.shape.cluster as usize - 1;
                 let met = machine.threads_of(first).start..machine.threads_of(last).end;
                 (met, &mut waiting_for_cluster[first])
             }
-            State::Phase(..) | State::Flip(..) | State::Done | State::Ready => continue,
+            State::Phase(..) | State::Change(..) | State::Done | State::Ready => continue,
         };
         *count += 1;
         if *count == met.len() {
@@ -470,8 +474,8 @@ fn schedule(machine: *mut Machine, mut resume: impl FnMut(usize) -> bool) -> Res
             }
             *count = 0;
             machine.make_ready(met.clone());
-            machine.races.meet(met.clone());
-            machine.bulk.meet(met);
+            machine.races.join_all(met.clone());
+            machine.bulk.join_all(met);
         }
     }
     let machine = unsafe { &*machine };
@@ -503,7 +507,7 @@ fn deadlock(machine: &Machine) -> String {
                     let barrier = unsafe { &**barrier };
                     format!("wait for phase {parity} of {} in line {line}", barrier.name())
                 }
-                State::Flip(_, line) => format!("wait for their team in line {line}"),
+                State::Change(_, line) => format!("wait for their team in line {line}"),
                 State::Done => "have ended".into(),
                 State::Ready => "are ready".into(),
             };

@@ -1,9 +1,14 @@
-//! Staged memory, the barriers at which bulk copies are waited for, and the copies, which take turns with the
-//! threads: a kernel may count on no more than it waited for.
+//! Staged memory, the mbarriers at which bulk copies are waited for, and the copies, which take turns with the threads: a
+//! kernel may count on no more than it waited for.
+//!
+//! Each thread has a vector clock with a component per mbarrier: the phases that are known to have completed. A wait joins
+//! the barrier's release clock into it, an arrival joins it into that, and a barrier of block, cluster or warp joins those
+//! of its threads. A granule remembers the epoch, barrier and phase, of the bulk load that fills it, and may be accessed by
+//! threads whose clocks have reached that epoch.
 
 use super::*;
 
-/// The most bytes that a barrier counts.
+/// The most bytes that an mbarrier counts.
 const MOST_EXPECTED: i32 = (1 << 20) - 1;
 
 /// As in kernels/simt/simt.h. Zeroed where nobody initialised it.
@@ -12,15 +17,15 @@ const MOST_EXPECTED: i32 = (1 << 20) - 1;
 pub(super) struct Barrier {
     name: *const c_char,
     index: u32,
-    source: u32,
-    /// Of a phase, and still to come in this one.
+    id: u32,
+    /// The arrivals of a phase, and those that this phase still lacks.
     arrivals: u32,
     pending: u32,
-    /// Phases that have ended.
+    /// How many phases have completed.
     phase: u32,
-    /// Expected and not yet loaded.
+    /// The bytes that are expected and not yet loaded.
     bytes: i32,
-    /// Of bulk loads that have not been done.
+    /// The bytes of bulk loads that are in flight.
     under_way: i32,
 }
 
@@ -31,36 +36,36 @@ impl Barrier {
     }
 }
 
-/// How many phases of each barrier are known to be over: by waiting for them, or from a thread that was met at a
-/// barrier. By the barrier's number.
-type Knowledge = Vec<u32>;
+/// How many phases of each mbarrier happened before now, by the barrier's id.
+type VectorClock = Vec<u32>;
 
-/// What must be known before an access.
+/// One component of a vector clock: a phase of an mbarrier, counted from 1; phase 0 precedes everything.
 #[derive(Clone, Copy, Debug, Default)]
-struct Over {
-    source: u32,
-    count: u32,
+struct Epoch {
+    barrier: u32,
+    phase: u32,
 }
 
-impl Over {
-    fn known(self, knowledge: &Knowledge) -> bool {
-        knowledge.get(self.source as usize).is_some_and(|&count| count >= self.count)
-            || self.count == 0
+impl Epoch {
+    fn happened_before(self, clock: &VectorClock) -> bool {
+        self.phase == 0
+            || clock.get(self.barrier as usize).is_some_and(|&phase| phase >= self.phase)
     }
 }
 
-pub(super) fn learn(knowledge: &mut Knowledge, from: &[u32]) {
-    knowledge.resize(knowledge.len().max(from.len()), 0);
-    knowledge.iter_mut().zip(from).for_each(|(known, &count)| *known = count.max(*known));
+/// Makes each component of `clock` the larger of the two clocks'.
+pub(super) fn join(clock: &mut Vec<u32>, other: &[u32]) {
+    clock.resize(clock.len().max(other.len()), 0);
+    clock.iter_mut().zip(other).for_each(|(own, &other)| *own = other.max(*own));
 }
 
-/// 16 bytes of staged memory.
+/// 16 bytes of staged memory, the unit in which accesses to it are checked.
 #[derive(Clone, Debug, Default)]
-struct Piece {
+struct Granule {
     bytes: [u8; 16],
     written: bool,
-    /// By a bulk load.
-    filled: Over,
+    /// The phase that the last bulk load to it completes.
+    filled: Epoch,
     accesses: races::Element,
 }
 
@@ -68,7 +73,7 @@ struct Piece {
 #[derive(Debug)]
 struct Copy {
     thread: usize,
-    /// What is still to be done.
+    /// The part that has not been copied.
     offset: u32,
     bytes: u32,
     global: usize,
@@ -77,15 +82,15 @@ struct Copy {
 
 #[derive(Debug)]
 pub(super) struct Bulk {
-    /// By block.
-    staged: Vec<Vec<Piece>>,
+    /// By block slot.
+    staged: Vec<Vec<Granule>>,
     /// By thread.
-    known: Vec<Knowledge>,
-    /// By source: what who arrived at a barrier knew.
-    released: Vec<Knowledge>,
+    clocks: Vec<VectorClock>,
+    /// The release clock of each mbarrier, by its id: the join of the clocks of those that arrived.
+    release_clocks: Vec<VectorClock>,
     copies: Vec<Copy>,
-    /// How many turns threads have before a copy does.
-    rest: u32,
+    /// How many turns threads have before the next copy's.
+    turns_to_copy: u32,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -97,67 +102,72 @@ enum Access {
 impl Bulk {
     pub(super) fn new(blocks: usize, threads: usize, shared: u32) -> Self {
         Self {
-            staged: vec![vec![Piece::default(); shared as usize / 16]; blocks],
-            known: vec![Knowledge::new(); threads],
-            released: Vec::new(),
+            staged: vec![vec![Granule::default(); shared as usize / 16]; blocks],
+            clocks: vec![VectorClock::new(); threads],
+            release_clocks: Vec::new(),
             copies: Vec::new(),
-            rest: 0,
+            turns_to_copy: 0,
         }
     }
 
-    /// Whether a copy has the next turn; `idle` if no thread can.
+    /// True if a copy has the next turn. `idle`: no thread is ready.
     pub(super) fn takes_turn(&mut self, idle: bool) -> bool {
-        if self.copies.is_empty() || idle || self.rest == 0 {
+        if self.copies.is_empty() || idle || self.turns_to_copy == 0 {
             return !self.copies.is_empty();
         }
-        self.rest -= 1;
+        self.turns_to_copy -= 1;
         false
     }
 
-    fn new_source(&mut self) -> u32 {
-        self.released.push(Knowledge::new());
-        self.released.len() as u32 - 1
+    fn new_barrier(&mut self) -> u32 {
+        self.release_clocks.push(VectorClock::new());
+        self.release_clocks.len() as u32 - 1
     }
 
-    /// Threads met at a barrier.
-    pub(super) fn meet(&mut self, met: Range<usize>) {
-        if self.released.is_empty() {
+    /// Joins the clocks of threads at a barrier.
+    pub(super) fn join_all(&mut self, threads: Range<usize>) {
+        if self.release_clocks.is_empty() {
             return;
         }
-        let mut all = Knowledge::new();
-        self.known[met.clone()].iter().for_each(|known| learn(&mut all, known));
-        self.known[met].iter_mut().for_each(|known| known.clone_from(&all));
+        let mut all = VectorClock::new();
+        self.clocks[threads.clone()].iter().for_each(|clock| join(&mut all, clock));
+        self.clocks[threads].iter_mut().for_each(|clock| clock.clone_from(&all));
     }
 }
 
 impl Machine<'_> {
-    /// The running thread's pieces of staged memory, if it may touch them so.
-    fn access(&mut self, access: Access, offset: u32, bytes: u32) -> Result<&mut [Piece], String> {
+    /// The granules of an access of the running thread to staged memory, or why it is not allowed.
+    fn access(
+        &mut self,
+        access: Access,
+        offset: u32,
+        bytes: u32,
+    ) -> Result<&mut [Granule], String> {
         let what = match access {
             Access::Read => "read",
             Access::BulkLoad => "bulk load",
         };
-        let (place, _) = self.places_of(self.thread);
+        let (slot, _) = self.slots_of(self.thread);
         let (thread, races) = (self.thread, &self.races);
-        let Bulk { staged, known, .. } = &mut self.bulk;
+        let Bulk { staged, clocks, .. } = &mut self.bulk;
         if !(offset | bytes).is_multiple_of(16) || bytes == 0 {
             return Err(format!("{what} of {bytes} bytes at byte {offset} of staged memory"));
         }
         let (start, end) = (offset as usize / 16, (offset as usize + bytes as usize) / 16);
-        let Some(pieces) = staged[place].get_mut(start..end) else {
+        let Some(granules) = staged[slot].get_mut(start..end) else {
             let shared = self.shape.shared;
             return Err(format!(
                 "{what} of {bytes} bytes outside staged memory: byte {offset} of {shared}"
             ));
         };
-        let known = &known[thread];
+        let clock = &clocks[thread];
         let kind = if access == Access::Read { races::Access::Read } else { races::Access::Write };
-        for (i, piece) in pieces.iter_mut().enumerate() {
-            let mistake = if !piece.filled.known(known) {
+        for (i, granule) in granules.iter_mut().enumerate() {
+            let mistake = if !granule.filled.happened_before(clock) {
                 "before a wait for the bulk load that fills it"
-            } else if access == Access::Read && !piece.written {
+            } else if access == Access::Read && !granule.written {
                 "that nobody has written"
-            } else if races.access(thread, kind, &mut piece.accesses).is_err() {
+            } else if races.access(thread, kind, &mut granule.accesses).is_err() {
                 "that another thread may still read"
             } else {
                 continue;
@@ -167,11 +177,11 @@ impl Machine<'_> {
                 offset as usize + 16 * i
             ));
         }
-        Ok(pieces)
+        Ok(granules)
     }
 
-    /// Ends the barrier's phase if nothing is missing.
-    fn settle(&mut self, barrier: *mut Barrier) -> Result<(), String> {
+    /// Completes the barrier's phase if no arrival and no byte is missing.
+    fn complete_phase(&mut self, barrier: *mut Barrier) -> Result<(), String> {
         // SAFETY: in shared memory, which lives as long as the machine.
         let this = unsafe { &mut *barrier };
         if this.pending > 0 || this.bytes > 0 {
@@ -189,18 +199,18 @@ impl Machine<'_> {
 
     /// One step of some bulk copy.
     pub(super) fn copy(&mut self) {
-        // At once, or when threads have been through many barriers, or between.
-        self.bulk.rest = (1 << self.random.u32(..10)) - 1;
+        // The next copy comes at once, or when threads have been through many barriers, or between.
+        self.bulk.turns_to_copy = (1 << self.random.u32(..10)) - 1;
         let index = self.random.usize(..self.bulk.copies.len());
         let thread = self.bulk.copies[index].thread;
-        let (place, _) = self.places_of(thread);
+        let (slot, _) = self.slots_of(thread);
         let copy = &mut self.bulk.copies[index];
         let barrier = copy.barrier;
         let count = self.random.u32(1..=copy.bytes / 16);
-        let pieces = &mut self.bulk.staged[place][copy.offset as usize / 16..];
-        for piece in &mut pieces[..count as usize] {
-            // SAFETY: so much was checked when the copy began. The barrier: see `settle`.
-            piece.bytes = unsafe { *(copy.global as *const [u8; 16]) };
+        let granules = &mut self.bulk.staged[slot][copy.offset as usize / 16..];
+        for granule in &mut granules[..count as usize] {
+            // SAFETY: so much was checked when the copy began. The barrier: see `complete_phase`.
+            granule.bytes = unsafe { *(copy.global as *const [u8; 16]) };
             copy.global += 16;
         }
         copy.offset += 16 * count;
@@ -212,32 +222,32 @@ impl Machine<'_> {
         if copy.bytes == 0 {
             self.bulk.copies.swap_remove(index);
         }
-        if let Err(what) = self.settle(barrier) {
-            self.blame(thread, &what);
+        if let Err(what) = self.complete_phase(barrier) {
+            self.record_fault(thread, &what);
         }
     }
 
-    /// When a thread has ended.
+    /// Checks, when the last thread of a block has ended, that all bulk loads were waited for.
     pub(super) fn check_end(&mut self, thread: usize) {
-        let (place, _) = self.places_of(thread);
-        let block = self.threads_of(place);
+        let (slot, _) = self.slots_of(thread);
+        let block = self.threads_of(slot);
         if self.states[block.clone()].iter().any(|&state| state != State::Done) {
             return;
         }
         if self.shape.shared == 0 {
             return;
         }
-        self.bulk.meet(block);
-        let known = &self.bulk.known[thread];
-        let waited = |piece: &Piece| piece.filled.known(known);
-        if let Some(i) = self.bulk.staged[place].iter().position(|piece| !waited(piece)) {
+        self.bulk.join_all(block);
+        let clock = &self.bulk.clocks[thread];
+        let waited = |granule: &Granule| granule.filled.happened_before(clock);
+        if let Some(i) = self.bulk.staged[slot].iter().position(|granule| !waited(granule)) {
             let what = format!("its block ended without a wait for a bulk load: byte {}", 16 * i);
-            self.blame(thread, &what);
+            self.record_fault(thread, &what);
         }
     }
 }
 
-/// As `machine`, with what the running thread does here.
+/// As `machine`, with the running thread.
 ///
 /// SAFETY: see `machine`.
 unsafe fn current<'a>() -> (&'a mut Machine<'static>, usize) {
@@ -259,8 +269,8 @@ unsafe fn initialised<'a>(barrier: *mut Barrier) -> &'a mut Barrier {
 unsafe extern "C" fn simt_load_staged(offset: u32, to: *mut [u8; 16]) {
     // SAFETY: see `machine`; the caller has room for the bytes. So below.
     unsafe {
-        let piece = machine().access(Access::Read, offset, 16).unwrap_or_else(|e| fault(e));
-        *to = piece[0].bytes;
+        let granules = machine().access(Access::Read, offset, 16).unwrap_or_else(|e| fault(e));
+        *to = granules[0].bytes;
     }
 }
 
@@ -270,7 +280,7 @@ unsafe extern "C" fn simt_init_barrier(barrier: *mut Barrier, arrivals: u32) {
     if barrier.arrivals > 0 || arrivals == 0 {
         fault(format!("{} is initialised twice, or for no arrivals", barrier.name()));
     }
-    barrier.source = unsafe { machine() }.bulk.new_source();
+    barrier.id = unsafe { machine() }.bulk.new_barrier();
     (barrier.arrivals, barrier.pending) = (arrivals, arrivals);
 }
 
@@ -279,8 +289,8 @@ unsafe extern "C" fn simt_arrive(barrier: *mut Barrier, bytes: u32) {
     let (machine, thread) = unsafe { current() };
     let this = unsafe { initialised(barrier) };
     let bulk = &mut machine.bulk;
-    learn(&mut bulk.released[this.source as usize], &bulk.known[thread]);
-    machine.races.arrive(thread, this.source);
+    join(&mut bulk.release_clocks[this.id as usize], &bulk.clocks[thread]);
+    machine.races.arrive(thread, this.id);
     if this.pending == 0 {
         fault(format!("more than {} arrivals in a phase of {}", this.arrivals, this.name()));
     }
@@ -289,8 +299,8 @@ unsafe extern "C" fn simt_arrive(barrier: *mut Barrier, bytes: u32) {
     if this.bytes > MOST_EXPECTED {
         fault(format!("{} expects {} bytes, more than {MOST_EXPECTED}", this.name(), this.bytes));
     }
-    machine.settle(barrier).unwrap_or_else(|e| fault(e));
-    pause();
+    machine.complete_phase(barrier).unwrap_or_else(|e| fault(e));
+    yield_now();
 }
 
 #[unsafe(no_mangle)]
@@ -304,11 +314,11 @@ unsafe extern "C" fn simt_wait_for(barrier: *mut Barrier, parity: u32, line: u32
     let (machine, thread) = unsafe { current() };
     let this = unsafe { initialised(barrier) };
     let bulk = &mut machine.bulk;
-    let released = &mut bulk.released[this.source as usize];
-    released.resize(released.len().max(this.source as usize + 1), 0);
-    released[this.source as usize] = this.phase;
-    learn(&mut bulk.known[thread], released);
-    machine.races.wait(thread, this.source);
+    let release = &mut bulk.release_clocks[this.id as usize];
+    release.resize(release.len().max(this.id as usize + 1), 0);
+    release[this.id as usize] = this.phase;
+    join(&mut bulk.clocks[thread], release);
+    machine.races.wait(thread, this.id);
 }
 
 #[unsafe(no_mangle)]
@@ -321,12 +331,12 @@ unsafe extern "C" fn simt_bulk_load(
     simt_access(from, bytes.into(), 16, false);
     let (machine, thread) = unsafe { current() };
     let this = unsafe { initialised(barrier) };
-    let pieces = machine.access(Access::BulkLoad, offset, bytes).unwrap_or_else(|e| fault(e));
-    let filled = Over { source: this.source, count: this.phase + 1 };
-    for piece in pieces {
-        (piece.written, piece.filled) = (true, filled);
-        // What reads it waits for the barrier, not for this thread.
-        piece.accesses = races::Element::default();
+    let granules = machine.access(Access::BulkLoad, offset, bytes).unwrap_or_else(|e| fault(e));
+    let filled = Epoch { barrier: this.id, phase: this.phase + 1 };
+    for granule in granules {
+        (granule.written, granule.filled) = (true, filled);
+        // Later accesses are ordered by the barrier, not by this thread.
+        granule.accesses = races::Element::default();
     }
     this.under_way += bytes as i32;
     machine.bulk.copies.push(Copy { thread, offset, bytes, global: from as usize, barrier });

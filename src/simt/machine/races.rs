@@ -1,49 +1,58 @@
-//! Races in shared memory: two accesses to the same element, one of them a write, in no order but this schedule's. In
-//! order is what a barrier of block or cluster lies between, what lanes of a warp do before and after they synchronise
-//! (a shuffle orders no memory), and what is done before an arrival at an mbarrier with what is done after the wait for
-//! it.
+//! A happens-before race detector for shared memory, in the manner of FastTrack (Flanagan and Freund, PLDI 2009): two
+//! accesses to the same element, one of them a write, race unless one happened before the other. They are ordered by a
+//! barrier of block or cluster, by a synchronisation of the warp's lanes (a shuffle orders no memory), and by an arrival
+//! at an mbarrier and the wait for it.
+//!
+//! An access is remembered as an epoch: its thread and the time. Each thread has a vector clock: for every other thread,
+//! the time before which that one's accesses happened before now. A barrier raises all components of a block or cluster
+//! to the same time, so the clock is kept in parts: one time each for block, cluster and warp, and a vector that only
+//! mbarriers need. An mbarrier has a release clock: an arrival joins the thread's clock into it, a wait joins it into the
+//! thread's.
 
-use super::bulk::learn;
+use super::bulk::join;
 use super::*;
 
-/// A moment grows whenever threads meet.
-type Moment = u32;
+/// The logical time, which advances at every synchronisation.
+type Time = u32;
+
+/// An access: its thread and its time.
+type Epoch = (usize, Time);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Access {
     Read,
     Write,
-    /// Atomically: in no order with its like, and no race.
+    /// An atomic addition, which does not race with another.
     Add,
 }
 
-/// Who accessed an element last: one thread that wrote, and those that read or added since.
+/// The last accesses to an element: one thread's write, and the reads and additions since.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Element {
-    written: Option<(usize, Moment)>,
-    read: Vec<(usize, Moment)>,
-    added: Vec<(usize, Moment)>,
+    written: Option<Epoch>,
+    read: Vec<Epoch>,
+    added: Vec<Epoch>,
 }
 
-/// What a thread knows to be over.
+/// A thread's vector clock, in parts. Accesses before these times happened before now.
 #[derive(Clone, Debug, Default)]
-struct Known {
-    /// What all threads of its block, its cluster, its warp did before these moments.
-    block: Moment,
-    cluster: Moment,
-    warp: Moment,
-    /// What others of the block did, by their places in it: from mbarriers.
-    others: Vec<Moment>,
+struct Clock {
+    /// The component of every thread of the block, of the cluster, of the warp.
+    block: Time,
+    cluster: Time,
+    warp: Time,
+    /// The components of the block's threads by their index in it, which mbarriers have raised.
+    threads: Vec<Time>,
 }
 
 pub(super) struct Races {
-    now: Moment,
-    /// Of a block and of a cluster.
-    threads: usize,
+    now: Time,
+    /// The threads of a block and of a cluster.
+    block: usize,
     cluster: usize,
-    known: Vec<Known>,
-    /// By the mbarrier's source: what those who arrived knew.
-    released: Vec<Vec<Moment>>,
+    clocks: Vec<Clock>,
+    /// The release clocks of the mbarriers, by their ids.
+    release_clocks: Vec<Vec<Time>>,
 }
 
 impl Races {
@@ -51,47 +60,47 @@ impl Races {
         let block = shape.block as usize;
         Self {
             now: 1,
-            threads: block,
+            block,
             cluster: block * shape.cluster as usize,
-            known: vec![Known::default(); threads],
-            released: Vec::new(),
+            clocks: vec![Clock::default(); threads],
+            release_clocks: Vec::new(),
         }
     }
 
-    /// Whether what `other` did at a moment is over when `thread` accesses.
-    fn is_over(&self, thread: usize, (other, moment): (usize, Moment)) -> bool {
-        let known = &self.known[thread];
+    /// True if an access happened before what `thread` does now.
+    fn happened_before(&self, thread: usize, (other, time): Epoch) -> bool {
+        let clock = &self.clocks[thread];
         let same = |size| thread / size == other / size;
         thread == other
-            || (same(WARP) && moment < known.warp)
-            || (same(self.threads)
-                && (moment < known.block
-                    || known.others.get(other % self.threads).is_some_and(|&over| moment < over)))
-            || (same(self.cluster) && moment < known.cluster)
+            || (same(WARP) && time < clock.warp)
+            || (same(self.block)
+                && (time < clock.block
+                    || clock.threads.get(other % self.block).is_some_and(|&before| time < before)))
+            || (same(self.cluster) && time < clock.cluster)
     }
 
-    /// Which thread it races with.
+    /// Records an access, or returns the thread that it races with and how that one has accessed the element.
     pub(super) fn access(
         &self,
         thread: usize,
         access: Access,
         element: &mut Element,
     ) -> Result<(), (usize, &'static str)> {
-        let over = |&&at: &&(usize, Moment)| !self.is_over(thread, at);
+        let concurrent = |&&epoch: &&Epoch| !self.happened_before(thread, epoch);
         let (read, write) = (access == Access::Read, access == Access::Write);
-        for (past, accesses, matters) in [
+        for (past, accesses, conflicts) in [
             ("written", element.written.as_slice(), true),
             ("added to", &element.added, read || write),
             ("read", &element.read, !read),
         ] {
-            if matters && let Some(&(other, _)) = accesses.iter().find(over) {
+            if conflicts && let Some(&(other, _)) = accesses.iter().find(concurrent) {
                 return Err((other, past));
             }
         }
-        let at = (thread, self.now);
+        let epoch = (thread, self.now);
         let accesses = match access {
             Access::Write => {
-                *element = Element { written: Some(at), ..Element::default() };
+                *element = Element { written: Some(epoch), ..Element::default() };
                 return Ok(());
             }
             Access::Read => &mut element.read,
@@ -100,60 +109,62 @@ impl Races {
         if accesses.last().is_some_and(|last| last.0 == thread) {
             accesses.pop();
         } else if accesses.len() == accesses.capacity() {
-            // What the thread knows from a barrier, all others of its block know.
-            let Known { block, cluster, .. } = self.known[thread];
+            // A barrier raises the same components for all threads of the block: an access that happened before this
+            // thread's last barrier needs no epoch any more.
+            let Clock { block, cluster, .. } = self.clocks[thread];
             accesses.retain(|past| {
-                let here = past.0 / self.threads == thread / self.threads;
-                past.1 >= if here { block } else { cluster }
+                let same_block = past.0 / self.block == thread / self.block;
+                past.1 >= if same_block { block } else { cluster }
             });
         }
-        accesses.push(at);
+        accesses.push(epoch);
         Ok(())
     }
 
-    /// At a barrier of block or cluster.
-    pub(super) fn meet(&mut self, met: Range<usize>) {
+    /// Joins the clocks of the threads at a barrier of block or cluster.
+    pub(super) fn join_all(&mut self, threads: Range<usize>) {
         self.now += 1;
-        let all_blocks = met.len() == self.cluster;
-        for known in &mut self.known[met] {
-            known.block = self.now;
-            if all_blocks {
-                known.cluster = self.now;
+        let is_cluster = threads.len() == self.cluster;
+        for clock in &mut self.clocks[threads] {
+            clock.block = self.now;
+            if is_cluster {
+                clock.cluster = self.now;
             }
         }
     }
 
-    /// The lanes of a warp synchronise.
-    pub(super) fn meet_in_warp(&mut self, lanes: Range<usize>) {
+    /// Joins the clocks of a warp's lanes, which synchronise.
+    pub(super) fn join_warp(&mut self, lanes: Range<usize>) {
         self.now += 1;
         let mut all = Vec::new();
-        self.known[lanes.clone()].iter().for_each(|known| learn(&mut all, &known.others));
-        for known in &mut self.known[lanes] {
-            known.warp = self.now;
-            known.others.clone_from(&all);
+        self.clocks[lanes.clone()].iter().for_each(|clock| join(&mut all, &clock.threads));
+        for clock in &mut self.clocks[lanes] {
+            clock.warp = self.now;
+            clock.threads.clone_from(&all);
         }
     }
 
-    /// At an mbarrier.
-    pub(super) fn arrive(&mut self, thread: usize, source: u32) {
+    /// Joins a thread's clock into an mbarrier's release clock.
+    pub(super) fn arrive(&mut self, thread: usize, barrier: u32) {
         self.now += 1;
-        let sources = self.released.len().max(source as usize + 1);
-        self.released.resize(sources, Vec::new());
-        let released = &mut self.released[source as usize];
-        let known = &self.known[thread];
-        learn(released, &known.others);
-        released.resize(self.threads, 0);
-        let place = thread % self.threads;
-        let warp = place / WARP * WARP;
-        for over in &mut released[warp..warp + WARP] {
-            *over = known.warp.max(*over);
+        let barriers = self.release_clocks.len().max(barrier as usize + 1);
+        self.release_clocks.resize(barriers, Vec::new());
+        let release = &mut self.release_clocks[barrier as usize];
+        let clock = &self.clocks[thread];
+        join(release, &clock.threads);
+        release.resize(self.block, 0);
+        let index = thread % self.block;
+        let warp = index / WARP * WARP;
+        for time in &mut release[warp..warp + WARP] {
+            *time = clock.warp.max(*time);
         }
-        released[place] = self.now;
+        release[index] = self.now;
     }
 
-    pub(super) fn wait(&mut self, thread: usize, source: u32) {
-        if let Some(released) = self.released.get(source as usize) {
-            learn(&mut self.known[thread].others, released);
+    /// Joins an mbarrier's release clock into the clock of a thread that has waited for it.
+    pub(super) fn wait(&mut self, thread: usize, barrier: u32) {
+        if let Some(release) = self.release_clocks.get(barrier as usize) {
+            join(&mut self.clocks[thread].threads, release);
         }
     }
 }

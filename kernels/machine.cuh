@@ -1,6 +1,7 @@
-// Global memory, shared memory and the few machine instructions that the kernels use, on both of the
-// machines they are compiled for: a GPU (nvcc), and the simulator (simt/) on which the same kernels are
-// tested.
+// Threads, barriers, atomics, copies and the few machine instructions that the kernels use, on both of the machines
+// they are compiled for: a GPU (nvcc), and the simulator (simt/) on which the same kernels are tested. Every function
+// and macro before the #else has its double in simt/simt.h; macros are those for which the simulator needs the line
+// or the name of an array. No other file asks for which machine it is compiled.
 #pragma once
 
 #include <stdint.h>
@@ -24,15 +25,17 @@ static_assert(sizeof(atkd_rows) == 336 && sizeof(atkd_token_terms) == 288, "the 
 
 #define ATKD_DEVICE __device__ __forceinline__
 
-// What machines before sm_90 do not know, they leave out.
+// Expands to nothing below sm_90.
 #if __CUDA_ARCH__ >= 900
 #define ATKD_SINCE_SM_90(...) asm volatile(__VA_ARGS__)
+#define ATKD_BULK_COPIES 1
 #else
 #define ATKD_SINCE_SM_90(...)
+#define ATKD_BULK_COPIES 0
 #endif
 
-// The next kernel may take its place on the machine as soon as this one has, and then waits here: so each
-// begins after all before it have ended, and what they wrote is there.
+// Programmatic dependent launch: the next kernel may be scheduled now; it waits here until all earlier kernels have
+// finished and their writes are visible.
 ATKD_DEVICE void begin_kernel() {
     ATKD_SINCE_SM_90("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 }
@@ -47,16 +50,16 @@ ATKD_DEVICE void begin_kernel() {
     static ATKD_DEVICE void name##_body(const params &p)
 // `count` elements of shared memory.
 #define ATKD_SHARED(type, name, count) __shared__ type name[count]
-// The same as a member of a struct, of which a kernel has one. Its address is computed once: of an array by itself
-// it is computed for every access.
+// The same as a member of a struct, of which a kernel has one. The struct's address is computed once; that of an
+// array by itself is computed for every access.
 #define ATKD_SHARED_MEMBER(type, name, count) type name[count]
 #define ATKD_SHARED_STRUCT(type, name)                                                                        \
     __shared__ type name##_memory;                                                                            \
-    type &name = *static_cast<type *>(__cvta_shared_to_generic(forget(in_shared(&name##_memory))))
+    type &name = *static_cast<type *>(__cvta_shared_to_generic(opaque(in_shared(&name##_memory))))
 // The shared memory that the launch asks for.
 #define ATKD_STAGED(name)                                                                                     \
     extern __shared__ __align__(128) unsigned char name##_memory[];                                          \
-    StagedMemory name = {forget(in_shared(name##_memory))}
+    StagedMemory name = {opaque(in_shared(name##_memory))}
 
 typedef __half f16;
 typedef __nv_bfloat16 bf16;
@@ -65,15 +68,15 @@ ATKD_DEVICE uint32_t thread_index() { return threadIdx.x; }
 ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
 ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_SYNC_BLOCK() __syncthreads()
-// The same barrier where some warps come to it from elsewhere in the code than others, each as a whole.
-#define ATKD_MEET(barrier, threads)                                                                           \
+// A named barrier: converged warps may arrive from different places in the program.
+#define ATKD_SYNC_NAMED(barrier, threads)                                                                           \
     do {                                                                                                      \
         __syncwarp();                                                                                         \
         asm volatile("barrier.sync %0, %1;" ::"n"(int(barrier)), "n"(threads) : "memory");                    \
     } while (0)
 
-// A cluster: blocks that run at once and read each other's shared memory. Before sm_90, one block; there the
-// blocks of a row are a team, in a launch whose blocks all run at once, and meet through global memory.
+// A cluster: co-resident blocks that read each other's shared memory. Before sm_90, one block; there the blocks of a
+// row are a team, in a launch all of whose blocks are co-resident, and meet through global memory.
 #if __CUDA_ARCH__ >= 900
 ATKD_DEVICE uint32_t cluster_blocks() {
     uint32_t blocks;
@@ -91,8 +94,8 @@ ATKD_DEVICE uint32_t cluster_index() {
     return index;
 }
 // Afterwards blocks see what others wrote to shared memory, and nothing else: to release global memory too, as the
-// barrier does by itself, would be to wait for every gradient on its way. What a block read of another's shared memory it
-// has used before it comes here: only then is the read over.
+// barrier does by itself, would be to wait for every gradient on its way. A block must have used all values that it
+// read from another's shared memory before it arrives: only then is the read over.
 ATKD_DEVICE void sync_cluster() {
     if (cluster_blocks() == 1) {
         __syncthreads();
@@ -103,7 +106,7 @@ ATKD_DEVICE void sync_cluster() {
                          : "memory");
     }
 }
-// What block `rank` of the cluster has where this one has `at`, in shared memory.
+// The shared memory of block `rank` of the cluster, at the address that `at` has in this block.
 template <class T> ATKD_DEVICE T load_remote(const T *at, uint32_t rank) {
     uint64_t address;
     asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(at), "r"(rank));
@@ -123,7 +126,7 @@ ATKD_DEVICE uint32_t team_blocks(const atkd_rows &p) { return p.team; }
 
 // Before a loop over registers, which must not become a loop over local memory.
 #define ATKD_UNROLL _Pragma("unroll")
-// Before a loop that runs a few times a row: unrolled, it would take the main loops' registers.
+// Before a loop that runs a few times per row: unrolled, it would take the main loops' registers.
 #define ATKD_NO_UNROLL _Pragma("unroll 1")
 
 template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
@@ -139,12 +142,12 @@ ATKD_DEVICE int32_t warp_max(int32_t value) { return __reduce_max_sync(0xfffffff
 ATKD_DEVICE uint32_t warp_match(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return __popc(bits); }
 
-// The same value. What was computed from it is computed again, and not kept in registers until then.
-ATKD_DEVICE uint32_t forget(uint32_t value) {
+// The same value, opaque to the optimiser: an expression of it is computed again, and not kept in registers until then.
+ATKD_DEVICE uint32_t opaque(uint32_t value) {
     asm volatile("" : "+r"(value));
     return value;
 }
-ATKD_DEVICE double forget(double value) {
+ATKD_DEVICE double opaque(double value) {
     asm volatile("" : "+d"(value));
     return value;
 }
@@ -165,16 +168,16 @@ ATKD_DEVICE float reciprocal_fast(float x) {
 
 template <class T> ATKD_DEVICE T load(const T *at) { return *at; }
 template <class T> ATKD_DEVICE void store(T *at, T value) { *at = value; }
-// Returns what was there.
+// Returns the value before the addition.
 ATKD_DEVICE uint32_t add_atomic(uint32_t *at, uint32_t value) { return atomicAdd(at, value); }
 ATKD_DEVICE void max_atomic(uint64_t *at, uint64_t value) {
     atomicMax(reinterpret_cast<unsigned long long *>(at), static_cast<unsigned long long>(value));
 }
-// Who sees what was added sees what was written before.
+// Release: a thread that acquires the sum sees all earlier writes of this one.
 ATKD_DEVICE void add_release(uint32_t *at, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
-// Likewise, and sees what was written before those additions whose sum it returns.
+// Acquire and release: also sees the writes before those additions whose sum it returns.
 ATKD_DEVICE uint32_t add_acquire_release(uint32_t *at, uint32_t value) {
     uint32_t before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
@@ -185,29 +188,29 @@ ATKD_DEVICE uint32_t load_acquire(const uint32_t *at) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
     return value;
 }
-// Until the top bit is another than before, by a block that runs at once with this one.
-ATKD_DEVICE void wait_for_flip(const uint32_t *at, uint32_t before) {
+// Spins until bit 31 differs from `before` (sense reversal). The writer must be co-resident.
+ATKD_DEVICE void wait_for_sense(const uint32_t *at, uint32_t before) {
     while ((load_acquire(at) ^ before) >> 31 == 0) {
     }
 }
-#define ATKD_WAIT_FOR_FLIP(at, before) wait_for_flip(at, before)
-// In shared memory.
+#define ATKD_WAIT_FOR_SENSE(at, before) wait_for_sense(at, before)
+// An atomic addition in shared memory.
 #define ATKD_ADD_SHARED(array, index, value) atomicAdd(&(array)[index], value)
 
 // 16 bytes at an address that is a multiple of 16.
 struct alignas(16) Bytes16 {
     uint32_t word[4];
 };
-// From global memory, whose addresses Row computes as integers. What is read for the LAST time may leave the
-// caches before what is to be read again.
-template <bool LAST> ATKD_DEVICE Bytes16 load16(const void *at) {
+// Loads from global memory, whose addresses Row computes as integers. STREAMING: evict-first, for data that is read for
+// the last time.
+template <bool STREAMING> ATKD_DEVICE Bytes16 load16(const void *at) {
     Bytes16 value;
 #define ATKD_LOAD16(instruction)                                                                              \
     asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                                                       \
                  : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])         \
                  : "l"(at)                                                                                    \
                  : "memory")
-    if (LAST) {
+    if (STREAMING) {
         ATKD_LOAD16("ld.global.cs.v4.b32");
     } else {
         ATKD_LOAD16("ld.global.v4.b32");
@@ -221,14 +224,14 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
                  : "memory");
 }
 
-// Written and read as one, to and by blocks that run at once with this one, and so in no order with anything else.
-ATKD_DEVICE void post16(Bytes16 *at, const Bytes16 &value) {
+// One relaxed 128-bit access: atomic as a whole, unordered with everything else. For co-resident blocks.
+ATKD_DEVICE void store_message(Bytes16 *at, const Bytes16 &value) {
     uint64_t low = value.word[0] | uint64_t(value.word[1]) << 32, high = value.word[2] | uint64_t(value.word[3]) << 32;
     asm volatile("{\n.reg .b128 all;\nmov.b128 all, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], all;\n}" ::"l"(at),
                  "l"(low), "l"(high)
                  : "memory");
 }
-ATKD_DEVICE Bytes16 load_posted(const Bytes16 *at) {
+ATKD_DEVICE Bytes16 load_message(const Bytes16 *at) {
     uint64_t low, high;
     asm volatile("{\n.reg .b128 all;\nld.relaxed.gpu.global.b128 all, [%2];\nmov.b128 {%0, %1}, all;\n}"
                  : "=l"(low), "=l"(high)
@@ -236,20 +239,26 @@ ATKD_DEVICE Bytes16 load_posted(const Bytes16 *at) {
                  : "memory");
     return {{uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)}};
 }
-struct Posts {
-    Bytes16 first, second;
+template <uint32_t N> struct Messages {
+    Bytes16 part[N];
 };
-// Until half of the last word is `number`, at both addresses. It asks for both at once: an answer takes as long as some
-// hundred instructions.
-ATKD_DEVICE Posts wait_for_posts(const Bytes16 *first, const Bytes16 *second, uint32_t number) {
-    for (;;) {
-        Posts posts = {load_posted(first), load_posted(second)};
-        if (posts.first.word[3] >> 1 == number && posts.second.word[3] >> 1 == number) {
-            return posts;
+// Spins until all N messages carry the epoch, in the upper 31 bits of their last words. It polls all of them at once: a
+// load takes as long as some hundred instructions.
+template <uint32_t N> ATKD_DEVICE void wait_for_messages(Messages<N> &messages, const Bytes16 *at, uint32_t epoch) {
+    bool arrived;
+    do {
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < N; i++) {
+            messages.part[i] = load_message(at + i);
         }
-    }
+        arrived = true;
+        ATKD_UNROLL
+        for (uint32_t i = 0; i < N; i++) {
+            arrived = arrived && messages.part[i].word[3] >> 1 == epoch;
+        }
+    } while (!arrived);
 }
-#define ATKD_WAIT_FOR_POSTS(posts, first, second, number) posts = wait_for_posts(first, second, number)
+#define ATKD_WAIT_FOR_MESSAGES(messages, at, epoch) wait_for_messages(messages, at, epoch)
 
 ATKD_DEVICE uint32_t in_shared(const void *at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
@@ -265,15 +274,16 @@ ATKD_DEVICE Bytes16 load_staged(StagedMemory staged, uint32_t offset) {
                  : "memory");
     return value;
 }
-// An mbarrier. A phase ends when as many threads have arrived as it was made for, and all bytes that they
-// expect have come.
+// An mbarrier. A phase completes when as many threads have arrived as it was initialised for, and all bytes that they
+// expect have been loaded.
 struct Barrier {
     uint64_t word;
 };
 ATKD_DEVICE void init_barrier(Barrier &barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(&barrier)), "r"(arrivals) : "memory");
 }
-// By the thread that made barriers for bulk copies, before the block's barrier after which others use them.
+// To be called by the thread that initialised barriers for bulk copies, before the block's barrier after which others
+// use them.
 ATKD_DEVICE void publish_barriers() { ATKD_SINCE_SM_90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 ATKD_DEVICE void arrive(Barrier &barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(in_shared(&barrier)) : "memory");
@@ -299,10 +309,10 @@ ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) {
 #define ATKD_INIT_BARRIER(array, index, arrivals) init_barrier((array)[index], arrivals)
 #define ATKD_ARRIVE(array, index) arrive((array)[index])
 #define ATKD_EXPECT(array, index, bytes) arrive_expecting((array)[index], bytes)
-// Until the phase of this parity has ended; the first is 0.
+// Waits until the phase of this parity has completed; the first phase is 0.
 #define ATKD_WAIT(array, index, parity) wait_for((array)[index], parity)
 
-// A bulk copy, by the machine and in no order: of a multiple of 16 bytes, from and to multiples of 16.
+// An asynchronous bulk copy, unordered with everything but the barrier: size and both addresses are multiples of 16.
 ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *from, uint32_t bytes,
                            Barrier &barrier) {
     ATKD_SINCE_SM_90(
@@ -313,7 +323,7 @@ ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *fro
 }
 #define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
     bulk_load(staged, offset, global, bytes, (array)[index])
-// Into the L2 cache, of a multiple of 16 bytes from a multiple of 16. A hint.
+// A hint: prefetches into the L2 cache. Size and address are multiples of 16.
 ATKD_DEVICE void bulk_prefetch(const void *from, uint32_t bytes) {
     ATKD_SINCE_SM_90("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
@@ -326,7 +336,7 @@ template <> ATKD_DEVICE float narrow<float>(float x) { return x; }
 template <> ATKD_DEVICE f16 narrow<f16>(float x) { return __float2half_rn(x); }
 template <> ATKD_DEVICE bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
 
-// Of an element's own size; of more bits, the lower ones.
+// Bits are as many as the element has; of more, the lower ones count.
 template <class T> ATKD_DEVICE T from_bits(uint32_t bits);
 template <> ATKD_DEVICE float from_bits<float>(uint32_t bits) { return __uint_as_float(bits); }
 template <> ATKD_DEVICE f16 from_bits<f16>(uint32_t bits) { return __ushort_as_half(uint16_t(bits)); }
@@ -365,188 +375,3 @@ template <> ATKD_DEVICE uint32_t max_of_two<bf16>(uint32_t a, uint32_t b) {
 #endif
 
 constexpr uint32_t WARP = ATKD_WARP;
-
-// Logits that one thread handles at once: 16 bytes of half precision, twice that of single.
-constexpr uint32_t CHUNK = ATKD_CHUNK;
-
-// Bytes that the L2 cache holds together.
-constexpr uint32_t LINE = ATKD_LINE;
-
-// Where a row of a matrix starts. The branch goes one way for all rows of a launch; without it the compiler computes the
-// product anew in every turn of a loop, to save registers.
-template <class T> ATKD_DEVICE T *row_at(T *first, const atkd_strides &strides, uint32_t row) {
-    int64_t start = int64_t(row) * strides.stride;
-    if (ATKD_RARELY(strides.inverse != 0)) {
-        start += int64_t(uint32_t(uint64_t(row) * strides.inverse >> 32) >> strides.shift) * strides.skip;
-    }
-    return first + start;
-}
-
-// A row of V elements, seen as chunks. Chunk 0 starts at or before the row, so that every later chunk
-// starts at a multiple of its own bytes; what lies outside the row does not exist.
-template <class T> struct Row {
-    T *data;
-    uint32_t vocab;
-    // Chunk c is elements c * CHUNK - lead ... + CHUNK - 1.
-    uint32_t lead;
-    // Chunks that lie in the row and start at a multiple of 16 bytes.
-    uint32_t first_whole, wholes;
-
-    // `lead` is given by the row that leads; a row of another alignment is read element by element.
-    ATKD_DEVICE Row(T *row, uint32_t vocab_, uint32_t lead_)
-        : data(row), vocab(vocab_), lead(lead_), first_whole((lead_ + CHUNK - 1) / CHUNK), wholes(0) {
-        uint32_t end = (vocab + lead) / CHUNK;
-        if ((reinterpret_cast<uintptr_t>(row) - lead * sizeof(T)) % 16 == 0 && end > first_whole) {
-            wholes = end - first_whole;
-        }
-    }
-
-    ATKD_DEVICE uint32_t chunks() const { return (vocab + lead + CHUNK - 1) / CHUNK; }
-
-    ATKD_DEVICE bool whole(uint32_t chunk) const { return chunk - first_whole < wholes; }
-
-    // The chunk that an element is in.
-    ATKD_DEVICE uint32_t chunk_of(uint32_t element) const { return (element + lead) / CHUNK; }
-
-    // Where an element lies in a chunk; CHUNK or more if it is in another.
-    ATKD_DEVICE uint32_t within(uint32_t element, uint32_t chunk) const { return element - (chunk * CHUNK - lead); }
-
-    // Where a chunk starts, which may be before the row.
-    ATKD_DEVICE T *at(uint32_t chunk) const {
-        // Of integers the compiler makes one instruction, of pointers three.
-        uintptr_t start = reinterpret_cast<uintptr_t>(data) - lead * sizeof(T);
-        return reinterpret_cast<T *>(start + uint64_t(chunk) * (CHUNK * sizeof(T)));
-    }
-};
-
-// How many elements before the row a multiple of these bytes lies; unless they are given, of a chunk's.
-template <class T> ATKD_DEVICE uint32_t lead_of(const T *row, uint32_t bytes = CHUNK * sizeof(T)) {
-    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row) % bytes) / static_cast<uint32_t>(sizeof(T));
-}
-
-constexpr float OUTSIDE = -__builtin_huge_valf();
-
-// A chunk as it lies in memory.
-template <class T> struct Packed {
-    static constexpr uint32_t PARTS = CHUNK * sizeof(T) / 16, PER = CHUNK / PARTS;
-    Bytes16 part[PARTS];
-};
-
-// By shifts and not through a pointer, for which the compiler may want an address, and so local memory.
-template <class T> ATKD_DEVICE T element_of(const Bytes16 &bytes, uint32_t index) {
-    uint32_t word = bytes.word[index * sizeof(T) / 4];
-    return from_bits<T>(sizeof(T) == 2 && index % 2 == 1 ? word >> 16 : word);
-}
-template <class T> ATKD_DEVICE void set_element(Bytes16 &bytes, uint32_t index, T value) {
-    uint32_t &word = bytes.word[index * sizeof(T) / 4], bits = to_bits(value);
-    word = sizeof(T) == 4 ? bits : index % 2 == 1 ? (word & 0xffffu) | bits << 16 : (word & 0xffff0000u) | bits;
-}
-
-template <bool LAST = false, class T>
-ATKD_DEVICE Packed<T> load_whole(const Row<const T> &row, uint32_t chunk) {
-    Packed<T> packed = {};
-    ATKD_UNROLL
-    for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-        packed.part[i] = load16<LAST>(row.at(chunk) + i * Packed<T>::PER);
-    }
-    return packed;
-}
-
-// -inf outside the row.
-template <class T> ATKD_DEVICE Packed<T> load_packed(const Row<const T> &row, uint32_t chunk) {
-    if (ATKD_RARELY(!row.whole(chunk))) {
-        Packed<T> packed = {};
-        constexpr uint32_t PER = Packed<T>::PER;
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            uint32_t j = chunk * CHUNK + k - row.lead;
-            T z = j < row.vocab ? load(row.at(chunk) + k) : narrow<T>(OUTSIDE);
-            set_element<T>(packed.part[k / PER], k % PER, z);
-        }
-        return packed;
-    }
-    return load_whole(row, chunk);
-}
-
-template <class T> ATKD_DEVICE Packed<T> nothing() {
-    Packed<T> packed = {};
-    ATKD_UNROLL
-    for (uint32_t k = 0; k < CHUNK; k++) {
-        set_element<T>(packed.part[k / Packed<T>::PER], k % Packed<T>::PER, narrow<T>(OUTSIDE));
-    }
-    return packed;
-}
-
-template <class T> ATKD_DEVICE void unpack(const Packed<T> &packed, float (&x)[CHUNK]) {
-    constexpr uint32_t PER = Packed<T>::PER;
-    ATKD_UNROLL
-    for (uint32_t k = 0; k < CHUNK; k++) {
-        x[k] = widen(element_of<T>(packed.part[k / PER], k % PER));
-    }
-}
-// A bf16 is the upper half of the float: one instruction each.
-template <> ATKD_DEVICE void unpack(const Packed<bf16> &packed, float (&x)[CHUNK]) {
-    ATKD_UNROLL
-    for (uint32_t i = 0; i < 4; i++) {
-        x[2 * i] = from_bits<float>(packed.part[0].word[i] << 16);
-        x[2 * i + 1] = from_bits<float>(packed.part[0].word[i] & 0xffff0000u);
-    }
-}
-
-// Replaces one element.
-template <class T> ATKD_DEVICE void put(uint32_t within, T value, Packed<T> &packed) {
-    constexpr uint32_t PER = Packed<T>::PER;
-    ATKD_UNROLL
-    for (uint32_t k = 0; k < CHUNK; k++) {
-        if (within == k) {
-            set_element<T>(packed.part[k / PER], k % PER, value);
-        }
-    }
-}
-
-// Makes one element -inf.
-template <class T> ATKD_DEVICE void take_out(uint32_t within, Packed<T> &packed) {
-    put(within, narrow<T>(OUTSIDE), packed);
-}
-
-// A chunk, widened; -inf outside the row.
-template <class T> ATKD_DEVICE void load_chunk(const Row<const T> &row, uint32_t chunk, float (&x)[CHUNK]) {
-    unpack(load_packed(row, chunk), x);
-}
-
-// Word i of a chunk in memory.
-template <class T> ATKD_DEVICE uint32_t pack_word(const float (&x)[CHUNK], uint32_t i) {
-    return narrow_two<T>(x[2 * i], x[2 * i + 1]);
-}
-template <> ATKD_DEVICE uint32_t pack_word<float>(const float (&x)[CHUNK], uint32_t i) { return to_bits(x[i]); }
-
-template <class T> ATKD_DEVICE Packed<T> pack(const float (&x)[CHUNK]) {
-    Packed<T> packed = {};
-    ATKD_UNROLL
-    for (uint32_t i = 0; i < 4 * Packed<T>::PARTS; i++) {
-        packed.part[i / 4].word[i % 4] = pack_word<T>(x, i);
-    }
-    return packed;
-}
-
-template <class T> ATKD_DEVICE void store_whole(const Row<T> &row, uint32_t chunk, const float (&x)[CHUNK]) {
-    Packed<T> packed = pack<T>(x);
-    ATKD_UNROLL
-    for (uint32_t i = 0; i < Packed<T>::PARTS; i++) {
-        store16(row.at(chunk) + i * Packed<T>::PER, packed.part[i]);
-    }
-}
-
-template <class T> ATKD_DEVICE void store_chunk(const Row<T> &row, uint32_t chunk, const float (&x)[CHUNK]) {
-    if (ATKD_RARELY(!row.whole(chunk))) {
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            uint32_t j = chunk * CHUNK + k - row.lead;
-            if (j < row.vocab) {
-                store(row.at(chunk) + k, narrow<T>(x[k]));
-            }
-        }
-        return;
-    }
-    store_whole(row, chunk, x);
-}

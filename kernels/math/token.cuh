@@ -1,0 +1,222 @@
+// The loss of one token and its gradient's coefficients, from a handful of numbers about its row. D is a divergence
+// (forward_kl.cuh). With u, w the margins of teacher and student, L - z_g (L without the target g):
+//
+//   UNC = sigmoid(u)     TKD = D of the two classes "the target, or not"     DKD = D of the renormalised rest
+//   loss = c_tkd TKD + c_dkd DKD + c_ce CE     CE = softplus(w)
+//   dloss/db_j = gamma qhat_j + beta dDKD/db_j (j != g)     dloss/db_g = -gamma
+//   beta = c_dkd     gamma = c_tkd dTKD/dw + c_ce sigmoid(w)
+//
+// The passes over a row are in float32, and so is what its gradient waits for. What the loss is made of is in double,
+// once per row or token: a few dozen operations beside a hundred thousand. The margins and DKD go from one to the other
+// as float32.
+#pragma once
+
+#include "keys.cuh"
+#include "online.cuh"
+
+// The kinds of a state's fields, by how two parts of a row merge: sums relative to the same maxima add up; flags are
+// 0 or not, and set if they are in either.
+enum Field { SUM, MAX, FLAG };
+template <Field F> struct FieldKind {
+    static constexpr Field value = F;
+};
+template <class D, class Real> using RowState = typename D::template State<Real>;
+
+ATKD_DEVICE double sigmoid(double x) {
+    double e = exp(-fabs(x));
+    return (x <= 0 ? e : 1.0) / (1.0 + e);
+}
+
+ATKD_DEVICE double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
+
+// A term with coefficient 0 is absent, even where it is infinite.
+ATKD_DEVICE double weighted(double coefficient, double term) {
+    return coefficient == 0 ? 0 : coefficient * term;
+}
+
+ATKD_DEVICE double coefficient_of(const atkd_coefficient &coefficient, double uncertainty) {
+    return coefficient.value * (coefficient.times_uncertainty != 0 ? uncertainty : 1.0);
+}
+
+struct Terms {
+    double uncertainty, tkd, dkd, loss;
+};
+
+// From the margins u and w, the student's at temperature 1, and DKD, which is NaN if anything in the row is.
+template <class D>
+ATKD_DEVICE Terms terms_of(const atkd_objective &objective, double teacher_margin, double student_margin,
+                           double student_margin_at_1, double dkd, bool hard) {
+    Terms terms;
+    terms.uncertainty = sigmoid(teacher_margin);
+    terms.tkd = terms.dkd = terms.loss = dkd;
+    if (dkd != dkd) {
+        return terms;
+    }
+    // On the side where the teacher's sigmoid is small; swapping "the target" for "not the target" changes nothing.
+    double sign = teacher_margin > 0 ? -1 : 1;
+    terms.tkd = D::tkd(sign * teacher_margin, sign * student_margin);
+    double c_tkd = coefficient_of(objective.tkd[hard ? 1 : 0], terms.uncertainty);
+    double c_dkd = coefficient_of(objective.dkd[hard ? 1 : 0], terms.uncertainty);
+    terms.loss = weighted(c_tkd, terms.tkd) + weighted(c_dkd, terms.dkd) +
+                 weighted(objective.ce_weight, softplus(student_margin_at_1));
+    return terms;
+}
+
+// A coefficient in single precision: constant + times_uncertainty * UNC.
+struct Weight {
+    float constant, times_uncertainty;
+
+    static ATKD_DEVICE Weight of(const atkd_coefficient &coefficient, double scale) {
+        // Not 0 times an infinite upstream gradient.
+        float value = coefficient.value == 0 ? 0 : float(coefficient.value * scale);
+        bool times = coefficient.times_uncertainty != 0;
+        return {times ? 0 : value, times ? value : 0};
+    }
+    ATKD_DEVICE float at(float uncertainty) const { return fmaf(times_uncertainty, uncertainty, constant); }
+};
+
+// The weights of the terms times the gradient's scale, for easy tokens and for hard ones; the same for all rows.
+struct alignas(16) Weights {
+    Weight easy_tkd, hard_tkd, easy_dkd, hard_dkd;
+    float ce;             // NaN if the scale is not finite: then so is the whole gradient
+    float threshold_odds; // the predicted threshold: a token is taken to be hard from these odds on
+
+    static ATKD_DEVICE Weights of(const atkd_rows &p) {
+        const atkd_objective &objective = p.objective;
+        double scale = p.scale * (p.mean != 0 ? 1.0 / load(&p.batch.summary->counted_valid) : 1.0) *
+                       (p.upstream == nullptr ? 1.0 : load(p.upstream));
+        double at_t = scale * objective.inverse_temperature;
+        float threshold_odds = p.guess == 0 ? 0 : exp2_fast(margin_of_key(load(&p.batch.summary->guess)) * LOG2_E);
+        return {Weight::of(objective.tkd[0], at_t),
+                Weight::of(objective.tkd[1], at_t),
+                Weight::of(objective.dkd[0], at_t),
+                Weight::of(objective.dkd[1], at_t),
+                float((objective.ce_weight == 0 ? 0 : objective.ce_weight * scale) + (scale - scale)),
+                threshold_odds};
+    }
+};
+
+// A model's odds against the target, e^margin, with the inverse of its sum.
+struct Odds {
+    float inverse, odds, sigmoid, rest; // rest: 1 - sigmoid
+
+    static ATKD_DEVICE Odds of(float sum, float max, float target_logit, float exponent) {
+        // A sum of 0 belongs to exponentials that are all 0, and so is their share of the gradient.
+        bool no_mass = sum == 0 && target_logit > NEG_INF;
+        float to_target = -Shift::of(max, exponent).exponent_of(target_logit, exponent);
+        float odds = no_mass ? 0 : (sum + correction_of(max, exponent)) * exp2_fast(to_target);
+        odds = target_logit == -NEG_INF ? nanf("") : odds;
+        // 0 from odds of 2^126 on.
+        float rest = reciprocal_fast(1 + odds);
+        // Not corrected: the gradient's exponential of the maximum has the error that its part of the sum has, and
+        // near 1 their ratio must be right to the last bit. So one step of Newton's.
+        float inverse = reciprocal_fast(sum);
+        inverse = fmaf(inverse, fmaf(-sum, inverse, 1.0f), inverse);
+        return {sum == 0 ? 0 : inverse, odds, rest == 0 ? 1 : odds * rest, rest};
+    }
+};
+
+// The factors of an element's exponentials in its gradient: the teacher's, the student's, the student's at
+// temperature 1.
+struct Coefficients {
+    float teacher, student, student_at_1;
+};
+
+// A row's numbers for the gradients of its elements.
+struct alignas(16) GradientScales {
+    float teacher, student, student_at_1; // Coefficients
+    float target;                         // the gradient at the target
+    float teacher_max, student_max, teacher_shift, student_shift;
+
+    ATKD_DEVICE float shift_at_1() const { return shift_of(student_max, LOG2_E); }
+    // A shift is NaN.
+    template <bool CE_SUM> ATKD_DEVICE bool large() const {
+        float sum = teacher_shift + student_shift + (CE_SUM ? shift_at_1() : 0.0f);
+        return sum != sum;
+    }
+};
+
+// The target's logit in either model; to be read before a gradient in place overwrites it.
+struct TargetLogits {
+    float teacher, student;
+};
+
+// From the state of a row, which every lane has, to the scales of its gradient. All warps of the row wait for it: so
+// it is in single precision, and in odds, which need no logarithm. CE_SUM: cross entropy has a sum of its own. Where
+// groups are predicted, the token's is stored if `writes_mode`.
+template <class D, bool CE_SUM, class State>
+ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights, uint32_t token, uint8_t mode,
+                                     const State &state, const TargetLogits &target, bool writes_mode) {
+    float exponent = p.batch.inverse_temperature * LOG2_E;
+    auto teacher = Odds::of(float(state.teacher_sum), state.teacher_max, target.teacher, exponent);
+    auto student = Odds::of(float(state.student_sum), state.student_max, target.student, exponent);
+    auto student_at_1 =
+        CE_SUM ? Odds::of(float(state.student_sum_at_1), state.student_max, target.student, LOG2_E) : student;
+    float slope = D::tkd_slope(teacher, student);
+    // The token's group or, before the selection, a prediction of it. Rounding may decide here otherwise than in the
+    // margin that the selection goes by; then the prediction was wrong.
+    bool hard = p.guess != 0 ? teacher.odds >= weights.threshold_odds : mode == ATKD_HARD;
+    // DKD is 0 for a teacher without mass off the target, whatever the student does.
+    float beta = state.teacher_sum == 0 ? 0 : (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid);
+    float gamma = (hard ? weights.hard_tkd : weights.easy_tkd).at(teacher.sigmoid) * slope;
+    float gamma_ce = weights.ce == 0 ? 0 : weights.ce * student_at_1.sigmoid;
+    if (p.guess != 0 && writes_mode && thread_index() % WARP == 0) {
+        store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
+    }
+    Coefficients factors =
+        D::template coefficients<CE_SUM>(beta, gamma, gamma_ce, teacher, student, student_at_1);
+    GradientScales scales = {
+        factors.teacher,
+        factors.student,
+        factors.student_at_1,
+        -(gamma + gamma_ce),
+        state.teacher_max,
+        state.student_max,
+        shift_of(state.teacher_max, exponent),
+        shift_of(state.student_max, exponent),
+    };
+    if (state.has_nan() || teacher.odds != teacher.odds || student.odds != student.odds || weights.ce != weights.ce) {
+        scales.teacher = scales.student = scales.student_at_1 = scales.target = nanf("");
+        scales.teacher_max = scales.student_max = scales.teacher_shift = scales.student_shift = 0;
+    }
+    return scales;
+}
+
+// The lanes of store_margins: lane 0 finishes the teacher, lane 1 the student, lane 2 the student at temperature 1, by
+// the same arithmetic at once.
+constexpr uint32_t TEACHER = 0, STUDENT = 1, STUDENT_AT_1 = 2;
+
+// Stores a row's margins and DKD, for the selection and for token_terms. Run by one warp, every lane of which has the
+// row's state.
+template <class D, bool CE_SUM>
+ATKD_DEVICE void store_margins(const atkd_rows &p, uint32_t token, const RowState<D, double> &state,
+                               const TargetLogits &target) {
+    uint32_t lane = thread_index() % WARP;
+    float exponent = p.batch.inverse_temperature * LOG2_E;
+    double sum = lane == TEACHER ? state.teacher_sum : state.student_sum;
+    float max = lane == TEACHER ? state.teacher_max : state.student_max;
+    if (CE_SUM && lane == STUDENT_AT_1) {
+        sum = state.student_sum_at_1;
+        exponent = LOG2_E;
+    }
+    sum += correction_of(max, exponent);
+    double log_sum = log(sum);
+    float target_logit = lane == TEACHER ? target.teacher : target.student;
+    double margin = log_sum + to_margin(max, target_logit, exponent);
+    double dkd = D::dkd(state, sum, log_sum, shuffle_from(log_sum, STUDENT));
+    bool not_a_number = state.has_nan() || warp_ballot(lane <= STUDENT && margin != margin) != 0;
+    dkd = not_a_number ? nan("") : dkd;
+    if (lane == TEACHER) {
+        store(p.teacher_margin + token, float(margin));
+        store(p.dkd + token, float(dkd * (1 / double(GAP_UNIT))));
+        if (p.write_keys != 0) {
+            store(p.batch.keys + token, key_of(float(margin)));
+        }
+    }
+    if (lane == STUDENT) {
+        store(p.student_margin + token, float(margin * (1 / double(GAP_UNIT))));
+    }
+    if (p.objective.ce_weight != 0 && lane == (CE_SUM ? STUDENT_AT_1 : STUDENT)) {
+        store(p.student_margin_at_1 + token, margin);
+    }
+}
