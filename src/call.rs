@@ -1,4 +1,4 @@
-//! What a call reads and writes, by address: for memory that other languages and frameworks own, on the host or on a
+//! A call's inputs and outputs by address: for memory that other languages and frameworks own, on the host or on a
 //! device. [`cpu::raw`](crate::cpu::raw) and [`cuda`](crate::cuda) run such calls.
 
 use crate::logits::span;
@@ -8,11 +8,11 @@ use crate::{Dtype, Error, Objective, Result, Strides, Target};
 /// Logits or a gradient `[tokens, vocab]` at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawLogits {
-    /// Of the first element.
+    /// The address of the first element.
     pub address: u64,
     /// The type of the elements.
     pub dtype: Dtype,
-    /// Where the rows start, in elements from the first: a row stride by `into()`, or [`Strides::nested`].
+    /// The starts of the rows, in elements from the first: a row stride by `into()`, or [`Strides::nested`].
     pub strides: Strides,
 }
 
@@ -36,7 +36,7 @@ pub struct RawCall {
     pub teacher: RawLogits,
     /// The student's logits.
     pub student: RawLogits,
-    /// Where the gradient goes, of the student's dtype or float32; may be the student's logits
+    /// The memory for the gradient, of the student's dtype or float32; may be the student's logits
     /// themselves. `None` for the loss alone.
     pub gradient: Option<RawLogits>,
     /// `None` for a batch without labels, with [`Target::Teacher`].
@@ -47,7 +47,7 @@ pub struct RawCall {
     /// The teacher's margins, float32 `[N]`, where they are known from elsewhere: hard tokens are selected
     /// by these, and the teacher's logits are read once less.
     pub margins: Option<u64>,
-    /// Which tokens are hard, a byte per token, 0 or not, where that was selected elsewhere: nothing is selected then,
+    /// The set of hard tokens, a byte per token, 0 or not, if that was selected elsewhere: nothing is selected then,
     /// and hard ratio, sequences and margins are not used. Ignored tokens stay ignored.
     pub hard: Option<u64>,
     /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied. If it is infinite
@@ -72,7 +72,7 @@ impl RawLogits {
             .ok_or(Error::Shape { what, tokens, vocab, strides, reason })
     }
 
-    /// Whether an element of either, both of which can be there, is in a row of the other.
+    /// Returns whether an element of either, both of which can be there, is in a row of the other.
     fn overlaps(self, other: Self, tokens: usize, vocab: usize) -> bool {
         let [one, other] = [self, other].map(|Self { address, dtype, strides }| {
             ByteRows::new(address, dtype.size(), strides, tokens, vocab)
@@ -80,7 +80,7 @@ impl RawLogits {
         one.overlap(&other)
     }
 
-    /// Whether both are the same rows.
+    /// Returns whether both are the same rows.
     fn is_same(self, other: Self, tokens: usize) -> bool {
         let of_tokens = |logits: Self| Self { strides: logits.strides.of(tokens), ..logits };
         of_tokens(self) == of_tokens(other)
@@ -88,12 +88,12 @@ impl RawLogits {
 }
 
 impl RawCall {
-    /// Whether the gradient overwrites the student's logits.
+    /// Returns whether the gradient overwrites the student's logits.
     pub(crate) fn is_in_place(&self) -> bool {
         self.gradient.is_some_and(|gradient| gradient.is_same(self.student, self.tokens))
     }
 
-    /// Whether the shapes, strides and addresses go together; what lies behind an address cannot be
+    /// Checks that the shapes, strides and addresses go together; what lies behind an address cannot be
     /// known.
     pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
         if self.labels.is_none() && objective.target() == Target::Label {
@@ -152,7 +152,7 @@ impl RawCall {
     }
 }
 
-/// What the teacher's margins follow from, by address. N is `tokens`.
+/// The inputs of the teacher's margins, by address. N is `tokens`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawTeacher {
     /// Rows.
@@ -183,7 +183,7 @@ impl RawTeacher {
         }
     }
 
-    /// Whether the call can be made, and its margins written.
+    /// Checks that the call can be made, and its margins written.
     pub(crate) fn check(&self, objective: &Objective, to: u64) -> Result<()> {
         self.call().check(objective)?;
         check_alignment("the margins", to, size_of::<f32>() as u64)?;
@@ -198,16 +198,16 @@ pub struct RawSelection {
     pub tokens: usize,
     /// float32 `[N]`.
     pub margins: u64,
-    /// Which tokens count, a byte per token, 0 or not; `None` for all.
+    /// The tokens that count, a byte per token, 0 or not; `None` for all.
     pub valid: Option<u64>,
     /// As [`RawCall::sequences`].
     pub sequences: Option<(u64, usize)>,
-    /// Where one byte per token goes: 1 for a hard token, else 0.
+    /// The memory for one byte per token: 1 for a hard token, else 0.
     pub hard: u64,
 }
 
 impl RawSelection {
-    /// Whether the addresses go together.
+    /// Checks that the addresses go together.
     pub(crate) fn check(&self) -> Result<()> {
         check_sequences(self.sequences, self.tokens)?;
         let offsets = self.sequences.map_or(0, |(address, _)| address);
@@ -257,7 +257,7 @@ pub const EASY: u8 = 1;
 /// The mode of a hard token.
 pub const HARD: u8 = 2;
 
-/// Where the results of a call go.
+/// The memory for the results of a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RawOutput {
     /// One float32: the reduced loss. On a GPU NaN if a label, or a sequence's offset, is out of range, which is an
@@ -277,7 +277,7 @@ pub struct RawOutput {
 }
 
 impl RawOutput {
-    /// Whether each address suits its elements.
+    /// Checks that each address suits its elements.
     pub(crate) fn check(&self) -> Result<()> {
         for (what, address) in [
             ("the loss", self.loss),

@@ -5,7 +5,7 @@ use std::fmt;
 use crate::params::*;
 use crate::{Dtype, Target};
 
-/// What a plan needs to know of a device.
+/// The facts of a device that a plan follows from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceProperties {
     /// Streaming multiprocessors.
@@ -37,7 +37,7 @@ impl DeviceProperties {
     }
 }
 
-/// What a plan needs to know of a call. All sizes are at most `i32::MAX`.
+/// The facts of a call that a plan follows from. All sizes are at most `i32::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Rows.
@@ -50,9 +50,9 @@ pub struct Problem {
     pub student: Dtype,
     /// The type of the gradient; the student's where none is wanted.
     pub gradient: Dtype,
-    /// Whether cross entropy needs a sum of its own: it has a weight, and the temperature is not 1.
+    /// Cross entropy needs a sum of its own: it has a weight, and the temperature is not 1.
     pub sum_at_1: bool,
-    /// Whether rows of teacher, student and gradient start equally far from a multiple of 16 bytes.
+    /// The rows of teacher, student and gradient start equally far from a multiple of 16 bytes.
     pub aligned_alike: bool,
     /// Parts within which hard tokens are selected.
     pub scopes: usize,
@@ -60,9 +60,9 @@ pub struct Problem {
     pub target: Target,
     /// The origin of the set of hard tokens.
     pub hard: HardTokens,
-    /// Whether a gradient is wanted that depends on which tokens are hard.
+    /// A gradient is wanted that depends on which tokens are hard.
     pub gradient_depends_on_hard: bool,
-    /// Whether the gradient overwrites the student's logits, so that no row can be done again.
+    /// The gradient overwrites the student's logits, so that no row can be done again.
     pub in_place: bool,
 }
 
@@ -211,7 +211,7 @@ pub struct Preference {
 pub struct Plan {
     /// The order of the stages.
     pub schedule: Schedule,
-    /// Whether the schedule's margin stage is needed: a pass over the teacher's logits before the rows.
+    /// The schedule's margin stage is needed: a pass over the teacher's logits before the rows.
     pub margin_pass: bool,
     /// `teacher_margin`: the teacher's rows are read once.
     pub margin: LaunchShape,
@@ -219,7 +219,7 @@ pub struct Plan {
     pub count: LaunchShape,
     /// `select_hard`: the keys are read from the L2 cache.
     pub select: LaunchShape,
-    /// Which kernel reads both models' rows and writes the gradient.
+    /// The kernel that reads both models' rows and writes the gradient.
     pub row_kernel: RowKernel,
     /// For all tokens.
     pub rows: LaunchShape,
@@ -264,7 +264,7 @@ const SHARED_UNIT: usize = 128;
 #[derive(Clone, Copy)]
 struct BlocksOnChip {
     threads: usize,
-    /// Of a multiprocessor.
+    /// Blocks that a multiprocessor has registers for.
     most: usize,
 }
 
@@ -284,7 +284,7 @@ impl BlocksOnChip {
     }
 }
 
-/// Of a row, which has up to one more where it starts off a chunk's boundary.
+/// Chunks of a row, which has up to one more if it starts off a chunk's boundary.
 fn chunks(vocab: usize) -> usize {
     (vocab + CHUNK - 1).div_ceil(CHUNK)
 }
@@ -501,7 +501,7 @@ impl Problem {
         (schedule, of_teacher || wanted)
     }
 
-    /// What the kernels that read a row once are made for.
+    /// Returns whether the kernels that read a row once can do the call's types.
     fn of_one_type(&self) -> bool {
         self.teacher == self.student && self.student == self.gradient && !self.sum_at_1
     }
@@ -750,7 +750,7 @@ mod tests {
             let problem = problem(tokens, 32_000, Dtype::Bf16, Dtype::Bf16);
             Plan::new(&H200, &problem, None).margin.grid
         };
-        // Of 660 that run at once: 13, 4, 2, 1 rows each at most.
+        // 660 blocks run at once, with 13, 4, 2, 1 rows each at most.
         assert_eq!([0, 3, 660, 661, 2048, 8192].map(grid), [0, 3, 660, 331, 512, 631]);
     }
 

@@ -145,7 +145,7 @@ impl Kernels {
     }
 }
 
-/// Where a kernel meets offsets out of order, it selects nothing, and writes nothing.
+/// Clears the mask of a selection within sequences: a kernel that meets offsets out of order writes nothing.
 ///
 /// # Safety
 /// As [`Kernels::launch_raw`], of a selection that is valid.

@@ -150,7 +150,7 @@ impl Kernels {
         match gradient {
             None => workspace.forward(stream, objective, &device_batch, &student)?,
             Some(mut gradient) => {
-                // What lies between the rows comes back as it went.
+                // The elements between the rows come back as they went.
                 let mut copy = Copy::new(stream, gradient.as_logits().elements())?;
                 let to = copy.logits_mut(gradient.as_logits())?;
                 workspace.forward_backward(stream, objective, &device_batch, &student, to, None)?;

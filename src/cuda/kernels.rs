@@ -35,12 +35,12 @@ pub struct Kernels {
     functions: HashMap<&'static str, CudaFunction>,
     device: DeviceProperties,
     preferred: Option<Preference>,
-    /// Whether a kernel may be made ready while the one before it runs.
+    /// A kernel may be made ready while the one before it runs.
     overlap: bool,
-    /// Where the threshold of a call whose workspace is not kept is left for the next as a guess: any value
+    /// The address of a word that keeps the threshold of a call whose workspace is not kept, for the next to predict by: any value
     /// is right.
     pub(super) guess: u64,
-    /// What holds it.
+    /// The owner of that word.
     _memory: CudaSlice<u32>,
 }
 
@@ -151,7 +151,7 @@ impl Kernels {
         &self.context
     }
 
-    /// What plans are made for.
+    /// The device that plans are made for.
     pub fn device(&self) -> DeviceProperties {
         self.device
     }

@@ -18,16 +18,16 @@ use crate::device::workspace::{Layout, Memory, check_faults, read_summary};
 use crate::params::atkd_summary;
 use crate::{Error, Objective, Output, Result};
 
-/// What a call computes on its way and leaves behind: the loss, every token's terms, its mode. 33 bytes a
+/// The results of a call, and the memory that it works in: the loss, every token's terms, its mode. 33 bytes a
 /// token and 67 KB, on the device; made once, used by one call after another.
 #[derive(Debug)]
 pub struct Workspace {
     kernels: Arc<Kernels>,
     memory: CudaSlice<u8>,
-    /// Of the memory.
+    /// The address of the memory.
     address: u64,
     layout: Layout,
-    /// What the last call was about.
+    /// The last call's facts, for those who read its results.
     last: Option<Last>,
     /// Before the first kernel of the last call, and after each.
     clock: Option<Clock>,
@@ -49,7 +49,7 @@ struct Last {
     /// 0 if it failed.
     tokens: usize,
     vocab: usize,
-    /// Whether the driver refused one of its kernels, so that there are no results.
+    /// The driver refused one of its kernels, so that there are no results.
     failed: bool,
 }
 
@@ -168,7 +168,7 @@ impl Workspace {
         self.enqueue(stream, objective, batch, student, Some(student), upstream)
     }
 
-    /// What can be wrong with a call beside its shapes. Before any address is asked for: cudarc then
+    /// Checks a call but for its shapes. This comes before any address is asked for: cudarc then
     /// makes the stream wait for earlier uses of the memory, and later records this one, which a stream
     /// of another context or in a capture refuses.
     fn check(
@@ -194,7 +194,7 @@ impl Workspace {
         }
     }
 
-    /// Whether all memory of a call, and the workspace's, is of its context, and can be used on the stream.
+    /// Checks that all memory of a call, and the workspace's, is of its context, and can be used on the stream.
     fn check_memory<'a>(
         &'a self,
         stream: &Arc<CudaStream>,
@@ -539,7 +539,7 @@ impl Workspace {
         self.column(self.layout.offsets().token_loss, self.tokens())
     }
 
-    /// Which tokens the last call ignored (0), took for easy (1) and for hard (2).
+    /// The last call's groups: the tokens that it ignored (0), took for easy (1) and for hard (2).
     pub fn modes(&self) -> CudaView<'_, u8> {
         self.column(self.layout.offsets().modes, self.tokens())
     }
@@ -569,7 +569,7 @@ impl Last {
     }
 }
 
-/// Whether a stream is in a capture while the context tracks the use of its memory. cudarc's events of
+/// Returns whether a stream is in a capture while the context tracks the use of its memory. cudarc's events of
 /// earlier work cannot be waited for there; trying ends the capture.
 fn tracked_capture(stream: &CudaStream, context: &CudaContext) -> Result<bool> {
     if !context.is_managing_stream_synchronization() {

@@ -7,7 +7,7 @@ use crate::call::RawLogits;
 use crate::params::*;
 use crate::plan::LaunchShape;
 
-/// What there is to know of a kernel without running it.
+/// A kernel as the host knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kernel {
     /// Its name.
@@ -22,7 +22,7 @@ pub struct Kernel {
     pub shrinks: Shrinks,
 }
 
-/// Which numbers of a launch a simulation may make smaller than planned, since the kernel works with any.
+/// The numbers of a launch that a simulation may make smaller than planned, since the kernel works with any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shrinks {
     /// Threads per block and blocks per cluster.

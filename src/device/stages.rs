@@ -20,7 +20,7 @@ use crate::{Coefficient, Error, Objective, Reduction, Result};
 pub(crate) struct Checked<'a> {
     pub objective: &'a Objective,
     pub call: &'a RawCall,
-    /// What a plan for the call needs to know.
+    /// The facts of the call that a plan follows from.
     pub problem: Problem,
 }
 
@@ -164,7 +164,7 @@ pub(crate) fn launches(
     Ok(launches.into_iter())
 }
 
-/// What the launches of a call have in common.
+/// A call, from which the launch of each stage is made.
 struct Stages {
     objective: Objective,
     call: RawCall,
@@ -324,7 +324,7 @@ impl Stages {
         }
     }
 
-    /// What multiplies the sum over the tokens, but for the mean's division by their count, which the kernels do.
+    /// The factor of the sum over the tokens, but for the mean's division by their count, which the kernels do.
     fn scale(&self) -> f64 {
         self.objective.reduction_scale(1)
     }
@@ -334,7 +334,7 @@ impl Stages {
     }
 }
 
-/// What multiplies a gradient `[tokens, vocab]`, in place, by the float32 scalar at `factor`.
+/// The kernel that multiplies a gradient `[tokens, vocab]`, in place, by the float32 scalar at `factor`.
 ///
 /// # Errors
 /// If the shape, the strides and the addresses do not go together.

@@ -102,7 +102,7 @@ impl Layout {
         [summary, states].into_iter().chain(columns)
     }
 
-    /// Where columns lie for callers that read them on the device.
+    /// The offsets of the columns that callers read on the device.
     #[cfg(feature = "cuda")]
     pub fn offsets(self) -> ColumnOffsets {
         ColumnOffsets {
@@ -115,7 +115,7 @@ impl Layout {
         }
     }
 
-    /// What the kernels left in the workspace's memory.
+    /// Reads the results that kernels left in a copy of the workspace's memory.
     ///
     /// # Errors
     /// If a kernel met a label or an offset out of range.
@@ -226,7 +226,7 @@ impl Memory {
         (self.workspace + self.layout.states() as u64) as *mut c_void
     }
 
-    /// Whether there is room for so many.
+    /// Checks that there is room for so many.
     pub fn check(&self, tokens: usize, sequences: usize) -> Result<()> {
         let capacity = self.layout.capacity;
         for (what, needed) in [("tokens", tokens), ("sequences", sequences)] {
@@ -237,7 +237,7 @@ impl Memory {
         Ok(())
     }
 
-    /// What the kernels share, without teacher and labels.
+    /// The parameters that kernels share, without teacher and labels.
     pub fn batch(&self, tokens: usize) -> atkd_batch {
         atkd_batch {
             teacher: std::ptr::null(),

@@ -33,7 +33,7 @@ pub struct Simulation {
     pub preferred: Option<Preference>,
     /// The guess of the threshold from which tokens are hard.
     pub guess: u32,
-    /// Of the order in which blocks and threads take turns: no result may depend on it.
+    /// The seed of the order in which blocks and threads take turns: no result may depend on it.
     pub seed: u64,
 }
 
@@ -46,7 +46,7 @@ impl Default for Simulation {
             block: 64,
             cluster: 2,
             preferred: None,
-            // Of a margin of 0: an uncertainty of a half.
+            // The key of a margin of 0: an uncertainty of a half.
             guess: 1 << 31,
             seed: 0,
         }
@@ -56,7 +56,7 @@ impl Default for Simulation {
 /// Bytes that one kernel read and wrote, by buffer.
 pub type Traffic = Vec<(&'static str, Vec<Buffer>)>;
 
-/// What a call reads beside the batch and the student's logits.
+/// The inputs of a call beside the batch and the student's logits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Extra {
     /// The gradient of what comes after.
@@ -419,7 +419,7 @@ impl Simulation {
 /// Runs one kernel by its name, as a driver would.
 ///
 /// # Errors
-/// What the kernel did wrong, or that there is no such kernel.
+/// If the kernel does something wrong, which the message says, or there is no such kernel.
 ///
 /// # Safety
 /// `parameters` is the kernel's parameter block. An access outside the buffers is an error.

@@ -14,7 +14,7 @@ macro_rules! simulator {
         /// Runs a kernel by its name.
         ///
         /// # Errors
-        /// What the kernel did wrong, or that there is no such kernel.
+        /// If the kernel does something wrong, which the message says, or there is no such kernel.
         ///
         /// # Safety
         /// `parameters` is the kernel's parameter block.
