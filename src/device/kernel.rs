@@ -82,6 +82,7 @@ macro_rules! with_kernels {
         }
     };
 }
+#[cfg(feature = "simt")]
 pub(crate) use with_kernels;
 
 macro_rules! table {
