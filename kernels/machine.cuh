@@ -40,25 +40,25 @@ ATKD_DEVICE void begin_kernel() {
     ATKD_SINCE_SM_90("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 }
 // A kernel with the launch bounds geometry##_THREADS and geometry##_BLOCKS.
-#define ATKD_KERNEL(name, params, geometry)                                                                   \
-    static ATKD_DEVICE void name##_body(const params &p);                                                     \
-    extern "C" __global__ void __launch_bounds__(geometry##_THREADS, geometry##_BLOCKS)                       \
-        name(const __grid_constant__ params p) {                                                              \
-        begin_kernel();                                                                                       \
-        name##_body(p);                                                                                       \
-    }                                                                                                         \
+#define ATKD_KERNEL(name, params, geometry)                                                                            \
+    static ATKD_DEVICE void name##_body(const params &p);                                                              \
+    extern "C" __global__ void __launch_bounds__(geometry##_THREADS, geometry##_BLOCKS)                                \
+        name(const __grid_constant__ params p) {                                                                       \
+        begin_kernel();                                                                                                \
+        name##_body(p);                                                                                                \
+    }                                                                                                                  \
     static ATKD_DEVICE void name##_body(const params &p)
 // `count` elements of shared memory.
 #define ATKD_SHARED(type, name, count) __shared__ type name[count]
 // The same as a member of a struct, of which a kernel has one. The struct's address is computed once; that of an
 // array by itself is computed for every access.
 #define ATKD_SHARED_MEMBER(type, name, count) type name[count]
-#define ATKD_SHARED_STRUCT(type, name)                                                                        \
-    __shared__ type name##_memory;                                                                            \
+#define ATKD_SHARED_STRUCT(type, name)                                                                                 \
+    __shared__ type name##_memory;                                                                                     \
     type &name = *static_cast<type *>(__cvta_shared_to_generic(opaque(in_shared(&name##_memory))))
 // The shared memory that the launch asks for.
-#define ATKD_STAGED(name)                                                                                     \
-    extern __shared__ __align__(128) unsigned char name##_memory[];                                          \
+#define ATKD_STAGED(name)                                                                                              \
+    extern __shared__ __align__(128) unsigned char name##_memory[];                                                    \
     StagedMemory name = {opaque(in_shared(name##_memory))}
 
 typedef __half f16;
@@ -69,10 +69,10 @@ ATKD_DEVICE uint32_t block_threads() { return blockDim.x; }
 ATKD_DEVICE uint32_t block_index() { return blockIdx.x; }
 #define ATKD_SYNC_BLOCK() __syncthreads()
 // A named barrier: converged warps may arrive from different places in the program.
-#define ATKD_SYNC_NAMED(barrier, threads)                                                                           \
-    do {                                                                                                      \
-        __syncwarp();                                                                                         \
-        asm volatile("barrier.sync %0, %1;" ::"n"(int(barrier)), "n"(threads) : "memory");                    \
+#define ATKD_SYNC_NAMED(barrier, threads)                                                                              \
+    do {                                                                                                               \
+        __syncwarp();                                                                                                  \
+        asm volatile("barrier.sync %0, %1;" ::"n"(int(barrier)), "n"(threads) : "memory");                             \
     } while (0)
 
 // A cluster: co-resident blocks that read each other's shared memory. Before sm_90, one block; there the blocks of a
@@ -205,10 +205,10 @@ struct alignas(16) Bytes16 {
 // the last time.
 template <bool STREAMING> ATKD_DEVICE Bytes16 load16(const void *at) {
     Bytes16 value;
-#define ATKD_LOAD16(instruction)                                                                              \
-    asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                                                       \
-                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])         \
-                 : "l"(at)                                                                                    \
+#define ATKD_LOAD16(instruction)                                                                                       \
+    asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                                                                \
+                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])                  \
+                 : "l"(at)                                                                                             \
                  : "memory")
     if (STREAMING) {
         ATKD_LOAD16("ld.global.cs.v4.b32");
@@ -219,8 +219,8 @@ template <bool STREAMING> ATKD_DEVICE Bytes16 load16(const void *at) {
 }
 ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
     // Nobody reads a gradient soon: it must not push the rows that are read again out of L2.
-    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.word[0]),
-                 "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.word[0]), "r"(value.word[1]),
+                 "r"(value.word[2]), "r"(value.word[3])
                  : "memory");
 }
 
@@ -313,15 +313,14 @@ ATKD_DEVICE void wait_for(Barrier &barrier, uint32_t parity) {
 #define ATKD_WAIT(array, index, parity) wait_for((array)[index], parity)
 
 // An asynchronous bulk copy, unordered with everything but the barrier: size and both addresses are multiples of 16.
-ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *from, uint32_t bytes,
-                           Barrier &barrier) {
+ATKD_DEVICE void bulk_load(StagedMemory staged, uint32_t offset, const void *from, uint32_t bytes, Barrier &barrier) {
     ATKD_SINCE_SM_90(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
             staged.address + offset),
         "l"(from), "r"(bytes), "r"(in_shared(&barrier))
         : "memory");
 }
-#define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
+#define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                                    \
     bulk_load(staged, offset, global, bytes, (array)[index])
 // A hint: prefetches into the L2 cache. Size and address are multiples of 16.
 ATKD_DEVICE void bulk_prefetch(const void *from, uint32_t bytes) {

@@ -77,8 +77,8 @@ typedef struct {
     double loss;
     uint64_t label_fault;  // ~the lowest token whose label is out of range, since the host last looked; 0 for none
     uint64_t offset_fault; // ~the lowest sequence whose offsets are out of order, likewise
-    float loss_f32; // NaN if there is a fault that the host has not seen
-    uint32_t valid; // tokens that are not ignored
+    float loss_f32;        // NaN if there is a fault that the host has not seen
+    uint32_t valid;        // tokens that are not ignored
     uint32_t hard;
     uint32_t counted_valid; // of the call in progress
     uint32_t counted_hard;
@@ -92,11 +92,11 @@ typedef struct {
 
 // Teacher and labels of a call, and what its kernels share.
 typedef struct {
-    const void *teacher;       // logits [N, V]
-    const void *labels;        // [N], or null for none
-    int32_t *targets;          // [N]: the teacher's arg max (ATKD_TARGET_TEACHER only)
-    uint32_t *keys;            // [N]: larger for a larger margin; 1 for NaN, 0 for an ignored token
-    uint8_t *modes;            // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
+    const void *teacher; // logits [N, V]
+    const void *labels;  // [N], or null for none
+    int32_t *targets;    // [N]: the teacher's arg max (ATKD_TARGET_TEACHER only)
+    uint32_t *keys;      // [N]: larger for a larger margin; 1 for NaN, 0 for an ignored token
+    uint8_t *modes;      // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
     atkd_summary *summary;
     atkd_strides teacher_strides;
     int64_t ignore_index;      // tokens with this label are dropped

@@ -26,18 +26,18 @@ struct Sum {
 
 // Combines the values of all threads of the block; every thread gets the result. `scratch` holds one
 // value per warp and may be used again after the next barrier.
-#define ATKD_REDUCE_BLOCK(result, value, op, scratch)                                                         \
-    do {                                                                                                      \
-        auto reduced_ = reduce_warp(value, op);                                                               \
-        ATKD_SYNC_BLOCK();                                                                                    \
-        if (thread_index() % WARP == 0) {                                                                     \
-            scratch[thread_index() / WARP] = reduced_;                                                        \
-        }                                                                                                     \
-        ATKD_SYNC_BLOCK();                                                                                    \
-        reduced_ = scratch[0];                                                                                \
-        for (uint32_t warp_ = 1; warp_ < block_threads() / WARP; warp_++) {                                   \
-            decltype(reduced_) other_ = scratch[warp_];                                                       \
-            reduced_ = op(reduced_, other_);                                                                  \
-        }                                                                                                     \
-        result = reduced_;                                                                                    \
+#define ATKD_REDUCE_BLOCK(result, value, op, scratch)                                                                  \
+    do {                                                                                                               \
+        auto reduced_ = reduce_warp(value, op);                                                                        \
+        ATKD_SYNC_BLOCK();                                                                                             \
+        if (thread_index() % WARP == 0) {                                                                              \
+            scratch[thread_index() / WARP] = reduced_;                                                                 \
+        }                                                                                                              \
+        ATKD_SYNC_BLOCK();                                                                                             \
+        reduced_ = scratch[0];                                                                                         \
+        for (uint32_t warp_ = 1; warp_ < block_threads() / WARP; warp_++) {                                            \
+            decltype(reduced_) other_ = scratch[warp_];                                                                \
+            reduced_ = op(reduced_, other_);                                                                           \
+        }                                                                                                              \
+        result = reduced_;                                                                                             \
     } while (0)

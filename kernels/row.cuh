@@ -102,9 +102,9 @@ template <class G, class P, class Q> ATKD_DEVICE void drop_row(const atkd_rows &
 }
 
 // The shared memory of a row's block.
-#define ATKD_ROW_SHARED(D, threads)                                                                           \
-    using WarpState = RowState<D, float>;                                                                     \
-    ATKD_SHARED(WarpState, warps, (threads) / WARP);                                                          \
+#define ATKD_ROW_SHARED(D, threads)                                                                                    \
+    using WarpState = RowState<D, float>;                                                                              \
+    ATKD_SHARED(WarpState, warps, (threads) / WARP);                                                                   \
     ATKD_SHARED(GradientScales, scales, 1)
 
 // The target's logits, in every lane of the calling warp.
@@ -159,8 +159,7 @@ ATKD_DEVICE GradientScales reduce_row(const atkd_rows &p, const Rows<P, Q> &rows
         if (team_blocks(p) > 1) {
             state = merge_team<D, CE_SUM>(state, p, exponent);
         }
-        GradientScales found =
-            scales_of<D, CE_SUM>(p, weights, rows.token, mode, state, target_logits, stores);
+        GradientScales found = scales_of<D, CE_SUM>(p, weights, rows.token, mode, state, target_logits, stores);
         if (thread_index() == 0) {
             scales[0] = found;
         }

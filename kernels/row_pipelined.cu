@@ -47,7 +47,7 @@ struct alignas(8) Task {
     // which that thread's vector starts, and the element in the vector. Else target_at is NOT_HERE.
     uint32_t target_at;
     uint8_t target_thread, target_within;
-    uint8_t mode;                                   // ATKD_IGNORED, ATKD_EASY or ATKD_HARD
+    uint8_t mode;                                       // ATKD_IGNORED, ATKD_EASY or ATKD_HARD
     uint8_t full_start : 4, has_head : 1, has_tail : 1; // Slice's
 };
 
@@ -247,11 +247,11 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
     uint32_t edge_chunk;
     uint32_t stage;
 
-    ATKD_DEVICE Consumer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_,
-                         const Task &task_, uint32_t stage_)
+    ATKD_DEVICE Consumer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_, const Task &task_,
+                         uint32_t stage_)
         : p(p_), staged(staged_), shared(shared_), task(task_), full_offset(task.full_start * CHUNK * sizeof(T)),
-          end((task.full_end - task.full_start) * CHUNK * sizeof(T)),
-          exponent(p.batch.inverse_temperature * LOG2_E), stage(stage_) {
+          end((task.full_end - task.full_start) * CHUNK * sizeof(T)), exponent(p.batch.inverse_temperature * LOG2_E),
+          stage(stage_) {
         has_head = thread_index() == 0 && task.has_head;
         has_edge = has_head || (thread_index() == WARP && task.has_tail);
         edge_chunk = task.first_chunk + (has_head ? task.full_start - 1 : task.full_end);
@@ -458,8 +458,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
 
     ATKD_DEVICE Producer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_)
         : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
-          rank(block_index() % p_.team), elected(lane == 0), ticket(block_index() / p_.team + p_.clusters),
-          epoch(0) {}
+          rank(block_index() % p_.team), elected(lane == 0), ticket(block_index() / p_.team + p_.clusters), epoch(0) {}
 
     // Resolves a row one row ahead, so that its loads can start as soon as there is room and its edges are in shared
     // memory when its slice is.
@@ -538,8 +537,8 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
             auto *teacher_from = reinterpret_cast<const void *>(source.teacher + loaded_until);
             auto *student_from = reinterpret_cast<const void *>(source.student + loaded_until);
             ATKD_BULK_LOAD(staged, loaded_until, teacher_from, until - loaded_until, shared.full, 0);
-            ATKD_BULK_LOAD(staged, loaded_until + student_offset<T>(p), student_from, until - loaded_until,
-                           shared.full, 0);
+            ATKD_BULK_LOAD(staged, loaded_until + student_offset<T>(p), student_from, until - loaded_until, shared.full,
+                           0);
             loaded_until = until;
         }
     }
@@ -589,8 +588,8 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
         }
         if (!ignored) {
             Weights weights = shared.weights[0];
-            GradientScales scales = scales_of<D, false>(p, weights, task.token, task.mode, merge_blocks<float>(),
-                                                        target_logits, rank == 0);
+            GradientScales scales =
+                scales_of<D, false>(p, weights, task.token, task.mode, merge_blocks<float>(), target_logits, rank == 0);
             if (elected) {
                 shared.scales[0] = scales;
             }

@@ -80,15 +80,15 @@ template <class D, class P, class Q, class G> ATKD_DEVICE void row_stream(const 
 } // namespace
 
 // row_stream_<teacher>_<student>_<gradient>
-#define ATKD_ROW_STREAM(teacher, P, student, Q, gradient, G)                                                  \
-    ATKD_KERNEL(row_stream_##teacher##_##student##_##gradient, atkd_rows, ATKD_STREAM) {                      \
-        row_stream<ForwardKl, P, Q, G>(p);                                                                    \
+#define ATKD_ROW_STREAM(teacher, P, student, Q, gradient, G)                                                           \
+    ATKD_KERNEL(row_stream_##teacher##_##student##_##gradient, atkd_rows, ATKD_STREAM) {                               \
+        row_stream<ForwardKl, P, Q, G>(p);                                                                             \
     }
-#define ATKD_ROW_STREAM_OF(teacher, P)                                                                        \
-    ATKD_ROW_STREAM(teacher, P, f32, float, f32, float)                                                       \
-    ATKD_ROW_STREAM(teacher, P, f16, f16, f16, f16)                                                           \
-    ATKD_ROW_STREAM(teacher, P, f16, f16, f32, float)                                                         \
-    ATKD_ROW_STREAM(teacher, P, bf16, bf16, bf16, bf16)                                                       \
+#define ATKD_ROW_STREAM_OF(teacher, P)                                                                                 \
+    ATKD_ROW_STREAM(teacher, P, f32, float, f32, float)                                                                \
+    ATKD_ROW_STREAM(teacher, P, f16, f16, f16, f16)                                                                    \
+    ATKD_ROW_STREAM(teacher, P, f16, f16, f32, float)                                                                  \
+    ATKD_ROW_STREAM(teacher, P, bf16, bf16, bf16, bf16)                                                                \
     ATKD_ROW_STREAM(teacher, P, bf16, bf16, f32, float)
 
 ATKD_ROW_STREAM_OF(f32, float)

@@ -12,9 +12,9 @@
 // A block's barrier per row would make all warps wait for the slowest. Here a warp posts its sum of a row and goes
 // on; one row later it waits until all have posted that row, which they mostly have, and one of them, another for
 // each row, merges it.
+#include "batch.cuh"
 #include "math/keys.cuh"
 #include "math/online.cuh"
-#include "batch.cuh"
 #include "reduce.cuh"
 
 namespace {
@@ -285,8 +285,8 @@ template <class T, class Sums, class Barriers> struct DeferredMerge {
     uint32_t warps, warp, row; // row: the last that this warp has posted
 
     ATKD_DEVICE DeferredMerge(const atkd_teacher_margin &p_, Sums &sums_, Barriers &posted_)
-        : p(p_), sums(sums_), posted(posted_), warps(block_threads() / WARP), warp(thread_index() / WARP),
-          row(NO_ROW) {}
+        : p(p_), sums(sums_), posted(posted_), warps(block_threads() / WARP), warp(thread_index() / WARP), row(NO_ROW) {
+    }
 
     ATKD_DEVICE void post(const WarpSum &sum) {
         merge_posted();

@@ -35,12 +35,12 @@ template <class Op> ATKD_DEVICE void reduce(const atkd_unfused &p, float start_v
 
 } // namespace
 
-#define ATKD_UNFUSED_MAP(name, A, Out, expression)                                                            \
-    ATKD_KERNEL(unfused_##name, atkd_unfused, ATKD_UNFUSED) {                                                       \
-        map<A, Out>(p, [](float a, float b, float row, float c) {                                             \
-            (void)a, (void)b, (void)row, (void)c;                                                             \
-            return expression;                                                                                \
-        });                                                                                                   \
+#define ATKD_UNFUSED_MAP(name, A, Out, expression)                                                                     \
+    ATKD_KERNEL(unfused_##name, atkd_unfused, ATKD_UNFUSED) {                                                          \
+        map<A, Out>(p, [](float a, float b, float row, float c) {                                                      \
+            (void)a, (void)b, (void)row, (void)c;                                                                      \
+            return expression;                                                                                         \
+        });                                                                                                            \
     }
 
 ATKD_UNFUSED_MAP(copy_f32, float, float, a)
@@ -87,8 +87,8 @@ ATKD_KERNEL(unfused_losses, atkd_unfused_tokens, ATKD_UNFUSED_TOKENS) {
     bool hard = load(p.modes + token) == ATKD_HARD;
     float p_target = load(p.p_target + token), q_target = load(p.q_target + token), c = p.epsilon;
     float uncertainty = load(p.uncertainty + token), rest = load(p.rest + token);
-    float tkd = p_target * (logf(p_target + c) - logf(q_target + c)) +
-                uncertainty * (logf(uncertainty + c) - logf(rest + c));
+    float tkd =
+        p_target * (logf(p_target + c) - logf(q_target + c)) + uncertainty * (logf(uncertainty + c) - logf(rest + c));
     float c_tkd = hard ? p.hard : 0.0f, c_dkd = hard ? p.hard : p.easy;
     store(p.loss + token, (c_tkd * tkd + c_dkd * load(p.dkd + token)) * p.scale);
     store(p.factor + token, -c_dkd * p.scale);

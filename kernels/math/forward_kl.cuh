@@ -25,10 +25,10 @@ struct ForwardKl {
     // One pass over a row, or a part of it, target left out. With the exponents x_j of the teacher relative to the
     // shift of its maximum, y_j likewise of the student:
     template <class Real> struct State {
-        Real teacher_sum;      // sum 2^x_j
-        Real cross_term;       // sum 2^x_j (x_j - y_j), in units of GAP_UNIT
-        Real student_sum;      // sum 2^y_j
-        Real student_sum_at_1; // the student's sum at temperature 1, for cross entropy
+        Real teacher_sum;               // sum 2^x_j
+        Real cross_term;                // sum 2^x_j (x_j - y_j), in units of GAP_UNIT
+        Real student_sum;               // sum 2^y_j
+        Real student_sum_at_1;          // the student's sum at temperature 1, for cross entropy
         float teacher_max, student_max; // finite; LOWEST for a part without elements, or with none but -inf
         uint32_t mismatch;              // the student rules out (-inf) a token that the teacher does not
 
@@ -129,8 +129,7 @@ struct ForwardKl {
             }
         }
         state.teacher_sum += teacher_sum;
-        state.cross_term =
-            GUARDED ? state.cross_term + cross_term : fmaf(cross_term, 1 / GAP_UNIT, state.cross_term);
+        state.cross_term = GUARDED ? state.cross_term + cross_term : fmaf(cross_term, 1 / GAP_UNIT, state.cross_term);
         state.student_sum += student_sum;
         if (CE_SUM) {
             state.student_sum_at_1 += student_sum_at_1;
@@ -148,7 +147,7 @@ struct ForwardKl {
     // Without a teacher's margin above 0 (swap "the target" and "not the target" there).
     static ATKD_DEVICE double tkd(double u, double w) {
         double infinity = -double(NEG_INF);
-        return u == -infinity         ? softplus(w)
+        return u == -infinity        ? softplus(w)
                : fabs(w) == infinity ? infinity
                                      : softplus(w) - softplus(u) - sigmoid(u) * (w - u);
     }

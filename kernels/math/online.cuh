@@ -107,9 +107,7 @@ template <class T> struct Largest {
             two = max_of_two<T>(two, packed.part[0].word[i]);
         }
     }
-    ATKD_DEVICE float value() const {
-        return fmaxf(widen(from_bits<T>(two)), widen(from_bits<T>(two >> 16)));
-    }
+    ATKD_DEVICE float value() const { return fmaxf(widen(from_bits<T>(two)), widen(from_bits<T>(two >> 16))); }
 };
 template <> struct Largest<float> {
     float one = NEG_INF;

@@ -30,9 +30,7 @@ ATKD_DEVICE double sigmoid(double x) {
 ATKD_DEVICE double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 
 // A term with coefficient 0 is absent, even where it is infinite.
-ATKD_DEVICE double weighted(double coefficient, double term) {
-    return coefficient == 0 ? 0 : coefficient * term;
-}
+ATKD_DEVICE double weighted(double coefficient, double term) { return coefficient == 0 ? 0 : coefficient * term; }
 
 ATKD_DEVICE double coefficient_of(const atkd_coefficient &coefficient, double uncertainty) {
     return coefficient.value * (coefficient.times_uncertainty != 0 ? uncertainty : 1.0);
@@ -163,8 +161,7 @@ ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights,
     if (p.guess != 0 && writes_mode && thread_index() % WARP == 0) {
         store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
     }
-    Coefficients factors =
-        D::template coefficients<CE_SUM>(beta, gamma, gamma_ce, teacher, student, student_at_1);
+    Coefficients factors = D::template coefficients<CE_SUM>(beta, gamma, gamma_ce, teacher, student, student_at_1);
     GradientScales scales = {
         factors.teacher,
         factors.student,

@@ -50,12 +50,12 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 
 #define ATKD_DEVICE inline
 #define ATKD_BULK_COPIES 1
-#define ATKD_KERNEL(name, params, geometry)                                                                   \
-    static ATKD_DEVICE void name##_body(const params &p);                                                     \
-    extern "C" void name(const params &p) {                                                                   \
-        simt_begin_kernel(geometry##_THREADS);                                                                \
-        name##_body(p);                                                                                       \
-    }                                                                                                         \
+#define ATKD_KERNEL(name, params, geometry)                                                                            \
+    static ATKD_DEVICE void name##_body(const params &p);                                                              \
+    extern "C" void name(const params &p) {                                                                            \
+        simt_begin_kernel(geometry##_THREADS);                                                                         \
+        name##_body(p);                                                                                                \
+    }                                                                                                                  \
     static ATKD_DEVICE void name##_body(const params &p)
 #define ATKD_UNROLL
 #define ATKD_NO_UNROLL
@@ -65,17 +65,17 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 #define ATKD_REMOTE(array, index, rank) (array).remote(index, rank)
 #define ATKD_WAIT_FOR_SENSE(at, before) wait_for_sense(at, before, __LINE__)
 #define ATKD_ADD_SHARED(array, index, value) (array).add(index, value)
-#define ATKD_SHARED(type, name, count)                                                                        \
-    SharedArray<type, count> name(__COUNTER__, cluster_rank(), #name)
+#define ATKD_SHARED(type, name, count) SharedArray<type, count> name(__COUNTER__, cluster_rank(), #name)
 
-#define ATKD_SHARED_MEMBER(type, name, count) SharedArray<type, count> name{__COUNTER__, cluster_rank(), #name}
+#define ATKD_SHARED_MEMBER(type, name, count)                                                                          \
+    SharedArray<type, count> name { __COUNTER__, cluster_rank(), #name }
 #define ATKD_SHARED_STRUCT(type, name) type name
 #define ATKD_STAGED(name) StagedMemory name
 #define ATKD_INIT_BARRIER(array, index, arrivals) simt_init_barrier((array).barrier(index), arrivals)
 #define ATKD_ARRIVE(array, index) simt_arrive((array).barrier(index), 0)
 #define ATKD_EXPECT(array, index, bytes) simt_arrive((array).barrier(index), bytes)
 #define ATKD_WAIT(array, index, parity) simt_wait_for((array).barrier(index), parity, __LINE__)
-#define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                           \
+#define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                                    \
     bulk_load(staged, offset, global, bytes, (array).barrier(index))
 
 // As in src/simt/machine/bulk.rs.
@@ -320,8 +320,8 @@ ATKD_DEVICE float widen(f16 x) {
     if (exponent == 31) {
         return from_bits<float>(sign | 0x7f800000u | fraction << 13);
     }
-    float size = exponent == 0 ? std::ldexp(float(fraction), -24)
-                               : std::ldexp(float(fraction | 1024u), int(exponent) - 25);
+    float size =
+        exponent == 0 ? std::ldexp(float(fraction), -24) : std::ldexp(float(fraction | 1024u), int(exponent) - 25);
     return sign != 0 ? -size : size;
 }
 
