@@ -13,7 +13,7 @@ pub enum Labels<'a> {
 }
 
 impl Labels<'_> {
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Labels::I64(s) => s.len(),
             Labels::I32(s) => s.len(),
@@ -153,23 +153,7 @@ impl<'a> Batch<'a> {
 
     /// The label of each token; `None` for ignored ones, 0 for all of an unlabelled batch.
     pub(crate) fn valid_labels(&self, objective: &Objective) -> Result<Vec<Option<usize>>> {
-        let (tokens, vocab) = (self.teacher.tokens(), self.teacher.vocab());
-        let Some(labels) = self.labels else {
-            return match objective.target() {
-                crate::Target::Label => Err(Error::NoLabels),
-                crate::Target::Teacher => Ok(vec![Some(0); tokens]),
-            };
-        };
-        let ignore_index = objective.ignore_index();
-        (0..tokens)
-            .map(|token| match labels.get(token) {
-                label if label == ignore_index => Ok(None),
-                label => match usize::try_from(label) {
-                    Ok(index) if index < vocab => Ok(Some(index)),
-                    _ => Err(Error::LabelOutOfRange { token, label, vocab, ignore_index }),
-                },
-            })
-            .collect()
+        valid_labels(objective, self.labels, self.teacher.tokens(), self.teacher.vocab())
     }
 
     pub(crate) fn check_shape(&self, what: &'static str, actual: [usize; 2]) -> Result<()> {
@@ -180,4 +164,29 @@ impl<'a> Batch<'a> {
             Err(Error::ShapeMismatch { what, expected, actual })
         }
     }
+}
+
+/// The label of each token; `None` for ignored ones, 0 for all of a batch without labels.
+pub(crate) fn valid_labels(
+    objective: &Objective,
+    labels: Option<Labels>,
+    tokens: usize,
+    vocab: usize,
+) -> Result<Vec<Option<usize>>> {
+    let Some(labels) = labels else {
+        return match objective.target() {
+            crate::Target::Label => Err(Error::NoLabels),
+            crate::Target::Teacher => Ok(vec![Some(0); tokens]),
+        };
+    };
+    let ignore_index = objective.ignore_index();
+    (0..tokens)
+        .map(|token| match labels.get(token) {
+            label if label == ignore_index => Ok(None),
+            label => match usize::try_from(label) {
+                Ok(index) if index < vocab => Ok(Some(index)),
+                _ => Err(Error::LabelOutOfRange { token, label, vocab, ignore_index }),
+            },
+        })
+        .collect()
 }

@@ -107,6 +107,12 @@ pub enum Error {
     /// One value of a mask per token, no more and no fewer.
     #[error("{values} values of {what} were given for {tokens} tokens")]
     MaskCount { what: &'static str, values: usize, tokens: usize },
+    /// A range that reaches beyond a call's tokens.
+    #[error("{} from token {first} on reach beyond the call's {tokens}", self::count(*count, "token"))]
+    TokenRange { first: usize, count: usize, tokens: usize },
+    /// A token of a call in stages that is not at the stage that it was handed over to.
+    #[error("token {token} {problem}")]
+    Stage { token: usize, problem: &'static str },
     /// An upstream gradient that is no scalar.
     #[error("the upstream gradient has {actual} elements, but must be a scalar: 1")]
     Upstream { actual: usize },

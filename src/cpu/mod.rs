@@ -27,6 +27,7 @@ mod exp;
 mod math;
 pub mod raw;
 mod rows;
+mod session;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -35,17 +36,16 @@ mod vector;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::sync::{Mutex, PoisonError};
 
 use rayon::ThreadPool;
 
 use crate::logits::ElementsMut;
-use crate::objective::{Objective, Target};
-use crate::output::{Output, TokenTerms};
-use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result, selection};
+use crate::objective::Objective;
+use crate::output::Output;
+use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result};
 use dispatch::Instructions;
-use math::{Divergence, ForwardKl, RowState};
-use rows::{Destination, RowPass};
+use rows::Destination;
+pub use session::Session;
 use threads::Threads;
 
 /// Bytes from which on a gradient is too large to be found in the cache by whoever reads it next.
@@ -140,8 +140,7 @@ pub(crate) fn forward_by(
     student: Logits,
 ) -> Result<Output> {
     batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
-    let rows = (0..student.tokens()).map(|token| StudentRow::Forward(student.row(token))).collect();
-    compute(workers, objective, batch, rows)
+    compute(workers, objective, batch, into_rows(student, None)?)
 }
 
 /// [`forward_backward`] by the workers given.
@@ -155,19 +154,7 @@ pub(crate) fn forward_backward_by(
     let shape = gradient.as_logits();
     batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
     batch.check_shape("the gradient", [shape.tokens(), shape.vocab()])?;
-    if shape.dtype() != student.dtype() && shape.dtype() != Dtype::F32 {
-        return Err(Error::GradientDtype { student: student.dtype(), actual: shape.dtype() });
-    }
-    let non_temporal = shape.tokens() * shape.vocab() * shape.dtype().size() >= NON_TEMPORAL_FROM;
-    let rows = gradient.rows().into_iter().enumerate();
-    let rows = rows
-        .map(|(token, gradient)| StudentRow::Into {
-            logits: student.row(token),
-            gradient,
-            non_temporal,
-        })
-        .collect();
-    compute(workers, objective, batch, rows)
+    compute(workers, objective, batch, into_rows(student, Some(&mut gradient))?)
 }
 
 /// [`forward_backward_in_place`] by the workers given.
@@ -185,50 +172,13 @@ pub(crate) fn forward_backward_in_place_by(
 
 /// [`teacher_margins`] by the workers given.
 pub(crate) fn teacher_margins_by(
-    Workers { instructions, threads }: Workers,
+    workers: Workers,
     objective: &Objective,
     batch: &Batch,
 ) -> Result<Vec<f32>> {
-    let pass = RowPass::new(instructions, objective)?;
-    let targets = targets(&pass, threads, objective, batch)?;
-    let margins = margins(&pass, threads, batch, &targets);
-    Ok(margins.into_iter().map(|margin| margin.map_or(f32::NEG_INFINITY, |m| m as f32)).collect())
-}
-
-/// The target of each token; `None` for ignored ones.
-fn targets(
-    pass: &RowPass,
-    threads: Threads,
-    objective: &Objective,
-    batch: &Batch,
-) -> Result<Vec<Option<usize>>> {
-    let labels = batch.valid_labels(objective)?;
-    let teacher = batch.teacher();
-    Ok(match objective.target() {
-        Target::Label => labels,
-        Target::Teacher => {
-            let scratch = || pass.scratch(teacher.vocab(), false);
-            threads.map(
-                labels.into_iter().enumerate().collect(),
-                scratch,
-                |scratch, (token, label)| label.map(|_| pass.arg_max(teacher.row(token), scratch)),
-            )
-        }
-    })
-}
-
-/// The margin of each token that has a target, from the teacher's logits alone.
-fn margins(
-    pass: &RowPass,
-    threads: Threads,
-    batch: &Batch,
-    targets: &[Option<usize>],
-) -> Vec<Option<f64>> {
-    let targets = targets.iter().copied().enumerate().collect();
-    let margin = |_: &mut (), (token, target): (usize, Option<usize>)| {
-        target.map(|target| pass.margin(batch.teacher().row(token), target))
-    };
-    threads.map(targets, || (), margin)
+    let mut session = Session::of_batch(workers, objective, batch)?;
+    session.margins(0, batch.teacher())?;
+    Ok(session.into_margins())
 }
 
 /// One row of the student, and the destination of its gradient.
@@ -259,139 +209,65 @@ impl StudentRow<'_> {
     }
 }
 
-/// The facts about a row that are kept until the hard tokens are known.
-struct Kept {
-    state: RowState,
-    student_target: f64,
-    /// The terms for the group that the gradient was written for.
-    terms: TokenTerms,
+/// The rows of a student, with a gradient of their own or none.
+fn into_rows<'a>(
+    student: Logits<'a>,
+    gradient: Option<&'a mut LogitsMut>,
+) -> Result<Vec<StudentRow<'a>>> {
+    let Some(gradient) = gradient else {
+        let row = |token| StudentRow::Forward(student.row(token));
+        return Ok((0..student.tokens()).map(row).collect());
+    };
+    let shape = gradient.as_logits();
+    let (expected, actual) = ([student.tokens(), student.vocab()], [shape.tokens(), shape.vocab()]);
+    if actual != expected {
+        return Err(Error::ShapeMismatch { what: "the gradient", expected, actual });
+    }
+    if shape.dtype() != student.dtype() && shape.dtype() != Dtype::F32 {
+        return Err(Error::GradientDtype { student: student.dtype(), actual: shape.dtype() });
+    }
+    let non_temporal = shape.tokens() * shape.vocab() * shape.dtype().size() >= NON_TEMPORAL_FROM;
+    let rows = gradient.rows().into_iter().enumerate();
+    let row =
+        |(token, gradient)| StudentRow::Into { logits: student.row(token), gradient, non_temporal };
+    Ok(rows.map(row).collect())
 }
 
-/// A call, by the divergence of its objective.
+/// A call on a batch whose logits are all there: all stages in a row.
 fn compute(
     workers: Workers,
-    objective: &Objective,
-    batch: &Batch,
-    rows: Vec<StudentRow>,
-) -> Result<Output> {
-    compute_by::<ForwardKl>(workers, objective, batch, rows)
-}
-
-fn compute_by<D: Divergence>(
-    Workers { instructions, threads }: Workers,
     objective: &Objective,
     batch: &Batch,
     mut rows: Vec<StudentRow>,
 ) -> Result<Output> {
     let teacher = batch.teacher();
-    let pass = RowPass::new(instructions, objective)?;
-    let targets = targets(&pass, threads, objective, batch)?;
-    let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
+    let mut session = Session::of_batch(workers, objective, batch)?;
     let in_place = rows.iter().any(|row| matches!(row, StudentRow::InPlace(_)));
-    let scratch = || pass.scratch(teacher.vocab(), with_gradient);
-
-    let valid = targets.iter().flatten().count();
-    let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
-    let finish = |state: &RowState, margin, student_target, hard| {
-        let inverse_temperature = pass.inverse_temperature;
-        math::finish::<D>(
-            objective,
-            inverse_temperature,
-            state,
-            margin,
-            student_target,
-            hard,
-            scale,
-        )
-    };
-
-    let depends = objective.depends_on_selection();
-    // All backends select by float32 margins.
-    let select_by = |margin: &dyn Fn(usize) -> Option<f32>| {
-        selection::select(objective.hard_ratio(), batch.scopes(), teacher.tokens(), margin)
-    };
-    let known = match (batch.hard(), batch.margins()) {
-        (Some(hard), _) => Some(
-            hard.iter().zip(&targets).map(|(&hard, target)| hard && target.is_some()).collect(),
-        ),
-        (None, Some(margins)) => Some(select_by(&|token| targets[token].map(|_| margins[token]))),
+    if in_place && objective.depends_on_selection() && !session.knows_hard() {
         // A gradient that overwrites its logits cannot be written twice: its group must be known first.
-        (None, None) => (depends && in_place).then(|| {
-            let margins = margins(&pass, threads, batch, &targets);
-            select_by(&|token| margins[token].map(|margin| margin as f32))
-        }),
-    };
-    let running = Mutex::new(RunningSelection::new(objective));
-    let group = |token: usize, margin: f64| match &known {
-        Some(hard) => hard[token],
-        None => running.lock().unwrap_or_else(PoisonError::into_inner).add(margin as f32),
-    };
-
-    let mut order: Vec<(usize, &mut StudentRow)> = rows.iter_mut().enumerate().collect();
-    if known.is_none() && depends && with_gradient {
-        // Neighbours are alike; a mixed order teaches the running selection sooner.
-        fastrand::Rng::with_seed(0).shuffle(&mut order);
+        session.margins(0, teacher)?;
+        session.select()?;
     }
-    let mut kept = threads.map(order, scratch, |scratch, (token, student)| {
-        let Some(target) = targets[token] else {
-            if let Some(mut gradient) = student.gradient() {
-                gradient.row.fill_zero();
-            }
-            return (token, None);
-        };
-        let row = teacher.row(token);
-        let state = pass.state::<D>(row, student.logits(), target, scratch);
-        let margin = pass.margin_of(&state, row, target);
-        let student_target = student.logits().get(target).into();
-        let (terms, scales) = finish(&state, margin, student_target, group(token, margin));
-        if let Some(gradient) = student.gradient() {
-            pass.gradient::<D>(&state, &scales, target, scratch, gradient);
-        }
-        (token, Some(Kept { state, student_target, terms }))
-    });
-    kept.sort_unstable_by_key(|&(token, _)| token);
-
-    let hard: Vec<bool> = known.unwrap_or_else(|| {
-        select_by(&|token| kept[token].1.as_ref().map(|kept| kept.terms.margin as f32))
-    });
-    let mispredicted = kept
-        .iter_mut()
-        .zip(&mut rows)
-        .filter_map(|((token, kept), student)| {
-            let kept = kept.as_mut().filter(|kept| kept.terms.hard != hard[*token])?;
-            Some((*token, targets[*token]?, kept, student))
-        })
-        .collect();
-    threads.map(
-        mispredicted,
-        || None,
-        |own, (token, target, kept, student)| {
-            let (terms, scales) =
-                finish(&kept.state, kept.terms.margin, kept.student_target, hard[token]);
-            kept.terms = terms;
-            if depends && with_gradient {
-                let scratch = own.get_or_insert_with(scratch);
-                let state = pass.state::<D>(teacher.row(token), student.logits(), target, scratch);
-                let gradient = student.gradient().expect("there is one for every row");
-                pass.gradient::<D>(&state, &scales, target, scratch, gradient);
-            }
-        },
-    );
-    let terms = |(_, kept): (usize, Option<Kept>)| kept.map_or(TokenTerms::IGNORED, |k| k.terms);
-    Ok(Output::reduce(objective, kept.into_iter().map(terms).collect()))
+    session.rows_of(0, teacher, &mut rows)?;
+    let mispredicted = session.select()?.to_vec();
+    let rows = rows.iter_mut().enumerate();
+    let rows = rows.filter(|(token, _)| mispredicted.binary_search(token).is_ok());
+    session
+        .repair_of(rows.map(|(token, student)| (token, teacher.row(token), student)).collect())?;
+    session.finish()
 }
 
 /// The hard tokens among those seen so far. They predict the group of the next one, rightly for all but about the
 /// square root of the tokens.
-struct RunningSelection<'a> {
-    objective: &'a Objective,
+struct RunningSelection {
+    objective: Objective,
     hard: BinaryHeap<Reverse<i32>>,
     easy: BinaryHeap<i32>,
 }
 
-impl<'a> RunningSelection<'a> {
-    fn new(objective: &'a Objective) -> Self {
-        Self { objective, hard: BinaryHeap::new(), easy: BinaryHeap::new() }
+impl RunningSelection {
+    fn new(objective: &Objective) -> Self {
+        Self { objective: *objective, hard: BinaryHeap::new(), easy: BinaryHeap::new() }
     }
 
     /// Adds a margin, and returns true if it is among the largest so far.

@@ -1,8 +1,11 @@
 //! Tests from the inside: every instruction set, any number of threads, the memory taken.
 
 use super::exp::Exponent;
+use super::math::ForwardKl;
+use super::rows::RowPass;
 use super::tile::{Exponentials, Prefetch, Shift};
 use super::*;
+use crate::Target;
 use crate::{Coefficients, Reduction, battery};
 
 fn no_prefetch() -> [Prefetch; 2] {

@@ -1,0 +1,511 @@
+//! A call in stages.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use super::math::{self, Divergence, ForwardKl, GradientScales, RowState};
+use super::rows::RowPass;
+use super::{RunningSelection, StudentRow, Workers, into_rows};
+use crate::batch::valid_labels;
+use crate::objective::{Objective, Target};
+use crate::output::{Output, TokenTerms};
+use crate::selection::{self, check_offsets};
+use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Result};
+
+/// One call in stages: the batch is handed over in ranges of tokens, each with logits of its own, by a caller who never
+/// has all logits at once. The result is that of one call on the whole batch, to the bit: every token's terms, the hard
+/// tokens, the loss and the gradients.
+///
+/// 1. [`begin`](Self::begin) takes the labels of all tokens.
+/// 2. [`rows`](Self::rows) takes the logits of a range of tokens and writes their gradient; once per token, in any
+///    order. The hard tokens are not known yet, so that their set is predicted.
+/// 3. [`select`](Self::select) selects them, and returns the mispredicted tokens, some percent.
+/// 4. [`repair`](Self::repair) takes the logits of mispredicted tokens once more and writes the right gradient.
+/// 5. [`finish`](Self::finish) returns the loss and every token's terms.
+///
+/// No gradient needs a repair if the hard tokens are known before the rows: given by [`with_hard`](Self::with_hard),
+/// selected by [`with_margins`](Self::with_margins), or selected after [`margins`](Self::margins) of all tokens.
+///
+/// ```
+/// use atkd::cpu::Session;
+/// use atkd::{Logits, LogitsMut, Objective};
+///
+/// let labels = [0_i64, 1, 2, 0];
+/// let logits = |_range: std::ops::Range<usize>| ([2.0_f32, 1.0, 0.0, 0.0, 3.0, 1.0], [1.0_f32; 6]);
+/// let mut gradients = [0.0_f32; 12];
+///
+/// let mut session = Session::begin(&Objective::default(), &labels, 3)?;
+/// for (i, gradient) in gradients.chunks_mut(6).enumerate() {
+///     let (teacher, student) = logits(2 * i..2 * i + 2);
+///     let (teacher, student) = (Logits::new(&teacher[..], 2, 3)?, Logits::new(&student[..], 2, 3)?);
+///     session.rows(2 * i, teacher, student, Some(LogitsMut::new(gradient, 2, 3)?))?;
+/// }
+/// for token in session.select()?.to_vec() {
+///     let (teacher, student) = logits(token..token + 1);
+///     let row = token % 2 * 3..token % 2 * 3 + 3;
+///     let gradient = LogitsMut::new(&mut gradients[3 * token..][..3], 1, 3)?;
+///     let teacher = Logits::new(&teacher[row.clone()], 1, 3)?;
+///     session.repair(&[token], teacher, Logits::new(&student[row], 1, 3)?, gradient)?;
+/// }
+/// let output = session.finish()?;
+/// assert_eq!(output.tokens.iter().filter(|token| token.hard).count(), 2);
+/// # Ok::<(), atkd::Error>(())
+/// ```
+pub struct Session<'a> {
+    workers: Workers<'a>,
+    objective: Objective,
+    pass: RowPass,
+    vocab: usize,
+    /// The labels, `None` for ignored tokens; 0 for all of a batch without labels.
+    labels: Vec<Option<usize>>,
+    sequences: Option<&'a [usize]>,
+    /// The margins to select by that the caller has.
+    given_margins: Option<&'a [f32]>,
+    /// The teacher's margins, if that stage was run; `None` for tokens that it did not have, or that are ignored.
+    margins: Vec<Option<f32>>,
+    /// The hard tokens, once they are known.
+    hard: Option<Vec<bool>>,
+    running: Mutex<RunningSelection>,
+    tokens: Vec<Token>,
+    mispredicted: Vec<usize>,
+    scale: f64,
+}
+
+/// A token on its way through the stages.
+enum Token {
+    /// Its logits were not handed over yet.
+    Waiting,
+    Ignored,
+    Done(Box<Kept>),
+}
+
+/// The facts about a row that are kept until the hard tokens are known.
+struct Kept {
+    target: usize,
+    state: RowState,
+    student_target: f64,
+    /// The terms for the group that the gradient was written for.
+    terms: TokenTerms,
+    has_gradient: bool,
+    /// The gradient is that of the other group.
+    mispredicted: bool,
+}
+
+impl<'a> Session<'a> {
+    /// Begins a call on as many tokens as there are labels.
+    ///
+    /// # Errors
+    /// If a label is out of range.
+    pub fn begin(
+        objective: &Objective,
+        labels: impl Into<Labels<'a>>,
+        vocab: usize,
+    ) -> Result<Self> {
+        let labels = labels.into();
+        let labels = valid_labels(objective, Some(labels), labels.len(), vocab)?;
+        Self::new(Workers::default(), objective, labels, vocab)
+    }
+
+    /// Begins a call without labels, for objectives with [`Target::Teacher`].
+    ///
+    /// # Errors
+    /// If the objective's target is the label.
+    pub fn begin_unlabelled(objective: &Objective, tokens: usize, vocab: usize) -> Result<Self> {
+        let labels = valid_labels(objective, None, tokens, vocab)?;
+        Self::new(Workers::default(), objective, labels, vocab)
+    }
+
+    /// A call on a batch whose logits are all there.
+    pub(super) fn of_batch(
+        workers: Workers<'a>,
+        objective: &Objective,
+        batch: &Batch<'a>,
+    ) -> Result<Self> {
+        let labels = batch.valid_labels(objective)?;
+        let mut session = Self::new(workers, objective, labels, batch.teacher().vocab())?;
+        session.sequences = batch.sequences();
+        session.given_margins = batch.margins();
+        match batch.hard() {
+            Some(hard) => session.with_hard(hard),
+            None => Ok(session),
+        }
+    }
+
+    fn new(
+        workers: Workers<'a>,
+        objective: &Objective,
+        labels: Vec<Option<usize>>,
+        vocab: usize,
+    ) -> Result<Self> {
+        let valid = labels.iter().flatten().count();
+        Ok(Self {
+            workers,
+            objective: *objective,
+            pass: RowPass::new(workers.instructions, objective)?,
+            vocab,
+            sequences: None,
+            given_margins: None,
+            margins: Vec::new(),
+            hard: None,
+            running: Mutex::new(RunningSelection::new(objective)),
+            tokens: labels.iter().map(|_| Token::Waiting).collect(),
+            labels,
+            mispredicted: Vec::new(),
+            scale: objective.reduction_scale(valid) * objective.upstream_gradient(),
+        })
+    }
+
+    /// Selects within sequences: see [`Batch::with_sequences`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_sequences(mut self, offsets: &'a [usize]) -> Result<Self> {
+        check_offsets(offsets, self.labels.len())?;
+        self.sequences = Some(offsets);
+        Ok(self)
+    }
+
+    /// Selects by margins that the caller has: see [`Batch::with_margins`].
+    ///
+    /// # Errors
+    /// If there is not one margin per token.
+    pub fn with_margins(mut self, margins: &'a [f32]) -> Result<Self> {
+        let tokens = self.labels.len();
+        if margins.len() != tokens {
+            return Err(Error::MarginCount { margins: margins.len(), tokens });
+        }
+        self.given_margins = Some(margins);
+        Ok(self)
+    }
+
+    /// Takes the hard tokens from a selection made elsewhere: see [`Batch::with_hard`].
+    ///
+    /// # Errors
+    /// If there is not one value per token.
+    pub fn with_hard(mut self, hard: &[bool]) -> Result<Self> {
+        let (what, tokens) = ("the mask of hard tokens", self.labels.len());
+        if hard.len() != tokens {
+            return Err(Error::MaskCount { what, values: hard.len(), tokens });
+        }
+        let valid = self.labels.iter().zip(hard).map(|(label, &hard)| hard && label.is_some());
+        self.hard = Some(valid.collect());
+        Ok(self)
+    }
+
+    /// Computes the margins of the tokens from `first` on, from the teacher's logits alone. After that of all tokens,
+    /// [`select`](Self::select) needs no rows.
+    ///
+    /// # Errors
+    /// If the shape does not fit.
+    pub fn margins(&mut self, first: usize, teacher: Logits) -> Result<()> {
+        let range = self.range("the teacher's logits", first, teacher)?;
+        let targets = self.targets(&range, teacher);
+        let margin = |_: &mut (), (row, target): (usize, Option<usize>)| {
+            target.map(|target| self.pass.margin(teacher.row(row), target) as f32)
+        };
+        let found =
+            self.workers.threads.map(targets.iter().copied().enumerate().collect(), || (), margin);
+        if self.margins.is_empty() {
+            self.margins = vec![None; self.labels.len()];
+        }
+        self.margins[range].copy_from_slice(&found);
+        Ok(())
+    }
+
+    /// Computes the terms of the tokens from `first` on, and their gradient where one is wanted, in the student's dtype
+    /// or float32. Rows of ignored tokens become 0. All three have one shape `[range, vocab]`.
+    ///
+    /// # Errors
+    /// If shapes do not fit, the gradient's dtype is neither, or a token was handed over before. Nothing was done then.
+    pub fn rows(
+        &mut self,
+        first: usize,
+        teacher: Logits,
+        student: Logits,
+        gradient: Option<LogitsMut>,
+    ) -> Result<()> {
+        self.range("the student's logits", first, student)?;
+        let mut gradient = gradient;
+        let mut rows = into_rows(student, gradient.as_mut())?;
+        self.rows_of(first, teacher, &mut rows)
+    }
+
+    /// As [`rows`](Self::rows), with the gradient written over the student's logits.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub fn rows_in_place(
+        &mut self,
+        first: usize,
+        teacher: Logits,
+        mut student: LogitsMut,
+    ) -> Result<()> {
+        self.range("the student's logits", first, student.as_logits())?;
+        let mut rows: Vec<_> = student.rows().into_iter().map(StudentRow::InPlace).collect();
+        self.rows_of(first, teacher, &mut rows)
+    }
+
+    pub(super) fn rows_of(
+        &mut self,
+        first: usize,
+        teacher: Logits,
+        rows: &mut [StudentRow],
+    ) -> Result<()> {
+        self.rows_by::<ForwardKl>(first, teacher, rows)
+    }
+
+    fn rows_by<D: Divergence>(
+        &mut self,
+        first: usize,
+        teacher: Logits,
+        rows: &mut [StudentRow],
+    ) -> Result<()> {
+        let range = self.range("the teacher's logits", first, teacher)?;
+        if rows.len() != range.len() {
+            let (what, vocab) = ("the student's logits", self.vocab);
+            let (expected, actual) = ([range.len(), vocab], [rows.len(), vocab]);
+            return Err(Error::ShapeMismatch { what, expected, actual });
+        }
+        let before = range.clone().find(|&token| !matches!(self.tokens[token], Token::Waiting));
+        if let Some(token) = before {
+            return Err(Error::Stage { token, problem: "was handed over before" });
+        }
+        self.select_by_given_margins();
+        let targets = self.targets(&range, teacher);
+        let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
+        let scratch = || self.pass.scratch(self.vocab, with_gradient);
+        let mut order: Vec<(usize, &mut StudentRow)> = rows.iter_mut().enumerate().collect();
+        if self.hard.is_none() && self.objective.depends_on_selection() && with_gradient {
+            // Neighbours are alike; a mixed order teaches the running selection sooner.
+            fastrand::Rng::with_seed(0).shuffle(&mut order);
+        }
+        let found = self.workers.threads.map(order, scratch, |scratch, (row, student)| {
+            let Some(target) = targets[row] else {
+                if let Some(mut gradient) = student.gradient() {
+                    gradient.row.fill_zero();
+                }
+                return (row, Token::Ignored);
+            };
+            let teacher = teacher.row(row);
+            let state = self.pass.state::<D>(teacher, student.logits(), target, scratch);
+            let margin = self.pass.margin_of(&state, teacher, target);
+            let student_target = student.logits().get(target).into();
+            let hard = match &self.hard {
+                Some(hard) => hard[first + row],
+                None => {
+                    let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+                    running.add(margin as f32)
+                }
+            };
+            let (terms, scales) = self.finished::<D>(&state, margin, student_target, hard);
+            let mut has_gradient = false;
+            if let Some(gradient) = student.gradient() {
+                self.pass.gradient::<D>(&state, &scales, target, scratch, gradient);
+                has_gradient = true;
+            }
+            let mispredicted = false;
+            let kept = Kept { target, state, student_target, terms, has_gradient, mispredicted };
+            (row, Token::Done(Box::new(kept)))
+        });
+        for (row, token) in found {
+            self.tokens[first + row] = token;
+        }
+        Ok(())
+    }
+
+    /// Selects the hard tokens, and returns those whose gradients were written for the other group, in ascending order:
+    /// none if the selection was known, or changes no gradient.
+    ///
+    /// # Errors
+    /// If a token has neither a margin of the stage of that name, nor logits.
+    pub fn select(&mut self) -> Result<&[usize]> {
+        self.select_by_given_margins();
+        if self.hard.is_none() {
+            let mut margins = Vec::with_capacity(self.labels.len());
+            for (token, label) in self.labels.iter().enumerate() {
+                margins.push(match (&self.tokens[token], self.margins.get(token), label) {
+                    (_, _, None) | (Token::Ignored, ..) => None,
+                    (Token::Done(kept), ..) => Some(kept.terms.margin as f32),
+                    (Token::Waiting, Some(&Some(margin)), _) => Some(margin),
+                    _ => return Err(Error::Stage { token, problem: "has no margin yet" }),
+                });
+            }
+            self.hard = Some(self.selected(|token| margins[token]));
+        }
+        let hard = self.hard.take().unwrap_or_default();
+        for (token, &hard) in hard.iter().enumerate() {
+            if let Token::Done(kept) = &self.tokens[token]
+                && kept.terms.hard != hard
+            {
+                self.regroup::<ForwardKl>(token, hard);
+            }
+        }
+        self.hard = Some(hard);
+        Ok(&self.mispredicted)
+    }
+
+    /// Gives a token the terms of the other group.
+    fn regroup<D: Divergence>(&mut self, token: usize, hard: bool) {
+        let Token::Done(kept) = &self.tokens[token] else { return };
+        let (terms, _) =
+            self.finished::<D>(&kept.state, kept.terms.margin, kept.student_target, hard);
+        let Token::Done(kept) = &mut self.tokens[token] else { return };
+        kept.terms = terms;
+        if kept.has_gradient && self.objective.depends_on_selection() {
+            kept.mispredicted = true;
+            self.mispredicted.push(token);
+        }
+    }
+
+    /// Writes the gradients of mispredicted tokens anew. Row `i` of all three is of token `tokens[i]`: any part of those
+    /// that [`select`](Self::select) returned, in any order.
+    ///
+    /// # Errors
+    /// If shapes do not fit, or a token needs no repair. Nothing was done then.
+    pub fn repair(
+        &mut self,
+        tokens: &[usize],
+        teacher: Logits,
+        student: Logits,
+        mut gradient: LogitsMut,
+    ) -> Result<()> {
+        let expected = [tokens.len(), self.vocab];
+        for (what, logits) in [("the teacher's logits", teacher), ("the student's logits", student)]
+        {
+            let actual = [logits.tokens(), logits.vocab()];
+            if actual != expected {
+                return Err(Error::ShapeMismatch { what, expected, actual });
+            }
+        }
+        let mut rows = into_rows(student, Some(&mut gradient))?;
+        let rows = rows.iter_mut().enumerate();
+        self.repair_of(
+            rows.map(|(row, student)| (tokens[row], teacher.row(row), student)).collect(),
+        )
+    }
+
+    pub(super) fn repair_of(
+        &mut self,
+        rows: Vec<(usize, Elements, &mut StudentRow)>,
+    ) -> Result<()> {
+        self.repair_by::<ForwardKl>(rows)
+    }
+
+    fn repair_by<D: Divergence>(
+        &mut self,
+        rows: Vec<(usize, Elements, &mut StudentRow)>,
+    ) -> Result<()> {
+        let mut tokens: Vec<usize> = rows.iter().map(|(token, ..)| *token).collect();
+        tokens.sort_unstable();
+        let twice = tokens.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
+        let right = |token: &&usize| !matches!(self.tokens.get(**token), Some(Token::Done(kept)) if kept.mispredicted);
+        if let Some(token) = twice.or_else(|| tokens.iter().find(right).copied()) {
+            return Err(Error::Stage { token, problem: "needs no repair" });
+        }
+        let scratch = || self.pass.scratch(self.vocab, true);
+        self.workers.threads.map(rows, scratch, |scratch, (token, teacher, student)| {
+            let Token::Done(kept) = &self.tokens[token] else { return };
+            let TokenTerms { margin, hard, .. } = kept.terms;
+            let (_, scales) = self.finished::<D>(&kept.state, margin, kept.student_target, hard);
+            let state = self.pass.state::<D>(teacher, student.logits(), kept.target, scratch);
+            let gradient = student.gradient().expect("a repair is of a gradient");
+            self.pass.gradient::<D>(&state, &scales, kept.target, scratch, gradient);
+        });
+        for &token in &tokens {
+            if let Token::Done(kept) = &mut self.tokens[token] {
+                kept.mispredicted = false;
+            }
+        }
+        self.mispredicted.retain(|token| tokens.binary_search(token).is_err());
+        Ok(())
+    }
+
+    /// Ends the call.
+    ///
+    /// # Errors
+    /// If a token has not been through all of its stages.
+    pub fn finish(mut self) -> Result<Output> {
+        self.select()?;
+        if let Some(&token) = self.mispredicted.first() {
+            return Err(Error::Stage { token, problem: "waits for its repair" });
+        }
+        let terms = self.tokens.into_iter().enumerate().map(|(token, state)| match state {
+            Token::Waiting => Err(Error::Stage { token, problem: "was never handed over" }),
+            Token::Ignored => Ok(TokenTerms::IGNORED),
+            Token::Done(kept) => Ok(kept.terms),
+        });
+        Ok(Output::reduce(&self.objective, terms.collect::<Result<_>>()?))
+    }
+
+    /// The margins of that stage, -inf for ignored tokens.
+    pub(super) fn into_margins(self) -> Vec<f32> {
+        self.margins.into_iter().map(|margin| margin.unwrap_or(f32::NEG_INFINITY)).collect()
+    }
+
+    /// Returns whether the hard tokens are known, or will be before the first row.
+    pub(super) fn knows_hard(&self) -> bool {
+        self.hard.is_some() || self.given_margins.is_some()
+    }
+
+    fn finished<D: Divergence>(
+        &self,
+        state: &RowState,
+        margin: f64,
+        student_target: f64,
+        hard: bool,
+    ) -> (TokenTerms, GradientScales) {
+        let inverse_temperature = self.pass.inverse_temperature;
+        let Self { objective, scale, .. } = self;
+        math::finish::<D>(
+            objective,
+            inverse_temperature,
+            state,
+            margin,
+            student_target,
+            hard,
+            *scale,
+        )
+    }
+
+    fn select_by_given_margins(&mut self) {
+        if let (None, Some(margins)) = (&self.hard, self.given_margins) {
+            self.hard = Some(self.selected(|token| self.labels[token].map(|_| margins[token])));
+        }
+    }
+
+    /// Selects by float32 margins, as all backends do.
+    fn selected(&self, margin: impl Fn(usize) -> Option<f32>) -> Vec<bool> {
+        let tokens = self.labels.len();
+        let scopes = selection::scopes(self.sequences, tokens);
+        selection::select(self.objective.hard_ratio(), scopes, tokens, margin)
+    }
+
+    /// The tokens from `first` on whose logits these are.
+    fn range(&self, what: &'static str, first: usize, logits: Logits) -> Result<Range<usize>> {
+        let (count, tokens) = (logits.tokens(), self.labels.len());
+        let end = first.checked_add(count).filter(|&end| end <= tokens);
+        let end = end.ok_or(Error::TokenRange { first, count, tokens })?;
+        let (expected, actual) = ([count, self.vocab], [count, logits.vocab()]);
+        if actual != expected {
+            return Err(Error::ShapeMismatch { what, expected, actual });
+        }
+        Ok(first..end)
+    }
+
+    /// The target of each token of a range; `None` for ignored ones.
+    fn targets(&self, range: &Range<usize>, teacher: Logits) -> Cow<'_, [Option<usize>]> {
+        let labels = &self.labels[range.clone()];
+        match self.objective.target() {
+            Target::Label => labels.into(),
+            Target::Teacher => {
+                let scratch = || self.pass.scratch(self.vocab, false);
+                let rows = labels.iter().enumerate().collect();
+                let targets = self.workers.threads.map(rows, scratch, |scratch, (row, label)| {
+                    label.map(|_| self.pass.arg_max(teacher.row(row), scratch))
+                });
+                targets.into()
+            }
+        }
+    }
+}
