@@ -150,7 +150,7 @@ pub struct LaunchShape {
 
 impl LaunchShape {
     /// Blocks that share a row: of a cluster or of a team.
-    pub fn blocks_a_row(&self) -> u32 {
+    pub fn blocks_per_row(&self) -> u32 {
         self.cluster * self.team
     }
 }
@@ -238,9 +238,9 @@ const CHUNK: usize = ATKD_CHUNK as usize;
 /// Chunks of half precision in a line of the L2 cache; in two lines, of single precision.
 const CHUNKS_OF_A_LINE: usize = (ATKD_LINE / (2 * ATKD_CHUNK)) as usize;
 /// From here on `row_pipelined` beats `row_resident`, as measured (docs/performance.md).
-const LEAST_PIPELINED: usize = 2048;
+const MIN_PIPELINED: usize = 2048;
 /// As many as a warp has lanes.
-const MOST_TEAM: usize = WARP;
+const MAX_TEAM: usize = WARP;
 const MARGIN_THREADS: usize = ATKD_MARGIN_THREADS as usize;
 const MARGIN_BLOCKS: usize = ATKD_MARGIN_BLOCKS as usize;
 const STREAM_THREADS: usize = ATKD_STREAM_THREADS as usize;
@@ -257,15 +257,28 @@ const HELD_BYTES: usize = ATKD_HELD_BYTES as usize;
 /// Bytes that a block of `row_pipelined` takes of a multiprocessor's shared memory beside its slices: its static shared
 /// memory, and what the driver reserves per block.
 const PIPELINED_SHARED_BYTES: usize = ATKD_PIPELINED_STATIC_BYTES as usize + 1024;
+/// How many times as many rows in flight outweigh having a block fewer per multiprocessor.
+const MIN_GAIN: f64 = 1.05;
 /// Bytes by which a device hands out shared memory.
 const SHARED_UNIT: usize = 128;
+
+/// A way to hold rows in shared memory.
+#[derive(Clone, Copy)]
+struct Fit {
+    /// Blocks of a team.
+    team: usize,
+    /// Teams that run at once.
+    teams: usize,
+    /// Bytes of a block's slices.
+    bytes: usize,
+}
 
 /// The blocks of a kernel whose teams hold rows in shared memory.
 #[derive(Clone, Copy)]
 struct BlocksOnChip {
     threads: usize,
     /// Blocks that a multiprocessor has registers for.
-    most: usize,
+    max: usize,
 }
 
 impl BlocksOnChip {
@@ -273,13 +286,10 @@ impl BlocksOnChip {
         if row_kernel == RowKernel::PipelinedWide {
             Self {
                 threads: ATKD_PIPELINED_WIDE_THREADS as usize,
-                most: device.pipelined_wide_blocks as usize,
+                max: device.pipelined_wide_blocks as usize,
             }
         } else {
-            Self {
-                threads: ATKD_PIPELINED_THREADS as usize,
-                most: device.pipelined_blocks as usize,
-            }
+            Self { threads: ATKD_PIPELINED_THREADS as usize, max: device.pipelined_blocks as usize }
         }
     }
 }
@@ -294,16 +304,16 @@ fn slice(chunks: usize, team: usize) -> usize {
     (chunks + CHUNKS_OF_A_LINE - 1).div_ceil(team).next_multiple_of(CHUNKS_OF_A_LINE)
 }
 
-/// Threads for `work` items, `each` of them a thread, up to `most`.
-fn threads(work: usize, each: usize, most: usize) -> u32 {
-    work.div_ceil(each).next_multiple_of(WARP).clamp(WARP, most) as u32
+/// Threads for `work` items, `each` of them per thread, up to `max`.
+fn threads(work: usize, each: usize, max: usize) -> u32 {
+    work.div_ceil(each).next_multiple_of(WARP).clamp(WARP, max) as u32
 }
 
 /// A grid of whole clusters, as large as a device launches at most.
 fn shape(grid: usize, block: u32, cluster: u32) -> LaunchShape {
-    let most = i32::MAX as u32 / cluster * cluster;
+    let max = i32::MAX as u32 / cluster * cluster;
     LaunchShape {
-        grid: u32::try_from(grid).unwrap_or(most).min(most),
+        grid: u32::try_from(grid).unwrap_or(max).min(max),
         block,
         cluster,
         team: 1,
@@ -320,9 +330,9 @@ pub(crate) fn scale_gradient(
 ) -> (LaunchShape, u32) {
     let chunks = chunks(vocab);
     let block = threads(chunks, 1, SCALE_THREADS);
-    let at_once = device.multiprocessors as usize * SCALE_BLOCKS * SCALE_THREADS / block as usize;
-    let parts = (at_once / tokens.max(1)).clamp(1, chunks.div_ceil(SCALE_THREADS));
-    (shape(tokens.min(at_once / parts) * parts, block, 1), parts as u32)
+    let resident = device.multiprocessors as usize * SCALE_BLOCKS * SCALE_THREADS / block as usize;
+    let parts = (resident / tokens.max(1)).clamp(1, chunks.div_ceil(SCALE_THREADS));
+    (shape(tokens.min(resident / parts) * parts, block, 1), parts as u32)
 }
 
 /// The launch of `select_hard`: a cluster per scope.
@@ -341,15 +351,15 @@ impl Plan {
         problem: &Problem,
         preferred: Option<Preference>,
     ) -> Self {
-        let mut by_itself =
-            [Self::pipelined_by_itself(device, problem), RowKernel::Resident, RowKernel::Stream];
-        if problem.vocab < LEAST_PIPELINED {
-            by_itself.swap(0, 1);
+        let mut default_order =
+            [Self::default_pipelined(device, problem), RowKernel::Resident, RowKernel::Stream];
+        if problem.vocab < MIN_PIPELINED {
+            default_order.swap(0, 1);
         }
-        let by_itself = by_itself.map(|row_kernel| Preference { row_kernel, team: 0 });
+        let default_order = default_order.map(|row_kernel| Preference { row_kernel, team: 0 });
         preferred
             .into_iter()
-            .chain(by_itself)
+            .chain(default_order)
             .find_map(|choice| Self::with(device, problem, choice))
             .expect("row_stream can do any call")
     }
@@ -363,29 +373,29 @@ impl Plan {
             RowKernel::Resident => (Self::resident(problem, chunks)?, RESIDENT_BLOCKS),
             RowKernel::Pipelined | RowKernel::PipelinedWide => {
                 let blocks = BlocksOnChip::of(device, row_kernel);
-                (Self::pipelined(device, problem, blocks, team)?, blocks.most)
+                (Self::pipelined(device, problem, blocks, team)?, blocks.max)
             }
             RowKernel::Stream => (Self::stream(device, problem, chunks, team)?, STREAM_BLOCKS),
         };
-        let a_row = rows.blocks_a_row() as usize;
+        let per_row = rows.blocks_per_row() as usize;
         // Few threads to a short row: beside its chunks, a row costs each the same whatever its length.
         let margin = threads(vocab.div_ceil(CHUNK), 8, MARGIN_THREADS);
-        let margins_at_once =
+        let resident_margins =
             device.multiprocessors as usize * MARGIN_BLOCKS * MARGIN_THREADS / margin as usize;
-        let at_once = (device.multiprocessors as usize * blocks / a_row).max(1);
-        let again = tokens.min(at_once) * a_row;
+        let resident = (device.multiprocessors as usize * blocks / per_row).max(1);
+        let again = tokens.min(resident) * per_row;
         Some(Self {
             schedule,
             margin_pass,
             // As many rows to each block as to any other: a few that ended last would leave the memory idle.
-            margin: shape(tokens.div_ceil(tokens.div_ceil(margins_at_once).max(1)), margin, 1),
+            margin: shape(tokens.div_ceil(tokens.div_ceil(resident_margins).max(1)), margin, 1),
             count: shape(tokens.div_ceil(COUNT_THREADS), COUNT_THREADS as u32, 1),
             select: select_hard(device, tokens, scopes),
             row_kernel,
             rows,
             rows_again: LaunchShape { grid: rows.grid.min(again as u32), ..rows },
-            slice_chunks: slice(chunks, a_row) as u32,
-            rows_in_flight_bytes: in_flight_bytes(device, problem, a_row),
+            slice_chunks: slice(chunks, per_row) as u32,
+            rows_in_flight_bytes: in_flight_bytes(device, problem, per_row),
             // One ends the call, even without tokens.
             terms: shape(
                 tokens.div_ceil(TERMS_THREADS).clamp(1, ATKD_TERMS_GRID as usize),
@@ -403,7 +413,7 @@ impl Plan {
     }
 
     /// Wide blocks make teams half as large, which meet sooner. Where a block holds a row, more of them are better.
-    fn pipelined_by_itself(device: &DeviceProperties, problem: &Problem) -> RowKernel {
+    fn default_pipelined(device: &DeviceProperties, problem: &Problem) -> RowKernel {
         let blocks = BlocksOnChip::of(device, RowKernel::Pipelined);
         match Self::pipelined(device, problem, blocks, 0) {
             Some(shape) if shape.team == 1 => RowKernel::Pipelined,
@@ -413,7 +423,7 @@ impl Plan {
 
     /// Teams as small as hold a row, as many as run at once. The more blocks a multiprocessor has, the more rows it works
     /// on while it waits for others: fewer, which have more room each, only if the rows that are in flight at once are more
-    /// by a twentieth, or if there is no other way.
+    /// by [`MIN_GAIN`], or if there is no other way.
     fn pipelined(
         device: &DeviceProperties,
         problem: &Problem,
@@ -424,26 +434,25 @@ impl Plan {
             return None;
         }
         let chunks = chunks(problem.vocab);
-        let teams = if team > 0 { team as usize..=team as usize } else { 1..=MOST_TEAM };
-        // The size of a team, how many of them, and the bytes of a block.
-        let with = |blocks: usize| {
-            let at_once = device.multiprocessors as usize * blocks;
-            let at_once = at_once.min(ATKD_PIPELINED_GRID as usize);
+        let teams = if team > 0 { team as usize..=team as usize } else { 1..=MAX_TEAM };
+        let fit = |blocks: usize| {
+            let resident = device.multiprocessors as usize * blocks;
+            let resident = resident.min(ATKD_PIPELINED_GRID as usize);
             let room = device.shared_bytes / blocks / SHARED_UNIT * SHARED_UNIT;
             let room = room.saturating_sub(PIPELINED_SHARED_BYTES);
-            teams.clone().take_while(|&team| team <= MOST_TEAM.min(at_once)).find_map(|team| {
-                let shared = 2 * slice(chunks, team) * CHUNK * problem.student.size();
-                (shared <= room).then_some((team, at_once / team, shared))
+            teams.clone().take_while(|&team| team <= MAX_TEAM.min(resident)).find_map(|team| {
+                let bytes = 2 * slice(chunks, team) * CHUNK * problem.student.size();
+                (bytes <= room).then_some(Fit { team, teams: resident / team, bytes })
             })
         };
-        let mut choices = (1..=blocks_on_chip.most).rev().filter_map(with);
-        let most = choices.next()?;
-        let (team, count, shared) =
-            choices.next().filter(|fewer| 20 * fewer.1 > 21 * most.1).unwrap_or(most);
+        let mut fits = (1..=blocks_on_chip.max).rev().filter_map(fit);
+        let most_blocks = fits.next()?;
+        let enough = |fewer: &Fit| fewer.teams as f64 > MIN_GAIN * most_blocks.teams as f64;
+        let Fit { team, teams, bytes } = fits.next().filter(enough).unwrap_or(most_blocks);
         Some(LaunchShape {
-            shared: shared as u32,
+            shared: bytes as u32,
             team: team as u32,
-            ..shape(problem.tokens.min(count) * team, blocks_on_chip.threads as u32, 1)
+            ..shape(problem.tokens.min(teams) * team, blocks_on_chip.threads as u32, 1)
         })
     }
 
@@ -456,11 +465,11 @@ impl Plan {
         team: u32,
     ) -> Option<LaunchShape> {
         let tokens = problem.tokens;
-        let at_once =
+        let resident =
             (device.multiprocessors as usize * STREAM_BLOCKS).min(ATKD_TEAM_BLOCKS as usize);
         let clusters = device.portable_cluster() > 1;
         let most =
-            if clusters { device.portable_cluster() as usize } else { MOST_TEAM.min(at_once) };
+            if clusters { device.portable_cluster() as usize } else { MAX_TEAM.min(resident) };
         let mut blocks = team.max(1) as usize;
         if blocks > most || !blocks.is_power_of_two() || (team > 0 && clusters) {
             return None;
@@ -477,7 +486,7 @@ impl Plan {
         if clusters || blocks == 1 {
             return Some(shape(tokens * blocks, block, blocks as u32));
         }
-        let grid = tokens.min(at_once / blocks) * blocks;
+        let grid = tokens.min(resident / blocks) * blocks;
         Some(LaunchShape { team: blocks as u32, ..shape(grid, block, 1) })
     }
 }
@@ -507,9 +516,9 @@ impl Problem {
     }
 }
 
-fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, blocks_a_row: usize) -> usize {
+fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, blocks_per_row: usize) -> usize {
     let blocks = device.multiprocessors as usize * STREAM_BLOCKS;
-    let rows = (blocks / blocks_a_row).clamp(1, problem.tokens.max(1));
+    let rows = (blocks / blocks_per_row).clamp(1, problem.tokens.max(1));
     rows * problem.vocab * (problem.teacher.size() + problem.student.size())
 }
 
@@ -613,7 +622,7 @@ mod tests {
             for vocab in [4096, 8185, 8192, 16_377, 32_000, 50_257, 128_256, 151_936] {
                 let problem = problem(8192, vocab, dtype, dtype);
                 let mut line = |kernel: &str, launch: LaunchShape| {
-                    let (blocks, threads) = (launch.blocks_a_row(), launch.block);
+                    let (blocks, threads) = (launch.blocks_per_row(), launch.block);
                     text += &format!("{kernel} {dtype} {vocab}: {blocks} {threads}\n");
                 };
                 line("teacher_margin", Plan::new(&H200, &problem, None).margin);
@@ -640,7 +649,7 @@ mod tests {
             assert_eq!(plan.row_kernel, RowKernel::Stream);
             let LaunchShape { grid, cluster, .. } = plan.rows;
             assert!(plan.rows.team > 1 || grid == tokens as u32 * cluster);
-            (plan.rows.blocks_a_row(), plan.rows_in_flight_bytes)
+            (plan.rows.blocks_per_row(), plan.rows_in_flight_bytes)
         };
         for vocab in [32_000, 50_257, 128_256, 151_936] {
             let (_, bytes) = rows(&H200, 8192, vocab);

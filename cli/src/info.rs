@@ -108,7 +108,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let schedule =
         format!("Schedule of a call with a gradient of its own: {} ({order}).", plan.schedule);
     let team = plan.rows.team;
-    let a_row = match (plan.rows.blocks_a_row(), plan.rows.team) {
+    let a_row = match (plan.rows.blocks_per_row(), plan.rows.team) {
         (1, _) => "With a block a row".into(),
         (blocks, 1) => format!("In clusters of {blocks}"),
         (_, team) => format!("In teams of {team} blocks, which all run at once,"),

@@ -214,9 +214,13 @@ struct LaneSums<V> {
 
 impl<V: Vector> LaneSums<V> {
     /// Adds logits `a` of the teacher and `b` of the student. Returns a vector for each part of [`Exponentials`], the
-    /// last one only with `AT_1`.
+    /// last one only with `CE_SUM`.
     #[inline(always)]
-    fn add<D: Divergence, const GUARDED: bool, const AT_1: bool>(&mut self, a: V, b: V) -> [V; 3] {
+    fn add<D: Divergence, const GUARDED: bool, const CE_SUM: bool>(
+        &mut self,
+        a: V,
+        b: V,
+    ) -> [V; 3] {
         let da = a.sub(self.shifts[TEACHER]);
         let db = b.sub(self.shifts[STUDENT]);
         let [teacher_bits, student_bits] = &mut self.range_bits;
@@ -227,7 +231,7 @@ impl<V: Vector> LaneSums<V> {
         self.teacher = self.teacher.add(p);
         self.student = self.student.add(q);
         let mut q_at_1 = V::splat(0.0);
-        if AT_1 {
+        if CE_SUM {
             q_at_1 = exp_by::<V, GUARDED>(db, Exponent::new(1.0), student_bits);
             self.student_at_1 = self.student_at_1.add(q_at_1);
         }
@@ -236,11 +240,11 @@ impl<V: Vector> LaneSums<V> {
 
     /// Moves the partial sums into the totals of teacher, cross term, student and student at temperature 1.
     #[inline(always)]
-    fn flush<const AT_1: bool>(&mut self, totals: &mut [Compensated<V>; 4]) {
+    fn flush<const CE_SUM: bool>(&mut self, totals: &mut [Compensated<V>; 4]) {
         totals[0].take(&mut self.teacher);
         totals[1].take(&mut self.cross);
         totals[2].take(&mut self.student);
-        if AT_1 {
+        if CE_SUM {
             totals[3].take(&mut self.student_at_1);
         }
     }
@@ -248,7 +252,7 @@ impl<V: Vector> LaneSums<V> {
 
 /// Sums over one tile of the teacher's and the student's logits, whose exponentials it leaves in `out`.
 #[inline(always)]
-pub fn accumulate<L: Element, V: Vector, D: Divergence, const GUARDED: bool, const AT_1: bool>(
+pub fn accumulate<L: Element, V: Vector, D: Divergence, const GUARDED: bool, const CE_SUM: bool>(
     teacher: &[L],
     student: &[L],
     shifts: (f32, f32),
@@ -279,43 +283,43 @@ pub fn accumulate<L: Element, V: Vector, D: Divergence, const GUARDED: bool, con
             let lanes = i..i + V::LANES;
             let a: V = L::load(&teacher[lanes.clone()]);
             let b: V = L::load(&student[lanes.clone()]);
-            let [kept, q, q_at_1] = sums.add::<D, GUARDED, AT_1>(a, b);
+            let [kept, q, q_at_1] = sums.add::<D, GUARDED, CE_SUM>(a, b);
             kept.store::<false>(&mut out.kept[lanes.clone()]);
             q.store::<false>(&mut out.student[lanes.clone()]);
-            if AT_1 {
+            if CE_SUM {
                 q_at_1.store::<false>(&mut out.student_at_1[lanes]);
             }
             i += V::LANES;
         }
-        sums.flush::<AT_1>(&mut totals);
+        sums.flush::<CE_SUM>(&mut totals);
     }
     let mut in_range = [in_range(sums.range_bits[TEACHER]), in_range(sums.range_bits[STUDENT])];
     if whole < teacher.len() {
         let (a, b) = (&teacher[whole..], &student[whole..]);
         in_range[TEACHER] &= tail_in_range(a, shifts.0, exponent);
         in_range[STUDENT] &= tail_in_range(b, shifts.1, exponent);
-        if AT_1 {
+        if CE_SUM {
             in_range[STUDENT] &= tail_in_range(b, shifts.1, Exponent::new(1.0));
         }
-        let [kept, q, q_at_1] = sums.add::<D, true, AT_1>(a_rest, b_rest);
+        let [kept, q, q_at_1] = sums.add::<D, true, CE_SUM>(a_rest, b_rest);
         let mut padded = [0.0; MAX_LANES];
         let left = teacher.len() - whole;
         kept.store::<false>(&mut padded);
         out.kept[whole..].copy_from_slice(&padded[..left]);
         q.store::<false>(&mut padded);
         out.student[whole..].copy_from_slice(&padded[..left]);
-        if AT_1 {
+        if CE_SUM {
             q_at_1.store::<false>(&mut padded);
             out.student_at_1[whole..].copy_from_slice(&padded[..left]);
         }
-        sums.flush::<AT_1>(&mut totals);
+        sums.flush::<CE_SUM>(&mut totals);
     }
     TileSums {
         sums: Sums {
             teacher: totals[0].fold(),
             cross: totals[1].fold(),
             student: totals[2].fold(),
-            student_at_1: if AT_1 { totals[3].fold() } else { 0.0 },
+            student_at_1: if CE_SUM { totals[3].fold() } else { 0.0 },
             mismatch: sums.flags.mismatch.fold(f32::max) > 0.0,
         },
         far: sums.flags.far.fold(f32::max) > 0.0,

@@ -273,7 +273,7 @@ impl Stages {
                 mean: self.mean(),
                 write_keys: write_keys.into(),
                 guess: predicts.into(),
-                clusters: shape.grid / shape.blocks_a_row(),
+                clusters: shape.grid / shape.blocks_per_row(),
                 team: shape.team,
                 slice: plan.slice_chunks,
             }),
