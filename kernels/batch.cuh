@@ -41,7 +41,7 @@ ATKD_DEVICE int32_t target_of(const atkd_batch &batch, uint32_t token) {
 // Clears the slots in which the blocks of row_pipelined exchange states, so that they hold no epoch. To be called by
 // one block, before that kernel's launch.
 ATKD_DEVICE void clear_states(void *states) {
-    for (uint32_t i = thread_index(); i < 2 * ATKD_PIPELINED_GRID * (ATKD_TOLD_STATE / 16); i += block_threads()) {
+    for (uint32_t i = thread_index(); i < 2 * ATKD_PIPELINED_GRID * (ATKD_EXCHANGE_BYTES / 16); i += block_threads()) {
         store16(static_cast<Bytes16 *>(states) + i, {{0, 0, 0, 0}});
     }
 }

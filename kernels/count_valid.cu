@@ -12,7 +12,7 @@ ATKD_KERNEL(count_valid, atkd_count_valid, ATKD_COUNT) {
         clear_states(p.states);
         // Another stream's call may leave another one there before this call has ended.
         if (thread_index() == 0) {
-            store(&p.batch.summary->guess, load(p.guess));
+            store(&p.batch.summary->predicted_threshold, load(p.kept_threshold));
         }
     }
     uint32_t votes = warp_ballot(valid);

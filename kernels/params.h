@@ -57,7 +57,7 @@
 #define ATKD_TEAM_STATE 48u
 // Blocks that a launch of row_pipelined has at most, and the bytes of a row's state that each tells its team.
 #define ATKD_PIPELINED_GRID 1024u
-#define ATKD_TOLD_STATE 32u
+#define ATKD_EXCHANGE_BYTES 32u
 
 // Blocks that token_terms has at most: each leaves a sum where the states of rows were.
 #define ATKD_TERMS_GRID 1024u
@@ -82,10 +82,10 @@ typedef struct {
     uint32_t hard;
     uint32_t counted_valid; // of the call in progress
     uint32_t counted_hard;
-    uint32_t counted_wrong; // tokens whose mode was guessed wrong
-    uint32_t guess;         // at this call's threshold: the last one's
-    uint32_t drawn;         // head of row_pipelined's work queue; the first two rows of each team are its own
-    uint32_t summed;        // blocks of token_terms that have left their sums
+    uint32_t counted_mispredicted; // tokens whose group was predicted wrong
+    uint32_t predicted_threshold;  // the last call's, by which this one predicts
+    uint32_t next_ticket;          // head of row_pipelined's work queue; the first two rows of each team are its own
+    uint32_t summed;               // blocks of token_terms that have left their sums
     uint32_t reserved;
     uint32_t arrived[ATKD_TEAM_BLOCKS / 2]; // by team, whose blocks have met when the top bit flips
 } atkd_summary;
@@ -120,26 +120,26 @@ typedef struct {
 // made it.
 typedef struct {
     atkd_batch batch;
-    const uint8_t *hard;   // [N]: not 0 for a hard token, instead of valid_mode; hard tokens are counted then; or null
-    void *states;          // of row_pipelined, whose numbers become 0
-    const uint32_t *guess; // becomes the summary's; any value is right
-    uint32_t valid_mode;   // ATKD_EASY or ATKD_HARD
+    const uint8_t *hard; // [N]: not 0 for a hard token, instead of valid_mode; hard tokens are counted then; or null
+    void *states;        // of row_pipelined, whose numbers become 0
+    const uint32_t *kept_threshold; // the last call's: becomes the summary's predicted one; any value is right
+    uint32_t valid_mode;            // ATKD_EASY or ATKD_HARD
     uint32_t reserved;
 } atkd_count_valid;
 
 // select_hard: which tokens are hard. One cluster a scope.
 typedef struct {
     atkd_batch batch;
-    const float *margins;   // [N], instead of the keys, which are then written; null for none
-    const uint8_t *valid;   // [N]: 0 for a token that does not compete, beside margins instead of labels; or null
-    const int64_t *offsets; // [scopes + 1]: scope s is tokens offsets[s]..offsets[s + 1]; null for one scope
-    uint32_t *thresholds;   // [scopes]: the key of the last hard token; 0 where there is none
-    uint32_t *wrong;        // [N]: tokens whose modes, guessed before, turn out other; null if none were
-    void *states;           // of row_pipelined, whose numbers become 0
-    uint32_t *guess;        // where the first scope's threshold is left for the next call; null where this is no part
-                            // of a call, and leaves the summary's counters alone
-    uint8_t *hard_to;       // [N]: 1 for a hard token, else 0, where the caller wants it; or null
-    double hard_ratio;      // k of ceil(k * valid)
+    const float *margins;     // [N], instead of the keys, which are then written; null for none
+    const uint8_t *valid;     // [N]: 0 for a token that does not compete, beside margins instead of labels; or null
+    const int64_t *offsets;   // [scopes + 1]: scope s is tokens offsets[s]..offsets[s + 1]; null for one scope
+    uint32_t *thresholds;     // [scopes]: the key of the last hard token; 0 where there is none
+    uint32_t *mispredicted;   // [N]: tokens whose modes, predicted before, turn out other; null if none were
+    void *states;             // of row_pipelined, whose numbers become 0
+    uint32_t *kept_threshold; // where the first scope's threshold is left for the next call; null where this is no part
+                              // of a call, and leaves the summary's counters alone
+    uint8_t *hard_to;         // [N]: 1 for a hard token, else 0, where the caller wants it; or null
+    double hard_ratio;        // k of ceil(k * valid)
     uint32_t scopes;
     uint32_t count; // add the valid tokens to the summary's
 } atkd_select_hard;
@@ -163,22 +163,22 @@ typedef struct {
 typedef struct {
     atkd_batch batch;
     atkd_objective objective;
-    const void *student;         // logits [N, V]
-    void *gradient;              // [N, V], may be student; null for the loss alone
-    const float *upstream;       // the gradient of what comes after, or null for 1
-    float *teacher_margin;       // [N]
-    float *student_margin;       // [N], over 2^64: float32 holds any logit's
-    float *dkd;                  // [N], over 2^64
-    double *student_margin_at_1; // [N], if cross entropy has a weight: the student's at temperature 1
-    void *states;                // [2][ATKD_TEAM_BLOCKS] of ATKD_TEAM_STATE bytes; or, of row_pipelined,
-                                 // [2][ATKD_PIPELINED_GRID] of ATKD_TOLD_STATE
-    const uint32_t *wrong;       // the tokens to do, counted in the summary; null for all
+    const void *student;          // logits [N, V]
+    void *gradient;               // [N, V], may be student; null for the loss alone
+    const float *upstream;        // the gradient of what comes after, or null for 1
+    float *teacher_margin;        // [N]
+    float *student_margin;        // [N], over 2^64: float32 holds any logit's
+    float *dkd;                   // [N], over 2^64
+    double *student_margin_at_1;  // [N], if cross entropy has a weight: the student's at temperature 1
+    void *states;                 // [2][ATKD_TEAM_BLOCKS] of ATKD_TEAM_STATE bytes; or, of row_pipelined,
+                                  // [2][ATKD_PIPELINED_GRID] of ATKD_EXCHANGE_BYTES
+    const uint32_t *mispredicted; // the tokens to do, counted in the summary; null for all
     atkd_strides student_strides;
     atkd_strides gradient_strides;
     double scale;        // of the gradient
     uint32_t mean;       // and over the number of valid tokens
     uint32_t write_keys; // they are not there yet
-    uint32_t guess;      // which tokens are hard by the summary's guess, and write modes
+    uint32_t predicts;   // which tokens are hard, by the summary's predicted threshold, and write modes
     uint32_t clusters;   // of the launch, or teams
     uint32_t team;       // blocks of a team, up to 32; of row_stream a power of two, and 1 where there are clusters
     uint32_t slice;      // row_pipelined: chunks of a row that a block has room for

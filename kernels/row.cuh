@@ -51,10 +51,10 @@ template <class P, class Q> struct Rows {
 
 // The tokens of the call, or those of the repair pass.
 ATKD_DEVICE uint32_t tokens_to_do(const atkd_rows &p) {
-    return p.wrong == nullptr ? p.batch.tokens : load(&p.batch.summary->counted_wrong);
+    return p.mispredicted == nullptr ? p.batch.tokens : load(&p.batch.summary->counted_mispredicted);
 }
 ATKD_DEVICE uint32_t token_to_do(const atkd_rows &p, uint32_t index) {
-    return p.wrong == nullptr ? index : load(p.wrong + index);
+    return p.mispredicted == nullptr ? index : load(p.mispredicted + index);
 }
 
 // Calls f(token) for the tokens that are this cluster's, or team's, to do.

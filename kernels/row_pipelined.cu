@@ -25,7 +25,7 @@
 // same states in the same order, and so has the same scales.
 //
 // Scheduling. The first two rows of a team are its own; later ones come from a queue, whose head (the ticket counter)
-// is atkd_summary.drawn: multiprocessors are not equally fast. The team's first block draws the ticket, and its
+// is atkd_summary.next_ticket: multiprocessors are not equally fast. The team's first block draws the ticket, and its
 // messages bring it to the others.
 #include "row.cuh"
 
@@ -406,7 +406,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
 template <class D> struct Exchange {
     static constexpr uint32_t MESSAGES = (PackedState<D>::FLOATS + 1 + 2) / 3;
     Bytes16 message[MESSAGES];
-    static_assert(sizeof(Bytes16[MESSAGES]) == ATKD_TOLD_STATE, "the host makes room for so many bytes");
+    static_assert(sizeof(Bytes16[MESSAGES]) == ATKD_EXCHANGE_BYTES, "the host makes room for so many bytes");
 
     ATKD_DEVICE void publish(const PackedState<D> &state, uint32_t ticket, uint32_t epoch) {
         ATKD_UNROLL
@@ -557,7 +557,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
         epoch += 1;
         fetch_task(shuffle_from(ticket, 0), stage ^ 1);
         if (elected && rank == 0) {
-            ticket = 2 * p.clusters + add_atomic(&p.batch.summary->drawn, 1);
+            ticket = 2 * p.clusters + add_atomic(&p.batch.summary->next_ticket, 1);
         }
         sync_warp();
         if (task.mode != ATKD_IGNORED) {

@@ -173,14 +173,14 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
             hard = hard && !(equal && place >= remaining);
         }
         uint8_t mode = static_cast<uint8_t>(key == 0 ? ATKD_IGNORED : hard ? ATKD_HARD : ATKD_EASY);
-        bool wrong = p.wrong != nullptr && token < end && load(p.batch.modes + token) != mode;
-        uint32_t votes = warp_ballot(wrong), place = 0;
+        bool other = p.mispredicted != nullptr && token < end && load(p.batch.modes + token) != mode;
+        uint32_t votes = warp_ballot(other), place = 0;
         if (thread_index() % WARP == 0 && votes != 0) {
-            place = add_atomic(&p.batch.summary->counted_wrong, count_bits(votes));
+            place = add_atomic(&p.batch.summary->counted_mispredicted, count_bits(votes));
         }
         place = shuffle_from(place, 0) + count_bits(votes & lanemask_lt());
-        if (wrong) {
-            store(p.wrong + place, token);
+        if (other) {
+            store(p.mispredicted + place, token);
         }
         if (token < end) {
             store(p.batch.modes + token, mode);
@@ -189,12 +189,12 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
             }
         }
     }
-    if (rank == 0 && thread_index() == 0 && p.guess != nullptr) {
+    if (rank == 0 && thread_index() == 0 && p.kept_threshold != nullptr) {
         store(p.thresholds + scope, threshold);
         if (scope == 0) {
-            store(p.guess, threshold);
+            store(p.kept_threshold, threshold);
             // For the repair pass.
-            store(&p.batch.summary->drawn, 0u);
+            store(&p.batch.summary->next_ticket, 0u);
         }
         add_atomic(&p.batch.summary->counted_hard, uint32_t(found[WANTED]));
         if (p.count != 0) {

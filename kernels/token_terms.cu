@@ -26,8 +26,8 @@ ATKD_DEVICE void end_call(const atkd_token_terms &p, double sum) {
     store(&summary->hard, load(&summary->counted_hard));
     store(&summary->counted_valid, 0u);
     store(&summary->counted_hard, 0u);
-    store(&summary->counted_wrong, 0u);
-    store(&summary->drawn, 0u);
+    store(&summary->counted_mispredicted, 0u);
+    store(&summary->next_ticket, 0u);
     store(&summary->summed, 0u);
 }
 

@@ -38,7 +38,7 @@ pub const ATKD_PIPELINED_STATIC_BYTES: u32 = 640;
 pub const ATKD_TEAM_BLOCKS: u32 = 512;
 pub const ATKD_TEAM_STATE: u32 = 48;
 pub const ATKD_PIPELINED_GRID: u32 = 1024;
-pub const ATKD_TOLD_STATE: u32 = 32;
+pub const ATKD_EXCHANGE_BYTES: u32 = 32;
 pub const ATKD_TERMS_GRID: u32 = 1024;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -70,9 +70,9 @@ pub struct atkd_summary {
     pub hard: u32,
     pub counted_valid: u32,
     pub counted_hard: u32,
-    pub counted_wrong: u32,
-    pub guess: u32,
-    pub drawn: u32,
+    pub counted_mispredicted: u32,
+    pub predicted_threshold: u32,
+    pub next_ticket: u32,
     pub summed: u32,
     pub reserved: u32,
     pub arrived: [u32; 256usize],
@@ -94,10 +94,12 @@ const _: () = {
         [::std::mem::offset_of!(atkd_summary, counted_valid) - 36usize];
     ["Offset of field: atkd_summary::counted_hard"]
         [::std::mem::offset_of!(atkd_summary, counted_hard) - 40usize];
-    ["Offset of field: atkd_summary::counted_wrong"]
-        [::std::mem::offset_of!(atkd_summary, counted_wrong) - 44usize];
-    ["Offset of field: atkd_summary::guess"][::std::mem::offset_of!(atkd_summary, guess) - 48usize];
-    ["Offset of field: atkd_summary::drawn"][::std::mem::offset_of!(atkd_summary, drawn) - 52usize];
+    ["Offset of field: atkd_summary::counted_mispredicted"]
+        [::std::mem::offset_of!(atkd_summary, counted_mispredicted) - 44usize];
+    ["Offset of field: atkd_summary::predicted_threshold"]
+        [::std::mem::offset_of!(atkd_summary, predicted_threshold) - 48usize];
+    ["Offset of field: atkd_summary::next_ticket"]
+        [::std::mem::offset_of!(atkd_summary, next_ticket) - 52usize];
     ["Offset of field: atkd_summary::summed"]
         [::std::mem::offset_of!(atkd_summary, summed) - 56usize];
     ["Offset of field: atkd_summary::reserved"]
@@ -174,7 +176,7 @@ pub struct atkd_count_valid {
     pub batch: atkd_batch,
     pub hard: *const u8,
     pub states: *mut ::std::os::raw::c_void,
-    pub guess: *const u32,
+    pub kept_threshold: *const u32,
     pub valid_mode: u32,
     pub reserved: u32,
 }
@@ -188,8 +190,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_count_valid, hard) - 104usize];
     ["Offset of field: atkd_count_valid::states"]
         [::std::mem::offset_of!(atkd_count_valid, states) - 112usize];
-    ["Offset of field: atkd_count_valid::guess"]
-        [::std::mem::offset_of!(atkd_count_valid, guess) - 120usize];
+    ["Offset of field: atkd_count_valid::kept_threshold"]
+        [::std::mem::offset_of!(atkd_count_valid, kept_threshold) - 120usize];
     ["Offset of field: atkd_count_valid::valid_mode"]
         [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 128usize];
     ["Offset of field: atkd_count_valid::reserved"]
@@ -203,9 +205,9 @@ pub struct atkd_select_hard {
     pub valid: *const u8,
     pub offsets: *const i64,
     pub thresholds: *mut u32,
-    pub wrong: *mut u32,
+    pub mispredicted: *mut u32,
     pub states: *mut ::std::os::raw::c_void,
-    pub guess: *mut u32,
+    pub kept_threshold: *mut u32,
     pub hard_to: *mut u8,
     pub hard_ratio: f64,
     pub scopes: u32,
@@ -225,12 +227,12 @@ const _: () = {
         [::std::mem::offset_of!(atkd_select_hard, offsets) - 120usize];
     ["Offset of field: atkd_select_hard::thresholds"]
         [::std::mem::offset_of!(atkd_select_hard, thresholds) - 128usize];
-    ["Offset of field: atkd_select_hard::wrong"]
-        [::std::mem::offset_of!(atkd_select_hard, wrong) - 136usize];
+    ["Offset of field: atkd_select_hard::mispredicted"]
+        [::std::mem::offset_of!(atkd_select_hard, mispredicted) - 136usize];
     ["Offset of field: atkd_select_hard::states"]
         [::std::mem::offset_of!(atkd_select_hard, states) - 144usize];
-    ["Offset of field: atkd_select_hard::guess"]
-        [::std::mem::offset_of!(atkd_select_hard, guess) - 152usize];
+    ["Offset of field: atkd_select_hard::kept_threshold"]
+        [::std::mem::offset_of!(atkd_select_hard, kept_threshold) - 152usize];
     ["Offset of field: atkd_select_hard::hard_to"]
         [::std::mem::offset_of!(atkd_select_hard, hard_to) - 160usize];
     ["Offset of field: atkd_select_hard::hard_ratio"]
@@ -287,13 +289,13 @@ pub struct atkd_rows {
     pub dkd: *mut f32,
     pub student_margin_at_1: *mut f64,
     pub states: *mut ::std::os::raw::c_void,
-    pub wrong: *const u32,
+    pub mispredicted: *const u32,
     pub student_strides: atkd_strides,
     pub gradient_strides: atkd_strides,
     pub scale: f64,
     pub mean: u32,
     pub write_keys: u32,
-    pub guess: u32,
+    pub predicts: u32,
     pub clusters: u32,
     pub team: u32,
     pub slice: u32,
@@ -318,7 +320,8 @@ const _: () = {
     ["Offset of field: atkd_rows::student_margin_at_1"]
         [::std::mem::offset_of!(atkd_rows, student_margin_at_1) - 232usize];
     ["Offset of field: atkd_rows::states"][::std::mem::offset_of!(atkd_rows, states) - 240usize];
-    ["Offset of field: atkd_rows::wrong"][::std::mem::offset_of!(atkd_rows, wrong) - 248usize];
+    ["Offset of field: atkd_rows::mispredicted"]
+        [::std::mem::offset_of!(atkd_rows, mispredicted) - 248usize];
     ["Offset of field: atkd_rows::student_strides"]
         [::std::mem::offset_of!(atkd_rows, student_strides) - 256usize];
     ["Offset of field: atkd_rows::gradient_strides"]
@@ -327,7 +330,8 @@ const _: () = {
     ["Offset of field: atkd_rows::mean"][::std::mem::offset_of!(atkd_rows, mean) - 312usize];
     ["Offset of field: atkd_rows::write_keys"]
         [::std::mem::offset_of!(atkd_rows, write_keys) - 316usize];
-    ["Offset of field: atkd_rows::guess"][::std::mem::offset_of!(atkd_rows, guess) - 320usize];
+    ["Offset of field: atkd_rows::predicts"]
+        [::std::mem::offset_of!(atkd_rows, predicts) - 320usize];
     ["Offset of field: atkd_rows::clusters"]
         [::std::mem::offset_of!(atkd_rows, clusters) - 324usize];
     ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 328usize];

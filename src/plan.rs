@@ -80,7 +80,7 @@ pub enum HardTokens {
 /// The order of a call's stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Schedule {
-    /// The rows are done by the last call's threshold, and those that it predicted wrong once more.
+    /// The rows are done by the last call's threshold, and the mispredicted ones once more.
     PredictThenRepair,
     /// The hard tokens are known before the rows: selected by the caller's margins, or by those that a pass over the
     /// teacher's logits leaves.

@@ -51,7 +51,7 @@ fn pipelined_by(row_kernel: RowKernel, team: u32, teams: u32) -> Simulation {
 #[test]
 fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
     pass_the_battery(Simulation { seed: 2, ..pipelined(1, 1) });
-    pass_the_battery(Simulation { seed: 3, guess: 0, ..pipelined(3, 2) });
+    pass_the_battery(Simulation { seed: 3, predicted_threshold: 0, ..pipelined(3, 2) });
     pass_the_battery(Simulation { seed: 4, ..pipelined_by(RowKernel::PipelinedWide, 2, 1) });
 }
 
@@ -344,7 +344,7 @@ fn scaled_gradients() {
     check(bf16::from_f32, bf16::to_f32);
 }
 
-/// Margins of many rows by few blocks, of 1 warp, of 3 and of 8. Of some rows one logit is far above any guess.
+/// Margins of many rows by few blocks, of 1 warp, of 3 and of 8. Of some rows one logit is far above any prediction.
 #[test]
 fn margins_of_many_rows_a_block() {
     for (tokens, vocab) in [(150, 700), (120, 5000), (40, 16_400)] {
@@ -603,8 +603,8 @@ fn bytes(traffic: &Traffic, kernel: &str, buffer: &str) -> (u64, u64) {
     (read, written)
 }
 
-/// The budget: rows read two volumes twice and write one, selection O(N). Which tokens are hard is guessed;
-/// rows where the guess was wrong are done once more.
+/// The budget: rows read two volumes twice and write one, selection O(N). The hard tokens are predicted;
+/// mispredicted rows are done once more.
 #[test]
 fn kernels_read_and_write_what_they_should() {
     const ROWS: &str = "row_stream_bf16_bf16_bf16";
@@ -642,7 +642,7 @@ fn kernels_read_and_write_what_they_should() {
             assert_eq!(bytes(&kl, "count_valid", "teacher"), (0, 0));
             assert_eq!(bytes(&kl, ROWS, "teacher"), (2 * volume + target, 0));
         }
-        // A flat row exceeds no guess at its maximum.
+        // A flat row exceeds no estimate at its maximum.
         let flat = Input { teacher: vec![bf16::ZERO; input.teacher.len()], ..input.clone() };
         for input in [&input, &flat] {
             let mut in_place = input.student.clone();
@@ -669,7 +669,7 @@ fn kernels_read_and_write_what_they_should() {
     }
 }
 
-/// Two volumes, however wrong the last threshold is as a guess, and the bits that come with a gradient.
+/// Two volumes, however wrong the last threshold is as a prediction, and the bits that come with a gradient.
 #[test]
 fn the_loss_alone_reads_every_row_once() {
     let input = Input::new(12, 1000);
@@ -687,8 +687,8 @@ fn the_loss_alone_reads_every_row_once() {
             let hard = |output: &Output| -> Vec<bool> {
                 output.tokens.iter().map(|token| token.hard).collect()
             };
-            for guess in [0, u32::MAX] {
-                let simulation = Simulation { guess, ..simulation };
+            for predicted_threshold in [0, u32::MAX] {
+                let simulation = Simulation { predicted_threshold, ..simulation };
                 let (output, traffic) =
                     simulation.run(&objective, &batch, student, None, Extra::default()).unwrap();
                 assert_eq!((output.loss, hard(&output)), (expected.loss, hard(&expected)));
@@ -758,24 +758,24 @@ fn rows_on_chip_are_read_once() {
     }
 }
 
-/// Whatever the guess, the outcome has the same bits; the better it is, the fewer rows are done again.
+/// Whatever the prediction, the outcome has the same bits; the better it is, the fewer rows are done again.
 #[test]
-fn a_guess_changes_nothing_but_the_work() {
+fn a_prediction_changes_nothing_but_the_work() {
     let mut input = Input::new(40, 300);
     input.labels[5] = -100;
     let objective = Objective::default().with_ce_weight(0.1).unwrap();
     for simulation in [streamed(64, 2, 1), pipelined(2, 3), in_teams(2, 3), Simulation::default()] {
-        let run = |guess| {
-            let simulation = Simulation { guess, ..simulation };
+        let run = |predicted_threshold| {
+            let simulation = Simulation { predicted_threshold, ..simulation };
             let (output, gradient, traffic) = input.run(simulation, &objective, Extra::default());
             let (again, buffers) = &traffic[3];
             assert_eq!(*again, traffic[1].0);
             let gradient_bytes = buffers.iter().find(|b| b.name() == "gradient").unwrap().written;
             ((output, gradient), gradient_bytes / 600)
         };
-        let (expected, wrong) = run(0);
+        let (expected, mispredicted) = run(0);
         // All were taken for hard, and half of 39 are.
-        assert_eq!((expected.0.summary().hard_tokens, wrong), (20, 19));
+        assert_eq!((expected.0.summary().hard_tokens, mispredicted), (20, 19));
         assert_eq!(run(u32::MAX), (expected.clone(), 20));
         let threshold = expected
             .0

@@ -84,7 +84,8 @@ struct alignas(16) Weights {
         double scale = p.scale * (p.mean != 0 ? 1.0 / load(&p.batch.summary->counted_valid) : 1.0) *
                        (p.upstream == nullptr ? 1.0 : load(p.upstream));
         double at_t = scale * objective.inverse_temperature;
-        float threshold_odds = p.guess == 0 ? 0 : exp2_fast(margin_of_key(load(&p.batch.summary->guess)) * LOG2_E);
+        float threshold_odds =
+            p.predicts == 0 ? 0 : exp2_fast(margin_of_key(load(&p.batch.summary->predicted_threshold)) * LOG2_E);
         return {Weight::of(objective.tkd[0], at_t),
                 Weight::of(objective.tkd[1], at_t),
                 Weight::of(objective.dkd[0], at_t),
@@ -153,12 +154,12 @@ ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights,
     float slope = D::tkd_slope(teacher, student);
     // The token's group or, before the selection, a prediction of it. Rounding may decide here otherwise than in the
     // margin that the selection goes by; then the prediction was wrong.
-    bool hard = p.guess != 0 ? teacher.odds >= weights.threshold_odds : mode == ATKD_HARD;
+    bool hard = p.predicts != 0 ? teacher.odds >= weights.threshold_odds : mode == ATKD_HARD;
     // DKD is 0 for a teacher without mass off the target, whatever the student does.
     float beta = state.teacher_sum == 0 ? 0 : (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid);
     float gamma = (hard ? weights.hard_tkd : weights.easy_tkd).at(teacher.sigmoid) * slope;
     float gamma_ce = weights.ce == 0 ? 0 : weights.ce * student_at_1.sigmoid;
-    if (p.guess != 0 && writes_mode && thread_index() % WARP == 0) {
+    if (p.predicts != 0 && writes_mode && thread_index() % WARP == 0) {
         store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
     }
     Coefficients factors = D::template coefficients<CE_SUM>(beta, gamma, gamma_ce, teacher, student, student_at_1);

@@ -97,7 +97,7 @@ fn calls_of_which_a_launch_fails() {
     }
 }
 
-/// Room for more tokens, and the last call's threshold is a guess all the same.
+/// Room for more tokens, and the last call's threshold serves all the same.
 #[test]
 fn workspaces_that_grow() {
     let Some(gpu) = Gpu::new() else { return };

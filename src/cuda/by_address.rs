@@ -40,7 +40,7 @@ impl Kernels {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
         let checked = Checked::new(objective, call)?;
         let layout = Layout { capacity: call.tokens.max(checked.problem.scopes) };
-        let memory = Memory { layout, workspace, guess: self.guess };
+        let memory = Memory { layout, workspace, kept_threshold: self.kept_threshold };
         let launches = launches(&checked, output, &self.plan(&checked.problem), memory)?;
         // SAFETY: the caller vouches for all addresses.
         unsafe { self.enqueue_in(stream, launches, workspace) }
@@ -64,7 +64,7 @@ impl Kernels {
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
         let layout = Layout { capacity: teacher.tokens.max(1) };
-        let memory = Memory { layout, workspace, guess: self.guess };
+        let memory = Memory { layout, workspace, kept_threshold: self.kept_threshold };
         let launch = margins(objective, teacher, to, &self.device(), memory)?;
         // SAFETY: the caller's.
         unsafe { self.enqueue_in(stream, launch, workspace) }
@@ -88,7 +88,7 @@ impl Kernels {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
         let scopes = from.sequences.map_or(1, |(_, count)| count);
         let layout = Layout { capacity: from.tokens.max(scopes) };
-        let memory = Memory { layout, workspace, guess: self.guess };
+        let memory = Memory { layout, workspace, kept_threshold: self.kept_threshold };
         let launch = selection(from, hard_ratio, &self.device(), memory)?;
         // SAFETY: the caller's.
         unsafe {

@@ -39,7 +39,7 @@ pub struct Kernels {
     overlap: bool,
     /// The address of a word that keeps the threshold of a call whose workspace is not kept, for the next to predict by: any value
     /// is right.
-    pub(super) guess: u64,
+    pub(super) kept_threshold: u64,
     /// The owner of that word.
     _memory: CudaSlice<u32>,
 }
@@ -133,7 +133,7 @@ impl Kernels {
         // Other streams use it, without an event to wait for.
         let stream = context.default_stream();
         let memory = stream.alloc_zeros(1).map_err(driver("allocating a word"))?;
-        let (guess, _) = memory.device_ptr(&stream);
+        let (kept_threshold, _) = memory.device_ptr(&stream);
         stream.synchronize().map_err(driver("allocating a word"))?;
         Ok(Arc::new(Self {
             context: context.clone(),
@@ -141,7 +141,7 @@ impl Kernels {
             device,
             preferred,
             overlap,
-            guess,
+            kept_threshold,
             _memory: memory,
         }))
     }

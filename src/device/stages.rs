@@ -132,9 +132,9 @@ pub(crate) fn selection(
             valid: valid.unwrap_or(0) as *const u8,
             offsets: sequences.map_or(0, |(address, _)| address) as *const i64,
             thresholds: memory.column(Column::Thresholds) as *mut u32,
-            wrong: std::ptr::null_mut(),
+            mispredicted: std::ptr::null_mut(),
             states: memory.states(),
-            guess: std::ptr::null_mut(),
+            kept_threshold: std::ptr::null_mut(),
             hard_to: hard as *mut u8,
             hard_ratio,
             scopes: scopes as u32,
@@ -211,7 +211,7 @@ impl Stages {
                 batch: self.batch,
                 hard: self.call.hard.unwrap_or(0) as *const u8,
                 states: self.memory.states(),
-                guess: self.memory.guess as *const u32,
+                kept_threshold: self.memory.kept_threshold as *const u32,
                 valid_mode: if self.objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
                 reserved: 0,
             }),
@@ -219,7 +219,7 @@ impl Stages {
     }
 
     fn select(&self) -> Launch {
-        let wrong = if self.predicts() { self.memory.column(Column::Targets) } else { 0 };
+        let mispredicted = if self.predicts() { self.memory.column(Column::Targets) } else { 0 };
         Launch {
             kernel: "select_hard",
             shape: self.plan.select,
@@ -229,9 +229,9 @@ impl Stages {
                 valid: std::ptr::null(),
                 offsets: self.call.sequences.map_or(0, |(address, _)| address) as *const i64,
                 thresholds: self.memory.column(Column::Thresholds) as *mut u32,
-                wrong: wrong as *mut u32,
+                mispredicted: mispredicted as *mut u32,
                 states: self.memory.states(),
-                guess: self.memory.guess as *mut u32,
+                kept_threshold: self.memory.kept_threshold as *mut u32,
                 hard_to: std::ptr::null_mut(),
                 hard_ratio: self.objective.hard_ratio(),
                 scopes: self.problem.scopes as u32,
@@ -244,7 +244,7 @@ impl Stages {
     fn rows(&self, shape: LaunchShape, again: bool) -> Launch {
         let Self { call, problem, plan, memory, .. } = self;
         let predicts = self.predicts() && !again;
-        let wrong = if again { memory.column(Column::Targets) } else { 0 };
+        let mispredicted = if again { memory.column(Column::Targets) } else { 0 };
         // Rows leave the keys unless a pass over the teacher's logits has, or a prediction that had them.
         let write_keys = !again && (!plan.margin_pass || self.margins_given().is_some());
         Launch {
@@ -266,13 +266,13 @@ impl Stages {
                 dkd: memory.column(Column::Dkd) as *mut f32,
                 student_margin_at_1: memory.column(Column::Loss) as *mut f64,
                 states: memory.states(),
-                wrong: wrong as *const u32,
+                mispredicted: mispredicted as *const u32,
                 student_strides: strides(call.student, call.tokens),
                 gradient_strides: strides(call.gradient.unwrap_or(call.student), call.tokens),
                 scale: self.scale() * self.objective.upstream_gradient(),
                 mean: self.mean(),
                 write_keys: write_keys.into(),
-                guess: predicts.into(),
+                predicts: predicts.into(),
                 clusters: shape.grid / shape.blocks_per_row(),
                 team: shape.team,
                 slice: plan.slice_chunks,

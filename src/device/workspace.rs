@@ -51,7 +51,7 @@ impl Column {
 /// blocks' sums there.
 pub(crate) const STATES_BYTES: usize = {
     let teams = 2 * (ATKD_TEAM_BLOCKS * ATKD_TEAM_STATE) as usize;
-    let pipelined = 2 * (ATKD_PIPELINED_GRID * ATKD_TOLD_STATE) as usize;
+    let pipelined = 2 * (ATKD_PIPELINED_GRID * ATKD_EXCHANGE_BYTES) as usize;
     if teams > pipelined { teams } else { pipelined }
 };
 const _: () = assert!(ATKD_TERMS_GRID as usize * size_of::<f64>() <= STATES_BYTES);
@@ -206,14 +206,15 @@ pub(crate) struct Memory {
     /// The address of the summary, a multiple of 16. The summary is all 0 before the first call.
     pub workspace: u64,
     /// The address of a word that keeps the last call's threshold, which the next call predicts by. Any value is right.
-    pub guess: u64,
+    pub kept_threshold: u64,
 }
 
 impl Memory {
     /// A workspace that keeps the threshold itself.
     pub fn new(layout: Layout, workspace: u64) -> Self {
-        let guess = workspace + std::mem::offset_of!(atkd_summary, guess) as u64;
-        Self { layout, workspace, guess }
+        let kept_threshold =
+            workspace + std::mem::offset_of!(atkd_summary, predicted_threshold) as u64;
+        Self { layout, workspace, kept_threshold }
     }
 
     /// The address of a column.

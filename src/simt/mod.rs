@@ -31,8 +31,8 @@ pub struct Simulation {
     pub cluster: u32,
     /// The kernel for rows, if it is not to be the plan's choice.
     pub preferred: Option<Preference>,
-    /// The guess of the threshold from which tokens are hard.
-    pub guess: u32,
+    /// The key from which tokens are predicted to be hard.
+    pub predicted_threshold: u32,
     /// The seed of the order in which blocks and threads take turns: no result may depend on it.
     pub seed: u64,
 }
@@ -47,7 +47,7 @@ impl Default for Simulation {
             cluster: 2,
             preferred: None,
             // The key of a margin of 0: an uncertainty of a half.
-            guess: 1 << 31,
+            predicted_threshold: 1 << 31,
             seed: 0,
         }
     }
@@ -223,7 +223,7 @@ impl Simulation {
         unsafe {
             let summary = workspace.as_mut_ptr().cast::<atkd_summary>();
             summary.write_bytes(0, 1);
-            (*summary).guess = self.guess;
+            (*summary).predicted_threshold = self.predicted_threshold;
         }
         buffers.extend(
             layout
@@ -482,7 +482,7 @@ mod tests {
         let mut thresholds = [7_u32];
         // SAFETY: plain numbers.
         let mut summary: [atkd_summary; 1] = unsafe { std::mem::zeroed() };
-        let mut guess = [7_u32];
+        let mut kept_threshold = [7_u32];
         let mut states = vec![7_u128; STATES_BYTES / 16];
         // SAFETY: numbers and pointers, for which 0 is a value.
         let mut batch: atkd_batch = unsafe { std::mem::zeroed() };
@@ -496,9 +496,9 @@ mod tests {
             valid: std::ptr::null(),
             offsets: std::ptr::null(),
             thresholds: thresholds.as_mut_ptr(),
-            wrong: std::ptr::null_mut(),
+            mispredicted: std::ptr::null_mut(),
             states: states.as_mut_ptr().cast(),
-            guess: guess.as_mut_ptr(),
+            kept_threshold: kept_threshold.as_mut_ptr(),
             hard_to: std::ptr::null_mut(),
             hard_ratio: 0.3,
             scopes: 1,
@@ -510,7 +510,7 @@ mod tests {
             Buffer::output("thresholds", &mut thresholds),
             Buffer::output("summary", &mut summary),
             Buffer::output("states", &mut states),
-            Buffer::output("guess", &mut guess),
+            Buffer::output("kept threshold", &mut kept_threshold),
         ];
         let seed = Simulation::default().seed;
         let shape = planned(TOKENS).select;
@@ -526,7 +526,7 @@ mod tests {
             keys.iter().map(|&key| if key == 0 { ATKD_IGNORED } else { ATKD_EASY } as u8).collect();
         order[..wanted].iter().for_each(|&i| expected[i] = ATKD_HARD as u8);
         assert!(modes == expected);
-        assert_eq!([thresholds[0], guess[0]], [keys[order[wanted - 1]]; 2]);
+        assert_eq!([thresholds[0], kept_threshold[0]], [keys[order[wanted - 1]]; 2]);
         let summary = summary[0];
         assert_eq!((summary.counted_valid, summary.counted_hard), (valid as u32, wanted as u32));
     }
