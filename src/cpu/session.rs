@@ -64,6 +64,8 @@ pub struct Session<'a> {
     given_margins: Option<&'a [f32]>,
     /// The teacher's margins, if that stage was run; `None` for tokens that it did not have, or that are ignored.
     margins: Vec<Option<f32>>,
+    /// The teacher's arg maxima that the stage of margins has found, if these are the targets.
+    arg_maxima: Vec<Option<usize>>,
     /// The hard tokens, once they are known.
     hard: Option<Vec<bool>>,
     running: Mutex<RunningSelection>,
@@ -147,6 +149,7 @@ impl<'a> Session<'a> {
             sequences: None,
             given_margins: None,
             margins: Vec::new(),
+            arg_maxima: Vec::new(),
             hard: None,
             running: Mutex::new(RunningSelection::new(objective)),
             tokens: labels.iter().map(|_| Token::Waiting).collect(),
@@ -206,9 +209,12 @@ impl<'a> Session<'a> {
         };
         let found =
             self.workers.threads.map(targets.iter().copied().enumerate().collect(), || (), margin);
-        if self.margins.is_empty() {
-            self.margins = vec![None; self.labels.len()];
+        if self.objective.target() == Target::Teacher {
+            let targets = targets.into_owned();
+            self.arg_maxima.resize(self.labels.len(), None);
+            self.arg_maxima[range.clone()].copy_from_slice(&targets);
         }
+        self.margins.resize(self.labels.len(), None);
         self.margins[range].copy_from_slice(&found);
         Ok(())
     }
@@ -223,10 +229,9 @@ impl<'a> Session<'a> {
         first: usize,
         teacher: Logits,
         student: Logits,
-        gradient: Option<LogitsMut>,
+        mut gradient: Option<LogitsMut>,
     ) -> Result<()> {
         self.range("the student's logits", first, student)?;
-        let mut gradient = gradient;
         let mut rows = into_rows(student, gradient.as_mut())?;
         self.rows_of(first, teacher, &mut rows)
     }
@@ -502,7 +507,10 @@ impl<'a> Session<'a> {
                 let scratch = || self.pass.scratch(self.vocab, false);
                 let rows = labels.iter().enumerate().collect();
                 let targets = self.workers.threads.map(rows, scratch, |scratch, (row, label)| {
-                    label.map(|_| self.pass.arg_max(teacher.row(row), scratch))
+                    let known = self.arg_maxima.get(range.start + row).copied().flatten();
+                    label.map(|_| {
+                        known.unwrap_or_else(|| self.pass.arg_max(teacher.row(row), scratch))
+                    })
                 });
                 targets.into()
             }
