@@ -8,7 +8,7 @@
 
 #include "params.h"
 
-// As Rust's side asserts of its own (src/params.rs).
+// Rust's side asserts the same sizes (src/params.rs).
 static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 104, "the layout is a contract");
 static_assert(sizeof(atkd_teacher_margin) == 120 && sizeof(atkd_count_valid) == 136, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 184 && sizeof(atkd_objective) == 80, "the layout is a contract");
@@ -50,7 +50,7 @@ ATKD_DEVICE void begin_kernel() {
     static ATKD_DEVICE void name##_body(const params &p)
 // `count` elements of shared memory.
 #define ATKD_SHARED(type, name, count) __shared__ type name[count]
-// The same as a member of a struct, of which a kernel has one. The struct's address is computed once; that of an
+// Shared memory as a member of a struct, of which a kernel has one. The struct's address is computed once; that of an
 // array by itself is computed for every access.
 #define ATKD_SHARED_MEMBER(type, name, count) type name[count]
 #define ATKD_SHARED_STRUCT(type, name)                                                                                 \
@@ -142,7 +142,7 @@ ATKD_DEVICE int32_t warp_max(int32_t value) { return __reduce_max_sync(0xfffffff
 ATKD_DEVICE uint32_t warp_match(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return __popc(bits); }
 
-// The same value, opaque to the optimiser: an expression of it is computed again, and not kept in registers until then.
+// Returns the value, opaque to the optimiser: an expression of it is computed again, not kept in registers until then.
 ATKD_DEVICE uint32_t opaque(uint32_t value) {
     asm volatile("" : "+r"(value));
     return value;

@@ -194,7 +194,7 @@ typedef struct {
     float *dkd;         // [N]
     double *loss;       // [N], before the reduction; over the student's margin at temperature 1
     double *sums;       // [blocks] of the losses
-    // The same and the modes, to where the caller wants them; each may be null.
+    // The caller's memory for these and the modes; each may be null.
     float *reduced_loss_to; // [1]
     float *uncertainty_to;
     float *tkd_to;

@@ -117,7 +117,7 @@ ATKD_DEVICE TargetLogits target_logits_of(const atkd_rows &p, uint32_t token, ui
     return {shuffle_from(own.teacher, 0), shuffle_from(own.student, 0)};
 }
 
-// As D::fold, and raises the shifts where the chunk exceeds them by much.
+// Adds a chunk by D::fold, and raises the shifts where the chunk exceeds them by much.
 template <class D, bool CE_SUM, class P, class Q>
 ATKD_DEVICE void accumulate(RowState<D, float> &state, Shifts &shifts, const Packed<P> &teacher,
                             const Packed<Q> &student, float exponent) {

@@ -136,7 +136,7 @@ ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
     if (producer.elected) {
         producer.expect();
         producer.load_until(UNLIMITED);
-        // Not in registers: the kernel has as many per thread as the consumers need, and the producer none to spare.
+        // The weights are not in registers: the kernel has as many per thread as the consumers need, and the producer none to spare.
         shared.weights[0] = Weights::of(p);
     }
     sync_warp();
@@ -329,7 +329,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
             for_vectors(any, keep);
         }
     }
-    // The same for the vector with the target, masked out, and for the edge chunk, if they are this thread's.
+    // Calls f(teacher, student, ..) for the vector with the target, masked out, and for the edge chunk, if they are this thread's.
     template <class F> ATKD_DEVICE void for_special_vectors(F f) const {
         if (ATKD_RARELY(has_target || has_edge)) {
             if (has_target) {
@@ -647,7 +647,7 @@ ATKD_KERNEL(row_pipelined_f32, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(f
 ATKD_KERNEL(row_pipelined_f16, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(f16, ATKD_PIPELINED); }
 ATKD_KERNEL(row_pipelined_bf16, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(bf16, ATKD_PIPELINED); }
 
-// The same by fewer blocks, twice as large.
+// The wide kernels have half as many blocks, twice as large.
 ATKD_KERNEL(row_pipelined_wide_f32, atkd_rows, ATKD_PIPELINED_WIDE) { ATKD_ROW_PIPELINED(float, ATKD_PIPELINED_WIDE); }
 ATKD_KERNEL(row_pipelined_wide_f16, atkd_rows, ATKD_PIPELINED_WIDE) { ATKD_ROW_PIPELINED(f16, ATKD_PIPELINED_WIDE); }
 ATKD_KERNEL(row_pipelined_wide_bf16, atkd_rows, ATKD_PIPELINED_WIDE) { ATKD_ROW_PIPELINED(bf16, ATKD_PIPELINED_WIDE); }

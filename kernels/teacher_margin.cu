@@ -161,7 +161,7 @@ template <class T> ATKD_DEVICE Packed<T> load_or_neg_inf(const Row<const T> &row
 // The teacher's row, in chunks of which the first starts at a multiple of 128 bytes, so that a warp reads whole
 // lines; it may end before the row.
 template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint32_t token) {
-    // As row_at, but without its branch, which takes registers beyond those of five blocks per multiprocessor.
+    // This is row_at without its branch, which takes registers beyond those of five blocks per multiprocessor.
     const atkd_strides &strides = batch.teacher_strides;
     uint32_t outer = uint32_t(uint64_t(token) * strides.inverse >> 32) >> strides.shift;
     int64_t start = int64_t(token) * strides.stride + int64_t(outer) * strides.skip;
@@ -239,7 +239,7 @@ template <class T> struct ThreadSum {
         sum = new_sum;
     }
 
-    // The same from the cache, without the target and with a shift that none exceeds.
+    // Computes the iteration's sum again, from the cache, without the target and with a shift that none exceeds.
     ATKD_DEVICE float recompute(uint32_t start, uint32_t stride) {
         auto for_chunks = [&](auto f) {
             uint32_t end = start + PREFETCH<T> * stride < row.chunks() ? start + PREFETCH<T> * stride : row.chunks();

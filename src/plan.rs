@@ -17,7 +17,7 @@ pub struct DeviceProperties {
     /// How many blocks of `row_pipelined` a multiprocessor has registers for. 0 before compute capability 9.0, where
     /// there are neither bulk copies nor clusters.
     pub pipelined_blocks: u32,
-    /// The same of `row_pipelined_wide`.
+    /// How many blocks of `row_pipelined_wide` likewise.
     pub pipelined_wide_blocks: u32,
 }
 

@@ -178,28 +178,12 @@ pub(crate) fn objective(settings: &AtkdSettings) -> Result<Objective, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
     use std::fmt::Debug;
 
-    use super::*;
+    use atkd::battery::settings::fields;
 
-    /// The fields of a struct, as Rust prints them.
-    fn fields(of: &impl Debug) -> BTreeMap<String, String> {
-        let mut fields = Vec::<(String, String)>::new();
-        for line in format!("{of:#?}").lines() {
-            match line.strip_prefix("    ").and_then(|line| line.split_once(": ")) {
-                Some((name, value)) if !name.starts_with(' ') => {
-                    fields.push((name.into(), value.into()));
-                }
-                _ => {
-                    if let Some((_, value)) = fields.last_mut() {
-                        *value += line;
-                    }
-                }
-            }
-        }
-        fields.into_iter().collect()
-    }
+    use super::*;
 
     fn changed(one: &impl Debug, other: &impl Debug) -> BTreeSet<String> {
         let (one, other) = (fields(one), fields(other));

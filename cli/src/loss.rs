@@ -260,8 +260,9 @@ fn report(args: &Args, backend: &Backend, output: &Output) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
 
+    use atkd::battery::settings::fields;
     use clap::{Args as _, Command, FromArgMatches};
 
     use super::*;
@@ -273,24 +274,6 @@ mod tests {
     fn objective(options: &[&str]) -> Objective {
         let matches = command().get_matches_from([&["loss", "file"], options].concat());
         Args::from_arg_matches(&matches).unwrap().objective().unwrap()
-    }
-
-    /// The fields of an objective, as Rust prints them.
-    fn fields(objective: &Objective) -> BTreeMap<String, String> {
-        let mut fields = Vec::<(String, String)>::new();
-        for line in format!("{objective:#?}").lines() {
-            match line.strip_prefix("    ").and_then(|line| line.split_once(": ")) {
-                Some((name, value)) if !name.starts_with(' ') => {
-                    fields.push((name.into(), value.into()));
-                }
-                _ => {
-                    if let Some((_, value)) = fields.last_mut() {
-                        *value += line;
-                    }
-                }
-            }
-        }
-        fields.into_iter().collect()
     }
 
     #[test]

@@ -70,7 +70,7 @@ struct ForwardKl {
         // The cross term is not a number; without mass to weigh it by, or infinite, it does not count.
         ATKD_DEVICE bool has_nan() const { return teacher_sum != 0 && mismatch == 0 && cross_term != cross_term; }
 
-        // The same sums relative to new maxima, neither below the old one.
+        // Makes the sums relative to new maxima, neither below the old one.
         template <bool CE_SUM>
         ATKD_DEVICE void rescale(float new_teacher_max, float new_student_max, float exponent) {
             float dp = gap_between(teacher_max, new_teacher_max, exponent);

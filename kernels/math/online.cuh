@@ -51,7 +51,7 @@ struct Shift {
     ATKD_DEVICE float exponent_of(float z, float exponent) const {
         return fmaf(z - logit_shift, exponent, -exponent_shift);
     }
-    // The same in units of GAP_UNIT.
+    // The exponent in units of GAP_UNIT.
     ATKD_DEVICE float gap_of(float z, float exponent) const {
         return fmaf(0.5f * z - 0.5f * logit_shift, exponent * (2 / GAP_UNIT), -exponent_shift * (1 / GAP_UNIT));
     }

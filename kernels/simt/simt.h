@@ -78,7 +78,7 @@ void *simt_shared(uint64_t slot, uint64_t bytes, uint32_t rank);
 #define ATKD_BULK_LOAD(staged, offset, global, bytes, array, index)                                                    \
     bulk_load(staged, offset, global, bytes, (array).barrier(index))
 
-// As in src/simt/machine/bulk.rs.
+// The layout is that of Barrier in src/simt/machine/bulk.rs.
 struct Barrier {
     const char *name;
     uint32_t index, id, arrivals, pending, phase;
@@ -208,7 +208,7 @@ ATKD_DEVICE uint32_t opaque(uint32_t value) { return value; }
 ATKD_DEVICE double opaque(double value) { return value; }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
 
-// As wrong as a GPU's may be: by up to 2^-22, with a sign and size that depend on the argument's bits.
+// The result is as wrong as a GPU's may be: by up to 2^-22, with a sign and size that depend on the argument's bits.
 ATKD_DEVICE float exp2_fast(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);

@@ -16,6 +16,7 @@ mod cases;
 pub mod compare;
 mod edges;
 mod paper;
+pub mod settings;
 
 use half::{bf16, f16};
 

@@ -103,7 +103,8 @@ pub fn forward_backward_in_place(
 /// The teacher's margins, one per token: the log-odds against the target, u = log((1 - p) / p), at the objective's
 /// temperature, for [`select_hard`](crate::select_hard) over the tokens of several calls. -inf for an ignored token, which
 /// a margin alone does not tell: a valid token's is -inf where the teacher is certain. Of the objective, nothing else
-/// than its temperature, target and ignore index is used. Each is [`TokenTerms::margin`] of a call rounded to float32.
+/// than its temperature, target and ignore index is used. Each is [`TokenTerms::margin`](crate::TokenTerms::margin) of
+/// a call rounded to float32.
 ///
 /// # Errors
 /// If a label is out of range, or labels are needed and missing.

@@ -156,12 +156,10 @@ pub(crate) fn launches(
 ) -> Result<impl Iterator<Item = Launch> + use<>> {
     output.check()?;
     memory.check(checked.call.tokens, checked.problem.scopes)?;
-    let stages = Stages::new(checked, output, plan, memory);
+    let (stages, margin_pass) = (Stages::new(checked, output, plan, memory), plan.margin_pass);
     let order = plan.schedule.stages().iter();
-    let order = order.filter(|&&stage| stage != Stage::Margins || stages.plan.margin_pass);
-    let launches: Vec<Launch> =
-        order.filter_map(|&stage| stages.launch(stage).unless_empty()).collect();
-    Ok(launches.into_iter())
+    let order = order.filter(move |&&stage| stage != Stage::Margins || margin_pass);
+    Ok(order.filter_map(move |&stage| stages.launch(stage).unless_empty()))
 }
 
 /// A call, from which the launch of each stage is made.

@@ -258,7 +258,7 @@ impl Memory {
         }
     }
 
-    /// The same with them.
+    /// The parameters that kernels share, with teacher and labels.
     pub fn batch_of(&self, objective: &Objective, call: &RawCall) -> atkd_batch {
         let (labels, label_bytes) = match call.labels {
             None => (0, 0),

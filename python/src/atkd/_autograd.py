@@ -34,6 +34,14 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     return _native.scale_on_device(gradient, upstream)
 
 
+def _first_derivative(ctx: Any, upstream: Tensor, others: int) -> Tuple[Optional[Tensor], ...]:
+    """The saved gradient times `upstream`, for a function of the student and `others`."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+    (gradient,) = ctx.saved_tensors
+    return for_student(_scaled(gradient, upstream), others)
+
+
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results) -> None:
     _student, _teacher, _labels, _scale, _hard, with_gradient, *_ = inputs
     _, gradient, terms, chosen = output
@@ -48,10 +56,7 @@ def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results)
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
     if not ctx.with_gradient:
         raise RuntimeError("atkd::loss was called with with_gradient=False, and has no gradient")
-    if torch.is_grad_enabled():
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
-    (gradient,) = ctx.saved_tensors
-    return for_student(_scaled(gradient, upstream), ctx.others)
+    return _first_derivative(ctx, upstream, ctx.others)
 
 
 _operator.loss.register_autograd(_backward, setup_context=_setup_context)
@@ -95,10 +100,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
-        (gradient,) = ctx.saved_tensors
-        return for_student(_scaled(gradient, upstream), len(ctx.needs_input_grad) - 1)
+        return _first_derivative(ctx, upstream, len(ctx.needs_input_grad) - 1)
 
 
 class _Overwritten(torch.autograd.Function):

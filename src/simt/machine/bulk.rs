@@ -11,7 +11,7 @@ use super::*;
 /// The most bytes that an mbarrier counts.
 const MOST_EXPECTED: i32 = (1 << 20) - 1;
 
-/// As in kernels/simt/simt.h. Zeroed where nobody initialised it.
+/// The layout is that of Barrier in kernels/simt/simt.h. It is zeroed where nobody initialised it.
 #[repr(C)]
 #[derive(Debug)]
 pub(super) struct Barrier {
@@ -247,7 +247,7 @@ impl Machine<'_> {
     }
 }
 
-/// As `machine`, with the running thread.
+/// The machine as by `machine`, and the running thread.
 ///
 /// SAFETY: see `machine`.
 unsafe fn current<'a>() -> (&'a mut Machine<'static>, usize) {
