@@ -1,5 +1,6 @@
 // All kernels: what is compiled, for GPUs and for the simulator.
 #include "count_valid.cu"
+#include "prepare_rows.cu"
 #include "row_pipelined.cu"
 #include "row_resident.cu"
 #include "row_stream.cu"

@@ -27,7 +27,7 @@ ATKD_DEVICE int32_t label_of(const atkd_batch &batch, uint32_t token) {
         return IGNORED_TARGET;
     }
     if (ATKD_RARELY(label < 0 || label >= batch.vocab)) {
-        max_atomic(&batch.summary->label_fault, ~uint64_t(token));
+        max_atomic(&batch.summary->label_fault, ~(uint64_t(batch.first_token) + token));
         return IGNORED_TARGET;
     }
     return static_cast<int32_t>(label);

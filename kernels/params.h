@@ -22,7 +22,8 @@
 // Bytes of a line of the L2 cache.
 #define ATKD_LINE 128u
 
-// Launch bounds of each kernel: threads per block at most, and blocks that a multiprocessor must hold at once.
+// Launch bounds of each kernel: threads per block at most, and blocks that a multiprocessor must hold at once. Those of
+// count_valid are prepare_rows' too.
 #define ATKD_MARGIN_THREADS 256u
 #define ATKD_MARGIN_BLOCKS 5u
 #define ATKD_COUNT_THREADS 256u
@@ -105,7 +106,7 @@ typedef struct {
     uint32_t label_bytes;      // 4 or 8
     uint32_t target;           // ATKD_TARGET_*
     float inverse_temperature; // 1 / T
-    uint32_t reserved;
+    uint32_t first_token;      // of the call's tokens, where these are a range of them: for faults
 } atkd_batch;
 
 // teacher_margin: keys and, if the target is the teacher's, targets. A block takes a token in turn.
@@ -133,7 +134,6 @@ typedef struct {
     const float *margins;     // [N], instead of the keys, which are then written; null for none
     const uint8_t *valid;     // [N]: 0 for a token that does not compete, beside margins instead of labels; or null
     const int64_t *offsets;   // [scopes + 1]: scope s is tokens offsets[s]..offsets[s + 1]; null for one scope
-    uint32_t *thresholds;     // [scopes]: the key of the last hard token; 0 where there is none
     uint32_t *mispredicted;   // [N]: tokens whose modes, predicted before, turn out other; null if none were
     void *states;             // of row_pipelined, whose numbers become 0
     uint32_t *kept_threshold; // where the first scope's threshold is left for the next call; null where this is no part
@@ -143,6 +143,18 @@ typedef struct {
     uint32_t scopes;
     uint32_t count; // add the valid tokens to the summary's
 } atkd_select_hard;
+
+// prepare_rows: a further launch of rows within a call. Clears what the one before it left, and gathers target and mode
+// of the tokens to repair, whose rows the caller has brought side by side.
+typedef struct {
+    atkd_batch batch;
+    const uint32_t *mispredicted; // [count]
+    int32_t *targets;             // [count], of these tokens
+    uint8_t *modes;               // [count], likewise
+    void *states;                 // of row_pipelined, whose numbers become 0
+    uint32_t count;
+    uint32_t reserved;
+} atkd_prepare_rows;
 
 // The weight of a term: value, or the token's uncertainty times it.
 typedef struct {

@@ -190,7 +190,6 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
         }
     }
     if (rank == 0 && thread_index() == 0 && p.kept_threshold != nullptr) {
-        store(p.thresholds + scope, threshold);
         if (scope == 0) {
             store(p.kept_threshold, threshold);
             // For the repair pass.

@@ -25,6 +25,38 @@ pub enum RawLabels {
     I32(u64),
 }
 
+/// Everything that a call reads but the logits, by address: what a call in stages begins with. N is `tokens`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawTokens {
+    /// Rows of the whole call.
+    pub tokens: usize,
+    /// Logits in a row.
+    pub vocab: usize,
+    /// As [`RawCall::labels`].
+    pub labels: Option<RawLabels>,
+    /// As [`RawCall::sequences`].
+    pub sequences: Option<(u64, usize)>,
+    /// As [`RawCall::margins`].
+    pub margins: Option<u64>,
+    /// As [`RawCall::hard`].
+    pub hard: Option<u64>,
+    /// As [`RawCall::upstream`].
+    pub upstream: Option<u64>,
+}
+
+/// The logits of some tokens of a call in stages, and their gradient, by address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawRows {
+    /// Rows.
+    pub tokens: usize,
+    /// The teacher's logits.
+    pub teacher: RawLogits,
+    /// The student's logits.
+    pub student: RawLogits,
+    /// As [`RawCall::gradient`].
+    pub gradient: Option<RawLogits>,
+}
+
 /// Everything that a call reads, and its gradient, by address. N is `tokens`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawCall {
@@ -93,29 +125,21 @@ impl RawCall {
         self.gradient.is_some_and(|gradient| gradient.is_same(self.student, self.tokens))
     }
 
+    /// Everything but the logits.
+    pub(crate) fn without_logits(&self) -> RawTokens {
+        let Self { tokens, vocab, labels, sequences, margins, hard, upstream, .. } = *self;
+        RawTokens { tokens, vocab, labels, sequences, margins, hard, upstream }
+    }
+
     /// Checks that the shapes, strides and addresses go together; what lies behind an address cannot be
     /// known.
     pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
-        if self.labels.is_none() && objective.target() == Target::Label {
-            return Err(Error::NoLabels);
-        }
-        check_sequences(self.sequences, self.tokens)?;
-        let (labels, label_bytes) = match self.labels {
-            None => (0, 1),
-            Some(RawLabels::I64(address)) => (address, 8),
-            Some(RawLabels::I32(address)) => (address, 4),
-        };
-        for (what, address, multiple) in [
-            ("the labels", labels, label_bytes),
-            ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
-            ("the margins", self.margins.unwrap_or(0), 4),
-            ("the upstream gradient", self.upstream.unwrap_or(0), 4),
-        ] {
-            check_alignment(what, address, multiple)?;
-        }
-        for (what, address) in [("the margins", self.margins), (HARD_MASK, self.hard)] {
-            check_there(what, address, self.tokens)?;
-        }
+        self.without_logits().check(objective)?;
+        self.check_logits()
+    }
+
+    /// Checks the logits and the gradient.
+    pub(crate) fn check_logits(&self) -> Result<()> {
         let mut spans = Vec::with_capacity(3);
         for (what, logits) in [
             ("the teacher's logits", Some(self.teacher)),
@@ -147,6 +171,72 @@ impl RawCall {
                     other: [other_start, other_end],
                 });
             }
+        }
+        Ok(())
+    }
+}
+
+impl RawTokens {
+    /// The call without logits, for stages that read none.
+    pub(crate) fn call_without_logits(&self) -> RawCall {
+        let Self { tokens, vocab, .. } = *self;
+        let teacher = RawLogits { address: 0, dtype: Dtype::F32, strides: vocab.into() };
+        self.whole_call(&RawRows { tokens, teacher, student: teacher, gradient: None })
+    }
+
+    /// The call about all of these tokens.
+    pub(crate) fn whole_call(&self, rows: &RawRows) -> RawCall {
+        let Self { sequences, margins, hard, .. } = *self;
+        RawCall { sequences, margins, hard, ..self.call(0, rows) }
+    }
+
+    /// The call about some of these tokens, in the order of their rows, with the labels from token `first` on.
+    pub(crate) fn call(&self, first: usize, rows: &RawRows) -> RawCall {
+        let RawRows { tokens, teacher, student, gradient } = *rows;
+        let labels = self.labels.map(|labels| match labels {
+            RawLabels::I64(address) => RawLabels::I64(address + 8 * first as u64),
+            RawLabels::I32(address) => RawLabels::I32(address + 4 * first as u64),
+        });
+        RawCall {
+            tokens,
+            vocab: self.vocab,
+            teacher,
+            student,
+            gradient,
+            labels,
+            sequences: None,
+            margins: None,
+            hard: None,
+            upstream: self.upstream,
+        }
+    }
+
+    /// Checks that the addresses go together.
+    pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
+        if self.labels.is_none() && objective.target() == Target::Label {
+            return Err(Error::NoLabels);
+        }
+        check_sequences(self.sequences, self.tokens)?;
+        let (labels, label_bytes) = match self.labels {
+            None => (0, 1),
+            Some(RawLabels::I64(address)) => (address, 8),
+            Some(RawLabels::I32(address)) => (address, 4),
+        };
+        for (what, address, multiple) in [
+            ("the labels", labels, label_bytes),
+            ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
+            ("the margins", self.margins.unwrap_or(0), 4),
+            ("the upstream gradient", self.upstream.unwrap_or(0), 4),
+        ] {
+            check_alignment(what, address, multiple)?;
+        }
+        for (what, address, elements) in [
+            ("the labels", self.labels.map(|_| labels), self.tokens),
+            ("the margins", self.margins, self.tokens),
+            (HARD_MASK, self.hard, self.tokens),
+            ("the upstream gradient", self.upstream, 1),
+        ] {
+            check_there(what, address, elements)?;
         }
         Ok(())
     }
@@ -227,9 +317,9 @@ impl RawSelection {
 pub(crate) const HARD_MASK: &str = "the mask of hard tokens";
 
 /// That there is an address where values are to be.
-fn check_there(what: &'static str, address: Option<u64>, tokens: usize) -> Result<()> {
+fn check_there(what: &'static str, address: Option<u64>, elements: usize) -> Result<()> {
     match address {
-        Some(0) if tokens > 0 => Err(Error::Null { what, elements: tokens }),
+        Some(0) if elements > 0 => Err(Error::Null { what, elements }),
         _ => Ok(()),
     }
 }

@@ -123,7 +123,7 @@ pub struct atkd_batch {
     pub label_bytes: u32,
     pub target: u32,
     pub inverse_temperature: f32,
-    pub reserved: u32,
+    pub first_token: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -146,8 +146,8 @@ const _: () = {
     ["Offset of field: atkd_batch::target"][::std::mem::offset_of!(atkd_batch, target) - 92usize];
     ["Offset of field: atkd_batch::inverse_temperature"]
         [::std::mem::offset_of!(atkd_batch, inverse_temperature) - 96usize];
-    ["Offset of field: atkd_batch::reserved"]
-        [::std::mem::offset_of!(atkd_batch, reserved) - 100usize];
+    ["Offset of field: atkd_batch::first_token"]
+        [::std::mem::offset_of!(atkd_batch, first_token) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -204,7 +204,6 @@ pub struct atkd_select_hard {
     pub margins: *const f32,
     pub valid: *const u8,
     pub offsets: *const i64,
-    pub thresholds: *mut u32,
     pub mispredicted: *mut u32,
     pub states: *mut ::std::os::raw::c_void,
     pub kept_threshold: *mut u32,
@@ -215,7 +214,7 @@ pub struct atkd_select_hard {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 184usize];
+    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 176usize];
     ["Alignment of atkd_select_hard"][::std::mem::align_of::<atkd_select_hard>() - 8usize];
     ["Offset of field: atkd_select_hard::batch"]
         [::std::mem::offset_of!(atkd_select_hard, batch) - 0usize];
@@ -225,22 +224,50 @@ const _: () = {
         [::std::mem::offset_of!(atkd_select_hard, valid) - 112usize];
     ["Offset of field: atkd_select_hard::offsets"]
         [::std::mem::offset_of!(atkd_select_hard, offsets) - 120usize];
-    ["Offset of field: atkd_select_hard::thresholds"]
-        [::std::mem::offset_of!(atkd_select_hard, thresholds) - 128usize];
     ["Offset of field: atkd_select_hard::mispredicted"]
-        [::std::mem::offset_of!(atkd_select_hard, mispredicted) - 136usize];
+        [::std::mem::offset_of!(atkd_select_hard, mispredicted) - 128usize];
     ["Offset of field: atkd_select_hard::states"]
-        [::std::mem::offset_of!(atkd_select_hard, states) - 144usize];
+        [::std::mem::offset_of!(atkd_select_hard, states) - 136usize];
     ["Offset of field: atkd_select_hard::kept_threshold"]
-        [::std::mem::offset_of!(atkd_select_hard, kept_threshold) - 152usize];
+        [::std::mem::offset_of!(atkd_select_hard, kept_threshold) - 144usize];
     ["Offset of field: atkd_select_hard::hard_to"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_to) - 160usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_to) - 152usize];
     ["Offset of field: atkd_select_hard::hard_ratio"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 168usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 160usize];
     ["Offset of field: atkd_select_hard::scopes"]
-        [::std::mem::offset_of!(atkd_select_hard, scopes) - 176usize];
+        [::std::mem::offset_of!(atkd_select_hard, scopes) - 168usize];
     ["Offset of field: atkd_select_hard::count"]
-        [::std::mem::offset_of!(atkd_select_hard, count) - 180usize];
+        [::std::mem::offset_of!(atkd_select_hard, count) - 172usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_prepare_rows {
+    pub batch: atkd_batch,
+    pub mispredicted: *const u32,
+    pub targets: *mut i32,
+    pub modes: *mut u8,
+    pub states: *mut ::std::os::raw::c_void,
+    pub count: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_prepare_rows"][::std::mem::size_of::<atkd_prepare_rows>() - 144usize];
+    ["Alignment of atkd_prepare_rows"][::std::mem::align_of::<atkd_prepare_rows>() - 8usize];
+    ["Offset of field: atkd_prepare_rows::batch"]
+        [::std::mem::offset_of!(atkd_prepare_rows, batch) - 0usize];
+    ["Offset of field: atkd_prepare_rows::mispredicted"]
+        [::std::mem::offset_of!(atkd_prepare_rows, mispredicted) - 104usize];
+    ["Offset of field: atkd_prepare_rows::targets"]
+        [::std::mem::offset_of!(atkd_prepare_rows, targets) - 112usize];
+    ["Offset of field: atkd_prepare_rows::modes"]
+        [::std::mem::offset_of!(atkd_prepare_rows, modes) - 120usize];
+    ["Offset of field: atkd_prepare_rows::states"]
+        [::std::mem::offset_of!(atkd_prepare_rows, states) - 128usize];
+    ["Offset of field: atkd_prepare_rows::count"]
+        [::std::mem::offset_of!(atkd_prepare_rows, count) - 136usize];
+    ["Offset of field: atkd_prepare_rows::reserved"]
+        [::std::mem::offset_of!(atkd_prepare_rows, reserved) - 140usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -196,6 +196,13 @@ impl fmt::Display for RowKernel {
     }
 }
 
+impl RowKernel {
+    /// Returns whether its blocks exchange states through memory that a launch finds cleared.
+    pub(crate) fn needs_cleared_states(self) -> bool {
+        matches!(self, Self::Pipelined | Self::PipelinedWide)
+    }
+}
+
 /// A kernel for rows that is to be used wherever it can do the call, for tests and measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Preference {
@@ -335,6 +342,11 @@ pub(crate) fn scale_gradient(
     (shape(tokens.min(resident / parts) * parts, block, 1), parts as u32)
 }
 
+/// The launch of `prepare_rows`: one block clears, even without tokens.
+pub(crate) fn prepare_rows(tokens: usize) -> LaunchShape {
+    shape(tokens.div_ceil(COUNT_THREADS).max(1), COUNT_THREADS as u32, 1)
+}
+
 /// The launch of `select_hard`: a cluster per scope.
 pub(crate) fn select_hard(device: &DeviceProperties, tokens: usize, scopes: usize) -> LaunchShape {
     let largest_scope = tokens.div_ceil(scopes.max(1));
@@ -403,6 +415,15 @@ impl Plan {
                 1,
             ),
         })
+    }
+
+    /// The plan with grids for so many of the call's tokens: a row is done by the same blocks, to the same bits.
+    pub(crate) fn of_range(self, tokens: usize) -> Self {
+        let most = |shape: LaunchShape| {
+            let grid = tokens.saturating_mul(shape.blocks_per_row() as usize);
+            LaunchShape { grid: shape.grid.min(u32::try_from(grid).unwrap_or(u32::MAX)), ..shape }
+        };
+        Self { margin: most(self.margin), rows: most(self.rows), ..self }
     }
 
     /// A block a row.

@@ -22,7 +22,7 @@ fn kernels(ordinal: usize) -> Result<Arc<Kernels>> {
     Ok(loaded)
 }
 
-/// Bytes of device memory that a call of so many tokens, in up to as many sequences, works in.
+/// Bytes of device memory that a call of so many tokens works in.
 #[pyfunction]
 pub fn workspace_bytes(tokens: usize) -> usize {
     Kernels::workspace_bytes(tokens)

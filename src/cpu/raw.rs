@@ -33,12 +33,12 @@
 
 use rayon::ThreadPool;
 
-use super::Workers;
+use super::{Session, Workers};
 use crate::call::{
-    EASY, HARD, HARD_MASK, IGNORED, RawCall, RawLabels, RawLogits, RawOutput, RawSelection,
-    RawTeacher,
+    EASY, HARD, HARD_MASK, IGNORED, RawCall, RawLabels, RawLogits, RawOutput, RawRows,
+    RawSelection, RawTeacher, RawTokens,
 };
-use crate::{Batch, Error, Logits, LogitsMut, Objective, Result, cpu};
+use crate::{Batch, Error, Labels, Logits, LogitsMut, Objective, Output, Result, cpu};
 
 /// The loss on host memory: forward alone if the call has no gradient. The calling thread works, and all but
 /// one of the threads of `pool`, or of rayon's current pool, if they are free: see [`cpu`] for that, and for forks.
@@ -94,7 +94,151 @@ pub unsafe fn run(
             }
         }
     };
-    // SAFETY: the caller says that each has room for one number a token, the loss for one.
+    // SAFETY: the caller's.
+    unsafe { write_output(&result, output) };
+    Ok(())
+}
+
+/// Begins a call in stages: see [`Session`]. Threads as [`run`].
+///
+/// # Errors
+/// As [`Session::begin`]; and if an address is null or not aligned.
+///
+/// # Safety
+/// As [`run`]: for the margins until the session has ended, for the rest until this returns.
+pub unsafe fn begin<'a>(
+    pool: Option<&'a ThreadPool>,
+    objective: &Objective,
+    tokens: &RawTokens,
+) -> Result<Session<'a>> {
+    tokens.check(objective)?;
+    let RawTokens { tokens: count, vocab, labels, sequences, margins, hard, upstream } = *tokens;
+    let mut objective = *objective;
+    // SAFETY: the caller's.
+    unsafe {
+        if let Some(upstream) = upstream {
+            let upstream = slice::<f32>("the upstream gradient", upstream, 1)?[0];
+            objective = objective.times_upstream_gradient(upstream.into());
+        }
+        let labels = labels.map(|labels| labels_at(labels, count)).transpose()?;
+        let mut session = Session::by(Workers::of(pool), &objective, labels, count, vocab)?;
+        if let Some(sequences) = sequences {
+            session = session.with_sequences(offsets_at(sequences)?)?;
+        }
+        if let Some(at) = margins {
+            session = session.with_margins(slice("the margins", at, count)?)?;
+        }
+        if let Some(at) = hard {
+            session = session.with_hard(&bools_at(HARD_MASK, at, count)?)?;
+        }
+        Ok(session)
+    }
+}
+
+/// The margins of the `count` tokens from `first` on: see [`Session::margins`].
+///
+/// # Errors
+/// As there; and if an address is null or not aligned.
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn margins(
+    session: &mut Session,
+    first: usize,
+    count: usize,
+    teacher: RawLogits,
+) -> Result<()> {
+    let rows = RawRows { tokens: count, teacher, student: teacher, gradient: None };
+    let call = checked_call(session, &rows)?;
+    // SAFETY: the caller's.
+    session.margins(first, unsafe { call.logits(teacher)? })
+}
+
+/// The rows of the tokens from `first` on: see [`Session::rows`] and [`Session::rows_in_place`].
+///
+/// # Errors
+/// As there; and if an address is null or not aligned, or the gradient overlaps what it is computed from without being
+/// the student's logits themselves. Nothing was written then.
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn rows(session: &mut Session, first: usize, rows: &RawRows) -> Result<()> {
+    let call = checked_call(session, rows)?;
+    // SAFETY: the caller's.
+    unsafe {
+        let teacher = call.logits(rows.teacher)?;
+        match rows.gradient {
+            Some(gradient) if call.is_in_place() => {
+                session.rows_in_place(first, teacher, call.logits_mut(gradient)?)
+            }
+            gradient => {
+                let gradient = gradient.map(|gradient| call.logits_mut(gradient)).transpose()?;
+                session.rows(first, teacher, call.logits(rows.student)?, gradient)
+            }
+        }
+    }
+}
+
+/// The rows of mispredicted tokens again: see [`Session::repair`] and [`Session::repair_in_place`].
+///
+/// # Errors
+/// As there, or if there is no gradient; and as [`rows`].
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn repair(session: &mut Session, tokens: &[usize], rows: &RawRows) -> Result<()> {
+    let call = checked_call(session, rows)?;
+    let Some(gradient) = rows.gradient else {
+        let elements = rows.tokens * session.vocab();
+        return Err(Error::Null { what: "the gradient", elements });
+    };
+    // SAFETY: the caller's.
+    unsafe {
+        let (teacher, gradient) = (call.logits(rows.teacher)?, call.logits_mut(gradient)?);
+        if call.is_in_place() {
+            session.repair_in_place(tokens, teacher, gradient)
+        } else {
+            session.repair(tokens, teacher, call.logits(rows.student)?, gradient)
+        }
+    }
+}
+
+/// Ends a call: see [`Session::finish`].
+///
+/// # Errors
+/// As there; and if an address is not aligned.
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn finish(session: Session, output: &RawOutput) -> Result<()> {
+    output.check()?;
+    let result = session.finish()?;
+    // SAFETY: the caller's.
+    unsafe { write_output(&result, output) };
+    Ok(())
+}
+
+/// The call about the rows of a stage.
+fn checked_call(session: &Session, rows: &RawRows) -> Result<RawCall> {
+    let (tokens, vocab) = (rows.tokens, session.vocab());
+    let tokens = RawTokens {
+        tokens,
+        vocab,
+        labels: None,
+        sequences: None,
+        margins: None,
+        hard: None,
+        upstream: None,
+    };
+    let call = tokens.call(0, rows);
+    call.check_logits()?;
+    Ok(call)
+}
+
+/// # Safety
+/// Each has room for one number per token, the loss for one.
+unsafe fn write_output(result: &Output, output: &RawOutput) {
+    // SAFETY: the caller's.
     unsafe {
         if let Some(loss) = output.loss {
             (loss as *mut f32).write(result.loss as f32);
@@ -109,7 +253,6 @@ pub unsafe fn run(
             (true, true) => HARD,
         });
     }
-    Ok(())
 }
 
 /// The teacher's margins in host memory, to `to`, float32 `[N]`: see [`cpu::teacher_margins`]. Threads as [`run`].
@@ -185,12 +328,7 @@ impl RawCall {
         unsafe {
             let teacher = self.logits(self.teacher)?;
             match self.labels {
-                Some(RawLabels::I64(at)) => {
-                    Batch::new(teacher, slice::<i64>("the labels", at, self.tokens)?)
-                }
-                Some(RawLabels::I32(at)) => {
-                    Batch::new(teacher, slice::<i32>("the labels", at, self.tokens)?)
-                }
+                Some(labels) => Batch::new(teacher, labels_at(labels, self.tokens)?),
                 None => Ok(Batch::unlabelled(teacher)),
             }
         }
@@ -210,6 +348,18 @@ impl RawCall {
         let RawLogits { address, dtype, strides } = logits;
         // SAFETY: the caller's.
         unsafe { LogitsMut::at(address as *mut u8, dtype, self.tokens, self.vocab, strides) }
+    }
+}
+
+/// # Safety
+/// So many labels are at the address for `'a`, unless it is null, and aligned.
+unsafe fn labels_at<'a>(labels: RawLabels, tokens: usize) -> Result<Labels<'a>> {
+    // SAFETY: the caller's.
+    unsafe {
+        Ok(match labels {
+            RawLabels::I64(at) => Labels::I64(slice("the labels", at, tokens)?),
+            RawLabels::I32(at) => Labels::I32(slice("the labels", at, tokens)?),
+        })
     }
 }
 
@@ -321,6 +471,85 @@ mod tests {
         // SAFETY: as before.
         unsafe { run(None, &objective, &call, &to)? };
         assert_eq!(in_place, gradient);
+        Ok(())
+    }
+
+    /// Tokens whose group was predicted wrong are repaired in place.
+    #[test]
+    fn stages_come_to_the_bits_of_one_call() -> Result<()> {
+        const TOKENS: usize = 40;
+        let (teacher, student) = (random(1, TOKENS * VOCAB), random(2, TOKENS * VOCAB));
+        let labels: Vec<i32> = (0..TOKENS as i32).map(|token| token % 6 - 1).collect();
+        let objective = Objective::default().with_ignore_index(-1);
+        let columns =
+            || ([f32::NAN; 4 * TOKENS + 1], [9_u8; TOKENS], vec![f32::NAN; TOKENS * VOCAB]);
+        let output = |floats: &mut [f32], modes: &mut [u8]| RawOutput {
+            loss: Some(at(&floats[4 * TOKENS..])),
+            uncertainty: Some(floats.as_mut_ptr() as u64),
+            tkd: Some(at(&floats[TOKENS..])),
+            dkd: Some(at(&floats[2 * TOKENS..])),
+            margin: Some(at(&floats[3 * TOKENS..])),
+            modes: Some(modes.as_mut_ptr() as u64),
+        };
+        let tokens = RawTokens {
+            tokens: TOKENS,
+            vocab: VOCAB,
+            labels: Some(RawLabels::I32(at(&labels))),
+            sequences: Some((at(&[0_i64, 9, TOKENS as i64]), 2)),
+            margins: None,
+            hard: None,
+            upstream: Some(at(&[0.5_f32])),
+        };
+        let rows = |teacher: &[f32], student: &[f32], gradient: &mut [f32]| RawRows {
+            tokens: teacher.len() / VOCAB,
+            teacher: logits(teacher, VOCAB),
+            student: logits(student, VOCAB),
+            gradient: Some(logits(gradient, VOCAB)),
+        };
+        let (mut expected_floats, mut expected_modes, mut expected) = columns();
+        let whole = tokens.whole_call(&rows(&teacher, &student, &mut expected));
+        // SAFETY: all are arrays of the shapes given, as they are below.
+        unsafe {
+            run(None, &objective, &whole, &output(&mut expected_floats, &mut expected_modes))?;
+        }
+
+        for margins_first in [false, true] {
+            let (mut floats, mut modes, mut gradient) = columns();
+            // SAFETY: as above.
+            unsafe {
+                let mut session = begin(None, &objective, &tokens)?;
+                let halves = [(TOKENS / 2, TOKENS / 2), (0, TOKENS / 2)];
+                if margins_first {
+                    for (first, count) in halves {
+                        let teacher = logits(&teacher[first * VOCAB..], VOCAB);
+                        margins(&mut session, first, count, teacher)?;
+                    }
+                    assert!(session.select()?.is_empty());
+                }
+                for (first, count) in halves {
+                    let of = first * VOCAB..(first + count) * VOCAB;
+                    let to = &mut gradient[of.clone()];
+                    super::rows(
+                        &mut session,
+                        first,
+                        &rows(&teacher[of.clone()], &student[of], to),
+                    )?;
+                }
+                let mispredicted = session.select()?.to_vec();
+                assert_eq!(mispredicted.is_empty(), margins_first);
+                for token in mispredicted {
+                    let of = token * VOCAB..(token + 1) * VOCAB;
+                    let to = &mut gradient[of.clone()];
+                    to.copy_from_slice(&student[of.clone()]);
+                    let place = logits(to, VOCAB);
+                    let again = RawRows { student: place, ..rows(&teacher[of], &[], to) };
+                    repair(&mut session, &[token], &again)?;
+                }
+                finish(session, &output(&mut floats, &mut modes))?;
+            }
+            assert_eq!(floats.map(f32::to_bits), expected_floats.map(f32::to_bits));
+            assert_eq!((modes, &gradient), (expected_modes, &expected));
+        }
         Ok(())
     }
 

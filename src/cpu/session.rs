@@ -59,7 +59,7 @@ pub struct Session<'a> {
     vocab: usize,
     /// The labels, `None` for ignored tokens; 0 for all of a batch without labels.
     labels: Vec<Option<usize>>,
-    sequences: Option<&'a [usize]>,
+    sequences: Option<Cow<'a, [usize]>>,
     /// The margins to select by that the caller has.
     given_margins: Option<&'a [f32]>,
     /// The teacher's margins, if that stage was run; `None` for tokens that it did not have, or that are ignored.
@@ -105,8 +105,7 @@ impl<'a> Session<'a> {
         vocab: usize,
     ) -> Result<Self> {
         let labels = labels.into();
-        let labels = valid_labels(objective, Some(labels), labels.len(), vocab)?;
-        Self::new(Workers::default(), objective, labels, vocab)
+        Self::by(Workers::default(), objective, Some(labels), labels.len(), vocab)
     }
 
     /// Begins a call without labels, for objectives with [`Target::Teacher`].
@@ -114,8 +113,18 @@ impl<'a> Session<'a> {
     /// # Errors
     /// If the objective's target is the label.
     pub fn begin_unlabelled(objective: &Objective, tokens: usize, vocab: usize) -> Result<Self> {
-        let labels = valid_labels(objective, None, tokens, vocab)?;
-        Self::new(Workers::default(), objective, labels, vocab)
+        Self::by(Workers::default(), objective, None, tokens, vocab)
+    }
+
+    /// [`begin`](Self::begin) by the workers given.
+    pub(super) fn by(
+        workers: Workers<'a>,
+        objective: &Objective,
+        labels: Option<Labels>,
+        tokens: usize,
+        vocab: usize,
+    ) -> Result<Self> {
+        Self::new(workers, objective, valid_labels(objective, labels, tokens, vocab)?, vocab)
     }
 
     /// A call on a batch whose logits are all there.
@@ -126,7 +135,7 @@ impl<'a> Session<'a> {
     ) -> Result<Self> {
         let labels = batch.valid_labels(objective)?;
         let mut session = Self::new(workers, objective, labels, batch.teacher().vocab())?;
-        session.sequences = batch.sequences();
+        session.sequences = batch.sequences().map(Cow::from);
         session.given_margins = batch.margins();
         match batch.hard() {
             Some(hard) => session.with_hard(hard),
@@ -163,8 +172,9 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// As there.
-    pub fn with_sequences(mut self, offsets: &'a [usize]) -> Result<Self> {
-        check_offsets(offsets, self.labels.len())?;
+    pub fn with_sequences(mut self, offsets: impl Into<Cow<'a, [usize]>>) -> Result<Self> {
+        let offsets = offsets.into();
+        check_offsets(&offsets, self.labels.len())?;
         self.sequences = Some(offsets);
         Ok(self)
     }
@@ -375,6 +385,27 @@ impl<'a> Session<'a> {
         student: Logits,
         mut gradient: LogitsMut,
     ) -> Result<()> {
+        self.check_repair(tokens, teacher, student)?;
+        let mut rows = into_rows(student, Some(&mut gradient))?;
+        self.repair_rows(tokens, teacher, &mut rows)
+    }
+
+    /// As [`repair`](Self::repair), with the gradient written over the student's logits.
+    ///
+    /// # Errors
+    /// As [`repair`](Self::repair).
+    pub fn repair_in_place(
+        &mut self,
+        tokens: &[usize],
+        teacher: Logits,
+        mut student: LogitsMut,
+    ) -> Result<()> {
+        self.check_repair(tokens, teacher, student.as_logits())?;
+        let mut rows: Vec<_> = student.rows().into_iter().map(StudentRow::InPlace).collect();
+        self.repair_rows(tokens, teacher, &mut rows)
+    }
+
+    fn check_repair(&self, tokens: &[usize], teacher: Logits, student: Logits) -> Result<()> {
         let expected = [tokens.len(), self.vocab];
         for (what, logits) in [("the teacher's logits", teacher), ("the student's logits", student)]
         {
@@ -383,11 +414,23 @@ impl<'a> Session<'a> {
                 return Err(Error::ShapeMismatch { what, expected, actual });
             }
         }
-        let mut rows = into_rows(student, Some(&mut gradient))?;
+        Ok(())
+    }
+
+    fn repair_rows(
+        &mut self,
+        tokens: &[usize],
+        teacher: Logits,
+        rows: &mut [StudentRow],
+    ) -> Result<()> {
         let rows = rows.iter_mut().enumerate();
         self.repair_of(
             rows.map(|(row, student)| (tokens[row], teacher.row(row), student)).collect(),
         )
+    }
+
+    pub(super) fn vocab(&self) -> usize {
+        self.vocab
     }
 
     pub(super) fn repair_of(
@@ -482,7 +525,7 @@ impl<'a> Session<'a> {
     /// Selects by float32 margins, as all backends do.
     fn selected(&self, margin: impl Fn(usize) -> Option<f32>) -> Vec<bool> {
         let tokens = self.labels.len();
-        let scopes = selection::scopes(self.sequences, tokens);
+        let scopes = selection::scopes(self.sequences.as_deref(), tokens);
         selection::select(self.objective.hard_ratio(), scopes, tokens, margin)
     }
 

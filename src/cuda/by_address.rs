@@ -13,7 +13,7 @@ use crate::params::atkd_summary;
 use crate::{Objective, Result};
 
 impl Kernels {
-    /// Bytes of device memory that a call of so many tokens, in up to as many sequences, works in.
+    /// Bytes of device memory that a call of so many tokens works in.
     pub fn workspace_bytes(tokens: usize) -> usize {
         Layout { capacity: tokens }.bytes()
     }
@@ -26,9 +26,9 @@ impl Kernels {
     /// As [`Workspace::launch`](super::Workspace::launch).
     ///
     /// # Safety
-    /// As [`Workspace::launch`](super::Workspace::launch). `workspace`, of [`workspace_bytes`](Self::workspace_bytes) for the larger
-    /// of the call's numbers of tokens and of sequences and aligned to 16 bytes, and the outputs are device
-    /// memory of this context that nobody else uses until the stream is done with it.
+    /// As [`Workspace::launch`](super::Workspace::launch). `workspace`, of [`workspace_bytes`](Self::workspace_bytes) for the
+    /// call's tokens and aligned to 16 bytes, and the outputs are device memory of this context that nobody else uses
+    /// until the stream is done with it.
     pub unsafe fn launch_raw(
         self: &Arc<Self>,
         stream: &Arc<CudaStream>,
@@ -39,8 +39,7 @@ impl Kernels {
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
         let checked = Checked::new(objective, call)?;
-        let layout = Layout { capacity: call.tokens.max(checked.problem.scopes) };
-        let memory = Memory { layout, workspace, kept_threshold: self.kept_threshold };
+        let memory = self.memory_of(call.tokens, workspace);
         let launches = launches(&checked, output, &self.plan(&checked.problem), memory)?;
         // SAFETY: the caller vouches for all addresses.
         unsafe { self.enqueue_in(stream, launches, workspace) }
@@ -63,8 +62,7 @@ impl Kernels {
         workspace: u64,
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
-        let layout = Layout { capacity: teacher.tokens.max(1) };
-        let memory = Memory { layout, workspace, kept_threshold: self.kept_threshold };
+        let memory = self.memory_of(teacher.tokens, workspace);
         let launch = margins(objective, teacher, to, &self.device(), memory)?;
         // SAFETY: the caller's.
         unsafe { self.enqueue_in(stream, launch, workspace) }
@@ -86,15 +84,18 @@ impl Kernels {
         workspace: u64,
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(driver("using the context"))?;
-        let scopes = from.sequences.map_or(1, |(_, count)| count);
-        let layout = Layout { capacity: from.tokens.max(scopes) };
-        let memory = Memory { layout, workspace, kept_threshold: self.kept_threshold };
+        let memory = self.memory_of(from.tokens, workspace);
         let launch = selection(from, hard_ratio, &self.device(), memory)?;
         // SAFETY: the caller's.
         unsafe {
             clear_hard(stream, from)?;
             self.enqueue_in(stream, launch, workspace)
         }
+    }
+
+    /// The caller's workspace for so many tokens.
+    pub(super) fn memory_of(&self, tokens: usize, workspace: u64) -> Memory {
+        Memory::keeping(Layout { capacity: tokens }, workspace, self.kept_threshold)
     }
 
     /// Enqueues launches, if there are any, that work in memory of the caller, which holds anything.
@@ -111,14 +112,22 @@ impl Kernels {
         if launches.peek().is_none() {
             return Ok(());
         }
+        // SAFETY: the caller vouches for all addresses.
+        unsafe {
+            self.clear_summary(stream, workspace)?;
+            self.enqueue(stream, launches, None)
+        }
+    }
+
+    /// # Safety
+    /// As [`launch_raw`](Self::launch_raw).
+    pub(super) unsafe fn clear_summary(&self, stream: &CudaStream, workspace: u64) -> Result<()> {
         // SAFETY: within the workspace, whose size is the caller's word.
         unsafe {
             let bytes = size_of::<atkd_summary>();
             result::memset_d8_async(workspace, 0, bytes, stream.cu_stream())
         }
-        .map_err(driver("preparing a workspace"))?;
-        // SAFETY: the caller vouches for all addresses.
-        unsafe { self.enqueue(stream, launches, None) }
+        .map_err(driver("preparing a workspace"))
     }
 
     /// Enqueues the multiplication of a gradient `[tokens, vocab]`, in place, by the float32 scalar at `factor`. If

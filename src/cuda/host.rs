@@ -142,8 +142,7 @@ impl Kernels {
                 device_batch.with_hard(hard.slice(..given.len()))?
             }
         };
-        let sequences = batch.sequences().map_or(0, <[usize]>::len);
-        let capacity = batch.teacher().tokens().max(sequences);
+        let capacity = batch.teacher().tokens();
         let mut workspace = Workspace::new(self, stream, capacity)?;
         let student_copy = Copy::new(stream, student.elements())?;
         let student = student_copy.logits(student)?;

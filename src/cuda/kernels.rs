@@ -156,6 +156,11 @@ impl Kernels {
         self.device
     }
 
+    /// The kernel for rows that is not the plan's choice.
+    pub(super) fn preferred(&self) -> Option<Preference> {
+        self.preferred
+    }
+
     /// How a call is cut into blocks.
     pub fn plan(&self, problem: &Problem) -> Plan {
         Plan::new(&self.device, problem, self.preferred)

@@ -39,10 +39,14 @@
 //! Hard tokens are those of one call. Where tokens of several calls, or devices, are to compete with each other,
 //! [`Workspace::teacher_margins`] gives the margins to select by, [`Workspace::select_hard`] selects among all of them,
 //! and [`DeviceBatch::with_hard`] gives each call its share.
+//!
+//! Where the logits of a batch are never there all at once, [`Workspace::begin`] starts a call in stages, a [`Session`],
+//! into which ranges of tokens go one after the other.
 
 mod by_address;
 mod host;
 mod kernels;
+mod session;
 mod tensor;
 #[cfg(feature = "battery")]
 pub mod unfused;
@@ -54,11 +58,15 @@ pub use cudarc;
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, DriverError};
 
-pub use crate::call::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
+pub use crate::call::{
+    RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher, RawTokens,
+};
 use crate::{Error, Result};
 pub use kernels::Kernels;
+pub use session::{RawSession, Session};
 pub use tensor::{
     DeviceBatch, DeviceElements, DeviceElementsMut, DeviceLabels, DeviceLogits, DeviceLogitsMut,
+    DeviceTokens,
 };
 pub use workspace::Workspace;
 

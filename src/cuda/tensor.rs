@@ -4,7 +4,7 @@ use cudarc::driver::{
 };
 use half::{bf16, f16};
 
-use crate::call::{RawLabels, RawLogits};
+use crate::call::{RawLabels, RawLogits, RawTokens};
 use crate::logits::check_length;
 use crate::{Dtype, Error, Result, Strides};
 
@@ -225,31 +225,29 @@ impl DeviceLabels<'_> {
     }
 }
 
-/// A batch of tokens on the device: see [`Batch`](crate::Batch).
+/// The tokens of a batch on the device without their logits: what a call in stages begins with.
 #[derive(Debug)]
-pub struct DeviceBatch<'a> {
-    pub(super) teacher: DeviceLogits<'a>,
+pub struct DeviceTokens<'a> {
+    /// Tokens and logits in a row.
+    pub(super) shape: [usize; 2],
     pub(super) labels: Option<DeviceLabels<'a>>,
-    pub(super) sequences: Option<CudaView<'a, i64>>,
-    pub(super) margins: Option<CudaView<'a, f32>>,
-    pub(super) hard: Option<CudaView<'a, u8>>,
+    sequences: Option<CudaView<'a, i64>>,
+    margins: Option<CudaView<'a, f32>>,
+    hard: Option<CudaView<'a, u8>>,
 }
 
-impl<'a> DeviceBatch<'a> {
-    /// # Errors
-    /// If there is not one label a token.
-    pub fn new(teacher: DeviceLogits<'a>, labels: impl Into<DeviceLabels<'a>>) -> Result<Self> {
+impl<'a> DeviceTokens<'a> {
+    /// As many tokens as labels, each with a row of `vocab` logits.
+    pub fn new(labels: impl Into<DeviceLabels<'a>>, vocab: usize) -> Self {
         let labels = labels.into();
-        let [tokens, _] = teacher.shape;
-        if labels.len() != tokens {
-            return Err(Error::LabelCount { labels: labels.len(), tokens });
-        }
-        Ok(Self { labels: Some(labels), ..Self::unlabelled(teacher) })
+        let tokens = Self::unlabelled(labels.len(), vocab);
+        Self { labels: Some(labels), ..tokens }
     }
 
-    /// A batch without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
-    pub fn unlabelled(teacher: DeviceLogits<'a>) -> Self {
-        Self { teacher, labels: None, sequences: None, margins: None, hard: None }
+    /// Tokens without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
+    pub fn unlabelled(tokens: usize, vocab: usize) -> Self {
+        let shape = [tokens, vocab];
+        Self { shape, labels: None, sequences: None, margins: None, hard: None }
     }
 
     /// Selects hard tokens within each sequence instead of the whole batch, which is this call's tokens. Sequence `i` is
@@ -260,7 +258,7 @@ impl<'a> DeviceBatch<'a> {
     /// If there is no offset at all.
     pub fn with_sequences(mut self, offsets: CudaView<'a, i64>) -> Result<Self> {
         if offsets.is_empty() {
-            let ([tokens, _], reason) = (self.teacher.shape, "there must be at least one");
+            let ([tokens, _], reason) = (self.shape, "there must be at least one");
             return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });
         }
         self.sequences = Some(offsets);
@@ -273,7 +271,7 @@ impl<'a> DeviceBatch<'a> {
     /// # Errors
     /// If there is not one margin a token.
     pub fn with_margins(mut self, margins: CudaView<'a, f32>) -> Result<Self> {
-        let [tokens, _] = self.teacher.shape;
+        let [tokens, _] = self.shape;
         if margins.len() != tokens {
             return Err(Error::MarginCount { margins: margins.len(), tokens });
         }
@@ -288,7 +286,7 @@ impl<'a> DeviceBatch<'a> {
     /// # Errors
     /// If there is not one byte per token.
     pub fn with_hard(mut self, hard: CudaView<'a, u8>) -> Result<Self> {
-        let [tokens, _] = self.teacher.shape;
+        let [tokens, _] = self.shape;
         if hard.len() != tokens {
             return Err(Error::MaskCount {
                 what: "the mask of hard tokens",
@@ -298,5 +296,89 @@ impl<'a> DeviceBatch<'a> {
         }
         self.hard = Some(hard);
         Ok(self)
+    }
+
+    /// What memory they are of.
+    pub(super) fn contexts(&self) -> [(&'static str, Option<&CudaContext>); 4] {
+        [
+            ("the labels", self.labels.as_ref().map(DeviceLabels::context)),
+            ("the sequences' offsets", self.sequences.as_ref().map(context_of)),
+            ("the margins", self.margins.as_ref().map(context_of)),
+            ("the mask of hard tokens", self.hard.as_ref().map(context_of)),
+        ]
+    }
+
+    /// The addresses for work on `stream`, with that of an upstream gradient, and what must outlive the launches.
+    pub(super) fn raw<'s>(
+        &'s self,
+        upstream: Option<&'s CudaView<f32>>,
+        stream: &'s CudaStream,
+    ) -> (RawTokens, [Option<SyncOnDrop<'s>>; 5]) {
+        let (labels, of_labels) = self.labels.as_ref().map(|labels| labels.raw(stream)).unzip();
+        let (offsets, of_offsets) =
+            self.sequences.as_ref().map(|offsets| offsets.device_ptr(stream)).unzip();
+        let count = self.sequences.as_ref().map_or(0, |offsets| offsets.len() - 1);
+        let (margins, of_margins) =
+            self.margins.as_ref().map(|margins| margins.device_ptr(stream)).unzip();
+        let (hard, of_hard) = self.hard.as_ref().map(|hard| hard.device_ptr(stream)).unzip();
+        let (upstream, of_upstream) = upstream.map(|upstream| upstream.device_ptr(stream)).unzip();
+        let [tokens, vocab] = self.shape;
+        let sequences = offsets.map(|address| (address, count));
+        let raw = RawTokens { tokens, vocab, labels, sequences, margins, hard, upstream };
+        (raw, [of_labels, of_offsets, of_margins, of_hard, of_upstream])
+    }
+}
+
+pub(super) fn context_of<'a, T>(view: &'a CudaView<T>) -> &'a CudaContext {
+    view.stream().context()
+}
+
+/// A batch of tokens on the device: see [`Batch`](crate::Batch).
+#[derive(Debug)]
+pub struct DeviceBatch<'a> {
+    pub(super) teacher: DeviceLogits<'a>,
+    pub(super) tokens: DeviceTokens<'a>,
+}
+
+impl<'a> DeviceBatch<'a> {
+    /// # Errors
+    /// If there is not one label a token.
+    pub fn new(teacher: DeviceLogits<'a>, labels: impl Into<DeviceLabels<'a>>) -> Result<Self> {
+        let [tokens, vocab] = teacher.shape;
+        let of_tokens = DeviceTokens::new(labels, vocab);
+        match of_tokens.shape[0] {
+            labels if labels == tokens => Ok(Self { teacher, tokens: of_tokens }),
+            labels => Err(Error::LabelCount { labels, tokens }),
+        }
+    }
+
+    /// A batch without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
+    pub fn unlabelled(teacher: DeviceLogits<'a>) -> Self {
+        let [tokens, vocab] = teacher.shape;
+        Self { teacher, tokens: DeviceTokens::unlabelled(tokens, vocab) }
+    }
+
+    /// See [`DeviceTokens::with_sequences`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_sequences(self, offsets: CudaView<'a, i64>) -> Result<Self> {
+        Ok(Self { tokens: self.tokens.with_sequences(offsets)?, ..self })
+    }
+
+    /// See [`DeviceTokens::with_margins`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_margins(self, margins: CudaView<'a, f32>) -> Result<Self> {
+        Ok(Self { tokens: self.tokens.with_margins(margins)?, ..self })
+    }
+
+    /// See [`DeviceTokens::with_hard`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_hard(self, hard: CudaView<'a, u8>) -> Result<Self> {
+        Ok(Self { tokens: self.tokens.with_hard(hard)?, ..self })
     }
 }

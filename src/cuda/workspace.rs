@@ -10,8 +10,11 @@ use cudarc::driver::{
 
 use super::by_address::clear_hard;
 use super::kernels::Clock;
-use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, driver};
-use crate::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
+use super::tensor::context_of;
+use super::{
+    DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, DeviceTokens, Kernels, driver,
+};
+use crate::call::{RawCall, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher};
 use crate::device::kernel::Launch;
 use crate::device::stages::{Checked, launches, margins, selection};
 use crate::device::workspace::{Layout, Memory, check_faults, read_summary};
@@ -23,12 +26,12 @@ use crate::{Error, Objective, Output, Result};
 #[derive(Debug)]
 pub struct Workspace {
     kernels: Arc<Kernels>,
-    memory: CudaSlice<u8>,
+    pub(super) memory: CudaSlice<u8>,
     /// The address of the memory.
     address: u64,
     layout: Layout,
     /// The last call's facts, for those who read its results.
-    last: Option<Last>,
+    pub(super) last: Option<Last>,
     /// Before the first kernel of the last call, and after each.
     clock: Option<Clock>,
 }
@@ -44,17 +47,17 @@ const NAN_BYTE: u8 = 0xff;
 const COUNTERS: Range<usize> = offset_of!(atkd_summary, valid)..size_of::<atkd_summary>();
 
 #[derive(Clone, Copy, Debug)]
-struct Last {
-    objective: Objective,
+pub(super) struct Last {
+    pub objective: Objective,
     /// 0 if it failed.
-    tokens: usize,
-    vocab: usize,
+    pub tokens: usize,
+    pub vocab: usize,
     /// The driver refused one of its kernels, so that there are no results.
-    failed: bool,
+    pub failed: bool,
 }
 
 impl Workspace {
-    /// Room for calls of up to `capacity` tokens, in up to as many sequences.
+    /// Room for calls of up to `capacity` tokens.
     ///
     /// # Errors
     /// If the device has not so much memory.
@@ -68,8 +71,7 @@ impl Workspace {
             });
         }
         same_context("the stream", kernels.context(), stream.context())?;
-        // The batch itself is a sequence, even without tokens.
-        let layout = Layout { capacity: capacity.max(1) };
+        let layout = Layout { capacity };
         let memory =
             stream.alloc_zeros(layout.bytes()).map_err(driver("allocating a workspace"))?;
         let (address, _) = memory.device_ptr(stream);
@@ -86,8 +88,7 @@ impl Workspace {
         self.layout.capacity
     }
 
-    /// Makes room for calls of up to `capacity` tokens, in up to as many sequences, where there is less. The loss of the
-    /// last call stays, and with it what the next one guesses by; the terms of its tokens do not.
+    /// Makes room for calls of up to `capacity` tokens, where there is less. The loss of the last call stays, and with it what the next one guesses by; the terms of its tokens do not.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -117,8 +118,8 @@ impl Workspace {
         batch: &DeviceBatch,
         student: &DeviceLogits,
     ) -> Result<()> {
-        check_shape(batch, "the student's logits", student.shape)?;
-        self.check(stream, batch, &[("the student's logits", student.context())], None)?;
+        check_shape(batch.teacher.shape, "the student's logits", student.shape)?;
+        self.check_batch(stream, batch, &[("the student's logits", student.context())], None)?;
         let (student, _guard) = student.raw(stream);
         self.enqueue(stream, objective, batch, student, None, None)
     }
@@ -140,11 +141,11 @@ impl Workspace {
         mut gradient: DeviceLogitsMut,
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
-        check_shape(batch, "the student's logits", student.shape)?;
-        check_shape(batch, "the gradient", gradient.shape)?;
+        check_shape(batch.teacher.shape, "the student's logits", student.shape)?;
+        check_shape(batch.teacher.shape, "the gradient", gradient.shape)?;
         let others =
             [("the student's logits", student.context()), ("the gradient", gradient.context())];
-        self.check(stream, batch, &others, upstream)?;
+        self.check_batch(stream, batch, &others, upstream)?;
         let (student, _student) = student.raw(stream);
         let (gradient, _gradient) = gradient.raw(stream);
         self.enqueue(stream, objective, batch, student, Some(gradient), upstream)
@@ -162,32 +163,37 @@ impl Workspace {
         mut student: DeviceLogitsMut,
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
-        check_shape(batch, "the student's logits", student.shape)?;
-        self.check(stream, batch, &[("the student's logits", student.context())], upstream)?;
+        check_shape(batch.teacher.shape, "the student's logits", student.shape)?;
+        self.check_batch(stream, batch, &[("the student's logits", student.context())], upstream)?;
         let (student, _guard) = student.raw(stream);
         self.enqueue(stream, objective, batch, student, Some(student), upstream)
     }
 
-    /// Checks a call but for its shapes. This comes before any address is asked for: cudarc then
-    /// makes the stream wait for earlier uses of the memory, and later records this one, which a stream
-    /// of another context or in a capture refuses.
-    fn check(
+    fn check_batch(
         &self,
         stream: &Arc<CudaStream>,
         batch: &DeviceBatch,
         others: &[(&'static str, &CudaContext)],
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
-        let batch = [
-            ("the teacher's logits", Some(batch.teacher.context())),
-            ("the labels", batch.labels.as_ref().map(DeviceLabels::context)),
-            ("the sequences' offsets", batch.sequences.as_ref().map(context_of)),
-            ("the margins", batch.margins.as_ref().map(context_of)),
-            ("the mask of hard tokens", batch.hard.as_ref().map(context_of)),
-            ("the upstream gradient", upstream.map(context_of)),
-        ];
+        let teacher = [("the teacher's logits", batch.teacher.context())];
+        let others: Vec<_> = others.iter().copied().chain(teacher).collect();
+        self.check(stream, &batch.tokens, &others, upstream)
+    }
+
+    /// Checks a call but for its shapes. This comes before any address is asked for: cudarc then
+    /// makes the stream wait for earlier uses of the memory, and later records this one, which a stream
+    /// of another context or in a capture refuses.
+    pub(super) fn check(
+        &self,
+        stream: &Arc<CudaStream>,
+        tokens: &DeviceTokens,
+        others: &[(&'static str, &CudaContext)],
+        upstream: Option<&CudaView<f32>>,
+    ) -> Result<()> {
         let others = others.iter().map(|&(what, context)| (what, Some(context)));
-        self.check_memory(stream, others.chain(batch))?;
+        let upstream_context = [("the upstream gradient", upstream.map(context_of))];
+        self.check_memory(stream, others.chain(tokens.contexts()).chain(upstream_context))?;
         match upstream.map(CudaView::len) {
             None | Some(1) => Ok(()),
             Some(actual) => Err(Error::Upstream { actual }),
@@ -222,25 +228,9 @@ impl Workspace {
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
         let (teacher, _teacher) = batch.teacher.raw(stream);
-        let labels = batch.labels.as_ref().map(|labels| labels.raw(stream));
-        let sequences =
-            batch.sequences.as_ref().map(|offsets| (offsets.device_ptr(stream), offsets.len() - 1));
-        let margins = batch.margins.as_ref().map(|margins| margins.device_ptr(stream));
-        let hard = batch.hard.as_ref().map(|hard| hard.device_ptr(stream));
-        let upstream = upstream.map(|upstream| upstream.device_ptr(stream));
-        let [tokens, vocab] = batch.teacher.shape;
-        let call = RawCall {
-            tokens,
-            vocab,
-            teacher,
-            student,
-            gradient,
-            labels: labels.as_ref().map(|(labels, _)| *labels),
-            sequences: sequences.as_ref().map(|((address, _), count)| (*address, *count)),
-            margins: margins.as_ref().map(|(address, _)| *address),
-            hard: hard.as_ref().map(|(address, _)| *address),
-            upstream: upstream.as_ref().map(|(address, _)| *address),
-        };
+        let (tokens, _tokens) = batch.tokens.raw(upstream, stream);
+        let rows = RawRows { tokens: tokens.tokens, teacher, student, gradient };
+        let call = tokens.whole_call(&rows);
         // SAFETY: the views were checked to hold what the call says, and the guards above let the memory's
         // owners wait for the stream.
         unsafe { self.launch(stream, objective, &call, &RawOutput::default()) }
@@ -277,21 +267,19 @@ impl Workspace {
         let launched = unsafe { self.kernels.enqueue(stream, launches, self.clock.as_mut()) };
         let failed = launched.is_err();
         if failed {
-            // The last kernel of a call leaves the loss, and the counters at 0 for the next call, and did not run.
-            // Faults stay for whoever reads them. Where this fails too, there is nothing to rescue: the context, or
-            // the capture, is gone.
-            for (bytes, value) in [(LOSS, NAN_BYTE), (COUNTERS, 0)] {
-                let start = self.address + bytes.start as u64;
-                // SAFETY: the bytes are of the workspace's summary, whose owner the guard lets wait.
-                let _ = unsafe {
-                    result::memset_d8_async(start, value, bytes.len(), stream.cu_stream())
-                };
-            }
+            clear_counters(stream, self.address);
         }
         drop(guard);
         let tokens = if failed { 0 } else { call.tokens };
         self.last = Some(Last { objective: *objective, tokens, vocab: call.vocab, failed });
         launched
+    }
+
+    /// Ends a call in stages that was not finished.
+    pub(super) fn abandon(&mut self, stream: &CudaStream) {
+        let _ = self.kernels.context().bind_to_thread();
+        clear_counters(stream, self.address);
+        self.last = self.last.map(|last| Last { tokens: 0, failed: true, ..last });
     }
 
     /// Enqueues the teacher's margins, one per token, to `to`: as [`cpu::teacher_margins`](crate::cpu::teacher_margins).
@@ -313,12 +301,12 @@ impl Workspace {
         }
         let parts = [
             ("the teacher's logits", Some(batch.teacher.context())),
-            ("the labels", batch.labels.as_ref().map(DeviceLabels::context)),
+            ("the labels", batch.tokens.labels.as_ref().map(DeviceLabels::context)),
             ("the margins", Some(&**to.stream().context())),
         ];
         self.check_memory(stream, parts.into_iter())?;
         let (teacher, _teacher) = batch.teacher.raw(stream);
-        let labels = batch.labels.as_ref().map(|labels| labels.raw(stream));
+        let labels = batch.tokens.labels.as_ref().map(|labels| labels.raw(stream));
         let (to, _to) = to.device_ptr_mut(stream);
         let labels = labels.as_ref().map(|(labels, _)| *labels);
         let teacher = RawTeacher { tokens, vocab, teacher, labels };
@@ -544,7 +532,7 @@ impl Workspace {
         self.column(self.layout.offsets().modes, self.tokens())
     }
 
-    fn memory_at(&self) -> Memory {
+    pub(super) fn memory_at(&self) -> Memory {
         Memory::new(self.layout, self.address)
     }
 
@@ -569,9 +557,19 @@ impl Last {
     }
 }
 
+/// After a call whose last kernel did not run, which leaves the loss, and the counters at 0 for the next call. Faults stay
+/// for whoever reads them. Where this fails, there is nothing to rescue: the context, or the capture, is gone.
+fn clear_counters(stream: &CudaStream, workspace: u64) {
+    for (bytes, value) in [(LOSS, NAN_BYTE), (COUNTERS, 0)] {
+        let start = workspace + bytes.start as u64;
+        // SAFETY: the bytes are of the workspace's summary.
+        let _ = unsafe { result::memset_d8_async(start, value, bytes.len(), stream.cu_stream()) };
+    }
+}
+
 /// Returns whether a stream is in a capture while the context tracks the use of its memory. cudarc's events of
 /// earlier work cannot be waited for there; trying ends the capture.
-fn tracked_capture(stream: &CudaStream, context: &CudaContext) -> Result<bool> {
+pub(super) fn tracked_capture(stream: &CudaStream, context: &CudaContext) -> Result<bool> {
     if !context.is_managing_stream_synchronization() {
         return Ok(false);
     }
@@ -586,11 +584,10 @@ fn same_context(what: &'static str, expected: &CudaContext, actual: &CudaContext
     Err(Error::OtherContext { what, expected: expected.ordinal(), actual: actual.ordinal() })
 }
 
-fn context_of<'a, T>(view: &'a CudaView<T>) -> &'a CudaContext {
-    view.stream().context()
-}
-
-fn check_shape(batch: &DeviceBatch, what: &'static str, actual: [usize; 2]) -> Result<()> {
-    let expected = batch.teacher.shape;
+pub(super) fn check_shape(
+    expected: [usize; 2],
+    what: &'static str,
+    actual: [usize; 2],
+) -> Result<()> {
     if actual == expected { Ok(()) } else { Err(Error::ShapeMismatch { what, expected, actual }) }
 }

@@ -44,6 +44,9 @@ macro_rules! with_kernels {
             CountValid(atkd_count_valid) {
                 ATKD_COUNT_THREADS ATKD_COUNT_BLOCKS Clusters: count_valid;
             }
+            PrepareRows(atkd_prepare_rows) {
+                ATKD_COUNT_THREADS ATKD_COUNT_BLOCKS Clusters: prepare_rows;
+            }
             SelectHard(atkd_select_hard) {
                 ATKD_SELECT_THREADS ATKD_SELECT_BLOCKS BlocksAndClusters: select_hard;
             }

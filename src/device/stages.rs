@@ -34,7 +34,7 @@ impl<'a> Checked<'a> {
     }
 }
 
-fn problem(objective: &Objective, call: &RawCall) -> Problem {
+pub(super) fn problem(objective: &Objective, call: &RawCall) -> Problem {
     Problem {
         tokens: call.tokens,
         vocab: call.vocab,
@@ -65,7 +65,7 @@ fn problem(objective: &Objective, call: &RawCall) -> Problem {
     }
 }
 
-fn check_sizes(tokens: usize, vocab: usize) -> Result<()> {
+pub(super) fn check_sizes(tokens: usize, vocab: usize) -> Result<()> {
     for (what, value) in [("the number of tokens", tokens), ("the vocabulary size", vocab)] {
         if value > i32::MAX as usize {
             return Err(Error::TooLarge { what, value, most: i32::MAX as usize });
@@ -101,7 +101,7 @@ pub(crate) fn margins(
 ) -> Result<Option<Launch>> {
     check_sizes(teacher.tokens, teacher.vocab)?;
     teacher.check(objective, to)?;
-    memory.check(teacher.tokens, 1)?;
+    memory.check(teacher.tokens)?;
     let call = teacher.call();
     let plan = Plan::new(device, &problem(objective, &call), None);
     Ok(margin_pass(&call, memory.batch_of(objective, &call), &plan, to).unless_empty())
@@ -122,7 +122,7 @@ pub(crate) fn selection(
     check_sizes(tokens, 1)?;
     selection.check()?;
     let scopes = sequences.map_or(1, |(_, count)| count);
-    memory.check(tokens, scopes)?;
+    memory.check(tokens)?;
     let launch = Launch {
         kernel: "select_hard",
         shape: plan::select_hard(device, tokens, scopes),
@@ -131,7 +131,6 @@ pub(crate) fn selection(
             margins: margins as *const f32,
             valid: valid.unwrap_or(0) as *const u8,
             offsets: sequences.map_or(0, |(address, _)| address) as *const i64,
-            thresholds: memory.column(Column::Thresholds) as *mut u32,
             mispredicted: std::ptr::null_mut(),
             states: memory.states(),
             kept_threshold: std::ptr::null_mut(),
@@ -155,7 +154,7 @@ pub(crate) fn launches(
     memory: Memory,
 ) -> Result<impl Iterator<Item = Launch> + use<>> {
     output.check()?;
-    memory.check(checked.call.tokens, checked.problem.scopes)?;
+    memory.check(checked.call.tokens)?;
     let (stages, margin_pass) = (Stages::new(checked, output, plan, memory), plan.margin_pass);
     let order = plan.schedule.stages().iter();
     let order = order.filter(move |&&stage| stage != Stage::Margins || margin_pass);
@@ -163,25 +162,25 @@ pub(crate) fn launches(
 }
 
 /// A call, from which the launch of each stage is made.
-struct Stages {
+pub(super) struct Stages {
     objective: Objective,
     call: RawCall,
-    output: RawOutput,
+    pub output: RawOutput,
     problem: Problem,
-    plan: Plan,
+    pub plan: Plan,
     memory: Memory,
-    batch: atkd_batch,
+    pub batch: atkd_batch,
 }
 
 impl Stages {
-    fn new(checked: &Checked, output: &RawOutput, plan: &Plan, memory: Memory) -> Self {
+    pub fn new(checked: &Checked, output: &RawOutput, plan: &Plan, memory: Memory) -> Self {
         let Checked { objective, call, problem } = *checked;
         let batch = memory.batch_of(objective, call);
         let (objective, call, output, plan) = (*objective, *call, *output, *plan);
         Self { objective, call, output, problem, plan, memory, batch }
     }
 
-    fn launch(&self, stage: Stage) -> Launch {
+    pub fn launch(&self, stage: Stage) -> Launch {
         match stage {
             Stage::Margins => margin_pass(&self.call, self.batch, &self.plan, 0),
             Stage::Count => self.count(),
@@ -189,6 +188,23 @@ impl Stages {
             Stage::Rows => self.rows(self.plan.rows, false),
             Stage::Repair => self.rows(self.plan.rows_again, true),
             Stage::Finish => self.finish(),
+        }
+    }
+
+    /// The launch between two of rows, with the targets and modes of so many tokens for rows in `memory`.
+    pub fn prepare(&self, count: usize, memory: Memory) -> Launch {
+        Launch {
+            kernel: "prepare_rows",
+            shape: plan::prepare_rows(count),
+            parameters: Parameters::PrepareRows(atkd_prepare_rows {
+                batch: self.batch,
+                mispredicted: memory.column(Column::Mispredicted) as *const u32,
+                targets: memory.column(Column::Targets) as *mut i32,
+                modes: memory.column(Column::Modes) as *mut u8,
+                states: memory.states(),
+                count: count as u32,
+                reserved: 0,
+            }),
         }
     }
 
@@ -206,10 +222,11 @@ impl Stages {
             kernel: "count_valid",
             shape: self.plan.count,
             parameters: Parameters::CountValid(atkd_count_valid {
-                batch: self.batch,
+                // The targets may not be there yet; the labels alone tell which tokens are valid.
+                batch: atkd_batch { target: ATKD_TARGET_LABEL, ..self.batch },
                 hard: self.call.hard.unwrap_or(0) as *const u8,
                 states: self.memory.states(),
-                kept_threshold: self.memory.kept_threshold as *const u32,
+                kept_threshold: self.memory.kept_threshold(),
                 valid_mode: if self.objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
                 reserved: 0,
             }),
@@ -217,7 +234,8 @@ impl Stages {
     }
 
     fn select(&self) -> Launch {
-        let mispredicted = if self.predicts() { self.memory.column(Column::Targets) } else { 0 };
+        let mispredicted =
+            if self.predicts() { self.memory.column(Column::Mispredicted) } else { 0 };
         Launch {
             kernel: "select_hard",
             shape: self.plan.select,
@@ -226,10 +244,9 @@ impl Stages {
                 margins: self.margins_given().unwrap_or(0) as *const f32,
                 valid: std::ptr::null(),
                 offsets: self.call.sequences.map_or(0, |(address, _)| address) as *const i64,
-                thresholds: self.memory.column(Column::Thresholds) as *mut u32,
                 mispredicted: mispredicted as *mut u32,
                 states: self.memory.states(),
-                kept_threshold: self.memory.kept_threshold as *mut u32,
+                kept_threshold: self.memory.kept_threshold(),
                 hard_to: std::ptr::null_mut(),
                 hard_ratio: self.objective.hard_ratio(),
                 scopes: self.problem.scopes as u32,
@@ -242,7 +259,7 @@ impl Stages {
     fn rows(&self, shape: LaunchShape, again: bool) -> Launch {
         let Self { call, problem, plan, memory, .. } = self;
         let predicts = self.predicts() && !again;
-        let mispredicted = if again { memory.column(Column::Targets) } else { 0 };
+        let mispredicted = if again { memory.column(Column::Mispredicted) } else { 0 };
         // Rows leave the keys unless a pass over the teacher's logits has, or a prediction that had them.
         let write_keys = !again && (!plan.margin_pass || self.margins_given().is_some());
         Launch {

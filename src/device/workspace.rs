@@ -24,10 +24,10 @@ pub enum Column {
     /// uint32, written once in a call, by the first to know them: `teacher_margin`, the row kernels, or `select_hard`
     /// from the caller's margins. The order of the keys is that of the margins; 0 for an ignored token, 1 for NaN.
     Keys,
-    /// uint32, one per sequence. `select_hard`: the key of the last hard token.
-    Thresholds,
-    /// int32. `teacher_margin`: the target, if that is the teacher's arg max. In a call that predicts, where it is the
-    /// label, `select_hard` instead: the mispredicted tokens, as many as the summary counts.
+    /// uint32. `select_hard`, in a call that predicts: the mispredicted tokens in any order, as many as the summary
+    /// counts.
+    Mispredicted,
+    /// int32. `teacher_margin`: the target, if that is the teacher's arg max.
     Targets,
     /// uint8: ignored, easy or hard. The row kernels in a call that predicts, else `count_valid`; then `select_hard`.
     Modes,
@@ -41,7 +41,7 @@ impl Column {
         (Self::Tkd, "tkd", 4),
         (Self::Dkd, "dkd", 4),
         (Self::Keys, "keys", 4),
-        (Self::Thresholds, "thresholds", 4),
+        (Self::Mispredicted, "mispredicted", 4),
         (Self::Targets, "targets", 4),
         (Self::Modes, "modes", 1),
     ];
@@ -59,7 +59,7 @@ const _: () = assert!(ATKD_TERMS_GRID as usize * size_of::<f64>() <= STATES_BYTE
 /// The layout of a workspace: a summary, the columns, the teams' states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
-    /// For how many tokens, and sequences, there is room.
+    /// For how many tokens there is room.
     pub capacity: usize,
 }
 
@@ -201,12 +201,18 @@ fn margin_of_key(key: u32) -> f64 {
 /// A workspace by its address.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Memory {
-    /// The layout.
-    pub layout: Layout,
     /// The address of the summary, a multiple of 16. The summary is all 0 before the first call.
-    pub workspace: u64,
+    summary: u64,
+    /// The address of the teams' states.
+    states: u64,
     /// The address of a word that keeps the last call's threshold, which the next call predicts by. Any value is right.
-    pub kept_threshold: u64,
+    kept_threshold: u64,
+    /// The workspace that the columns are of: this one, but for a repair.
+    columns: u64,
+    /// Its layout.
+    layout: Layout,
+    /// The token that the columns start at.
+    first: usize,
 }
 
 impl Memory {
@@ -214,28 +220,53 @@ impl Memory {
     pub fn new(layout: Layout, workspace: u64) -> Self {
         let kept_threshold =
             workspace + std::mem::offset_of!(atkd_summary, predicted_threshold) as u64;
-        Self { layout, workspace, kept_threshold }
+        Self::keeping(layout, workspace, kept_threshold)
+    }
+
+    /// A workspace that keeps the threshold elsewhere.
+    pub fn keeping(layout: Layout, workspace: u64, kept_threshold: u64) -> Self {
+        let states = workspace + layout.states() as u64;
+        Self { summary: workspace, states, kept_threshold, columns: workspace, layout, first: 0 }
+    }
+
+    /// The same with the columns from a token on.
+    pub fn starting_at(self, first: usize) -> Self {
+        Self { first, ..self }
+    }
+
+    /// The same with the columns of a workspace at `scratch` that is for so many tokens, as [`Kernels::workspace_bytes`]
+    /// says.
+    ///
+    /// [`Kernels::workspace_bytes`]: crate::cuda::Kernels::workspace_bytes
+    pub fn with_columns_of(self, scratch: u64, capacity: usize) -> Self {
+        Self { columns: scratch, layout: Layout { capacity }, first: 0, ..self }
     }
 
     /// The address of a column.
     pub fn column(&self, column: Column) -> u64 {
-        self.workspace + self.layout.column(column) as u64
+        let (.., bytes) = Column::ALL[column as usize];
+        self.columns + (self.layout.column(column) + bytes * self.first) as u64
+    }
+
+    /// The address of the summary.
+    pub fn summary(&self) -> *mut atkd_summary {
+        self.summary as *mut atkd_summary
     }
 
     /// The address of the teams' states.
     pub fn states(&self) -> *mut c_void {
-        (self.workspace + self.layout.states() as u64) as *mut c_void
+        self.states as *mut c_void
     }
 
-    /// Checks that there is room for so many.
-    pub fn check(&self, tokens: usize, sequences: usize) -> Result<()> {
-        let capacity = self.layout.capacity;
-        for (what, needed) in [("tokens", tokens), ("sequences", sequences)] {
-            if needed > capacity {
-                return Err(Error::Workspace { what, needed, capacity });
-            }
-        }
-        Ok(())
+    /// The address of the word that keeps the threshold.
+    pub fn kept_threshold(&self) -> *mut u32 {
+        self.kept_threshold as *mut u32
+    }
+
+    /// Checks that there is room for so many tokens.
+    pub fn check(&self, tokens: usize) -> Result<()> {
+        let (what, needed, capacity) = ("tokens", tokens, self.layout.capacity);
+        if needed > capacity { Err(Error::Workspace { what, needed, capacity }) } else { Ok(()) }
     }
 
     /// The parameters that kernels share, without teacher and labels.
@@ -246,7 +277,7 @@ impl Memory {
             targets: self.column(Column::Targets) as *mut i32,
             keys: self.column(Column::Keys) as *mut u32,
             modes: self.column(Column::Modes) as *mut u8,
-            summary: self.workspace as *mut atkd_summary,
+            summary: self.summary(),
             teacher_strides: atkd_strides { stride: 0, skip: 0, inverse: 0, shift: 0 },
             ignore_index: 0,
             tokens: tokens as u32,
@@ -254,7 +285,7 @@ impl Memory {
             label_bytes: 0,
             target: ATKD_TARGET_LABEL,
             inverse_temperature: 1.0,
-            reserved: 0,
+            first_token: self.first as u32,
         }
     }
 

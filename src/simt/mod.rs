@@ -2,13 +2,16 @@
 //! checks every access and every barrier. For tests on machines without a GPU; slow.
 
 pub mod machine;
+mod session;
 mod table;
 
 use std::ffi::c_void;
 
 use machine::Buffer;
 
-use crate::call::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
+use crate::call::{
+    RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher, RawTokens,
+};
 pub use crate::device::kernel::Kernel;
 use crate::device::kernel::{KERNELS, Launch, Shrinks};
 use crate::device::stages::{self, Checked};
@@ -17,6 +20,60 @@ use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
 use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result};
+pub use session::Session;
+
+/// What a call reads beside the logits, as memory of kernels.
+struct Inputs<'a> {
+    batch: Batch<'a>,
+    offsets: Option<Vec<i64>>,
+    upstream: Option<Vec<f32>>,
+    tokens: RawTokens,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(batch: &Batch<'a>, extra: Extra) -> Self {
+        let offsets: Option<Vec<i64>> =
+            batch.sequences().map(|offsets| offsets.iter().map(|&offset| offset as i64).collect());
+        let upstream = extra.upstream.map(|upstream| vec![upstream]);
+        let tokens = RawTokens {
+            tokens: batch.teacher().tokens(),
+            vocab: batch.teacher().vocab(),
+            labels: batch.labels().map(raw_labels),
+            sequences: offsets.as_ref().map(|offsets| (address(offsets), offsets.len() - 1)),
+            margins: batch.margins().map(address),
+            hard: batch.hard().map(address),
+            upstream: upstream.as_ref().map(|upstream| address(upstream)),
+        };
+        Self { batch: *batch, offsets, upstream, tokens }
+    }
+
+    fn buffers(&self) -> impl Iterator<Item = Buffer> {
+        let Self { batch, offsets, upstream, .. } = self;
+        [
+            batch.labels().map(labels),
+            offsets.as_ref().map(|offsets| Buffer::input("offsets", offsets)),
+            batch.margins().map(|margins| Buffer::input("margins", margins)),
+            batch.hard().map(|hard| Buffer::input("hard", hard)),
+            upstream.as_ref().map(|upstream| Buffer::input("upstream", upstream)),
+        ]
+        .into_iter()
+        .flatten()
+    }
+}
+
+fn labels(labels: Labels) -> Buffer {
+    match labels {
+        Labels::I64(v) => Buffer::input("labels", v),
+        Labels::I32(v) => Buffer::input("labels", v),
+    }
+}
+
+fn raw_labels(labels: Labels) -> RawLabels {
+    match labels {
+        Labels::I64(v) => RawLabels::I64(address(v)),
+        Labels::I32(v) => RawLabels::I32(address(v)),
+    }
+}
 
 /// How the kernels are run.
 #[derive(Clone, Copy, Debug)]
@@ -169,35 +226,12 @@ impl Simulation {
         extra: Extra,
         mut buffers: Vec<Buffer>,
     ) -> Result<(Output, Traffic)> {
-        let teacher = batch.teacher();
-        let (tokens, vocab) = (teacher.tokens(), teacher.vocab());
-        let labels = batch.labels().map(|labels| match labels {
-            Labels::I64(v) => (RawLabels::I64(address(v)), Buffer::input("labels", v)),
-            Labels::I32(v) => (RawLabels::I32(address(v)), Buffer::input("labels", v)),
-        });
-        let sequences: Option<Vec<i64>> =
-            batch.sequences().map(|offsets| offsets.iter().map(|&offset| offset as i64).collect());
-        let upstream = extra.upstream.map(|upstream| [upstream]);
-        let call = RawCall {
-            tokens,
-            vocab,
-            teacher: raw(teacher),
-            student,
-            gradient,
-            labels: labels.as_ref().map(|(labels, _)| *labels),
-            sequences: sequences.as_ref().map(|offsets| (address(offsets), offsets.len() - 1)),
-            margins: batch.margins().map(address),
-            hard: batch.hard().map(address),
-            upstream: upstream.as_ref().map(|upstream| address(upstream)),
-        };
-        buffers.extend(labels.map(|(_, buffer)| buffer));
-        buffers.extend(sequences.as_ref().map(|offsets| Buffer::input("offsets", offsets)));
-        buffers.extend(batch.margins().map(|margins| Buffer::input("margins", margins)));
-        buffers.extend(batch.hard().map(|hard| Buffer::input("hard", hard)));
-        buffers.extend(upstream.as_ref().map(|upstream| Buffer::input("upstream", upstream)));
-
-        let scopes = call.sequences.map_or(1, |(_, count)| count);
-        let layout = Layout { capacity: tokens.max(scopes) };
+        let inputs = Inputs::new(batch, extra);
+        buffers.extend(inputs.buffers());
+        let (tokens, vocab) = (batch.teacher().tokens(), batch.teacher().vocab());
+        let rows = RawRows { tokens, teacher: raw(batch.teacher()), student, gradient };
+        let call = inputs.tokens.whole_call(&rows);
+        let layout = Layout { capacity: tokens };
         let workspace = self.workspace(layout, &mut buffers);
         let checked = Checked::new(objective, &call)?;
         let plan = Plan::new(&self.device, &checked.problem, self.preferred);
@@ -245,20 +279,13 @@ impl Simulation {
     ) -> Result<(Vec<f32>, Traffic)> {
         let teacher = batch.teacher();
         let mut to = vec![f32::from_bits(0xdead_beef); teacher.tokens()];
-        let labels = batch.labels().map(|labels| match labels {
-            Labels::I64(v) => (RawLabels::I64(address(v)), Buffer::input("labels", v)),
-            Labels::I32(v) => (RawLabels::I32(address(v)), Buffer::input("labels", v)),
-        });
         let mut buffers =
             vec![input("teacher", teacher.elements()), Buffer::output("margins", &mut to)];
-        let labels = labels.map(|(labels, buffer)| {
-            buffers.push(buffer);
-            labels
-        });
-        let layout = Layout { capacity: teacher.tokens().max(1) };
+        buffers.extend(batch.labels().map(labels));
+        let layout = Layout { capacity: teacher.tokens() };
         let workspace = self.workspace(layout, &mut buffers);
         let (tokens, vocab, teacher) = (teacher.tokens(), teacher.vocab(), raw(teacher));
-        let of = RawTeacher { tokens, vocab, teacher, labels };
+        let of = RawTeacher { tokens, vocab, teacher, labels: batch.labels().map(raw_labels) };
         let memory = Memory::new(layout, address(&workspace));
         let launch = stages::margins(objective, &of, address(&to), &self.device, memory)?;
         Ok((to, self.alone(launch, buffers)?))
@@ -293,8 +320,7 @@ impl Simulation {
             sequences: sequences.as_ref().map(|offsets| (address(offsets), offsets.len() - 1)),
             hard: address(&hard),
         };
-        let scopes = selection.sequences.map_or(1, |(_, count)| count);
-        let layout = Layout { capacity: tokens.max(scopes) };
+        let layout = Layout { capacity: tokens };
         let workspace = self.workspace(layout, &mut buffers);
         let memory = Memory::new(layout, address(&workspace));
         let launch = stages::selection(&selection, hard_ratio, &self.device, memory)?;
@@ -479,7 +505,6 @@ mod tests {
         let mut keys: Vec<u32> =
             (0..TOKENS).map(|_| random.u32(..50_000).saturating_sub(1000) << 12).collect();
         let mut modes = vec![0xaa_u8; TOKENS];
-        let mut thresholds = [7_u32];
         // SAFETY: plain numbers.
         let mut summary: [atkd_summary; 1] = unsafe { std::mem::zeroed() };
         let mut kept_threshold = [7_u32];
@@ -495,7 +520,6 @@ mod tests {
             margins: std::ptr::null(),
             valid: std::ptr::null(),
             offsets: std::ptr::null(),
-            thresholds: thresholds.as_mut_ptr(),
             mispredicted: std::ptr::null_mut(),
             states: states.as_mut_ptr().cast(),
             kept_threshold: kept_threshold.as_mut_ptr(),
@@ -507,7 +531,6 @@ mod tests {
         let mut buffers = [
             Buffer::output("keys", &mut keys),
             Buffer::output("modes", &mut modes),
-            Buffer::output("thresholds", &mut thresholds),
             Buffer::output("summary", &mut summary),
             Buffer::output("states", &mut states),
             Buffer::output("kept threshold", &mut kept_threshold),
@@ -526,7 +549,7 @@ mod tests {
             keys.iter().map(|&key| if key == 0 { ATKD_IGNORED } else { ATKD_EASY } as u8).collect();
         order[..wanted].iter().for_each(|&i| expected[i] = ATKD_HARD as u8);
         assert!(modes == expected);
-        assert_eq!([thresholds[0], kept_threshold[0]], [keys[order[wanted - 1]]; 2]);
+        assert_eq!(kept_threshold[0], keys[order[wanted - 1]]);
         let summary = summary[0];
         assert_eq!((summary.counted_valid, summary.counted_hard), (valid as u32, wanted as u32));
     }

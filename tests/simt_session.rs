@@ -1,0 +1,115 @@
+//! A call in stages by the CUDA kernels, run by the simulator.
+
+mod stages;
+
+use atkd::plan::{Preference, RowKernel};
+use atkd::simt::{self, Extra, Simulation};
+use atkd::{Batch, Objective, Output, Result};
+use half::bf16;
+use stages::{Backend, Session, logits, logits_mut};
+
+impl Backend for Simulation {
+    fn whole(
+        &self,
+        objective: &Objective,
+        batch: &Batch,
+        student: &[bf16],
+        gradient: &mut [bf16],
+    ) -> Result<Output> {
+        let to = &mut logits_mut(gradient);
+        Ok(self.run(objective, batch, logits(student), Some(to), Extra::default())?.0)
+    }
+
+    fn begin<'a>(
+        &'a self,
+        objective: &Objective,
+        batch: &Batch<'a>,
+    ) -> Result<Box<dyn Session + 'a>> {
+        Ok(Box::new(Simulation::begin(*self, objective, batch, Extra::default())?))
+    }
+}
+
+impl Session for simt::Session<'_> {
+    fn margins(&mut self, first: usize, teacher: &[bf16]) -> Result<()> {
+        self.margins(first, logits(teacher))
+    }
+
+    fn rows(
+        &mut self,
+        first: usize,
+        teacher: &[bf16],
+        student: &[bf16],
+        gradient: Option<&mut [bf16]>,
+    ) -> Result<()> {
+        self.rows(first, logits(teacher), logits(student), gradient.map(logits_mut))
+    }
+
+    fn rows_in_place(
+        &mut self,
+        first: usize,
+        teacher: &[bf16],
+        student: &mut [bf16],
+    ) -> Result<()> {
+        self.rows_in_place(first, logits(teacher), logits_mut(student))
+    }
+
+    fn select(&mut self) -> Result<Vec<usize>> {
+        self.select()
+    }
+
+    fn repair(
+        &mut self,
+        tokens: &[usize],
+        teacher: &[bf16],
+        student: &[bf16],
+        gradient: &mut [bf16],
+    ) -> Result<()> {
+        self.repair(tokens, logits(teacher), logits(student), logits_mut(gradient))
+    }
+
+    fn finish(self: Box<Self>) -> Result<Output> {
+        (*self).finish()
+    }
+}
+
+/// The kernels for rows, with few blocks at once, so that each has several rows of a range.
+fn simulations() -> [Simulation; 3] {
+    [(RowKernel::Resident, 0, 1), (RowKernel::Pipelined, 2, 1), (RowKernel::Stream, 2, 0)].map(
+        |(row_kernel, team, pipelined_blocks)| {
+            let preferred = Some(Preference { row_kernel, team });
+            let mut simulation = Simulation { preferred, block: 32, ..Simulation::default() };
+            simulation.device.multiprocessors = 4;
+            simulation.device.pipelined_blocks = pipelined_blocks;
+            simulation.device.pipelined_wide_blocks = pipelined_blocks;
+            simulation
+        },
+    )
+}
+
+#[test]
+fn ranges_of_any_length_come_to_the_bits_of_one_call() {
+    for simulation in simulations() {
+        stages::ranges_of_any_length_come_to_the_bits_of_one_call(&simulation);
+    }
+}
+
+#[test]
+fn ranges_without_gradients() {
+    for simulation in simulations() {
+        stages::ranges_without_gradients(&simulation);
+    }
+}
+
+#[test]
+fn a_batch_without_a_valid_token_has_no_loss() {
+    for simulation in simulations() {
+        stages::a_batch_without_a_valid_token_has_no_loss(&simulation);
+    }
+}
+
+#[test]
+fn stages_out_of_order_are_errors() {
+    for simulation in simulations() {
+        stages::stages_out_of_order_are_errors(&simulation);
+    }
+}
