@@ -142,7 +142,7 @@ mod cuda {
             "-fatbin",
             "-o",
         ]);
-        command.arg(fatbin).arg("kernels/atkd.cu");
+        command.arg(fatbin).arg("-Ikernels").arg(super::all_kernels());
         if super::warnings_are_errors() {
             command.args(["-Werror", "all-warnings"]);
         }
@@ -186,6 +186,20 @@ mod cuda {
     }
 }
 
+/// One source of all kernels, which includes each file of them.
+#[cfg(any(feature = "cuda", feature = "simt"))]
+fn all_kernels() -> std::path::PathBuf {
+    let files = std::fs::read_dir("kernels").expect("the kernels are in the package");
+    let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| name.ends_with(".cu")).collect();
+    names.sort();
+    let includes: String = names.iter().map(|name| format!("#include \"{name}\"\n")).collect();
+    let folder = std::env::var_os("OUT_DIR").expect("cargo sets it");
+    let path = std::path::PathBuf::from(folder).join("atkd.cu");
+    std::fs::write(&path, includes).expect("the build's own folder is writable");
+    path
+}
+
 /// The kernels as host C++.
 #[cfg(feature = "simt")]
 fn simt() {
@@ -195,7 +209,7 @@ fn simt() {
         .include("kernels")
         // The suffix says CUDA, but the compiler is the host's.
         .flag("-xc++")
-        .file("kernels/atkd.cu")
+        .file(all_kernels())
         .file("kernels/simt/broken.cpp")
         // The kernels read 16 bytes as elements of several types.
         .flag_if_supported("-fno-strict-aliasing")

@@ -102,11 +102,11 @@ typedef struct {
     atkd_strides teacher_strides;
     int64_t ignore_index;      // tokens with this label are dropped
     uint32_t tokens;           // N
+    uint32_t first_token;      // of the call's, where these are a range of them: for reports of faults
     uint32_t vocab;            // V
     uint32_t label_bytes;      // 4 or 8
     uint32_t target;           // ATKD_TARGET_*
     float inverse_temperature; // 1 / T
-    uint32_t first_token;      // of the call's tokens, where these are a range of them: for faults
 } atkd_batch;
 
 // teacher_margin: keys and, if the target is the teacher's, targets. A block takes a token in turn.

@@ -179,7 +179,8 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
             place = add_atomic(&p.batch.summary->counted_mispredicted, count_bits(votes));
         }
         place = shuffle_from(place, 0) + count_bits(votes & lanemask_lt());
-        if (other) {
+        // Scopes out of order may overlap, and list a token more than once.
+        if (other && place < p.batch.tokens) {
             store(p.mispredicted + place, token);
         }
         if (token < end) {

@@ -7,6 +7,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 
 
+def all_kernels(folder):
+    """Writes one source of all kernels into a folder, as build.rs does. Returns its path."""
+    path = pathlib.Path(folder) / "atkd.cu"
+    path.write_text("".join(f'#include "{one.name}"\n' for one in sorted(KERNELS.glob("*.cu"))))
+    return path
+
+
 def geometry():
     """The numbers that kernels/params.h defines, by name."""
     found = {}

@@ -232,6 +232,7 @@ impl RawTokens {
         }
         for (what, address, elements) in [
             ("the labels", self.labels.map(|_| labels), self.tokens),
+            ("the sequences' offsets", self.sequences.map(|(address, _)| address), self.tokens),
             ("the margins", self.margins, self.tokens),
             (HARD_MASK, self.hard, self.tokens),
             ("the upstream gradient", self.upstream, 1),
@@ -306,6 +307,7 @@ impl RawSelection {
         for (what, address) in [
             ("the margins", Some(self.margins)),
             ("valid", self.valid),
+            ("the sequences' offsets", self.sequences.map(|(address, _)| address)),
             (HARD_MASK, Some(self.hard)),
         ] {
             check_there(what, address, self.tokens)?;

@@ -140,6 +140,11 @@ pub enum Error {
         "the stream is being captured into a graph while cudarc tracks the use of memory across streams; call CudaContext::disable_event_tracking before the memory is allocated, or enqueue by address with Workspace::launch"
     )]
     TrackedCapture,
+    /// A repair of a call in stages on a stream that is being captured into a graph.
+    #[error(
+        "a repair copies the numbers of its tokens from the host, which a captured graph cannot do again; end the capture first, or select the hard tokens before the rows, so that none needs a repair"
+    )]
+    CapturedRepair,
     /// A kernel did in the simulator what it must not, or the system did not give what the simulator needs.
     #[error("the simulator of the CUDA kernels: {message}")]
     Simulation { message: String },

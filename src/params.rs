@@ -119,11 +119,11 @@ pub struct atkd_batch {
     pub teacher_strides: atkd_strides,
     pub ignore_index: i64,
     pub tokens: u32,
+    pub first_token: u32,
     pub vocab: u32,
     pub label_bytes: u32,
     pub target: u32,
     pub inverse_temperature: f32,
-    pub first_token: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -140,14 +140,14 @@ const _: () = {
     ["Offset of field: atkd_batch::ignore_index"]
         [::std::mem::offset_of!(atkd_batch, ignore_index) - 72usize];
     ["Offset of field: atkd_batch::tokens"][::std::mem::offset_of!(atkd_batch, tokens) - 80usize];
-    ["Offset of field: atkd_batch::vocab"][::std::mem::offset_of!(atkd_batch, vocab) - 84usize];
-    ["Offset of field: atkd_batch::label_bytes"]
-        [::std::mem::offset_of!(atkd_batch, label_bytes) - 88usize];
-    ["Offset of field: atkd_batch::target"][::std::mem::offset_of!(atkd_batch, target) - 92usize];
-    ["Offset of field: atkd_batch::inverse_temperature"]
-        [::std::mem::offset_of!(atkd_batch, inverse_temperature) - 96usize];
     ["Offset of field: atkd_batch::first_token"]
-        [::std::mem::offset_of!(atkd_batch, first_token) - 100usize];
+        [::std::mem::offset_of!(atkd_batch, first_token) - 84usize];
+    ["Offset of field: atkd_batch::vocab"][::std::mem::offset_of!(atkd_batch, vocab) - 88usize];
+    ["Offset of field: atkd_batch::label_bytes"]
+        [::std::mem::offset_of!(atkd_batch, label_bytes) - 92usize];
+    ["Offset of field: atkd_batch::target"][::std::mem::offset_of!(atkd_batch, target) - 96usize];
+    ["Offset of field: atkd_batch::inverse_temperature"]
+        [::std::mem::offset_of!(atkd_batch, inverse_temperature) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

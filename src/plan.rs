@@ -187,19 +187,40 @@ pub enum RowKernel {
 
 impl fmt::Display for RowKernel {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Self::Resident => "row_resident",
-            Self::Pipelined => "row_pipelined",
-            Self::PipelinedWide => "row_pipelined_wide",
-            Self::Stream => "row_stream",
-        })
+        f.write_str(self.name())
     }
 }
 
 impl RowKernel {
-    /// Returns whether its blocks exchange states through memory that a launch finds cleared.
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Resident, Self::Pipelined, Self::PipelinedWide, Self::Stream];
+
+    /// The kernel's name, but for the types.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Resident => "row_resident",
+            Self::Pipelined => "row_pipelined",
+            Self::PipelinedWide => "row_pipelined_wide",
+            Self::Stream => "row_stream",
+        }
+    }
+
+    /// The place where it holds a row, in a few words.
+    pub fn summary(self) -> &'static str {
+        match self {
+            Self::Resident => "A block's registers hold a row",
+            Self::Pipelined => "The shared memory of a team of blocks holds a row",
+            Self::PipelinedWide => "The same by blocks twice as large",
+            Self::Stream => "A row is read twice",
+        }
+    }
+
+    /// Returns whether its blocks exchange states through memory that a launch must find cleared.
     pub(crate) fn needs_cleared_states(self) -> bool {
-        matches!(self, Self::Pipelined | Self::PipelinedWide)
+        match self {
+            Self::Pipelined | Self::PipelinedWide => true,
+            Self::Resident | Self::Stream => false,
+        }
     }
 }
 
@@ -289,15 +310,13 @@ struct BlocksOnChip {
 }
 
 impl BlocksOnChip {
-    fn of(device: &DeviceProperties, row_kernel: RowKernel) -> Self {
-        if row_kernel == RowKernel::PipelinedWide {
-            Self {
-                threads: ATKD_PIPELINED_WIDE_THREADS as usize,
-                max: device.pipelined_wide_blocks as usize,
-            }
-        } else {
-            Self { threads: ATKD_PIPELINED_THREADS as usize, max: device.pipelined_blocks as usize }
-        }
+    fn pipelined(device: &DeviceProperties) -> Self {
+        Self { threads: ATKD_PIPELINED_THREADS as usize, max: device.pipelined_blocks as usize }
+    }
+
+    fn pipelined_wide(device: &DeviceProperties) -> Self {
+        let max = device.pipelined_wide_blocks as usize;
+        Self { threads: ATKD_PIPELINED_WIDE_THREADS as usize, max }
     }
 }
 
@@ -383,8 +402,12 @@ impl Plan {
         let (schedule, margin_pass) = problem.schedule();
         let (rows, blocks) = match row_kernel {
             RowKernel::Resident => (Self::resident(problem, chunks)?, RESIDENT_BLOCKS),
-            RowKernel::Pipelined | RowKernel::PipelinedWide => {
-                let blocks = BlocksOnChip::of(device, row_kernel);
+            RowKernel::Pipelined => {
+                let blocks = BlocksOnChip::pipelined(device);
+                (Self::pipelined(device, problem, blocks, team)?, blocks.max)
+            }
+            RowKernel::PipelinedWide => {
+                let blocks = BlocksOnChip::pipelined_wide(device);
                 (Self::pipelined(device, problem, blocks, team)?, blocks.max)
             }
             RowKernel::Stream => (Self::stream(device, problem, chunks, team)?, STREAM_BLOCKS),
@@ -417,6 +440,38 @@ impl Plan {
         })
     }
 
+    /// Why rows are done as they are, in words.
+    pub fn reason(&self, device: &DeviceProperties) -> String {
+        let LaunchShape { grid, team, .. } = self.rows;
+        match self.row_kernel {
+            RowKernel::Resident => {
+                "A row of both models fits the registers of a block, so each logit is read once."
+                    .into()
+            }
+            RowKernel::Pipelined | RowKernel::PipelinedWide => format!(
+                "The shared memory of a team of {team} holds a row of both models, {} blocks to a multiprocessor, so \
+                 each logit is read once. {} teams run at once, and take turns at the rows.",
+                grid.div_ceil(device.multiprocessors),
+                grid / team
+            ),
+            RowKernel::Stream => format!(
+                "No team here holds a row of both models, so it is read twice. {}, the rows in flight at once are \
+                 {:.1} MB, which the second read {} in the L2 cache (half of it is taken as safe).",
+                match (self.rows.blocks_per_row(), team) {
+                    (1, _) => "With a block a row".into(),
+                    (blocks, 1) => format!("In clusters of {blocks}"),
+                    (_, team) => format!("In teams of {team} blocks, which all run at once"),
+                },
+                self.rows_in_flight_bytes as f64 / 1e6,
+                if self.rows_in_flight_bytes <= device.l2_bytes / 2 {
+                    "finds"
+                } else {
+                    "does not all find"
+                },
+            ),
+        }
+    }
+
     /// The plan with grids for so many of the call's tokens: a row is done by the same blocks, to the same bits.
     pub(crate) fn of_range(self, tokens: usize) -> Self {
         let most = |shape: LaunchShape| {
@@ -435,7 +490,7 @@ impl Plan {
 
     /// Wide blocks make teams half as large, which meet sooner. Where a block holds a row, more of them are better.
     fn default_pipelined(device: &DeviceProperties, problem: &Problem) -> RowKernel {
-        let blocks = BlocksOnChip::of(device, RowKernel::Pipelined);
+        let blocks = BlocksOnChip::pipelined(device);
         match Self::pipelined(device, problem, blocks, 0) {
             Some(shape) if shape.team == 1 => RowKernel::Pipelined,
             _ => RowKernel::PipelinedWide,
@@ -635,22 +690,23 @@ mod tests {
     /// scripts/kernel-instructions counts for these. `ATKD_BLESS=1` writes the file anew.
     #[test]
     fn counted_plans() {
-        use RowKernel::{Pipelined, PipelinedWide, Resident, Stream};
         let mut text = String::from(
-            "# kernel, dtype, V: blocks a row, threads a block; of 8192 rows on an H200\n",
+            "# kernel, dtype, V: blocks a row, threads a block; of 8192 rows on an H200; * where the plan chooses it\n",
         );
         for dtype in [Dtype::F32, Dtype::Bf16] {
             for vocab in [4096, 8185, 8192, 16_377, 32_000, 50_257, 128_256, 151_936] {
                 let problem = problem(8192, vocab, dtype, dtype);
-                let mut line = |kernel: &str, launch: LaunchShape| {
+                let chosen = Plan::new(&H200, &problem, None);
+                let mut line = |kernel: &str, launch: LaunchShape, mark: &str| {
                     let (blocks, threads) = (launch.blocks_per_row(), launch.block);
-                    text += &format!("{kernel} {dtype} {vocab}: {blocks} {threads}\n");
+                    text += &format!("{kernel} {dtype} {vocab}: {blocks} {threads}{mark}\n");
                 };
-                line("teacher_margin", Plan::new(&H200, &problem, None).margin);
-                for row_kernel in [Resident, Pipelined, PipelinedWide, Stream] {
+                line("teacher_margin", chosen.margin, " *");
+                for row_kernel in RowKernel::ALL {
                     let choice = Preference { row_kernel, team: 0 };
                     if let Some(plan) = Plan::with(&H200, &problem, choice) {
-                        line(&row_kernel.to_string(), plan.rows);
+                        let mark = if chosen.row_kernel == row_kernel { " *" } else { "" };
+                        line(row_kernel.name(), plan.rows, mark);
                     }
                 }
             }
@@ -700,7 +756,10 @@ mod tests {
                 let (room, wanted) = match plan.row_kernel {
                     RowKernel::Resident => (block as usize * held, vocab + 7),
                     RowKernel::Pipelined | RowKernel::PipelinedWide => {
-                        let blocks = BlocksOnChip::of(&H200, plan.row_kernel);
+                        let blocks = match plan.row_kernel {
+                            RowKernel::Pipelined => BlocksOnChip::pipelined(&H200),
+                            _ => BlocksOnChip::pipelined_wide(&H200),
+                        };
                         let a_multiprocessor = grid.div_ceil(H200.multiprocessors) as usize;
                         let a_block = shared as usize + PIPELINED_SHARED_BYTES;
                         let taken = a_multiprocessor * a_block.next_multiple_of(128);

@@ -91,6 +91,11 @@ fn ranges_of_any_length_come_to_the_bits_of_one_call() {
 }
 
 #[test]
+fn margins_of_some_tokens() {
+    stages::margins_of_some_tokens(&Cpu);
+}
+
+#[test]
 fn ranges_without_gradients() {
     stages::ranges_without_gradients(&Cpu);
 }

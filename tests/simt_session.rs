@@ -94,6 +94,13 @@ fn ranges_of_any_length_come_to_the_bits_of_one_call() {
 }
 
 #[test]
+fn margins_of_some_tokens() {
+    for simulation in simulations() {
+        stages::margins_of_some_tokens(&simulation);
+    }
+}
+
+#[test]
 fn ranges_without_gradients() {
     for simulation in simulations() {
         stages::ranges_without_gradients(&simulation);

@@ -8,6 +8,7 @@ use atkd::cuda::{self, Kernels};
 use atkd::plan::{Preference, RowKernel};
 use atkd::{Batch, Logits, LogitsMut, Objective, Output, battery, cpu, reference, simt};
 use clap::ValueEnum;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
@@ -27,35 +28,31 @@ pub enum Choice {
 #[derive(clap::Args)]
 pub struct RowKernelArgs {
     /// A kernel for rows other than the plan's choice, wherever it can do the call; only with cuda
-    #[arg(long, value_enum)]
-    row_kernel: Option<RowKernelName>,
+    #[arg(long, value_parser = row_kernels())]
+    row_kernel: Option<RowKernel>,
     /// Blocks that share a row, up to 32, of the pipelined kernels, or of the stream kernel on a device without
     /// clusters, where it is a power of two; 0 for the plan's choice
     #[arg(long, default_value_t = 0, requires = "row_kernel")]
     team: u32,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum RowKernelName {
-    /// A block's registers hold a row
-    Resident,
-    /// The shared memory of a team of blocks holds a row
-    Pipelined,
-    /// The same by blocks twice as large
-    PipelinedWide,
-    /// A row is read twice
-    Stream,
+fn row_kernels() -> impl TypedValueParser<Value = RowKernel> {
+    let values = RowKernel::ALL
+        .map(|kernel| PossibleValue::new(row_kernel_option(kernel)).help(kernel.summary()));
+    PossibleValuesParser::new(values).map(|name| {
+        let kernel = RowKernel::ALL.into_iter().find(|&kernel| row_kernel_option(kernel) == name);
+        kernel.expect("the value is one of those")
+    })
+}
+
+/// The name of a kernel for rows as an option has it.
+pub fn row_kernel_option(kernel: RowKernel) -> String {
+    kernel.name().trim_start_matches("row_").replace('_', "-")
 }
 
 impl RowKernelArgs {
     pub fn backend(&self, choice: Choice) -> Result<Backend> {
-        let Some(name) = self.row_kernel else { return choice.backend() };
-        let row_kernel = match name {
-            RowKernelName::Resident => RowKernel::Resident,
-            RowKernelName::Pipelined => RowKernel::Pipelined,
-            RowKernelName::PipelinedWide => RowKernel::PipelinedWide,
-            RowKernelName::Stream => RowKernel::Stream,
-        };
+        let Some(row_kernel) = self.row_kernel else { return choice.backend() };
         match choice.backend()? {
             Backend::Cuda(kernels) => {
                 let preferred = Preference { row_kernel, team: self.team };

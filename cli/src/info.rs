@@ -6,7 +6,7 @@ use atkd::plan::{DeviceProperties, HardTokens, Plan, Problem, RowKernel, Schedul
 use atkd::{Target, cpu};
 use clap::ValueEnum;
 
-use crate::backend::{Backend, Choice};
+use crate::backend::{Backend, Choice, row_kernel_option};
 use crate::output;
 use crate::tensors::DtypeName;
 
@@ -22,9 +22,16 @@ pub struct Args {
     /// The type of both models' logits and of the gradient
     #[arg(long, value_enum, default_value = "bf16", ignore_case = true)]
     dtype: DtypeName,
+    /// Print the kernels that --row-kernel of other commands chooses among, and nothing else
+    #[arg(long)]
+    row_kernels: bool,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if args.row_kernels {
+        output::print(&RowKernel::ALL.map(row_kernel_option).join("\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     for (name, value) in [("--vocab", args.vocab), ("--tokens", args.tokens)] {
         anyhow::ensure!(
             (1..=i32::MAX as usize).contains(&value),
@@ -107,34 +114,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let schedule =
         format!("Schedule of a call with a gradient of its own: {} ({order}).", plan.schedule);
-    let team = plan.rows.team;
-    let a_row = match (plan.rows.blocks_per_row(), plan.rows.team) {
-        (1, _) => "With a block a row".into(),
-        (blocks, 1) => format!("In clusters of {blocks}"),
-        (_, team) => format!("In teams of {team} blocks, which all run at once,"),
-    };
-    let why = match plan.row_kernel {
-        RowKernel::Resident => {
-            "A row of both models fits the registers of a block, so each logit is read once.".into()
-        }
-        RowKernel::Pipelined | RowKernel::PipelinedWide => format!(
-            "The shared memory of a team of {team} holds a row of both models, {} blocks to a multiprocessor, so \
-             each logit is read once. {} teams run at once, and take turns at the rows.",
-            plan.rows.grid.div_ceil(device.multiprocessors),
-            plan.rows.grid / team
-        ),
-        RowKernel::Stream => format!(
-            "No team here holds a row of both models, so it is read twice. {a_row}, the \
-             rows in flight at once are {:.1} MB, which the second read {} in the L2 cache (half of it is \
-             taken as safe).",
-            plan.rows_in_flight_bytes as f64 / 1e6,
-            if plan.rows_in_flight_bytes <= device.l2_bytes / 2 {
-                "finds"
-            } else {
-                "does not all find"
-            },
-        ),
-    };
+    let why = plan.reason(&device);
     output::print(&format!(
         "\n{} x {} {dtype} on {whose} ({} multiprocessors, L2 cache {:.1} MB):\n\n{}\n\n{schedule}\n{why}",
         args.tokens,

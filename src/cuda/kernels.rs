@@ -110,18 +110,19 @@ impl Kernels {
         };
         if capability >= (9, 0) && compiled_for >= 90 {
             let most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-            let blocks_of = |kernels: [&str; 3], threads| {
-                kernels.iter().try_fold(u32::MAX, |least, kernel| {
+            // By threads, of which wide kernels have twice as many.
+            let blocks_of = |threads| {
+                let kernels = KERNELS.iter().filter(|kernel| {
+                    kernel.name.starts_with("row_pipelined") && kernel.threads == threads
+                });
+                kernels.map(|kernel| kernel.name).try_fold(u32::MAX, |least, kernel| {
                     let blocks = allow_shared(&functions[kernel], most, threads)
                         .map_err(driver("preparing a kernel"))?;
                     Ok(least.min(blocks))
                 })
             };
-            let pipelined = ["row_pipelined_f32", "row_pipelined_f16", "row_pipelined_bf16"];
-            device.pipelined_blocks = blocks_of(pipelined, ATKD_PIPELINED_THREADS)?;
-            let wide =
-                ["row_pipelined_wide_f32", "row_pipelined_wide_f16", "row_pipelined_wide_bf16"];
-            device.pipelined_wide_blocks = blocks_of(wide, ATKD_PIPELINED_WIDE_THREADS)?;
+            device.pipelined_blocks = blocks_of(ATKD_PIPELINED_THREADS)?;
+            device.pipelined_wide_blocks = blocks_of(ATKD_PIPELINED_WIDE_THREADS)?;
         }
         let mut driver_version = 0;
         // SAFETY: writes one number.

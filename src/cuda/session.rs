@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{
-    CudaContext, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, result,
-};
+use cudarc::driver::sys::CUstreamCaptureStatus;
+use cudarc::driver::{CudaContext, CudaStream, CudaView, DevicePtr, DevicePtrMut, result};
 
-use super::workspace::{Last, check_shape, tracked_capture};
+use super::workspace::{check_shape, tracked_capture};
 use super::{DeviceLogits, DeviceLogitsMut, DeviceTokens, Kernels, Workspace, driver};
 use crate::call::{RawLogits, RawOutput, RawRows, RawTokens};
 use crate::device::session::{self, Launches};
@@ -102,27 +101,37 @@ impl RawSession {
         let (launches, predicted) = self.stages.select()?;
         // SAFETY: whoever began vouches for all addresses.
         unsafe { self.enqueue(launches)? };
-        if !predicted {
-            return Ok(Vec::new());
+        if predicted {
+            self.failed = true;
+            let changed = self.changed()?;
+            self.stages.mispredict(&changed);
+            self.failed = false;
         }
-        let changed = self.changed().map_err(driver("reading the mispredicted tokens"))?;
-        Ok(self.stages.mispredicted(&changed))
+        Ok(self.stages.mispredicted())
     }
 
     /// The tokens whose groups the selection changed. Waits for it.
-    fn changed(&self) -> std::result::Result<Vec<u32>, DriverError> {
+    fn changed(&self) -> Result<Vec<u32>> {
         let (summary, tokens) = self.stages.changed();
-        let mut memory = [0; size_of::<atkd_summary>()];
-        // SAFETY: the summary is so large, and the stream has written it before the next call returns.
-        unsafe { result::memcpy_dtoh_async(&mut memory, summary, self.stream.cu_stream())? };
-        self.stream.synchronize()?;
-        let mut changed = vec![0; read_summary(&memory).counted_mispredicted as usize];
+        let mut memory = [0_u8; size_of::<atkd_summary>()];
+        // SAFETY: the summary is so large.
+        unsafe { self.read(&mut memory, summary)? };
+        let mut changed = vec![0_u32; self.stages.count_changed(&read_summary(&memory))?];
         if !changed.is_empty() {
             // SAFETY: so many tokens are in that column.
-            unsafe { result::memcpy_dtoh_async(&mut changed, tokens, self.stream.cu_stream())? };
-            self.stream.synchronize()?;
+            unsafe { self.read(&mut changed, tokens)? };
         }
         Ok(changed)
+    }
+
+    /// # Safety
+    /// As many elements are at the address.
+    unsafe fn read<T>(&self, to: &mut [T], from: u64) -> Result<()> {
+        let reading = driver("reading the mispredicted tokens");
+        // SAFETY: the caller's; the copy is there before this returns.
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }
+            .and_then(|()| self.stream.synchronize())
+            .map_err(reading)
     }
 
     /// Enqueues the rows of mispredicted tokens again: see [`Session::repair`]. `scratch` is memory like a workspace, for
@@ -140,6 +149,12 @@ impl RawSession {
         }
         let of_tokens: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
         self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
+        let status =
+            self.stream.capture_status().map_err(driver("asking for the stream's state"))?;
+        if status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            // A graph would read the host's numbers when it is launched, and they are gone by then.
+            return Err(Error::CapturedRepair);
+        }
         // SAFETY: the caller says that there is room. The driver takes pageable memory before it returns.
         let copied =
             unsafe { result::memcpy_htod_async(numbers, &of_tokens, self.stream.cu_stream()) };
@@ -188,9 +203,11 @@ impl RawSession {
 /// [`cpu::Session`](crate::cpu::Session) says. Begun by [`Workspace::begin`], where the results are after
 /// [`finish`](Self::finish). Everything but [`select`](Self::select) returns when it is enqueued.
 ///
-/// Loss, terms and gradients are those of one call to the bit, if every row starts as far from a multiple of 128 bytes as
-/// it does there. Margins are then the same too if one pass finds them: the rows in both, or in both the teacher's own
-/// pass, which may round them otherwise.
+/// Loss, terms and gradients are those of one call to the bit, if the rows are done by the same kernel and the margins
+/// found by the same pass. The kernel follows from the dtypes and from where rows start; each row is to start as far from
+/// a multiple of 128 bytes as it does in the one call. The passes are the rows themselves, as in a call with the gradient
+/// beside the logits, and that of [`margins`](Self::margins), as in a call in place or with sequences: they may round a
+/// margin otherwise, and so decide otherwise between tokens whose margins are equal but for that.
 ///
 /// Ignored tokens are known to the device alone: rows of all tokens are to be handed over.
 ///
@@ -258,12 +275,7 @@ impl Workspace {
         let (of_tokens, _) = tokens.raw(upstream.as_ref(), stream);
         let kernels = self.kernels().clone();
         let (raw, launches) = RawSession::begin(&kernels, stream, objective, &of_tokens, memory)?;
-        self.last = Some(Last {
-            objective: *objective,
-            tokens: tokens.shape[0],
-            vocab: tokens.shape[1],
-            failed: false,
-        });
+        self.begin_stages(stream, objective, tokens.shape[1]);
         let mut session = Session { workspace: Some(self), tokens, upstream, raw };
         // SAFETY: views are of memory as large as was checked, and the guards let its owners wait.
         session.stage(|raw| unsafe { raw.enqueue(launches) })?;
@@ -374,7 +386,9 @@ impl<'a> Session<'a> {
         self.check(&[])?;
         // SAFETY: no address is wanted.
         self.stage(|raw| unsafe { raw.end(&RawOutput::default()) })?;
-        Ok(self.workspace.take().expect(UNFINISHED))
+        let workspace = self.workspace.take().expect(UNFINISHED);
+        workspace.end_stages(self.tokens.shape[0]);
+        Ok(workspace)
     }
 
     fn with_rows(
@@ -466,7 +480,7 @@ fn repair(raw: &mut RawSession, tokens: &[usize], rows: &RawRows) -> Result<()> 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
         if let Some(workspace) = self.workspace.take() {
-            workspace.abandon(&self.raw.stream);
+            workspace.clear_after_stages(&self.raw.stream);
         }
     }
 }

@@ -298,7 +298,7 @@ impl<'a> DeviceTokens<'a> {
         Ok(self)
     }
 
-    /// What memory they are of.
+    /// The contexts of their memory, by what it holds.
     pub(super) fn contexts(&self) -> [(&'static str, Option<&CudaContext>); 4] {
         [
             ("the labels", self.labels.as_ref().map(DeviceLabels::context)),

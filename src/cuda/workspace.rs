@@ -31,9 +31,11 @@ pub struct Workspace {
     address: u64,
     layout: Layout,
     /// The last call's facts, for those who read its results.
-    pub(super) last: Option<Last>,
+    last: Option<Last>,
     /// Before the first kernel of the last call, and after each.
     clock: Option<Clock>,
+    /// A call in stages has begun and did not end yet. Its session ends it when it is dropped, unless that was leaked.
+    in_stages: bool,
 }
 
 /// The bytes of a summary that say what kernels met.
@@ -47,13 +49,13 @@ const NAN_BYTE: u8 = 0xff;
 const COUNTERS: Range<usize> = offset_of!(atkd_summary, valid)..size_of::<atkd_summary>();
 
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Last {
-    pub objective: Objective,
+struct Last {
+    objective: Objective,
     /// 0 if it failed.
-    pub tokens: usize,
-    pub vocab: usize,
+    tokens: usize,
+    vocab: usize,
     /// The driver refused one of its kernels, so that there are no results.
-    pub failed: bool,
+    failed: bool,
 }
 
 impl Workspace {
@@ -75,7 +77,8 @@ impl Workspace {
         let memory =
             stream.alloc_zeros(layout.bytes()).map_err(driver("allocating a workspace"))?;
         let (address, _) = memory.device_ptr(stream);
-        Ok(Self { kernels: kernels.clone(), memory, address, layout, last: None, clock: None })
+        let kernels = kernels.clone();
+        Ok(Self { kernels, memory, address, layout, last: None, clock: None, in_stages: false })
     }
 
     /// The kernels that it works with.
@@ -260,6 +263,7 @@ impl Workspace {
         let checked = Checked::new(objective, call)?;
         let plan = self.kernels.plan(&checked.problem);
         let launches = launches(&checked, output, &plan, self.memory_at())?;
+        self.clear_after_stages(stream);
         // Orders this call and those on other streams; within a capture the caller does.
         let ordered = !tracked_capture(stream, self.memory.context())?;
         let guard = ordered.then(|| self.memory.device_ptr_mut(stream));
@@ -275,11 +279,37 @@ impl Workspace {
         launched
     }
 
-    /// Ends a call in stages that was not finished.
-    pub(super) fn abandon(&mut self, stream: &CudaStream) {
+    /// Begins a call in stages, which has no results until it ends.
+    pub(super) fn begin_stages(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        vocab: usize,
+    ) {
+        self.clear_after_stages(stream);
+        self.in_stages = true;
+        self.last = Some(Last { objective: *objective, tokens: 0, vocab, failed: true });
+        if let Some(clock) = &mut self.clock {
+            clock.clear();
+        }
+    }
+
+    /// Ends a call in stages about so many tokens.
+    pub(super) fn end_stages(&mut self, tokens: usize) {
+        self.in_stages = false;
+        self.last = self.last.map(|last| Last { tokens, failed: false, ..last });
+    }
+
+    /// Makes the counters ready for the next call after one in stages that did not end.
+    pub(super) fn clear_after_stages(&mut self, stream: &Arc<CudaStream>) {
+        if !std::mem::take(&mut self.in_stages) {
+            return;
+        }
         let _ = self.kernels.context().bind_to_thread();
-        clear_counters(stream, self.address);
-        self.last = self.last.map(|last| Last { tokens: 0, failed: true, ..last });
+        let ordered = !tracked_capture(stream, self.memory.context()).unwrap_or(true);
+        let address = self.address;
+        let _guard = ordered.then(|| self.memory.device_ptr_mut(stream));
+        clear_counters(stream, address);
     }
 
     /// Enqueues the teacher's margins, one per token, to `to`: as [`cpu::teacher_margins`](crate::cpu::teacher_margins).

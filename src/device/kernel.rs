@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use crate::Dtype;
 use crate::call::RawLogits;
 use crate::params::*;
-use crate::plan::LaunchShape;
+use crate::plan::{LaunchShape, RowKernel};
 
 /// A kernel as the host knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,24 +150,28 @@ macro_rules! of_dtype {
 }
 pub(crate) use of_dtype;
 
-/// The name of `row_stream` for logits and a gradient of these types.
-pub fn row_stream(teacher: Dtype, student: Dtype, gradient: Dtype) -> &'static str {
-    macro_rules! of_teacher {
-        ($teacher:literal) => {
-            match (student, gradient) {
-                (Dtype::F32, _) => concat!("row_stream_", $teacher, "_f32_f32"),
-                (Dtype::F16, Dtype::F32) => concat!("row_stream_", $teacher, "_f16_f32"),
-                (Dtype::F16, _) => concat!("row_stream_", $teacher, "_f16_f16"),
-                (Dtype::Bf16, Dtype::F32) => concat!("row_stream_", $teacher, "_bf16_f32"),
-                (Dtype::Bf16, _) => concat!("row_stream_", $teacher, "_bf16_bf16"),
-            }
-        };
-    }
-    match teacher {
-        Dtype::F32 => of_teacher!("f32"),
-        Dtype::F16 => of_teacher!("f16"),
-        Dtype::Bf16 => of_teacher!("bf16"),
-    }
+/// The name of a kernel for rows for logits and a gradient of these types: with the student's if it is of one type, else
+/// with all three.
+pub fn of_rows(
+    row_kernel: RowKernel,
+    teacher: Dtype,
+    student: Dtype,
+    gradient: Dtype,
+) -> &'static str {
+    let [teacher, student, gradient] = [teacher, student, gradient].map(|dtype| match dtype {
+        Dtype::F32 => "_f32",
+        Dtype::F16 => "_f16",
+        Dtype::Bf16 => "_bf16",
+    });
+    let is_named = |name: &str| {
+        name.strip_prefix(row_kernel.name()).is_some_and(|types| {
+            let of_all =
+                || types.strip_prefix(teacher)?.strip_prefix(student)?.strip_prefix(gradient);
+            types == student || of_all() == Some("")
+        })
+    };
+    let kernel = KERNELS.iter().find(|kernel| is_named(kernel.name));
+    kernel.expect("a plan chooses a kernel only for the types that it is there for").name
 }
 
 /// The starts of rows, in the form in which kernels find them.
@@ -190,6 +194,26 @@ pub fn strides(logits: RawLogits, tokens: usize) -> atkd_strides {
 mod tests {
     use super::*;
     use crate::Strides;
+
+    /// Every kernel for rows is there for the types that plans choose it for.
+    #[test]
+    fn kernels_for_rows_by_their_types() {
+        use Dtype::{Bf16, F16, F32};
+        assert_eq!(of_rows(RowKernel::Resident, F16, F16, F16), "row_resident_f16");
+        assert_eq!(of_rows(RowKernel::Pipelined, F32, F32, F32), "row_pipelined_f32");
+        assert_eq!(of_rows(RowKernel::PipelinedWide, Bf16, Bf16, Bf16), "row_pipelined_wide_bf16");
+        assert_eq!(of_rows(RowKernel::Stream, F32, Bf16, F32), "row_stream_f32_bf16_f32");
+        for teacher in [F32, F16, Bf16] {
+            for student in [F32, F16, Bf16] {
+                for gradient in [student, F32] {
+                    of_rows(RowKernel::Stream, teacher, student, gradient);
+                }
+            }
+            for row_kernel in RowKernel::ALL {
+                of_rows(row_kernel, teacher, teacher, teacher);
+            }
+        }
+    }
 
     #[test]
     fn rows_start_where_the_kernels_find_them() {

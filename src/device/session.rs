@@ -6,7 +6,7 @@ use super::kernel::Launch;
 use super::stages::{Checked, Stages, check_sizes, problem};
 use super::workspace::{Column, Memory};
 use crate::call::{RawLogits, RawOutput, RawRows, RawTokens};
-use crate::params::ATKD_TARGET_TEACHER;
+use crate::params::{ATKD_TARGET_TEACHER, atkd_summary};
 use crate::plan::{DeviceProperties, Plan, Preference, Problem, Schedule, Stage};
 use crate::{Error, Objective, Result, Target};
 
@@ -116,8 +116,8 @@ impl Session {
         Ok(launches)
     }
 
-    /// The selection. Also returns whether the mispredicted tokens are then to be read, for
-    /// [`mispredicted`](Self::mispredicted).
+    /// The selection. Also returns whether the tokens whose groups it changed are then to be read, for
+    /// [`mispredict`](Self::mispredict).
     pub fn select(&mut self) -> Result<(Launches, bool)> {
         if self.selected {
             return Ok((Launches::new(), false));
@@ -130,21 +130,36 @@ impl Session {
         Ok((launch.unless_empty().into_iter().collect(), predicted))
     }
 
-    /// The addresses at which a selection leaves the tokens whose groups it changed: of the summary, which counts them, and
-    /// of their numbers, uint32 each.
+    /// The addresses at which a selection leaves the tokens whose groups it changed: of the summary, and of their numbers,
+    /// uint32 each.
     pub fn changed(&self) -> (u64, u64) {
         (self.memory.summary() as u64, self.memory.column(Column::Mispredicted))
     }
 
-    /// The tokens to repair, in ascending order, of those whose groups the selection changed.
-    pub fn mispredicted(&mut self, changed: &[u32]) -> Vec<usize> {
-        let mut tokens: Vec<usize> = changed.iter().map(|&token| token as usize).collect();
-        tokens.retain(|&token| self.progress[token] == Progress::Predicted);
-        tokens.sort_unstable();
-        for &token in &tokens {
-            self.progress[token] = Progress::Mispredicted;
+    /// How many these are.
+    ///
+    /// # Errors
+    /// If the sequences' offsets are out of order.
+    pub fn count_changed(&self, summary: &atkd_summary) -> Result<usize> {
+        match summary.offset_fault {
+            0 => Ok((summary.counted_mispredicted as usize).min(self.tokens.tokens)),
+            fault => Err(Error::DeviceSequences { sequence: !fault }),
         }
-        tokens
+    }
+
+    /// Marks these tokens, of which those are to be repaired that have a gradient of the other group.
+    pub fn mispredict(&mut self, changed: &[u32]) {
+        for &token in changed {
+            if let Some(progress @ Progress::Predicted) = self.progress.get_mut(token as usize) {
+                *progress = Progress::Mispredicted;
+            }
+        }
+    }
+
+    /// The tokens that wait for their repair, in ascending order.
+    pub fn mispredicted(&self) -> Vec<usize> {
+        let progress = self.progress.iter().enumerate();
+        progress.filter(|(_, p)| **p == Progress::Mispredicted).map(|(token, _)| token).collect()
     }
 
     /// The rows of mispredicted tokens again, in memory like a workspace for so many. Also returns the address to which
@@ -183,6 +198,7 @@ impl Session {
         for &token in tokens {
             self.progress[token] = Progress::Done;
         }
+        self.states_used = true;
         Ok((vec![prepare, stages.launch(Stage::Rows)], numbers))
     }
 

@@ -4,13 +4,13 @@
 
 use std::ffi::c_void;
 
-use super::kernel::{Launch, Parameters, of_dtype, row_stream, strides};
+use super::kernel::{Launch, Parameters, of_dtype, of_rows, strides};
 use super::workspace::{Column, Memory};
 use crate::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher, check_alignment};
 use crate::objective::unit_interval;
 use crate::params::*;
 use crate::plan::{
-    self, DeviceProperties, HardTokens, LaunchShape, Plan, Problem, RowKernel, Schedule, Stage,
+    self, DeviceProperties, HardTokens, LaunchShape, Plan, Problem, Schedule, Stage,
 };
 use crate::{Coefficient, Error, Objective, Reduction, Result};
 
@@ -208,6 +208,11 @@ impl Stages {
         }
     }
 
+    /// The batch for kernels that ask for valid tokens alone: the labels tell, and targets may not be there yet.
+    fn labelled(&self) -> atkd_batch {
+        atkd_batch { target: ATKD_TARGET_LABEL, ..self.batch }
+    }
+
     fn predicts(&self) -> bool {
         self.plan.schedule == Schedule::PredictThenRepair
     }
@@ -222,8 +227,7 @@ impl Stages {
             kernel: "count_valid",
             shape: self.plan.count,
             parameters: Parameters::CountValid(atkd_count_valid {
-                // The targets may not be there yet; the labels alone tell which tokens are valid.
-                batch: atkd_batch { target: ATKD_TARGET_LABEL, ..self.batch },
+                batch: self.labelled(),
                 hard: self.call.hard.unwrap_or(0) as *const u8,
                 states: self.memory.states(),
                 kept_threshold: self.memory.kept_threshold(),
@@ -240,7 +244,7 @@ impl Stages {
             kernel: "select_hard",
             shape: self.plan.select,
             parameters: Parameters::SelectHard(atkd_select_hard {
-                batch: self.batch,
+                batch: self.labelled(),
                 margins: self.margins_given().unwrap_or(0) as *const f32,
                 valid: std::ptr::null(),
                 offsets: self.call.sequences.map_or(0, |(address, _)| address) as *const i64,
@@ -263,12 +267,7 @@ impl Stages {
         // Rows leave the keys unless a pass over the teacher's logits has, or a prediction that had them.
         let write_keys = !again && (!plan.margin_pass || self.margins_given().is_some());
         Launch {
-            kernel: match plan.row_kernel {
-                RowKernel::Resident => of_dtype!("row_resident", problem.student),
-                RowKernel::Pipelined => of_dtype!("row_pipelined", problem.student),
-                RowKernel::PipelinedWide => of_dtype!("row_pipelined_wide", problem.student),
-                RowKernel::Stream => row_stream(problem.teacher, problem.student, problem.gradient),
-            },
+            kernel: of_rows(plan.row_kernel, problem.teacher, problem.student, problem.gradient),
             shape,
             parameters: Parameters::Rows(atkd_rows {
                 batch: self.batch,

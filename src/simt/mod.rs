@@ -22,7 +22,7 @@ use crate::unfused::device;
 use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result};
 pub use session::Session;
 
-/// What a call reads beside the logits, as memory of kernels.
+/// The inputs of a call beside the logits, as memory of kernels.
 struct Inputs<'a> {
     batch: Batch<'a>,
     offsets: Option<Vec<i64>>,

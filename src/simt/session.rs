@@ -16,7 +16,7 @@ pub struct Session<'a> {
     inputs: Inputs<'a>,
     layout: Layout,
     workspace: Vec<u128>,
-    /// Of the workspace.
+    /// The parts of the workspace.
     buffers: Vec<Buffer>,
     stages: session::Session,
 }
@@ -101,14 +101,14 @@ impl Session<'_> {
     pub fn select(&mut self) -> Result<Vec<usize>> {
         let (launches, predicted) = self.stages.select()?;
         self.launch(&launches, [])?;
-        if !predicted {
-            return Ok(Vec::new());
+        if predicted {
+            let count = self.stages.count_changed(&read_summary(self.memory()))?;
+            let (_, changed) = self.stages.changed();
+            // SAFETY: the column lies in the workspace, and has so many tokens written.
+            let changed = unsafe { std::slice::from_raw_parts(changed as *const u32, count) };
+            self.stages.mispredict(changed);
         }
-        let (_, changed) = self.stages.changed();
-        let count = read_summary(self.memory()).counted_mispredicted;
-        // SAFETY: the column lies in the workspace, and has so many tokens written.
-        let changed = unsafe { std::slice::from_raw_parts(changed as *const u32, count as usize) };
-        Ok(self.stages.mispredicted(changed))
+        Ok(self.stages.mispredicted())
     }
 
     /// See [`cpu::Session::repair`](crate::cpu::Session::repair).

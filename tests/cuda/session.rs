@@ -128,7 +128,7 @@ impl Session for Staged<'_> {
         let (teacher, mut place) = (self.gpu.upload(teacher), self.gpu.upload(student));
         let teacher = device_logits(&teacher);
         // Some beside the logits, some in place.
-        let to = if tokens.len() % 2 == 0 {
+        let to = if tokens.len().is_multiple_of(2) {
             let mut to = self.gpu.upload(gradient);
             let student = device_logits(&place);
             self.session.repair(tokens, &teacher, &student, device_logits_mut(&mut to))?;
@@ -153,12 +153,15 @@ fn ranges_of_any_length_come_to_the_bits_of_one_call() {
 }
 
 #[test]
-fn ranges_without_gradients() {
+fn ranges_and_margins_of_some_tokens() {
     let Some(gpu) = Gpu::new() else { return };
     stages::ranges_without_gradients(&gpu);
+    stages::margins_of_some_tokens(&gpu);
     let preferred = Preference { row_kernel: RowKernel::Pipelined, team: 2 };
     let kernels = Kernels::load_preferring(&gpu.context, Some(preferred)).unwrap();
-    stages::ranges_without_gradients(&Gpu { kernels, ..gpu });
+    let gpu = Gpu { kernels, ..gpu };
+    stages::ranges_without_gradients(&gpu);
+    stages::margins_of_some_tokens(&gpu);
 }
 
 #[test]
@@ -306,4 +309,25 @@ fn sessions_that_end_badly() {
     }
     let fault = session.finish().unwrap().read_loss(stream).unwrap_err();
     assert_eq!(fault, Error::DeviceLabel { token: 7, vocab, ignore_index: -100 });
+
+    // Scopes that overlap would list a token again and again.
+    input.labels.fill(0);
+    loaded.replace(&input);
+    let offsets: Vec<i64> = (0..200).map(|i| if i % 2 == 0 { 0 } else { 12 - i % 4 }).collect();
+    let offsets = gpu.upload(&offsets);
+    let tokens =
+        DeviceTokens::new(&loaded.labels, vocab).with_sequences(offsets.as_view()).unwrap();
+    let mut session = loaded.workspace.begin(stream, &objective, tokens, None).unwrap();
+    let (teacher, student) = (device_logits(&loaded.teacher), device_logits(&loaded.student));
+    let mut gradient = gpu.upload(&vec![bf16::NAN; 12 * vocab]);
+    session.rows(0, &teacher, &student, Some(device_logits_mut(&mut gradient))).unwrap();
+    assert!(matches!(session.select(), Err(Error::DeviceSequences { .. })));
+    assert_eq!(session.finish().map(drop), Err(Error::FailedCall));
+
+    // A session that is never dropped leaves its counts to the next call.
+    assert!(loaded.workspace.read_loss(stream).is_err());
+    let tokens = DeviceTokens::new(&loaded.labels, vocab);
+    std::mem::forget(loaded.workspace.begin(stream, &objective, tokens, None).unwrap());
+    loaded.backward(&objective, None).unwrap();
+    input.check(&objective, &loaded.read());
 }

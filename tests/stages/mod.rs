@@ -142,9 +142,10 @@ impl Data {
 
     fn batch<'a>(&'a self, objective: &Objective, with: With<'a>) -> Batch<'a> {
         let teacher = logits(&self.teacher);
-        let batch = match objective.target() {
-            Target::Label => Batch::new(teacher, &self.labels).unwrap(),
-            Target::Teacher => Batch::unlabelled(teacher),
+        // With the teacher's target labels say no more than which tokens are ignored.
+        let batch = match (objective.target(), with) {
+            (Target::Teacher, With::Nothing | With::Hard(_)) => Batch::unlabelled(teacher),
+            _ => Batch::new(teacher, &self.labels).unwrap(),
         };
         match with {
             With::Nothing => batch,
@@ -291,6 +292,35 @@ pub fn ranges_of_any_length_come_to_the_bits_of_one_call(backend: &dyn Backend) 
         }
     }
     assert!(repaired > 0, "no prediction was ever wrong, so that no repair was tested");
+}
+
+/// Some tokens have their margins first and rows after the selection and the repair, the others are predicted.
+pub fn margins_of_some_tokens(backend: &dyn Backend) {
+    let data = Data::new(5);
+    let half = TOKENS / 2 * VOCAB;
+    for target in [Target::Label, Target::Teacher] {
+        let objective = Objective::default().with_target(target);
+        let whole = data.whole(backend, &objective, With::Nothing);
+        let batch = data.batch(&objective, With::Nothing);
+        let mut gradient = vec![bf16::NAN; TOKENS * VOCAB];
+        let mut session = backend.begin(&objective, &batch).unwrap();
+        session.margins(TOKENS / 2, &data.teacher[half..]).unwrap();
+        let (teacher, student) = (&data.teacher[..half], &data.student[..half]);
+        session.rows(0, teacher, student, Some(&mut gradient[..half])).unwrap();
+        let mispredicted = session.select().unwrap();
+        assert_eq!(session.select().unwrap(), mispredicted);
+        for token in mispredicted {
+            assert!(token < TOKENS / 2);
+            let rows = token * VOCAB..(token + 1) * VOCAB;
+            let (teacher, student) = (&data.teacher[rows.clone()], &data.student[rows.clone()]);
+            session.repair(&[token], teacher, student, &mut gradient[rows]).unwrap();
+        }
+        assert!(session.select().unwrap().is_empty());
+        let (teacher, student) = (&data.teacher[half..], &data.student[half..]);
+        session.rows(TOKENS / 2, teacher, student, Some(&mut gradient[half..])).unwrap();
+        let staged = Results { output: session.finish().unwrap(), gradient };
+        assert_same(&staged, &whole, target == Target::Teacher, "margins of some tokens");
+    }
 }
 
 /// The loss alone, of some rows or of all: no gradient has to be repaired.

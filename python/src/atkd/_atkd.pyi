@@ -39,20 +39,8 @@ class LabelDtype:
 
 @final
 class Objective:
-    def __new__(
-        cls,
-        *,
-        lam: float,
-        hard_ratio: float,
-        temperature: float,
-        objective: str,
-        target: str,
-        reduction: str,
-        ignore_index: int,
-        ce_weight: float,
-        kd_weight: float,
-        temperature_squared: bool,
-    ) -> Self: ...
+    # The settings are those of default_settings().
+    def __new__(cls, **settings: Any) -> Self: ...
     @staticmethod
     def default() -> Objective: ...
 
