@@ -601,7 +601,7 @@ fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, blocks_per_row:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::kernel::KERNELS;
+    use crate::device::kernel::{KERNELS, of_rows};
 
     const H200: DeviceProperties = DeviceProperties::H200;
     const A100: DeviceProperties = DeviceProperties {
@@ -667,19 +667,22 @@ mod tests {
             kernel.threads
         };
         for dtype in [Dtype::F32, Dtype::Bf16] {
-            for vocab in [1, 100, 4096, 50_257, 151_936, 1 << 20] {
+            for vocab in [1, 100, 4096, 8185, 16_377, 50_257, 151_936, 1 << 20] {
                 for tokens in [1, 300, 8192, 1 << 22] {
-                    let plan = Plan::new(&H200, &problem(tokens, vocab, dtype, dtype), None);
-                    for (name, shape) in [
+                    let problem = problem(tokens, vocab, dtype, dtype);
+                    let plan = Plan::new(&H200, &problem, None);
+                    let rows = RowKernel::ALL.into_iter().filter_map(|row_kernel| {
+                        let plan = Plan::with(&H200, &problem, Preference { row_kernel, team: 0 })?;
+                        Some((of_rows(row_kernel, dtype, dtype, dtype), plan.rows))
+                    });
+                    let others = [
                         ("teacher_margin", plan.margin),
                         ("count_valid", plan.count),
                         ("select_hard", plan.select),
-                        (
-                            &format!("{}_{}", plan.row_kernel, dtype.to_string().to_lowercase()),
-                            plan.rows,
-                        ),
                         ("token_terms", plan.terms),
-                    ] {
+                        ("prepare_rows", prepare_rows(tokens)),
+                    ];
+                    for (name, shape) in rows.chain(others) {
                         assert!((32..=threads(name)).contains(&shape.block), "{name}: {shape}");
                     }
                 }
