@@ -178,6 +178,7 @@ impl RawCall {
 
 impl RawTokens {
     /// The call without logits, for stages that read none.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
     pub(crate) fn call_without_logits(&self) -> RawCall {
         let Self { tokens, vocab, .. } = *self;
         let teacher = RawLogits { address: 0, dtype: Dtype::F32, strides: vocab.into() };
@@ -185,6 +186,7 @@ impl RawTokens {
     }
 
     /// The call about all of these tokens.
+    #[cfg(any(test, feature = "cuda", feature = "simt"))]
     pub(crate) fn whole_call(&self, rows: &RawRows) -> RawCall {
         let Self { sequences, margins, hard, .. } = *self;
         RawCall { sequences, margins, hard, ..self.call(0, rows) }
