@@ -27,6 +27,7 @@
 // Scheduling. The first two rows of a team are its own; later ones come from a queue, whose head (the ticket counter)
 // is atkd_summary.next_ticket: multiprocessors are not equally fast. The team's first block draws the ticket, and its
 // messages bring it to the others.
+#include "math/divergences.cuh"
 #include "row.cuh"
 
 namespace {
@@ -638,16 +639,22 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
 
 // No plan chooses this kernel where there are no bulk copies.
 #if ATKD_BULK_COPIES
-#define ATKD_ROW_PIPELINED(T, geometry) row_pipelined<ForwardKl, T, geometry##_THREADS - WARP>(p)
+#define ATKD_ROW_PIPELINED(D, T, geometry) row_pipelined<D, T, geometry##_THREADS - WARP>(p)
 #else
-#define ATKD_ROW_PIPELINED(T, geometry)
+#define ATKD_ROW_PIPELINED(D, T, geometry)
 #endif
 
-ATKD_KERNEL(row_pipelined_f32, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(float, ATKD_PIPELINED); }
-ATKD_KERNEL(row_pipelined_f16, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(f16, ATKD_PIPELINED); }
-ATKD_KERNEL(row_pipelined_bf16, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(bf16, ATKD_PIPELINED); }
+#define ATKD_ROW_PIPELINED_OF(D, suffix, dtype, T)                                                                     \
+    ATKD_KERNEL(row_pipelined_##dtype##suffix, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(D, T, ATKD_PIPELINED); }
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_OF, f32, float)
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_OF, f16, f16)
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_OF, bf16, bf16)
 
 // The wide kernels have half as many blocks, twice as large.
-ATKD_KERNEL(row_pipelined_wide_f32, atkd_rows, ATKD_PIPELINED_WIDE) { ATKD_ROW_PIPELINED(float, ATKD_PIPELINED_WIDE); }
-ATKD_KERNEL(row_pipelined_wide_f16, atkd_rows, ATKD_PIPELINED_WIDE) { ATKD_ROW_PIPELINED(f16, ATKD_PIPELINED_WIDE); }
-ATKD_KERNEL(row_pipelined_wide_bf16, atkd_rows, ATKD_PIPELINED_WIDE) { ATKD_ROW_PIPELINED(bf16, ATKD_PIPELINED_WIDE); }
+#define ATKD_ROW_PIPELINED_WIDE_OF(D, suffix, dtype, T)                                                                \
+    ATKD_KERNEL(row_pipelined_wide_##dtype##suffix, atkd_rows, ATKD_PIPELINED_WIDE) {                                  \
+        ATKD_ROW_PIPELINED(D, T, ATKD_PIPELINED_WIDE);                                                                 \
+    }
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_OF, f32, float)
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_OF, f16, f16)
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_OF, bf16, bf16)

@@ -1,6 +1,7 @@
 // row_resident: loss and gradient; a block takes one token at a time, and its registers hold the row of both models:
 // each logit is read once, the gradient written once. Other blocks on the same multiprocessor read while this one
 // waits at its barriers.
+#include "math/divergences.cuh"
 #include "row.cuh"
 
 namespace {
@@ -117,6 +118,8 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {
 
 } // namespace
 
-ATKD_KERNEL(row_resident_f32, atkd_rows, ATKD_RESIDENT) { row_resident<ForwardKl, float>(p); }
-ATKD_KERNEL(row_resident_f16, atkd_rows, ATKD_RESIDENT) { row_resident<ForwardKl, f16>(p); }
-ATKD_KERNEL(row_resident_bf16, atkd_rows, ATKD_RESIDENT) { row_resident<ForwardKl, bf16>(p); }
+#define ATKD_ROW_RESIDENT(D, suffix, dtype, T)                                                                         \
+    ATKD_KERNEL(row_resident_##dtype##suffix, atkd_rows, ATKD_RESIDENT) { row_resident<D, T>(p); }
+ATKD_DIVERGENCES(ATKD_ROW_RESIDENT, f32, float)
+ATKD_DIVERGENCES(ATKD_ROW_RESIDENT, f16, f16)
+ATKD_DIVERGENCES(ATKD_ROW_RESIDENT, bf16, bf16)

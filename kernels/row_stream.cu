@@ -1,6 +1,7 @@
 // row_stream: loss and gradient; a cluster or team takes one token at a time, of any vocabulary, stride and
 // alignment. One pass over the row for its state, a second for the gradient, whose reads should hit the L2 cache: the
 // host chooses clusters or teams large enough, and so rows in flight few enough.
+#include "math/divergences.cuh"
 #include "row.cuh"
 
 namespace {
@@ -79,17 +80,17 @@ template <class D, class P, class Q, class G> ATKD_DEVICE void row_stream(const 
 
 } // namespace
 
-// row_stream_<teacher>_<student>_<gradient>
-#define ATKD_ROW_STREAM(teacher, P, student, Q, gradient, G)                                                           \
-    ATKD_KERNEL(row_stream_##teacher##_##student##_##gradient, atkd_rows, ATKD_STREAM) {                               \
-        row_stream<ForwardKl, P, Q, G>(p);                                                                             \
+// row_stream_<teacher>_<student>_<gradient><divergence>
+#define ATKD_ROW_STREAM(D, suffix, teacher, P, student, Q, gradient, G)                                                \
+    ATKD_KERNEL(row_stream_##teacher##_##student##_##gradient##suffix, atkd_rows, ATKD_STREAM) {                       \
+        row_stream<D, P, Q, G>(p);                                                                                     \
     }
 #define ATKD_ROW_STREAM_OF(teacher, P)                                                                                 \
-    ATKD_ROW_STREAM(teacher, P, f32, float, f32, float)                                                                \
-    ATKD_ROW_STREAM(teacher, P, f16, f16, f16, f16)                                                                    \
-    ATKD_ROW_STREAM(teacher, P, f16, f16, f32, float)                                                                  \
-    ATKD_ROW_STREAM(teacher, P, bf16, bf16, bf16, bf16)                                                                \
-    ATKD_ROW_STREAM(teacher, P, bf16, bf16, f32, float)
+    ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, f32, float, f32, float)                                              \
+    ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, f16, f16, f16, f16)                                                  \
+    ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, f16, f16, f32, float)                                                \
+    ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, bf16, bf16, bf16, bf16)                                              \
+    ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, bf16, bf16, f32, float)
 
 ATKD_ROW_STREAM_OF(f32, float)
 ATKD_ROW_STREAM_OF(f16, f16)

@@ -1,7 +1,7 @@
 // The terms of every token, from its row's margins and DKD, and the loss. One thread per token: beside the rows they
 // would take a whole warp's time for one lane's work. The block that ends last adds up the sums of all, in fixed
 // order, and ends the call: it closes the summary and leaves its counters at 0 for the next.
-#include "math/forward_kl.cuh"
+#include "math/divergences.cuh"
 #include "reduce.cuh"
 
 namespace {
@@ -31,9 +31,7 @@ ATKD_DEVICE void end_call(const atkd_token_terms &p, double sum) {
     store(&summary->summed, 0u);
 }
 
-} // namespace
-
-ATKD_KERNEL(token_terms, atkd_token_terms, ATKD_TERMS) {
+template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
     ATKD_SHARED(double, sums, MAX_WARPS);
     double own = 0;
     ATKD_NO_UNROLL
@@ -46,7 +44,7 @@ ATKD_KERNEL(token_terms, atkd_token_terms, ATKD_TERMS) {
         double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
         Terms terms = {0, 0, 0, 0};
         if (mode != ATKD_IGNORED) {
-            terms = terms_of<ForwardKl>(p.objective, u, w, at_1, dkd, mode == ATKD_HARD);
+            terms = terms_of<D>(p.objective, u, w, at_1, dkd, mode == ATKD_HARD);
         }
         store(p.uncertainty + token, float(terms.uncertainty));
         store(p.tkd + token, float(terms.tkd));
@@ -82,3 +80,9 @@ ATKD_KERNEL(token_terms, atkd_token_terms, ATKD_TERMS) {
         end_call(p, sum);
     }
 }
+
+} // namespace
+
+#define ATKD_TOKEN_TERMS(D, suffix, ...)                                                                               \
+    ATKD_KERNEL(token_terms##suffix, atkd_token_terms, ATKD_TERMS) { token_terms<D>(p); }
+ATKD_DIVERGENCES(ATKD_TOKEN_TERMS)

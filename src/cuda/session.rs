@@ -143,11 +143,6 @@ impl RawSession {
     /// # Safety
     /// As [`Kernels::begin_raw`].
     pub unsafe fn repair(&mut self, tokens: &[usize], rows: &RawRows, scratch: u64) -> Result<()> {
-        let (launches, numbers) = self.stages.repair(tokens, rows, scratch)?;
-        if launches.is_empty() {
-            return Ok(());
-        }
-        let of_tokens: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
         self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
         let status =
             self.stream.capture_status().map_err(driver("asking for the stream's state"))?;
@@ -155,6 +150,11 @@ impl RawSession {
             // A graph would read the host's numbers when it is launched, and they are gone by then.
             return Err(Error::CapturedRepair);
         }
+        let (launches, numbers) = self.stages.repair(tokens, rows, scratch)?;
+        if launches.is_empty() {
+            return Ok(());
+        }
+        let of_tokens: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
         // SAFETY: the caller says that there is room. The driver takes pageable memory before it returns.
         let copied =
             unsafe { result::memcpy_htod_async(numbers, &of_tokens, self.stream.cu_stream()) };
@@ -213,7 +213,7 @@ impl RawSession {
 ///
 /// ```no_run
 /// use atkd::Objective;
-/// use atkd::cuda::cudarc::driver::{CudaSlice, CudaView};
+/// use atkd::cuda::cudarc::driver::CudaSlice;
 /// use atkd::cuda::{self, DeviceLogits, DeviceLogitsMut, DeviceTokens, Kernels, Workspace};
 ///
 /// # fn logits(of: &[usize]) -> (CudaSlice<half::bf16>, CudaSlice<half::bf16>) { todo!() }

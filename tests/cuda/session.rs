@@ -228,6 +228,14 @@ fn stages_by_address() {
             // SAFETY: the addresses are of the arrays above, used on one stream, as they are below.
             unsafe {
                 let kernels = &gpu.kernels;
+                let capturing = gpu.context.new_stream().unwrap();
+                stream.synchronize().unwrap();
+                let mut session =
+                    kernels.begin_raw(&capturing, &objective, &tokens, workspace_at).unwrap();
+                begin(&capturing);
+                assert_eq!(session.repair(&[0], &rows(0, 1), 0), Err(Error::CapturedRepair));
+                let _ = capturing.end_capture(CUgraphInstantiate_flags(0));
+                capturing.synchronize().unwrap();
                 let mut session =
                     kernels.begin_raw(stream, &objective, &tokens, workspace_at).unwrap();
                 session.rows(9, &rows(9, TOKENS - 9)).unwrap();
