@@ -32,15 +32,15 @@ pub struct RawTokens {
     pub tokens: usize,
     /// Logits in a row.
     pub vocab: usize,
-    /// As [`RawCall::labels`].
+    /// The labels of all tokens: see [`RawCall::labels`].
     pub labels: Option<RawLabels>,
-    /// As [`RawCall::sequences`].
+    /// The offsets of the sequences, and their count: see [`RawCall::sequences`].
     pub sequences: Option<(u64, usize)>,
-    /// As [`RawCall::margins`].
+    /// The margins to select by: see [`RawCall::margins`].
     pub margins: Option<u64>,
-    /// As [`RawCall::hard`].
+    /// The mask of hard tokens: see [`RawCall::hard`].
     pub hard: Option<u64>,
-    /// As [`RawCall::upstream`].
+    /// The gradient of what comes after: see [`RawCall::upstream`].
     pub upstream: Option<u64>,
 }
 
@@ -53,8 +53,27 @@ pub struct RawRows {
     pub teacher: RawLogits,
     /// The student's logits.
     pub student: RawLogits,
-    /// As [`RawCall::gradient`].
+    /// The memory for the gradient: see [`RawCall::gradient`].
     pub gradient: Option<RawLogits>,
+}
+
+impl RawRows {
+    /// The call about these rows, with nothing else known of their tokens.
+    pub(crate) fn call(&self, vocab: usize) -> RawCall {
+        let Self { tokens, teacher, student, gradient } = *self;
+        RawCall {
+            tokens,
+            vocab,
+            teacher,
+            student,
+            gradient,
+            labels: None,
+            sequences: None,
+            margins: None,
+            hard: None,
+            upstream: None,
+        }
+    }
 }
 
 /// Everything that a call reads, and its gradient, by address. N is `tokens`.
@@ -194,23 +213,11 @@ impl RawTokens {
 
     /// The call about some of these tokens, in the order of their rows, with the labels from token `first` on.
     pub(crate) fn call(&self, first: usize, rows: &RawRows) -> RawCall {
-        let RawRows { tokens, teacher, student, gradient } = *rows;
         let labels = self.labels.map(|labels| match labels {
             RawLabels::I64(address) => RawLabels::I64(address + 8 * first as u64),
             RawLabels::I32(address) => RawLabels::I32(address + 4 * first as u64),
         });
-        RawCall {
-            tokens,
-            vocab: self.vocab,
-            teacher,
-            student,
-            gradient,
-            labels,
-            sequences: None,
-            margins: None,
-            hard: None,
-            upstream: self.upstream,
-        }
+        RawCall { labels, upstream: self.upstream, ..rows.call(self.vocab) }
     }
 
     /// Checks that the addresses go together.
@@ -262,18 +269,8 @@ impl RawTeacher {
     /// A call about the same, with the teacher as its own student.
     pub(crate) fn call(&self) -> RawCall {
         let Self { tokens, vocab, teacher, labels } = *self;
-        RawCall {
-            tokens,
-            vocab,
-            teacher,
-            student: teacher,
-            gradient: None,
-            labels,
-            sequences: None,
-            margins: None,
-            hard: None,
-            upstream: None,
-        }
+        let rows = RawRows { tokens, teacher, student: teacher, gradient: None };
+        RawCall { labels, ..rows.call(vocab) }
     }
 
     /// Checks that the call can be made, and its margins written.

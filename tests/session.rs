@@ -1,5 +1,8 @@
 //! A call in stages on the CPU.
 
+#[macro_use]
+#[path = "stages/on_host_logits.rs"]
+mod on_host_logits;
 mod stages;
 
 use atkd::cpu;
@@ -42,48 +45,7 @@ impl Backend for Cpu {
     }
 }
 
-impl Session for cpu::Session<'_> {
-    fn margins(&mut self, first: usize, teacher: &[bf16]) -> Result<()> {
-        self.margins(first, logits(teacher))
-    }
-
-    fn rows(
-        &mut self,
-        first: usize,
-        teacher: &[bf16],
-        student: &[bf16],
-        gradient: Option<&mut [bf16]>,
-    ) -> Result<()> {
-        self.rows(first, logits(teacher), logits(student), gradient.map(logits_mut))
-    }
-
-    fn rows_in_place(
-        &mut self,
-        first: usize,
-        teacher: &[bf16],
-        student: &mut [bf16],
-    ) -> Result<()> {
-        self.rows_in_place(first, logits(teacher), logits_mut(student))
-    }
-
-    fn select(&mut self) -> Result<Vec<usize>> {
-        Ok(self.select()?.to_vec())
-    }
-
-    fn repair(
-        &mut self,
-        tokens: &[usize],
-        teacher: &[bf16],
-        student: &[bf16],
-        gradient: &mut [bf16],
-    ) -> Result<()> {
-        self.repair(tokens, logits(teacher), logits(student), logits_mut(gradient))
-    }
-
-    fn finish(self: Box<Self>) -> Result<Output> {
-        (*self).finish()
-    }
-}
+on_host_logits!(cpu::Session<'_>);
 
 #[test]
 fn ranges_of_any_length_come_to_the_bits_of_one_call() {

@@ -1,5 +1,8 @@
 //! A call in stages by the CUDA kernels, run by the simulator.
 
+#[macro_use]
+#[path = "stages/on_host_logits.rs"]
+mod on_host_logits;
 mod stages;
 
 use atkd::plan::{Preference, RowKernel};
@@ -29,48 +32,7 @@ impl Backend for Simulation {
     }
 }
 
-impl Session for simt::Session<'_> {
-    fn margins(&mut self, first: usize, teacher: &[bf16]) -> Result<()> {
-        self.margins(first, logits(teacher))
-    }
-
-    fn rows(
-        &mut self,
-        first: usize,
-        teacher: &[bf16],
-        student: &[bf16],
-        gradient: Option<&mut [bf16]>,
-    ) -> Result<()> {
-        self.rows(first, logits(teacher), logits(student), gradient.map(logits_mut))
-    }
-
-    fn rows_in_place(
-        &mut self,
-        first: usize,
-        teacher: &[bf16],
-        student: &mut [bf16],
-    ) -> Result<()> {
-        self.rows_in_place(first, logits(teacher), logits_mut(student))
-    }
-
-    fn select(&mut self) -> Result<Vec<usize>> {
-        self.select()
-    }
-
-    fn repair(
-        &mut self,
-        tokens: &[usize],
-        teacher: &[bf16],
-        student: &[bf16],
-        gradient: &mut [bf16],
-    ) -> Result<()> {
-        self.repair(tokens, logits(teacher), logits(student), logits_mut(gradient))
-    }
-
-    fn finish(self: Box<Self>) -> Result<Output> {
-        (*self).finish()
-    }
-}
+on_host_logits!(simt::Session<'_>);
 
 /// The kernels for rows, with few blocks at once, so that each has several rows of a range.
 fn simulations() -> [Simulation; 3] {

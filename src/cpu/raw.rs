@@ -59,12 +59,8 @@ pub unsafe fn run(
 ) -> Result<()> {
     call.check(objective)?;
     output.check()?;
-    let mut objective = *objective;
-    if let Some(upstream) = call.upstream {
-        // SAFETY: the caller says that it is one number.
-        let upstream = unsafe { slice::<f32>("the upstream gradient", upstream, 1)?[0] };
-        objective = objective.times_upstream_gradient(upstream.into());
-    }
+    // SAFETY: the caller's.
+    let objective = unsafe { times_upstream(objective, call.upstream)? };
     let workers = Workers::of(pool);
     let (offsets, hard): (Vec<usize>, Vec<bool>);
     // SAFETY: the caller's, for as long as this function runs. What is borrowed mutably overlaps nothing
@@ -102,10 +98,10 @@ pub unsafe fn run(
 /// Begins a call in stages: see [`Session`]. Threads as [`run`].
 ///
 /// # Errors
-/// As [`Session::begin`]; and if an address is null or not aligned.
+/// The errors of [`Session::begin`]; and if an address is null or not aligned.
 ///
 /// # Safety
-/// As [`run`]: for the margins until the session has ended, for the rest until this returns.
+/// The contract of [`run`] holds for the margins until the session has ended, for the rest until this returns.
 pub unsafe fn begin<'a>(
     pool: Option<&'a ThreadPool>,
     objective: &Objective,
@@ -113,13 +109,9 @@ pub unsafe fn begin<'a>(
 ) -> Result<Session<'a>> {
     tokens.check(objective)?;
     let RawTokens { tokens: count, vocab, labels, sequences, margins, hard, upstream } = *tokens;
-    let mut objective = *objective;
     // SAFETY: the caller's.
     unsafe {
-        if let Some(upstream) = upstream {
-            let upstream = slice::<f32>("the upstream gradient", upstream, 1)?[0];
-            objective = objective.times_upstream_gradient(upstream.into());
-        }
+        let objective = times_upstream(objective, upstream)?;
         let labels = labels.map(|labels| labels_at(labels, count)).transpose()?;
         let mut session = Session::by(Workers::of(pool), &objective, labels, count, vocab)?;
         if let Some(sequences) = sequences {
@@ -220,17 +212,7 @@ pub unsafe fn finish(session: Session, output: &RawOutput) -> Result<()> {
 
 /// The call about the rows of a stage.
 fn checked_call(session: &Session, rows: &RawRows) -> Result<RawCall> {
-    let (tokens, vocab) = (rows.tokens, session.vocab());
-    let tokens = RawTokens {
-        tokens,
-        vocab,
-        labels: None,
-        sequences: None,
-        margins: None,
-        hard: None,
-        upstream: None,
-    };
-    let call = tokens.call(0, rows);
+    let call = rows.call(session.vocab());
     call.check_logits()?;
     Ok(call)
 }
@@ -349,6 +331,17 @@ impl RawCall {
         // SAFETY: the caller's.
         unsafe { LogitsMut::at(address as *mut u8, dtype, self.tokens, self.vocab, strides) }
     }
+}
+
+/// The objective with the gradient of what comes after.
+///
+/// # Safety
+/// One number is at the address, if there is one, unless it is null, and aligned.
+unsafe fn times_upstream(objective: &Objective, upstream: Option<u64>) -> Result<Objective> {
+    let Some(at) = upstream else { return Ok(*objective) };
+    // SAFETY: the caller's.
+    let upstream = unsafe { slice::<f32>("the upstream gradient", at, 1)?[0] };
+    Ok(objective.times_upstream_gradient(upstream.into()))
 }
 
 /// # Safety

@@ -216,8 +216,8 @@ impl RawSession {
 /// use atkd::cuda::cudarc::driver::CudaSlice;
 /// use atkd::cuda::{self, DeviceLogits, DeviceLogitsMut, DeviceTokens, Kernels, Workspace};
 ///
-/// # fn logits(of: &[usize]) -> (CudaSlice<half::bf16>, CudaSlice<half::bf16>) { todo!() }
-/// # fn keep(of: &[usize], gradient: CudaSlice<half::bf16>) { todo!() }
+/// # fn logits(of: &[usize]) -> (CudaSlice<half::bf16>, CudaSlice<half::bf16>) { unreachable!("the example is not run") }
+/// # fn keep(of: &[usize], gradient: CudaSlice<half::bf16>) { unreachable!("the example is not run") }
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let context = cuda::context(0)?;
 /// let stream = context.default_stream();
@@ -270,7 +270,7 @@ impl Workspace {
         tokens: DeviceTokens<'a>,
         upstream: Option<CudaView<'a, f32>>,
     ) -> Result<Session<'a>> {
-        self.check(stream, &tokens, &[], upstream.as_ref())?;
+        self.check(stream, &tokens, [], upstream.as_ref())?;
         let memory = self.memory_at();
         let (of_tokens, _) = tokens.raw(upstream.as_ref(), stream);
         let kernels = self.kernels().clone();
@@ -294,7 +294,7 @@ impl<'a> Session<'a> {
     /// If the shape or the contexts do not fit, rows of a token were handed over before, or the driver refuses.
     pub fn margins(&mut self, first: usize, teacher: &DeviceLogits) -> Result<()> {
         let [count, _] = self.check_shape(teacher)?;
-        self.check(&[("the teacher's logits", teacher.context())])?;
+        self.check([("the teacher's logits", teacher.context())])?;
         self.stage(|raw| {
             let stream = raw.stream.clone();
             let (teacher, _guard) = teacher.raw(&stream);
@@ -345,7 +345,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// If neither margins nor rows of a token were handed over, or the driver refuses.
     pub fn select(&mut self) -> Result<Vec<usize>> {
-        self.check(&[])?;
+        self.check([])?;
         self.stage(RawSession::select)
     }
 
@@ -383,7 +383,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// If a token has not been through all of its stages, or the driver refuses.
     pub fn finish(mut self) -> Result<&'a mut Workspace> {
-        self.check(&[])?;
+        self.check([])?;
         // SAFETY: no address is wanted.
         self.stage(|raw| unsafe { raw.end(&RawOutput::default()) })?;
         let workspace = self.workspace.take().expect(UNFINISHED);
@@ -400,15 +400,15 @@ impl<'a> Session<'a> {
     ) -> Result<()> {
         let shape = self.check_shape(teacher)?;
         check_shape(shape, "the student's logits", student.shape)?;
-        let mut others = vec![
+        if let Some(gradient) = &gradient {
+            check_shape(shape, "the gradient", gradient.shape)?;
+        }
+        let models = [
             ("the teacher's logits", teacher.context()),
             ("the student's logits", student.context()),
         ];
-        if let Some(gradient) = &gradient {
-            check_shape(shape, "the gradient", gradient.shape)?;
-            others.push(("the gradient", gradient.context()));
-        }
-        self.check(&others)?;
+        let gradient_context = gradient.as_ref().map(|g| ("the gradient", g.context()));
+        self.check(models.into_iter().chain(gradient_context))?;
         self.stage(|raw| {
             let stream = raw.stream.clone();
             let (teacher, _teacher) = teacher.raw(&stream);
@@ -427,7 +427,7 @@ impl<'a> Session<'a> {
     ) -> Result<()> {
         let shape = self.check_shape(teacher)?;
         check_shape(shape, "the student's logits", student.shape)?;
-        self.check(&[
+        self.check([
             ("the teacher's logits", teacher.context()),
             ("the student's logits", student.context()),
         ])?;
@@ -448,7 +448,10 @@ impl<'a> Session<'a> {
     }
 
     /// Checks that the memory of a stage can be used on the stream, as [`Workspace::check`] does.
-    fn check(&self, others: &[(&'static str, &CudaContext)]) -> Result<()> {
+    fn check<'s>(
+        &'s self,
+        others: impl IntoIterator<Item = (&'static str, &'s CudaContext)>,
+    ) -> Result<()> {
         let workspace = self.workspace.as_ref().expect(UNFINISHED);
         workspace.check(&self.raw.stream, &self.tokens, others, self.upstream.as_ref())
     }

@@ -91,7 +91,8 @@ impl Workspace {
         self.layout.capacity
     }
 
-    /// Makes room for calls of up to `capacity` tokens, where there is less. The loss of the last call stays, and with it what the next one guesses by; the terms of its tokens do not.
+    /// Makes room for calls of up to `capacity` tokens, where there is less. The loss of the last call stays, and with it
+    /// what the next one guesses by; the terms of its tokens do not.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -106,6 +107,8 @@ impl Workspace {
             .map_err(driver("writing to a workspace"))?;
         larger.last = self.last.map(|last| Last { tokens: 0, ..last });
         larger.clock = self.clock.take();
+        // The counters that a leaked session has left were copied too.
+        larger.in_stages = self.in_stages;
         *self = larger;
         Ok(())
     }
@@ -180,21 +183,20 @@ impl Workspace {
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
         let teacher = [("the teacher's logits", batch.teacher.context())];
-        let others: Vec<_> = others.iter().copied().chain(teacher).collect();
-        self.check(stream, &batch.tokens, &others, upstream)
+        self.check(stream, &batch.tokens, others.iter().copied().chain(teacher), upstream)
     }
 
     /// Checks a call but for its shapes. This comes before any address is asked for: cudarc then
     /// makes the stream wait for earlier uses of the memory, and later records this one, which a stream
     /// of another context or in a capture refuses.
-    pub(super) fn check(
-        &self,
+    pub(super) fn check<'a>(
+        &'a self,
         stream: &Arc<CudaStream>,
-        tokens: &DeviceTokens,
-        others: &[(&'static str, &CudaContext)],
-        upstream: Option<&CudaView<f32>>,
+        tokens: &'a DeviceTokens,
+        others: impl IntoIterator<Item = (&'static str, &'a CudaContext)>,
+        upstream: Option<&'a CudaView<f32>>,
     ) -> Result<()> {
-        let others = others.iter().map(|&(what, context)| (what, Some(context)));
+        let others = others.into_iter().map(|(what, context)| (what, Some(context)));
         let upstream_context = [("the upstream gradient", upstream.map(context_of))];
         self.check_memory(stream, others.chain(tokens.contexts()).chain(upstream_context))?;
         match upstream.map(CudaView::len) {

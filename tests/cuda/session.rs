@@ -336,6 +336,7 @@ fn sessions_that_end_badly() {
     assert!(loaded.workspace.read_loss(stream).is_err());
     let tokens = DeviceTokens::new(&loaded.labels, vocab);
     std::mem::forget(loaded.workspace.begin(stream, &objective, tokens, None).unwrap());
+    loaded.workspace.reserve(stream, 100).unwrap();
     loaded.backward(&objective, None).unwrap();
     input.check(&objective, &loaded.read());
 }
