@@ -212,6 +212,7 @@ impl RawTokens {
     }
 
     /// The call about some of these tokens, in the order of their rows, with the labels from token `first` on.
+    #[cfg(any(test, feature = "cuda", feature = "simt"))]
     pub(crate) fn call(&self, first: usize, rows: &RawRows) -> RawCall {
         let labels = self.labels.map(|labels| match labels {
             RawLabels::I64(address) => RawLabels::I64(address + 8 * first as u64),
