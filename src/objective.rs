@@ -18,12 +18,12 @@ impl From<f64> for Coefficient {
     }
 }
 
-/// The weights of the two parts of the KL divergence, for one group of tokens.
+/// The weights of the two parts of a divergence, for one group of tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Coefficients {
-    /// The coefficient of the target part, a KL divergence of two Bernoulli distributions.
+    /// The coefficient of the target part, a divergence of two Bernoulli distributions.
     pub tkd: Coefficient,
-    /// The coefficient of the diversity part, the KL divergence of the renormalised non-targets.
+    /// The coefficient of the diversity part, the divergence of the renormalised non-targets.
     pub dkd: Coefficient,
 }
 
@@ -31,6 +31,84 @@ impl Coefficients {
     /// The coefficients of TKD and of DKD.
     pub fn new(tkd: impl Into<Coefficient>, dkd: impl Into<Coefficient>) -> Self {
         Self { tkd: tkd.into(), dkd: dkd.into() }
+    }
+}
+
+/// A divergence of the student's distribution q from the teacher's p. With p_j, q_j the probabilities of token j:
+///
+/// | divergence | definition | with m = |
+/// |---|---|---|
+/// | forward KL | sum p log(p / q) | |
+/// | reverse KL | sum q log(q / p) | |
+/// | JSD(beta) | beta sum p log(p / m) + (1 - beta) sum q log(q / m) | beta p + (1 - beta) q |
+/// | total variation | sum \|p - q\| / 2 | |
+/// | skew KL(alpha) | sum p log(p / m) | alpha p + (1 - alpha) q |
+/// | skew reverse KL(alpha) | sum q log(q / m) | alpha q + (1 - alpha) p |
+///
+/// The generalised Jensen-Shannon divergence is that of GKD (Agarwal et al., 2024), the skewed ones are those of
+/// DistiLLM (Ko et al., 2024).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Divergence {
+    /// KL(p, q): the student covers whatever the teacher may say.
+    #[default]
+    ForwardKl,
+    /// KL(q, p): the student says only what the teacher may. Infinite where the teacher rules out (-inf) a token that
+    /// the student does not; then it has no gradient, which is NaN.
+    ReverseKl,
+    /// The generalised Jensen-Shannon divergence.
+    Jsd {
+        /// The teacher's share in the mixture, in \[0, 1\]. As limits of JSD(beta) over beta and over 1 - beta, 0 means
+        /// forward KL and 1 means reverse KL (as in GKD and TRL).
+        beta: f64,
+    },
+    /// Half the sum of the absolute differences.
+    TotalVariation,
+    /// KL(p, alpha p + (1 - alpha) q).
+    SkewKl {
+        /// The teacher's share in the mixture, in \[0, 1).
+        alpha: f64,
+    },
+    /// KL(q, alpha q + (1 - alpha) p).
+    SkewReverseKl {
+        /// The student's share in the mixture, in \[0, 1).
+        alpha: f64,
+    },
+}
+
+/// The divergences by the mathematics that computes them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Family {
+    ForwardKl,
+    ReverseKl,
+    Mixture(Mixture),
+    TotalVariation,
+}
+
+/// of_teacher KL(p, m) + of_student KL(q, m), with m = share p + (1 - share) q and 0 < share < 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Mixture {
+    pub share: f64,
+    pub of_teacher: f64,
+    pub of_student: f64,
+}
+
+impl Divergence {
+    pub(crate) fn family(self) -> Family {
+        let mixture = |share, of_teacher, of_student| {
+            Family::Mixture(Mixture { share, of_teacher, of_student })
+        };
+        match self {
+            Self::ForwardKl | Self::Jsd { beta: 0.0 } | Self::SkewKl { alpha: 0.0 } => {
+                Family::ForwardKl
+            }
+            Self::ReverseKl | Self::Jsd { beta: 1.0 } | Self::SkewReverseKl { alpha: 0.0 } => {
+                Family::ReverseKl
+            }
+            Self::Jsd { beta } => mixture(beta, beta, 1.0 - beta),
+            Self::TotalVariation => Family::TotalVariation,
+            Self::SkewKl { alpha } => mixture(alpha, 1.0, 0.0),
+            Self::SkewReverseKl { alpha } => mixture(1.0 - alpha, 0.0, 1.0),
+        }
     }
 }
 
@@ -71,12 +149,15 @@ pub enum Reduction {
 /// | constructor | easy tokens | hard tokens |
 /// |---|---|---|
 /// | [`atkd`](Self::atkd) | 0, lambda | 1 - lambda, 1 - lambda |
-/// | [`kl`](Self::kl) | 1, UNC | 1, UNC |
+/// | [`plain`](Self::plain) | 1, UNC | 1, UNC |
 /// | [`tkd`](Self::tkd) | 1, 0 | 1, 0 |
 /// | [`dkd`](Self::dkd) | 0, 1 | 0, 1 |
 /// | [`decoupled`](Self::decoupled) | any | any |
 ///
-/// [`Objective::default`] is the paper's ATKD: lambda 0.2, hard ratio 0.5, temperature 1, the label as
+/// The divergence of both parts is forward KL or another ([`with_divergence`](Self::with_divergence)). `plain` is the
+/// divergence over the whole vocabulary, which only for forward KL is the sum above.
+///
+/// [`Objective::default`] is the paper's ATKD: lambda 0.2, forward KL, hard ratio 0.5, temperature 1, the label as
 /// target, the mean over valid tokens, no cross entropy.
 ///
 /// ```
@@ -93,6 +174,8 @@ pub enum Reduction {
 pub struct Objective {
     easy: Coefficients,
     hard: Coefficients,
+    plain: bool,
+    divergence: Divergence,
     hard_ratio: f64,
     temperature: f64,
     temperature_squared: bool,
@@ -149,9 +232,17 @@ impl Objective {
         )
     }
 
-    /// The plain KL divergence of the student from the teacher, TKD + UNC * DKD.
+    /// The divergence over the whole vocabulary, forward KL or [another](Self::with_divergence). Forward KL is
+    /// TKD + UNC * DKD. The target matters to cross entropy, to the terms that are reported, and to which tokens are
+    /// reported as hard.
+    pub fn plain() -> Self {
+        let objective = Self::uniform(Coefficients::new(1.0, Coefficient::Uncertainty));
+        Self { plain: true, ..objective }
+    }
+
+    /// The plain forward KL divergence: [`plain`](Self::plain), by the name of its default divergence.
     pub fn kl() -> Self {
-        Self::uniform(Coefficients::new(1.0, Coefficient::Uncertainty))
+        Self::plain()
     }
 
     /// The target part alone.
@@ -187,6 +278,8 @@ impl Objective {
         Self {
             easy: coefficients,
             hard: coefficients,
+            plain: false,
+            divergence: Divergence::ForwardKl,
             hard_ratio: 0.5,
             temperature: 1.0,
             temperature_squared: false,
@@ -197,6 +290,24 @@ impl Objective {
             ce_weight: 0.0,
             upstream: 1.0,
         }
+    }
+
+    /// Default [`Divergence::ForwardKl`].
+    ///
+    /// # Errors
+    /// If beta is not in \[0, 1\], or alpha not in \[0, 1).
+    pub fn with_divergence(mut self, divergence: Divergence) -> Result<Self> {
+        match divergence {
+            Divergence::Jsd { beta } => unit_interval("beta", beta)?,
+            Divergence::SkewKl { alpha } | Divergence::SkewReverseKl { alpha } => {
+                const ALLOWED: &str =
+                    "in [0, 1): with alpha 1 the divergence is 0 whatever the student does";
+                check("alpha", alpha, ALLOWED, (0.0..1.0).contains(&alpha))?
+            }
+            Divergence::ForwardKl | Divergence::ReverseKl | Divergence::TotalVariation => 0.0,
+        };
+        self.divergence = divergence;
+        Ok(self)
     }
 
     /// The share k of a call's valid tokens that is hard, rounded up to whole tokens. Default 0.5. Not used where
@@ -281,12 +392,22 @@ impl Objective {
         Ok(self)
     }
 
-    /// Coefficients of the easy tokens.
+    /// See [`plain`](Self::plain).
+    pub fn is_plain(&self) -> bool {
+        self.plain
+    }
+
+    /// See [`with_divergence`](Self::with_divergence).
+    pub fn divergence(&self) -> Divergence {
+        self.divergence
+    }
+
+    /// Coefficients of the easy tokens. Those of [`plain`](Self::plain) are forward KL's.
     pub fn easy(&self) -> Coefficients {
         self.easy
     }
 
-    /// Coefficients of the hard tokens.
+    /// Coefficients of the hard tokens, likewise.
     pub fn hard(&self) -> Coefficients {
         self.hard
     }

@@ -12,12 +12,15 @@ pub struct TokenTerms {
     pub margin: f64,
     /// UNC = 1 - p(target) of the teacher.
     pub uncertainty: f64,
-    /// KL divergence of the two Bernoulli distributions "the target, or not". Rounding may leave it, and
-    /// `dkd`, below 0 by as much as it may be off.
+    /// Divergence of the two Bernoulli distributions "the target, or not". Rounding may leave it, and `dkd`, below 0 by
+    /// as much as it may be off. NaN, as is `dkd`, for a plain divergence of two sweeps (JSD, total variation and the
+    /// skewed ones): the parts are not computed.
     pub tkd: f64,
-    /// KL divergence of the renormalised non-target distributions.
+    /// Divergence of the renormalised non-target distributions. 0 where one of them does not exist, for want of
+    /// probability off the target; but +inf for forward KL if that is the student's alone, and for reverse KL if that
+    /// is the teacher's alone.
     pub dkd: f64,
-    /// The token's loss: both parts and the cross entropy, weighted as the objective says.
+    /// The token's loss: both parts, or the plain divergence, and the cross entropy, weighted as the objective says.
     pub loss: f64,
     /// True if the token counts: its label is not `ignore_index`.
     pub valid: bool,
