@@ -12,8 +12,8 @@
 static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 104, "the layout is a contract");
 static_assert(sizeof(atkd_teacher_margin) == 120 && sizeof(atkd_count_valid) == 136, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 176 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_prepare_rows) == 144 && sizeof(atkd_rows) == 336, "the layout is a contract");
-static_assert(sizeof(atkd_token_terms) == 288, "the layout is a contract");
+static_assert(sizeof(atkd_prepare_rows) == 144 && sizeof(atkd_rows) == 360, "the layout is a contract");
+static_assert(sizeof(atkd_token_terms) == 312, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.
@@ -164,6 +164,13 @@ ATKD_DEVICE float exp2_fast(float x) {
 ATKD_DEVICE float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// log2 of a normal number; between 0.5 and 2 to an absolute error of 2^-22, else to a relative one.
+ATKD_DEVICE float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -170,6 +170,16 @@ typedef struct {
     double inverse_temperature; // 1 / T
 } atkd_objective;
 
+// The numbers of a divergence. Those of a mixture m = share p + rest q are all 0 for others.
+typedef struct {
+    float share;
+    float rest;       // 1 - share
+    float of_teacher; // the weight of KL(p, m)
+    float of_student; // the weight of KL(q, m)
+    float of_ratio;   // of_student share - of_teacher rest, the weight of p / m in the slope
+    uint32_t plain;   // over the whole vocabulary, by the weights of DKD; never of forward KL, whose parts are enough
+} atkd_divergence;
+
 // row_resident, row_pipelined, row_stream: what the terms of each token follow from, and the gradient. A block,
 // cluster or team takes one token at a time.
 typedef struct {
@@ -180,7 +190,7 @@ typedef struct {
     const float *upstream;        // the gradient of what comes after, or null for 1
     float *teacher_margin;        // [N]
     float *student_margin;        // [N], over 2^64: float32 holds any logit's
-    float *dkd;                   // [N], over 2^64
+    float *dkd;                   // [N], over 2^64; or the plain divergence of two sweeps
     double *student_margin_at_1;  // [N], if cross entropy has a weight: the student's at temperature 1
     void *states;                 // [2][ATKD_TEAM_BLOCKS] of ATKD_TEAM_STATE bytes; or, of row_pipelined,
                                   // [2][ATKD_PIPELINED_GRID] of ATKD_EXCHANGE_BYTES
@@ -194,6 +204,7 @@ typedef struct {
     uint32_t clusters;   // of the launch, or teams
     uint32_t team;       // blocks of a team, up to 32; of row_stream a power of two, and 1 where there are clusters
     uint32_t slice;      // row_pipelined: chunks of a row that a block has room for
+    atkd_divergence divergence;
 } atkd_rows;
 
 // token_terms: the terms of each token, over what they follow from, and the reduced loss; ends the call. A thread takes
@@ -216,6 +227,7 @@ typedef struct {
     double scale;    // of the loss
     uint32_t mean;   // and over the number of valid tokens
     uint32_t blocks; // of the launch
+    atkd_divergence divergence;
 } atkd_token_terms;
 
 // scale_gradient: times a number, in place; nothing if that is 1. A block takes a part of a row in turn.

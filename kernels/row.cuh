@@ -104,8 +104,14 @@ template <class G, class P, class Q> ATKD_DEVICE void drop_row(const atkd_rows &
 // The shared memory of a row's block.
 #define ATKD_ROW_SHARED(D, threads)                                                                                    \
     using WarpState = RowState<D, float>;                                                                              \
+    using RowScales = typename D::Scales;                                                                              \
     ATKD_SHARED(WarpState, warps, (threads) / WARP);                                                                   \
-    ATKD_SHARED(GradientScales, scales, 1)
+    ATKD_SHARED(RowScales, scales, 1)
+
+// The same for the second sweep of a divergence that has one.
+#define ATKD_SECOND_SWEEP_SHARED(D, threads)                                                                           \
+    using WarpTerms = typename D::template Terms<float>;                                                               \
+    ATKD_SHARED(WarpTerms, warp_terms, (threads) / WARP)
 
 // The target's logits, in every lane of the calling warp.
 template <class P, class Q>
@@ -135,10 +141,26 @@ ATKD_DEVICE void accumulate(RowState<D, float> &state, Shifts &shifts, const Pac
     }
 }
 
+// The scales that the cluster's first block has found, in all threads of the cluster.
+template <class Scales> ATKD_DEVICE auto scales_for_all(Scales &scales) {
+    ATKD_SYNC_CLUSTER();
+    if (cluster_rank() == 0) {
+        return scales[0];
+    }
+    // One thread reads, and uses the values at once: no block ends while another's read is on its way.
+    if (thread_index() == 0) {
+        // region: one warp per block
+        scales[0] = ATKD_REMOTE(scales, 0, 0);
+        // end region
+    }
+    ATKD_SYNC_BLOCK();
+    return scales[0];
+}
+
 // Reduces every thread's part of the row, relative to its warp's maxima, to the row's state, and stores what the loss
 // follows from. Returns the scales of the row's gradient.
 template <class D, bool CE_SUM = false, class P, class Q, class Warps, class Scales>
-ATKD_DEVICE GradientScales reduce_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, uint32_t target,
+ATKD_DEVICE typename D::Scales reduce_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, uint32_t target,
                                       const RowState<D, float> &own, Warps &warps, Scales &scales) {
     // One warp of the cluster reduces the row; in a team, one of each block does, and the first block's stores.
     bool reduces = thread_index() < WARP && cluster_rank() == 0, stores = rows.first < WARP;
@@ -159,7 +181,7 @@ ATKD_DEVICE GradientScales reduce_row(const atkd_rows &p, const Rows<P, Q> &rows
         if (team_blocks(p) > 1) {
             state = merge_team<D, CE_SUM>(state, p, exponent);
         }
-        GradientScales found = scales_of<D, CE_SUM>(p, weights, rows.token, mode, state, target_logits, stores);
+        auto found = scales_of<D, CE_SUM>(p, weights, rows.token, mode, state, target_logits, stores);
         if (thread_index() == 0) {
             scales[0] = found;
         }
@@ -169,24 +191,53 @@ ATKD_DEVICE GradientScales reduce_row(const atkd_rows &p, const Rows<P, Q> &rows
         }
         // end region
     }
+    return scales_for_all(scales);
+}
+
+// The same for the terms of the second sweep: completes the row's scales.
+template <class D, class P, class Q, class WarpTerms, class Scales>
+ATKD_DEVICE typename D::Scales reduce_terms(const atkd_rows &p, const Rows<P, Q> &rows,
+                                            const typename D::template Terms<float> &own, WarpTerms &warp_terms,
+                                            Scales &scales) {
+    store_warp_state<false>(own, warp_terms);
     ATKD_SYNC_CLUSTER();
-    if (cluster_rank() == 0) {
-        return scales[0];
-    }
-    // One thread reads, and uses the values at once: no block ends while another's read is on its way.
-    if (thread_index() == 0) {
-        // region: one warp per block
-        scales[0] = ATKD_REMOTE(scales, 0, 0);
+    if (thread_index() < WARP && cluster_rank() == 0) {
+        // region: one warp per row
+        using Sweep = SecondSweep<D>;
+        auto terms = merge_cluster<Sweep, false>(warp_terms, block_threads() / WARP, 0);
+        if (team_blocks(p) > 1) {
+            terms = merge_team<Sweep, false>(terms, p, 0);
+        }
+        typename D::Scales found = scales[0];
+        double dkd = D::finish(p.divergence, found, terms);
+        sync_warp();
+        if (thread_index() == 0) {
+            scales[0] = found;
+        }
+        if (rows.first < WARP) {
+            store_dkd(p, rows.token, dkd);
+        }
         // end region
     }
-    ATKD_SYNC_BLOCK();
-    return scales[0];
+    return scales_for_all(scales);
 }
 
 // A flag that is known when compiling.
 template <bool B> struct Flag {
     static constexpr bool value = B;
 };
+
+// Calls f with whether a shift of the row is LARGE: to the compiler a flag, so that the common rows have code of their own;
+// but not for divergences that are no more than SPECIALISED says.
+template <class D, bool CE_SUM, class F> ATKD_DEVICE void by_size(const typename D::Scales &scales, F f) {
+    if constexpr (!D::SPECIALISED) {
+        f(Flag<true>());
+    } else if (ATKD_RARELY(scales.template large<CE_SUM>())) {
+        f(Flag<true>());
+    } else {
+        f(Flag<false>());
+    }
+}
 
 ATKD_DEVICE void insert_target(uint32_t within, float value, float (&g)[CHUNK]) {
     ATKD_UNROLL

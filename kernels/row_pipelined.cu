@@ -17,12 +17,15 @@
 //                | target logits of this row     | -> gather the team's -> scales| wait for empty[..], refill
 //                                                                                  (full of the next row -> ROW_FULL)
 //
+// A divergence of two sweeps has SUMS_READY and SCALES_READY twice: after the first scales the consumers make the second
+// sweep over the slice, and the producer reduces and exchanges its terms, in an epoch of their own.
+//
 // Exchange. Each block publishes its state of the row to two slots in global memory, which it uses alternately. A
-// slot is a few 16-byte messages, each with the row's epoch in its last word, written and read as one 128-bit access
+// slot is a few 16-byte messages, each with the exchange's epoch in its last word, written and read as one 128-bit access
 // (as in NCCL's LL128 protocol): who finds the epoch has the payload, and no fence is needed. The epoch of a launch's
-// first row is 1, and before a launch all slots hold epoch 0. A slot is free again when its block has gathered the
-// team's states of the next row: by then every block has read what was published here before. Every block merges the
-// same states in the same order, and so has the same scales.
+// first exchange is 1, and before a launch all slots hold epoch 0. A slot is free again when its block has gathered the
+// team's states of the next exchange: by then every block has read what was published here before. Every block merges
+// the same states in the same order, and so has the same scales.
 //
 // Scheduling. The first two rows of a team are its own; later ones come from a queue, whose head (the ticket counter)
 // is atkd_summary.next_ticket: multiprocessors are not equally fast. The team's first block draws the ticket, and its
@@ -62,8 +65,8 @@ struct alignas(8) LoadSource {
 template <class D, class T, uint32_t CONSUMERS> struct Shared {
     // By stage, the ragged edges without the target: the head chunk of teacher and student, then the tail chunk.
     ATKD_SHARED_MEMBER(uint32_t, edges, 2 * 4 * CHUNK * sizeof(T) / 4);
-    ATKD_SHARED_MEMBER(PackedState<D>, warp_states, CONSUMERS / WARP);
-    ATKD_SHARED_MEMBER(GradientScales, scales, 1);
+    ATKD_SHARED_MEMBER(PackedState<D>, warp_states, CONSUMERS / WARP); // of one sweep, then of the other
+    ATKD_SHARED_MEMBER(typename D::Scales, scales, 1);
     ATKD_SHARED_MEMBER(Weights, weights, 1);
     ATKD_SHARED_MEMBER(Task, tasks, 2);        // by stage
     ATKD_SHARED_MEMBER(LoadSource, source, 1); // of the next row
@@ -99,6 +102,19 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
         }
         ATKD_SYNC_NAMED(SUMS_READY, CONSUMERS + WARP);
         ATKD_SYNC_NAMED(SCALES_READY, CONSUMERS + WARP);
+        if constexpr (D::SWEEPS == 2) {
+            if (!ignored) {
+                typename D::Scales scales = shared.scales[0];
+                by_size<D, false>(scales, [&](auto large) {
+                    auto terms = consumer.template terms<decltype(large)::value>(scales);
+                    if (lane == 0) {
+                        shared.warp_states[warp] = repacked<D>(PackedState<SecondSweep<D>>::of(terms));
+                    }
+                });
+            }
+            ATKD_SYNC_NAMED(SUMS_READY, CONSUMERS + WARP);
+            ATKD_SYNC_NAMED(SCALES_READY, CONSUMERS + WARP);
+        }
         uint32_t arrivals = 0;
         auto arrive_once = [&](uint32_t part) {
             if (arrivals == part) {
@@ -116,12 +132,9 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
             }
         };
         if (!ignored && p.gradient != nullptr) {
-            GradientScales scales = shared.scales[0];
-            if (ATKD_RARELY(scales.template large<false>())) {
-                consumer.template gradient<true>(scales, release);
-            } else {
-                consumer.template gradient<false>(scales, release);
-            }
+            typename D::Scales scales = shared.scales[0];
+            by_size<D, false>(
+                scales, [&](auto large) { consumer.template gradient<decltype(large)::value>(scales, release); });
         }
         release(true);
     }
@@ -155,6 +168,12 @@ ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
         ATKD_SYNC_NAMED(SUMS_READY, CONSUMERS + WARP);
         producer.reduce(task);
         ATKD_SYNC_NAMED(SCALES_READY, CONSUMERS + WARP);
+        if constexpr (D::SWEEPS == 2) {
+            producer.store_row_margins(task);
+            ATKD_SYNC_NAMED(SUMS_READY, CONSUMERS + WARP);
+            producer.reduce_terms(task);
+            ATKD_SYNC_NAMED(SCALES_READY, CONSUMERS + WARP);
+        }
         producer.refill(task, stage);
     }
 }
@@ -212,13 +231,13 @@ struct Slice {
 
 // How the consumers share a slice's full chunks: pieces of 16 bytes, dealt to the threads in turn. A thread handles a
 // vector at a time, which has as many elements as a chunk: one piece of half precision, two of single.
-template <class T, uint32_t CONSUMERS> struct Tiling {
+template <class D, class T, uint32_t CONSUMERS> struct Tiling {
     static constexpr uint32_t PARTS = Packed<T>::PARTS, PER = Packed<T>::PER;
     // Bytes from a thread's piece to its next, and from its vector to its next.
     static constexpr uint32_t STEP = CONSUMERS * 16, VECTOR = PARTS * STEP;
     // Vectors that a thread reads before it computes, so that their arithmetic overlaps: 64 bytes of each model per
-    // thread or, in small blocks, 32. A tile is what all threads read so.
-    static constexpr uint32_t UNROLL = CONSUMERS / 64 / PARTS, TILE = UNROLL * VECTOR;
+    // thread or, in small blocks, 32. Two sweeps compute long enough beside a read. A tile is what all threads read so.
+    static constexpr uint32_t UNROLL = D::SWEEPS == 2 ? 1 : CONSUMERS / 64 / PARTS, TILE = UNROLL * VECTOR;
 };
 
 // The teacher's slice lies at 0 in the staged memory, the student's at this offset.
@@ -236,7 +255,7 @@ template <class T> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &ta
 // region: consumers
 // The passes of a consumer thread over its part of the slice.
 template <class D, class T, uint32_t CONSUMERS> struct Consumer {
-    using Tiles = Tiling<T, CONSUMERS>;
+    using Tiles = Tiling<D, T, CONSUMERS>;
     const atkd_rows &p;
     StagedMemory staged;
     Shared<D, T, CONSUMERS> &shared;
@@ -371,15 +390,32 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
         return merge_warp<false>(own);
     }
 
+    // The second sweep. Returns the warp's terms.
+    template <bool LARGE_ROW> ATKD_DEVICE auto terms(const typename D::Scales &scales) {
+        auto own = D::template Terms<float>::empty();
+        auto add = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+            D::template add<LARGE_ROW>(own, p.divergence, scales, exponent, teacher, student);
+        };
+        auto unless_target = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
+                                 auto full) {
+            if (!has_target || at + further != task.target_at) {
+                add(teacher, student, full);
+            }
+        };
+        for_vectors(unless_target, [](bool) {});
+        for_special_vectors(add);
+        return merge_warp<false>(own);
+    }
+
     // The gradient pass. `release` is as for_vectors calls it.
     template <bool LARGE_ROW, class Release>
-    ATKD_DEVICE void gradient(const GradientScales &scales, Release release) const {
+    ATKD_DEVICE void gradient(const typename D::Scales &scales, Release release) const {
         Row<T> gradient = Rows<T, T>(p, task.token).template gradient<T>(p);
         uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(task.first_chunk + task.full_start));
         auto store_gradient = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
                                   auto full) {
             float g[CHUNK];
-            D::template gradient<false, LARGE_ROW>(scales, exponent, teacher, student, g);
+            D::template gradient<false, LARGE_ROW>(p.divergence, scales, exponent, teacher, student, g);
             Packed<T> packed = pack<T>(g);
             ATKD_UNROLL
             for (uint32_t i = 0; i < Tiles::PARTS; i++) {
@@ -394,7 +430,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
         }
         if (ATKD_RARELY(has_edge)) {
             float g[CHUNK];
-            D::template gradient<false, LARGE_ROW>(scales, exponent, edge(0), edge(1), g);
+            D::template gradient<false, LARGE_ROW>(p.divergence, scales, exponent, edge(0), edge(1), g);
             insert_target(gradient.within(task.target, edge_chunk), scales.target, g);
             store_chunk(gradient, edge_chunk, g);
         }
@@ -402,12 +438,21 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
 };
 // end region
 
+// The packed terms of the second sweep, if there is one.
+template <class D, uint32_t SWEEPS = D::SWEEPS> struct SecondState {
+    using Packed = PackedState<SecondSweep<D>>;
+};
+template <class D> struct SecondState<D, 1> {
+    struct Packed {};
+};
+
 // A block's state of a row as it is published to its team. The payload is the state's floats and the ticket, three
-// words per message; the state's mismatch bit lies beside the first message's epoch.
+// words per message; the state's flag lies beside the first message's epoch. D may be a SecondSweep.
 template <class D> struct Exchange {
-    static constexpr uint32_t MESSAGES = (PackedState<D>::FLOATS + 1 + 2) / 3;
-    Bytes16 message[MESSAGES];
-    static_assert(sizeof(Bytes16[MESSAGES]) == ATKD_EXCHANGE_BYTES, "the host makes room for so many bytes");
+    static constexpr uint32_t MESSAGES = (PackedState<D>::FLOATS + 1 + 2) / 3, ROOM = ATKD_EXCHANGE_BYTES / 16;
+    // Slots lie alike whatever a launch exchanges.
+    Bytes16 message[ROOM];
+    static_assert(MESSAGES <= ROOM, "the host makes room for so many bytes");
 
     ATKD_DEVICE void publish(const PackedState<D> &state, uint32_t ticket, uint32_t epoch) {
         ATKD_UNROLL
@@ -420,12 +465,12 @@ template <class D> struct Exchange {
                                   : word == PackedState<D>::FLOATS ? ticket
                                                                    : 0;
             }
-            payload.word[3] = 2 * epoch + (i == 0 && state.mismatch() != 0 ? 1 : 0);
+            payload.word[3] = 2 * epoch + (i == 0 && state.flag() != 0 ? 1 : 0);
             store_message(message + i, payload);
         }
     }
 
-    // Spins until the row's state is there. Returns its ticket.
+    // Spins until the state of the epoch is there. Returns its ticket.
     ATKD_DEVICE uint32_t gather(PackedState<D> &state, uint32_t epoch) const {
         Messages<MESSAGES> messages = {};
         ATKD_WAIT_FOR_MESSAGES(messages, message, epoch);
@@ -433,7 +478,7 @@ template <class D> struct Exchange {
         for (uint32_t word = 0; word < PackedState<D>::FLOATS; word++) {
             state.word[word] = messages.part[word / 3].word[word % 3];
         }
-        state.word[PackedState<D>::FLOATS] = messages.part[0].word[3] & 1;
+        state.set_flag(messages.part[0].word[3] & 1);
         return messages.part[PackedState<D>::FLOATS / 3].word[PackedState<D>::FLOATS % 3];
     }
 };
@@ -442,7 +487,7 @@ template <class D> struct Exchange {
 // The producer warp: schedules rows and issues their loads (fetch_task to prefetch), reduces a row's state and its
 // scales (reduce), and stores what the loss follows from (refill).
 template <class D, class T, uint32_t CONSUMERS> struct Producer {
-    using Tiles = Tiling<T, CONSUMERS>;
+    using Tiles = Tiling<D, T, CONSUMERS>;
     const atkd_rows &p;
     StagedMemory staged;
     Shared<D, T, CONSUMERS> &shared;
@@ -456,6 +501,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
     uint32_t epoch;
     TargetLogits target_logits;
     PackedState<D> block_state;
+    typename SecondState<D>::Packed block_terms;
 
     ATKD_DEVICE Producer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_)
         : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
@@ -576,33 +622,65 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
             share_maxima<false>(of_warps, p.batch.inverse_temperature * LOG2_E);
             of_warps = merge_warp<false, CONSUMERS / WARP>(of_warps);
         }
-        block_state = PackedState<D>::of(elected ? of_warps : RowState<D, float>::empty());
-        if (p.team > 1) {
-            if (elected) {
-                slot_of(block_index())->publish(block_state, ticket, epoch);
-            }
-            // Lanes beyond the team keep the empty state that they have.
-            if (lane < p.team) {
-                ticket = slot_of(block_index() - rank + lane)->gather(block_state, epoch);
-            }
-            sync_warp();
-        }
+        exchange<D>(of_warps, block_state);
         if (!ignored) {
             Weights weights = shared.weights[0];
-            GradientScales scales =
+            auto scales =
                 scales_of<D, false>(p, weights, task.token, task.mode, merge_blocks<float>(), target_logits, rank == 0);
             if (elected) {
                 shared.scales[0] = scales;
             }
         }
     }
-    ATKD_DEVICE Exchange<D> *slot_of(uint32_t block) const {
-        return static_cast<Exchange<D> *>(p.states) + (epoch & 1) * ATKD_PIPELINED_GRID + block;
+    // From the block's state, which lane 0 has, to the states of the team's blocks, one per lane; lanes beyond the team
+    // have an empty one.
+    template <class Sweep>
+    ATKD_DEVICE void exchange(const RowState<Sweep, float> &of_block, PackedState<Sweep> &states) {
+        states = PackedState<Sweep>::of(elected ? of_block : RowState<Sweep, float>::empty());
+        if (p.team > 1) {
+            if (elected) {
+                slot_of<Sweep>(block_index())->publish(states, ticket, epoch);
+            }
+            if (lane < p.team) {
+                ticket = slot_of<Sweep>(block_index() - rank + lane)->gather(states, epoch);
+            }
+            sync_warp();
+        }
+    }
+    template <class Sweep> ATKD_DEVICE Exchange<Sweep> *slot_of(uint32_t block) const {
+        return static_cast<Exchange<Sweep> *>(p.states) + (epoch & 1) * ATKD_PIPELINED_GRID + block;
     }
     template <class Real> ATKD_DEVICE RowState<D, Real> merge_blocks() const {
         auto state = block_state.template state<Real>();
         share_maxima<false>(state, p.batch.inverse_temperature * LOG2_E);
         return merge_warp<false>(state);
+    }
+
+    // Runs while the consumers wait, after the second sweep: its terms complete the scales.
+    ATKD_DEVICE void reduce_terms(const Task &task) {
+        if (task.mode == ATKD_IGNORED) {
+            return;
+        }
+        using Sweep = SecondSweep<D>;
+        epoch += 1;
+        auto of_warps = repacked<Sweep>(shared.warp_states[lane % (CONSUMERS / WARP)]).template state<float>();
+        of_warps = merge_warp<false, CONSUMERS / WARP>(of_warps);
+        exchange<Sweep>(of_warps, block_terms);
+        typename D::Scales scales = shared.scales[0];
+        D::finish(p.divergence, scales, merge_warp<false>(block_terms.template state<float>()));
+        sync_warp();
+        if (elected) {
+            shared.scales[0] = scales;
+        }
+    }
+
+    // Stores a row's margins and, where one sweep finds it, DKD.
+    ATKD_DEVICE void store_row_margins(const Task &task) {
+        if (rank == 0 && task.mode != ATKD_IGNORED) {
+            // region: one warp per row
+            store_margins<D, false>(p, task.token, merge_blocks<double>(), target_logits);
+            // end region
+        }
     }
 
     // Runs beside the gradient pass: loads the next row into the room that this one leaves, and stores this one's
@@ -626,9 +704,14 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
         if (elected) {
             load_until(UNLIMITED);
         }
-        if (rank == 0 && task.mode != ATKD_IGNORED) {
+        if constexpr (D::SWEEPS == 1) {
+            store_row_margins(task);
+        } else if (rank == 0 && task.mode != ATKD_IGNORED) {
             // region: one warp per row
-            store_margins<D, false>(p, task.token, merge_blocks<double>(), target_logits);
+            // The scales are complete; but the divergence is wanted in double precision.
+            typename D::Scales scales = shared.scales[0];
+            auto terms = merge_warp<false>(block_terms.template state<double>());
+            store_dkd(p, task.token, D::finish(p.divergence, scales, terms));
             // end region
         }
     }

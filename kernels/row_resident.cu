@@ -75,41 +75,44 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
             }
         }
     }
-    GradientScales row_scales = reduce_row<D>(p, rows, mode, target, own, warps, scales);
+    auto row_scales = reduce_row<D>(p, rows, mode, target, own, warps, scales);
+    if constexpr (D::SWEEPS == 2) {
+        ATKD_SECOND_SWEEP_SHARED(D, ATKD_RESIDENT_THREADS);
+        auto terms = D::template Terms<float>::empty();
+        by_size<D, false>(row_scales, [&](auto large) {
+            ATKD_UNROLL
+            for (uint32_t i = 0; i < HELD; i++) {
+                if ((held >> i & 1) != 0) {
+                    D::template add<decltype(large)::value>(terms, p.divergence, row_scales, exponent, teacher[i],
+                                                            student[i]);
+                }
+            }
+        });
+        row_scales = reduce_terms<D>(p, rows, terms, warp_terms, scales);
+    }
     if (p.gradient == nullptr) {
         return;
     }
     Row<T> gradient = rows.template gradient<T>(p);
     plain = gradient.full_count == 0 ? 0 : plain;
     rows.first = opaque(rows.first);
-    auto store_gradient = [&](auto large) {
+    by_size<D, false>(row_scales, [&](auto large) {
         ATKD_UNROLL
         for (uint32_t i = 0; i < HELD; i++) {
-            if ((plain >> i & 1) != 0) {
+            if ((held >> i & 1) != 0) {
                 float g[CHUNK];
-                D::template gradient<false, decltype(large)::value>(row_scales, exponent, teacher[i], student[i], g);
-                store_full(gradient, rows.first + i * rows.stride, g);
-            }
-        }
-        if (ATKD_RARELY(held != plain)) {
-            ATKD_UNROLL
-            for (uint32_t i = 0; i < HELD; i++) {
-                uint32_t chunk = rows.first + i * rows.stride, within = rows.teacher.within(target, chunk);
-                if (((held & ~plain) >> i & 1) != 0) {
-                    float g[CHUNK];
-                    D::template gradient<false, decltype(large)::value>(row_scales, exponent, teacher[i], student[i],
-                                                                        g);
-                    insert_target(within, row_scales.target, g);
+                D::template gradient<false, decltype(large)::value>(p.divergence, row_scales, exponent, teacher[i],
+                                                                    student[i], g);
+                uint32_t chunk = rows.first + i * rows.stride;
+                if (ATKD_RARELY((plain >> i & 1) == 0)) {
+                    insert_target(rows.teacher.within(target, chunk), row_scales.target, g);
                     store_chunk(gradient, chunk, g);
+                } else {
+                    store_full(gradient, chunk, g);
                 }
             }
         }
-    };
-    if (ATKD_RARELY(row_scales.template large<false>())) {
-        store_gradient(Flag<true>());
-    } else {
-        store_gradient(Flag<false>());
-    }
+    });
 }
 
 template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p) {

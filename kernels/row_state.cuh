@@ -1,16 +1,24 @@
 // The state of a row from its parts: across the warp by shuffles, across the block and the cluster through shared
 // memory, across a team through global memory. The order is fixed, so the result is the same bits every time. D is a
-// divergence; which fields its state has, RowState::visit says.
+// divergence, or SecondSweep of one; which fields its state has, RowState::visit says.
 #pragma once
 
-#include "math/forward_kl.cuh"
+#include "math/token.cuh"
 #include "reduce.cuh"
+
+// The terms of a second sweep in the place of the sums of the first.
+template <class D> struct SecondSweep {
+    template <class Real> using State = typename D::template Terms<Real>;
+};
 
 // Merges another part of the same row into `state`.
 template <bool CE_SUM, class State> ATKD_DEVICE void merge(State &state, State other, float exponent) {
-    float teacher = fmaxf(state.teacher_max, other.teacher_max), student = fmaxf(state.student_max, other.student_max);
-    state.template rescale<CE_SUM>(teacher, student, exponent);
-    other.template rescale<CE_SUM>(teacher, student, exponent);
+    if constexpr (State::RELATIVE) {
+        float teacher = fmaxf(state.teacher_max, other.teacher_max);
+        float student = fmaxf(state.student_max, other.student_max);
+        state.template rescale<CE_SUM>(teacher, student, exponent);
+        other.template rescale<CE_SUM>(teacher, student, exponent);
+    }
     State::template visit<CE_SUM>(
         [](auto kind, auto &own, auto &others) {
             if constexpr (decltype(kind)::value == SUM) {
@@ -24,7 +32,9 @@ template <bool CE_SUM, class State> ATKD_DEVICE void merge(State &state, State o
 
 // Makes the parts that the lanes have relative to the same maxima.
 template <bool CE_SUM, class State> ATKD_DEVICE void share_maxima(State &part, float exponent) {
-    part.template rescale<CE_SUM>(max_of_warp(part.teacher_max), max_of_warp(part.student_max), exponent);
+    if constexpr (State::RELATIVE) {
+        part.template rescale<CE_SUM>(max_of_warp(part.teacher_max), max_of_warp(part.student_max), exponent);
+    }
 }
 
 // The state of a row of which each lane has a part, in every lane; all share their maxima. All fields take each step
@@ -106,10 +116,12 @@ ATKD_DEVICE RowState<D, double> merge_team(const RowState<D, double> &own, const
     return merge_warp<CE_SUM>(part);
 }
 
-// A state in single precision as blocks exchange it, without the sum at temperature 1: its floats, then its flag.
+// A state in single precision as blocks exchange it, without the sum at temperature 1: its floats, then its flag if it has
+// one.
 template <class D> struct alignas(8) PackedState {
-    static constexpr uint32_t FLOATS = RowState<D, float>::FLOATS;
-    uint32_t word[FLOATS + 1];
+    static constexpr uint32_t FLOATS = RowState<D, float>::FLOATS, FLAGS = RowState<D, float>::FLAGS;
+    static constexpr uint32_t WORDS = FLOATS + FLAGS;
+    uint32_t word[WORDS];
 
     static ATKD_DEVICE PackedState of(const RowState<D, float> &state) {
         PackedState packed = {};
@@ -125,7 +137,12 @@ template <class D> struct alignas(8) PackedState {
             state);
         return packed;
     }
-    ATKD_DEVICE uint32_t mismatch() const { return word[FLOATS]; }
+    ATKD_DEVICE uint32_t flag() const { return FLAGS == 0 ? 0 : word[WORDS - 1]; }
+    ATKD_DEVICE void set_flag(uint32_t flag) {
+        if (FLAGS != 0) {
+            word[WORDS - 1] = flag;
+        }
+    }
 
     template <class Real> ATKD_DEVICE RowState<D, Real> state() const {
         auto state = RowState<D, Real>::empty();
@@ -142,3 +159,13 @@ template <class D> struct alignas(8) PackedState {
         return state;
     }
 };
+
+// The words of a packed state as those of another, which has no fewer or no more.
+template <class To, class From> ATKD_DEVICE PackedState<To> repacked(const PackedState<From> &from) {
+    PackedState<To> to = {};
+    ATKD_UNROLL
+    for (uint32_t i = 0; i < PackedState<To>::WORDS && i < PackedState<From>::WORDS; i++) {
+        to.word[i] = from.word[i];
+    }
+    return to;
+}

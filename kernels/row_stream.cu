@@ -1,6 +1,7 @@
 // row_stream: loss and gradient; a cluster or team takes one token at a time, of any vocabulary, stride and
 // alignment. One pass over the row for its state, a second for the gradient, whose reads should hit the L2 cache: the
-// host chooses clusters or teams large enough, and so rows in flight few enough.
+// host chooses clusters or teams large enough, and so rows in flight few enough. A divergence of two sweeps reads the row
+// once more in between.
 #include "math/divergences.cuh"
 #include "row.cuh"
 
@@ -40,7 +41,21 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
             accumulate<D, CE_SUM>(own, shifts, teacher, student, exponent);
         });
     share_maxima<CE_SUM>(own, exponent);
-    GradientScales row_scales = reduce_row<D, CE_SUM>(p, rows, mode, target, own, warps, scales);
+    auto row_scales = reduce_row<D, CE_SUM>(p, rows, mode, target, own, warps, scales);
+    if constexpr (D::SWEEPS == 2) {
+        ATKD_SECOND_SWEEP_SHARED(D, ATKD_STREAM_THREADS);
+        auto terms = D::template Terms<float>::empty();
+        by_size<D, CE_SUM>(row_scales, [&](auto large) {
+            for_chunks<false>(
+                rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
+                [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
+                    without_target(chunk, teacher, student);
+                    D::template add<decltype(large)::value>(terms, p.divergence, row_scales, exponent, teacher,
+                                                            student);
+                });
+        });
+        row_scales = reduce_terms<D>(p, rows, terms, warp_terms, scales);
+    }
     if (p.gradient == nullptr) {
         return;
     }
@@ -49,32 +64,28 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
     rows.first = opaque(rows.first);
     rows.full_count = opaque(rows.full_count);
     bool has_target = false;
-    auto store_gradient = [&](auto large) {
+    by_size<D, CE_SUM>(row_scales, [&](auto large) {
         for_chunks<true>(
             rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
             [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
                 float g[CHUNK];
-                D::template gradient<CE_SUM, decltype(large)::value>(row_scales, exponent, teacher, student, g);
+                D::template gradient<CE_SUM, decltype(large)::value>(p.divergence, row_scales, exponent, teacher,
+                                                                     student, g);
                 store_chunk(gradient, chunk, g);
                 has_target |= chunk == target_chunk;
             });
-    };
-    if (ATKD_RARELY(row_scales.template large<CE_SUM>())) {
-        store_gradient(Flag<true>());
-    } else {
-        store_gradient(Flag<false>());
-    }
+    });
     if (ATKD_RARELY(has_target)) {
         store(gradient.data + target, narrow<G>(row_scales.target));
     }
 }
 
 template <class D, class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows &p) {
-    // Cross entropy at a temperature other than 1 has a sum of its own.
-    if (ATKD_RARELY(p.objective.ce_weight != 0 && p.objective.inverse_temperature != 1)) {
+    // Cross entropy at a temperature other than 1 has a sum of its own. (At 1, or without cross entropy, it does no harm.)
+    if (!D::SPECIALISED || ATKD_RARELY(p.objective.ce_weight != 0 && p.objective.inverse_temperature != 1)) {
         for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, true>(p, token); });
     } else {
-        for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, false>(p, token); });
+        for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, !D::SPECIALISED>(p, token); });
     }
 }
 

@@ -44,7 +44,7 @@ template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
         double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
         Terms terms = {0, 0, 0, 0};
         if (mode != ATKD_IGNORED) {
-            terms = terms_of<D>(p.objective, u, w, at_1, dkd, mode == ATKD_HARD);
+            terms = terms_of<D>(p.objective, p.divergence, u, w, at_1, dkd, mode == ATKD_HARD);
         }
         store(p.uncertainty + token, float(terms.uncertainty));
         store(p.tkd + token, float(terms.tkd));

@@ -20,6 +20,9 @@ enum Field { SUM, MAX, FLAG };
 template <Field F> struct FieldKind {
     static constexpr Field value = F;
 };
+// Which model's probabilities weigh a state's cross term.
+enum CrossTerm { NO_CROSS_TERM, BY_TEACHER, BY_STUDENT };
+
 template <class D, class Real> using RowState = typename D::template State<Real>;
 
 ATKD_DEVICE double sigmoid(double x) {
@@ -42,20 +45,18 @@ struct Terms {
 
 // From the margins u and w, the student's at temperature 1, and DKD, which is NaN if anything in the row is.
 template <class D>
-ATKD_DEVICE Terms terms_of(const atkd_objective &objective, double teacher_margin, double student_margin,
-                           double student_margin_at_1, double dkd, bool hard) {
+ATKD_DEVICE Terms terms_of(const atkd_objective &objective, const atkd_divergence &divergence, double teacher_margin,
+                           double student_margin, double student_margin_at_1, double dkd, bool hard) {
     Terms terms;
     terms.uncertainty = sigmoid(teacher_margin);
     terms.tkd = terms.dkd = terms.loss = dkd;
     if (dkd != dkd) {
         return terms;
     }
-    // On the side where the teacher's sigmoid is small; swapping "the target" for "not the target" changes nothing.
-    double sign = teacher_margin > 0 ? -1 : 1;
-    terms.tkd = D::tkd(sign * teacher_margin, sign * student_margin);
+    terms.tkd = D::tkd(divergence, teacher_margin, student_margin);
     double c_tkd = coefficient_of(objective.tkd[hard ? 1 : 0], terms.uncertainty);
     double c_dkd = coefficient_of(objective.dkd[hard ? 1 : 0], terms.uncertainty);
-    terms.loss = weighted(c_tkd, terms.tkd) + weighted(c_dkd, terms.dkd) +
+    terms.loss = D::loss(divergence, c_tkd, c_dkd, student_margin, terms.tkd, terms.dkd) +
                  weighted(objective.ce_weight, softplus(student_margin_at_1));
     return terms;
 }
@@ -115,24 +116,55 @@ struct Odds {
     }
 };
 
-// The factors of an element's exponentials in its gradient: the teacher's, the student's, the student's at
-// temperature 1.
-struct Coefficients {
-    float teacher, student, student_at_1;
+// The weights of a token's terms in its gradient, and what cross entropy adds to gamma.
+struct TermWeights {
+    float tkd, dkd, gamma_ce;
 };
 
 // A row's numbers for the gradients of its elements.
 struct alignas(16) GradientScales {
-    float teacher, student, student_at_1; // Coefficients
+    float teacher, student, student_at_1; // the factors of an element's exponentials, by and large: the divergence's own
     float target;                         // the gradient at the target
     float teacher_max, student_max, teacher_shift, student_shift;
 
+    ATKD_DEVICE void make_nan() {
+        teacher = student = student_at_1 = target = nanf("");
+        teacher_max = student_max = teacher_shift = student_shift = 0;
+    }
     ATKD_DEVICE float shift_at_1() const { return shift_of(student_max, LOG2_E); }
     // A shift is NaN.
     template <bool CE_SUM> ATKD_DEVICE bool large() const {
         float sum = teacher_shift + student_shift + (CE_SUM ? shift_at_1() : 0.0f);
         return sum != sum;
     }
+};
+
+// The exponents of a row's elements relative to their shifts, and the same in units of GAP_UNIT. LARGE_ROW: a shift is
+// LARGE.
+template <bool LARGE_ROW> struct RowShifts {
+    Shift teacher_shift, student_shift, shift_at_1;
+    float exponent;
+
+    ATKD_DEVICE RowShifts(const GradientScales &scales, float exponent_)
+        : teacher_shift(full(scales.teacher_max, scales.teacher_shift, exponent_)),
+          student_shift(full(scales.student_max, scales.student_shift, exponent_)),
+          shift_at_1(full(scales.student_max, scales.shift_at_1(), LOG2_E)), exponent(exponent_) {}
+
+    static ATKD_DEVICE Shift full(float max, float shift, float exponent) {
+        return LARGE_ROW ? Shift::of(max, exponent) : Shift{0, shift};
+    }
+    static ATKD_DEVICE float of(const Shift &shift, float z, float exponent) {
+        return LARGE_ROW ? shift.exponent_of(z, exponent) : fmaf(z, exponent, -shift.exponent_shift);
+    }
+    static ATKD_DEVICE float gap_of(const Shift &shift, float z, float exponent) {
+        return LARGE_ROW ? shift.gap_of(z, exponent)
+                         : fmaf(z, exponent * (1 / GAP_UNIT), -shift.exponent_shift * (1 / GAP_UNIT));
+    }
+    ATKD_DEVICE float teacher(float z) const { return of(teacher_shift, z, exponent); }
+    ATKD_DEVICE float student(float z) const { return of(student_shift, z, exponent); }
+    ATKD_DEVICE float student_at_1(float z) const { return of(shift_at_1, z, LOG2_E); }
+    ATKD_DEVICE float teacher_gap(float z) const { return gap_of(teacher_shift, z, exponent); }
+    ATKD_DEVICE float student_gap(float z) const { return gap_of(student_shift, z, exponent); }
 };
 
 // The target's logit in either model; to be read before a gradient in place overwrites it.
@@ -144,38 +176,28 @@ struct TargetLogits {
 // it is in single precision, and in odds, which need no logarithm. CE_SUM: cross entropy has a sum of its own. Where
 // groups are predicted, the token's is stored if `writes_mode`.
 template <class D, bool CE_SUM, class State>
-ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights, uint32_t token, uint8_t mode,
-                                     const State &state, const TargetLogits &target, bool writes_mode) {
+ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weights, uint32_t token, uint8_t mode,
+                                         const State &state, const TargetLogits &target, bool writes_mode) {
     float exponent = p.batch.inverse_temperature * LOG2_E;
     auto teacher = Odds::of(float(state.teacher_sum), state.teacher_max, target.teacher, exponent);
     auto student = Odds::of(float(state.student_sum), state.student_max, target.student, exponent);
     auto student_at_1 =
         CE_SUM ? Odds::of(float(state.student_sum_at_1), state.student_max, target.student, LOG2_E) : student;
-    float slope = D::tkd_slope(teacher, student);
     // The token's group or, before the selection, a prediction of it. Rounding may decide here otherwise than in the
     // margin that the selection goes by; then the prediction was wrong.
     bool hard = p.predicts != 0 ? teacher.odds >= weights.threshold_odds : mode == ATKD_HARD;
-    // DKD is 0 for a teacher without mass off the target, whatever the student does.
-    float beta = state.teacher_sum == 0 ? 0 : (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid);
-    float gamma = (hard ? weights.hard_tkd : weights.easy_tkd).at(teacher.sigmoid) * slope;
-    float gamma_ce = weights.ce == 0 ? 0 : weights.ce * student_at_1.sigmoid;
+    TermWeights of_token = {
+        (hard ? weights.hard_tkd : weights.easy_tkd).at(teacher.sigmoid),
+        (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid),
+        weights.ce == 0 ? 0 : weights.ce * student_at_1.sigmoid,
+    };
     if (p.predicts != 0 && writes_mode && thread_index() % WARP == 0) {
         store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
     }
-    Coefficients factors = D::template coefficients<CE_SUM>(beta, gamma, gamma_ce, teacher, student, student_at_1);
-    GradientScales scales = {
-        factors.teacher,
-        factors.student,
-        factors.student_at_1,
-        -(gamma + gamma_ce),
-        state.teacher_max,
-        state.student_max,
-        shift_of(state.teacher_max, exponent),
-        shift_of(state.student_max, exponent),
-    };
+    auto scales = D::template scales<CE_SUM>(p.divergence, state, of_token, teacher, student, student_at_1, target,
+                                             exponent);
     if (state.has_nan() || teacher.odds != teacher.odds || student.odds != student.odds || weights.ce != weights.ce) {
-        scales.teacher = scales.student = scales.student_at_1 = scales.target = nanf("");
-        scales.teacher_max = scales.student_max = scales.teacher_shift = scales.student_shift = 0;
+        scales.make_nan();
     }
     return scales;
 }
@@ -184,7 +206,14 @@ ATKD_DEVICE GradientScales scales_of(const atkd_rows &p, const Weights &weights,
 // the same arithmetic at once.
 constexpr uint32_t TEACHER = 0, STUDENT = 1, STUDENT_AT_1 = 2;
 
-// Stores a row's margins and DKD, for the selection and for token_terms. Run by one warp, every lane of which has the
+// By lane 0 of a warp, every lane of which has it.
+ATKD_DEVICE void store_dkd(const atkd_rows &p, uint32_t token, double dkd) {
+    if (thread_index() % WARP == 0) {
+        store(p.dkd + token, float(dkd * (1 / double(GAP_UNIT))));
+    }
+}
+
+// Stores a row's margins and, where one sweep finds it, DKD, for the selection and for token_terms. Run by one warp, every lane of which has the
 // row's state.
 template <class D, bool CE_SUM>
 ATKD_DEVICE void store_margins(const atkd_rows &p, uint32_t token, const RowState<D, double> &state,
@@ -201,12 +230,14 @@ ATKD_DEVICE void store_margins(const atkd_rows &p, uint32_t token, const RowStat
     double log_sum = log(sum);
     float target_logit = lane == TEACHER ? target.teacher : target.student;
     double margin = log_sum + to_margin(max, target_logit, exponent);
-    double dkd = D::dkd(state, sum, log_sum, shuffle_from(log_sum, STUDENT));
-    bool not_a_number = state.has_nan() || warp_ballot(lane <= STUDENT && margin != margin) != 0;
-    dkd = not_a_number ? nan("") : dkd;
+    if constexpr (D::SWEEPS == 1) {
+        double weight = D::CROSS == BY_STUDENT ? shuffle_from(sum, STUDENT) : sum;
+        double dkd = D::dkd(state, weight, log_sum, shuffle_from(log_sum, STUDENT));
+        bool not_a_number = state.has_nan() || warp_ballot(lane <= STUDENT && margin != margin) != 0;
+        store_dkd(p, token, not_a_number ? nan("") : dkd);
+    }
     if (lane == TEACHER) {
         store(p.teacher_margin + token, float(margin));
-        store(p.dkd + token, float(dkd * (1 / double(GAP_UNIT))));
         if (p.write_keys != 0) {
             store(p.batch.keys + token, key_of(float(margin)));
         }

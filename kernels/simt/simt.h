@@ -224,6 +224,14 @@ ATKD_DEVICE float reciprocal_fast(float x) {
     return std::fabs(x) > 8.507059e37f ? 0.0f : static_cast<float>(1.0 / double(x) * (1.0 + error));
 }
 
+// Likewise, by up to 2^-22, or that share of the result if it is above 1.
+ATKD_DEVICE float log2_fast(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    double log = std::log2(double(x)), error = double(int32_t(bits * 2654435761u)) / 2147483648.0 / 4194304.0;
+    return static_cast<float>(log + error * std::fmax(1.0, std::fabs(log)));
+}
+
 template <class T> ATKD_DEVICE T load(const T *at) {
     simt_access(at, sizeof(T), alignof(T), false);
     return *at;
