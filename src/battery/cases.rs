@@ -1,7 +1,7 @@
 //! Cases of ordinary logits: shapes, dtypes and strides, objectives, selections, temperatures, models that agree.
 
 use super::case::{Case, DTYPES, GRADIENT, STUDENT, TEACHER, random};
-use crate::{Coefficient, Coefficients, Dtype, Objective, Reduction, Result, Target};
+use crate::{Coefficient, Coefficients, Divergence, Dtype, Objective, Reduction, Result, Target};
 
 pub(super) fn decoupled(easy: (f64, f64), hard: (f64, f64)) -> Result<Objective> {
     Objective::decoupled(Coefficients::new(easy.0, easy.1), Coefficients::new(hard.0, hard.1))
@@ -47,6 +47,46 @@ pub(super) fn objectives() -> Vec<(&'static str, Result<Objective>)> {
         ("upstream gradient 0", atkd.with_upstream_gradient(0.0)),
         ("teacher's arg max", Ok(atkd.with_target(Target::Teacher))),
     ]
+}
+
+/// Every divergence, forward KL first; of those with a number a customary one and others.
+pub(super) const DIVERGENCES: [(&str, Divergence); 8] = [
+    ("forward KL", Divergence::ForwardKl),
+    ("reverse KL", Divergence::ReverseKl),
+    ("JSD(0.5)", Divergence::Jsd { beta: 0.5 }),
+    ("JSD(0.1)", Divergence::Jsd { beta: 0.1 }),
+    ("JSD(0.9)", Divergence::Jsd { beta: 0.9 }),
+    ("TVD", Divergence::TotalVariation),
+    ("skew KL(0.1)", Divergence::SkewKl { alpha: 0.1 }),
+    ("skew reverse KL(0.1)", Divergence::SkewReverseKl { alpha: 0.1 }),
+];
+
+/// Every way in which a divergence's parts make an objective, for each divergence but forward KL, which has
+/// [`objectives`].
+pub(super) fn divergence_objectives() -> Vec<(String, Result<Objective>)> {
+    let ce = |objective: Objective| objective.with_ce_weight(0.6);
+    let warm = Objective::default().with_temperature_squared(true).with_temperature(2.0);
+    let uncertainty = Objective::decoupled(
+        Coefficients::new(0.7, Coefficient::Uncertainty),
+        Coefficients::new(Coefficient::Uncertainty, 0.4),
+    );
+    let shapes = [
+        ("atkd", Ok(Objective::default())),
+        ("plain", Ok(Objective::plain())),
+        ("tkd", Ok(Objective::tkd())),
+        ("dkd", Ok(Objective::dkd())),
+        ("decoupled, cross entropy", uncertainty.and_then(ce)),
+        ("atkd at 2 squared, cross entropy", warm.and_then(ce)),
+        ("plain at 0.5, cross entropy", Objective::plain().with_temperature(0.5).and_then(ce)),
+    ];
+    let mut objectives = Vec::new();
+    for (divergence_name, divergence) in &DIVERGENCES[1..] {
+        for (name, shape) in &shapes {
+            let objective = shape.clone().and_then(|o| o.with_divergence(*divergence));
+            objectives.push((format!("{divergence_name}, {name}"), objective));
+        }
+    }
+    objectives
 }
 
 pub(super) fn shapes() -> Vec<Case> {

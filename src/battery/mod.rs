@@ -23,11 +23,12 @@ use half::{bf16, f16};
 use crate::{Batch, ElementsMut, Logits, LogitsMut, Objective, Output, Result, Target, reference};
 use case::{Case, random};
 use cases::{
-    close_models, objective_cases, objectives, selections, shapes, sure_teachers, temperatures,
+    DIVERGENCES, close_models, divergence_objectives, objective_cases, objectives, selections,
+    shapes, sure_teachers, temperatures,
 };
 use compare::Worst;
 use edges::{edges, finite_masks, magnitudes};
-use paper::{PAPER_TOKENS, by_the_paper, differences, identities, paper};
+use paper::{PAPER_TOKENS, by_the_paper, differences, identities, paper, textbook_terms};
 
 /// [`reference::forward_backward`] with the gradient rounded to the dtype that is asked for.
 pub fn reference_backend(
@@ -112,14 +113,18 @@ pub fn run(
     };
     let caught =
         |worst: Result<Worst>| worst.unwrap_or_else(|e| Worst::fail(format!("error: {e}")));
-    for (name, objective) in objectives() {
+    for (name, objective) in differentiated() {
         // Differences cannot see the teacher's arg max in place of labels; identities need labels.
         let case = random(4, 7, 31).with(objective.map(|o| o.with_target(Target::Label)));
-        add("reference: finite differences", name.into(), caught(differences(&case)));
+        add("reference: finite differences", name, caught(differences(&case)));
     }
-    for seed in 0..8 {
+    for seed in 0..SEEDS {
         let case = random(3, 23, seed);
-        add("reference: textbook identities", format!("seed {seed}"), caught(identities(&case)));
+        for (name, divergence) in DIVERGENCES {
+            let worst = caught(textbook_terms(&case, divergence));
+            add("reference: textbook terms", format!("{name}, seed {seed}"), worst);
+        }
+        add("reference: identities", format!("seed {seed}"), caught(identities(&case)));
     }
     for paper in paper() {
         for tokens in PAPER_TOKENS {
@@ -136,10 +141,19 @@ pub fn run(
     checks
 }
 
+/// Seeds of the cases by which the reference is compared with textbook formulas.
+const SEEDS: u64 = 8;
+
+/// The objectives whose gradient is compared with finite differences.
+fn differentiated() -> Vec<(String, Result<Objective>)> {
+    let forward = objectives().into_iter().map(|(name, objective)| (name.into(), objective));
+    forward.chain(divergence_objectives()).collect()
+}
+
 /// Cases that [`run`] goes through, for a progress bar.
 pub fn len() -> usize {
-    objectives().len()
-        + 8
+    differentiated().len()
+        + SEEDS as usize * (DIVERGENCES.len() + 1)
         + paper().len() * PAPER_TOKENS.len()
         + GROUPS.iter().map(|(_, cases)| cases().len()).sum::<usize>()
 }
