@@ -8,19 +8,19 @@ use crate::{Batch, Elements, Logits, Objective, Output, Result};
 
 /// A distribution as logarithms: probabilities that underflow still have one. Everything is relative to the largest
 /// logit, before the temperature divides it, so that logits of any finite size cancel nothing.
-struct Softmax {
+pub(crate) struct Softmax {
     logits: Vec<f64>,
     temperature: f64,
     max: f64,
     /// log of the sum of e^((z - max) / temperature)
     log_sum: f64,
     /// log p_j; -inf where p_j is 0, which is everywhere if there are no logits but -inf.
-    log: Vec<f64>,
+    pub log: Vec<f64>,
 }
 
 impl Softmax {
     /// `logits` hold neither NaN nor +inf.
-    fn new(logits: Vec<f64>, temperature: f64) -> Self {
+    pub fn new(logits: Vec<f64>, temperature: f64) -> Self {
         let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         // Nothing but -inf has no distances.
         let over = |z: f64| if max.is_finite() { (z - max) / temperature } else { z };
@@ -44,21 +44,21 @@ impl Softmax {
 }
 
 /// A distribution over the vocabulary, split at the target.
-struct Split {
+pub(crate) struct Split {
     target: usize,
     /// The renormalised non-targets; the target has no probability there.
-    rest: Softmax,
+    pub rest: Softmax,
     /// log ((1 - p_g) / p_g)
     margin: f64,
     /// log p_g
-    log_target: f64,
+    pub log_target: f64,
     /// log (1 - p_g), by way of the margin, since 1 - p_g loses every digit near 1.
-    log_rest: f64,
+    pub log_rest: f64,
 }
 
 impl Split {
     /// `logits` as [`defined`] has them.
-    fn new(logits: &[f64], temperature: f64, target: usize) -> Self {
+    pub fn new(logits: &[f64], temperature: f64, target: usize) -> Self {
         let mut others = logits.to_vec();
         others[target] = f64::NEG_INFINITY;
         let rest = Softmax::new(others, temperature);
@@ -152,11 +152,12 @@ fn between(family: Family, p: &Softmax, q: &Softmax) -> (f64, Vec<f64>) {
     (value, slopes)
 }
 
-fn widen(row: Elements) -> Vec<f64> {
+pub(crate) fn widen(row: Elements) -> Vec<f64> {
     (0..row.len()).map(|j| f64::from(row.get(j))).collect()
 }
 
-fn defined(logits: &[f64]) -> bool {
+/// True if the logits are those of a distribution.
+pub(crate) fn defined(logits: &[f64]) -> bool {
     logits.iter().all(|z| !z.is_nan() && *z != f64::INFINITY)
         && logits.iter().any(|z| *z != f64::NEG_INFINITY)
 }
@@ -187,6 +188,49 @@ pub fn forward_backward(
     Ok((output, gradient))
 }
 
+/// The target of each token, `None` where it is ignored.
+pub(crate) fn targets(objective: &Objective, batch: &Batch) -> Result<Vec<Option<usize>>> {
+    let teacher = batch.teacher();
+    let arg_max = |token| {
+        let row = teacher.row(token);
+        (1..row.len()).fold(0, |best, j| if row.get(j) > row.get(best) { j } else { best })
+    };
+    let target = |(token, label): (usize, Option<usize>)| {
+        label.map(|label| match objective.target() {
+            Target::Label => label,
+            Target::Teacher => arg_max(token),
+        })
+    };
+    let labels = batch.valid_labels(objective)?;
+    Ok(labels.into_iter().enumerate().map(target).collect())
+}
+
+/// What multiplies a token's terms.
+pub(crate) struct Weights {
+    pub tkd: f64,
+    pub dkd: f64,
+    /// The plain divergence, where that is not the sum of the two.
+    pub plain: f64,
+    pub ce: f64,
+}
+
+impl Weights {
+    /// The plain forward KL is that of its coefficients.
+    pub fn new(objective: &Objective, uncertainty: f64, hard: bool) -> Self {
+        let (kd, ce) = (objective.distillation_scale(), objective.ce_weight());
+        if objective.is_plain() && objective.divergence().family() != Family::ForwardKl {
+            return Self { tkd: 0.0, dkd: 0.0, plain: kd, ce };
+        }
+        let coefficients = if hard { objective.hard() } else { objective.easy() };
+        let [tkd, dkd] =
+            [coefficients.tkd, coefficients.dkd].map(|coefficient| match coefficient {
+                Coefficient::Constant(value) => kd * value,
+                Coefficient::Uncertainty => kd * uncertainty,
+            });
+        Self { tkd, dkd, plain: 0.0, ce }
+    }
+}
+
 /// `student` gives the logits of a token, in float64: finite differences need more than float32 holds.
 pub(crate) fn compute(
     objective: &Objective,
@@ -194,24 +238,10 @@ pub(crate) fn compute(
     student: impl Fn(usize) -> Vec<f64>,
     mut gradient: Option<&mut [f64]>,
 ) -> Result<Output> {
-    let labels = batch.valid_labels(objective)?;
     let teacher = batch.teacher();
     let (vocab, temperature) = (teacher.vocab(), objective.temperature());
 
-    let targets: Vec<Option<usize>> = labels
-        .iter()
-        .enumerate()
-        .map(|(token, label)| {
-            label.map(|label| match objective.target() {
-                Target::Label => label,
-                Target::Teacher => {
-                    let row = teacher.row(token);
-                    (1..vocab).fold(0, |best, j| if row.get(j) > row.get(best) { j } else { best })
-                }
-            })
-        })
-        .collect();
-
+    let targets = targets(objective, batch)?;
     let margins: Vec<Option<f64>> = targets
         .iter()
         .enumerate()
@@ -227,9 +257,9 @@ pub(crate) fn compute(
         .collect();
     let hard = select(objective, batch, &margins);
 
-    let valid = labels.iter().flatten().count();
+    let valid = targets.iter().flatten().count();
     let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
-    let mut tokens = vec![TokenTerms::IGNORED; labels.len()];
+    let mut tokens = vec![TokenTerms::IGNORED; targets.len()];
     for (token, target) in targets.iter().enumerate() {
         let Some(target) = *target else { continue };
         let (a, b) = (widen(teacher.row(token)), student(token));
@@ -309,7 +339,6 @@ fn one_token(
         false => between(family, &p.rest, &q.rest),
     };
     let ce = -q_at_1.log_target;
-    // The plain forward KL is that of its coefficients.
     let whole = objective.is_plain() && family != Family::ForwardKl;
     let (plain, slopes_of_plain) = match whole {
         true => between(
@@ -317,22 +346,13 @@ fn one_token(
             &Softmax::new(a.to_vec(), temperature),
             &Softmax::new(b.to_vec(), temperature),
         ),
-        false => (0.0, Vec::new()),
+        false => (0.0, vec![0.0; a.len()]),
     };
 
-    let coefficients = if hard { objective.hard() } else { objective.easy() };
-    let number = |coefficient| match coefficient {
-        Coefficient::Constant(value) => value,
-        Coefficient::Uncertainty => uncertainty,
-    } * objective.distillation_scale();
-    let [c_tkd, c_dkd, c_plain] = match whole {
-        true => [0.0, 0.0, objective.distillation_scale()],
-        false => [number(coefficients.tkd), number(coefficients.dkd), 0.0],
-    };
-    let c_ce = objective.ce_weight();
     // A term without a weight is absent, infinite or not.
     let weighted = |weight: f64, term: f64| if weight == 0.0 { 0.0 } else { weight * term };
-    let terms = [(c_tkd, tkd), (c_dkd, dkd), (c_plain, plain), (c_ce, ce)];
+    let weights = Weights::new(objective, uncertainty, hard);
+    let terms = [(weights.tkd, tkd), (weights.dkd, dkd), (weights.plain, plain), (weights.ce, ce)];
     let loss = terms.iter().map(|&(weight, term)| weighted(weight, term)).sum();
 
     if let Some(gradient) = gradient {
@@ -345,11 +365,11 @@ fn one_token(
             let at_target = if j == target { 1.0 } else { 0.0 };
             // dw / db_j
             let of_margin = q.rest.log[j].exp() - at_target;
-            let distillation = weighted(c_tkd, slope_of_tkd * of_margin)
-                + weighted(c_dkd, slopes_of_dkd[j])
-                + if whole { weighted(c_plain, slopes_of_plain[j]) } else { 0.0 };
+            let distillation = weighted(weights.tkd, slope_of_tkd * of_margin)
+                + weighted(weights.dkd, slopes_of_dkd[j])
+                + weighted(weights.plain, slopes_of_plain[j]);
             let ce = q_at_1.probability(j) - at_target;
-            *out = scale * (distillation / temperature + c_ce * ce);
+            *out = scale * (distillation / temperature + weights.ce * ce);
         }
         if none {
             gradient.fill(f64::NAN);

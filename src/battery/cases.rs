@@ -1,7 +1,7 @@
 //! Cases of ordinary logits: shapes, dtypes and strides, objectives, selections, temperatures, models that agree.
 
 use super::case::{Case, DTYPES, GRADIENT, STUDENT, TEACHER, random};
-use crate::{Coefficient, Coefficients, Divergence, Dtype, Objective, Reduction, Result, Target};
+use crate::{Coefficient, Coefficients, Dtype, Objective, Reduction, Result, Target};
 
 pub(super) fn decoupled(easy: (f64, f64), hard: (f64, f64)) -> Result<Objective> {
     Objective::decoupled(Coefficients::new(easy.0, easy.1), Coefficients::new(hard.0, hard.1))
@@ -47,46 +47,6 @@ pub(super) fn objectives() -> Vec<(&'static str, Result<Objective>)> {
         ("upstream gradient 0", atkd.with_upstream_gradient(0.0)),
         ("teacher's arg max", Ok(atkd.with_target(Target::Teacher))),
     ]
-}
-
-/// Every divergence, forward KL first; of those with a number a customary one and others.
-pub(super) const DIVERGENCES: [(&str, Divergence); 8] = [
-    ("forward KL", Divergence::ForwardKl),
-    ("reverse KL", Divergence::ReverseKl),
-    ("JSD(0.5)", Divergence::Jsd { beta: 0.5 }),
-    ("JSD(0.1)", Divergence::Jsd { beta: 0.1 }),
-    ("JSD(0.9)", Divergence::Jsd { beta: 0.9 }),
-    ("TVD", Divergence::TotalVariation),
-    ("skew KL(0.1)", Divergence::SkewKl { alpha: 0.1 }),
-    ("skew reverse KL(0.1)", Divergence::SkewReverseKl { alpha: 0.1 }),
-];
-
-/// Every way in which a divergence's parts make an objective, for each divergence but forward KL, which has
-/// [`objectives`].
-pub(super) fn divergence_objectives() -> Vec<(String, Result<Objective>)> {
-    let ce = |objective: Objective| objective.with_ce_weight(0.6);
-    let warm = Objective::default().with_temperature_squared(true).with_temperature(2.0);
-    let uncertainty = Objective::decoupled(
-        Coefficients::new(0.7, Coefficient::Uncertainty),
-        Coefficients::new(Coefficient::Uncertainty, 0.4),
-    );
-    let shapes = [
-        ("atkd", Ok(Objective::default())),
-        ("plain", Ok(Objective::plain())),
-        ("tkd", Ok(Objective::tkd())),
-        ("dkd", Ok(Objective::dkd())),
-        ("decoupled, cross entropy", uncertainty.and_then(ce)),
-        ("atkd at 2 squared, cross entropy", warm.and_then(ce)),
-        ("plain at 0.5, cross entropy", Objective::plain().with_temperature(0.5).and_then(ce)),
-    ];
-    let mut objectives = Vec::new();
-    for (divergence_name, divergence) in &DIVERGENCES[1..] {
-        for (name, shape) in &shapes {
-            let objective = shape.clone().and_then(|o| o.with_divergence(*divergence));
-            objectives.push((format!("{divergence_name}, {name}"), objective));
-        }
-    }
-    objectives
 }
 
 pub(super) fn shapes() -> Vec<Case> {
@@ -301,6 +261,14 @@ pub(super) fn temperatures() -> Vec<Case> {
 }
 
 /// Students that have all but learnt.
+pub(super) fn close_model(tokens: usize, vocab: usize, difference: f32) -> Case {
+    let mut case = random(tokens, vocab, 42);
+    for (b, a) in case.student.iter_mut().zip(&case.teacher) {
+        *b = a + difference * *b;
+    }
+    case
+}
+
 pub(super) fn close_models() -> Vec<Case> {
     let mut cases = Vec::new();
     for difference in [1e-1, 1e-2, 1e-3, 1e-4] {
@@ -310,10 +278,7 @@ pub(super) fn close_models() -> Vec<Case> {
                 for (name, objective) in [("kl", Objective::kl()), ("atkd", Objective::default())] {
                     let objective =
                         objective.with_temperature_squared(true).with_temperature(temperature);
-                    let mut case = random(tokens, vocab, 42).with(objective);
-                    for (b, a) in case.student.iter_mut().zip(&case.teacher) {
-                        *b = a + difference * *b;
-                    }
+                    let case = close_model(tokens, vocab, difference).with(objective);
                     cases.push(case.named(format!(
                         "{difference:e} apart, temperature {temperature} squared, V = {vocab}, {name}"
                     )));
@@ -326,6 +291,21 @@ pub(super) fn close_models() -> Vec<Case> {
 
 /// Teachers that are sure of a token which is not the target, and students that agree: probabilities near 1
 /// whose difference is the gradient.
+pub(super) fn sure_teacher(tokens: usize, vocab: usize) -> Case {
+    let mut random = fastrand::Rng::with_seed(vocab as u64);
+    let mut case = self::random(tokens, vocab, 43);
+    let rows = case.teacher.chunks_mut(vocab).zip(case.student.chunks_mut(vocab));
+    for (i, (a, b)) in rows.enumerate() {
+        a.iter_mut().for_each(|z| *z = 4.0 * random.f32() - 2.0);
+        let sure = (case.labels[i] as usize + 1 + random.usize(0..vocab - 1)) % vocab;
+        a[sure] = 6.0 + 14.0 * random.f32();
+        for (b, a) in b.iter_mut().zip(&*a) {
+            *b = a + random.f32() - 0.5;
+        }
+    }
+    case
+}
+
 pub(super) fn sure_teachers() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, objective) in [
@@ -337,18 +317,8 @@ pub(super) fn sure_teachers() -> Vec<Case> {
         for vocab in [17, 257, 1000, 5003] {
             let tokens = if vocab == 5003 { 3 } else { 24 };
             for dtype in [Dtype::F32, Dtype::Bf16] {
-                let mut random = fastrand::Rng::with_seed(vocab as u64);
-                let mut case = self::random(tokens, vocab, 43).with(objective.clone());
-                case = case.dtypes(dtype, dtype, Dtype::F32);
-                let rows = case.teacher.chunks_mut(vocab).zip(case.student.chunks_mut(vocab));
-                for (i, (a, b)) in rows.enumerate() {
-                    a.iter_mut().for_each(|z| *z = 4.0 * random.f32() - 2.0);
-                    let sure = (case.labels[i] as usize + 1 + random.usize(0..vocab - 1)) % vocab;
-                    a[sure] = 6.0 + 14.0 * random.f32();
-                    for (b, a) in b.iter_mut().zip(&*a) {
-                        *b = a + random.f32() - 0.5;
-                    }
-                }
+                let case = sure_teacher(tokens, vocab).with(objective.clone());
+                let case = case.dtypes(dtype, dtype, Dtype::F32);
                 cases.push(case.named(format!("V = {vocab}, {dtype}, {name}")));
             }
         }

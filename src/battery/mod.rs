@@ -9,11 +9,13 @@
 //! | TKD, DKD, UNC, margin, loss of a token | 2e-6 (1 + \|value\|), of the loss 2e-6 T^2 likewise |
 //! | float32 gradient | 1e-6 of the row's largest + 5e-7 (kd_weight [T^2] + ce_weight) scale / T |
 //! | float16 and bfloat16 gradient | that, plus half a unit in the last place of the exact gradient |
-//! | selection of valid and hard tokens; NaN and infinities | none, but a value beyond float32 may be infinite |
+//! | gradient of total variation | that, and any subgradient where \|p - q\| <= 2e-6 max(p, q): [`compare::ties`] |
+//! | selection of valid and hard tokens; NaN and infinities | none, but a value beyond its dtype may be infinite |
 
 mod case;
 mod cases;
 pub mod compare;
+mod divergences;
 mod edges;
 mod paper;
 pub mod settings;
@@ -23,10 +25,10 @@ use half::{bf16, f16};
 use crate::{Batch, ElementsMut, Logits, LogitsMut, Objective, Output, Result, Target, reference};
 use case::{Case, random};
 use cases::{
-    DIVERGENCES, close_models, divergence_objectives, objective_cases, objectives, selections,
-    shapes, sure_teachers, temperatures,
+    close_models, objective_cases, objectives, selections, shapes, sure_teachers, temperatures,
 };
 use compare::Worst;
+use divergences::{DIVERGENCES, all_objectives};
 use edges::{edges, finite_masks, magnitudes};
 use paper::{PAPER_TOKENS, by_the_paper, differences, identities, paper, textbook_terms};
 
@@ -87,7 +89,7 @@ pub fn assert_all_pass(checks: &[Check]) {
 type Group = (&'static str, fn() -> Vec<Case>);
 
 /// The cases that a backend runs.
-const GROUPS: [Group; 9] = [
+const GROUPS: [Group; 17] = [
     ("shapes, dtypes, strides", shapes),
     ("objectives", objective_cases),
     ("selection", selections),
@@ -97,6 +99,14 @@ const GROUPS: [Group; 9] = [
     ("temperatures", temperatures),
     ("close models", close_models),
     ("sure teachers", sure_teachers),
+    ("divergences: shapes, dtypes", divergences::shapes),
+    ("divergences: objectives", divergences::objectives),
+    ("divergences: edge cases", divergences::edges),
+    ("divergences: finite masks", divergences::finite_masks),
+    ("divergences: magnitudes", divergences::magnitudes),
+    ("divergences: temperatures", divergences::temperatures),
+    ("divergences: close models", divergences::close_models),
+    ("divergences: sure teachers", divergences::sure_teachers),
 ];
 
 /// Runs every case on a backend, a function as
@@ -147,7 +157,7 @@ const SEEDS: u64 = 8;
 /// The objectives whose gradient is compared with finite differences.
 fn differentiated() -> Vec<(String, Result<Objective>)> {
     let forward = objectives().into_iter().map(|(name, objective)| (name.into(), objective));
-    forward.chain(divergence_objectives()).collect()
+    forward.chain(all_objectives()).collect()
 }
 
 /// Cases that [`run`] goes through, for a progress bar.
