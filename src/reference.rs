@@ -1,47 +1,75 @@
-//! The loss in float64, straight from its definitions: softmax, mask out the target, renormalise, two
-//! KL divergences, and the chain rule for the gradient. Slow, serial, and independent of the fused
-//! form, against which it is the oracle.
+//! The loss in float64, straight from its definitions: softmax, mask out the target, renormalise, the divergences of
+//! the two classes and of the rest, or the one of the whole vocabulary, and the chain rule for the gradient. Slow,
+//! serial, and independent of the fused form, against which it is the oracle.
 
-use crate::objective::{Coefficient, Target};
+use crate::objective::{Coefficient, Family, Mixture, Target};
 use crate::output::TokenTerms;
 use crate::{Batch, Elements, Logits, Objective, Output, Result};
 
-/// A distribution over the vocabulary, split at the target, as logarithms: probabilities that
-/// underflow still have one. Everything is relative to the largest logit off the target, before the
-/// temperature divides it, so that logits of any finite size cancel nothing.
-struct Split {
-    /// log of p_j renormalised over the non-targets; -inf where p_j is 0, and at the target.
-    log_renormalised: Vec<f64>,
+/// A distribution as logarithms: probabilities that underflow still have one. Everything is relative to the largest
+/// logit, before the temperature divides it, so that logits of any finite size cancel nothing.
+pub(crate) struct Softmax {
+    logits: Vec<f64>,
+    temperature: f64,
+    max: f64,
+    /// log of the sum of e^((z - max) / temperature)
+    log_sum: f64,
+    /// log p_j; -inf where p_j is 0, which is everywhere if there are no logits but -inf.
+    pub log: Vec<f64>,
+}
+
+impl Softmax {
+    /// `logits` hold neither NaN nor +inf.
+    pub fn new(logits: Vec<f64>, temperature: f64) -> Self {
+        let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        // Nothing but -inf has no distances.
+        let over = |z: f64| if max.is_finite() { (z - max) / temperature } else { z };
+        let log_sum = logits.iter().map(|&z| over(z).exp()).sum::<f64>().ln();
+        let log = logits
+            .iter()
+            .map(|&z| if z == f64::NEG_INFINITY { z } else { over(z) - log_sum })
+            .collect();
+        Self { logits, temperature, max, log_sum, log }
+    }
+
+    /// False if there is no logit but -inf.
+    fn exists(&self) -> bool {
+        self.max.is_finite()
+    }
+
+    /// log p_j - log p_k of a `k` with a probability above 0.
+    fn log_relative_to(&self, k: usize, j: usize) -> f64 {
+        (self.logits[j] - self.logits[k]) / self.temperature
+    }
+}
+
+/// A distribution over the vocabulary, split at the target.
+pub(crate) struct Split {
+    target: usize,
+    /// The renormalised non-targets; the target has no probability there.
+    pub rest: Softmax,
     /// log ((1 - p_g) / p_g)
     margin: f64,
     /// log p_g
-    log_target: f64,
+    pub log_target: f64,
     /// log (1 - p_g), by way of the margin, since 1 - p_g loses every digit near 1.
-    log_rest: f64,
+    pub log_rest: f64,
 }
 
 impl Split {
     /// `logits` as [`defined`] has them.
-    fn new(logits: &[f64], temperature: f64, target: usize) -> Self {
-        let others = || logits.iter().enumerate().filter(|&(j, _)| j != target).map(|(_, &z)| z);
-        let max = others().fold(f64::NEG_INFINITY, f64::max);
-        // Nothing but -inf has no distances.
-        let over = |z: f64| if max.is_finite() { (z - max) / temperature } else { z };
-        let log_sum = others().map(|z| over(z).exp()).sum::<f64>().ln();
-        let mut log_renormalised: Vec<f64> = logits
-            .iter()
-            .map(|&z| if z == f64::NEG_INFINITY { z } else { over(z) - log_sum })
-            .collect();
-        log_renormalised[target] = f64::NEG_INFINITY;
-        let margin = log_sum + (max - logits[target]) / temperature;
-        let log_target = log_sigmoid(-margin);
-        Self { log_renormalised, margin, log_target, log_rest: log_sigmoid(margin) }
+    pub fn new(logits: &[f64], temperature: f64, target: usize) -> Self {
+        let mut others = logits.to_vec();
+        others[target] = f64::NEG_INFINITY;
+        let rest = Softmax::new(others, temperature);
+        let margin = rest.log_sum + (rest.max - logits[target]) / temperature;
+        let (log_target, log_rest) = (log_sigmoid(-margin), log_sigmoid(margin));
+        Self { target, rest, margin, log_target, log_rest }
     }
 
     /// p_j
-    fn probability(&self, j: usize, target: usize) -> f64 {
-        let log =
-            if j == target { self.log_target } else { self.log_rest + self.log_renormalised[j] };
+    fn probability(&self, j: usize) -> f64 {
+        let log = if j == self.target { self.log_target } else { self.log_rest + self.rest.log[j] };
         log.exp()
     }
 }
@@ -51,22 +79,85 @@ fn log_sigmoid(x: f64) -> f64 {
     x.min(0.0) - (-x.abs()).exp().ln_1p()
 }
 
-/// p log(p / q), with the limits: 0 where p is 0, +inf where only q is.
-fn divergence(log_p: f64, log_q: f64) -> f64 {
+/// p times a logarithm, with the limits: 0 where p is 0, and infinite where only the logarithm is.
+fn times_log(log_p: f64, log: f64) -> f64 {
     if log_p == f64::NEG_INFINITY {
         0.0
-    } else if log_q == f64::NEG_INFINITY {
-        f64::INFINITY
+    } else if log.is_infinite() {
+        log
     } else {
-        log_p.exp() * (log_p - log_q)
+        log_p.exp() * log
     }
 }
 
-fn widen(row: Elements) -> Vec<f64> {
+/// What one token, or one of the two classes, with the probabilities p and q adds to a divergence D, and the derivative
+/// of that with respect to log q, which is q dD/dq.
+fn divergence(family: Family, log_p: f64, log_q: f64) -> (f64, f64) {
+    if log_p == f64::NEG_INFINITY && log_q == f64::NEG_INFINITY {
+        return (0.0, 0.0);
+    }
+    let (p, q) = (log_p.exp(), log_q.exp());
+    let log_ratio = log_p - log_q;
+    match family {
+        Family::ForwardKl => (times_log(log_p, log_ratio), -p),
+        Family::ReverseKl => {
+            let value = times_log(log_q, -log_ratio);
+            (value, value + q)
+        }
+        Family::Mixture(Mixture { share, of_teacher, of_student }) => {
+            // log(p / m) and log(q / m) by what m is of the larger one: nothing overflows, and nothing is lost where
+            // p and q are close.
+            let (log_p_m, log_q_m) = if log_ratio > 0.0 {
+                let log_p_m = -((1.0 - share) * (-log_ratio).exp_m1()).ln_1p();
+                (log_p_m, log_p_m - log_ratio)
+            } else {
+                let log_q_m = -(share * log_ratio.exp_m1()).ln_1p();
+                (log_q_m + log_ratio, log_q_m)
+            };
+            let (of_p, of_q) = (times_log(log_p, log_p_m), times_log(log_q, log_q_m));
+            // m depends on q, too.
+            let by_mixture = of_student * share - of_teacher * (1.0 - share);
+            let slope = of_student * of_q + by_mixture * q * log_p_m.exp();
+            (of_teacher * of_p + of_student * of_q, slope)
+        }
+        Family::TotalVariation => {
+            let sign = match log_ratio {
+                0.0 => 0.0,
+                _ => -log_ratio.signum(),
+            };
+            (-0.5 * p.max(q) * (-log_ratio.abs()).exp_m1(), 0.5 * q * sign)
+        }
+    }
+}
+
+/// The divergence of two distributions, and its gradient with respect to `q`'s logits over the temperature.
+fn between(family: Family, p: &Softmax, q: &Softmax) -> (f64, Vec<f64>) {
+    let both = || p.log.iter().zip(&q.log);
+    let value = both().map(|(&log_p, &log_q)| divergence(family, log_p, log_q).0).sum();
+    let mut slopes: Vec<f64> = match family {
+        // A factor of p adds a constant to dD/dq = 1 + log(q / p), and none to the gradient. Where p is minute on all
+        // that q holds, that constant has a size beside which all differences are lost: the factor that makes p
+        // equal to q at q's maximum avoids it.
+        Family::ReverseKl => {
+            let top =
+                (1..q.log.len()).fold(0, |top, j| if q.log[j] > q.log[top] { j } else { top });
+            let log_p = |j| q.log[top] + p.log_relative_to(top, j);
+            (0..q.log.len()).map(|j| divergence(family, log_p(j), q.log[j]).1).collect()
+        }
+        _ => both().map(|(&log_p, &log_q)| divergence(family, log_p, log_q).1).collect(),
+    };
+    // d log q_k / db_j = [j = k] - q_j
+    let total: f64 = slopes.iter().sum();
+    slopes.iter_mut().zip(&q.log).for_each(|(slope, log_q)| *slope -= log_q.exp() * total);
+    (value, slopes)
+}
+
+pub(crate) fn widen(row: Elements) -> Vec<f64> {
     (0..row.len()).map(|j| f64::from(row.get(j))).collect()
 }
 
-fn defined(logits: &[f64]) -> bool {
+/// True if the logits are those of a distribution.
+pub(crate) fn defined(logits: &[f64]) -> bool {
     logits.iter().all(|z| !z.is_nan() && *z != f64::INFINITY)
         && logits.iter().any(|z| *z != f64::NEG_INFINITY)
 }
@@ -97,6 +188,49 @@ pub fn forward_backward(
     Ok((output, gradient))
 }
 
+/// The target of each token, `None` where it is ignored.
+pub(crate) fn targets(objective: &Objective, batch: &Batch) -> Result<Vec<Option<usize>>> {
+    let teacher = batch.teacher();
+    let arg_max = |token| {
+        let row = teacher.row(token);
+        (1..row.len()).fold(0, |best, j| if row.get(j) > row.get(best) { j } else { best })
+    };
+    let target = |(token, label): (usize, Option<usize>)| {
+        label.map(|label| match objective.target() {
+            Target::Label => label,
+            Target::Teacher => arg_max(token),
+        })
+    };
+    let labels = batch.valid_labels(objective)?;
+    Ok(labels.into_iter().enumerate().map(target).collect())
+}
+
+/// What multiplies a token's terms.
+pub(crate) struct Weights {
+    pub tkd: f64,
+    pub dkd: f64,
+    /// The plain divergence, where that is not the sum of the two.
+    pub plain: f64,
+    pub ce: f64,
+}
+
+impl Weights {
+    /// The plain forward KL is that of its coefficients.
+    pub fn new(objective: &Objective, uncertainty: f64, hard: bool) -> Self {
+        let (kd, ce) = (objective.distillation_scale(), objective.ce_weight());
+        if objective.is_plain() && objective.divergence().family() != Family::ForwardKl {
+            return Self { tkd: 0.0, dkd: 0.0, plain: kd, ce };
+        }
+        let coefficients = if hard { objective.hard() } else { objective.easy() };
+        let [tkd, dkd] =
+            [coefficients.tkd, coefficients.dkd].map(|coefficient| match coefficient {
+                Coefficient::Constant(value) => kd * value,
+                Coefficient::Uncertainty => kd * uncertainty,
+            });
+        Self { tkd, dkd, plain: 0.0, ce }
+    }
+}
+
 /// `student` gives the logits of a token, in float64: finite differences need more than float32 holds.
 pub(crate) fn compute(
     objective: &Objective,
@@ -104,24 +238,10 @@ pub(crate) fn compute(
     student: impl Fn(usize) -> Vec<f64>,
     mut gradient: Option<&mut [f64]>,
 ) -> Result<Output> {
-    let labels = batch.valid_labels(objective)?;
     let teacher = batch.teacher();
     let (vocab, temperature) = (teacher.vocab(), objective.temperature());
 
-    let targets: Vec<Option<usize>> = labels
-        .iter()
-        .enumerate()
-        .map(|(token, label)| {
-            label.map(|label| match objective.target() {
-                Target::Label => label,
-                Target::Teacher => {
-                    let row = teacher.row(token);
-                    (1..vocab).fold(0, |best, j| if row.get(j) > row.get(best) { j } else { best })
-                }
-            })
-        })
-        .collect();
-
+    let targets = targets(objective, batch)?;
     let margins: Vec<Option<f64>> = targets
         .iter()
         .enumerate()
@@ -137,9 +257,9 @@ pub(crate) fn compute(
         .collect();
     let hard = select(objective, batch, &margins);
 
-    let valid = labels.iter().flatten().count();
+    let valid = targets.iter().flatten().count();
     let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
-    let mut tokens = vec![TokenTerms::IGNORED; labels.len()];
+    let mut tokens = vec![TokenTerms::IGNORED; targets.len()];
     for (token, target) in targets.iter().enumerate() {
         let Some(target) = *target else { continue };
         let (a, b) = (widen(teacher.row(token)), student(token));
@@ -200,41 +320,65 @@ fn one_token(
             hard,
         };
     }
+    let family = objective.divergence().family();
     let p = Split::new(a, temperature, target);
     let q = Split::new(b, temperature, target);
     let q_at_1 = Split::new(b, 1.0, target);
     let uncertainty = p.log_rest.exp();
-    let tkd = divergence(p.log_target, q.log_target) + divergence(p.log_rest, q.log_rest);
-    let others = || (0..a.len()).filter(|&j| j != target);
-    let dkd: f64 = others().map(|j| divergence(p.log_renormalised[j], q.log_renormalised[j])).sum();
-    let ce = -q_at_1.log_target;
 
-    let coefficients = if hard { objective.hard() } else { objective.easy() };
-    let number = |coefficient| match coefficient {
-        Coefficient::Constant(value) => value,
-        Coefficient::Uncertainty => uncertainty,
-    } * objective.distillation_scale();
-    let weights = [number(coefficients.tkd), number(coefficients.dkd), objective.ce_weight()];
-    let loss = weights
-        .iter()
-        .zip([tkd, dkd, ce])
-        .filter(|(weight, _)| **weight != 0.0)
-        .map(|(weight, term)| weight * term)
-        .sum();
+    let (of_target, slope_of_target) = divergence(family, p.log_target, q.log_target);
+    let (of_rest, slope_of_rest) = divergence(family, p.log_rest, q.log_rest);
+    let tkd = of_target + of_rest;
+    let without_rest = match family {
+        Family::ForwardKl => !p.rest.exists(),
+        Family::ReverseKl => !q.rest.exists(),
+        Family::Mixture(_) | Family::TotalVariation => !p.rest.exists() || !q.rest.exists(),
+    };
+    let (dkd, slopes_of_dkd) = match without_rest {
+        true => (0.0, vec![0.0; a.len()]),
+        false => between(family, &p.rest, &q.rest),
+    };
+    let ce = -q_at_1.log_target;
+    let whole = objective.is_plain() && family != Family::ForwardKl;
+    let (plain, slopes_of_plain) = match whole {
+        true => between(
+            family,
+            &Softmax::new(a.to_vec(), temperature),
+            &Softmax::new(b.to_vec(), temperature),
+        ),
+        false => (0.0, vec![0.0; a.len()]),
+    };
+
+    // A term without a weight is absent, infinite or not.
+    let weighted = |weight: f64, term: f64| if weight == 0.0 { 0.0 } else { weight * term };
+    let weights = Weights::new(objective, uncertainty, hard);
+    let terms = [(weights.tkd, tkd), (weights.dkd, dkd), (weights.plain, plain), (weights.ce, ce)];
+    let loss = terms.iter().map(|&(weight, term)| weighted(weight, term)).sum();
 
     if let Some(gradient) = gradient {
-        let [c_tkd, c_dkd, c_ce] = weights;
-        let (p_g, p_rest) = (p.log_target.exp(), uncertainty);
+        // Forward KL and cross entropy have a gradient where they are infinite, a limit; reverse KL has none.
+        let none = family == Family::ReverseKl
+            && terms[..3].iter().any(|&(weight, term)| weight != 0.0 && term.is_infinite());
+        // d log q_rest / dw = 1 - s and d log q_g / dw = -s, where w is the margin and s = q_rest.
+        let slope_of_tkd = slope_of_rest * q.log_target.exp() - slope_of_target * q.log_rest.exp();
         for (j, out) in gradient.iter_mut().enumerate() {
-            // d log q_g / db_j = [j = g] - q_j and d log q_rest / db_j = [j != g] qhat_j - q_j.
             let at_target = if j == target { 1.0 } else { 0.0 };
-            let (phat, qhat) = (p.log_renormalised[j].exp(), q.log_renormalised[j].exp());
-            let q_j = q.probability(j, target);
-            let tkd = -p_g * (at_target - q_j) - p_rest * (qhat - q_j);
-            let dkd = if p.log_rest == f64::NEG_INFINITY { 0.0 } else { qhat - phat };
-            let ce = q_at_1.probability(j, target) - at_target;
-            *out = scale * ((c_tkd * tkd + c_dkd * dkd) / temperature + c_ce * ce);
+            // dw / db_j
+            let of_margin = q.rest.log[j].exp() - at_target;
+            let distillation = weighted(weights.tkd, slope_of_tkd * of_margin)
+                + weighted(weights.dkd, slopes_of_dkd[j])
+                + weighted(weights.plain, slopes_of_plain[j]);
+            let ce = q_at_1.probability(j) - at_target;
+            *out = scale * (distillation / temperature + weights.ce * ce);
+        }
+        if none {
+            gradient.fill(f64::NAN);
         }
     }
+    // A plain divergence that is no sum of its parts is reported without them.
+    let [tkd, dkd] = match family {
+        Family::Mixture(_) | Family::TotalVariation if whole => [f64::NAN; 2],
+        _ => [tkd, dkd],
+    };
     TokenTerms { margin, uncertainty, tkd, dkd, loss, valid: true, hard }
 }

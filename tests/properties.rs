@@ -1,9 +1,9 @@
 //! Properties that hold for any shape, dtype, stride and objective.
 
-use atkd::battery::compare::{gradient_floor, gradient_within, loss_within};
+use atkd::battery::compare::{gradient_floor, gradient_within, loss_within, ties};
 use atkd::{
-    Batch, Coefficient, Coefficients, Dtype, Logits, LogitsMut, Objective, Reduction, Target, cpu,
-    reference,
+    Batch, Coefficient, Coefficients, Divergence, Dtype, Logits, LogitsMut, Objective, Output,
+    Reduction, Target, cpu, reference,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -16,6 +16,20 @@ fn coefficient() -> impl Strategy<Value = Coefficient> {
     ]
 }
 
+/// The ends of beta and alpha too.
+fn divergence() -> impl Strategy<Value = Divergence> {
+    let beta = prop_oneof![6 => 0.0..1.0, 1 => Just(0.0), 1 => Just(1.0)];
+    let alpha = || prop_oneof![6 => 0.0..0.999, 1 => Just(0.0)];
+    prop_oneof![
+        2 => Just(Divergence::ForwardKl),
+        2 => Just(Divergence::ReverseKl),
+        2 => beta.prop_map(|beta| Divergence::Jsd { beta }),
+        1 => Just(Divergence::TotalVariation),
+        1 => alpha().prop_map(|alpha| Divergence::SkewKl { alpha }),
+        1 => alpha().prop_map(|alpha| Divergence::SkewReverseKl { alpha }),
+    ]
+}
+
 fn objective() -> impl Strategy<Value = Objective> {
     let coefficients = [coefficient(), coefficient(), coefficient(), coefficient()];
     let reduction = prop_oneof![
@@ -24,20 +38,27 @@ fn objective() -> impl Strategy<Value = Objective> {
         (0.5..1e4).prop_map(Reduction::Denominator),
     ];
     let target = prop_oneof![Just(Target::Label), Just(Target::Teacher)];
+    let form = (divergence(), prop::bool::weighted(0.3));
     let rest = (0.0..=1.0, 0.3..5.0, any::<bool>(), 0.0..2.0, 0.0..2.0, -3.0..3.0);
-    (coefficients, reduction, target, rest).prop_map(|([a, b, c, d], reduction, target, rest)| {
-        let (ratio, temperature, squared, kd, ce, upstream) = rest;
-        Objective::decoupled(Coefficients::new(a, b), Coefficients::new(c, d))
-            .and_then(|o| o.with_hard_ratio(ratio))
-            .and_then(|o| o.with_temperature(temperature))
-            .and_then(|o| o.with_kd_weight(kd))
-            .and_then(|o| o.with_ce_weight(ce))
-            .and_then(|o| o.with_upstream_gradient(upstream))
-            .and_then(|o| o.with_reduction(reduction))
-            .unwrap()
-            .with_temperature_squared(squared)
-            .with_target(target)
-    })
+    (coefficients, form, reduction, target, rest).prop_map(
+        |([a, b, c, d], form, reduction, target, rest)| {
+            let (divergence, plain) = form;
+            let (ratio, temperature, squared, kd, ce, upstream) = rest;
+            let parts = Objective::decoupled(Coefficients::new(a, b), Coefficients::new(c, d));
+            let objective = if plain { Ok(Objective::plain()) } else { parts };
+            objective
+                .and_then(|o| o.with_divergence(divergence))
+                .and_then(|o| o.with_hard_ratio(ratio))
+                .and_then(|o| o.with_temperature(temperature))
+                .and_then(|o| o.with_kd_weight(kd))
+                .and_then(|o| o.with_ce_weight(ce))
+                .and_then(|o| o.with_upstream_gradient(upstream))
+                .and_then(|o| o.with_reduction(reduction))
+                .unwrap()
+                .with_temperature_squared(squared)
+                .with_target(target)
+        },
+    )
 }
 
 #[derive(Clone, Debug)]
@@ -74,6 +95,23 @@ fn weight(objective: &Objective) -> f64 {
     2.0 * objective.distillation_scale() + objective.ce_weight()
 }
 
+/// For comparison: a term that is not computed is NaN.
+fn bits(output: &Output) -> Vec<[u64; 7]> {
+    let mut all = vec![[output.loss.to_bits(), 0, 0, 0, 0, 0, 0]];
+    all.extend(output.tokens.iter().map(|token| {
+        [
+            token.margin.to_bits(),
+            token.uncertainty.to_bits(),
+            token.tkd.to_bits(),
+            token.dkd.to_bits(),
+            token.loss.to_bits(),
+            token.valid.into(),
+            token.hard.into(),
+        ]
+    }));
+    all
+}
+
 macro_rules! check {
     ($element:ty, $convert:expr, $input:expr, $objective:expr) => {{
         let (input, objective): (&Input, &Objective) = ($input, $objective);
@@ -91,22 +129,26 @@ macro_rules! check {
         let output = cpu::forward_backward(objective, &batch, logits, view).unwrap();
         let mut in_place = student.clone();
         let view = LogitsMut::strided(&mut in_place, tokens, vocab, stride).unwrap();
-        prop_assert_eq!(&cpu::forward_backward_in_place(objective, &batch, view).unwrap(), &output);
+        let output_in_place = cpu::forward_backward_in_place(objective, &batch, view).unwrap();
+        prop_assert_eq!(bits(&output_in_place), bits(&output));
         prop_assert_eq!(&in_place, &apart);
-        prop_assert_eq!(&cpu::forward(objective, &batch, logits).unwrap(), &output);
+        prop_assert_eq!(bits(&cpu::forward(objective, &batch, logits).unwrap()), bits(&output));
 
         let valid = exact.summary().valid_tokens;
         let unit = weight(objective) * objective.reduction_scale(valid) * valid as f64;
         let allowed = loss_within(exact.loss, unit);
         prop_assert!((output.loss - exact.loss).abs() <= allowed, "{} {}", output.loss, exact.loss);
         let floor = gradient_floor(objective, weight(objective), valid);
+        let ties = ties(objective, &batch, logits, &exact).unwrap();
         for i in 0..tokens {
             prop_assert_eq!(output.tokens[i].hard, exact.tokens[i].hard);
             let exact = &exact_gradient[i * vocab..][..vocab];
             let largest = exact.iter().fold(0.0_f64, |max, g| max.max(g.abs()));
             for (j, exact) in exact.iter().enumerate() {
                 let g = f64::from(f32::from(apart[i * stride + j]));
-                let allowed = gradient_within(logits.dtype(), *exact, largest, floor);
+                let tie = ties[i * vocab + j];
+                let end = exact.abs() + tie;
+                let allowed = tie + gradient_within(logits.dtype(), end, largest, floor);
                 prop_assert!((g - exact).abs() <= allowed, "gradient[{i}, {j}]: {g:e}, {exact:e}");
             }
             for (k, untouched) in

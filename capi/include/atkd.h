@@ -12,7 +12,7 @@
 #define ATKD_OBJECTIVE_ATKD 0
 
 /*
- The plain KL divergence.
+ The plain forward KL divergence.
  */
 #define ATKD_OBJECTIVE_KL 1
 
@@ -30,6 +30,41 @@
  The coefficients in the settings.
  */
 #define ATKD_OBJECTIVE_DECOUPLED 4
+
+/*
+ The divergence over the whole vocabulary.
+ */
+#define ATKD_OBJECTIVE_PLAIN 5
+
+/*
+ KL(p, q) of the teacher's p and the student's q, ATKD_DIVERGENCE_*.
+ */
+#define ATKD_DIVERGENCE_FORWARD_KL 0
+
+/*
+ KL(q, p).
+ */
+#define ATKD_DIVERGENCE_REVERSE_KL 1
+
+/*
+ beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q; forward KL for 0, reverse for 1.
+ */
+#define ATKD_DIVERGENCE_JSD 2
+
+/*
+ Total variation, half the sum of |p - q|.
+ */
+#define ATKD_DIVERGENCE_TVD 3
+
+/*
+ KL(p, beta p + (1 - beta) q).
+ */
+#define ATKD_DIVERGENCE_SKEW_KL 4
+
+/*
+ KL(q, beta q + (1 - beta) p).
+ */
+#define ATKD_DIVERGENCE_SKEW_REVERSE_KL 5
 
 /*
  A coefficient that is `value`.
@@ -109,7 +144,7 @@
 /*
  What a program was compiled against; compare it with atkd_abi_version().
  */
-#define ATKD_ABI_VERSION 2
+#define ATKD_ABI_VERSION 3
 
 /*
  Threads that a workspace for host memory has at most: to start them takes time that grows with their square.
@@ -210,6 +245,14 @@ typedef struct AtkdSettings {
    Of ATKD_OBJECTIVE_DECOUPLED.
    */
   struct AtkdCoefficients hard;
+  /*
+   ATKD_DIVERGENCE_*; ATKD_OBJECTIVE_KL takes the forward one alone.
+   */
+  int32_t divergence;
+  /*
+   In [0, 1], and below 1 for the skewed divergences; of these and of ATKD_DIVERGENCE_JSD.
+   */
+  double beta;
 } AtkdSettings;
 
 /*

@@ -23,7 +23,7 @@ pub use types::*;
 use workspace::Place;
 
 /// What a program was compiled against; compare it with atkd_abi_version().
-pub const ATKD_ABI_VERSION: u32 = 2;
+pub const ATKD_ABI_VERSION: u32 = 3;
 
 /// Threads that a workspace for host memory has at most: to start them takes time that grows with their square.
 pub const ATKD_MAX_THREADS: usize = 1024;

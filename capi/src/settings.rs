@@ -1,12 +1,12 @@
 //! The settings of an objective as a C struct.
 
-use atkd::{Coefficient, Coefficients, Objective, Reduction, Target};
+use atkd::{Coefficient, Coefficients, Divergence, Objective, Reduction, Target};
 
 use crate::status::Failure;
 
 /// The adaptive loss of the paper, ATKD_OBJECTIVE_*.
 pub const ATKD_OBJECTIVE_ATKD: i32 = 0;
-/// The plain KL divergence.
+/// The plain forward KL divergence.
 pub const ATKD_OBJECTIVE_KL: i32 = 1;
 /// The target part alone.
 pub const ATKD_OBJECTIVE_TKD: i32 = 2;
@@ -14,6 +14,21 @@ pub const ATKD_OBJECTIVE_TKD: i32 = 2;
 pub const ATKD_OBJECTIVE_DKD: i32 = 3;
 /// The coefficients in the settings.
 pub const ATKD_OBJECTIVE_DECOUPLED: i32 = 4;
+/// The divergence over the whole vocabulary.
+pub const ATKD_OBJECTIVE_PLAIN: i32 = 5;
+
+/// KL(p, q) of the teacher's p and the student's q, ATKD_DIVERGENCE_*.
+pub const ATKD_DIVERGENCE_FORWARD_KL: i32 = 0;
+/// KL(q, p).
+pub const ATKD_DIVERGENCE_REVERSE_KL: i32 = 1;
+/// beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q; forward KL for 0, reverse for 1.
+pub const ATKD_DIVERGENCE_JSD: i32 = 2;
+/// Total variation, half the sum of |p - q|.
+pub const ATKD_DIVERGENCE_TVD: i32 = 3;
+/// KL(p, beta p + (1 - beta) q).
+pub const ATKD_DIVERGENCE_SKEW_KL: i32 = 4;
+/// KL(q, beta q + (1 - beta) p).
+pub const ATKD_DIVERGENCE_SKEW_REVERSE_KL: i32 = 5;
 
 /// A coefficient that is `value`.
 pub const ATKD_COEFFICIENT_CONSTANT: i32 = 0;
@@ -82,6 +97,10 @@ pub struct AtkdSettings {
     pub easy: AtkdCoefficients,
     /// Of ATKD_OBJECTIVE_DECOUPLED.
     pub hard: AtkdCoefficients,
+    /// ATKD_DIVERGENCE_*; ATKD_OBJECTIVE_KL takes the forward one alone.
+    pub divergence: i32,
+    /// In [0, 1], and below 1 for the skewed divergences; of these and of ATKD_DIVERGENCE_JSD.
+    pub beta: f64,
 }
 
 impl Default for AtkdSettings {
@@ -105,6 +124,8 @@ impl Default for AtkdSettings {
             denominator: 1.0,
             easy: coefficients(objective.easy()),
             hard: coefficients(objective.hard()),
+            divergence: ATKD_DIVERGENCE_FORWARD_KL,
+            beta: 0.5,
         }
     }
 }
@@ -137,15 +158,35 @@ impl AtkdCoefficients {
 pub(crate) fn objective(settings: &AtkdSettings) -> Result<Objective, Failure> {
     let objective = match settings.objective {
         ATKD_OBJECTIVE_ATKD => Objective::atkd(settings.lambda)?,
+        ATKD_OBJECTIVE_KL if settings.divergence != ATKD_DIVERGENCE_FORWARD_KL => {
+            let allowed = "ATKD_DIVERGENCE_FORWARD_KL (0) for ATKD_OBJECTIVE_KL: ATKD_OBJECTIVE_PLAIN takes all";
+            return Err(Failure::value("the divergence", settings.divergence, allowed));
+        }
         ATKD_OBJECTIVE_KL => Objective::kl(),
+        ATKD_OBJECTIVE_PLAIN => Objective::plain(),
         ATKD_OBJECTIVE_TKD => Objective::tkd(),
         ATKD_OBJECTIVE_DKD => Objective::dkd(),
         ATKD_OBJECTIVE_DECOUPLED => {
             Objective::decoupled(settings.easy.parse()?, settings.hard.parse()?)?
         }
         other => {
-            let allowed = "one of ATKD_OBJECTIVE_* (0 to 4)";
+            let allowed = "one of ATKD_OBJECTIVE_* (0 to 5)";
             return Err(Failure::value("the objective", other, allowed));
+        }
+    };
+    let beta = settings.beta;
+    // Checked whatever the divergence.
+    objective.with_divergence(Divergence::Jsd { beta })?;
+    let divergence = match settings.divergence {
+        ATKD_DIVERGENCE_FORWARD_KL => Divergence::ForwardKl,
+        ATKD_DIVERGENCE_REVERSE_KL => Divergence::ReverseKl,
+        ATKD_DIVERGENCE_JSD => Divergence::Jsd { beta },
+        ATKD_DIVERGENCE_TVD => Divergence::TotalVariation,
+        ATKD_DIVERGENCE_SKEW_KL => Divergence::SkewKl { alpha: beta },
+        ATKD_DIVERGENCE_SKEW_REVERSE_KL => Divergence::SkewReverseKl { alpha: beta },
+        other => {
+            let allowed = "one of ATKD_DIVERGENCE_* (0 to 5)";
+            return Err(Failure::value("the divergence", other, allowed));
         }
     };
     let target = match settings.target {
@@ -166,6 +207,7 @@ pub(crate) fn objective(settings: &AtkdSettings) -> Result<Objective, Failure> {
         }
     };
     Ok(objective
+        .with_divergence(divergence)?
         .with_hard_ratio(settings.hard_ratio)?
         .with_temperature(settings.temperature)?
         .with_temperature_squared(settings.temperature_squared != 0)
@@ -207,8 +249,14 @@ mod tests {
         let decoupled = AtkdSettings { objective: ATKD_OBJECTIVE_DECOUPLED, ..default };
         let denominator = ATKD_REDUCTION_DENOMINATOR;
         // Other settings, and the fields of the objective that they change.
-        let changes: [(AtkdSettings, &[&str]); 12] = [
-            (AtkdSettings { objective: ATKD_OBJECTIVE_KL, ..default }, &["easy", "hard"]),
+        let jsd = AtkdSettings { divergence: ATKD_DIVERGENCE_JSD, ..default };
+        let changes: [(AtkdSettings, &[&str]); 14] = [
+            (
+                AtkdSettings { objective: ATKD_OBJECTIVE_PLAIN, ..default },
+                &["easy", "hard", "plain"],
+            ),
+            (jsd, &["divergence"]),
+            (AtkdSettings { beta: 0.1, ..jsd }, &["divergence"]),
             (AtkdSettings { target: ATKD_TARGET_TEACHER, ..default }, &["target"]),
             (AtkdSettings { reduction: ATKD_REDUCTION_SUM, ..default }, &["reduction"]),
             (AtkdSettings { reduction: denominator, denominator: 7.0, ..default }, &["reduction"]),
@@ -233,5 +281,26 @@ mod tests {
         let names = |of: &dyn Debug| fields(&of).into_keys().collect::<BTreeSet<_>>();
         assert_eq!(rust_fields, names(&rust), "settings of Rust");
         assert_eq!(c_fields, names(&default), "settings of C");
+    }
+
+    #[test]
+    fn every_divergence_has_its_number() {
+        let beta = 0.3;
+        for (divergence, expected) in [
+            (ATKD_DIVERGENCE_FORWARD_KL, Divergence::ForwardKl),
+            (ATKD_DIVERGENCE_REVERSE_KL, Divergence::ReverseKl),
+            (ATKD_DIVERGENCE_JSD, Divergence::Jsd { beta }),
+            (ATKD_DIVERGENCE_TVD, Divergence::TotalVariation),
+            (ATKD_DIVERGENCE_SKEW_KL, Divergence::SkewKl { alpha: beta }),
+            (ATKD_DIVERGENCE_SKEW_REVERSE_KL, Divergence::SkewReverseKl { alpha: beta }),
+        ] {
+            let settings = AtkdSettings { divergence, beta, ..AtkdSettings::default() };
+            assert_eq!(objective(&settings).unwrap().divergence(), expected);
+            let kl = AtkdSettings { objective: ATKD_OBJECTIVE_KL, ..settings };
+            assert_eq!(objective(&kl).is_ok(), divergence == ATKD_DIVERGENCE_FORWARD_KL);
+            assert!(objective(&AtkdSettings { beta: 1.5, ..settings }).is_err());
+        }
+        let settings = AtkdSettings { divergence: 6, ..AtkdSettings::default() };
+        assert!(objective(&settings).is_err());
     }
 }

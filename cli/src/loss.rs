@@ -2,7 +2,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use atkd::{Batch, Objective, Output, Reduction, Target};
+use atkd::{Batch, Divergence, Objective, Output, Reduction, Target};
 use clap::ValueEnum;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
@@ -27,6 +27,12 @@ pub struct Args {
     /// The loss that the student learns by
     #[arg(long, value_enum, default_value = "atkd")]
     objective: Name,
+    /// How far the student's distribution q is from the teacher's p
+    #[arg(long, value_enum, default_value = "forward-kl")]
+    divergence: DivergenceName,
+    /// The teacher's share in the mixture of jsd and skew-kl, the student's in that of skew-reverse-kl
+    #[arg(long, default_value_t = 0.5, allow_negative_numbers = true)]
+    beta: f64,
     /// ATKD's weight of easy tokens; hard ones have 1 - lambda
     #[arg(long, default_value_t = 0.2, allow_negative_numbers = true)]
     lambda: f64,
@@ -67,12 +73,30 @@ pub struct Args {
 enum Name {
     /// Easy tokens lambda DKD, hard ones (1 - lambda) (TKD + DKD)
     Atkd,
-    /// TKD + UNC DKD, the plain forward KL divergence
+    /// The divergence over the whole vocabulary
+    Plain,
+    /// The plain forward KL divergence, TKD + UNC DKD
     Kl,
     /// The target part alone
     Tkd,
     /// The rest alone
     Dkd,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum DivergenceName {
+    /// KL(p, q)
+    ForwardKl,
+    /// KL(q, p)
+    ReverseKl,
+    /// beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q; forward KL for 0, reverse for 1
+    Jsd,
+    /// Total variation, half the sum of |p - q|
+    Tvd,
+    /// KL(p, beta p + (1 - beta) q)
+    SkewKl,
+    /// KL(q, beta q + (1 - beta) p)
+    SkewReverseKl,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -88,11 +112,25 @@ enum ReductionName {
 }
 
 impl Args {
-    fn objective(&self) -> atkd::Result<Objective> {
-        // Checked whatever the objective: a lambda of 7 is a mistake even where it is not used.
+    fn objective(&self) -> Result<Objective> {
+        // Checked whatever the objective: a lambda of 7 is a mistake even where it is not used. So is a beta.
         let atkd = Objective::atkd(self.lambda)?;
+        let beta = self.beta;
+        atkd.with_divergence(Divergence::Jsd { beta })?;
+        let divergence = match self.divergence {
+            DivergenceName::ForwardKl => Divergence::ForwardKl,
+            DivergenceName::ReverseKl => Divergence::ReverseKl,
+            DivergenceName::Jsd => Divergence::Jsd { beta },
+            DivergenceName::Tvd => Divergence::TotalVariation,
+            DivergenceName::SkewKl => Divergence::SkewKl { alpha: beta },
+            DivergenceName::SkewReverseKl => Divergence::SkewReverseKl { alpha: beta },
+        };
         let objective = match self.objective {
             Name::Atkd => atkd,
+            Name::Plain => Objective::plain(),
+            Name::Kl if self.divergence != DivergenceName::ForwardKl => bail!(
+                "--objective kl is the forward KL divergence; another over the whole vocabulary is --objective plain"
+            ),
             Name::Kl => Objective::kl(),
             Name::Tkd => Objective::tkd(),
             Name::Dkd => Objective::dkd(),
@@ -106,6 +144,7 @@ impl Args {
             ReductionName::Sum => Reduction::Sum,
         };
         Ok(objective
+            .with_divergence(divergence)?
             .with_hard_ratio(self.hard_ratio)?
             .with_temperature(self.temperature)?
             .with_temperature_squared(self.temperature_squared)
@@ -281,8 +320,10 @@ mod tests {
         assert_eq!(objective(&[]), Objective::default());
         let default = fields(&Objective::default());
         // Options, and the fields of the objective that they change.
-        let changes: [(&[&str], &[&str]); 10] = [
-            (&["--objective", "kl"], &["easy", "hard"]),
+        let changes: [(&[&str], &[&str]); 12] = [
+            (&["--objective", "plain"], &["easy", "hard", "plain"]),
+            (&["--divergence", "jsd"], &["divergence"]),
+            (&["--beta", "0.1", "--divergence", "jsd"], &["divergence"]),
             (&["--lambda", "0.3"], &["easy", "hard"]),
             (&["--hard-ratio", "0.4"], &["hard_ratio"]),
             (&["--temperature", "2"], &["temperature"]),

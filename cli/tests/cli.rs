@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use atkd::{Batch, Logits, Objective, cuda, reference};
+use atkd::{Batch, Divergence, Logits, Objective, cuda, reference};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tempfile::TempDir;
@@ -201,7 +201,26 @@ fn options_reach_the_objective() {
     let student = Logits::new(&files.student, TOKENS, VOCAB).unwrap();
     let o = Objective::default();
     let cases: Vec<(&[&str], atkd::Result<Objective>)> = vec![
+        (&["--objective", "plain"], Ok(Objective::plain())),
         (&["--objective", "kl"], Ok(Objective::kl())),
+        (&["--divergence", "reverse-kl"], o.with_divergence(Divergence::ReverseKl)),
+        (
+            &["--objective", "plain", "--divergence", "jsd"],
+            Objective::plain().with_divergence(Divergence::Jsd { beta: 0.5 }),
+        ),
+        (
+            &["--divergence", "jsd", "--beta", "0.1"],
+            o.with_divergence(Divergence::Jsd { beta: 0.1 }),
+        ),
+        (&["--divergence", "tvd"], o.with_divergence(Divergence::TotalVariation)),
+        (
+            &["--divergence", "skew-kl", "--beta", "0.2"],
+            o.with_divergence(Divergence::SkewKl { alpha: 0.2 }),
+        ),
+        (
+            &["--divergence", "skew-reverse-kl", "--beta", "0.2"],
+            o.with_divergence(Divergence::SkewReverseKl { alpha: 0.2 }),
+        ),
         (&["--objective", "tkd"], Ok(Objective::tkd())),
         (&["--objective", "dkd"], Ok(Objective::dkd())),
         (&["--lambda", "0.35"], Objective::atkd(0.35)),
@@ -248,6 +267,12 @@ fn bad_settings() {
     let path = files.batch("batch", &files.labels);
     fails(loss(&path, &["--lambda", "7"]), &["lambda is 7", "[0, 1]"]);
     fails(loss(&path, &["--objective", "kl", "--lambda", "7"]), &["lambda is 7"]);
+    fails(loss(&path, &["--beta", "1.5"]), &["beta is 1.5", "[0, 1]"]);
+    fails(loss(&path, &["--divergence", "skew-kl", "--beta", "1"]), &["alpha is 1", "[0, 1)"]);
+    fails(
+        loss(&path, &["--objective", "kl", "--divergence", "tvd"]),
+        &["--objective plain", "forward KL"],
+    );
     fails(loss(&path, &["--hard-ratio", "1.5"]), &["hard ratio is 1.5", "[0, 1]"]);
     fails(loss(&path, &["--temperature", "0"]), &["temperature is 0"]);
     let no_gpu = cuda::context(0).and_then(|context| cuda::Kernels::load(&context)).is_err();

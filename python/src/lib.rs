@@ -6,7 +6,7 @@ mod threads;
 
 use atkd::call::{self, RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::cpu::raw;
-use atkd::{Coefficient, Dtype, Reduction, Strides, Target};
+use atkd::{Coefficient, Divergence, Dtype, Reduction, Strides, Target};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -31,7 +31,7 @@ impl Objective {
     #[new]
     #[pyo3(signature = (
         *, lam, hard_ratio, temperature, objective, target, reduction, ignore_index, ce_weight, kd_weight,
-        temperature_squared
+        temperature_squared, divergence, beta
     ))]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keywords")]
     fn new(
@@ -45,13 +45,38 @@ impl Objective {
         ce_weight: f64,
         kd_weight: f64,
         temperature_squared: bool,
+        divergence: &str,
+        beta: f64,
     ) -> PyResult<Self> {
         let objective = match objective {
             "atkd" => atkd::Objective::atkd(lam).map_err(exception)?,
+            "plain" => atkd::Objective::plain(),
+            "kl" if divergence != "forward-kl" => {
+                const ALLOWED: &str =
+                    r#""forward-kl" for the objective "kl": "plain" takes all divergences"#;
+                return unknown("divergence", divergence, ALLOWED);
+            }
             "kl" => atkd::Objective::kl(),
             "tkd" => atkd::Objective::tkd(),
             "dkd" => atkd::Objective::dkd(),
-            other => return unknown("objective", other, r#""atkd", "kl", "tkd" or "dkd""#),
+            other => {
+                return unknown("objective", other, r#""atkd", "plain", "kl", "tkd" or "dkd""#);
+            }
+        };
+        // Checked whatever the divergence.
+        objective.with_divergence(Divergence::Jsd { beta }).map_err(exception)?;
+        let divergence = match divergence {
+            "forward-kl" => Divergence::ForwardKl,
+            "reverse-kl" => Divergence::ReverseKl,
+            "jsd" => Divergence::Jsd { beta },
+            "tvd" => Divergence::TotalVariation,
+            "skew-kl" => Divergence::SkewKl { alpha: beta },
+            "skew-reverse-kl" => Divergence::SkewReverseKl { alpha: beta },
+            other => {
+                const ALLOWED: &str =
+                    r#""forward-kl", "reverse-kl", "jsd", "tvd", "skew-kl" or "skew-reverse-kl""#;
+                return unknown("divergence", other, ALLOWED);
+            }
         };
         let target = match target {
             "label" => Target::Label,
@@ -67,7 +92,8 @@ impl Objective {
             .with_target(target)
             .with_ignore_index(ignore_index)
             .with_temperature_squared(temperature_squared)
-            .with_hard_ratio(hard_ratio)
+            .with_divergence(divergence)
+            .and_then(|objective| objective.with_hard_ratio(hard_ratio))
             .and_then(|objective| objective.with_temperature(temperature))
             .and_then(|objective| objective.with_reduction(reduction))
             .and_then(|objective| objective.with_ce_weight(ce_weight))
@@ -103,6 +129,10 @@ fn default_settings(py: Python) -> PyResult<Bound<PyDict>> {
         Reduction::Sum => "sum",
         Reduction::Denominator(_) => unreachable!("the default is a mean"),
     };
+    let divergence = match objective.divergence() {
+        Divergence::ForwardKl => "forward-kl",
+        _ => unreachable!("the default is forward KL"),
+    };
     let settings = PyDict::new(py);
     settings.set_item("lam", lam)?;
     settings.set_item("hard_ratio", objective.hard_ratio())?;
@@ -114,6 +144,9 @@ fn default_settings(py: Python) -> PyResult<Bound<PyDict>> {
     settings.set_item("ce_weight", objective.ce_weight())?;
     settings.set_item("kd_weight", objective.kd_weight())?;
     settings.set_item("temperature_squared", objective.temperature_squared())?;
+    settings.set_item("divergence", divergence)?;
+    // Of divergences other than the default one.
+    settings.set_item("beta", 0.5)?;
     Ok(settings)
 }
 

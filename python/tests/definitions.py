@@ -1,6 +1,6 @@
 """The paper's definitions in float64, for torch.autograd to differentiate.
 
-Nothing here knows the fused form: softmax, split at the target, renormalise, two KL divergences.
+Nothing here knows the fused form: softmax, split at the target, renormalise, two divergences.
 """
 
 import math
@@ -26,6 +26,36 @@ def select(margin, hard_ratio):
     return hard
 
 
+def is_kl(name, beta):
+    """True for the divergences of which a plain one is a sum of parts."""
+    ends = [("jsd", 0), ("jsd", 1), ("skew-kl", 0), ("skew-reverse-kl", 0)]
+    return name in ("forward-kl", "reverse-kl") or (name, beta) in ends
+
+
+def diverge(name, beta, log_p, log_q):
+    """The divergence of the student's q from the teacher's p over the last dimension."""
+
+    def kl(log_a, log_b):
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    def mixed(log_a, log_b):
+        return torch.logaddexp(log_a + math.log(beta), log_b + math.log(1 - beta))
+
+    if name == "forward-kl" or beta == 0 and name in ("jsd", "skew-kl"):
+        return kl(log_p, log_q)
+    if name == "reverse-kl" or (name, beta) in [("jsd", 1), ("skew-reverse-kl", 0)]:
+        return kl(log_q, log_p)
+    if name == "tvd":
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    if name == "jsd":
+        log_m = mixed(log_p, log_q)
+        return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    return {
+        "skew-kl": lambda: kl(log_p, mixed(log_p, log_q)),
+        "skew-reverse-kl": lambda: kl(log_q, mixed(log_q, log_p)),
+    }[name]()
+
+
 def atkd_loss(
     student,
     teacher,
@@ -43,6 +73,8 @@ def atkd_loss(
     kd_weight=1.0,
     num_items_in_batch=None,
     shift_labels=False,
+    divergence="forward-kl",
+    beta=0.5,
 ):
     """The loss, and `(uncertainty, tkd, dkd, hard)` shaped as the labels."""
     if shift_labels:
@@ -61,8 +93,10 @@ def atkd_loss(
     p, p_rest, p_hat = split(teacher / temperature, g)
     q, q_rest, q_hat = split(student / temperature, g)
     uncertainty = p_rest.exp()
-    tkd = p.exp() * (p - q) + p_rest.exp() * (p_rest - q_rest)
-    dkd = (p_hat.exp() * (p_hat - q_hat)).sum(-1)
+    tkd = diverge(divergence, beta, torch.stack([p, p_rest], -1), torch.stack([q, q_rest], -1))
+    dkd = diverge(divergence, beta, p_hat, q_hat)
+    whole = [torch.log_softmax(logits / temperature, -1) for logits in (teacher, student)]
+    plain = diverge(divergence, beta, *whole)
     ce = -split(student, g)[0]
 
     hard = torch.zeros_like(g, dtype=torch.bool)
@@ -70,6 +104,7 @@ def atkd_loss(
         hard[sequence == i] = select((p_rest - p)[sequence == i], hard_ratio)
     kd = {
         "atkd": torch.where(hard, (1 - lam) * (tkd + dkd), lam * dkd),
+        "plain": plain,
         "kl": tkd + uncertainty * dkd,
         "tkd": tkd,
         "dkd": dkd,
@@ -81,6 +116,10 @@ def atkd_loss(
         loss = loss / num_items_in_batch
     elif reduction == "mean":
         loss = loss / max(len(g), 1)
+
+    if objective == "plain" and not is_kl(divergence, beta):
+        # Not computed, and said so.
+        tkd = dkd = torch.full_like(ce, math.nan)
 
     def put_back(values):
         return torch.zeros(shape, dtype=values.dtype).masked_scatter(valid, values.detach())

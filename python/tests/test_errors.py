@@ -17,6 +17,10 @@ STUDENT, TEACHER, LABELS = batch(6, 50, ignored=False)
         ({"ce_weight": -1.0}, "cross-entropy weight is -1"),
         ({"kd_weight": float("nan")}, "distillation weight is NaN"),
         ({"objective": "jsd"}, 'objective is "jsd"'),
+        ({"divergence": "kl"}, 'divergence is "kl"'),
+        ({"objective": "kl", "divergence": "jsd"}, 'divergence is "jsd", .* "plain" takes all'),
+        ({"beta": 1.5}, "beta is 1.5, but must be in \\[0, 1\\]"),
+        ({"divergence": "skew-kl", "beta": 1.0}, "alpha is 1, but must be in \\[0, 1\\)"),
         ({"target": "student"}, 'target is "student"'),
         ({"reduction": "none"}, 'reduction is "none"'),
         ({"selection": "token"}, 'selection is "token"'),
@@ -92,7 +96,7 @@ def test_types_of_denominators(items):
         atkd.atkd_loss(STUDENT, TEACHER, LABELS, num_items_in_batch=items)
 
 
-@pytest.mark.parametrize("name", ["lam", "hard_ratio", "temperature", "ce_weight", "kd_weight"])
+@pytest.mark.parametrize("name", ["lam", "hard_ratio", "temperature", "ce_weight", "kd_weight", "beta"])
 @pytest.mark.parametrize(
     "number",
     [torch.nn.Parameter, lambda x: x.requires_grad_(), lambda x: x.requires_grad_() * 1],

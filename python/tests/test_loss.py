@@ -54,6 +54,62 @@ def test_every_setting(settings):
     assert_equal_to_definitions(student, teacher, labels, **settings)
 
 
+DIVERGENCES = [
+    {"divergence": "reverse-kl"},
+    {"divergence": "jsd"},
+    {"divergence": "jsd", "beta": 0.1},
+    {"divergence": "jsd", "beta": 0.0},
+    {"divergence": "jsd", "beta": 1.0},
+    {"divergence": "tvd"},
+    {"divergence": "skew-kl", "beta": 0.1},
+    {"divergence": "skew-reverse-kl", "beta": 0.1},
+]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("objective", ["atkd", "plain", "tkd", "dkd"])
+def test_every_divergence(divergence, objective):
+    settings = {"objective": objective, **divergence}
+    assert_equal_to_definitions(*batch(24, 500), **settings)
+    assert_equal_to_definitions(*batch(6, 2), **settings)
+    more = {"temperature": 2.0, "temperature_squared": True, "ce_weight": 0.5, "reduction": "sum"}
+    assert_equal_to_definitions(*batch(9, 130), **settings, **more)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("teacher_dtype", DTYPES)
+def test_every_divergence_and_dtype(divergence, dtype, teacher_dtype):
+    data = batch(5, 1001, dtype=dtype, teacher_dtype=teacher_dtype)
+    for objective in ["atkd", "plain"]:
+        assert_equal_to_definitions(*data, objective=objective, **divergence)
+
+
+def test_plain_divergences_of_two_kinds():
+    data = batch(24, 500)
+    one, other = (atkd.atkd_loss(*data, objective=name) for name in ["plain", "kl"])
+    assert torch.equal(one, other)
+    for name, beta, same in [("jsd", 0.0, "forward-kl"), ("jsd", 1.0, "reverse-kl")]:
+        limit = atkd.atkd_loss(*data, divergence=name, beta=beta)
+        assert torch.equal(limit, atkd.atkd_loss(*data, divergence=same))
+
+
+@pytest.mark.parametrize("objective", ["atkd", "plain", "tkd", "dkd"])
+def test_a_token_that_the_teacher_alone_rules_out(objective):
+    """Reverse KL is infinite there and has no gradient; the bounded divergences do not mind."""
+    student, teacher, labels = batch(3, 50, ignored=False)
+    labels[1], teacher[1, 7] = 3, float("-inf")
+    for divergence in ["reverse-kl", "jsd", "tvd", "skew-kl", "skew-reverse-kl"]:
+        leaf = student.clone().requires_grad_()
+        settings = {"objective": objective, "divergence": divergence, "reduction": "sum", "hard_ratio": 1.0}
+        loss = atkd.atkd_loss(leaf, teacher, labels, **settings)
+        loss.backward()
+        infinite = divergence == "reverse-kl" and objective != "tkd"
+        assert loss.isinf() if infinite else loss.isfinite(), divergence
+        assert leaf.grad[1].isnan().all() if infinite else leaf.grad[1].isfinite().all(), divergence
+        assert leaf.grad[[0, 2]].isfinite().all()
+
+
 def test_sequences():
     student, teacher, labels = batch(4, 6, 300)
     whole = assert_equal_to_definitions(student, teacher, labels)

@@ -15,6 +15,7 @@ SCHEDULES = {
     "hard_ratio": [1 - step / (STEPS - 1) for step in range(STEPS)],
     "ce_weight": [0.1 * step for step in range(STEPS)],
     "kd_weight": [2 - 0.1 * step for step in range(STEPS)],
+    "beta": [step / (STEPS - 1) for step in range(STEPS)],
     "num_items_in_batch": [0.25 + 0.7 * step for step in range(STEPS)],
 }
 
@@ -38,7 +39,7 @@ def test_compiled_steps_have_the_same_bits(name, form):
     torch._dynamo.reset()
     compiled = torch.compile(atkd.atkd_loss, fullgraph=True, backend="aot_eager")
     for number in SCHEDULES[name]:
-        settings = {"ce_weight": 0.5, name: form(number)}
+        settings = {"ce_weight": 0.5, "divergence": "jsd", name: form(number)}
         leaf = DATA[0].clone().requires_grad_()
         actual = compiled(leaf, *DATA[1:], **settings)
         expected = atkd.atkd_loss(leaf, *DATA[1:], **{**settings, name: number})
@@ -50,7 +51,7 @@ def test_compiled_steps_have_the_same_bits(name, form):
 def test_a_compiled_module_with_every_setting_scheduled(form):
     torch._dynamo.reset()
     schedules = {name: SCHEDULES[name] for name in SCHEDULES if name != "num_items_in_batch"}
-    module = atkd.ATKDLoss(shift_labels=True, **{name: form(0.5) for name in schedules})
+    module = atkd.ATKDLoss(shift_labels=True, divergence="jsd", **{name: form(0.5) for name in schedules})
     compiled = torch.compile(module, fullgraph=True)
     for step in range(STEPS):
         for name, numbers in schedules.items():
@@ -74,18 +75,19 @@ def test_wrong_numbers_raise_when_compiled():
 
 
 def test_tensors_are_numbers():
-    for name in ["temperature", "lam", "hard_ratio", "ce_weight", "kd_weight"]:
+    for name in ["temperature", "lam", "hard_ratio", "ce_weight", "kd_weight", "beta"]:
         for tensor in [torch.tensor(0.75), torch.tensor([0.75], dtype=torch.float16)]:
-            actual = atkd.atkd_loss(*DATA, **{name: tensor})
-            assert torch.equal(actual, atkd.atkd_loss(*DATA, **{name: 0.75}))
-            traced = torch.func.grad(lambda x: atkd.atkd_loss(x, *DATA[1:], **{name: tensor}))
+            settings, expected_settings = ({"divergence": "jsd", name: x} for x in [tensor, 0.75])
+            actual = atkd.atkd_loss(*DATA, **settings)
+            assert torch.equal(actual, atkd.atkd_loss(*DATA, **expected_settings))
+            traced = torch.func.grad(lambda x: atkd.atkd_loss(x, *DATA[1:], **settings))
             leaf = DATA[0].clone().requires_grad_()
-            expected = gradient(atkd.atkd_loss(leaf, *DATA[1:], **{name: 0.75}), leaf)
+            expected = gradient(atkd.atkd_loss(leaf, *DATA[1:], **expected_settings), leaf)
             assert torch.equal(traced(DATA[0]), expected)
 
 
 def test_numbers_of_the_operator():
-    numbers = torch.tensor([0.3, 0.4, 2.0, 0.5, 0.6], dtype=torch.float64)
+    numbers = torch.tensor([0.3, 0.4, 2.0, 0.5, 0.6, 0.1], dtype=torch.float64)
     arguments = (*DATA, None, None, True, False, *SETTINGS)
     loss, *_ = torch.ops.atkd.loss(*arguments, numbers)
     expected = atkd.atkd_loss(
@@ -95,5 +97,5 @@ def test_numbers_of_the_operator():
     student = DATA[0].clone().requires_grad_()
     torch.library.opcheck(torch.ops.atkd.loss.default, (student, *arguments[1:], numbers))
     for wrong in [numbers.float(), numbers[:4]]:
-        with pytest.raises(ValueError, match="numbers are .* must be torch.float64 \\[5\\]"):
+        with pytest.raises(ValueError, match="numbers are .* must be torch.float64 \\[6\\]"):
             torch.ops.atkd.loss(*arguments, wrong)

@@ -15,13 +15,15 @@ CHANGES = {
     "lam": (0.3, {"easy", "hard"}),
     "hard_ratio": (0.4, {"hard_ratio"}),
     "temperature": (2.0, {"temperature"}),
-    "objective": ("kl", {"easy", "hard"}),
+    "objective": ("plain", {"easy", "hard", "plain"}),
     "target": ("teacher", {"target"}),
     "reduction": ("sum", {"reduction"}),
     "ignore_index": (-1, {"ignore_index"}),
     "ce_weight": (0.5, {"ce_weight"}),
     "kd_weight": (0.5, {"kd_weight"}),
     "temperature_squared": (True, {"temperature_squared"}),
+    "divergence": ("tvd", {"divergence"}),
+    "beta": (0.1, set()),
 }
 
 # The upstream gradient, which autograd brings.
@@ -50,7 +52,18 @@ def test_every_setting_of_rust_can_be_set():
         changed |= expected
     assert changed == set(default)
     assert CHANGES.keys() == DEFAULTS.keys() == Settings.__annotations__.keys()
-    assert NUMBERS == ("lam", "hard_ratio", "temperature", "ce_weight", "kd_weight")
+    assert NUMBERS == ("lam", "hard_ratio", "temperature", "ce_weight", "kd_weight", "beta")
+
+
+def test_beta_is_of_the_divergence():
+    def of(divergence, beta):
+        return repr(_atkd.Objective(**{**DEFAULTS, "divergence": divergence, "beta": beta}))
+
+    for divergence in ["jsd", "skew-kl", "skew-reverse-kl"]:
+        assert of(divergence, 0.1) != of(divergence, 0.5)
+        assert "0.1" in fields(_atkd.Objective(**{**DEFAULTS, "divergence": divergence, "beta": 0.1}))["divergence"]
+    for divergence in ["forward-kl", "reverse-kl", "tvd"]:
+        assert of(divergence, 0.1) == of(divergence, 0.5)
 
 
 def test_functions_show_their_settings():
@@ -78,5 +91,5 @@ def test_settings_by_position():
     module = atkd.ATKDLoss(*[CHANGES[name][0] for name in list(DEFAULTS)[:9]])
     assert [module.settings[name] for name in DEFAULTS][:9] == [value for value, _ in CHANGES.values()][:9]
     data = batch(4, 30, ignored=False)
-    given = {name: value for name, (value, _) in CHANGES.items() if name != "temperature_squared"}
+    given = {name: CHANGES[name][0] for name in list(DEFAULTS)[:9]}
     assert torch.equal(module(*data), atkd.atkd_loss(*data, **given))

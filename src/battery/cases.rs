@@ -261,6 +261,14 @@ pub(super) fn temperatures() -> Vec<Case> {
 }
 
 /// Students that have all but learnt.
+pub(super) fn close_model(tokens: usize, vocab: usize, difference: f32) -> Case {
+    let mut case = random(tokens, vocab, 42);
+    for (b, a) in case.student.iter_mut().zip(&case.teacher) {
+        *b = a + difference * *b;
+    }
+    case
+}
+
 pub(super) fn close_models() -> Vec<Case> {
     let mut cases = Vec::new();
     for difference in [1e-1, 1e-2, 1e-3, 1e-4] {
@@ -270,10 +278,7 @@ pub(super) fn close_models() -> Vec<Case> {
                 for (name, objective) in [("kl", Objective::kl()), ("atkd", Objective::default())] {
                     let objective =
                         objective.with_temperature_squared(true).with_temperature(temperature);
-                    let mut case = random(tokens, vocab, 42).with(objective);
-                    for (b, a) in case.student.iter_mut().zip(&case.teacher) {
-                        *b = a + difference * *b;
-                    }
+                    let case = close_model(tokens, vocab, difference).with(objective);
                     cases.push(case.named(format!(
                         "{difference:e} apart, temperature {temperature} squared, V = {vocab}, {name}"
                     )));
@@ -286,6 +291,21 @@ pub(super) fn close_models() -> Vec<Case> {
 
 /// Teachers that are sure of a token which is not the target, and students that agree: probabilities near 1
 /// whose difference is the gradient.
+pub(super) fn sure_teacher(tokens: usize, vocab: usize) -> Case {
+    let mut random = fastrand::Rng::with_seed(vocab as u64);
+    let mut case = self::random(tokens, vocab, 43);
+    let rows = case.teacher.chunks_mut(vocab).zip(case.student.chunks_mut(vocab));
+    for (i, (a, b)) in rows.enumerate() {
+        a.iter_mut().for_each(|z| *z = 4.0 * random.f32() - 2.0);
+        let sure = (case.labels[i] as usize + 1 + random.usize(0..vocab - 1)) % vocab;
+        a[sure] = 6.0 + 14.0 * random.f32();
+        for (b, a) in b.iter_mut().zip(&*a) {
+            *b = a + random.f32() - 0.5;
+        }
+    }
+    case
+}
+
 pub(super) fn sure_teachers() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, objective) in [
@@ -297,18 +317,8 @@ pub(super) fn sure_teachers() -> Vec<Case> {
         for vocab in [17, 257, 1000, 5003] {
             let tokens = if vocab == 5003 { 3 } else { 24 };
             for dtype in [Dtype::F32, Dtype::Bf16] {
-                let mut random = fastrand::Rng::with_seed(vocab as u64);
-                let mut case = self::random(tokens, vocab, 43).with(objective.clone());
-                case = case.dtypes(dtype, dtype, Dtype::F32);
-                let rows = case.teacher.chunks_mut(vocab).zip(case.student.chunks_mut(vocab));
-                for (i, (a, b)) in rows.enumerate() {
-                    a.iter_mut().for_each(|z| *z = 4.0 * random.f32() - 2.0);
-                    let sure = (case.labels[i] as usize + 1 + random.usize(0..vocab - 1)) % vocab;
-                    a[sure] = 6.0 + 14.0 * random.f32();
-                    for (b, a) in b.iter_mut().zip(&*a) {
-                        *b = a + random.f32() - 0.5;
-                    }
-                }
+                let case = sure_teacher(tokens, vocab).with(objective.clone());
+                let case = case.dtypes(dtype, dtype, Dtype::F32);
                 cases.push(case.named(format!("V = {vocab}, {dtype}, {name}")));
             }
         }

@@ -1,7 +1,9 @@
 //! The errors that a backend is allowed, and the comparison of its results with exact ones. Other tests than the
 //! battery use it too.
 
-use crate::{Dtype, Objective, Output};
+use crate::objective::Family;
+use crate::reference::{self, Softmax, Split, Weights, defined, widen};
+use crate::{Batch, Dtype, Logits, Objective, Output, Result};
 
 /// The error allowed to a loss of ordinary logits, those up to 50 in size: 1e-6 relative + 2e-7 `unit`, where `unit` is
 /// T^2 if that multiplies the distillation terms and is above 1, else 1.
@@ -28,6 +30,71 @@ pub fn term_within(exact: f64, unit: f64) -> f64 {
 pub fn gradient_floor(objective: &Objective, weight: f64, valid: usize) -> f64 {
     let scale = objective.reduction_scale(valid) * objective.upstream_gradient().abs();
     5e-7 * weight * scale / objective.temperature()
+}
+
+/// The relative difference of two probabilities up to which total variation may have any of its subgradients.
+const TIE: f64 = 2e-6;
+
+/// What may be between two gradients of one batch, as `[tokens, vocab]`, because total variation has a kink where p = q:
+/// within rounding of it, that is up to a relative difference of 2e-6, a subgradient is any number between the two slopes.
+/// 0 everywhere for other divergences, and for models that are equal to the bit.
+///
+/// A token or class in that band changes its own element of the gradient, and by way of the mean of all slopes those of
+/// its row by their share of the band's probability. `exact` is what the reference returns.
+///
+/// # Errors
+/// Those of the reference.
+pub fn ties(
+    objective: &Objective,
+    batch: &Batch,
+    student: Logits,
+    exact: &Output,
+) -> Result<Vec<f64>> {
+    let vocab = student.vocab();
+    let mut allowed = vec![0.0; student.tokens() * vocab];
+    if objective.divergence().family() != Family::TotalVariation {
+        return Ok(allowed);
+    }
+    let valid = exact.tokens.iter().filter(|token| token.valid).count();
+    let scale = objective.reduction_scale(valid) * objective.upstream_gradient().abs()
+        / objective.temperature();
+    for (token, target) in reference::targets(objective, batch)?.into_iter().enumerate() {
+        let Some(target) = target else { continue };
+        let (a, b) = (widen(batch.teacher().row(token)), widen(student.row(token)));
+        if a == b || !defined(&a) || !defined(&b) {
+            continue;
+        }
+        let weights =
+            Weights::new(objective, exact.tokens[token].uncertainty, exact.tokens[token].hard);
+        let row = &mut allowed[token * vocab..][..vocab];
+        let [p, q] = [&a, &b].map(|row| Split::new(row, objective.temperature(), target));
+        let classes = reach(p.log_rest, q.log_rest).max(reach(p.log_target, q.log_target));
+        let of_margin = 2.0 * weights.tkd.abs() * classes * (q.log_rest + q.log_target).exp();
+        for (j, (allowed, log_q)) in row.iter_mut().zip(&q.rest.log).enumerate() {
+            *allowed += scale * of_margin * if j == target { 1.0 } else { log_q.exp() };
+        }
+        let [whole_p, whole_q] = [a, b].map(|row| Softmax::new(row, objective.temperature()));
+        for (weight, p, q) in [(weights.dkd, &p.rest, &q.rest), (weights.plain, &whole_p, &whole_q)]
+        {
+            let both = || p.log.iter().zip(&q.log);
+            let band: f64 = both().map(|(&p, &q)| reach(p, q) * q.exp()).sum();
+            for (allowed, (&p, &q)) in row.iter_mut().zip(both()) {
+                *allowed += scale * weight.abs() * q.exp() * (reach(p, q) + band);
+            }
+        }
+    }
+    Ok(allowed)
+}
+
+/// The size of the change from the exact slope of |p - q| / 2 to any other that is allowed.
+fn reach(log_p: f64, log_q: f64) -> f64 {
+    if log_p == log_q {
+        0.5
+    } else if -(-(log_p - log_q).abs()).exp_m1() <= TIE {
+        1.0
+    } else {
+        0.0
+    }
 }
 
 /// The error allowed to an element of a gradient in `dtype`. `largest` is the largest size of an element of its row,
@@ -112,6 +179,18 @@ impl Worst {
             }
         }
     }
+}
+
+/// True if an element of a gradient may be infinite in `dtype` because it, or a number within what is allowed, rounds to
+/// that.
+pub fn overflows(dtype: Dtype, exact: f64, allowed: f64) -> bool {
+    // Half a unit in the last place above the largest finite number.
+    let limit = match dtype {
+        Dtype::F32 => return beyond_float32(exact),
+        Dtype::F16 => 65520.0,
+        Dtype::Bf16 => 511.0 * 2.0_f64.powi(119),
+    };
+    exact.abs() + allowed >= limit
 }
 
 fn beyond_float32(value: f64) -> bool {

@@ -4,11 +4,11 @@ use super::case::{Case, random};
 use crate::{Dtype, Objective, Result};
 
 /// A change to the rows of teacher and student, of which 3 is the target.
-type Edit = fn(&mut [f32], &mut [f32]);
+pub(super) type Edit = fn(&mut [f32], &mut [f32]);
 
-const MASK: f32 = f32::NEG_INFINITY;
+pub(super) const MASK: f32 = f32::NEG_INFINITY;
 
-const EDGES: &[(&str, Edit)] = &[
+pub(super) const EDGES: &[(&str, Edit)] = &[
     ("confident teacher", |a, _| a[3] = 43.0),
     ("hopeless teacher", |a, _| a[3] = -37.0),
     ("confident student", |_, b| b[3] = 43.0),
@@ -157,6 +157,14 @@ fn hopeless_to_the_end(z: &mut [f32]) {
     (z[3], z[12], z[13]) = (-87.2, 0.0, 0.0);
 }
 
+/// The case with its finite logits in float16's range, infinities and NaN as they are.
+pub(super) fn within_float16(mut case: Case) -> Case {
+    for z in case.teacher.iter_mut().chain(&mut case.student) {
+        *z = if z.is_finite() { z.clamp(-65504.0, 65504.0) } else { *z };
+    }
+    case
+}
+
 pub(super) fn edges() -> Vec<Case> {
     let mut cases = Vec::new();
     let ce = |objective: Objective| objective.with_ce_weight(0.5);
@@ -180,11 +188,7 @@ pub(super) fn edges() -> Vec<Case> {
                 cases.push(case.clone().named(format!("{edge}, V = {vocab}, {name}")));
                 if vocab == 40 {
                     for dtype in [Dtype::F16, Dtype::Bf16] {
-                        // A mask of float16's least finite value; infinities and NaN as they are.
-                        let mut case = case.clone();
-                        for z in case.teacher.iter_mut().chain(&mut case.student) {
-                            *z = if z.is_finite() { z.clamp(-65504.0, 65504.0) } else { *z };
-                        }
+                        let case = within_float16(case.clone());
                         let case = case.named(format!("{edge}, {dtype}, {name}"));
                         cases.push(case.dtypes(dtype, dtype, dtype));
                     }
@@ -205,7 +209,7 @@ pub(super) fn edges() -> Vec<Case> {
 }
 
 /// Stand-ins for -inf where that is not to be had: float16's lowest and the customary ones.
-const FINITE_MASKS: [f32; 5] = [-1e4, -65504.0, -1e9, -1e30, f32::MIN];
+pub(super) const FINITE_MASKS: [f32; 5] = [-1e4, -65504.0, -1e9, -1e30, f32::MIN];
 
 /// Objectives for rows of unusual size: every term, at temperatures that make more and less of them.
 fn at_temperatures() -> [(&'static str, Result<Objective>); 3] {
@@ -221,14 +225,18 @@ fn at_temperatures() -> [(&'static str, Result<Objective>); 3] {
 }
 
 /// The odd row in the middle of others, which must stay right, target 3.
-fn odd_row(objective: &Result<Objective>, vocab: usize, edit: impl Fn([&mut [f32]; 2])) -> Case {
+pub(super) fn odd_row(
+    objective: &Result<Objective>,
+    vocab: usize,
+    edit: impl Fn([&mut [f32]; 2]),
+) -> Case {
     let mut case = random(3, vocab, 23).with(objective.clone());
     case.labels.fill(3);
     edit([&mut case.teacher[vocab..][..vocab], &mut case.student[vocab..][..vocab]]);
     case
 }
 
-const MODELS: [(&str, [bool; 2]); 3] =
+pub(super) const MODELS: [(&str, [bool; 2]); 3] =
     [("teacher", [true, false]), ("student", [false, true]), ("both", [true, true])];
 
 pub(super) fn finite_masks() -> Vec<Case> {

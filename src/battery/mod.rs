@@ -9,11 +9,13 @@
 //! | TKD, DKD, UNC, margin, loss of a token | 2e-6 (1 + \|value\|), of the loss 2e-6 T^2 likewise |
 //! | float32 gradient | 1e-6 of the row's largest + 5e-7 (kd_weight [T^2] + ce_weight) scale / T |
 //! | float16 and bfloat16 gradient | that, plus half a unit in the last place of the exact gradient |
-//! | selection of valid and hard tokens; NaN and infinities | none, but a value beyond float32 may be infinite |
+//! | gradient of total variation | that, and any subgradient where \|p - q\| <= 2e-6 max(p, q): [`compare::ties`] |
+//! | selection of valid and hard tokens; NaN and infinities | none, but a value beyond its dtype may be infinite |
 
 mod case;
 mod cases;
 pub mod compare;
+mod divergences;
 mod edges;
 mod paper;
 pub mod settings;
@@ -26,8 +28,9 @@ use cases::{
     close_models, objective_cases, objectives, selections, shapes, sure_teachers, temperatures,
 };
 use compare::Worst;
+use divergences::{DIVERGENCES, all_objectives};
 use edges::{edges, finite_masks, magnitudes};
-use paper::{PAPER_TOKENS, by_the_paper, differences, identities, paper};
+use paper::{PAPER_TOKENS, by_the_paper, differences, identities, paper, textbook_terms};
 
 /// [`reference::forward_backward`] with the gradient rounded to the dtype that is asked for.
 pub fn reference_backend(
@@ -86,7 +89,7 @@ pub fn assert_all_pass(checks: &[Check]) {
 type Group = (&'static str, fn() -> Vec<Case>);
 
 /// The cases that a backend runs.
-const GROUPS: [Group; 9] = [
+const GROUPS: [Group; 17] = [
     ("shapes, dtypes, strides", shapes),
     ("objectives", objective_cases),
     ("selection", selections),
@@ -96,6 +99,14 @@ const GROUPS: [Group; 9] = [
     ("temperatures", temperatures),
     ("close models", close_models),
     ("sure teachers", sure_teachers),
+    ("divergences: shapes, dtypes", divergences::shapes),
+    ("divergences: objectives", divergences::objectives),
+    ("divergences: edge cases", divergences::edges),
+    ("divergences: finite masks", divergences::finite_masks),
+    ("divergences: magnitudes", divergences::magnitudes),
+    ("divergences: temperatures", divergences::temperatures),
+    ("divergences: close models", divergences::close_models),
+    ("divergences: sure teachers", divergences::sure_teachers),
 ];
 
 /// Runs every case on a backend, a function as
@@ -112,14 +123,18 @@ pub fn run(
     };
     let caught =
         |worst: Result<Worst>| worst.unwrap_or_else(|e| Worst::fail(format!("error: {e}")));
-    for (name, objective) in objectives() {
+    for (name, objective) in differentiated() {
         // Differences cannot see the teacher's arg max in place of labels; identities need labels.
         let case = random(4, 7, 31).with(objective.map(|o| o.with_target(Target::Label)));
-        add("reference: finite differences", name.into(), caught(differences(&case)));
+        add("reference: finite differences", name, caught(differences(&case)));
     }
-    for seed in 0..8 {
+    for seed in 0..SEEDS {
         let case = random(3, 23, seed);
-        add("reference: textbook identities", format!("seed {seed}"), caught(identities(&case)));
+        for (name, divergence) in DIVERGENCES {
+            let worst = caught(textbook_terms(&case, divergence));
+            add("reference: textbook terms", format!("{name}, seed {seed}"), worst);
+        }
+        add("reference: identities", format!("seed {seed}"), caught(identities(&case)));
     }
     for paper in paper() {
         for tokens in PAPER_TOKENS {
@@ -136,10 +151,19 @@ pub fn run(
     checks
 }
 
+/// Seeds of the cases by which the reference is compared with textbook formulas.
+const SEEDS: u64 = 8;
+
+/// The objectives whose gradient is compared with finite differences.
+fn differentiated() -> Vec<(String, Result<Objective>)> {
+    let forward = objectives().into_iter().map(|(name, objective)| (name.into(), objective));
+    forward.chain(all_objectives()).collect()
+}
+
 /// Cases that [`run`] goes through, for a progress bar.
 pub fn len() -> usize {
-    objectives().len()
-        + 8
+    differentiated().len()
+        + SEEDS as usize * (DIVERGENCES.len() + 1)
         + paper().len() * PAPER_TOKENS.len()
         + GROUPS.iter().map(|(_, cases)| cases().len()).sum::<usize>()
 }

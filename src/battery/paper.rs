@@ -3,23 +3,44 @@
 use super::case::{Case, random};
 use super::cases::decoupled;
 use super::compare::Worst;
-use crate::{Batch, Logits, Objective, Reduction, Result, reference};
+use crate::{Batch, Divergence, Logits, Objective, Output, Reduction, Result, reference};
 
-/// KL divergence and cross entropy by their textbook formulas, of logits of ordinary size.
-fn textbook(a: &[f64], b: &[f64], target: usize) -> [f64; 5] {
+/// The divergences by their definitions.
+fn defined(divergence: Divergence, p: &[f64], q: &[f64]) -> f64 {
+    let kl = |p: &[f64], q: &[f64]| -> f64 { p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum() };
+    let mixed = |share: f64, p: &[f64], q: &[f64]| -> Vec<f64> {
+        p.iter().zip(q).map(|(p, q)| share * p + (1.0 - share) * q).collect()
+    };
+    match divergence {
+        Divergence::ForwardKl => kl(p, q),
+        Divergence::ReverseKl => kl(q, p),
+        Divergence::Jsd { beta } => {
+            let m = mixed(beta, p, q);
+            beta * kl(p, &m) + (1.0 - beta) * kl(q, &m)
+        }
+        Divergence::TotalVariation => {
+            p.iter().zip(q).map(|(p, q)| (p - q).abs()).sum::<f64>() / 2.0
+        }
+        Divergence::SkewKl { alpha } => kl(p, &mixed(alpha, p, q)),
+        Divergence::SkewReverseKl { alpha } => kl(q, &mixed(alpha, q, p)),
+    }
+}
+
+/// UNC, TKD, DKD, the plain divergence and cross entropy by their textbook formulas, of logits of ordinary size.
+fn textbook(divergence: Divergence, a: &[f64], b: &[f64], target: usize) -> [f64; 5] {
     let softmax = |logits: &[f64]| -> Vec<f64> {
         let sum: f64 = logits.iter().map(|z| z.exp()).sum();
         logits.iter().map(|z| z.exp() / sum).collect()
     };
     let (p, q) = (softmax(a), softmax(b));
-    let kl = |p: &[f64], q: &[f64]| -> f64 { p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum() };
+    let of = |p: &[f64], q: &[f64]| defined(divergence, p, q);
     let renormalised = |p: &[f64]| -> Vec<f64> {
         let others = p.iter().enumerate().filter(|&(j, _)| j != target);
         others.map(|(_, p_j)| p_j / (1.0 - p[target])).collect()
     };
-    let tkd = kl(&[p[target], 1.0 - p[target]], &[q[target], 1.0 - q[target]]);
-    let dkd = kl(&renormalised(&p), &renormalised(&q));
-    [1.0 - p[target], tkd, dkd, kl(&p, &q), -q[target].ln()]
+    let tkd = of(&[p[target], 1.0 - p[target]], &[q[target], 1.0 - q[target]]);
+    let dkd = of(&renormalised(&p), &renormalised(&q));
+    [1.0 - p[target], tkd, dkd, of(&p, &q), -q[target].ln()]
 }
 
 /// The reference's gradient against central differences of its loss.
@@ -50,12 +71,15 @@ pub(super) fn differences(case: &Case) -> Result<Worst> {
     Ok(worst)
 }
 
-/// The reference's terms against textbook formulas, KL = TKD + UNC DKD, and rows shifted by a constant.
-pub(super) fn identities(case: &Case) -> Result<Worst> {
+/// The reference's terms against textbook formulas, and rows shifted by a constant.
+pub(super) fn textbook_terms(case: &Case, divergence: Divergence) -> Result<Worst> {
     let vocab = case.vocab;
     let batch = Batch::new(Logits::new(&case.teacher, case.tokens(), vocab)?, &case.labels)?;
     let student = Logits::new(&case.student, case.tokens(), vocab)?;
-    let (output, gradient) = reference::forward_backward(&case.objective, &batch, student)?;
+    let objective = Objective::default().with_divergence(divergence)?;
+    let (output, gradient) = reference::forward_backward(&objective, &batch, student)?;
+    let plain = Objective::plain().with_divergence(divergence)?;
+    let (plain, plain_gradient) = reference::forward_backward(&plain, &batch, student)?;
     // Cross entropy is no term of its own: it is the loss where nothing else has a weight.
     let alone = Objective::tkd().with_kd_weight(0.0)?.with_ce_weight(1.0)?;
     let cross_entropy = reference::forward(&alone, &batch, student)?;
@@ -64,27 +88,132 @@ pub(super) fn identities(case: &Case) -> Result<Worst> {
     let rows = |token: usize| wide(&case.student[token * vocab..][..vocab]);
     for (i, token) in output.tokens.iter().enumerate() {
         let teacher = wide(&case.teacher[i * vocab..][..vocab]);
-        let [uncertainty, tkd, dkd, kl, ce] = textbook(&teacher, &rows(i), case.labels[i] as usize);
+        let [uncertainty, tkd, dkd, whole, ce] =
+            textbook(divergence, &teacher, &rows(i), case.labels[i] as usize);
         for (what, actual, expected) in [
             ("UNC", token.uncertainty, uncertainty),
             ("TKD", token.tkd, tkd),
             ("DKD", token.dkd, dkd),
-            ("TKD + UNC DKD", token.tkd + token.uncertainty * token.dkd, kl),
+            ("plain divergence", plain.tokens[i].loss, whole),
             ("cross entropy", cross_entropy.tokens[i].loss, ce),
         ] {
-            worst.add(
-                || format!("{what} of token {i}"),
-                actual,
-                expected,
-                1e-12 * (1.0 + expected),
-            );
+            let allowed = 1e-12 * (1.0 + expected);
+            worst.add(|| format!("{what} of token {i}"), actual, expected, allowed);
         }
-        let sum: f64 = gradient[i * vocab..][..vocab].iter().sum();
-        worst.add(|| format!("sum of gradient[{i}]"), sum, 0.0, 1e-14);
+        for gradient in [&gradient, &plain_gradient] {
+            let sum: f64 = gradient[i * vocab..][..vocab].iter().sum();
+            worst.add(|| format!("sum of gradient[{i}]"), sum, 0.0, 1e-14);
+        }
     }
     let shifted = |token: usize| rows(token).iter().map(|z| z + 17.25 * token as f64).collect();
-    let shifted = reference::compute(&case.objective, &batch, shifted, None)?.loss;
+    let shifted = reference::compute(&objective, &batch, shifted, None)?.loss;
     worst.add(|| "loss of shifted rows".into(), shifted, output.loss, 1e-12 * (1.0 + output.loss));
+    Ok(worst)
+}
+
+/// What holds between divergences, and between the plain ones and their parts.
+pub(super) fn identities(case: &Case) -> Result<Worst> {
+    let (tokens, vocab) = (case.tokens(), case.vocab);
+    let models = [&case.teacher, &case.student];
+    let run = |objective: Objective, [teacher, student]: [&Vec<f32>; 2]| {
+        let batch = Batch::new(Logits::new(teacher, tokens, vocab)?, &case.labels)?;
+        reference::forward_backward(&objective, &batch, Logits::new(student, tokens, vocab)?)
+    };
+    let plain = |divergence, models| run(Objective::plain().with_divergence(divergence)?, models);
+    let atkd = |divergence| run(Objective::default().with_divergence(divergence)?, models);
+    let losses = |output: &Output| output.tokens.iter().map(|token| token.loss).collect::<Vec<_>>();
+    let mut worst = Worst::none();
+    let mut equal = |what: &str, actual: &[f64], expected: &[f64], allowed: f64| {
+        for (i, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+            worst.add(|| format!("{what} [{i}]"), *actual, *expected, allowed);
+        }
+    };
+
+    // The loss of a sum of parts, and the gradient too where the weight of DKD is none of the student's.
+    let parts = |output: &Output, weights: &Output| -> Vec<f64> {
+        let tokens = output.tokens.iter().zip(&weights.tokens);
+        tokens.map(|(token, weight)| token.tkd + weight.uncertainty * token.dkd).collect()
+    };
+    let (forward, forward_gradient) = plain(Divergence::ForwardKl, models)?;
+    equal("forward KL = TKD + UNC DKD", &losses(&forward), &parts(&forward, &forward), 1e-12);
+    let (reverse, reverse_gradient) = plain(Divergence::ReverseKl, models)?;
+    let (of_student, _) = plain(Divergence::ForwardKl, [&case.student; 2])?;
+    equal("reverse KL = TKD + s DKD", &losses(&reverse), &parts(&reverse, &of_student), 1e-12);
+
+    // The ends of the ranges of beta and alpha are KL divergences, and nothing jumps there.
+    for (what, limit, end, near) in [
+        (
+            "JSD(0)",
+            (&forward, &forward_gradient),
+            Divergence::Jsd { beta: 0.0 },
+            Divergence::Jsd { beta: 1e-9 },
+        ),
+        (
+            "JSD(1)",
+            (&reverse, &reverse_gradient),
+            Divergence::Jsd { beta: 1.0 },
+            Divergence::Jsd { beta: 1.0 - 1e-9 },
+        ),
+        (
+            "skew KL(0)",
+            (&forward, &forward_gradient),
+            Divergence::SkewKl { alpha: 0.0 },
+            Divergence::SkewKl { alpha: 1e-12 },
+        ),
+        (
+            "skew reverse KL(0)",
+            (&reverse, &reverse_gradient),
+            Divergence::SkewReverseKl { alpha: 0.0 },
+            Divergence::SkewReverseKl { alpha: 1e-12 },
+        ),
+    ] {
+        let (at_end, at_end_gradient) = plain(end, models)?;
+        equal(what, &losses(&at_end), &losses(limit.0), 0.0);
+        equal(what, &at_end_gradient, limit.1, 0.0);
+        let (nearby, nearby_gradient) = plain(near, models)?;
+        // JSD(beta) is of the size of beta (1 - beta).
+        let size = if let Divergence::Jsd { .. } = near { 1e-9 } else { 1.0 };
+        let scaled = |values: &[f64]| values.iter().map(|x| x / size).collect::<Vec<_>>();
+        equal(&format!("near {what}"), &scaled(&losses(&nearby)), &losses(limit.0), 2e-5);
+        equal(&format!("near {what}"), &scaled(&nearby_gradient), limit.1, 2e-5);
+    }
+
+    // Exchanging the models turns one divergence into another.
+    let swapped = [&case.student, &case.teacher];
+    for (what, one, other) in [
+        ("forward and reverse KL", Divergence::ForwardKl, Divergence::ReverseKl),
+        ("JSD", Divergence::Jsd { beta: 0.5 }, Divergence::Jsd { beta: 0.5 }),
+        ("JSD, its beta", Divergence::Jsd { beta: 0.25 }, Divergence::Jsd { beta: 0.75 }),
+        ("TVD", Divergence::TotalVariation, Divergence::TotalVariation),
+        (
+            "skew KL and skew reverse KL",
+            Divergence::SkewKl { alpha: 0.25 },
+            Divergence::SkewReverseKl { alpha: 0.25 },
+        ),
+    ] {
+        let (one, other) = (plain(one, models)?.0, plain(other, swapped)?.0);
+        equal(&format!("models exchanged, {what}"), &losses(&one), &losses(&other), 1e-13);
+    }
+
+    // Bounds, and 0 of equal models.
+    let ln = |x: f64| -x.ln();
+    let entropy = |beta: f64| beta * ln(beta) + (1.0 - beta) * ln(1.0 - beta);
+    for (what, divergence, bound) in [
+        ("JSD(0.5)", Divergence::Jsd { beta: 0.5 }, entropy(0.5)),
+        ("JSD(0.1)", Divergence::Jsd { beta: 0.1 }, entropy(0.1)),
+        ("TVD", Divergence::TotalVariation, 1.0),
+        ("skew KL(0.1)", Divergence::SkewKl { alpha: 0.1 }, ln(0.1)),
+        ("skew reverse KL(0.1)", Divergence::SkewReverseKl { alpha: 0.1 }, ln(0.1)),
+        ("reverse KL", Divergence::ReverseKl, f64::MAX),
+    ] {
+        let mut values = losses(&plain(divergence, models)?.0);
+        values.extend(atkd(divergence)?.0.tokens.iter().flat_map(|token| [token.tkd, token.dkd]));
+        let clamped: Vec<f64> = values.iter().map(|value| value.clamp(0.0, bound)).collect();
+        equal(&format!("{what}, at most {bound}"), &values, &clamped, 1e-15);
+        let (same, mut values) = plain(divergence, [&case.teacher; 2])?;
+        values.extend(losses(&same));
+        equal(&format!("{what} of equal models"), &values, &vec![0.0; values.len()], 1e-15);
+    }
     Ok(worst)
 }
 
@@ -95,9 +224,10 @@ pub(super) const PAPER_TOKENS: [usize; 4] = [1, 4, 5, 12];
 pub(super) struct Paper {
     pub name: &'static str,
     objective: Result<Objective>,
+    divergence: Divergence,
     temperature: f64,
     hard_ratio: f64,
-    /// A token's loss from its textbook [UNC, TKD, DKD, KL, CE] and whether it is hard.
+    /// A token's loss from its textbook [UNC, TKD, DKD, plain divergence, CE] and whether it is hard.
     token: fn([f64; 5], bool) -> f64,
     /// The divisor of the sum over so many valid tokens.
     divisor: fn(f64) -> f64,
@@ -109,6 +239,7 @@ pub(super) fn paper() -> Vec<Paper> {
     let row = |name, objective, token| Paper {
         name,
         objective,
+        divergence: Divergence::ForwardKl,
         temperature: 1.0,
         hard_ratio: 0.5,
         token,
@@ -120,6 +251,11 @@ pub(super) fn paper() -> Vec<Paper> {
         hard_ratio,
         ..row(name, atkd.with_hard_ratio(hard_ratio), atkd_token)
     };
+    let by = |name, objective: Objective, token, divergence| Paper {
+        divergence,
+        ..row(name, objective.with_divergence(divergence), token)
+    };
+    let plain: fn([f64; 5], bool) -> f64 = |[.., plain, _], _| plain;
     let reduced = |name, reduction, divisor| Paper {
         divisor,
         ..row(name, atkd.with_reduction(reduction), atkd_token)
@@ -129,7 +265,7 @@ pub(super) fn paper() -> Vec<Paper> {
         row("atkd, lambda 0.3", Objective::atkd(0.3), |[_, tkd, dkd, ..], hard| {
             if hard { 0.7 * (tkd + dkd) } else { 0.3 * dkd }
         }),
-        row("kl", Ok(kl), |[.., kl, _], _| kl),
+        row("kl", Ok(kl), plain),
         row("tkd", Ok(Objective::tkd()), |[_, tkd, ..], _| tkd),
         row("dkd", Ok(Objective::dkd()), |[_, _, dkd, ..], _| dkd),
         row("decoupled", decoupled((0.9, 0.1), (0.25, 0.75)), |[_, tkd, dkd, ..], hard| {
@@ -140,10 +276,7 @@ pub(super) fn paper() -> Vec<Paper> {
             kl.with_ce_weight(0.7).and_then(|o| o.with_kd_weight(0.3)),
             |[.., kl, ce], _| 0.3 * kl + 0.7 * ce,
         ),
-        Paper {
-            temperature: 2.0,
-            ..row("temperature 2", kl.with_temperature(2.0), |[.., kl, _], _| kl)
-        },
+        Paper { temperature: 2.0, ..row("temperature 2", kl.with_temperature(2.0), plain) },
         Paper {
             temperature: 2.0,
             ..row(
@@ -152,6 +285,21 @@ pub(super) fn paper() -> Vec<Paper> {
                 |[.., kl, _], _| 4.0 * kl,
             )
         },
+        by("reverse KL, atkd", atkd, atkd_token, Divergence::ReverseKl),
+        by("reverse KL, plain", Objective::plain(), plain, Divergence::ReverseKl),
+        by("JSD, atkd", atkd, atkd_token, Divergence::Jsd { beta: 0.3 }),
+        by("JSD, plain", Objective::plain(), plain, Divergence::Jsd { beta: 0.3 }),
+        by("TVD, atkd", atkd, atkd_token, Divergence::TotalVariation),
+        by("TVD, plain", Objective::plain(), plain, Divergence::TotalVariation),
+        by("skew KL, atkd", atkd, atkd_token, Divergence::SkewKl { alpha: 0.2 }),
+        by("skew KL, plain", Objective::plain(), plain, Divergence::SkewKl { alpha: 0.2 }),
+        by("skew reverse KL, atkd", atkd, atkd_token, Divergence::SkewReverseKl { alpha: 0.2 }),
+        by(
+            "skew reverse KL, plain",
+            Objective::plain(),
+            plain,
+            Divergence::SkewReverseKl { alpha: 0.2 },
+        ),
         at_ratio("hard ratio 0", 0.0),
         at_ratio("hard ratio 0.1", 0.1),
         at_ratio("hard ratio 0.7", 0.7),
@@ -176,8 +324,12 @@ pub(super) fn by_the_paper(paper: &Paper, tokens: usize) -> Result<Worst> {
     let terms: Vec<(usize, [f64; 5])> = (0..tokens)
         .filter(|&i| case.labels[i] != -100)
         .map(|i| {
-            let terms =
-                textbook(&row(&case.teacher, i), &row(&case.student, i), case.labels[i] as usize);
+            let terms = textbook(
+                paper.divergence,
+                &row(&case.teacher, i),
+                &row(&case.student, i),
+                case.labels[i] as usize,
+            );
             (i, terms)
         })
         .collect();

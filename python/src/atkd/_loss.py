@@ -22,7 +22,9 @@ class Stats(NamedTuple):
     uncertainty: Tensor
     """1 - p(target) of the teacher, float32: exactly 1 above a margin of 17.4, so no number to select by."""
     tkd: Tensor
-    """The target part of the KL divergence, float32."""
+    """The target part of the divergence, float32. NaN, as is `dkd`, for `objective="plain"` with `"jsd"`, `"tvd"`,
+    `"skew-kl"` and `"skew-reverse-kl"`, which are not computed from parts.
+    """
     dkd: Tensor
     """The divergence of the renormalised rest, float32."""
     hard: Tensor
@@ -201,7 +203,8 @@ def atkd_loss(
             hard. Not used with `hard`.
         temperature: divides both models' logits, but not for cross entropy.
         temperature_squared: multiplies the distillation terms by the temperature's square.
-        objective: `"atkd"`, `"kl"` (the plain divergence), `"tkd"` or `"dkd"` (one part alone).
+        objective: `"atkd"`, `"plain"` (the divergence over the whole vocabulary), `"kl"` (the plain forward
+            one), `"tkd"` or `"dkd"` (one part alone).
         target: `"label"`, or `"teacher"`: the teacher's arg max splits the distributions.
         selection: hard tokens are those of the `"batch"`, which is the tokens of this call, or of each
             `"sequence"` of `[B, T, V]`. A micro-batch, or a rank's part of a batch, has hard tokens of its
@@ -211,6 +214,12 @@ def atkd_loss(
         ignore_index: tokens with this label are dropped.
         ce_weight: of the student's cross entropy, which is added.
         kd_weight: of the distillation terms.
+        divergence: of the student's q from the teacher's p: `"forward-kl"`, sum p log(p / q); `"reverse-kl"`,
+            sum q log(q / p); `"jsd"`, the generalised Jensen-Shannon divergence of GKD, beta KL(p, m) +
+            (1 - beta) KL(q, m) with m = beta p + (1 - beta) q; `"tvd"`, total variation, sum |p - q| / 2;
+            `"skew-kl"`, KL(p, beta p + (1 - beta) q), and `"skew-reverse-kl"`, KL(q, beta q + (1 - beta) p), of
+            DistiLLM. Reverse KL is infinite, and its gradient NaN, where the teacher alone has a logit of -inf.
+        beta: in [0, 1]. `"jsd"` is forward KL at 0 and reverse KL at 1; the skewed divergences need it below 1.
         num_items_in_batch: for gradient accumulation, the valid tokens of the whole batch: the loss is
             the sum over the valid tokens here, divided by it, which may be any positive number. 0, a
             batch without valid tokens, counts as 1. A tensor on a GPU is not waited for: one that is
@@ -393,6 +402,8 @@ class ATKDLoss(torch.nn.Module):
         kd_weight: Number = DEFAULTS["kd_weight"],
         *,
         temperature_squared: bool = DEFAULTS["temperature_squared"],
+        divergence: str = DEFAULTS["divergence"],
+        beta: Number = DEFAULTS["beta"],
         selection: str = "batch",
         shift_labels: bool = False,
         inplace: bool = False,

@@ -25,6 +25,8 @@ class Settings(TypedDict, total=False):
     ce_weight: Number
     kd_weight: Number
     temperature_squared: bool
+    divergence: str
+    beta: Number
 
 
 DEFAULTS: Dict[str, Any] = _atkd.default_settings()
