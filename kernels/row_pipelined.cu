@@ -663,7 +663,8 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
         }
         using Sweep = SecondSweep<D>;
         epoch += 1;
-        auto of_warps = repacked<Sweep>(shared.warp_states[lane % (CONSUMERS / WARP)]).template state<float>();
+        const PackedState<D> &packed = shared.warp_states[lane % (CONSUMERS / WARP)];
+        auto of_warps = repacked<Sweep>(packed).template state<float>();
         of_warps = merge_warp<false, CONSUMERS / WARP>(of_warps);
         exchange<Sweep>(of_warps, block_terms);
         typename D::Scales scales = shared.scales[0];

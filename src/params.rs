@@ -305,6 +305,33 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct atkd_divergence {
+    pub share: f32,
+    pub rest: f32,
+    pub of_teacher: f32,
+    pub of_student: f32,
+    pub of_ratio: f32,
+    pub plain: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_divergence"][::std::mem::size_of::<atkd_divergence>() - 24usize];
+    ["Alignment of atkd_divergence"][::std::mem::align_of::<atkd_divergence>() - 4usize];
+    ["Offset of field: atkd_divergence::share"]
+        [::std::mem::offset_of!(atkd_divergence, share) - 0usize];
+    ["Offset of field: atkd_divergence::rest"]
+        [::std::mem::offset_of!(atkd_divergence, rest) - 4usize];
+    ["Offset of field: atkd_divergence::of_teacher"]
+        [::std::mem::offset_of!(atkd_divergence, of_teacher) - 8usize];
+    ["Offset of field: atkd_divergence::of_student"]
+        [::std::mem::offset_of!(atkd_divergence, of_student) - 12usize];
+    ["Offset of field: atkd_divergence::of_ratio"]
+        [::std::mem::offset_of!(atkd_divergence, of_ratio) - 16usize];
+    ["Offset of field: atkd_divergence::plain"]
+        [::std::mem::offset_of!(atkd_divergence, plain) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct atkd_rows {
     pub batch: atkd_batch,
     pub objective: atkd_objective,
@@ -326,10 +353,11 @@ pub struct atkd_rows {
     pub clusters: u32,
     pub team: u32,
     pub slice: u32,
+    pub divergence: atkd_divergence,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 336usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 360usize];
     ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
     ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
     ["Offset of field: atkd_rows::objective"]
@@ -363,6 +391,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_rows, clusters) - 324usize];
     ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 328usize];
     ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 332usize];
+    ["Offset of field: atkd_rows::divergence"]
+        [::std::mem::offset_of!(atkd_rows, divergence) - 336usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -383,10 +413,11 @@ pub struct atkd_token_terms {
     pub scale: f64,
     pub mean: u32,
     pub blocks: u32,
+    pub divergence: atkd_divergence,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 288usize];
+    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 312usize];
     ["Alignment of atkd_token_terms"][::std::mem::align_of::<atkd_token_terms>() - 8usize];
     ["Offset of field: atkd_token_terms::batch"]
         [::std::mem::offset_of!(atkd_token_terms, batch) - 0usize];
@@ -420,6 +451,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_token_terms, mean) - 280usize];
     ["Offset of field: atkd_token_terms::blocks"]
         [::std::mem::offset_of!(atkd_token_terms, blocks) - 284usize];
+    ["Offset of field: atkd_token_terms::divergence"]
+        [::std::mem::offset_of!(atkd_token_terms, divergence) - 288usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -602,6 +602,7 @@ fn in_flight_bytes(device: &DeviceProperties, problem: &Problem, blocks_per_row:
 mod tests {
     use super::*;
     use crate::device::kernel::{KERNELS, of_rows};
+    use crate::objective::Family;
 
     const H200: DeviceProperties = DeviceProperties::H200;
     const A100: DeviceProperties = DeviceProperties {
@@ -673,7 +674,7 @@ mod tests {
                     let plan = Plan::new(&H200, &problem, None);
                     let rows = RowKernel::ALL.into_iter().filter_map(|row_kernel| {
                         let plan = Plan::with(&H200, &problem, Preference { row_kernel, team: 0 })?;
-                        Some((of_rows(row_kernel, dtype, dtype, dtype), plan.rows))
+                        Some((of_rows(row_kernel, Family::ForwardKl, [dtype; 3]), plan.rows))
                     });
                     let others = [
                         ("teacher_margin", plan.margin),

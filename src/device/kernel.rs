@@ -4,6 +4,7 @@ use std::ffi::c_void;
 
 use crate::Dtype;
 use crate::call::RawLogits;
+use crate::objective::Family;
 use crate::params::*;
 use crate::plan::{LaunchShape, RowKernel};
 
@@ -52,21 +53,55 @@ macro_rules! with_kernels {
             }
             Rows(atkd_rows) {
                 ATKD_RESIDENT_THREADS ATKD_RESIDENT_BLOCKS Never:
-                    row_resident_f32 row_resident_f16 row_resident_bf16;
+                    row_resident_f32 row_resident_f16 row_resident_bf16 row_resident_f32_reverse_kl
+                    row_resident_f16_reverse_kl row_resident_bf16_reverse_kl row_resident_f32_mixture
+                    row_resident_f16_mixture row_resident_bf16_mixture row_resident_f32_total_variation
+                    row_resident_f16_total_variation row_resident_bf16_total_variation;
                 ATKD_PIPELINED_THREADS ATKD_PIPELINED_BLOCKS Never:
-                    row_pipelined_f32 row_pipelined_f16 row_pipelined_bf16;
+                    row_pipelined_f32 row_pipelined_f16 row_pipelined_bf16 row_pipelined_f32_reverse_kl
+                    row_pipelined_f16_reverse_kl row_pipelined_bf16_reverse_kl row_pipelined_f32_mixture
+                    row_pipelined_f16_mixture row_pipelined_bf16_mixture row_pipelined_f32_total_variation
+                    row_pipelined_f16_total_variation row_pipelined_bf16_total_variation;
                 ATKD_PIPELINED_WIDE_THREADS ATKD_PIPELINED_WIDE_BLOCKS Never:
-                    row_pipelined_wide_f32 row_pipelined_wide_f16 row_pipelined_wide_bf16;
+                    row_pipelined_wide_f32 row_pipelined_wide_f16 row_pipelined_wide_bf16
+                    row_pipelined_wide_f32_reverse_kl row_pipelined_wide_f16_reverse_kl
+                    row_pipelined_wide_bf16_reverse_kl row_pipelined_wide_f32_mixture
+                    row_pipelined_wide_f16_mixture row_pipelined_wide_bf16_mixture
+                    row_pipelined_wide_f32_total_variation row_pipelined_wide_f16_total_variation
+                    row_pipelined_wide_bf16_total_variation;
                 ATKD_STREAM_THREADS ATKD_STREAM_BLOCKS BlocksAndClusters:
                     row_stream_f32_f32_f32 row_stream_f32_f16_f16 row_stream_f32_f16_f32
-                    row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32
-                    row_stream_f16_f32_f32 row_stream_f16_f16_f16 row_stream_f16_f16_f32
-                    row_stream_f16_bf16_bf16 row_stream_f16_bf16_f32
-                    row_stream_bf16_f32_f32 row_stream_bf16_f16_f16 row_stream_bf16_f16_f32
-                    row_stream_bf16_bf16_bf16 row_stream_bf16_bf16_f32;
+                    row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32 row_stream_f16_f32_f32
+                    row_stream_f16_f16_f16 row_stream_f16_f16_f32 row_stream_f16_bf16_bf16
+                    row_stream_f16_bf16_f32 row_stream_bf16_f32_f32 row_stream_bf16_f16_f16
+                    row_stream_bf16_f16_f32 row_stream_bf16_bf16_bf16 row_stream_bf16_bf16_f32
+                    row_stream_f32_f32_f32_reverse_kl row_stream_f32_f16_f16_reverse_kl
+                    row_stream_f32_f16_f32_reverse_kl row_stream_f32_bf16_bf16_reverse_kl
+                    row_stream_f32_bf16_f32_reverse_kl row_stream_f16_f32_f32_reverse_kl
+                    row_stream_f16_f16_f16_reverse_kl row_stream_f16_f16_f32_reverse_kl
+                    row_stream_f16_bf16_bf16_reverse_kl row_stream_f16_bf16_f32_reverse_kl
+                    row_stream_bf16_f32_f32_reverse_kl row_stream_bf16_f16_f16_reverse_kl
+                    row_stream_bf16_f16_f32_reverse_kl row_stream_bf16_bf16_bf16_reverse_kl
+                    row_stream_bf16_bf16_f32_reverse_kl row_stream_f32_f32_f32_mixture
+                    row_stream_f32_f16_f16_mixture row_stream_f32_f16_f32_mixture
+                    row_stream_f32_bf16_bf16_mixture row_stream_f32_bf16_f32_mixture
+                    row_stream_f16_f32_f32_mixture row_stream_f16_f16_f16_mixture
+                    row_stream_f16_f16_f32_mixture row_stream_f16_bf16_bf16_mixture
+                    row_stream_f16_bf16_f32_mixture row_stream_bf16_f32_f32_mixture
+                    row_stream_bf16_f16_f16_mixture row_stream_bf16_f16_f32_mixture
+                    row_stream_bf16_bf16_bf16_mixture row_stream_bf16_bf16_f32_mixture
+                    row_stream_f32_f32_f32_total_variation row_stream_f32_f16_f16_total_variation
+                    row_stream_f32_f16_f32_total_variation row_stream_f32_bf16_bf16_total_variation
+                    row_stream_f32_bf16_f32_total_variation row_stream_f16_f32_f32_total_variation
+                    row_stream_f16_f16_f16_total_variation row_stream_f16_f16_f32_total_variation
+                    row_stream_f16_bf16_bf16_total_variation row_stream_f16_bf16_f32_total_variation
+                    row_stream_bf16_f32_f32_total_variation row_stream_bf16_f16_f16_total_variation
+                    row_stream_bf16_f16_f32_total_variation row_stream_bf16_bf16_bf16_total_variation
+                    row_stream_bf16_bf16_f32_total_variation;
             }
             TokenTerms(atkd_token_terms) {
-                ATKD_TERMS_THREADS ATKD_TERMS_BLOCKS BlocksAndClusters: token_terms;
+                ATKD_TERMS_THREADS ATKD_TERMS_BLOCKS BlocksAndClusters:
+                    token_terms token_terms_reverse_kl token_terms_mixture token_terms_total_variation;
             }
             ScaleGradient(atkd_scale_gradient) {
                 ATKD_SCALE_THREADS ATKD_SCALE_BLOCKS BlocksAndClusters:
@@ -150,14 +185,24 @@ macro_rules! of_dtype {
 }
 pub(crate) use of_dtype;
 
+/// The name of the kernel for the terms of tokens by a divergence.
+pub fn of_terms(family: Family) -> &'static str {
+    match family {
+        Family::ForwardKl => "token_terms",
+        Family::ReverseKl => "token_terms_reverse_kl",
+        Family::Mixture(_) => "token_terms_mixture",
+        Family::TotalVariation => "token_terms_total_variation",
+    }
+}
+
 /// The name of a kernel for rows for logits and a gradient of these types: with the student's if it is of one type, else
-/// with all three.
+/// with all three. The divergence's, where that is not forward KL, comes last.
 pub fn of_rows(
     row_kernel: RowKernel,
-    teacher: Dtype,
-    student: Dtype,
-    gradient: Dtype,
+    family: Family,
+    [teacher, student, gradient]: [Dtype; 3],
 ) -> &'static str {
+    let divergence = of_terms(family).strip_prefix("token_terms").unwrap_or_default();
     let [teacher, student, gradient] = [teacher, student, gradient].map(|dtype| match dtype {
         Dtype::F32 => "_f32",
         Dtype::F16 => "_f16",
@@ -167,7 +212,8 @@ pub fn of_rows(
         name.strip_prefix(row_kernel.name()).is_some_and(|types| {
             let of_all =
                 || types.strip_prefix(teacher)?.strip_prefix(student)?.strip_prefix(gradient);
-            types == student || of_all() == Some("")
+            types.strip_suffix(divergence).is_some_and(|types| types == student)
+                || of_all() == Some(divergence)
         })
     };
     let kernel = KERNELS.iter().find(|kernel| is_named(kernel.name));
@@ -193,24 +239,33 @@ pub fn strides(logits: RawLogits, tokens: usize) -> atkd_strides {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Strides;
+    use crate::{Divergence, Strides};
 
-    /// Every kernel for rows is there for the types that plans choose it for.
+    /// Every kernel for rows is there for the types that plans choose it for, and for every divergence.
     #[test]
-    fn kernels_for_rows_by_their_types() {
+    fn kernels_for_rows_by_divergence_and_types() {
         use Dtype::{Bf16, F16, F32};
-        assert_eq!(of_rows(RowKernel::Resident, F16, F16, F16), "row_resident_f16");
-        assert_eq!(of_rows(RowKernel::Pipelined, F32, F32, F32), "row_pipelined_f32");
-        assert_eq!(of_rows(RowKernel::PipelinedWide, Bf16, Bf16, Bf16), "row_pipelined_wide_bf16");
-        assert_eq!(of_rows(RowKernel::Stream, F32, Bf16, F32), "row_stream_f32_bf16_f32");
-        for teacher in [F32, F16, Bf16] {
-            for student in [F32, F16, Bf16] {
-                for gradient in [student, F32] {
-                    of_rows(RowKernel::Stream, teacher, student, gradient);
+        let mixture = Divergence::Jsd { beta: 0.5 }.family();
+        let named = |row_kernel, family, types, name| {
+            assert_eq!(of_rows(row_kernel, family, types), name);
+        };
+        named(RowKernel::Resident, Family::ForwardKl, [F16; 3], "row_resident_f16");
+        named(RowKernel::Pipelined, Family::ReverseKl, [F32; 3], "row_pipelined_f32_reverse_kl");
+        named(RowKernel::PipelinedWide, mixture, [Bf16; 3], "row_pipelined_wide_bf16_mixture");
+        named(RowKernel::Stream, Family::ForwardKl, [F32, Bf16, F32], "row_stream_f32_bf16_f32");
+        let stream = "row_stream_f32_bf16_bf16_total_variation";
+        named(RowKernel::Stream, Family::TotalVariation, [F32, Bf16, Bf16], stream);
+        for family in [Family::ForwardKl, Family::ReverseKl, mixture, Family::TotalVariation] {
+            assert!(KERNELS.iter().any(|kernel| kernel.name == of_terms(family)));
+            for teacher in [F32, F16, Bf16] {
+                for student in [F32, F16, Bf16] {
+                    for gradient in [student, F32] {
+                        of_rows(RowKernel::Stream, family, [teacher, student, gradient]);
+                    }
                 }
-            }
-            for row_kernel in RowKernel::ALL {
-                of_rows(row_kernel, teacher, teacher, teacher);
+                for row_kernel in RowKernel::ALL {
+                    of_rows(row_kernel, family, [teacher; 3]);
+                }
             }
         }
     }

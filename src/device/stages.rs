@@ -4,15 +4,15 @@
 
 use std::ffi::c_void;
 
-use super::kernel::{Launch, Parameters, of_dtype, of_rows, strides};
+use super::kernel::{Launch, Parameters, of_dtype, of_rows, of_terms, strides};
 use super::workspace::{Column, Memory};
 use crate::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher, check_alignment};
-use crate::objective::unit_interval;
+use crate::objective::{Family, Mixture, unit_interval};
 use crate::params::*;
 use crate::plan::{
     self, DeviceProperties, HardTokens, LaunchShape, Plan, Problem, Schedule, Stage,
 };
-use crate::{Coefficient, Error, Objective, Reduction, Result};
+use crate::{Coefficient, Coefficients, Error, Objective, Reduction, Result};
 
 /// A call whose shapes, strides and addresses go together, and that kernels can do. What lies behind an address cannot
 /// be known.
@@ -267,7 +267,11 @@ impl Stages {
         // Rows leave the keys unless a pass over the teacher's logits has, or a prediction that had them.
         let write_keys = !again && (!plan.margin_pass || self.margins_given().is_some());
         Launch {
-            kernel: of_rows(plan.row_kernel, problem.teacher, problem.student, problem.gradient),
+            kernel: of_rows(
+                plan.row_kernel,
+                self.objective.divergence().family(),
+                [problem.teacher, problem.student, problem.gradient],
+            ),
             shape,
             parameters: Parameters::Rows(atkd_rows {
                 batch: self.batch,
@@ -290,6 +294,7 @@ impl Stages {
                 clusters: shape.grid / shape.blocks_per_row(),
                 team: shape.team,
                 slice: plan.slice_chunks,
+                divergence: self.divergence(),
             }),
         }
     }
@@ -297,7 +302,7 @@ impl Stages {
     fn finish(&self) -> Launch {
         let Self { output, plan, memory, .. } = self;
         Launch {
-            kernel: "token_terms",
+            kernel: of_terms(self.objective.divergence().family()),
             shape: plan.terms,
             parameters: Parameters::TokenTerms(atkd_token_terms {
                 batch: self.batch,
@@ -316,7 +321,28 @@ impl Stages {
                 scale: self.scale(),
                 mean: self.mean(),
                 blocks: plan.terms.grid,
+                divergence: self.divergence(),
             }),
+        }
+    }
+
+    fn divergence(&self) -> atkd_divergence {
+        let family = self.objective.divergence().family();
+        let mixture = match family {
+            Family::Mixture(mixture) => mixture,
+            Family::ForwardKl | Family::ReverseKl | Family::TotalVariation => {
+                Mixture { share: 0.0, of_teacher: 0.0, of_student: 0.0 }
+            }
+        };
+        let Mixture { share, of_teacher, of_student } = mixture;
+        let rest = 1.0 - share;
+        atkd_divergence {
+            share: share as f32,
+            rest: rest as f32,
+            of_teacher: of_teacher as f32,
+            of_student: of_student as f32,
+            of_ratio: (of_student * share - of_teacher * rest) as f32,
+            plain: (self.objective.is_plain() && family != Family::ForwardKl).into(),
         }
     }
 
@@ -329,7 +355,10 @@ impl Stages {
             };
             atkd_coefficient { value: value * objective.distillation_scale(), times_uncertainty }
         };
-        let (easy, hard) = (objective.easy(), objective.hard());
+        let (easy, hard) = match self.divergence().plain {
+            0 => (objective.easy(), objective.hard()),
+            _ => (Coefficients::new(0.0, 1.0), Coefficients::new(0.0, 1.0)),
+        };
         atkd_objective {
             tkd: [number(easy.tkd), number(hard.tkd)],
             dkd: [number(easy.dkd), number(hard.dkd)],
