@@ -6,9 +6,9 @@
 Prints the median of 9 runs in milliseconds, forward and backward, of each loss whose name contains one of those given.
 `cargo bench --bench cpu` gives the crate's side, `python/benchmarks/compare.py` both, with memory and errors.
 
-All take the student's and the teacher's logits `[N, V]` and the labels `[N]`, of which none is ignored, and give the loss
-of temperature 1 in float32, whatever the logits are in. They are what public code computes, in this repository's words:
-with its epsilons where it has some, and with none where it has none.
+All take the student's and the teacher's logits `[N, V]` and the labels `[N]`, of which none is ignored, and give the
+loss of temperature 1 in float32, whatever the logits are in. They are what public code computes, in this repository's
+words: with its epsilons where it has some, and with none where it has none.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def one_hot(logits, labels):
 
 
 def official_atkd(student, teacher, labels, lam=0.2):
-    """ATKD by the paper's authors (WHU-ZQH/ATKD): each group has a mean of its own, and tokens are hard from the median of
-    the uncertainties on. Probabilities come from softmax, without an epsilon. NaN where no token is easy.
+    """ATKD by the paper's authors (WHU-ZQH/ATKD): each group has a mean of its own, and tokens are hard from the median
+    of the uncertainties on. Probabilities come from softmax, without an epsilon. NaN where no token is easy.
     """
     student, teacher = student.float(), teacher.float()
     p, q = teacher.softmax(-1), student.softmax(-1)
@@ -76,8 +76,8 @@ def se_kd_atkd(student, teacher, labels, lam=0.2, hard_ratio=0.5):
 
 
 def generalized_jsd(student, teacher, labels=None, beta=0.5):
-    """The generalised Jensen-Shannon divergence as TRL has it: logarithms throughout, kl_div element by element; 0 and 1
-    mean forward and reverse KL.
+    """The generalised Jensen-Shannon divergence as TRL has it: logarithms throughout, kl_div element by element; 0 and
+    1 mean forward and reverse KL.
     """
     log_q, log_p = log_softmaxes(student, teacher)
     kl = lambda of, to: F.kl_div(to, of, reduction="none", log_target=True)

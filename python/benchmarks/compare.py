@@ -5,8 +5,8 @@
                       [--losses PART...] [--features H] [--speculators PATH] [--fast-llm PATH]
 
 Runs on the GPU if there is one, else on the CPU of a Linux. The others are eager PyTorch as public code writes it
-(`benches/pytorch_baseline.py`) and the fused losses of other packages (`peers.py`): installed ones, or checkouts that the
-options name. What cannot run is named with the reason. `--losses` takes those whose names contain one of the parts.
+(`benches/pytorch_baseline.py`) and the fused losses of other packages (`peers.py`): installed ones, or checkouts that
+the options name. What cannot run is named with the reason. `--losses` takes those whose names contain one of the parts.
 
 Prints a Markdown table, and writes it to DIR with the same numbers as JSON and a plot:
 
@@ -14,14 +14,14 @@ Prints a Markdown table, and writes it to DIR with the same numbers as JSON and 
 - GB/s: three volumes (both models' logits read, a gradient written) over the time, whatever was moved.
 - memory: the most that was in use during a run beyond the inputs, the gradient included.
 - errors: of the loss, relative, and of the gradient, relative to the largest of its row (the worst row), against
-  float64 autograd of each loss's own definition (`exact.py`), on 64 tokens. Labels are drawn from the teacher; errors of
-  losses that have labels also for labels drawn evenly, which the teacher thinks impossible: many uncertainties are then 1
-  in float32, and a token that is taken for hard or easy against the definition has a wrong gradient.
+  float64 autograd of each loss's own definition (`exact.py`), on 64 tokens. Labels are drawn from the teacher; errors
+  of losses that have labels also for labels drawn evenly, which the teacher thinks impossible: many uncertainties are
+  then 1 in float32, and a token that is taken for hard or easy against the definition has a wrong gradient.
 
-`--features H` adds a second table, of losses behind the last layers `[V, H]` of both models, since some packages multiply
-by them too. The times are of both products and of the gradients of hidden states and weights; errors are of the loss and
-of the hidden states' gradient, against products in float64 of the same inputs: so logits that are rounded between the
-product and the loss count. The student's logits differ there from the teacher's N(0, 3) by N(0, 0.3).
+`--features H` adds a second table, of losses behind the last layers `[V, H]` of both models, since some packages
+multiply by them too. The times are of both products and of the gradients of hidden states and weights; errors are of
+the loss and of the hidden states' gradient, against products in float64 of the same inputs: so logits that are rounded
+between the product and the loss count. The student's logits differ there from the teacher's N(0, 3) by N(0, 0.3).
 """
 
 import argparse
@@ -55,8 +55,6 @@ DIVERGENCES = [
     ("skew KL", "skew-kl", 0.1),
     ("skew reverse KL", "skew-reverse-kl", 0.1),
 ]
-# Those whose loss depends on the labels.
-LABELLED = {exact.official_atkd(), *(exact.atkd(divergence, beta) for _, divergence, beta in DIVERGENCES)}
 
 
 def own(objective, divergence, beta):
@@ -333,7 +331,8 @@ def main():
         print("\n".join(more), flush=True)
 
     say(
-        f"{machine}. Median of {args.runs} runs, forward and backward. Errors with labels drawn from the teacher / evenly.",
+        f"{machine}. Median of {args.runs} runs, forward and backward.",
+        "Errors are with labels drawn from the teacher / evenly.",
         "",
         "| loss | N | V | dtype | ms | GB/s | peak MB | loss error | gradient error |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -374,7 +373,7 @@ def main():
                 try:
                     accuracy[name] = [
                         errors(loss, definition, vocab, dtype, device, evenly)
-                        for evenly in ([False, True] if definition in LABELLED else [False])
+                        for evenly in ([False, True] if exact.needs_labels(definition) else [False])
                     ]
                 except Exception as error:  # of other people's kernels, of any kind
                     skipped[f"{name} at V = {vocab} {dtype_name}"] = peers.reason(error)
@@ -394,7 +393,7 @@ def main():
             exactly.cache_clear()
 
     if heads:
-        say("", f"Behind heads of {args.features} features:", "", *lines[2:4])
+        say("", f"Behind heads of {args.features} features:", "", *lines[3:5])
     for vocab in args.vocab if heads else []:
         for dtype_name in args.dtype:
             dtype = getattr(torch, dtype_name)

@@ -69,6 +69,10 @@ def atkd(name="forward-kl", beta=None):
     return functools.partial(_atkd, name=name, beta=beta, official=False)
 
 
+def needs_labels(definition):
+    return definition.func is _atkd
+
+
 @functools.cache
 def official_atkd():
     """ATKD with the official code's conventions: hard from the median on, a mean for each group."""

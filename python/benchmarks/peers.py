@@ -1,8 +1,8 @@
 """Fused losses of other packages, for `compare.py`: what can run here, and why the rest cannot.
 
-Each function gives `(losses, skipped)`. A loss is a name, a function, and its definition in float64; `skipped` has a reason
-by name. A loss of logits is called with `(student, teacher, labels)`, one of heads with `(x, w, teacher_x, teacher_w)`: the
-hidden states `[N, H]` and the weights `[V, H]` of both models' last layers.
+Each function gives `(losses, skipped)`. A loss is a name, a function, and its definition in float64; `skipped` has a
+reason by name. A loss of logits is called with `(student, teacher, labels)`, one of heads with `(x, w, teacher_x,
+teacher_w)`: the hidden states `[N, H]` and the weights `[V, H]` of both models' last layers.
 """
 
 import importlib
@@ -46,8 +46,8 @@ def divided(losses, why):
 
 
 def liger():
-    """Liger-Kernel, from PyPI. Its KL and JSD take logarithms of probabilities, its TVD probabilities: what makes them of
-    logits is PyTorch's.
+    """Liger-Kernel, from PyPI. Its KL and JSD take logarithms of probabilities, its TVD probabilities: what makes them
+    of logits is PyTorch's.
     """
     of, why = imported(lambda: importlib.import_module("liger_kernel.transformers"))
     logs = lambda s, t: (s.float().log_softmax(-1), t.float().log_softmax(-1))

@@ -3,14 +3,14 @@
     pip install atkd numpy
     python rounding.py [--tokens 64 --vocab 32000]
 
-Against float64 autograd of each code's own definition (`exact.py`), for teachers and students of independent random logits
-N(0, 3) and N(0, 6), and labels drawn from the teacher or evenly, which the teacher thinks impossible. The first table
-has public ATKD codes (`benches/pytorch_baseline.py`) and this package, in float32: how many tokens are hard that should be easy
-or the other way round, the relative error of the loss, the largest error of a token's TKD, and errors of gradients relative to
-the largest of their row, in the worst row and as a count of rows that are off by more than 1e-3.
+Against float64 autograd of each code's own definition (`exact.py`), for teachers and students of independent random
+logits N(0, 3) and N(0, 6), and labels drawn from the teacher or evenly, which the teacher thinks impossible. The first
+table has public ATKD codes (`benches/pytorch_baseline.py`) and this package, in float32: how many tokens are hard that
+should be easy or the other way round, the relative error of the loss, the largest error of a token's TKD, and errors of
+gradients relative to the largest of their row, in the worst row and as a count of rows that are off by more than 1e-3.
 
-The second has no code in it: the gradient of a divergence in float64 of logits that were rounded to bfloat16, against that of
-the logits as they were, relative, by norm. The student's differ from the teacher's N(0, 3) by N(0, closeness).
+The second has no code in it: the gradient of a divergence in float64 of logits that were rounded to bfloat16, against
+that of the logits as they were, relative, by norm. The student's differ from the teacher's N(0, 3) by N(0, closeness).
 """
 
 import argparse

@@ -96,8 +96,8 @@ def test_the_official_loss_is_about_twice_the_mean_over_all_tokens():
 
 
 def test_what_float32_leaves_to_chance_and_clamps_break():
-    """Where the teacher may say the label, PyTorch's operations in float32 are right without clamps and wrong with them.
-    Where it may not, the uncertainties are all 1, and neither is right.
+    """Where the teacher may say the label, PyTorch's operations in float32 are right without clamps and wrong with
+    them. Where it may not, the uncertainties are all 1, and neither is right.
     """
     student, teacher, labels = batch(64, 32000, spread=6.0)
     unlikely = torch.randint(32000, (64,), generator=torch.Generator().manual_seed(0))

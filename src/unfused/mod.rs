@@ -1,8 +1,8 @@
 //! A model of what the ATKD loss costs in an eager framework: one operation a pass, each with a full-size result, and
 //! the backward steps of each in turn. For benchmarks of time only, where it is compared with [`cpu`](crate::cpu).
 //!
-//! It is no baseline of accuracy. Its logarithms and quotients have an epsilon of 1e-8, by which the zeros at the target
-//! stay finite; no public implementation has it, and at real vocabularies it is an error of percents.
+//! It is no baseline of accuracy. Its logarithms and quotients have an epsilon of 1e-8, by which the zeros at the
+//! target stay finite; no public implementation has it, and at real vocabularies it is an error of percents.
 //! `benches/pytorch_baseline.py` has what people run, and `python/benchmarks/compare.py` its errors.
 
 #[cfg(any(feature = "cuda", feature = "simt"))]
