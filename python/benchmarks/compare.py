@@ -1,20 +1,32 @@
-"""Times this package beside what people use today: loss and gradient of one batch, forward and backward.
+"""Times and scores this package beside what people use today: loss and gradient of one batch, forward and backward.
 
-    pip install atkd matplotlib          (and liger-kernel, on a machine with a GPU)
+    pip install atkd matplotlib          (and liger-kernel, fla-core and speculators, on a machine with a GPU)
     python compare.py [--tokens 64 256 --vocab 32000 128256 --dtype float32 bfloat16] [--out DIR]
+                      [--losses PART...] [--features H] [--speculators PATH] [--fast-llm PATH]
 
-Runs on the GPU if there is one, else on the CPU of a Linux. Prints a Markdown table, and writes it to DIR with the
-same numbers as JSON and a plot:
+Runs on the GPU if there is one, else on the CPU of a Linux. The others are eager PyTorch as public code writes it
+(`benches/pytorch_baseline.py`) and the fused losses of other packages (`peers.py`): installed ones, or checkouts that
+the options name. What cannot run is named with the reason. `--losses` takes those whose names contain one of the parts.
+
+Prints a Markdown table, and writes it to DIR with the same numbers as JSON and a plot:
 
 - time: the median of the runs, after two that do not count. `in place` includes no copy of the logits.
 - GB/s: three volumes (both models' logits read, a gradient written) over the time, whatever was moved.
 - memory: the most that was in use during a run beyond the inputs, the gradient included.
-- errors: of the loss, relative, and of the gradient, relative to the largest of its row (the worst row),
-  against float64 autograd of each loss's definition, on 64 tokens.
+- errors: of the loss, relative, and of the gradient, relative to the largest of its row (the worst row), against
+  float64 autograd of each loss's own definition (`exact.py`), on 64 tokens. Labels are drawn from the teacher; errors
+  of losses that have labels also for labels drawn evenly, which the teacher thinks impossible: many uncertainties are
+  then 1 in float32, and a token that is taken for hard or easy against the definition has a wrong gradient.
+
+`--features H` adds a second table, of losses behind the last layers `[V, H]` of both models, since some packages
+multiply by them too. The times are of both products and of the gradients of hidden states and weights; errors are of
+the loss and of the hidden states' gradient, against products in float64 of the same inputs: so logits that are rounded
+between the product and the loss count. The student's logits differ there from the teacher's N(0, 3) by N(0, 0.3).
 """
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import platform
@@ -25,61 +37,110 @@ from pathlib import Path
 
 import atkd
 import torch
+from torch.nn.functional import linear
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1] / "benches"), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "benches")]
 
-import definitions  # noqa: E402
+import exact  # noqa: E402
+import peers  # noqa: E402
 import pytorch_baseline as eager  # noqa: E402
 
-
-def exact_atkd(student, teacher, labels):
-    return definitions.atkd_loss(student, teacher, labels)[0]
-
-
-def exact_kl(student, teacher, labels):
-    return definitions.atkd_loss(student, teacher, labels, objective="kl")[0]
-
-
-def exact_jsd(student, teacher, labels):
-    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
-    kl = [(x.exp() * (x - log_m)).sum(-1).mean() for x in (log_p, log_q)]
-    return (kl[0] + kl[1]) / 2
+# Name, what the package calls it, and its beta.
+DIVERGENCES = [
+    ("KL", "forward-kl", None),
+    ("reverse KL", "reverse-kl", None),
+    ("JSD", "jsd", 0.5),
+    ("TVD", "tvd", None),
+    ("skew KL", "skew-kl", 0.1),
+    ("skew reverse KL", "skew-reverse-kl", 0.1),
+]
 
 
-def liger():
-    """Liger-Kernel's losses, or why they cannot run."""
-    names = ["Liger-Kernel KL", "Liger-Kernel JSD"]
-    try:
-        from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
-    except ImportError as error:
-        return [], dict.fromkeys(names, f"liger-kernel cannot be imported: {error}")
-    if not torch.cuda.is_available():
-        return [], dict.fromkeys(names, "its kernels are Triton's, and this machine has no GPU")
-    kl = LigerKLDIVLoss(reduction="batchmean", log_target=True)
-    jsd = LigerJSD()
-    logs = lambda s, t: (s.float().log_softmax(-1), t.float().log_softmax(-1))
-    return [
-        (names[0], lambda s, t, labels: kl(*logs(s, t)), exact_kl),
-        (names[1], lambda s, t, labels: jsd(*logs(s, t)), exact_jsd),
-    ], {}
+def own(objective, divergence, beta):
+    settings = {} if beta is None else {"beta": beta}
+    return functools.partial(atkd.atkd_loss, objective=objective, divergence=divergence, **settings)
 
 
-def variants():
+def variants(paths):
     """Name, loss, the loss in float64; and those that cannot run here, with the reason."""
-    compiled = torch.compile(eager.atkd, dynamic=False)
-    in_place = atkd.ATKDLoss(inplace=True)
-    losses, skipped = liger()
-    return [
-        ("atkd", atkd.atkd_loss, exact_atkd),
-        ("atkd in place", in_place, exact_atkd),
-        ("atkd KL", atkd.ATKDLoss(objective="kl"), exact_kl),
-        ("PyTorch ATKD, eager", eager.atkd, exact_atkd),
-        ("PyTorch ATKD, torch.compile", compiled, exact_atkd),
-        ("PyTorch log_softmax + kl_div", eager.kl, exact_kl),
-        *losses,
-    ], skipped
+    compiled = functools.partial(torch.compile, dynamic=False)
+    trl = lambda beta: functools.partial(eager.generalized_jsd, beta=beta)
+    kl, reverse_kl, jsd, tvd, skew_kl, skew_reverse_kl = [exact.plain(*rest) for _, *rest in DIVERGENCES]
+    losses = [
+        ("atkd", atkd.atkd_loss, exact.atkd()),
+        ("atkd in place", functools.partial(atkd.atkd_loss, inplace=True), exact.atkd()),
+        *((f"atkd over {name}", own("atkd", *rest), exact.atkd(*rest)) for name, *rest in DIVERGENCES[1:]),
+        *((f"atkd {name}", own("plain", *rest), exact.plain(*rest)) for name, *rest in DIVERGENCES),
+        ("PyTorch ATKD, official", eager.official_atkd, exact.official_atkd()),
+        ("PyTorch ATKD, official, torch.compile", compiled(eager.official_atkd), exact.official_atkd()),
+        ("PyTorch ATKD, SE-KD", eager.se_kd_atkd, exact.atkd()),
+        ("PyTorch ATKD, SE-KD, torch.compile", compiled(eager.se_kd_atkd), exact.atkd()),
+        ("PyTorch log_softmax + kl_div", eager.kl, kl),
+        ("PyTorch KL", eager.forward_kl, kl),
+        ("PyTorch reverse KL", eager.reverse_kl, reverse_kl),
+        ("PyTorch reverse KL, torch.compile", compiled(eager.reverse_kl), reverse_kl),
+        ("PyTorch JSD", eager.jsd, jsd),
+        ("PyTorch TVD", eager.tvd, tvd),
+        ("PyTorch skew KL", eager.skew_kl, skew_kl),
+        ("PyTorch skew reverse KL", eager.skew_reverse_kl, skew_reverse_kl),
+        ("TRL's JSD, beta 0 (KL)", trl(0), kl),
+        ("TRL's JSD, beta 0.5", trl(0.5), jsd),
+        ("TRL's JSD, beta 0.5, torch.compile", compiled(trl(0.5)), jsd),
+        ("TRL's JSD, beta 1 (reverse KL)", trl(1), reverse_kl),
+    ]
+    skipped = {}
+    for found, missing in [peers.liger(), peers.speculators(paths.speculators), peers.fast_llm(paths.fast_llm)]:
+        losses += found
+        skipped.update(missing)
+    return losses, skipped
+
+
+def head_variants():
+    """The same for losses behind heads, of `(x, w, teacher_x, teacher_w)`."""
+
+    def behind_heads(loss):
+        return lambda x, w, teacher_x, teacher_w: loss(linear(x, w), linear(teacher_x, teacher_w))
+
+    kl, jsd = exact.plain("forward-kl"), exact.plain("jsd", 0.5)
+    own_kl, own_jsd = own("plain", "forward-kl", None), own("plain", "jsd", 0.5)
+    losses = [
+        ("heads, atkd KL", behind_heads(functools.partial(own_kl, target="teacher")), kl),
+        (
+            "heads, atkd KL in place",
+            behind_heads(functools.partial(own_kl, target="teacher", inplace=True)),
+            kl,
+        ),
+        ("heads, PyTorch log_softmax + kl_div", behind_heads(eager.kl), kl),
+        ("heads, atkd JSD", behind_heads(functools.partial(own_jsd, target="teacher")), jsd),
+        ("heads, TRL's JSD", behind_heads(eager.generalized_jsd), jsd),
+    ]
+    skipped = {}
+    for found, missing in [peers.fla_heads(), peers.liger_heads()]:
+        losses += found
+        skipped.update(missing)
+    return losses, skipped
+
+
+class Fresh(torch.autograd.Function):
+    """A copy that is no leaf, since nothing may be overwritten that is one, and that keeps its gradient in a list."""
+
+    @staticmethod
+    def forward(ctx, anchor, logits, gradients):
+        ctx.gradients = gradients
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.gradients.append(gradient)
+        return None, None, None
+
+
+def fresh(tensors):
+    """Copies of the tensors, and a list that has a list for the gradient of each."""
+    anchor = tensors[0].new_zeros(()).requires_grad_()
+    gradients = [[] for _ in tensors]
+    return [Fresh.apply(anchor, each, found) for each, found in zip(tensors, gradients)], gradients
 
 
 class Memory:
@@ -112,22 +173,35 @@ class Memory:
         raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def inputs(tokens, vocab, dtype, device):
+def inputs(tokens, vocab, dtype, device, evenly=False):
+    """Logits N(0, 3) of both, and labels that are drawn from the teacher, or evenly."""
     random = torch.Generator(device).manual_seed(0)
     shape = (tokens, vocab)
     student, teacher = (
         (3 * torch.randn(shape, generator=random, device=device)).to(dtype) for _ in range(2)
     )
-    return student, teacher, torch.randint(vocab, (tokens,), generator=random, device=device)
+    if evenly:
+        return student, teacher, torch.randint(vocab, (tokens,), generator=random, device=device)
+    return student, teacher, teacher.float().softmax(-1).multinomial(1, generator=random).squeeze(1)
 
 
-def measure(loss, student, teacher, labels, runs):
-    """Median seconds, and the peak of memory."""
-    device, memory = student.device, Memory(student.device)
+def head_inputs(tokens, vocab, features, dtype, device):
+    """Hidden states, which both models share, and weights: x, w, teacher_x, teacher_w."""
+    random = torch.Generator(device).manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=random, device=device)
+    x = normal(tokens, features).to(dtype)
+    teacher_w = 3 / features**0.5 * normal(vocab, features)
+    w = teacher_w + 0.3 / features**0.5 * normal(vocab, features)
+    return x, w.to(dtype), x.clone(), teacher_w.to(dtype)
+
+
+def measure(loss, tensors, constants, runs):
+    """Median seconds of a loss and its gradients with respect to the tensors, and the peak of memory."""
+    device = tensors[0].device
+    memory = Memory(device)
 
     def run(before=lambda: None):
-        # The in-place loss overwrites them.
-        logits = student.clone().requires_grad_()
+        copies, gradients = fresh(tensors)
         synchronize(device)
         before()
         # OpenMP's threads spin for a few milliseconds after the copy, on cores that are wanted. Busy, as a
@@ -137,9 +211,11 @@ def measure(loss, student, teacher, labels, runs):
         while time.perf_counter() < start:
             pass
         start = time.perf_counter()
-        loss(logits, teacher, labels).backward()
+        loss(*copies, *constants).backward()
         synchronize(device)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        assert all(len(found) == 1 for found in gradients)
+        return seconds
 
     times = [run() for _ in range(runs + 2)]
     # Apart from the times: it gives memory back to the system, which then has to be had again.
@@ -152,22 +228,40 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def errors(loss, exact, vocab, dtype, device):
-    """Relative errors of the loss and of the worst row's gradient."""
-    student, teacher, labels = inputs(64, vocab, dtype, device)
-    wide = student.cpu().double().requires_grad_()
-    expected = exact(wide, teacher.cpu().double(), labels.cpu())
-    (gradient,) = torch.autograd.grad(expected, wide)
-    logits = student.clone().requires_grad_()
-    actual = loss(logits, teacher, labels)
-    actual.backward()
-    off = (logits.grad.cpu().double() - gradient).abs().amax(-1) / gradient.abs().amax(-1)
-    return abs(actual.item() / expected.item() - 1), off.max().item()
+@functools.cache
+def exactly(definition, vocab, dtype, device, evenly):
+    """The loss and its gradient in float64, of `inputs`."""
+    student, teacher, labels = (x.cpu() for x in inputs(64, vocab, dtype, device, evenly))
+    wide = student.double().requires_grad_()
+    value = definition(wide, teacher.double(), labels)
+    return value.item(), torch.autograd.grad(value, wide)[0]
 
 
-def reason(error):
-    """In a line."""
-    return f"{type(error).__name__}: {str(error).split(chr(10))[0][:200]}"
+def off(value, gradient, expected, exact_gradient):
+    """Relative errors of a loss, and of the gradient in the worst row."""
+    off = (gradient.cpu().double() - exact_gradient).abs().amax(-1) / exact_gradient.abs().amax(-1)
+    return abs(value.item() / expected - 1), off.max().item()
+
+
+def errors(loss, definition, vocab, dtype, device, evenly):
+    student, teacher, labels = inputs(64, vocab, dtype, device, evenly)
+    (logits,), (found,) = fresh([student])
+    value = loss(logits, teacher, labels)
+    value.backward()
+    return off(value, found[0], *exactly(definition, vocab, dtype, device, evenly))
+
+
+def head_errors(loss, definition, given):
+    """Of the loss and of the hidden states' gradient."""
+    wide = [x.double() for x in given]
+    wide[0].requires_grad_()
+    x, w, teacher_x, teacher_w = wide
+    expected = definition(linear(x, w), linear(teacher_x, teacher_w), None)
+    (exact_gradient,) = torch.autograd.grad(expected, x)
+    copies, (found, _) = fresh(given[:2])
+    value = loss(*copies, *given[2:])
+    value.backward()
+    return off(value, found[0], expected.item(), exact_gradient.cpu())
 
 
 def processor():
@@ -183,9 +277,12 @@ def plot(results, path):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    # Losses behind heads have no rate: their times are the products'.
+    results = [r for r in results if r["gb_per_s"]]
     shapes = sorted({(r["dtype"], r["tokens"], r["vocab"]) for r in results})
+    # A quarter of an inch for each bar.
     figure, rows = plt.subplots(
-        len(shapes), 2, figsize=(12, 2.6 * len(shapes)), squeeze=False, layout="constrained"
+        len(shapes), 2, figsize=(14, len(shapes) + len(results) / 4), squeeze=False, layout="constrained"
     )
     for (dtype, tokens, vocab), (times, memories) in zip(shapes, rows):
         these = [
@@ -193,7 +290,7 @@ def plot(results, path):
         ][::-1]
         names = [r["variant"] for r in these]
         for axes, key, unit in [(times, "median_ms", "ms"), (memories, "peak_mb", "MB")]:
-            colours = ["C1" if name.startswith("atkd") else "C0" for name in names]
+            colours = ["C1" if "atkd" in name else "C0" for name in names]
             bars = axes.barh(names, [r[key] for r in these], color=colours)
             axes.bar_label(bars, fmt=" {:.3g}")
             axes.set_xlabel(unit)
@@ -212,6 +309,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--losses", nargs="+", default=[""], help="parts of names")
+    parser.add_argument("--features", type=int, help="of the hidden states, for losses behind heads")
+    parser.add_argument("--speculators", type=Path, help="a checkout of vllm-project/speculators")
+    parser.add_argument("--fast-llm", type=Path, help="a checkout of ServiceNow/Fast-LLM")
     parser.add_argument("--out", type=Path, default=Path("target/compare"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -219,57 +320,101 @@ def main():
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     machine = f"{name}, {args.threads} threads, torch {torch.__version__}"
 
-    losses, skipped = variants()
-    lines = [
+    wanted = lambda name: any(part in name for part in args.losses)
+    losses, skipped = variants(args)
+    heads, skipped_heads = head_variants() if args.features else ([], {})
+    skipped = {name: why for name, why in {**skipped, **skipped_heads}.items() if wanted(name)}
+    lines = []
+
+    def say(*more):
+        lines.extend(more)
+        print("\n".join(more), flush=True)
+
+    say(
         f"{machine}. Median of {args.runs} runs, forward and backward.",
+        "Errors are with labels drawn from the teacher / evenly.",
         "",
         "| loss | N | V | dtype | ms | GB/s | peak MB | loss error | gradient error |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
+    )
     results = []
+
+    def report(name, tokens, vocab, dtype, volumes, measured, accuracy):
+        seconds, peak = measured
+        rate = volumes / seconds / 1e9 if volumes else None
+        results.append(
+            {
+                "variant": name,
+                "tokens": tokens,
+                "vocab": vocab,
+                "dtype": dtype,
+                "median_ms": seconds * 1e3,
+                "gb_per_s": rate,
+                "peak_mb": peak / 1e6,
+                "loss_error": accuracy[0][0],
+                "gradient_error": accuracy[0][1],
+                "loss_error_evenly": accuracy[-1][0],
+                "gradient_error_evenly": accuracy[-1][1],
+            }
+        )
+        both = [" / ".join(f"{pair[i]:.1e}" for pair in accuracy) for i in range(2)]
+        say(
+            f"| {name} | {tokens} | {vocab} | {dtype} | {seconds * 1e3:.2f} | "
+            f"{f'{rate:.2f}' if volumes else ''} | {peak / 1e6:.1f} | {both[0]} | {both[1]} |"
+        )
+
     for vocab in args.vocab:
         for dtype_name in args.dtype:
             dtype = getattr(torch, dtype_name)
             accuracy = {}
-            for name, loss, exact in losses:
+            for name, loss, definition in losses:
+                if not wanted(name):
+                    continue
                 try:
-                    accuracy[name] = errors(loss, exact, vocab, dtype, device)
+                    accuracy[name] = [
+                        errors(loss, definition, vocab, dtype, device, evenly)
+                        for evenly in ([False, True] if exact.needs_labels(definition) else [False])
+                    ]
                 except Exception as error:  # of other people's kernels, of any kind
-                    skipped[f"{name} at V = {vocab} {dtype_name}"] = reason(error)
+                    skipped[f"{name} at V = {vocab} {dtype_name}"] = peers.reason(error)
             for tokens in args.tokens:
-                student, teacher, labels = inputs(tokens, vocab, dtype, device)
+                student, *constants = inputs(tokens, vocab, dtype, device)
                 for name, loss, _ in losses:
                     if name not in accuracy:
                         continue
                     torch._dynamo.reset()
                     try:
-                        seconds, peak = measure(loss, student, teacher, labels, args.runs)
-                    except torch.OutOfMemoryError as error:
-                        skipped[f"{name} at {tokens} x {vocab} {dtype_name}"] = reason(error)
+                        measured = measure(loss, [student], constants, args.runs)
+                    except Exception as error:  # memory, mostly
+                        skipped[f"{name} at {tokens} x {vocab} {dtype_name}"] = peers.reason(error)
                         continue
-                    volume = student.numel() * student.element_size()
-                    result = {
-                        "variant": name,
-                        "tokens": tokens,
-                        "vocab": vocab,
-                        "dtype": dtype_name,
-                        "median_ms": seconds * 1e3,
-                        "gb_per_s": 3 * volume / seconds / 1e9,
-                        "peak_mb": peak / 1e6,
-                        "loss_error": accuracy[name][0],
-                        "gradient_error": accuracy[name][1],
-                    }
-                    results.append(result)
-                    lines.append(
-                        f"| {name} | {tokens} | {vocab} | {dtype_name} | {result['median_ms']:.2f} | "
-                        f"{result['gb_per_s']:.2f} | {result['peak_mb']:.1f} | "
-                        f"{result['loss_error']:.1e} | {result['gradient_error']:.1e} |"
-                    )
-                    print(lines[-1], flush=True)
+                    volumes = 3 * student.numel() * student.element_size()
+                    report(name, tokens, vocab, dtype_name, volumes, measured, accuracy[name])
+            exactly.cache_clear()
+
+    if heads:
+        say("", f"Behind heads of {args.features} features:", "", *lines[3:5])
+    for vocab in args.vocab if heads else []:
+        for dtype_name in args.dtype:
+            dtype = getattr(torch, dtype_name)
+            for tokens in args.tokens:
+                for name, loss, definition in heads:
+                    if not wanted(name):
+                        continue
+                    try:
+                        few = head_inputs(64, vocab, args.features, dtype, device)
+                        accuracy = [head_errors(loss, definition, few)]
+                        given = head_inputs(tokens, vocab, args.features, dtype, device)
+                        measured = measure(loss, given[:2], given[2:], args.runs)
+                    except Exception as error:
+                        skipped[f"{name} at {tokens} x {vocab} {dtype_name}"] = peers.reason(error)
+                        continue
+                    report(name, tokens, vocab, dtype_name, None, measured, accuracy)
+    by_reason = {}
     for name, why in skipped.items():
-        lines.append(f"\n{name}: skipped, {why}.")
-        print(lines[-1])
+        by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        say(f"\nSkipped: {'; '.join(names)}. {why}.")
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "compare.md").write_text("\n".join(lines) + "\n")

@@ -324,13 +324,10 @@ def test_the_first_lines_of_the_readme():
     assert abs(loss - expected) <= 1e-6 * expected
 
 
-def test_epsilons_are_off_where_the_package_is_not():
-    """What `benches/pytorch_baseline.py` does: float32 softmax, 1e-8 in every logarithm."""
-    student, teacher, labels = batch(64, 32000, ignored=False)
-    exact = exactly(student, teacher, labels, objective="dkd")[0]
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    others = torch.ones_like(p).scatter_(1, labels[:, None], 0.0)
-    p, q = p * others / (p * others).sum(-1, True), q * others / (q * others).sum(-1, True)
-    usual = (p * ((p + 1e-8).log() - (q + 1e-8).log())).sum(-1).mean().item()
-    ours = atkd.atkd_loss(student, teacher, labels, objective="dkd").item()
-    assert abs(usual / exact - 1) > 1e-4 and abs(ours / exact - 1) < 1e-6
+def test_tokens_are_ranked_where_float32_has_no_uncertainty_left():
+    """By `1 - p(target)` most of these tokens are equal, and which of them are hard would be arbitrary."""
+    student, teacher, labels = batch(64, 32000, ignored=False, spread=6.0)
+    uncertainty = 1 - teacher.softmax(-1).gather(1, labels[:, None])
+    assert (uncertainty == 1).sum() > 32
+    stats = atkd.atkd_loss(student, teacher, labels, return_stats=True)[1]
+    assert torch.equal(stats.hard, exactly(student, teacher, labels)[2][3])
