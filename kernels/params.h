@@ -58,7 +58,7 @@
 #define ATKD_TEAM_STATE 48u
 // Blocks that a launch of row_pipelined has at most, and the bytes of a row's state that each tells its team.
 #define ATKD_PIPELINED_GRID 1024u
-#define ATKD_EXCHANGE_BYTES 32u
+#define ATKD_EXCHANGE_BYTES 48u
 
 // Blocks that token_terms has at most: each leaves a sum where the states of rows were.
 #define ATKD_TERMS_GRID 1024u
@@ -176,8 +176,10 @@ typedef struct {
     float rest;       // 1 - share
     float of_teacher; // the weight of KL(p, m)
     float of_student; // the weight of KL(q, m)
-    float of_ratio;   // of_student share - of_teacher rest, the weight of p / m in the slope
-    uint32_t plain;   // over the whole vocabulary, by the weights of DKD; never of forward KL, whose parts are enough
+    // The slope's weights of t / (1 + t) in math/mixture.cuh, where the teacher's probability is larger and where the
+    // student's is: of_teacher rest - of_student share, and that times -rest / share.
+    float teacher_excess, student_excess;
+    uint32_t plain; // over the whole vocabulary, by the weights of DKD; never of forward KL, whose parts are enough
 } atkd_divergence;
 
 // row_resident, row_pipelined, row_stream: what the terms of each token follow from, and the gradient. A block,

@@ -134,8 +134,12 @@ ATKD_DEVICE void accumulate(RowState<D, float> &state, Shifts &shifts, const Pac
                 (!CE_SUM || state.student_sum_at_1 - before.student_sum_at_1 < HEADROOM);
     if (ATKD_RARELY(!fits)) {
         state = before;
-        state.template rescale<CE_SUM>(fmaxf(state.teacher_max, max_of(teacher)),
-                                       fmaxf(state.student_max, max_of(student)), exponent);
+        Maxima<D::CROSS, P, Q> maxima;
+        maxima.add(teacher, student);
+        bool is_larger = maxima.student_max() > state.student_max;
+        state.template rescale<CE_SUM>(fmaxf(state.teacher_max, maxima.teacher.value()),
+                                       fmaxf(state.student_max, maxima.student_max()),
+                                       is_larger ? maxima.teacher_reference() : state.teacher_reference, exponent);
         shifts = state.shifts(exponent);
         D::template fold<CE_SUM, true>(state, shifts, teacher, student, exponent);
     }

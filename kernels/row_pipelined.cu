@@ -367,14 +367,11 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
     // The max pass and the sum pass. Returns the warp's state.
     ATKD_DEVICE RowState<D, float> sums() {
         // The maxima are known before the sums, which then need no rescaling.
-        Largest<T> teacher_max, student_max;
-        auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
-            teacher_max.add(teacher);
-            student_max.add(student);
-        };
+        Maxima<D::CROSS, T> maxima;
+        auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) { maxima.add(teacher, student); };
         for_common_vectors(add_to_max);
         for_special_vectors(add_to_max);
-        auto own = RowState<D, float>::from(teacher_max.value(), student_max.value());
+        auto own = maxima.template state<RowState<D, float>>();
         Shifts shifts = own.shifts(exponent);
         auto fold_guarded = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
             D::template fold<false, true>(own, shifts, teacher, student, exponent);
@@ -383,7 +380,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
             D::template fold<false, !decltype(full)::value>(own, shifts, teacher, student, exponent);
         });
         if (ATKD_RARELY(!own.finite())) {
-            own = RowState<D, float>::empty(own.teacher_max, own.student_max);
+            own = own.cleared();
             for_common_vectors(fold_guarded);
         }
         for_special_vectors(fold_guarded);

@@ -46,16 +46,15 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
     }
 
     // The maxima are known before the sums, which then need no rescaling.
-    Largest<T> teacher_max, student_max;
+    Maxima<D::CROSS, T> maxima;
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         if ((held >> i & 1) != 0) {
-            teacher_max.add(teacher[i]);
-            student_max.add(student[i]);
+            maxima.add(teacher[i], student[i]);
         }
     }
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    auto own = RowState<D, float>::from(teacher_max.value(), student_max.value());
+    auto own = maxima.template state<RowState<D, float>>();
     RowState<D, float> empty = own;
     Shifts shifts = own.shifts(exponent);
     ATKD_UNROLL
@@ -79,6 +78,11 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
     if constexpr (D::SWEEPS == 2) {
         ATKD_SECOND_SWEEP_SHARED(D, ATKD_RESIDENT_THREADS);
         auto terms = D::template Terms<float>::empty();
+        // Expressions of these would take registers that the sweep needs.
+        held = opaque(held);
+        plain = opaque(plain);
+        rows.first = opaque(rows.first);
+        rows.stride = opaque(rows.stride);
         by_size<D, false>(row_scales, [&](auto large) {
             ATKD_UNROLL
             for (uint32_t i = 0; i < HELD; i++) {

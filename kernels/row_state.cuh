@@ -16,8 +16,9 @@ template <bool CE_SUM, class State> ATKD_DEVICE void merge(State &state, State o
     if constexpr (State::RELATIVE) {
         float teacher = fmaxf(state.teacher_max, other.teacher_max);
         float student = fmaxf(state.student_max, other.student_max);
-        state.template rescale<CE_SUM>(teacher, student, exponent);
-        other.template rescale<CE_SUM>(teacher, student, exponent);
+        float reference = student > state.student_max ? other.teacher_reference : state.teacher_reference;
+        state.template rescale<CE_SUM>(teacher, student, reference, exponent);
+        other.template rescale<CE_SUM>(teacher, student, reference, exponent);
     }
     State::template visit<CE_SUM>(
         [](auto kind, auto &own, auto &others) {
@@ -33,7 +34,11 @@ template <bool CE_SUM, class State> ATKD_DEVICE void merge(State &state, State o
 // Makes the parts that the lanes have relative to the same maxima.
 template <bool CE_SUM, class State> ATKD_DEVICE void share_maxima(State &part, float exponent) {
     if constexpr (State::RELATIVE) {
-        part.template rescale<CE_SUM>(max_of_warp(part.teacher_max), max_of_warp(part.student_max), exponent);
+        float teacher = max_of_warp(part.teacher_max), student = max_of_warp(part.student_max), reference = 0;
+        if (State::CROSS_TERM == BY_STUDENT) {
+            reference = State::reference_of_warp(part.student_max == student, part.teacher_reference);
+        }
+        part.template rescale<CE_SUM>(teacher, student, reference, exponent);
     }
 }
 

@@ -33,7 +33,9 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
         // The first chunk's maxima are a good estimate of the row's, so that few chunks exceed them.
         [&](uint32_t chunk, Packed<P> teacher, Packed<Q> student) {
             without_target(chunk, teacher, student);
-            own = RowState<D, float>::from(max_of(teacher), max_of(student));
+            Maxima<D::CROSS, P, Q> maxima;
+            maxima.add(teacher, student);
+            own = maxima.template state<RowState<D, float>>();
             shifts = own.shifts(exponent);
         },
         [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {

@@ -38,7 +38,7 @@ pub const ATKD_PIPELINED_STATIC_BYTES: u32 = 640;
 pub const ATKD_TEAM_BLOCKS: u32 = 512;
 pub const ATKD_TEAM_STATE: u32 = 48;
 pub const ATKD_PIPELINED_GRID: u32 = 1024;
-pub const ATKD_EXCHANGE_BYTES: u32 = 32;
+pub const ATKD_EXCHANGE_BYTES: u32 = 48;
 pub const ATKD_TERMS_GRID: u32 = 1024;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -310,12 +310,13 @@ pub struct atkd_divergence {
     pub rest: f32,
     pub of_teacher: f32,
     pub of_student: f32,
-    pub of_ratio: f32,
+    pub teacher_excess: f32,
+    pub student_excess: f32,
     pub plain: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_divergence"][::std::mem::size_of::<atkd_divergence>() - 24usize];
+    ["Size of atkd_divergence"][::std::mem::size_of::<atkd_divergence>() - 28usize];
     ["Alignment of atkd_divergence"][::std::mem::align_of::<atkd_divergence>() - 4usize];
     ["Offset of field: atkd_divergence::share"]
         [::std::mem::offset_of!(atkd_divergence, share) - 0usize];
@@ -325,10 +326,12 @@ const _: () = {
         [::std::mem::offset_of!(atkd_divergence, of_teacher) - 8usize];
     ["Offset of field: atkd_divergence::of_student"]
         [::std::mem::offset_of!(atkd_divergence, of_student) - 12usize];
-    ["Offset of field: atkd_divergence::of_ratio"]
-        [::std::mem::offset_of!(atkd_divergence, of_ratio) - 16usize];
+    ["Offset of field: atkd_divergence::teacher_excess"]
+        [::std::mem::offset_of!(atkd_divergence, teacher_excess) - 16usize];
+    ["Offset of field: atkd_divergence::student_excess"]
+        [::std::mem::offset_of!(atkd_divergence, student_excess) - 20usize];
     ["Offset of field: atkd_divergence::plain"]
-        [::std::mem::offset_of!(atkd_divergence, plain) - 20usize];
+        [::std::mem::offset_of!(atkd_divergence, plain) - 24usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -357,7 +360,7 @@ pub struct atkd_rows {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 360usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 368usize];
     ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
     ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
     ["Offset of field: atkd_rows::objective"]
@@ -417,7 +420,7 @@ pub struct atkd_token_terms {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 312usize];
+    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 320usize];
     ["Alignment of atkd_token_terms"][::std::mem::align_of::<atkd_token_terms>() - 8usize];
     ["Offset of field: atkd_token_terms::batch"]
         [::std::mem::offset_of!(atkd_token_terms, batch) - 0usize];

@@ -36,9 +36,9 @@ struct ForwardKl {
         fold_chunk<CE_SUM, GUARDED>(state, shifts, teacher, student, exponent);
     }
 
-    // From a row's state, the teacher's sum corrected for its maximum (correction_of), and the logarithms of both sums.
+    // From a row's state, the teacher's sum corrected for its maximum (correction_of), and the logarithms of both.
     static ATKD_DEVICE double dkd(const State<double> &state, double teacher_sum, double teacher_log_sum,
-                                  double student_log_sum) {
+                                  double student_log_sum, float) {
         // It may be below 0 by rounding: no less often than above it, so that a mean of many is right.
         double dkd = state.cross_term / teacher_sum * (LN_2 * double(GAP_UNIT)) - teacher_log_sum + student_log_sum;
         return state.teacher_sum == 0 ? 0 : state.mismatch != 0 ? -double(NEG_INF) : dkd;

@@ -6,9 +6,9 @@
 //
 // Plain, over the whole vocabulary, it is TKD + sigmoid(w) DKD, of which the weight has a gradient too.
 //
-// An element's gradient has its gap x - y as a factor, which a finite mask makes as large as 2^133. In units of GAP_UNIT
-// that is 2^69 at most; a probability times 2^32, and what is multiplied with it times 2^-32, neither overflow nor lose
-// digits.
+// Gaps are relative to the token r that the student thinks likeliest. An element's gradient has its gap as a factor, which
+// a finite mask makes as large as 2^133. In units of GAP_UNIT that is 2^69 at most; a probability times 2^32, and what is
+// multiplied with it times 2^-32, neither overflow nor lose digits.
 #pragma once
 
 #include "row_sums.cuh"
@@ -17,10 +17,10 @@ struct ReverseKl {
     static constexpr uint32_t SWEEPS = 1;
     static constexpr bool SPECIALISED = false;
     static constexpr CrossTerm CROSS = BY_STUDENT;
-    static constexpr float HALF_UNIT = 0x1p32f, MOST_GAP = 0x1p72f;
+    static constexpr float HALF_UNIT = 0x1p32f;
 
     template <class Real> using State = RowSums<Real, CROSS>;
-    // teacher: of 2^y_j (x_j - y_j); student: of 2^y_j.
+    // teacher: of 2^y_j times a quarter of the gap; student: of 2^y_j. teacher_max is the reference.
     using Scales = GradientScales;
 
     template <bool CE_SUM, bool GUARDED, class P, class Q>
@@ -30,9 +30,12 @@ struct ReverseKl {
     }
 
     static ATKD_DEVICE double dkd(const State<double> &state, double student_sum, double teacher_log_sum,
-                                  double student_log_sum) {
-        double dkd = teacher_log_sum - student_log_sum - state.cross_term / student_sum * (LN_2 * double(GAP_UNIT));
-        return state.student_sum == 0 ? 0 : state.mismatch != 0 ? -double(NEG_INF) : dkd;
+                                  double student_log_sum, float exponent) {
+        // L_p - a_r and L_q - b_r.
+        double teacher = teacher_log_sum + to_margin(state.teacher_max, state.teacher_reference, exponent);
+        double student = student_log_sum + to_margin(state.student_max, state.student_max, exponent);
+        double dkd = teacher - student - state.cross_term / student_sum * (LN_2 * double(GAP_UNIT));
+        return state.student_sum == 0 ? 0 : state.cross_term == double(NEG_INF) ? -double(NEG_INF) : dkd;
     }
 
     static ATKD_DEVICE double tkd(const atkd_divergence &, double u, double w) {
@@ -40,9 +43,10 @@ struct ReverseKl {
         double sign = w > 0 ? -1 : 1, infinity = -double(NEG_INF);
         u *= sign;
         w *= sign;
-        return w == -infinity        ? softplus(u)
-               : fabs(u) == infinity ? infinity
-                                     : softplus(u) - softplus(w) - sigmoid(w) * (u - w);
+        // Margins too large for the column that they come from are infinite; times a probability of 0, that is nothing.
+        return w == -infinity || sigmoid(w) == 0 ? softplus(u) - softplus(w)
+               : fabs(u) == infinity             ? infinity
+                                                 : softplus(u) - softplus(w) - sigmoid(w) * (u - w);
     }
 
     static ATKD_DEVICE double loss(const atkd_divergence &divergence, double c_tkd, double c_dkd, double w, double &tkd,
@@ -55,39 +59,48 @@ struct ReverseKl {
 
     template <bool CE_SUM, class State>
     static ATKD_DEVICE Scales scales(const atkd_divergence &divergence, const State &state, const TermWeights &weights,
-                                     const Odds &teacher, const Odds &student, const Odds &student_at_1,
+                                     const Odds &, const Odds &student, const Odds &student_at_1,
                                      const TargetLogits &target, float exponent) {
         bool plain = divergence.plain != 0, no_mass = state.student_sum == 0;
-        Shift teacher_shift = Shift::of(state.teacher_max, exponent);
-        Shift student_shift = Shift::of(state.student_max, exponent);
-        // In units of GAP_UNIT octaves: the mean gap, the difference of the logarithms of the sums, w - u.
-        float mean_gap = no_mass ? 0 : float(state.cross_term) * student.inverse;
-        float log_ratio = log_ratio_of(state, exponent) * (1 / GAP_UNIT);
-        float margin_gap =
-            teacher_shift.gap_of(target.teacher, exponent) - student_shift.gap_of(target.student, exponent) - log_ratio;
+        bool ruled_out = state.cross_term == NEG_INF && !no_mass;
         float variance = student.sigmoid * student.rest;
-        float tkd_weight = plain ? weights.dkd : weights.tkd;
-        float dkd_weight = no_mass ? 0 : plain ? weights.dkd * student.sigmoid : weights.dkd;
-        float slope = variance == 0 || tkd_weight == 0 ? 0 : variance * margin_gap;
-        float weight_slope = variance == 0 || !plain || no_mass ? 0 : variance * (log_ratio - mean_gap);
-        float gamma = tkd_weight * slope * float(LN_2) + weights.dkd * weight_slope * float(LN_2);
+        // In units of GAP_UNIT octaves: the rest's mean gap, the target's, and w - u.
+        float mean_gap = no_mass || ruled_out ? 0 : float(state.cross_term) * student.inverse;
+        float target_gap =
+            reference_gap(target.teacher, target.student, state.teacher_reference, state.student_max) *
+            (4 * exponent / GAP_UNIT);
+        float margin_gap = Shift::of(state.teacher_max, exponent).gap_of(target.teacher, exponent) -
+                           Shift::of(state.student_max, exponent).gap_of(target.student, exponent) -
+                           log_ratio_of(state, exponent) * (1 / GAP_UNIT);
+        float of_gap = weights.dkd, gamma = 0;
+        if (plain) {
+            // The mean over the whole vocabulary, relative to which nothing cancels.
+            float above = student.rest == 0 ? 0 : target_gap - mean_gap;
+            mean_gap = fmaf(student.rest, above, mean_gap);
+            of_gap *= student.sigmoid;
+            gamma = of_gap == 0 ? 0 : of_gap * student.rest * above;
+        } else if (variance != 0 && weights.tkd != 0) {
+            gamma = weights.tkd * variance * margin_gap;
+        }
+        gamma *= float(LN_2);
         float inverse = student.inverse * HALF_UNIT;
-        float of_gap = dkd_weight == 0 ? 0 : dkd_weight * inverse * float(LN_2);
+        of_gap = no_mass || of_gap == 0 ? 0 : of_gap * inverse * float(LN_2);
+        float gamma_ce = CE_SUM ? 0 : weights.gamma_ce * (1 / GAP_UNIT);
         Scales scales = {
-            of_gap,
-            no_mass ? 0
-                    : fmaf(of_gap, mean_gap, inverse * (gamma + (CE_SUM ? 0 : weights.gamma_ce * (1 / GAP_UNIT)))),
+            of_gap * (4 * exponent / GAP_UNIT),
+            no_mass ? 0 : fmaf(of_gap, mean_gap, inverse * ((plain ? 0 : gamma) + gamma_ce)),
             CE_SUM && student_at_1.inverse != 0 ? weights.gamma_ce * student_at_1.inverse : 0,
             -fmaf(gamma, GAP_UNIT, weights.gamma_ce),
-            state.teacher_max,
+            state.teacher_reference,
             state.student_max,
-            shift_of(state.teacher_max, exponent),
+            0,
             shift_of(state.student_max, exponent),
         };
         // An infinite divergence has no gradient.
         bool no_rest = state.teacher_sum == 0 && !no_mass;
         bool no_target = target.teacher == NEG_INF && target.student > NEG_INF;
-        if ((tkd_weight != 0 && (no_rest || no_target)) || (dkd_weight != 0 && state.mismatch != 0)) {
+        float tkd_weight = plain ? weights.dkd : weights.tkd;
+        if ((tkd_weight != 0 && (no_rest || no_target)) || (weights.dkd != 0 && ruled_out)) {
             scales.make_nan();
         }
         return scales;
@@ -103,9 +116,9 @@ struct ReverseKl {
         RowShifts<LARGE_ROW> shifts(scales, exponent);
         ATKD_UNROLL
         for (uint32_t k = 0; k < CHUNK; k++) {
-            // Of what both models rule out, or the student alone, the probability is 0.
-            float gap = shifts.teacher_gap(a[k]) - shifts.student_gap(b[k]);
-            gap = fminf(fmaxf(gap, -MOST_GAP), MOST_GAP);
+            // What a model rules out has the probability 0 here.
+            float gap = reference_gap(a[k], b[k], scales.teacher_max, scales.student_max);
+            gap = fminf(fmaxf(gap, LOWEST), -LOWEST);
             float student = exp2_fast(shifts.student(b[k]) + 32.0f);
             g[k] = student * fmaf(-scales.teacher, gap, scales.student);
             if (CE_SUM) {

@@ -139,8 +139,7 @@ struct alignas(16) GradientScales {
     }
 };
 
-// The exponents of a row's elements relative to their shifts, and the same in units of GAP_UNIT. LARGE_ROW: a shift is
-// LARGE.
+// The exponents of a row's elements relative to their shifts. LARGE_ROW: a shift is LARGE.
 template <bool LARGE_ROW> struct RowShifts {
     Shift teacher_shift, student_shift, shift_at_1;
     float exponent;
@@ -156,15 +155,9 @@ template <bool LARGE_ROW> struct RowShifts {
     static ATKD_DEVICE float of(const Shift &shift, float z, float exponent) {
         return LARGE_ROW ? shift.exponent_of(z, exponent) : fmaf(z, exponent, -shift.exponent_shift);
     }
-    static ATKD_DEVICE float gap_of(const Shift &shift, float z, float exponent) {
-        return LARGE_ROW ? shift.gap_of(z, exponent)
-                         : fmaf(z, exponent * (1 / GAP_UNIT), -shift.exponent_shift * (1 / GAP_UNIT));
-    }
     ATKD_DEVICE float teacher(float z) const { return of(teacher_shift, z, exponent); }
     ATKD_DEVICE float student(float z) const { return of(student_shift, z, exponent); }
     ATKD_DEVICE float student_at_1(float z) const { return of(shift_at_1, z, LOG2_E); }
-    ATKD_DEVICE float teacher_gap(float z) const { return gap_of(teacher_shift, z, exponent); }
-    ATKD_DEVICE float student_gap(float z) const { return gap_of(student_shift, z, exponent); }
 };
 
 // The target's logit in either model; to be read before a gradient in place overwrites it.
@@ -232,7 +225,8 @@ ATKD_DEVICE void store_margins(const atkd_rows &p, uint32_t token, const RowStat
     double margin = log_sum + to_margin(max, target_logit, exponent);
     if constexpr (D::SWEEPS == 1) {
         double weight = D::CROSS == BY_STUDENT ? shuffle_from(sum, STUDENT) : sum;
-        double dkd = D::dkd(state, weight, log_sum, shuffle_from(log_sum, STUDENT));
+        double dkd = D::dkd(state, weight, log_sum, shuffle_from(log_sum, STUDENT),
+                            p.batch.inverse_temperature * LOG2_E);
         bool not_a_number = state.has_nan() || warp_ballot(lane <= STUDENT && margin != margin) != 0;
         store_dkd(p, token, not_a_number ? nan("") : dkd);
     }

@@ -7,7 +7,7 @@
 // Plain, over the whole vocabulary, the sums that normalise include the target, which is one more pair of the second
 // sweep. TKD and DKD are not computed then.
 //
-// F is the f: Terms are what it sums up, and h is its slope.
+// F is the f: F::of is its value at a pair of probabilities, and its slope, which is h.
 #pragma once
 
 #include "row_sums.cuh"
@@ -47,7 +47,12 @@ template <class Real> struct Pair {
 };
 
 // Two classes, from probabilities that are not both in doubt.
-ATKD_DEVICE Pair<float> pair_of_odds(float p, float q) { return Pair<float>::of(fmaxf(p, q), log2f(p / q)); }
+ATKD_DEVICE Pair<float> pair_of_odds(float p, float q) { return Pair<float>::of(fmaxf(p, q), log2f(quotient(p, q))); }
+
+// f(p, q), and df/dq but for a constant that is the same for all pairs.
+template <class Real> struct PairTerm {
+    Real value, slope;
+};
 
 template <class F> struct TwoSweeps {
     static constexpr uint32_t SWEEPS = 2;
@@ -55,7 +60,28 @@ template <class F> struct TwoSweeps {
     static constexpr bool SPECIALISED = false;
 
     template <class Real> using State = RowSums<Real, CROSS>;
-    template <class Real> using Terms = typename F::template Terms<Real>;
+    // What the second sweep sums up.
+    template <class Real> struct Terms {
+        Real value, slope; // sum f(p, q), sum q h
+
+        template <bool CE_SUM, class V, class... States> static ATKD_DEVICE void visit(V f, States &...states) {
+            f(FieldKind<SUM>(), states.value...);
+            f(FieldKind<SUM>(), states.slope...);
+        }
+        static constexpr uint32_t FLOATS = 2, FLAGS = 0;
+        static constexpr bool RELATIVE = false;
+        static ATKD_DEVICE Terms empty() { return {0, 0}; }
+
+        ATKD_DEVICE void add(const atkd_divergence &divergence, const Pair<Real> &pair) {
+            PairTerm<Real> term = F::of(divergence, pair);
+            value += term.value;
+            slope += pair.student() * term.slope;
+        }
+        template <class Part> ATKD_DEVICE void add(const Part &part) {
+            value += part.value;
+            slope += part.slope;
+        }
+    };
 
     // The second sweep needs the first four of its own, and leaves the factors of 2^y_j h_j (teacher) and 2^y_j (student).
     struct alignas(16) Scales : GradientScales {
@@ -79,10 +105,9 @@ template <class F> struct TwoSweeps {
     static ATKD_DEVICE double tkd(const atkd_divergence &divergence, double u, double w) {
         auto terms = Terms<double>::empty();
         // Of the target, then of the rest.
-        F::add(terms, divergence,
-               Pair<double>::of(sigmoid(-(u < w ? u : w)), (softplus(w) - softplus(u)) / LN_2));
-        F::add(terms, divergence, Pair<double>::of(sigmoid(u > w ? u : w), (softplus(-w) - softplus(-u)) / LN_2));
-        return F::value(divergence, terms);
+        terms.add(divergence, Pair<double>::of(sigmoid(-(u < w ? u : w)), (softplus(w) - softplus(u)) / LN_2));
+        terms.add(divergence, Pair<double>::of(sigmoid(u > w ? u : w), (softplus(-w) - softplus(-u)) / LN_2));
+        return terms.value;
     }
 
     static ATKD_DEVICE double loss(const atkd_divergence &divergence, double c_tkd, double c_dkd, double, double &tkd,
@@ -104,7 +129,7 @@ template <class F> struct TwoSweeps {
         Pair<float> target = pair_of_odds(teacher.rest, student.rest);
         float slope = plain || weights.tkd == 0 ? 0
                                                 : student.sigmoid * student.rest *
-                                                      (F::slope(divergence, rest) - F::slope(divergence, target));
+                                                      (F::of(divergence, rest).slope - F::of(divergence, target).slope);
         float gamma = weights.tkd * slope;
         float of_teacher = plain ? teacher.sigmoid : 1, of_student = plain ? student.sigmoid : 1;
         Scales scales;
@@ -118,7 +143,12 @@ template <class F> struct TwoSweeps {
         scales.student_shift = shift_of(state.student_max, exponent);
         scales.teacher_inverse = exists ? teacher.inverse * of_teacher : 0;
         scales.student_inverse = exists ? student.inverse * of_student : 0;
-        scales.log_ratio = log_ratio_of(state, exponent) - (plain ? log2f(teacher.sigmoid / student.sigmoid) : 0);
+        scales.log_ratio = log_ratio_of(state, exponent);
+        if (plain) {
+            float t = teacher.sigmoid, s = student.sigmoid;
+            // A model without mass off the target has less there than any other.
+            scales.log_ratio = t != 0 && s != 0 ? scales.log_ratio - log2f(quotient(t, s)) : t < s ? -NEG_INF : NEG_INF;
+        }
         scales.dkd_weight = weights.dkd;
         scales.target_larger = plain ? target.larger : 0;
         scales.target_log_ratio = plain ? target.log_ratio : 0;
@@ -140,9 +170,9 @@ template <class F> struct TwoSweeps {
             bool teacher_is_larger = log_ratio > 0;
             float larger = exp2_fast(teacher_is_larger ? x : y) *
                            (teacher_is_larger ? scales.teacher_inverse : scales.student_inverse);
-            F::add(of_chunk, divergence, Pair<float>::of(larger, log_ratio));
+            of_chunk.add(divergence, Pair<float>::of(larger, log_ratio));
         }
-        Terms<float>::template visit<false>([](auto, auto &sum, auto &part) { sum += part; }, terms, of_chunk);
+        terms.add(of_chunk);
     }
 
     // Ends the second sweep: completes the scales, and returns DKD or, plain, the divergence.
@@ -150,15 +180,15 @@ template <class F> struct TwoSweeps {
     static ATKD_DEVICE Real finish(const atkd_divergence &divergence, Scales &scales, Terms<Real> terms) {
         Pair<float> target = Pair<float>::of(scales.target_larger, scales.target_log_ratio);
         auto of_target = Terms<float>::empty();
-        F::add(of_target, divergence, target);
-        Terms<Real>::template visit<false>([](auto, auto &sum, auto &part) { sum += part; }, terms, of_target);
-        float mean = float(F::mean_slope(divergence, terms));
+        of_target.add(divergence, target);
+        terms.add(of_target);
+        float mean = float(terms.slope);
         bool exists = divergence.plain != 0 || (scales.teacher_inverse != 0 && scales.student_inverse != 0);
         scales.student -= scales.teacher == 0 ? 0 : scales.teacher * mean;
         if (divergence.plain != 0 && scales.dkd_weight != 0) {
-            scales.target += scales.dkd_weight * target.student() * (F::slope(divergence, target) - mean);
+            scales.target += scales.dkd_weight * target.student() * (F::of(divergence, target).slope - mean);
         }
-        return exists ? F::value(divergence, terms) : 0;
+        return exists ? terms.value : 0;
     }
 
     template <bool CE_SUM, bool LARGE_ROW, class P, class Q>
@@ -172,7 +202,7 @@ template <class F> struct TwoSweeps {
         ATKD_UNROLL
         for (uint32_t k = 0; k < CHUNK; k++) {
             float x = shifts.teacher(a[k]), y = shifts.student(b[k]);
-            float slope = F::slope(divergence, Pair<float>::of(0, x - y - scales.log_ratio));
+            float slope = F::of(divergence, Pair<float>::of(0, x - y - scales.log_ratio)).slope;
             g[k] = exp2_fast(y) * fmaf(scales.teacher, slope, scales.student);
             if (CE_SUM) {
                 g[k] += scales.student_at_1 * exp2_fast(shifts.student_at_1(b[k]));

@@ -42,7 +42,7 @@ use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, 
 /// same loss computes it anew. For float16 logits the loss holds none, and `backward` computes it with the gradient that
 /// arrives as a factor, which reads both models' logits once more. A label out of range is met by a kernel, which drops
 /// its token and makes the loss NaN; [`loss_with_output`], which waits, returns the error. A workspace of 33 bytes per token
-/// and 67 KB stays for each thread and stream that computes losses.
+/// and 100 KB stays for each thread and stream that computes losses.
 ///
 /// # Errors
 /// If tensors are on different devices or of other dtypes, shapes differ, or a label is out of range.

@@ -2,7 +2,7 @@
 //!
 //! Device memory in, device memory out, on the caller's stream: a call launches three to five kernels and
 //! returns. It allocates nothing and waits for nothing, so it can be captured in a CUDA graph. What it
-//! needs beside its arguments, 33 bytes a token and 67 KB, is a [`Workspace`], made once.
+//! needs beside its arguments, 33 bytes a token and 100 KB, is a [`Workspace`], made once.
 //!
 //! ```no_run
 //! use atkd::cuda::{self, DeviceBatch, DeviceLogits, DeviceLogitsMut, Kernels, Workspace};

@@ -22,7 +22,7 @@ use crate::params::atkd_summary;
 use crate::{Error, Objective, Output, Result};
 
 /// The results of a call, and the memory that it works in: the loss, every token's terms, its mode. 33 bytes a
-/// token and 67 KB, on the device; made once, used by one call after another.
+/// token and 100 KB, on the device; made once, used by one call after another.
 #[derive(Debug)]
 pub struct Workspace {
     kernels: Arc<Kernels>,

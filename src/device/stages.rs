@@ -336,12 +336,14 @@ impl Stages {
         };
         let Mixture { share, of_teacher, of_student } = mixture;
         let rest = 1.0 - share;
+        let excess = of_teacher * rest - of_student * share;
         atkd_divergence {
             share: share as f32,
             rest: rest as f32,
             of_teacher: of_teacher as f32,
             of_student: of_student as f32,
-            of_ratio: (of_student * share - of_teacher * rest) as f32,
+            teacher_excess: excess as f32,
+            student_excess: if share == 0.0 { 0.0 } else { (-excess * rest / share) as f32 },
             plain: (self.objective.is_plain() && family != Family::ForwardKl).into(),
         }
     }
