@@ -12,8 +12,8 @@ use std::sync::OnceLock;
 
 use super::element::Element;
 use super::exp::Exponent;
-use super::math::Divergence;
-use super::tile::{self, Exponentials, Extent, Prefetch, Scales, Shift, TileSums};
+use super::math::{Fold, SecondSums, SecondSweep};
+use super::tile::{self, Exponentials, Extent, Place, Prefetch, Scales, Shift, Shifts, TileSums};
 #[cfg(target_arch = "x86_64")]
 use super::vector::{Avx2, Avx512};
 use super::vector::{Portable, Vector};
@@ -48,41 +48,52 @@ macro_rules! compile {
             }
 
             $(#[$features])*
-            pub fn accumulate<L: Element, D: Divergence>(
+            pub fn accumulate<L: Element, F: Fold>(
                 logits: [&[L]; 2],
-                shifts: [Shift; 2],
+                shifts: &Shifts,
                 exponent: Exponent,
                 out: &mut Exponentials,
                 prefetch: [Prefetch; 2],
             ) -> TileSums {
                 let [a, b] = logits;
-                let values = (shifts[0].value, shifts[1].value);
-                match (shifts[0].guarded || shifts[1].guarded, out.student_at_1.is_empty()) {
+                let values = shifts.values();
+                match (shifts.guarded::<F>(exponent), out.student_at_1.is_empty()) {
                     (false, true) => {
-                        tile::accumulate::<L, V, D, false, false>(a, b, values, exponent, out, prefetch)
+                        tile::accumulate::<L, V, F, false, false>(a, b, values, exponent, out, prefetch)
                     }
                     (false, false) => {
-                        tile::accumulate::<L, V, D, false, true>(a, b, values, exponent, out, prefetch)
+                        tile::accumulate::<L, V, F, false, true>(a, b, values, exponent, out, prefetch)
                     }
                     (true, true) => {
-                        tile::accumulate::<L, V, D, true, false>(a, b, values, exponent, out, prefetch)
+                        tile::accumulate::<L, V, F, true, false>(a, b, values, exponent, out, prefetch)
                     }
                     (true, false) => {
-                        tile::accumulate::<L, V, D, true, true>(a, b, values, exponent, out, prefetch)
+                        tile::accumulate::<L, V, F, true, true>(a, b, values, exponent, out, prefetch)
                     }
                 }
             }
 
             $(#[$features])*
-            pub fn write_gradient<G: Element, D: Divergence>(
+            pub fn sweep_again<L: Element, S: SecondSweep>(
+                second: S,
+                logits: [&[L]; 2],
+                place: &Place,
+                exponentials: &mut Exponentials,
+            ) -> SecondSums<f64> {
+                let [a, b] = logits;
+                tile::sweep_again::<L, V, S>(second, a, b, place, exponentials)
+            }
+
+            $(#[$features])*
+            pub fn write_gradient<G: Element>(
                 from: &Exponentials,
                 scales: Scales,
                 to: &mut [G],
                 non_temporal: bool,
             ) {
                 match non_temporal {
-                    false => tile::write_gradient::<G, V, D, false>(from, scales, to),
-                    true => tile::write_gradient::<G, V, D, true>(from, scales, to),
+                    false => tile::write_gradient::<G, V, false>(from, scales, to),
+                    true => tile::write_gradient::<G, V, true>(from, scales, to),
                 }
             }
         }
@@ -224,26 +235,37 @@ impl Instructions {
     }
 
     /// See [`tile::accumulate`].
-    pub fn accumulate<L: Element, D: Divergence>(
+    pub fn accumulate<L: Element, F: Fold>(
         self,
         logits: [&[L]; 2],
-        shifts: [Shift; 2],
+        shifts: &Shifts,
         exponent: Exponent,
         out: &mut Exponentials,
         prefetch: [Prefetch; 2],
     ) -> TileSums {
-        dispatch!(self, accumulate::<L, D>(logits, shifts, exponent, out, prefetch))
+        dispatch!(self, accumulate::<L, F>(logits, shifts, exponent, out, prefetch))
+    }
+
+    /// See [`tile::sweep_again`].
+    pub fn sweep_again<L: Element, S: SecondSweep>(
+        self,
+        second: S,
+        logits: [&[L]; 2],
+        place: &Place,
+        exponentials: &mut Exponentials,
+    ) -> SecondSums<f64> {
+        dispatch!(self, sweep_again::<L, S>(second, logits, place, exponentials))
     }
 
     /// See [`tile::write_gradient`]. After non-temporal stores no other thread may be told of the gradient before a
     /// [`fence`](super::vector::fence).
-    pub fn write_gradient<G: Element, D: Divergence>(
+    pub fn write_gradient<G: Element>(
         self,
         from: &Exponentials,
         scales: Scales,
         to: &mut [G],
         non_temporal: bool,
     ) {
-        dispatch!(self, write_gradient::<G, D>(from, scales, to, non_temporal))
+        dispatch!(self, write_gradient::<G>(from, scales, to, non_temporal))
     }
 }

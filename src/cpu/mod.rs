@@ -1,7 +1,8 @@
 //! The fused loss on the CPU: the embedded default.
 //!
 //! Each row is read once from memory. Its exponentials stay in the core's own cache until the row's
-//! sums are known, and the gradient is written from there. The calling thread and those of rayon's current
+//! sums are known, and the gradient is written from there. (JSD, total variation and the skewed divergences read the
+//! row again, from the cache.) The calling thread and those of rayon's current
 //! thread pool, as many in all as the pool has, work on rows of their own; the result is the same, bit for
 //! bit, for any number of threads, on machines of one instruction set ([`instruction_set`]).
 //!
@@ -18,7 +19,7 @@
 //! mispredicted row, so there the teacher's logits are read once more, beforehand; but not if the batch has a mask or
 //! margins of its own.
 //!
-//! Memory beyond the arguments: about 230 bytes per token, and two float32 rows per thread (three if cross
+//! Memory beyond the arguments: about 250 bytes per token, and two float32 rows per thread (three if cross
 //! entropy is wanted at a temperature other than 1).
 
 mod dispatch;

@@ -12,8 +12,11 @@ use half::slice::HalfFloatSliceExt;
 use super::dispatch::Instructions;
 use super::element::Element;
 use super::exp::Exponent;
-use super::math::{self, Divergence, GradientScales, RowState, STUDENT, TEACHER};
-use super::tile::{Exponentials, Extent, Prefetch, Scales, Shift, TileSums};
+use super::math::{
+    self, Fold, GradientScales, Margins, Moved, Normaliser, RowDivergence, RowState, STUDENT,
+    SecondSweep, TEACHER, by_family,
+};
+use super::tile::{Exponentials, Extent, Place, Prefetch, Scales, Shift, Shifts, TileSums};
 use super::vector::fence;
 use crate::Result;
 use crate::logits::{Elements, ElementsMut};
@@ -104,12 +107,13 @@ impl DerefMut for Aligned {
 
 /// A thread's own memory, reused from row to row.
 pub struct Scratch {
-    /// The parts of [`Exponentials`], at the index of their logit: a whole row's for a gradient, else one tile's.
+    /// The parts of [`Exponentials`], at the index of their logit: a whole row's for a gradient or a second sweep, else
+    /// one tile's.
     kept: Aligned,
     student: Aligned,
     student_at_1: Aligned,
     /// The runs of the row at work, each with the shifts of its exponentials.
-    runs: Vec<(Range<usize>, [f32; 2])>,
+    runs: Vec<(Range<usize>, [f32; 3])>,
     /// One tile of each model, widened to float32.
     wide_teacher: Aligned,
     wide_student: Aligned,
@@ -136,6 +140,10 @@ pub struct RowPass {
     pub inverse_temperature: f64,
     /// Cross entropy is wanted at another temperature than the divergences.
     at_1: bool,
+    /// The divergence needs a second sweep.
+    again: bool,
+    /// The divergence is over the whole vocabulary.
+    plain: bool,
 }
 
 impl RowPass {
@@ -152,12 +160,15 @@ impl RowPass {
             exponent,
             inverse_temperature: exponent.inverse_temperature(),
             at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
+            again: by_family!(objective, divergence => divergence.second().is_some()),
+            plain: objective.is_plain(),
         })
     }
 
-    /// Memory for the rows that one thread does. It holds a whole row's exponentials if gradients are wanted.
+    /// Memory for the rows that one thread does. It holds a whole row's exponentials if gradients are wanted, or a
+    /// second sweep.
     pub fn scratch(&self, vocab: usize, with_gradient: bool) -> Scratch {
-        let kept = if with_gradient { vocab } else { self.tile.min(vocab) };
+        let kept = if with_gradient || self.again { vocab } else { self.tile.min(vocab) };
         Scratch {
             kept: Aligned::new(kept),
             student: Aligned::new(kept),
@@ -224,31 +235,44 @@ impl RowPass {
         }
     }
 
+    /// The first shifts of a row, from the row's start.
+    fn initial_shifts<L: Element, F: Fold>(&self, [a, b]: [&[L]; 2]) -> Shifts {
+        let (teacher, student) = (self.initial_shift(a), self.initial_shift(b));
+        Shifts { teacher, student, reference: reference::<L, F>([a, b], teacher, student) }
+    }
+
     /// The sums over a tile of both models, and its shifts, given those of the tile before.
-    fn sums<L: Element, D: Divergence>(
+    fn sums<L: Element, F: Fold>(
         &self,
         logits: [&[L]; 2],
-        before: Option<[Shift; 2]>,
+        before: Option<Shifts>,
         mut out: Exponentials,
         prefetch: [Prefetch; 2],
-    ) -> (math::Sums, [Shift; 2]) {
-        let mut shifts = before.unwrap_or_else(|| logits.map(|logits| self.initial_shift(logits)));
+    ) -> (math::Sums, Shifts) {
+        let mut shifts = before.unwrap_or_else(|| self.initial_shifts::<L, F>(logits));
         loop {
-            let TileSums { mut sums, far, in_range } = self.instructions.accumulate::<L, D>(
+            let TileSums { mut sums, in_range } = self.instructions.accumulate::<L, F>(
                 logits,
-                shifts,
+                &shifts,
                 self.exponent,
                 &mut out,
                 prefetch,
             );
             // Neither depends on the other's logits: tokens with equal teachers have equal margins.
-            let adjusted = [TEACHER, STUDENT].map(|model| match in_range[model] {
-                true => shifts[model],
-                false => self.adjusted(shifts[model], self.instructions.extent(logits[model])),
-            });
+            let adjusted = |model: usize, shift| match in_range[model] {
+                true => shift,
+                false => self.adjusted(shift, self.instructions.extent(logits[model])),
+            };
+            let teacher = adjusted(TEACHER, shifts.teacher);
+            let student = adjusted(STUDENT, shifts.student);
+            let reference = match student.value == shifts.student.value {
+                true => shifts.reference,
+                false => reference::<L, F>(logits, teacher, student),
+            };
+            let adjusted = Shifts { teacher, student, reference };
             if adjusted == shifts {
-                if far {
-                    sums.cross += self.far_terms::<L, D>(logits, shifts.map(|shift| shift.value));
+                if sums.far {
+                    sums.cross += self.far_terms::<L, F>(logits, shifts.values());
                 }
                 return (sums, shifts);
             }
@@ -257,15 +281,15 @@ impl RowPass {
     }
 
     /// The cross terms that the tile's loop has left out.
-    fn far_terms<L: Element, D: Divergence>(
+    fn far_terms<L: Element, F: Fold>(
         &self,
         [teacher, student]: [&[L]; 2],
-        shifts: [f32; 2],
+        shifts: [f32; 3],
     ) -> f64 {
         let pairs = teacher.iter().zip(student).map(|(a, b)| [a.widen(), b.widen()]);
         pairs
             .filter(|logits| logits.iter().all(|&z| z >= f32::MIN))
-            .map(|logits| D::far_term(logits, shifts, self.inverse_temperature))
+            .map(|logits| F::far_term(logits, shifts, self.exponent))
             .sum()
     }
 
@@ -291,25 +315,55 @@ impl RowPass {
 
     /// The teacher's margin at `target`, from the state of its row.
     pub fn margin_of(&self, state: &RowState, row: Elements, target: usize) -> f64 {
-        let target = row.get(target).into();
-        let (shift, sum) = (state.shifts[TEACHER], state.sums.teacher);
-        math::margin(shift, sum, target, self.inverse_temperature)
+        self.margin_of_model(state, TEACHER, row, target)
     }
 
-    /// The sums of a row. The exponentials stay in `scratch`.
-    pub fn state<D: Divergence>(
+    fn margin_of_model(&self, state: &RowState, model: usize, row: Elements, target: usize) -> f64 {
+        let sum = [state.sums.teacher, state.sums.student][model];
+        let target = row.get(target).into();
+        math::margin(state.shifts[model], sum, target, self.inverse_temperature)
+    }
+
+    /// The state of a row, from all of its sweeps. What they keep stays in `scratch`.
+    pub fn state<D: RowDivergence>(
         &self,
+        divergence: D,
         teacher: Elements,
         student: Elements,
         target: usize,
         scratch: &mut Scratch,
     ) -> RowState {
-        const { assert!(D::SWEEPS == 1, "a second sweep needs the state of the first") };
+        let mut wide = [&mut scratch.wide_teacher, &mut scratch.wide_student].map(std::mem::take);
+        let mut state = self.first_sweep::<D::Fold>(teacher, student, target, scratch, &mut wide);
+        if let Some(second) = divergence.second() {
+            let [u, w] = [(TEACHER, teacher), (STUDENT, student)]
+                .map(|(model, row)| self.margin_of_model(&state, model, row, target));
+            let counted = self.plain.then_some(Margins { u, w });
+            let sums =
+                self.second_sweep(second, teacher, student, &state, counted, scratch, &mut wide);
+            state.found = divergence.found(sums, counted);
+        } else if D::KEEPS_FAR && state.sums.far && scratch.kept.len() == teacher.len() {
+            for i in scratch.runs.iter().flat_map(|(run, _)| run.clone()) {
+                let logits = [teacher.get(i), student.get(i)];
+                scratch.kept[i] = divergence.far_kept(logits, &state, self.exponent);
+            }
+        }
+        [scratch.wide_teacher, scratch.wide_student] = wide;
+        state
+    }
+
+    /// The sums of a row, with the target left out.
+    fn first_sweep<F: Fold>(
+        &self,
+        teacher: Elements,
+        student: Elements,
+        target: usize,
+        scratch: &mut Scratch,
+        [wide_teacher, wide_student]: &mut [Aligned; 2],
+    ) -> RowState {
         let mut state = RowState::empty();
         let whole_row = scratch.kept.len() == teacher.len();
         scratch.runs.clear();
-        let mut wide_teacher = std::mem::take(&mut scratch.wide_teacher);
-        let mut wide_student = std::mem::take(&mut scratch.wide_student);
         let mut before = None;
         for range in tiles(teacher.len(), target, self.tile) {
             let prefetch = [prefetch_after(teacher, &range), prefetch_after(student, &range)];
@@ -318,19 +372,19 @@ impl RowPass {
             let out = scratch.exponentials(place);
             let (sums, tile_shifts) = match logits {
                 (Elements::F16(a), Elements::F16(b)) => {
-                    self.sums::<_, D>([a, b], before, out, prefetch)
+                    self.sums::<_, F>([a, b], before, out, prefetch)
                 }
                 (Elements::Bf16(a), Elements::Bf16(b)) => {
-                    self.sums::<_, D>([a, b], before, out, prefetch)
+                    self.sums::<_, F>([a, b], before, out, prefetch)
                 }
                 (a, b) => {
-                    let wide = [widen(a, &mut wide_teacher), widen(b, &mut wide_student)];
-                    self.sums::<_, D>(wide, before, out, prefetch)
+                    let wide = [widen(a, wide_teacher), widen(b, wide_student)];
+                    self.sums::<_, F>(wide, before, out, prefetch)
                 }
             };
             before = Some(tile_shifts);
-            let shifts = tile_shifts.map(|shift| shift.value);
-            state.rescale::<D>(shifts.map(f64::from), self.inverse_temperature);
+            let shifts = tile_shifts.values();
+            state.rescale::<F>(shifts.map(f64::from), self.inverse_temperature);
             state.sums += sums;
             match scratch.runs.last_mut() {
                 Some((run, run_shifts)) if run.end == range.start && *run_shifts == shifts => {
@@ -342,13 +396,67 @@ impl RowPass {
         if !self.at_1 {
             state.sums.student_at_1 = state.sums.student;
         }
-        (scratch.wide_teacher, scratch.wide_student) = (wide_teacher, wide_student);
         state
     }
 
-    /// Writes the gradient of the row whose exponentials `state` has left in `scratch`.
-    pub fn gradient<D: Divergence>(
+    /// The sums of the second sweep over a row that the first one has been over, of probabilities off the target: in the
+    /// whole vocabulary if the target counts, which then has the margins given.
+    #[expect(clippy::too_many_arguments)]
+    fn second_sweep<S: SecondSweep>(
         &self,
+        second: S,
+        teacher: Elements,
+        student: Elements,
+        state: &RowState,
+        counted: Option<Margins>,
+        scratch: &mut Scratch,
+        [wide_teacher, wide_student]: &mut [Aligned; 2],
+    ) -> math::SecondSums<f64> {
+        let mut totals = [0.0; 3];
+        let runs = std::mem::take(&mut scratch.runs);
+        for &(ref run, shifts) in &runs {
+            let moved = self.moved(shifts, state);
+            let normaliser = Normaliser::new(state, &moved, counted, self.exponent);
+            let place = Place { shifts: [shifts[TEACHER], shifts[STUDENT]], normaliser };
+            // Only what has to be widened is cut into tiles.
+            let tile = if teacher.dtype() == student.dtype() { run.len() } else { self.tile };
+            for start in run.clone().step_by(tile) {
+                let range = start..run.end.min(start + tile);
+                let logits = (teacher.slice(range.clone()), student.slice(range.clone()));
+                let kept = &mut scratch.exponentials(range);
+                let sums = match logits {
+                    (Elements::F32(a), Elements::F32(b)) => {
+                        self.instructions.sweep_again(second, [a, b], &place, kept)
+                    }
+                    (Elements::F16(a), Elements::F16(b)) => {
+                        self.instructions.sweep_again(second, [a, b], &place, kept)
+                    }
+                    (Elements::Bf16(a), Elements::Bf16(b)) => {
+                        self.instructions.sweep_again(second, [a, b], &place, kept)
+                    }
+                    (a, b) => {
+                        let wide = [widen(a, wide_teacher), widen(b, wide_student)];
+                        self.instructions.sweep_again(second, wide, &place, kept)
+                    }
+                };
+                for (total, sum) in totals.iter_mut().zip(sums) {
+                    *total += sum;
+                }
+            }
+        }
+        scratch.runs = runs;
+        totals
+    }
+
+    /// The way from a run's shifts to the row's.
+    fn moved(&self, shifts: [f32; 3], state: &RowState) -> Moved {
+        Moved::by(shifts.map(f64::from), state.shifts, self.inverse_temperature)
+    }
+
+    /// Writes the gradient of the row whose exponentials `state` has left in `scratch`.
+    pub fn gradient<D: RowDivergence>(
+        &self,
+        divergence: D,
         state: &RowState,
         scales: &GradientScales,
         target: usize,
@@ -357,27 +465,20 @@ impl RowPass {
     ) {
         let runs = std::mem::take(&mut scratch.runs);
         for &(ref range, shifts) in &runs {
-            let moved = [TEACHER, STUDENT].map(|m| f64::from(shifts[m]) - state.shifts[m]);
-            let factors = moved.map(|moved| (moved * self.inverse_temperature).exp());
-            let [divergence, student] =
-                D::rescaled_coefficients([scales.divergence, scales.student], moved, factors);
+            let moved = self.moved(shifts, state);
+            let coefficients = [scales.divergence, scales.student];
+            let [kept, student] = divergence.rescaled_coefficients(state, coefficients, &moved);
             let scales = Scales {
-                divergence: divergence as f32,
+                divergence: kept as f32,
                 student: student as f32,
-                student_at_1: (scales.student_at_1 * moved[STUDENT].exp()) as f32,
+                student_at_1: (scales.student_at_1 * moved.distances[STUDENT].exp()) as f32,
             };
             let from = scratch.exponentials(range.clone());
             let (on, non_temporal) = (self.instructions, to.non_temporal);
             match to.row.slice(range.clone()) {
-                ElementsMut::F32(out) => {
-                    on.write_gradient::<_, D>(&from, scales, out, non_temporal)
-                }
-                ElementsMut::F16(out) => {
-                    on.write_gradient::<_, D>(&from, scales, out, non_temporal)
-                }
-                ElementsMut::Bf16(out) => {
-                    on.write_gradient::<_, D>(&from, scales, out, non_temporal)
-                }
+                ElementsMut::F32(out) => on.write_gradient(&from, scales, out, non_temporal),
+                ElementsMut::F16(out) => on.write_gradient(&from, scales, out, non_temporal),
+                ElementsMut::Bf16(out) => on.write_gradient(&from, scales, out, non_temporal),
             }
         }
         scratch.runs = runs;
@@ -386,4 +487,13 @@ impl RowPass {
             fence();
         }
     }
+}
+
+/// The teacher's logit where the student's shift was found; any number if that is -inf, or the shift is no logit.
+fn reference<L: Element, F: Fold>([a, b]: [&[L]; 2], teacher: Shift, student: Shift) -> f32 {
+    if !F::REFERENCE {
+        return 0.0;
+    }
+    let at = b.iter().position(|b| b.widen() == student.value);
+    at.map(|at| a[at].widen()).filter(|a| a.is_finite()).unwrap_or(teacher.value)
 }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use super::math::{self, Divergence, ForwardKl, GradientScales, RowState};
+use super::math::{self, GradientScales, RowDivergence, RowState, by_family};
 use super::rows::RowPass;
 use super::{RunningSelection, StudentRow, Workers, into_rows};
 use crate::batch::valid_labels;
@@ -267,11 +267,12 @@ impl<'a> Session<'a> {
         teacher: Logits,
         rows: &mut [StudentRow],
     ) -> Result<()> {
-        self.rows_by::<ForwardKl>(first, teacher, rows)
+        by_family!(self.objective, divergence => self.rows_by(divergence, first, teacher, rows))
     }
 
-    fn rows_by<D: Divergence>(
+    fn rows_by<D: RowDivergence>(
         &mut self,
+        divergence: D,
         first: usize,
         teacher: Logits,
         rows: &mut [StudentRow],
@@ -303,7 +304,7 @@ impl<'a> Session<'a> {
                 return (row, Token::Ignored);
             };
             let teacher = teacher.row(row);
-            let state = self.pass.state::<D>(teacher, student.logits(), target, scratch);
+            let state = self.pass.state(divergence, teacher, student.logits(), target, scratch);
             let margin = self.pass.margin_of(&state, teacher, target);
             let student_target = student.logits().get(target).into();
             let hard = match &self.hard {
@@ -313,10 +314,10 @@ impl<'a> Session<'a> {
                     running.add(margin as f32)
                 }
             };
-            let (terms, scales) = self.finished::<D>(&state, margin, student_target, hard);
+            let (terms, scales) = self.finished(divergence, &state, margin, student_target, hard);
             let mut has_gradient = false;
             if let Some(gradient) = student.gradient() {
-                self.pass.gradient::<D>(&state, &scales, target, scratch, gradient);
+                self.pass.gradient(divergence, &state, &scales, target, scratch, gradient);
                 has_gradient = true;
             }
             let mispredicted = false;
@@ -353,7 +354,7 @@ impl<'a> Session<'a> {
             if let Token::Done(kept) = &self.tokens[token]
                 && kept.terms.hard != hard
             {
-                self.regroup::<ForwardKl>(token, hard);
+                by_family!(self.objective, divergence => self.regroup(divergence, token, hard));
             }
         }
         self.hard = Some(hard);
@@ -361,10 +362,10 @@ impl<'a> Session<'a> {
     }
 
     /// Gives a token the terms of the other group.
-    fn regroup<D: Divergence>(&mut self, token: usize, hard: bool) {
+    fn regroup<D: RowDivergence>(&mut self, divergence: D, token: usize, hard: bool) {
         let Token::Done(kept) = &self.tokens[token] else { return };
         let (terms, _) =
-            self.finished::<D>(&kept.state, kept.terms.margin, kept.student_target, hard);
+            self.finished(divergence, &kept.state, kept.terms.margin, kept.student_target, hard);
         let Token::Done(kept) = &mut self.tokens[token] else { return };
         kept.terms = terms;
         if kept.has_gradient && self.objective.depends_on_selection() {
@@ -437,11 +438,12 @@ impl<'a> Session<'a> {
         &mut self,
         rows: Vec<(usize, Elements, &mut StudentRow)>,
     ) -> Result<()> {
-        self.repair_by::<ForwardKl>(rows)
+        by_family!(self.objective, divergence => self.repair_by(divergence, rows))
     }
 
-    fn repair_by<D: Divergence>(
+    fn repair_by<D: RowDivergence>(
         &mut self,
+        divergence: D,
         rows: Vec<(usize, Elements, &mut StudentRow)>,
     ) -> Result<()> {
         let mut tokens: Vec<usize> = rows.iter().map(|(token, ..)| *token).collect();
@@ -455,10 +457,12 @@ impl<'a> Session<'a> {
         self.workers.threads.map(rows, scratch, |scratch, (token, teacher, student)| {
             let Token::Done(kept) = &self.tokens[token] else { return };
             let TokenTerms { margin, hard, .. } = kept.terms;
-            let (_, scales) = self.finished::<D>(&kept.state, margin, kept.student_target, hard);
-            let state = self.pass.state::<D>(teacher, student.logits(), kept.target, scratch);
+            let (_, scales) =
+                self.finished(divergence, &kept.state, margin, kept.student_target, hard);
+            let state =
+                self.pass.state(divergence, teacher, student.logits(), kept.target, scratch);
             let gradient = student.gradient().expect("a repair is of a gradient");
-            self.pass.gradient::<D>(&state, &scales, kept.target, scratch, gradient);
+            self.pass.gradient(divergence, &state, &scales, kept.target, scratch, gradient);
         });
         for &token in &tokens {
             if let Token::Done(kept) = &mut self.tokens[token] {
@@ -496,8 +500,9 @@ impl<'a> Session<'a> {
         self.hard.is_some() || self.given_margins.is_some()
     }
 
-    fn finished<D: Divergence>(
+    fn finished<D: RowDivergence>(
         &self,
+        divergence: D,
         state: &RowState,
         margin: f64,
         student_target: f64,
@@ -505,7 +510,8 @@ impl<'a> Session<'a> {
     ) -> (TokenTerms, GradientScales) {
         let inverse_temperature = self.pass.inverse_temperature;
         let Self { objective, scale, .. } = self;
-        math::finish::<D>(
+        math::finish(
+            divergence,
             objective,
             inverse_temperature,
             state,

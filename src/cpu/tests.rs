@@ -1,12 +1,14 @@
 //! Tests from the inside: every instruction set, any number of threads, the memory taken.
 
+mod divergences;
+
 use super::exp::Exponent;
 use super::math::ForwardKl;
 use super::rows::RowPass;
-use super::tile::{Exponentials, Prefetch, Shift};
+use super::tile::{Exponentials, Prefetch, Shift, Shifts};
 use super::*;
-use crate::Target;
 use crate::{Coefficients, Reduction, battery};
+use crate::{Divergence, Target};
 
 fn no_prefetch() -> [Prefetch; 2] {
     [Prefetch { address: std::ptr::null(), size: 0 }; 2]
@@ -24,11 +26,12 @@ fn exponentials_are_right_for_every_instruction_set() {
                 .collect();
             for guarded in [false, true] {
                 let shift = Shift { value: 0.0, guarded };
+                let shifts = Shifts { teacher: shift, student: shift, reference: 0.0 };
                 let (mut p, mut q) = (vec![0.0; x.len()], vec![0.0; x.len()]);
                 let mut out = Exponentials { kept: &mut p, student: &mut q, student_at_1: &mut [] };
                 instructions.accumulate::<_, ForwardKl>(
                     [&x, &x],
-                    [shift; 2],
+                    &shifts,
                     exponent,
                     &mut out,
                     no_prefetch(),
@@ -60,11 +63,12 @@ fn guarded_exponentials_vanish_below_the_normal_range() {
             .take(42)
             .collect();
         let shift = Shift { value: 0.0, guarded: true };
+        let shifts = Shifts { teacher: shift, student: shift, reference: 0.0 };
         let (mut p, mut q) = (vec![1.0; x.len()], vec![1.0; x.len()]);
         let mut out = Exponentials { kept: &mut p, student: &mut q, student_at_1: &mut [] };
         instructions.accumulate::<_, ForwardKl>(
             [&x, &x],
-            [shift; 2],
+            &shifts,
             Exponent::new(1.0),
             &mut out,
             no_prefetch(),
@@ -233,7 +237,7 @@ fn margins_of_the_teacher_alone_are_the_same_bits() {
             let mut scratch = pass.scratch(vocab, true);
             for target in [0, vocab / 3, vocab - 1] {
                 let state =
-                    pass.state::<ForwardKl>(teacher.into(), student.into(), target, &mut scratch);
+                    pass.state(ForwardKl, teacher.into(), student.into(), target, &mut scratch);
                 let both = pass.margin_of(&state, teacher.into(), target);
                 let alone = pass.margin(teacher.into(), target);
                 assert_eq!(alone.to_bits(), both.to_bits(), "{} {vocab}", instructions.name());
@@ -413,4 +417,44 @@ fn a_selection_apart_from_the_loss() {
     assert!(error.to_string().contains("3 values of the mask of hard tokens"), "{error}");
     let error = batch.with_margins(&[1.0; 3]).unwrap_err();
     assert_eq!(error, Error::MarginCount { margins: 3, tokens });
+}
+
+/// One thread's time per divergence, beside that of forward KL, and a hash of the gradients.
+/// `cargo test --release --lib cpu::tests::times -- --ignored --nocapture`
+#[test]
+#[ignore = "for people, and on a machine that does nothing else"]
+fn times() {
+    let (tokens, vocab) = (64, 32000);
+    let Case { teacher, student, labels, .. } = case(tokens, vocab, 1);
+    let mut objectives = vec![("forward", Objective::plain())];
+    for (name, divergence) in [
+        ("reverse", Divergence::ReverseKl),
+        ("jsd", Divergence::Jsd { beta: 0.5 }),
+        ("skew", Divergence::SkewKl { alpha: 0.1 }),
+        ("tvd", Divergence::TotalVariation),
+    ] {
+        objectives.push((name, Objective::plain().with_divergence(divergence).unwrap()));
+    }
+    let teacher: Vec<f32> = teacher.iter().map(|z| z.max(-60.0)).collect();
+    let batch = Batch::new(Logits::new(&teacher[..], tokens, vocab).unwrap(), &labels).unwrap();
+    let student = Logits::new(&student[..], tokens, vocab).unwrap();
+    let mut gradient = vec![0_f32; tokens * vocab];
+    let mut best = vec![f64::INFINITY; objectives.len()];
+    let mut hashes = vec![0_u64; objectives.len()];
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(|| {
+        for _ in 0..60 {
+            for (i, (_, objective)) in objectives.iter().enumerate() {
+                let to = LogitsMut::new(&mut gradient, tokens, vocab).unwrap();
+                let start = std::time::Instant::now();
+                forward_backward(objective, &batch, student, to).unwrap();
+                best[i] = best[i].min(start.elapsed().as_secs_f64());
+                hashes[i] = gradient.iter().fold(0, |hash, g| {
+                    (hash ^ u64::from(g.to_bits())).wrapping_mul(0x100_0000_01b3)
+                });
+            }
+        }
+    });
+    for (i, (name, _)) in objectives.iter().enumerate() {
+        println!("{name}: {:.2} ms, {:.3}, {:x}", best[i] * 1e3, best[i] / best[0], hashes[i]);
+    }
 }

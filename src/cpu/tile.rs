@@ -1,12 +1,13 @@
 //! The arithmetic on one tile of a row, in float32, written once over a [`Vector`].
 //!
-//! A tile is a stretch of a row that stays in the first-level cache. Four loops work on it:
+//! A tile is a stretch of a row that stays in the first-level cache. Five loops work on it:
 //!
 //! ```text
 //! extent          smallest and largest logit
 //! sum_exp         one model's sum of exponentials, for margins
 //! accumulate      both models' sums and the divergence's cross term; the exponentials are kept
-//! write_gradient  the gradient, from what accumulate has kept and the row's scales
+//! sweep_again     sums of normalised probabilities, for divergences that need a second sweep
+//! write_gradient  the gradient, from what the sweeps have kept and the row's scales
 //! ```
 //!
 //! **Shifts.** Exponentials are relative to a shift that is carried from tile to tile, not to the tile's own maximum:
@@ -22,8 +23,10 @@ use std::ops::Range;
 
 use super::element::Element;
 use super::exp::{Exponent, exp_by, guarded_exp, in_range, tail_in_range};
-use super::math::{Divergence, Flags, Pair, STUDENT, Sums, TEACHER};
-use super::vector::{MAX_LANES, Vector};
+use super::math::{
+    Flags, Fold, Normaliser, Pair, REFERENCE, STUDENT, SecondSums, SecondSweep, Sums, TEACHER,
+};
+use super::vector::{MAX_LANES, Two, Vector};
 
 /// Vectors that are added up before what that rounds off is looked after. Beside an exponential near 1 every
 /// addition of a small one may be off by 6e-8: four of them in each model, and 2e-7 for the scales and
@@ -39,6 +42,28 @@ pub struct Shift {
     pub guarded: bool,
 }
 
+/// Those of a tile of both models.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Shifts {
+    pub teacher: Shift,
+    pub student: Shift,
+    /// The third of [`RowState::shifts`](super::math::RowState::shifts).
+    pub reference: f32,
+}
+
+impl Shifts {
+    pub fn values(&self) -> [f32; 3] {
+        [self.teacher.value, self.student.value, self.reference]
+    }
+
+    /// One loop does both models.
+    pub fn guarded<F: Fold>(&self, exponent: Exponent) -> bool {
+        self.teacher.guarded
+            || self.student.guarded
+            || F::guards_reference(self.reference - self.teacher.value, exponent)
+    }
+}
+
 /// The smallest and the largest logit, NaN passed over; (+inf, -inf) for no logit.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
@@ -48,7 +73,7 @@ pub struct Extent {
 
 /// The exponentials of a tile, written by [`accumulate`] and read by [`write_gradient`].
 pub struct Exponentials<'a> {
-    /// The values that [`Divergence::fold`] has returned.
+    /// The values that [`Fold::fold`] has returned, or [`SecondSweep::add`] thereafter.
     pub kept: &'a mut [f32],
     pub student: &'a mut [f32],
     /// The student's at temperature 1; empty unless they are wanted.
@@ -74,10 +99,8 @@ impl Prefetch {
 /// The outcome of [`accumulate`].
 #[derive(Clone, Copy, Debug)]
 pub struct TileSums {
-    /// Without the pairs that are left to [`Divergence::far_term`].
+    /// Without the pairs that are left to [`Fold::far_term`].
     pub sums: Sums,
-    /// There are such pairs.
-    pub far: bool,
     /// For teacher and student: no logit is infinite or NaN, no exponential subnormal or above 2^3.5.
     pub in_range: [bool; 2],
 }
@@ -94,9 +117,7 @@ pub struct Scales {
 #[inline(always)]
 fn tail<L: Element, V: Vector>(x: &[L]) -> (usize, V) {
     let whole = x.len() - x.len() % V::LANES;
-    let mut padded = [L::NEG_INFINITY; MAX_LANES];
-    padded[..x.len() - whole].copy_from_slice(&x[whole..]);
-    (whole, L::load(&padded))
+    (whole, padded(&x[whole..], L::NEG_INFINITY))
 }
 
 #[inline(always)]
@@ -167,6 +188,15 @@ impl<V: Vector> Compensated<V> {
     }
 }
 
+impl<V: Vector> Compensated<Two<V>> {
+    #[inline(always)]
+    fn fold_both(self) -> f64 {
+        let Self { sum, error } = self;
+        let first = Compensated { sum: sum.0, error: error.0 };
+        first.fold() + Compensated { sum: sum.1, error: error.1 }.fold()
+    }
+}
+
 /// sum e^{(x_j - shift) / T}, added as in [`accumulate`], to the same bits, and whether the tile is in range as in
 /// [`TileSums::in_range`].
 #[inline(always)]
@@ -200,7 +230,8 @@ pub fn sum_exp<L: Element, V: Vector, const GUARDED: bool>(
 /// Partial sums by lane, and what they are relative to.
 #[derive(Clone, Copy)]
 struct LaneSums<V> {
-    shifts: [V; 2],
+    /// See [`RowState::shifts`](super::math::RowState::shifts).
+    shifts: [V; 3],
     exponent: Exponent,
     teacher: V,
     cross: V,
@@ -216,18 +247,20 @@ impl<V: Vector> LaneSums<V> {
     /// Adds logits `a` of the teacher and `b` of the student. Returns a vector for each part of [`Exponentials`], the
     /// last one only with `CE_SUM`.
     #[inline(always)]
-    fn add<D: Divergence, const GUARDED: bool, const CE_SUM: bool>(
-        &mut self,
-        a: V,
-        b: V,
-    ) -> [V; 3] {
+    fn add<F: Fold, const GUARDED: bool, const CE_SUM: bool>(&mut self, a: V, b: V) -> [V; 3] {
         let da = a.sub(self.shifts[TEACHER]);
         let db = b.sub(self.shifts[STUDENT]);
         let [teacher_bits, student_bits] = &mut self.range_bits;
         let p = exp_by::<V, GUARDED>(da, self.exponent, teacher_bits);
         let q = exp_by::<V, GUARDED>(db, self.exponent, student_bits);
-        let pair = Pair { logits: [a, b], distances: [da, db], exponentials: [p, q] };
-        let kept = D::fold::<V, GUARDED>(&pair, &mut self.cross, &mut self.flags);
+        let pair = Pair {
+            logits: [a, b],
+            distances: [da, db],
+            exponentials: [p, q],
+            reference: self.shifts[REFERENCE],
+            exponent: self.exponent,
+        };
+        let kept = F::fold::<V, GUARDED>(&pair, &mut self.cross, &mut self.flags);
         self.teacher = self.teacher.add(p);
         self.student = self.student.add(q);
         let mut q_at_1 = V::splat(0.0);
@@ -252,17 +285,17 @@ impl<V: Vector> LaneSums<V> {
 
 /// Sums over one tile of the teacher's and the student's logits, whose exponentials it leaves in `out`.
 #[inline(always)]
-pub fn accumulate<L: Element, V: Vector, D: Divergence, const GUARDED: bool, const CE_SUM: bool>(
+pub fn accumulate<L: Element, V: Vector, F: Fold, const GUARDED: bool, const CE_SUM: bool>(
     teacher: &[L],
     student: &[L],
-    shifts: (f32, f32),
+    shifts: [f32; 3],
     exponent: Exponent,
     out: &mut Exponentials,
     prefetch: [Prefetch; 2],
 ) -> TileSums {
     let zero = V::splat(0.0);
     let mut sums = LaneSums {
-        shifts: [V::splat(shifts.0), V::splat(shifts.1)],
+        shifts: [V::splat(shifts[0]), V::splat(shifts[1]), V::splat(shifts[2])],
         exponent,
         teacher: zero,
         cross: zero,
@@ -283,7 +316,7 @@ pub fn accumulate<L: Element, V: Vector, D: Divergence, const GUARDED: bool, con
             let lanes = i..i + V::LANES;
             let a: V = L::load(&teacher[lanes.clone()]);
             let b: V = L::load(&student[lanes.clone()]);
-            let [kept, q, q_at_1] = sums.add::<D, GUARDED, CE_SUM>(a, b);
+            let [kept, q, q_at_1] = sums.add::<F, GUARDED, CE_SUM>(a, b);
             kept.store::<false>(&mut out.kept[lanes.clone()]);
             q.store::<false>(&mut out.student[lanes.clone()]);
             if CE_SUM {
@@ -296,12 +329,12 @@ pub fn accumulate<L: Element, V: Vector, D: Divergence, const GUARDED: bool, con
     let mut in_range = [in_range(sums.range_bits[TEACHER]), in_range(sums.range_bits[STUDENT])];
     if whole < teacher.len() {
         let (a, b) = (&teacher[whole..], &student[whole..]);
-        in_range[TEACHER] &= tail_in_range(a, shifts.0, exponent);
-        in_range[STUDENT] &= tail_in_range(b, shifts.1, exponent);
+        in_range[TEACHER] &= tail_in_range(a, shifts[TEACHER], exponent);
+        in_range[STUDENT] &= tail_in_range(b, shifts[STUDENT], exponent);
         if CE_SUM {
-            in_range[STUDENT] &= tail_in_range(b, shifts.1, Exponent::new(1.0));
+            in_range[STUDENT] &= tail_in_range(b, shifts[STUDENT], Exponent::new(1.0));
         }
-        let [kept, q, q_at_1] = sums.add::<D, true, CE_SUM>(a_rest, b_rest);
+        let [kept, q, q_at_1] = sums.add::<F, true, CE_SUM>(a_rest, b_rest);
         let mut padded = [0.0; MAX_LANES];
         let left = teacher.len() - whole;
         kept.store::<false>(&mut padded);
@@ -321,21 +354,108 @@ pub fn accumulate<L: Element, V: Vector, D: Divergence, const GUARDED: bool, con
             student: totals[2].fold(),
             student_at_1: if CE_SUM { totals[3].fold() } else { 0.0 },
             mismatch: sums.flags.mismatch.fold(f32::max) > 0.0,
+            far: sums.flags.far.fold(f32::max) > 0.0,
         },
-        far: sums.flags.far.fold(f32::max) > 0.0,
         in_range,
     }
 }
 
+/// Where a tile is, for its second sweep: its shifts, and the factors that go with them.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    pub shifts: [f32; 2],
+    pub normaliser: Normaliser,
+}
+
+/// One vector of a second sweep, from the logits and what [`accumulate`] has kept.
+#[inline(always)]
+fn add_again<V: Vector, S: SecondSweep>(
+    second: S,
+    logits: [V; 2],
+    exponentials: [V; 2],
+    place: &Place,
+    sums: &mut SecondSums<V>,
+) -> V {
+    let mut distances = [V::splat(0.0); 2];
+    if S::DISTANCES {
+        distances[TEACHER] = logits[TEACHER].sub(V::splat(place.shifts[TEACHER]));
+        distances[STUDENT] = logits[STUDENT].sub(V::splat(place.shifts[STUDENT]));
+    }
+    second.add(distances, exponentials, &place.normaliser, sums)
+}
+
+/// The second sweep over a tile, or more of the same shifts. What was kept becomes the gradient's.
+#[inline(always)]
+pub fn sweep_again<L: Element, V: Vector, S: SecondSweep>(
+    second: S,
+    teacher: &[L],
+    student: &[L],
+    place: &Place,
+    exponentials: &mut Exponentials,
+) -> SecondSums<f64> {
+    let lanes = Two::<V>::LANES;
+    let zero = Two::<V>::splat(0.0);
+    let (kept, q) = (&mut *exponentials.kept, &*exponentials.student);
+    let mut sums = [zero; 3];
+    let mut totals = [Compensated::<Two<V>>::zero(); 3];
+    let whole = teacher.len() - teacher.len() % lanes;
+    let mut i = 0;
+    while i < whole {
+        let end = whole.min(i + PARTIAL * lanes);
+        while i < end {
+            let at = i..i + lanes;
+            let mut logits = [zero; 2];
+            if S::DISTANCES {
+                logits[TEACHER] = L::load(&teacher[at.clone()]);
+                logits[STUDENT] = L::load(&student[at.clone()]);
+            }
+            let both = [Two::load(&kept[at.clone()]), Two::load(&q[at.clone()])];
+            let found = add_again(second, logits, both, place, &mut sums);
+            found.store::<false>(&mut kept[at]);
+            i += lanes;
+        }
+        totals[0].take(&mut sums[0]);
+        totals[1].take(&mut sums[1]);
+        totals[2].take(&mut sums[2]);
+    }
+    while i < teacher.len() {
+        let at = i..teacher.len().min(i + V::LANES);
+        let logits = [
+            padded::<L, V>(&teacher[at.clone()], L::NEG_INFINITY),
+            padded(&student[at.clone()], L::NEG_INFINITY),
+        ];
+        let both = [padded::<f32, V>(&kept[at.clone()], 0.0), padded(&q[at.clone()], 0.0)];
+        let mut rest = [V::splat(0.0); 3];
+        let found = add_again(second, logits, both, place, &mut rest);
+        let mut out = [0.0; MAX_LANES];
+        found.store::<false>(&mut out);
+        kept[at.clone()].copy_from_slice(&out[..at.len()]);
+        totals[0].take(&mut Two(rest[0], V::splat(0.0)));
+        totals[1].take(&mut Two(rest[1], V::splat(0.0)));
+        totals[2].take(&mut Two(rest[2], V::splat(0.0)));
+        i = at.end;
+    }
+    let sums = [totals[0].fold_both(), totals[1].fold_both(), totals[2].fold_both()];
+    S::normalised(sums, place.normaliser.factors)
+}
+
+/// A vector of as many elements as there are, and padding.
+#[inline(always)]
+fn padded<L: Element, V: Vector>(x: &[L], padding: L) -> V {
+    let mut padded = [padding; MAX_LANES];
+    padded[..x.len()].copy_from_slice(x);
+    L::load(&padded)
+}
+
 /// One vector of the gradient, of the elements from `at` on. `from` has the parts of [`Exponentials`].
 #[inline(always)]
-fn gradient<V: Vector, D: Divergence>(from: [&[f32]; 3], scales: Scales, at: usize) -> V {
+fn gradient<V: Vector>(from: [&[f32]; 3], scales: Scales, at: usize) -> V {
     let [kept, q, q_at_1] = from;
     let lanes = at..at + V::LANES;
     let student = V::load(&q[lanes.clone()]);
     let sum = student.mul(V::splat(scales.student));
     let kept = V::load(&kept[lanes.clone()]);
-    let sum = D::gradient(kept, student, V::splat(scales.divergence), sum);
+    let sum = kept.mul_add(V::splat(scales.divergence), sum);
     if q_at_1.is_empty() {
         return sum;
     }
@@ -344,7 +464,7 @@ fn gradient<V: Vector, D: Divergence>(from: [&[f32]; 3], scales: Scales, at: usi
 
 /// The gradient of a range too short for a vector.
 #[inline(always)]
-fn write_partial_vector<G: Element, V: Vector, D: Divergence>(
+fn write_partial_vector<G: Element, V: Vector>(
     from: [&[f32]; 3],
     scales: Scales,
     range: Range<usize>,
@@ -361,7 +481,7 @@ fn write_partial_vector<G: Element, V: Vector, D: Divergence>(
     }
     let [kept, q, q_at_1] = &padded;
     let q_at_1: &[f32] = if from[2].is_empty() { &[] } else { q_at_1 };
-    let sum = gradient::<V, D>([kept, q, q_at_1], scales, 0);
+    let sum = gradient::<V>([kept, q, q_at_1], scales, 0);
     let mut out = [G::default(); MAX_LANES];
     G::store::<V, false>(sum, &mut out);
     to[range.clone()].copy_from_slice(&out[..range.len()]);
@@ -369,7 +489,7 @@ fn write_partial_vector<G: Element, V: Vector, D: Divergence>(
 
 /// Writes the gradient of a tile. `NON_TEMPORAL` stores begin at the first element that is aligned to a vector.
 #[inline(always)]
-pub fn write_gradient<G: Element, V: Vector, D: Divergence, const NON_TEMPORAL: bool>(
+pub fn write_gradient<G: Element, V: Vector, const NON_TEMPORAL: bool>(
     from: &Exponentials,
     scales: Scales,
     to: &mut [G],
@@ -379,12 +499,12 @@ pub fn write_gradient<G: Element, V: Vector, D: Divergence, const NON_TEMPORAL: 
     if NON_TEMPORAL {
         let behind = to.as_ptr().addr() % (V::LANES * size_of::<G>()) / size_of::<G>();
         i = if behind == 0 { 0 } else { to.len().min(V::LANES - behind) };
-        write_partial_vector::<G, V, D>(from, scales, 0..i, to);
+        write_partial_vector::<G, V>(from, scales, 0..i, to);
     }
     while i + V::LANES <= to.len() {
-        let sum = gradient::<V, D>(from, scales, i);
+        let sum = gradient::<V>(from, scales, i);
         G::store::<V, NON_TEMPORAL>(sum, &mut to[i..i + V::LANES]);
         i += V::LANES;
     }
-    write_partial_vector::<G, V, D>(from, scales, i..to.len(), to);
+    write_partial_vector::<G, V>(from, scales, i..to.len(), to);
 }

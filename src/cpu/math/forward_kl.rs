@@ -4,15 +4,22 @@
 //! TKD = softplus(w) - softplus(u) - sigmoid(u) (w - u)             dTKD/dw = sigmoid(w) - sigmoid(u)
 //! DKD = sum_{j != g} phat_j (a_j - b_j) - (L_p - L_q)              cross = sum e^{(z^p_j - m_p) / T} (d^p_j - d^q_j)
 //! dloss/db_j = (c_dkd + gamma) qhat_j - c_dkd phat_j               d = z - m, in logits
+//!
+//! plain = TKD + sigmoid(u) DKD
 //! ```
 
-use super::{Divergence, FAR, Flags, Pair, STUDENT, Sums, TEACHER, Terms, over, sigmoid, softplus};
+use super::{
+    FAR, Flags, Fold, Found, Margins, Moved, NoSweep, Pair, RowDivergence, RowState, STUDENT,
+    SecondSums, Sums, TEACHER, Terms, Weighed, sigmoid, sigmoid_difference, softplus,
+};
+use crate::cpu::exp::Exponent;
 use crate::cpu::vector::Vector;
 
+#[derive(Clone, Copy)]
 pub(crate) struct ForwardKl;
 
-impl Divergence for ForwardKl {
-    const SWEEPS: usize = 1;
+impl Fold for ForwardKl {
+    const REFERENCE: bool = false;
 
     /// Returns the teacher's exponentials.
     #[inline(always)]
@@ -39,22 +46,37 @@ impl Divergence for ForwardKl {
         p
     }
 
-    fn far_term([a, b]: [f32; 2], shifts: [f32; 2], inverse_temperature: f64) -> f64 {
+    fn far_term([a, b]: [f32; 2], shifts: [f32; 3], exponent: Exponent) -> f64 {
         if b - shifts[STUDENT] < -FAR {
             let da = f64::from(a) - f64::from(shifts[TEACHER]);
             let db = f64::from(b) - f64::from(shifts[STUDENT]);
-            (da * inverse_temperature).exp() * (da - db)
+            (da * exponent.inverse_temperature()).exp() * (da - db)
         } else {
             0.0
         }
     }
 
-    fn rescaled_cross(sums: &Sums, moved: [f64; 2], factors: [f64; 2]) -> f64 {
-        factors[TEACHER] * (sums.cross + sums.teacher * (moved[TEACHER] - moved[STUDENT]))
+    fn rescaled_cross(sums: &Sums, moved: &Moved) -> f64 {
+        let gap = moved.distances[TEACHER] - moved.distances[STUDENT];
+        moved.factors[TEACHER] * (sums.cross + sums.teacher * gap)
+    }
+}
+
+impl RowDivergence for ForwardKl {
+    type Fold = Self;
+    type Second = NoSweep;
+
+    fn second(self) -> Option<NoSweep> {
+        None
     }
 
-    fn terms(sums: &Sums, u: f64, w: f64, inverse_temperature: f64) -> Terms {
-        let (tkd, slope) = bernoulli(u, w);
+    fn found(self, _: SecondSums<f64>, _: Option<Margins>) -> Found {
+        Found::default()
+    }
+
+    fn terms(self, state: &RowState, margins: Margins, inverse_temperature: f64) -> Terms {
+        let sums = &state.sums;
+        let Margins { u, w } = margins;
         let dkd = if sums.teacher == 0.0 {
             0.0
         } else if sums.mismatch {
@@ -63,49 +85,49 @@ impl Divergence for ForwardKl {
             // Rounding may fall below 0: a mean over tokens needs that as much as what is too large.
             sums.cross / sums.teacher * inverse_temperature - sums.teacher.ln() + sums.student.ln()
         };
-        Terms { tkd, slope, dkd }
+        Terms { tkd: bernoulli_kl(u, w), slope: sigmoid_difference(w, u), dkd }
     }
 
-    fn coefficients(
-        sums: &Sums,
-        c_dkd: f64,
-        gamma: f64,
-        inverse_temperature: f64,
-        scale: f64,
-    ) -> [f64; 2] {
+    fn dkd_gradient(self, state: &RowState, c: f64, _: f64) -> [f64; 2] {
         // If the teacher has no mass off the target, DKD is 0 whatever the student does.
-        let c_dkd = if sums.teacher == 0.0 { 0.0 } else { c_dkd };
-        [
-            -over(c_dkd * inverse_temperature, scale, sums.teacher),
-            over((c_dkd + gamma) * inverse_temperature, scale, sums.student),
-        ]
+        let c = if state.sums.teacher == 0.0 { 0.0 } else { c };
+        [-c, c]
+    }
+
+    fn plain(
+        self,
+        state: &RowState,
+        terms: &Terms,
+        margins: Margins,
+        c: f64,
+        inverse_temperature: f64,
+    ) -> Weighed {
+        self.decoupled(state, terms, [c, c * sigmoid(margins.u)], inverse_temperature)
+    }
+
+    fn kept_sum(self, state: &RowState) -> f64 {
+        state.sums.teacher
     }
 
     fn rescaled_coefficients(
+        self,
+        _: &RowState,
         [teacher, student]: [f64; 2],
-        _moved: [f64; 2],
-        factors: [f64; 2],
+        moved: &Moved,
     ) -> [f64; 2] {
-        [teacher * factors[TEACHER], student * factors[STUDENT]]
-    }
-
-    #[inline(always)]
-    fn gradient<V: Vector>(teacher: V, _student: V, coefficient: V, gradient: V) -> V {
-        teacher.mul_add(coefficient, gradient)
+        [teacher * moved.factors[TEACHER], student * moved.factors[STUDENT]]
     }
 }
 
-/// TKD and its derivative with respect to w. Both are computed on the side where sigmoid(u) is small; swapping "the
-/// target" for "not the target" only flips the signs.
-fn bernoulli(u: f64, w: f64) -> (f64, f64) {
-    let (sign, u, w) = if u > 0.0 { (-1.0, -u, -w) } else { (1.0, u, w) };
-    let slope = sign * (sigmoid(w) - sigmoid(u));
-    let kl = if u == f64::NEG_INFINITY {
+/// KL of the two classes with log-odds w from those with u, on the side where sigmoid(u) is small: swapping "the target"
+/// for "not the target" only flips the signs.
+pub(super) fn bernoulli_kl(u: f64, w: f64) -> f64 {
+    let (u, w) = if u > 0.0 { (-u, -w) } else { (u, w) };
+    if u == f64::NEG_INFINITY {
         softplus(w)
     } else if w.is_infinite() {
         f64::INFINITY
     } else {
         softplus(w) - softplus(u) - sigmoid(u) * (w - u)
-    };
-    (kl, slope)
+    }
 }

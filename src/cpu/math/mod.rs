@@ -13,22 +13,75 @@
 //! dloss/db_g = -gamma                    gamma = c_tkd dTKD/dw + c_ce sigmoid(w)
 //! ```
 //!
-//! Everything here holds for any divergence D. The parts that depend on it are behind [`Divergence`], one file per
-//! divergence: the cross term that a sweep adds up ([`fold`](Divergence::fold)), the two terms and the coefficients that
-//! follow from the sums, and the gradient of an element.
+//! Plain objectives take D over the whole vocabulary: for q_j over all j, the target included,
+//!
+//! ```text
+//! loss = c D(p, q) + c_ce CE             dloss/db_j = c q_j (h_j - sum_i q_i h_i) + c_ce (q_j - [j = g])
+//! ```
+//!
+//! Everything here holds for any divergence D. The parts that depend on it are behind [`RowDivergence`], one file per
+//! family, and [`by_family`] is the one place that lists the families:
+//!
+//! 1. The first sweep over the logits sums up exponentials and a cross term ([`Fold`]). The KL divergences need no more.
+//! 2. The others need both normalised probabilities of an element at once: a second sweep ([`SecondSweep`]) over the
+//!    same row, which then is in the cache, with the exponentials that the first one has kept.
+//! 3. A token's terms and the coefficients of its gradient follow from the sums, in float64 ([`finish`]).
+//! 4. The gradient of an element is a sum of what the sweeps have kept of it and of the student's exponential, each times
+//!    a coefficient.
 
 mod forward_kl;
+mod mixture;
+mod reverse_kl;
+mod total_variation;
+mod two_sweeps;
 
 use std::ops::AddAssign;
 
+use super::exp::Exponent;
 use super::vector::Vector;
 use crate::objective::{Coefficient, Objective};
 use crate::output::TokenTerms;
 pub(crate) use forward_kl::ForwardKl;
+pub(crate) use mixture::MixtureOf;
+pub(crate) use reverse_kl::ReverseKl;
+pub(crate) use total_variation::TotalVariation;
+
+/// Evaluates an expression with the name bound to the [`RowDivergence`] of an objective.
+macro_rules! by_family {
+    ($objective:expr, $divergence:ident => $body:expr) => {{
+        use $crate::cpu::math;
+        use $crate::objective::Family;
+        match $objective.divergence().family() {
+            Family::ForwardKl => {
+                let $divergence = math::ForwardKl;
+                $body
+            }
+            Family::ReverseKl => {
+                let $divergence = math::ReverseKl;
+                $body
+            }
+            Family::Mixture(mixture) if math::MixtureOf::<true>::has_ratio(&mixture) => {
+                let $divergence = math::MixtureOf::<true>::new(&mixture);
+                $body
+            }
+            Family::Mixture(mixture) => {
+                let $divergence = math::MixtureOf::<false>::new(&mixture);
+                $body
+            }
+            Family::TotalVariation => {
+                let $divergence = math::TotalVariation;
+                $body
+            }
+        }
+    }};
+}
+pub(crate) use by_family;
 
 /// Indices into pairs: the teacher's value comes first.
 pub(crate) const TEACHER: usize = 0;
 pub(crate) const STUDENT: usize = 1;
+/// Third in what is relative to [`RowState::shifts`].
+pub(crate) const REFERENCE: usize = 2;
 
 /// How far below its shift a logit may be for float32 to weigh the distance to it. Masks are farther: the sum of their
 /// distances may overflow, and a probability of the other model that float32 takes for 0 may still count.
@@ -42,12 +95,14 @@ pub(crate) struct Sums {
     pub teacher: f64,
     /// sum e^{(z^q_j - m_q) / T}
     pub student: f64,
-    /// The divergence's own sum: see [`Divergence::fold`].
+    /// The divergence's own sum: see [`Fold::fold`].
     pub cross: f64,
     /// sum e^{z^q_j - m_q}: the student's sum at temperature 1, for cross entropy.
     pub student_at_1: f64,
     /// The supports differ in a way that makes the divergence of the rest infinite.
     pub mismatch: bool,
+    /// There were terms for [`Fold::far_term`], or shifts that moved as far.
+    pub far: bool,
 }
 
 impl AddAssign for Sums {
@@ -57,18 +112,31 @@ impl AddAssign for Sums {
         self.cross += other.cross;
         self.student_at_1 += other.student_at_1;
         self.mismatch |= other.mismatch;
+        self.far |= other.far;
     }
 }
 
-/// Everything that the loss needs to know about a row, from one sweep over it.
+/// Everything that the loss needs to know about a row, from the sweeps over it.
 ///
 /// The shifts keep the digits of logits of any size. (Any number near the largest logit will do: every result is
 /// independent of it.)
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowState {
-    /// The sums' shifts, of the teacher and the student; as logits are given, not over the temperature.
-    pub shifts: [f64; 2],
+    /// The sums' shifts, of the teacher and the student; as logits are given, not over the temperature. The third is
+    /// the reference, which [`Fold::REFERENCE`] asks for: the teacher's logit of the token that has the student's shift.
+    pub shifts: [f64; 3],
     pub sums: Sums,
+    /// What a second sweep has found.
+    pub found: Found,
+}
+
+/// The results of a second sweep.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Found {
+    /// D of the renormalised rest; D of the whole distributions for plain objectives.
+    pub divergence: f64,
+    /// sum q_j h_j, likewise.
+    pub mean: f64,
 }
 
 impl RowState {
@@ -76,20 +144,40 @@ impl RowState {
     pub const NO_SHIFT: f64 = -(f32::MAX as f64);
 
     pub fn empty() -> Self {
-        Self { shifts: [Self::NO_SHIFT; 2], sums: Sums::default() }
+        let shifts = [Self::NO_SHIFT, Self::NO_SHIFT, 0.0];
+        Self { shifts, sums: Sums::default(), found: Found::default() }
     }
 
-    /// Makes the sums relative to new shifts, neither below the old one.
-    pub fn rescale<D: Divergence>(&mut self, shifts: [f64; 2], inverse_temperature: f64) {
-        let moved = [0, 1].map(|model| self.shifts[model] - shifts[model]);
-        if moved != [0.0; 2] {
-            let factors = moved.map(|moved| (moved * inverse_temperature).exp());
-            self.sums.cross = D::rescaled_cross(&self.sums, moved, factors);
-            self.sums.teacher *= factors[TEACHER];
-            self.sums.student *= factors[STUDENT];
-            self.sums.student_at_1 *= moved[STUDENT].exp();
+    /// Makes the sums relative to new shifts, neither model's below the old one.
+    pub fn rescale<F: Fold>(&mut self, shifts: [f64; 3], inverse_temperature: f64) {
+        let moved = Moved::by(self.shifts, shifts, inverse_temperature);
+        if moved.distances != [0.0; 3] {
+            self.sums.cross = F::rescaled_cross(&self.sums, &moved);
+            self.sums.far |= F::REFERENCE
+                && self.sums.student > 0.0
+                && moved.distances.iter().any(|moved| moved.abs() >= f64::from(FAR));
+            self.sums.teacher *= moved.factors[TEACHER];
+            self.sums.student *= moved.factors[STUDENT];
+            self.sums.student_at_1 *= moved.distances[STUDENT].exp();
             self.shifts = shifts;
         }
+    }
+}
+
+/// The way from some shifts to others.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moved {
+    /// The old shifts less the new ones, in logits.
+    pub distances: [f64; 3],
+    /// e^{distance / T} of the teacher and the student: the factors of exponentials.
+    pub factors: [f64; 2],
+}
+
+impl Moved {
+    pub fn by(from: [f64; 3], to: [f64; 3], inverse_temperature: f64) -> Self {
+        let distances = [TEACHER, STUDENT, REFERENCE].map(|i| from[i] - to[i]);
+        let factors = [TEACHER, STUDENT].map(|i| (distances[i] * inverse_temperature).exp());
+        Self { distances, factors }
     }
 }
 
@@ -101,6 +189,9 @@ pub(crate) struct Pair<V> {
     pub distances: [V; 2],
     /// e^{(z - m) / T}
     pub exponentials: [V; 2],
+    /// See [`RowState::shifts`].
+    pub reference: V,
+    pub exponent: Exponent,
 }
 
 /// Events of the guarded loop, by lane: 1 where one was met, else 0.
@@ -108,8 +199,111 @@ pub(crate) struct Pair<V> {
 pub(crate) struct Flags<V> {
     /// See [`Sums::mismatch`].
     pub mismatch: V,
-    /// A pair that [`Divergence::fold`] has left to [`Divergence::far_term`].
+    /// A pair that [`Fold::fold`] has left to [`Fold::far_term`].
     pub far: V,
+}
+
+/// What the first sweep does with a pair, beside the sums of exponentials. `T` is the temperature, m the shifts of
+/// [`Sums`].
+pub(crate) trait Fold {
+    /// The third of [`RowState::shifts`] is wanted.
+    const REFERENCE: bool;
+
+    /// The guarded loop is wanted for a reference that is this far from the teacher's shift.
+    fn guards_reference(_from_shift: f32, _: Exponent) -> bool {
+        false
+    }
+
+    /// Adds a pair's cross term to `cross`. Returns what the gradient, or the second sweep, needs of the pair beside the
+    /// student's exponential. Where `GUARDED`, exponentials may be 0, logits infinite and distances [`FAR`].
+    fn fold<V: Vector, const GUARDED: bool>(
+        pair: &Pair<V>,
+        cross: &mut V,
+        flags: &mut Flags<V>,
+    ) -> V;
+
+    /// The cross term of a pair of finite logits if [`fold`](Self::fold) has flagged it as far, else 0.
+    fn far_term(logits: [f32; 2], shifts: [f32; 3], exponent: Exponent) -> f64;
+
+    /// The cross term relative to other shifts. `sums` are relative to the old ones.
+    fn rescaled_cross(sums: &Sums, moved: &Moved) -> f64;
+}
+
+/// The factors that make normalised probabilities and their ratio from what the first sweep has kept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Normaliser {
+    /// Those of the exponentials of the teacher and the student.
+    pub factors: [f64; 2],
+    /// log2(p_j / q_j) less (d^p_j - d^q_j) log2(e) / T, d = z - m.
+    pub log2_ratio: f32,
+    /// log2(e) / T
+    pub exponent: Exponent,
+}
+
+impl Normaliser {
+    /// Those of exponentials that are `moved` from the state's. They are renormalised, or if the target counts those of
+    /// the whole vocabulary; it then has the margins given.
+    pub fn new(
+        state: &RowState,
+        moved: &Moved,
+        counted: Option<Margins>,
+        exponent: Exponent,
+    ) -> Self {
+        let sums = [state.sums.teacher, state.sums.student];
+        let margins = counted.map(|Margins { u, w }| [u, w]);
+        let mut factors = [0.0; 2];
+        // Of e^{(z - m) / T} over its probability, with m of the exponentials.
+        let mut logs = [0.0; 2];
+        for model in [TEACHER, STUDENT] {
+            let rest = margins.map_or(1.0, |margins| sigmoid(margins[model]));
+            factors[model] = over(moved.factors[model], rest, sums[model]);
+            let log_rest = margins.map_or(0.0, |margins| log_sigmoid(margins[model]));
+            let moved = moved.distances[model] * exponent.inverse_temperature();
+            // Finite, lest the difference be NaN. Without mass off the target, the distances are infinite.
+            let log = sums[model].ln() - log_rest - moved;
+            logs[model] = if sums[model] == 0.0 { 0.0 } else { log.clamp(-1e37, 1e37) };
+        }
+        let log2_ratio = ((logs[STUDENT] - logs[TEACHER]) * std::f64::consts::LOG2_E) as f32;
+        Self { factors, log2_ratio, exponent }
+    }
+}
+
+/// The sums of a second sweep, as its family defines them.
+pub(crate) type SecondSums<T> = [T; 3];
+
+/// What the second sweep does with a vector of elements.
+pub(crate) trait SecondSweep: Copy {
+    /// Distances are wanted; else they are not read, and 0.
+    const DISTANCES: bool;
+
+    /// Adds to the sums, and returns h_j times the student's exponential and a constant. `distances` are z - m, where m is
+    /// the model's shift, and `exponentials` those of the first sweep, e^{(z - m) / T}.
+    fn add<V: Vector>(
+        self,
+        distances: [V; 2],
+        exponentials: [V; 2],
+        normaliser: &Normaliser,
+        sums: &mut SecondSums<V>,
+    ) -> V;
+
+    /// The sums of normalised probabilities, from those of exponentials with these factors.
+    fn normalised(sums: SecondSums<f64>, factors: [f64; 2]) -> SecondSums<f64>;
+}
+
+/// The second sweep of divergences that have none.
+#[derive(Clone, Copy)]
+pub(crate) enum NoSweep {}
+
+impl SecondSweep for NoSweep {
+    const DISTANCES: bool = false;
+
+    fn add<V: Vector>(self, _: [V; 2], _: [V; 2], _: &Normaliser, _: &mut SecondSums<V>) -> V {
+        match self {}
+    }
+
+    fn normalised(sums: SecondSums<f64>, _: [f64; 2]) -> SecondSums<f64> {
+        sums
+    }
 }
 
 /// The two divergences of a token.
@@ -120,50 +314,94 @@ pub(crate) struct Terms {
     pub dkd: f64,
 }
 
-/// The mathematics that depends on the divergence. `T` is the temperature, m the shifts of [`Sums`].
-pub(crate) trait Divergence {
-    /// Sweeps over a row's logits before its gradient can be written.
-    const SWEEPS: usize;
+/// The margins of a token: its log-odds against the target.
+#[derive(Clone, Copy)]
+pub(crate) struct Margins {
+    /// The teacher's.
+    pub u: f64,
+    /// The student's.
+    pub w: f64,
+}
 
-    /// Adds a pair's cross term to `cross`. Returns what [`gradient`](Self::gradient) needs of the pair beside the
-    /// student's exponential. Where `GUARDED`, exponentials may be 0, logits infinite and distances [`FAR`].
-    fn fold<V: Vector, const GUARDED: bool>(
-        pair: &Pair<V>,
-        cross: &mut V,
-        flags: &mut Flags<V>,
-    ) -> V;
+/// A token's distillation loss and its gradient with respect to b = z / T. At an element off the target that is
+/// `kept` times what the sweeps have kept of it (as a part of the sum that this is relative to, if there is one), and
+/// `student` times qhat_j.
+pub(crate) struct Weighed {
+    pub loss: f64,
+    pub kept: f64,
+    pub student: f64,
+    pub target: f64,
+}
 
-    /// The cross term of a pair of finite logits if [`fold`](Self::fold) has flagged it as far, else 0.
-    fn far_term(logits: [f32; 2], shifts: [f32; 2], inverse_temperature: f64) -> f64;
+/// The mathematics that depends on the divergence.
+pub(crate) trait RowDivergence: Copy + Sync {
+    type Fold: Fold;
+    type Second: SecondSweep;
 
-    /// The cross term relative to other shifts: `moved` are the old ones less the new ones, and `factors` are
-    /// e^{moved / T}. `sums` are relative to the old ones.
-    fn rescaled_cross(sums: &Sums, moved: [f64; 2], factors: [f64; 2]) -> f64;
+    /// The second sweep, if there is one.
+    fn second(self) -> Option<Self::Second>;
 
-    /// The terms of a token with the log-odds `u` and `w`.
-    fn terms(sums: &Sums, u: f64, w: f64, inverse_temperature: f64) -> Terms;
+    /// The results of the second sweep from its sums over everything but the target. If the latter counts too, it has
+    /// the margins given.
+    fn found(self, sums: SecondSums<f64>, target: Option<Margins>) -> Found;
 
-    /// The coefficients of c_dkd DKD + c_tkd TKD, the latter by gamma = c_tkd dTKD/dw, times `scale`. Those of
-    /// [`gradient`](Self::gradient) and of the student's exponential, in this order.
-    fn coefficients(
-        sums: &Sums,
-        c_dkd: f64,
-        gamma: f64,
+    /// True if the gradient of rows with [`Sums::far`] needs [`far_kept`](Self::far_kept).
+    const KEEPS_FAR: bool = false;
+
+    /// What replaces everything that was kept of the elements of such a row; 0 for logits that are not finite.
+    fn far_kept(self, _logits: [f32; 2], _: &RowState, _: Exponent) -> f32 {
+        0.0
+    }
+
+    /// The terms of a token.
+    fn terms(self, state: &RowState, margins: Margins, inverse_temperature: f64) -> Terms;
+
+    /// The coefficients [`kept` and `student`](Weighed) of `c` times DKD's gradient.
+    fn dkd_gradient(self, state: &RowState, c: f64, inverse_temperature: f64) -> [f64; 2];
+
+    /// `c` times the divergence over the whole vocabulary.
+    fn plain(
+        self,
+        state: &RowState,
+        terms: &Terms,
+        margins: Margins,
+        c: f64,
         inverse_temperature: f64,
-        scale: f64,
-    ) -> [f64; 2];
+    ) -> Weighed;
 
-    /// The same coefficients for exponentials relative to other shifts, which are `moved` above those of `coefficients`;
-    /// `factors` are e^{moved / T}.
+    /// What is reported as TKD and DKD of a plain objective.
+    fn plain_columns(self, terms: &Terms) -> [f64; 2] {
+        [terms.tkd, terms.dkd]
+    }
+
+    /// An infinite loss has a gradient.
+    const GRADIENT_BESIDE_INFINITY: bool = true;
+
+    /// The sum that what the sweeps keep is relative to; 1 where it is not.
+    fn kept_sum(self, state: &RowState) -> f64;
+
+    /// The coefficients of what was kept and of the student's exponential, for those relative to other shifts: `moved`
+    /// goes from theirs to the state's.
     fn rescaled_coefficients(
+        self,
+        state: &RowState,
         coefficients: [f64; 2],
-        moved: [f64; 2],
-        factors: [f64; 2],
+        moved: &Moved,
     ) -> [f64; 2];
 
-    /// Adds the divergence's part, times `coefficient`, to the gradient of elements. `kept` is what
-    /// [`fold`](Self::fold) returned, `student` the student's exponentials.
-    fn gradient<V: Vector>(kept: V, student: V, coefficient: V, gradient: V) -> V;
+    /// c_tkd TKD + c_dkd DKD
+    fn decoupled(
+        self,
+        state: &RowState,
+        terms: &Terms,
+        [c_tkd, c_dkd]: [f64; 2],
+        inverse_temperature: f64,
+    ) -> Weighed {
+        let gamma = weighted(c_tkd, terms.slope);
+        let [kept, student] = self.dkd_gradient(state, c_dkd, inverse_temperature);
+        let loss = weighted(c_tkd, terms.tkd) + weighted(c_dkd, terms.dkd);
+        Weighed { loss, kept, student: student + gamma, target: -gamma }
+    }
 }
 
 /// The log-odds against the target: log sum_{j != g} e^{(z_j - z_g) / T}, from `sum` relative to `shift`.
@@ -197,9 +435,23 @@ fn over(numerator: f64, scale: f64, sum: f64) -> f64 {
     if sum == 0.0 { 0.0 } else { numerator * scale / sum }
 }
 
+/// log sigmoid(x)
+fn log_sigmoid(x: f64) -> f64 {
+    x.min(0.0) - (-x.abs()).exp().ln_1p()
+}
+
+/// sigmoid(x) - sigmoid(y), on the side where sigmoid(y) is small.
+fn sigmoid_difference(x: f64, y: f64) -> f64 {
+    if y > 0.0 { -(sigmoid(-x) - sigmoid(-y)) } else { sigmoid(x) - sigmoid(y) }
+}
+
+/// The derivative of sigmoid, s (1 - s).
+fn sigmoid_slope(x: f64) -> f64 {
+    sigmoid(x) * sigmoid(-x)
+}
+
 /// The numbers that a row's gradient is made with. With respect to z_j, j != g, it is
-/// `student * e^{(z^q_j - m_q) / T} + student_at_1 * e^{z^q_j - m_q}` and, times `divergence`,
-/// [`Divergence::gradient`].
+/// `student * e^{(z^q_j - m_q) / T} + student_at_1 * e^{z^q_j - m_q}` and `divergence` times what the sweeps have kept.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GradientScales {
     pub divergence: f64,
@@ -212,7 +464,9 @@ pub(crate) struct GradientScales {
 /// The terms of a token and the scales of its gradient. `inverse_temperature` is the one that the sums have, `scale`
 /// is the reduction's times the upstream gradient, `u` is the teacher's margin, and `student_target` is the student's
 /// logit of the target.
-pub(crate) fn finish<D: Divergence>(
+#[expect(clippy::too_many_arguments)]
+pub(crate) fn finish<D: RowDivergence>(
+    divergence: D,
     objective: &Objective,
     inverse_temperature: f64,
     state: &RowState,
@@ -225,12 +479,13 @@ pub(crate) fn finish<D: Divergence>(
     let w = margin(shift, sums.student, student_target, inverse_temperature);
     let w_at_1 = margin(shift, sums.student_at_1, student_target, 1.0);
     let uncertainty = sigmoid(u);
-    let Terms { tkd, slope, dkd } = D::terms(sums, u, w, inverse_temperature);
+    let margins = Margins { u, w };
+    let terms = divergence.terms(state, margins, inverse_temperature);
 
     let nan = f64::NAN;
     let no_number =
         GradientScales { divergence: nan, student: nan, student_at_1: nan, target: nan };
-    if u.is_nan() || w.is_nan() || dkd.is_nan() {
+    if u.is_nan() || w.is_nan() || terms.dkd.is_nan() {
         let terms = TokenTerms {
             margin: u,
             uncertainty,
@@ -243,35 +498,42 @@ pub(crate) fn finish<D: Divergence>(
         return (terms, no_number);
     }
 
-    let coefficients = if hard { objective.hard() } else { objective.easy() };
-    let number = |coefficient| match coefficient {
-        Coefficient::Constant(value) => value,
-        Coefficient::Uncertainty => uncertainty,
-    } * objective.distillation_scale();
-    let (c_tkd, c_dkd) = (number(coefficients.tkd), number(coefficients.dkd));
     let c_ce = objective.ce_weight();
-
+    let ([tkd, dkd], weighed) = if objective.is_plain() {
+        let c = objective.distillation_scale();
+        (
+            divergence.plain_columns(&terms),
+            divergence.plain(state, &terms, margins, c, inverse_temperature),
+        )
+    } else {
+        let coefficients = if hard { objective.hard() } else { objective.easy() };
+        let number = |coefficient| match coefficient {
+            Coefficient::Constant(value) => value,
+            Coefficient::Uncertainty => uncertainty,
+        } * objective.distillation_scale();
+        let c = [number(coefficients.tkd), number(coefficients.dkd)];
+        ([terms.tkd, terms.dkd], divergence.decoupled(state, &terms, c, inverse_temperature))
+    };
     let terms = TokenTerms {
         margin: u,
         uncertainty,
         tkd,
         dkd,
-        loss: weighted(c_tkd, tkd) + weighted(c_dkd, dkd) + weighted(c_ce, softplus(w_at_1)),
+        loss: weighed.loss + weighted(c_ce, softplus(w_at_1)),
         valid: true,
         hard,
     };
 
-    if !scale.is_finite() {
+    if !scale.is_finite() || !(D::GRADIENT_BESIDE_INFINITY || weighed.loss.is_finite()) {
         return (terms, no_number);
     }
-    let gamma = c_tkd * slope;
     let gamma_at_1 = weighted(c_ce, sigmoid(w_at_1));
-    let [divergence, student] = D::coefficients(sums, c_dkd, gamma, inverse_temperature, scale);
+    let kept_sum = divergence.kept_sum(state);
     let mut scales = GradientScales {
-        divergence,
-        student,
+        divergence: over(weighed.kept * inverse_temperature, scale, kept_sum),
+        student: over(weighed.student * inverse_temperature, scale, sums.student),
         student_at_1: over(gamma_at_1, scale, sums.student_at_1),
-        target: -(gamma * inverse_temperature + gamma_at_1) * scale,
+        target: (weighed.target * inverse_temperature - gamma_at_1) * scale,
     };
     if objective.temperature() == 1.0 {
         scales.student += std::mem::take(&mut scales.student_at_1);

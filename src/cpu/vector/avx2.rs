@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{INTEGERS, Vector, step_table};
+use super::{INTEGERS, ROOT_OF_HALF, Vector, step_table};
 
 #[derive(Clone, Copy)]
 pub struct Avx2(__m256);
@@ -28,6 +28,7 @@ impl Vector for Avx2 {
     const LANES: usize = 8;
     const STEPS: usize = 8;
     const COEFFICIENTS: &[f32] = &[1.083_910_6e-4, 3.754_025_6e-3, 8.664_340_5e-2];
+    const COEFFICIENTS_M1: &[f32] = &[2.348_323e-6, 1.084_166_4e-4, 3.753_539_2e-3, 8.664_34e-2];
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
@@ -98,6 +99,10 @@ impl Vector for Avx2 {
         unsafe { Self(_mm256_mul_ps(self.0, other.0)) }
     }
     #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        unsafe { Self(_mm256_div_ps(self.0, other.0)) }
+    }
+    #[inline(always)]
     fn mul_add(self, a: Self, b: Self) -> Self {
         unsafe { Self(_mm256_fmadd_ps(self.0, a.0, b.0)) }
     }
@@ -125,6 +130,16 @@ impl Vector for Avx2 {
             // The permutation looks at the lowest three bits.
             let lacking = _mm256_permutevar8x32_epi32(table, i);
             Self(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<20>(i), lacking)))
+        }
+    }
+    #[inline(always)]
+    fn split_octaves(self) -> (Self, Self) {
+        unsafe {
+            let root = _mm256_set1_epi32(ROOT_OF_HALF as i32);
+            let steps = _mm256_sub_epi32(_mm256_castps_si256(self.0), root);
+            let octaves = _mm256_cvtepi32_ps(_mm256_srai_epi32::<23>(steps));
+            let mantissa = _mm256_and_si256(steps, _mm256_set1_epi32(0x7f_ffff));
+            (Self(octaves), Self(_mm256_castsi256_ps(_mm256_add_epi32(mantissa, root))))
         }
     }
     #[inline(always)]

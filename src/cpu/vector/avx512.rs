@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{INTEGERS, Vector, step_table};
+use super::{INTEGERS, ROOT_OF_HALF, Vector, step_table};
 
 #[derive(Clone, Copy)]
 pub struct Avx512(__m512);
@@ -28,6 +28,7 @@ impl Vector for Avx512 {
     const LANES: usize = 16;
     const STEPS: usize = 16;
     const COEFFICIENTS: &[f32] = &[1.355_032_6e-5, 9.384_152e-4, 4.332_17e-2];
+    const COEFFICIENTS_M1: &[f32] = &[1.467_633e-7, 1.355_112_5e-5, 9.383_848e-4, 4.332_17e-2];
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
@@ -95,6 +96,10 @@ impl Vector for Avx512 {
         unsafe { Self(_mm512_mul_ps(self.0, other.0)) }
     }
     #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        unsafe { Self(_mm512_div_ps(self.0, other.0)) }
+    }
+    #[inline(always)]
     fn mul_add(self, a: Self, b: Self) -> Self {
         unsafe { Self(_mm512_fmadd_ps(self.0, a.0, b.0)) }
     }
@@ -122,6 +127,16 @@ impl Vector for Avx512 {
             // The permutation looks at the lowest four bits.
             let lacking = _mm512_permutexvar_epi32(i, table);
             Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<19>(i), lacking)))
+        }
+    }
+    #[inline(always)]
+    fn split_octaves(self) -> (Self, Self) {
+        unsafe {
+            let root = _mm512_set1_epi32(ROOT_OF_HALF as i32);
+            let steps = _mm512_sub_epi32(_mm512_castps_si512(self.0), root);
+            let octaves = _mm512_cvtepi32_ps(_mm512_srai_epi32::<23>(steps));
+            let mantissa = _mm512_and_si512(steps, _mm512_set1_epi32(0x7f_ffff));
+            (Self(octaves), Self(_mm512_castsi512_ps(_mm512_add_epi32(mantissa, root))))
         }
     }
     #[inline(always)]

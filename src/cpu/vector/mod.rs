@@ -10,6 +10,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod portable;
+mod two;
 
 use half::{bf16, f16};
 
@@ -18,12 +19,16 @@ pub use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub use avx512::Avx512;
 pub use portable::Portable;
+pub use two::Two;
 
-/// The widest vector's lanes.
+/// The widest vector's lanes, but for those of [`Two`].
 pub const MAX_LANES: usize = 16;
 
 /// 1.5 * 2^23: a float32 of this size is an integer, and its low bits are that integer's.
 pub const INTEGERS: f32 = 12_582_912.0;
+
+/// The bits of 1 / sqrt(2): see [`Vector::split_octaves`].
+const ROOT_OF_HALF: u32 = std::f32::consts::FRAC_1_SQRT_2.to_bits();
 
 /// How many octaves below 1 the power of the integer 0 is: see [`Vector::step_power`].
 pub const OCTAVES_BELOW: usize = 125;
@@ -56,6 +61,8 @@ pub trait Vector: Copy {
     /// (2^(r / STEPS) - 1) / r for |r| <= 1/2, the highest power first: the polynomial that makes the
     /// relative error of 2^(r / STEPS) least.
     const COEFFICIENTS: &[f32];
+    /// The same, but the polynomial that makes its own relative error least, and so that of 2^(r / STEPS) - 1 near 0.
+    const COEFFICIENTS_M1: &[f32];
 
     fn splat(value: f32) -> Self;
     /// The first [`LANES`](Self::LANES) of `from`, which must hold as many.
@@ -74,6 +81,7 @@ pub trait Vector: Copy {
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
     /// self * a + b, rounded once where the machine can.
     fn mul_add(self, a: Self, b: Self) -> Self;
     /// The smaller; `other` where either is NaN.
@@ -84,6 +92,8 @@ pub trait Vector: Copy {
     fn select_below(self, limit: f32, then: Self, otherwise: Self) -> Self;
     /// 2^(i / STEPS - OCTAVES_BELOW) of INTEGERS + i, where that is not subnormal and does not overflow.
     fn step_power(self) -> Self;
+    /// (k, x) of self = 2^k x with 1 / sqrt(2) <= x < sqrt(2), for positive numbers that are not subnormal.
+    fn split_octaves(self) -> (Self, Self);
     /// The bits of `self`, together with those of each integer i of `integers`, which holds INTEGERS + i.
     fn or_integer_bits(self, integers: Self) -> Self;
     /// Asks for the cache line at `address`, which need not be readable.

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{INTEGERS, Vector, step_table};
+use super::{INTEGERS, ROOT_OF_HALF, Vector, step_table};
 
 #[derive(Clone, Copy)]
 pub struct Portable([f32; 8]);
@@ -28,6 +28,8 @@ impl Vector for Portable {
     #[expect(clippy::approx_constant, reason = "a fitted coefficient, though near ln 2")]
     const COEFFICIENTS: &[f32] =
         &[1.326_472_7e-3, 9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1];
+    const COEFFICIENTS_M1: &[f32] =
+        &[1.545_316_4e-4, 1.339_086_3e-3, 9.618_083e-3, 5.550_357e-2, 2.402_265e-1, 6.931_472e-1];
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
@@ -82,6 +84,10 @@ impl Vector for Portable {
         self.zip(other, |a, b| a * b)
     }
     #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
+    }
+    #[inline(always)]
     fn mul_add(self, a: Self, b: Self) -> Self {
         if Self::FMA {
             let mut lanes = self.0;
@@ -113,6 +119,17 @@ impl Vector for Portable {
     fn step_power(self) -> Self {
         const TABLE: [u32; 1] = step_table();
         self.zip(self, |i, _| f32::from_bits((i.to_bits() << 23).wrapping_add(TABLE[0])))
+    }
+    #[inline(always)]
+    fn split_octaves(self) -> (Self, Self) {
+        let mut octaves = self.0;
+        let mut rest = self.0;
+        for (octaves, rest) in octaves.iter_mut().zip(&mut rest) {
+            let steps = rest.to_bits().wrapping_sub(ROOT_OF_HALF) as i32;
+            *octaves = (steps >> 23) as f32;
+            *rest = f32::from_bits((steps as u32 & 0x7f_ffff) + ROOT_OF_HALF);
+        }
+        (Self(octaves), Self(rest))
     }
     #[inline(always)]
     fn or_integer_bits(self, integers: Self) -> Self {
