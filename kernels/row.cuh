@@ -70,8 +70,9 @@ template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
 
 // Calls f(chunk, teacher, student) for the thread's chunks, and before that begin(..) with the first of them, or with
 // -inf alone. The next chunk is read before f may write this one: the compiler moves no read ahead of a write to what
-// could be the same memory, but a thread's chunks are its own. STREAMING: the row is read for the last time.
-template <bool STREAMING, class P, class Q, class Begin, class F>
+// could be the same memory, but a thread's chunks are its own. STREAMING: the row is read for the last time. Not AHEAD: f
+// needs the registers, and the next chunk is read after it.
+template <bool STREAMING, bool AHEAD, class P, class Q, class Begin, class F>
 ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, Begin begin, F f) {
     uint32_t chunks = rows.teacher.chunks(), chunk = rows.first;
     Packed<P> next_teacher = all_neg_inf<P>();
@@ -83,10 +84,13 @@ ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, Begin begin, F f) {
     for (; chunk < chunks; chunk += rows.stride) {
         Packed<P> teacher = next_teacher;
         Packed<Q> student = next_student;
-        if (chunk + rows.stride < chunks) {
+        if (AHEAD && chunk + rows.stride < chunks) {
             rows.template load<STREAMING>(chunk + rows.stride, next_teacher, next_student);
         }
         f(chunk, teacher, student);
+        if (!AHEAD && chunk + rows.stride < chunks) {
+            rows.template load<STREAMING>(chunk + rows.stride, next_teacher, next_student);
+        }
     }
 }
 
@@ -165,7 +169,7 @@ template <class Scales> ATKD_DEVICE auto scales_for_all(Scales &scales) {
 // follows from. Returns the scales of the row's gradient.
 template <class D, bool CE_SUM = false, class P, class Q, class Warps, class Scales>
 ATKD_DEVICE typename D::Scales reduce_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, uint32_t target,
-                                      const RowState<D, float> &own, Warps &warps, Scales &scales) {
+                                          const RowState<D, float> &own, Warps &warps, Scales &scales) {
     // One warp of the cluster reduces the row; in a team, one of each block does, and the first block's stores.
     bool reduces = thread_index() < WARP && cluster_rank() == 0, stores = rows.first < WARP;
     TargetLogits target_logits = {0, 0};

@@ -133,8 +133,8 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
         };
         if (!ignored && p.gradient != nullptr) {
             typename D::Scales scales = shared.scales[0];
-            by_size<D, false>(
-                scales, [&](auto large) { consumer.template gradient<decltype(large)::value>(scales, release); });
+            by_size<D, false>(scales,
+                              [&](auto large) { consumer.template gradient<decltype(large)::value>(scales, release); });
         }
         release(true);
     }
@@ -368,7 +368,9 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
     ATKD_DEVICE RowState<D, float> sums() {
         // The maxima are known before the sums, which then need no rescaling.
         Maxima<D::CROSS, T> maxima;
-        auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) { maxima.add(teacher, student); };
+        auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+            maxima.add(teacher, student);
+        };
         for_common_vectors(add_to_max);
         for_special_vectors(add_to_max);
         auto own = maxima.template state<RowState<D, float>>();

@@ -28,7 +28,7 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
     RowState<D, float> own;
     Shifts shifts;
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    for_chunks<false>(
+    for_chunks<false, D::SPECIALISED>(
         rows,
         // The first chunk's maxima are a good estimate of the row's, so that few chunks exceed them.
         [&](uint32_t chunk, Packed<P> teacher, Packed<Q> student) {
@@ -48,7 +48,7 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
         ATKD_SECOND_SWEEP_SHARED(D, ATKD_STREAM_THREADS);
         auto terms = D::template Terms<float>::empty();
         by_size<D, CE_SUM>(row_scales, [&](auto large) {
-            for_chunks<false>(
+            for_chunks<false, D::SPECIALISED>(
                 rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
                 [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
                     without_target(chunk, teacher, student);
@@ -67,7 +67,7 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
     rows.full_count = opaque(rows.full_count);
     bool has_target = false;
     by_size<D, CE_SUM>(row_scales, [&](auto large) {
-        for_chunks<true>(
+        for_chunks<true, D::SPECIALISED>(
             rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
             [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
                 float g[CHUNK];

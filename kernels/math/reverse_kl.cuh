@@ -66,9 +66,8 @@ struct ReverseKl {
         float variance = student.sigmoid * student.rest;
         // In units of GAP_UNIT octaves: the rest's mean gap, the target's, and w - u.
         float mean_gap = no_mass || ruled_out ? 0 : float(state.cross_term) * student.inverse;
-        float target_gap =
-            reference_gap(target.teacher, target.student, state.teacher_reference, state.student_max) *
-            (4 * exponent / GAP_UNIT);
+        float target_gap = reference_gap(target.teacher, target.student, state.teacher_reference, state.student_max) *
+                           (4 * exponent / GAP_UNIT);
         float margin_gap = Shift::of(state.teacher_max, exponent).gap_of(target.teacher, exponent) -
                            Shift::of(state.student_max, exponent).gap_of(target.student, exponent) -
                            log_ratio_of(state, exponent) * (1 / GAP_UNIT);

@@ -123,8 +123,9 @@ struct TermWeights {
 
 // A row's numbers for the gradients of its elements.
 struct alignas(16) GradientScales {
-    float teacher, student, student_at_1; // the factors of an element's exponentials, by and large: the divergence's own
-    float target;                         // the gradient at the target
+    float teacher, student,
+        student_at_1; // the factors of an element's exponentials, by and large: the divergence's own
+    float target;     // the gradient at the target
     float teacher_max, student_max, teacher_shift, student_shift;
 
     ATKD_DEVICE void make_nan() {
@@ -187,8 +188,8 @@ ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weig
     if (p.predicts != 0 && writes_mode && thread_index() % WARP == 0) {
         store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
     }
-    auto scales = D::template scales<CE_SUM>(p.divergence, state, of_token, teacher, student, student_at_1, target,
-                                             exponent);
+    auto scales =
+        D::template scales<CE_SUM>(p.divergence, state, of_token, teacher, student, student_at_1, target, exponent);
     if (state.has_nan() || teacher.odds != teacher.odds || student.odds != student.odds || weights.ce != weights.ce) {
         scales.make_nan();
     }
@@ -225,8 +226,8 @@ ATKD_DEVICE void store_margins(const atkd_rows &p, uint32_t token, const RowStat
     double margin = log_sum + to_margin(max, target_logit, exponent);
     if constexpr (D::SWEEPS == 1) {
         double weight = D::CROSS == BY_STUDENT ? shuffle_from(sum, STUDENT) : sum;
-        double dkd = D::dkd(state, weight, log_sum, shuffle_from(log_sum, STUDENT),
-                            p.batch.inverse_temperature * LOG2_E);
+        double dkd =
+            D::dkd(state, weight, log_sum, shuffle_from(log_sum, STUDENT), p.batch.inverse_temperature * LOG2_E);
         bool not_a_number = state.has_nan() || warp_ballot(lane <= STUDENT && margin != margin) != 0;
         store_dkd(p, token, not_a_number ? nan("") : dkd);
     }
