@@ -15,6 +15,15 @@
 #define ATKD_EASY 1u
 #define ATKD_HARD 2u
 
+// How the losses of the tokens become one number.
+#define ATKD_SUM 0u
+#define ATKD_MEAN 1u       // over the valid tokens
+#define ATKD_GROUP_MEAN 2u // the mean of the easy tokens' distillation terms plus that of the hard ones'
+
+// Which tokens select_hard takes for hard.
+#define ATKD_TOP_K 0u  // the ceil(k * valid) of the largest keys, the lower index first among equals
+#define ATKD_MEDIAN 1u // those with keys from the lower median on
+
 // Threads per warp.
 #define ATKD_WARP 32u
 // Consecutive logits that a thread handles at once.
@@ -142,6 +151,8 @@ typedef struct {
     double hard_ratio;        // k of ceil(k * valid)
     uint32_t scopes;
     uint32_t count; // add the valid tokens to the summary's
+    uint32_t rule;  // ATKD_TOP_K or ATKD_MEDIAN
+    uint32_t reserved;
 } atkd_select_hard;
 
 // prepare_rows: a further launch of rows within a call. Clears what the one before it left, and gathers target and mode
@@ -200,7 +211,9 @@ typedef struct {
     atkd_strides student_strides;
     atkd_strides gradient_strides;
     double scale;        // of the gradient
-    uint32_t mean;       // and over the number of valid tokens
+    double hard_ratio;   // for ATKD_GROUP_MEAN: k, of which ceil(k * valid) tokens are or will be hard; below 0 where
+                         // the summary has counted them
+    uint32_t reduction;  // ATKD_SUM, ATKD_MEAN or ATKD_GROUP_MEAN
     uint32_t write_keys; // they are not there yet
     uint32_t predicts;   // which tokens are hard, by the summary's predicted threshold, and write modes
     uint32_t clusters;   // of the launch, or teams
@@ -226,9 +239,9 @@ typedef struct {
     float *dkd_to;
     float *margin_to; // the teacher's; -inf for an ignored token
     uint8_t *modes_to;
-    double scale;    // of the loss
-    uint32_t mean;   // and over the number of valid tokens
-    uint32_t blocks; // of the launch
+    double scale;       // of the loss
+    uint32_t reduction; // ATKD_SUM, ATKD_MEAN or ATKD_GROUP_MEAN
+    uint32_t blocks;    // of the launch
     atkd_divergence divergence;
 } atkd_token_terms;
 

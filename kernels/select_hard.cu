@@ -1,8 +1,9 @@
 // select_hard: the hard tokens of a scope are the ceil(k * valid) with the largest keys, the lower index first among
-// equals. One cluster per scope, each block of it with a share of the tokens. A radix select finds the threshold, the
-// key of the last hard token, digit by digit from the most significant: the histogram of a digit shows where the
-// count is reached.
+// equals; or, by the median, all with keys from the lower median on. One cluster per scope, each block of it with a share
+// of the tokens. A radix select finds the threshold, the key of the last hard token, digit by digit from the most
+// significant: the histogram of a digit shows where the count is reached.
 #include "batch.cuh"
+#include "math/groups.cuh"
 #include "math/keys.cuh"
 #include "reduce.cuh"
 
@@ -88,6 +89,8 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
     uint32_t own = start + thread_index(), own_key = own < end ? first_key(p, own) : 0;
     // The key of the last hard token, and how many of those with this very key are hard.
     uint32_t threshold = 0, remaining = 0, equals = 0, equals_before = 0;
+    // Hard tokens beside those that were wanted: they equal the median.
+    uint32_t more = 0;
     for (uint32_t low = 32 - DIGIT_BITS, histogram = 0;; low -= DIGIT_BITS, histogram ^= DIGITS) {
         bool first = low + DIGIT_BITS == 32;
         for (uint32_t digit = thread_index(); digit < DIGITS; digit += block_threads()) {
@@ -125,8 +128,9 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
                     own += merged[digit];
                 }
                 uint32_t valid = reduce_warp(own, Sum());
-                double wanted = ceil(p.hard_ratio * double(valid));
-                remaining = wanted < double(valid) ? static_cast<uint32_t>(wanted) : valid;
+                // The lower median is the key number valid / 2 + 1 from above.
+                uint32_t to_median = valid == 0 ? 0 : valid / 2 + 1;
+                remaining = p.rule == ATKD_MEDIAN ? to_median : hard_count(p.hard_ratio, valid);
                 if (thread_index() == 0) {
                     found[VALID] = valid;
                     found[WANTED] = remaining;
@@ -144,6 +148,10 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
         remaining = found[REMAINING];
         equals = found[EQUALS];
         if (low == 0) {
+            if (p.rule == ATKD_MEDIAN) {
+                more = equals - remaining;
+                remaining = equals;
+            }
             // Only if it will be used: a read that nobody uses could outlast the block that is read.
             for (uint32_t block = 0; remaining < equals && start < end && block < rank; block++) {
                 equals_before += ATKD_REMOTE(histograms, histogram + (threshold & (DIGITS - 1)), block);
@@ -196,7 +204,7 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
             // For the repair pass.
             store(&p.batch.summary->next_ticket, 0u);
         }
-        add_atomic(&p.batch.summary->counted_hard, uint32_t(found[WANTED]));
+        add_atomic(&p.batch.summary->counted_hard, uint32_t(found[WANTED]) + more);
         if (p.count != 0) {
             add_atomic(&p.batch.summary->counted_valid, uint32_t(found[VALID]));
         }

@@ -12,11 +12,12 @@ template <class T> ATKD_DEVICE void store_if_wanted(T *to, uint32_t index, T val
     }
 }
 
+// The sum of the tokens' losses, of which group means are taken token by token.
 ATKD_DEVICE void end_call(const atkd_token_terms &p, double sum) {
     atkd_summary *summary = p.batch.summary;
     uint32_t valid = load(&summary->counted_valid);
     // Without a valid token the loss is 0, whatever the reduction.
-    double loss = valid == 0 ? 0.0 : sum * p.scale / (p.mean != 0 ? double(valid) : 1.0);
+    double loss = valid == 0 ? 0.0 : sum * p.scale / (p.reduction == ATKD_MEAN ? double(valid) : 1.0);
     bool fault = load(&summary->label_fault) != 0 || load(&summary->offset_fault) != 0;
     float rounded = fault ? nanf("") : float(loss);
     store(&summary->loss, loss);
@@ -34,6 +35,9 @@ ATKD_DEVICE void end_call(const atkd_token_terms &p, double sum) {
 template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
     ATKD_SHARED(double, sums, MAX_WARPS);
     double own = 0;
+    // Counted by an earlier kernel; the last block clears them when all have read them.
+    auto groups = ReductionScales::of(p.reduction, 1.0, load(&p.batch.summary->counted_valid),
+                                      load(&p.batch.summary->counted_hard));
     ATKD_NO_UNROLL
     for (uint32_t token = block_index() * block_threads() + thread_index(); token < p.batch.tokens;
          token += p.blocks * block_threads()) {
@@ -42,7 +46,7 @@ template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
         float u = load(p.uncertainty + token);
         double w = double(load(p.tkd + token)) * GAP_UNIT, dkd = double(load(p.dkd + token)) * GAP_UNIT;
         double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
-        Terms terms = {0, 0, 0, 0};
+        Terms terms = {0, 0, 0, 0, 0, 0};
         if (mode != ATKD_IGNORED) {
             terms = terms_of<D>(p.objective, p.divergence, u, w, at_1, dkd, mode == ATKD_HARD);
         }
@@ -55,7 +59,8 @@ template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
         store_if_wanted(p.dkd_to, token, float(terms.dkd));
         store_if_wanted(p.margin_to, token, mode == ATKD_IGNORED ? NEG_INF : u);
         store_if_wanted(p.modes_to, token, mode);
-        own += terms.loss;
+        double of_group = mode == ATKD_HARD ? groups.hard : groups.easy;
+        own += p.reduction != ATKD_GROUP_MEAN ? terms.loss : terms.distillation * of_group + terms.ce * groups.ce;
     }
     double of_block;
     ATKD_REDUCE_BLOCK(of_block, own, Sum(), sums);

@@ -1,4 +1,4 @@
-use crate::{Dtype, Strides};
+use crate::{Coefficient, Dtype, Strides};
 
 /// Without the hundreds of zeros of very large and very small numbers.
 fn readable(value: f64) -> String {
@@ -14,6 +14,12 @@ pub enum Error {
     /// A setting of the [`Objective`](crate::Objective) outside its domain.
     #[error("{name} is {}, but must be {allowed}", readable(*.value))]
     Setting { name: &'static str, value: f64, allowed: &'static str },
+    /// Means of the easy and of the hard tokens, of an objective that does not tell them apart.
+    #[error(
+        "the reduction is a mean for each group, but easy and hard tokens have the same coefficients, TKD {} and DKD {}, so that there are no groups: take the mean over all tokens, or an objective whose groups differ, such as atkd",
+        coefficient(*tkd), coefficient(*dkd)
+    )]
+    NoGroups { tkd: Coefficient, dkd: Coefficient },
     /// A slice too short, or too long, for the shape that was given with it.
     #[error(
         "{} of {} with {strides} take {}, but the slice of {what} holds {actual}",
@@ -157,6 +163,16 @@ pub enum Error {
     #[error("{doing}: the CUDA driver reports error {code}, {message}")]
     Driver { doing: &'static str, code: u32, message: String },
 }
+
+fn coefficient(of: Coefficient) -> String {
+    match of {
+        Coefficient::Constant(value) => readable(value),
+        Coefficient::Uncertainty => "UNC".into(),
+    }
+}
+
+/// What is wrong, in [`Error::Stage`], with rows whose gradient is divided by the size of a group that is not known.
+pub(crate) const NO_GROUP_SIZES: &str = "has a gradient that is divided by the size of its group: with means of groups, and a selection by the median or within sequences, margins of all tokens and the selection come before the rows, unless hard tokens or margins are given";
 
 /// "1 token", "2 tokens".
 fn count(number: usize, one: &str) -> String {

@@ -125,7 +125,10 @@ pub mod unfused;
 pub use batch::{Batch, Labels};
 pub use error::{Error, Result};
 pub use logits::{Dtype, Elements, ElementsMut, Logits, LogitsMut};
-pub use objective::{Coefficient, Coefficients, Divergence, Objective, Reduction, Target};
+pub use objective::{
+    Coefficient, Coefficients, Divergence, Objective, Reduction, ReductionScales, SelectionRule,
+    Target,
+};
 pub use output::{Output, Summary, TokenTerms};
 pub use selection::select_hard;
 pub use strides::Strides;

@@ -130,8 +130,50 @@ pub enum Reduction {
     Sum,
     /// The mean over the valid tokens; 0 where there are none.
     Mean,
+    /// The mean of the easy tokens' distillation terms plus the mean of the hard tokens', each over its own count; a group
+    /// without tokens adds 0. Cross entropy has its mean over all valid tokens.
+    ///
+    /// The code of ATKD's authors computes this, with [`SelectionRule::Median`]. Of groups of equal size it is twice
+    /// [`Mean`](Self::Mean).
+    GroupMean,
     /// The sum over this number: with gradient accumulation, the valid tokens of the whole batch.
     Denominator(f64),
+}
+
+/// How the hard tokens are told from the easy ones by the teacher's margins, in float32. NaN is below every number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SelectionRule {
+    /// The `ceil(hard_ratio * valid tokens)` of the largest margin, the lower index among equals.
+    #[default]
+    TopK,
+    /// Those whose margin is at least the lower median of the valid tokens': element (n - 1) / 2 of n in ascending order.
+    /// The hard ratio is not used. Without equal margins n / 2 + 1 of an even n are hard, and (n + 1) / 2 of an odd one;
+    /// all that equal the median are.
+    ///
+    /// The code of ATKD's authors selects so.
+    Median,
+}
+
+/// The factors of tokens' losses in the reduced one, which is the sum of both's products.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ReductionScales {
+    /// Of an easy token's distillation terms.
+    pub easy: f64,
+    /// Of a hard token's.
+    pub hard: f64,
+    /// Of any valid token's cross entropy.
+    pub ce: f64,
+}
+
+impl ReductionScales {
+    /// The factor of the distillation terms of a token.
+    pub fn distillation(&self, hard: bool) -> f64 {
+        if hard { self.hard } else { self.easy }
+    }
+
+    pub(crate) fn times(self, factor: f64) -> Self {
+        Self { easy: self.easy * factor, hard: self.hard * factor, ce: self.ce * factor }
+    }
 }
 
 /// A loss over tokens, always a valid one.
@@ -145,6 +187,9 @@ pub enum Reduction {
 /// where (c_tkd, c_dkd) are those of the hard tokens for the `ceil(hard_ratio * valid tokens)` tokens of the call
 /// on which the teacher is least certain, and those of the easy tokens for the rest. For a batch in several calls see
 /// [`select_hard`](crate::select_hard).
+///
+/// The code of the paper's authors takes another set of hard tokens, [`SelectionRule::Median`], and another mean,
+/// [`Reduction::GroupMean`].
 ///
 /// | constructor | easy tokens | hard tokens |
 /// |---|---|---|
@@ -176,6 +221,7 @@ pub struct Objective {
     hard: Coefficients,
     plain: bool,
     divergence: Divergence,
+    selection_rule: SelectionRule,
     hard_ratio: f64,
     temperature: f64,
     temperature_squared: bool,
@@ -213,9 +259,15 @@ fn positive(name: &'static str, value: f64) -> Result<f64> {
     check(name, value, "finite and above 0", value.is_finite() && value > 0.0)
 }
 
-/// [`Objective::hard_count`] for any ratio.
-pub(crate) fn hard_count(hard_ratio: f64, valid: usize) -> usize {
-    ((hard_ratio * valid as f64).ceil() as usize).min(valid)
+impl SelectionRule {
+    /// [`Objective::hard_count`] for any ratio.
+    pub(crate) fn hard_count(self, hard_ratio: f64, valid: usize) -> usize {
+        let wanted = match self {
+            Self::TopK => (hard_ratio * valid as f64).ceil() as usize,
+            Self::Median => valid / 2 + 1,
+        };
+        wanted.min(valid)
+    }
 }
 
 impl Objective {
@@ -280,6 +332,7 @@ impl Objective {
             hard: coefficients,
             plain: false,
             divergence: Divergence::ForwardKl,
+            selection_rule: SelectionRule::TopK,
             hard_ratio: 0.5,
             temperature: 1.0,
             temperature_squared: false,
@@ -310,8 +363,15 @@ impl Objective {
         Ok(self)
     }
 
+    /// Default [`SelectionRule::TopK`].
+    pub fn with_selection_rule(mut self, rule: SelectionRule) -> Self {
+        self.selection_rule = rule;
+        self
+    }
+
     /// The share k of a call's valid tokens that is hard, rounded up to whole tokens. Default 0.5. Not used where
-    /// the call is told which tokens are hard ([`Batch::with_hard`](crate::Batch::with_hard)).
+    /// the call is told which tokens are hard ([`Batch::with_hard`](crate::Batch::with_hard)), nor by
+    /// [`SelectionRule::Median`].
     ///
     /// # Errors
     /// If it is not in [0, 1].
@@ -355,10 +415,18 @@ impl Objective {
     /// Default [`Reduction::Mean`].
     ///
     /// # Errors
-    /// If a denominator is not finite and above 0.
+    /// If a denominator is not finite and above 0; for means of groups, if easy and hard tokens have the same
+    /// coefficients, so that there are no groups.
     pub fn with_reduction(mut self, reduction: Reduction) -> Result<Self> {
-        if let Reduction::Denominator(denominator) = reduction {
-            positive("the reduction's denominator", denominator)?;
+        match reduction {
+            Reduction::Denominator(denominator) => {
+                positive("the reduction's denominator", denominator)?;
+            }
+            Reduction::GroupMean if self.easy == self.hard => {
+                let Coefficients { tkd, dkd } = self.easy;
+                return Err(Error::NoGroups { tkd, dkd });
+            }
+            Reduction::GroupMean | Reduction::Mean | Reduction::Sum => {}
         }
         self.reduction = reduction;
         Ok(self)
@@ -410,6 +478,11 @@ impl Objective {
     /// Coefficients of the hard tokens, likewise.
     pub fn hard(&self) -> Coefficients {
         self.hard
+    }
+
+    /// See [`with_selection_rule`](Self::with_selection_rule).
+    pub fn selection_rule(&self) -> SelectionRule {
+        self.selection_rule
     }
 
     /// See [`with_hard_ratio`](Self::with_hard_ratio).
@@ -475,21 +548,47 @@ impl Objective {
 
     /// True if a token's loss depends on its being easy or hard.
     pub fn depends_on_selection(&self) -> bool {
-        self.easy != self.hard && self.hard_ratio > 0.0 && self.hard_ratio < 1.0
+        self.easy != self.hard && !self.has_one_group()
     }
 
-    /// Hard tokens among `valid` ones: `ceil(hard_ratio * valid)`, in float64.
+    /// True if all valid tokens are hard, or none is, whatever the margins.
+    fn has_one_group(&self) -> bool {
+        match self.selection_rule {
+            SelectionRule::TopK => self.hard_ratio == 0.0 || self.hard_ratio == 1.0,
+            SelectionRule::Median => false,
+        }
+    }
+
+    /// Hard tokens among `valid` ones: `ceil(hard_ratio * valid)`, in float64; by the median `valid / 2 + 1`, and more
+    /// where margins equal it.
     pub fn hard_count(&self, valid: usize) -> usize {
-        hard_count(self.hard_ratio, valid)
+        self.selection_rule.hard_count(self.hard_ratio, valid)
     }
 
-    /// The factor of the sum of the tokens' losses, where `valid` tokens count.
-    pub fn reduction_scale(&self, valid: usize) -> f64 {
+    /// True if [`hard_count`](Self::hard_count) of all valid tokens is how many are hard, where each of so many parts of
+    /// them has a selection of its own.
+    pub(crate) fn hard_count_is_known(&self, scopes: usize) -> bool {
+        self.has_one_group() || self.selection_rule == SelectionRule::TopK && scopes == 1
+    }
+
+    /// True if no gradient can be computed before the selection, not even for a predicted group: it is divided by the
+    /// group's size.
+    pub(crate) fn selects_before_gradients(&self, scopes: usize) -> bool {
+        self.reduction == Reduction::GroupMean && !self.hard_count_is_known(scopes)
+    }
+
+    /// The factors of the tokens' losses, where `valid` tokens count, `hard` of them hard.
+    pub fn reduction_scales(&self, valid: usize, hard: usize) -> ReductionScales {
+        let over = |count: usize| if count == 0 { 0.0 } else { 1.0 / count as f64 };
+        let same = |scale: f64| ReductionScales { easy: scale, hard: scale, ce: scale };
         match self.reduction {
-            Reduction::Sum => 1.0,
-            Reduction::Mean if valid == 0 => 0.0,
-            Reduction::Mean => 1.0 / valid as f64,
-            Reduction::Denominator(denominator) => 1.0 / denominator,
+            Reduction::Sum => same(1.0),
+            Reduction::Mean => same(over(valid)),
+            Reduction::GroupMean => {
+                let easy = over(valid.saturating_sub(hard));
+                ReductionScales { easy, hard: over(hard), ce: over(valid) }
+            }
+            Reduction::Denominator(denominator) => same(1.0 / denominator),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The results of a call: the loss, each token's terms, and a summary of them.
 
-use crate::Objective;
+use crate::reference::Weights;
+use crate::{Objective, Reduction};
 
 /// The terms of one token, in nats, before the reduction. All 0 for an ignored token. Where a logit is NaN or
 /// +inf, or all are -inf, they are NaN: all of them if it is the teacher's, all but `margin` and
@@ -74,8 +75,29 @@ impl Output {
     /// Adds up in the order of the tokens, so that the sum does not depend on the threads.
     pub(crate) fn reduce(objective: &Objective, tokens: Vec<TokenTerms>) -> Self {
         let valid = tokens.iter().filter(|token| token.valid).count();
-        let sum: f64 = tokens.iter().map(|token| token.loss).sum();
-        Self { loss: if valid == 0 { 0.0 } else { sum * objective.reduction_scale(valid) }, tokens }
+        let hard = tokens.iter().filter(|token| token.hard).count();
+        let scales = objective.reduction_scales(valid, hard);
+        let loss = match objective.reduction() {
+            _ if valid == 0 => 0.0,
+            Reduction::GroupMean => {
+                let of_token = |token: &TokenTerms| {
+                    let distillation =
+                        Weights::new(objective, token.uncertainty, token.hard).distillation(token);
+                    let of_group = scales.distillation(token.hard);
+                    if distillation.is_finite() {
+                        // What the loss has beside it is cross entropy.
+                        distillation * of_group + (token.loss - distillation) * scales.ce
+                    } else {
+                        token.loss * of_group
+                    }
+                };
+                tokens.iter().filter(|token| token.valid).map(of_token).sum()
+            }
+            Reduction::Sum | Reduction::Mean | Reduction::Denominator(_) => {
+                tokens.iter().map(|token| token.loss).sum::<f64>() * scales.ce
+            }
+        };
+        Self { loss, tokens }
     }
 
     /// The means and counts.

@@ -8,6 +8,11 @@ pub const ATKD_TARGET_TEACHER: u32 = 1;
 pub const ATKD_IGNORED: u32 = 0;
 pub const ATKD_EASY: u32 = 1;
 pub const ATKD_HARD: u32 = 2;
+pub const ATKD_SUM: u32 = 0;
+pub const ATKD_MEAN: u32 = 1;
+pub const ATKD_GROUP_MEAN: u32 = 2;
+pub const ATKD_TOP_K: u32 = 0;
+pub const ATKD_MEDIAN: u32 = 1;
 pub const ATKD_WARP: u32 = 32;
 pub const ATKD_CHUNK: u32 = 8;
 pub const ATKD_LINE: u32 = 128;
@@ -211,10 +216,12 @@ pub struct atkd_select_hard {
     pub hard_ratio: f64,
     pub scopes: u32,
     pub count: u32,
+    pub rule: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 176usize];
+    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 184usize];
     ["Alignment of atkd_select_hard"][::std::mem::align_of::<atkd_select_hard>() - 8usize];
     ["Offset of field: atkd_select_hard::batch"]
         [::std::mem::offset_of!(atkd_select_hard, batch) - 0usize];
@@ -238,6 +245,10 @@ const _: () = {
         [::std::mem::offset_of!(atkd_select_hard, scopes) - 168usize];
     ["Offset of field: atkd_select_hard::count"]
         [::std::mem::offset_of!(atkd_select_hard, count) - 172usize];
+    ["Offset of field: atkd_select_hard::rule"]
+        [::std::mem::offset_of!(atkd_select_hard, rule) - 176usize];
+    ["Offset of field: atkd_select_hard::reserved"]
+        [::std::mem::offset_of!(atkd_select_hard, reserved) - 180usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -350,7 +361,8 @@ pub struct atkd_rows {
     pub student_strides: atkd_strides,
     pub gradient_strides: atkd_strides,
     pub scale: f64,
-    pub mean: u32,
+    pub hard_ratio: f64,
+    pub reduction: u32,
     pub write_keys: u32,
     pub predicts: u32,
     pub clusters: u32,
@@ -360,7 +372,7 @@ pub struct atkd_rows {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 368usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 376usize];
     ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
     ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
     ["Offset of field: atkd_rows::objective"]
@@ -385,17 +397,20 @@ const _: () = {
     ["Offset of field: atkd_rows::gradient_strides"]
         [::std::mem::offset_of!(atkd_rows, gradient_strides) - 280usize];
     ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 304usize];
-    ["Offset of field: atkd_rows::mean"][::std::mem::offset_of!(atkd_rows, mean) - 312usize];
+    ["Offset of field: atkd_rows::hard_ratio"]
+        [::std::mem::offset_of!(atkd_rows, hard_ratio) - 312usize];
+    ["Offset of field: atkd_rows::reduction"]
+        [::std::mem::offset_of!(atkd_rows, reduction) - 320usize];
     ["Offset of field: atkd_rows::write_keys"]
-        [::std::mem::offset_of!(atkd_rows, write_keys) - 316usize];
+        [::std::mem::offset_of!(atkd_rows, write_keys) - 324usize];
     ["Offset of field: atkd_rows::predicts"]
-        [::std::mem::offset_of!(atkd_rows, predicts) - 320usize];
+        [::std::mem::offset_of!(atkd_rows, predicts) - 328usize];
     ["Offset of field: atkd_rows::clusters"]
-        [::std::mem::offset_of!(atkd_rows, clusters) - 324usize];
-    ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 328usize];
-    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 332usize];
+        [::std::mem::offset_of!(atkd_rows, clusters) - 332usize];
+    ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 336usize];
+    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 340usize];
     ["Offset of field: atkd_rows::divergence"]
-        [::std::mem::offset_of!(atkd_rows, divergence) - 336usize];
+        [::std::mem::offset_of!(atkd_rows, divergence) - 344usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -414,7 +429,7 @@ pub struct atkd_token_terms {
     pub margin_to: *mut f32,
     pub modes_to: *mut u8,
     pub scale: f64,
-    pub mean: u32,
+    pub reduction: u32,
     pub blocks: u32,
     pub divergence: atkd_divergence,
 }
@@ -450,8 +465,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_token_terms, modes_to) - 264usize];
     ["Offset of field: atkd_token_terms::scale"]
         [::std::mem::offset_of!(atkd_token_terms, scale) - 272usize];
-    ["Offset of field: atkd_token_terms::mean"]
-        [::std::mem::offset_of!(atkd_token_terms, mean) - 280usize];
+    ["Offset of field: atkd_token_terms::reduction"]
+        [::std::mem::offset_of!(atkd_token_terms, reduction) - 280usize];
     ["Offset of field: atkd_token_terms::blocks"]
         [::std::mem::offset_of!(atkd_token_terms, blocks) - 284usize];
     ["Offset of field: atkd_token_terms::divergence"]

@@ -62,6 +62,8 @@ pub struct Problem {
     pub hard: HardTokens,
     /// A gradient is wanted that depends on which tokens are hard.
     pub gradient_depends_on_hard: bool,
+    /// The gradient is divided by the sizes of groups that only the selection tells, so that no row can be done before.
+    pub needs_group_sizes: bool,
     /// The gradient overwrites the student's logits, so that no row can be done again.
     pub in_place: bool,
 }
@@ -577,7 +579,13 @@ impl Problem {
             HardTokens::Given => Schedule::Given,
             HardTokens::ByMargins => Schedule::SelectFirst,
             // The prediction is one threshold, and needs the target's logits before any row's.
-            HardTokens::Selected if wanted && !of_teacher && self.scopes == 1 && !self.in_place => {
+            HardTokens::Selected
+                if wanted
+                    && !of_teacher
+                    && self.scopes == 1
+                    && !self.in_place
+                    && !self.needs_group_sizes =>
+            {
                 return (Schedule::PredictThenRepair, false);
             }
             HardTokens::Selected if wanted => Schedule::SelectFirst,
@@ -626,6 +634,7 @@ mod tests {
             target: Target::Label,
             hard: HardTokens::Selected,
             gradient_depends_on_hard: true,
+            needs_group_sizes: false,
             in_place: false,
         }
     }
@@ -640,6 +649,7 @@ mod tests {
         assert_eq!(of(plain), (Schedule::PredictThenRepair, false));
         for without_prediction in [
             Problem { in_place: true, ..plain },
+            Problem { needs_group_sizes: true, ..plain },
             Problem { scopes: 2, ..plain },
             Problem { target: Target::Teacher, ..plain },
         ] {

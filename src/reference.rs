@@ -4,7 +4,7 @@
 
 use crate::objective::{Coefficient, Family, Mixture, Target};
 use crate::output::TokenTerms;
-use crate::{Batch, Elements, Logits, Objective, Output, Result};
+use crate::{Batch, Elements, Logits, Objective, Output, ReductionScales, Result, SelectionRule};
 
 /// A distribution as logarithms: probabilities that underflow still have one. Everything is relative to the largest
 /// logit, before the temperature divides it, so that logits of any finite size cancel nothing.
@@ -229,6 +229,16 @@ impl Weights {
             });
         Self { tkd, dkd, plain: 0.0, ce }
     }
+
+    /// The distillation terms of a token whose loss is a sum of parts.
+    pub fn distillation(&self, token: &TokenTerms) -> f64 {
+        weighted(self.tkd, token.tkd) + weighted(self.dkd, token.dkd)
+    }
+}
+
+/// A term without a weight is absent, infinite or not.
+fn weighted(weight: f64, term: f64) -> f64 {
+    if weight == 0.0 { 0.0 } else { weight * term }
 }
 
 /// `student` gives the logits of a token, in float64: finite differences need more than float32 holds.
@@ -258,20 +268,21 @@ pub(crate) fn compute(
     let hard = select(objective, batch, &margins);
 
     let valid = targets.iter().flatten().count();
-    let scale = objective.reduction_scale(valid) * objective.upstream_gradient();
+    let hard_count = hard.iter().filter(|&&hard| hard).count();
+    let scales = objective.reduction_scales(valid, hard_count).times(objective.upstream_gradient());
     let mut tokens = vec![TokenTerms::IGNORED; targets.len()];
     for (token, target) in targets.iter().enumerate() {
         let Some(target) = *target else { continue };
         let (a, b) = (widen(teacher.row(token)), student(token));
         let row = gradient.as_deref_mut().map(|g| &mut g[token * vocab..][..vocab]);
         let margin = margins[token].expect("a token with a target has a margin");
-        tokens[token] = one_token(objective, &a, &b, target, margin, hard[token], scale, row);
+        tokens[token] = one_token(objective, &a, &b, target, margin, hard[token], scales, row);
     }
     Ok(Output::reduce(objective, tokens))
 }
 
-/// The batch's own mask; else the `ceil(k * valid)` tokens of largest float32 margin within each scope: NaN last, ties
-/// by lower index.
+/// The batch's own mask; else, by float32 margins within each scope, NaN last: the `ceil(k * valid)` tokens of largest
+/// margin, ties by lower index; or those at or above the lower median.
 fn select(objective: &Objective, batch: &Batch, margins: &[Option<f64>]) -> Vec<bool> {
     if let Some(hard) = batch.hard() {
         return hard.iter().zip(margins).map(|(&hard, margin)| hard && margin.is_some()).collect();
@@ -286,7 +297,18 @@ fn select(objective: &Objective, batch: &Batch, margins: &[Option<f64>]) -> Vec<
             (false, false) => b.partial_cmp(a).expect("neither is NaN"),
             (a, b) => a.cmp(&b),
         });
-        for &(token, _) in ranked.iter().take(objective.hard_count(ranked.len())) {
+        let wanted = match objective.selection_rule() {
+            SelectionRule::TopK => objective.hard_count(ranked.len()),
+            SelectionRule::Median => {
+                // The order is descending.
+                let median = ranked.iter().rev().nth(ranked.len().saturating_sub(1) / 2);
+                let at_least = |&&(_, margin): &&(usize, f32)| {
+                    median.is_some_and(|&(_, median)| margin >= median || median.is_nan())
+                };
+                ranked.iter().take_while(at_least).count()
+            }
+        };
+        for &(token, _) in &ranked[..wanted] {
             hard[token] = true;
         }
     }
@@ -301,7 +323,7 @@ fn one_token(
     target: usize,
     margin: f64,
     hard: bool,
-    scale: f64,
+    scales: ReductionScales,
     gradient: Option<&mut [f64]>,
 ) -> TokenTerms {
     let temperature = objective.temperature();
@@ -349,8 +371,6 @@ fn one_token(
         false => (0.0, vec![0.0; a.len()]),
     };
 
-    // A term without a weight is absent, infinite or not.
-    let weighted = |weight: f64, term: f64| if weight == 0.0 { 0.0 } else { weight * term };
     let weights = Weights::new(objective, uncertainty, hard);
     let terms = [(weights.tkd, tkd), (weights.dkd, dkd), (weights.plain, plain), (weights.ce, ce)];
     let loss = terms.iter().map(|&(weight, term)| weighted(weight, term)).sum();
@@ -369,7 +389,8 @@ fn one_token(
                 + weighted(weights.dkd, slopes_of_dkd[j])
                 + weighted(weights.plain, slopes_of_plain[j]);
             let ce = q_at_1.probability(j) - at_target;
-            *out = scale * (distillation / temperature + weights.ce * ce);
+            *out = scales.distillation(hard) * distillation / temperature
+                + scales.ce * weights.ce * ce;
         }
         if none {
             gradient.fill(f64::NAN);

@@ -3,10 +3,10 @@
 
 use std::ops::Range;
 
-use crate::objective::{hard_count, unit_interval};
-use crate::{Error, Result};
+use crate::objective::unit_interval;
+use crate::{Error, Result, SelectionRule};
 
-/// Selects the hard tokens: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly. Among equals the lower
+/// Selects the hard tokens by [`SelectionRule::TopK`]: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly. Among equals the lower
 /// index wins; NaN ranks below every number.
 ///
 /// Margins are the teacher's, as [`cpu::teacher_margins`](crate::cpu::teacher_margins) returns them or
@@ -48,11 +48,12 @@ pub fn select_hard(
     }
     let is_valid = |token: usize| valid.is_none_or(|valid| valid[token]);
     let of_valid = |token| is_valid(token).then_some(margins[token]);
-    Ok(select(hard_ratio, scopes(sequences, tokens), tokens, of_valid))
+    Ok(select(SelectionRule::TopK, hard_ratio, scopes(sequences, tokens), tokens, of_valid))
 }
 
-/// [`select_hard`] for arguments that were checked: `margin` is `None` for a token that does not count.
+/// [`select_hard`] by either rule, for arguments that were checked: `margin` is `None` for a token that does not count.
 pub(crate) fn select(
+    rule: SelectionRule,
     hard_ratio: f64,
     scopes: impl Iterator<Item = Range<usize>>,
     tokens: usize,
@@ -67,13 +68,19 @@ pub(crate) fn select(
                 Some((if margin.is_nan() { -f32::NAN } else { margin + 0.0 }, token))
             })
             .collect();
-        let count = hard_count(hard_ratio, ranked.len());
+        let count = rule.hard_count(hard_ratio, ranked.len());
         if count > 0 && count < ranked.len() {
             ranked
                 .select_nth_unstable_by(count - 1, |(a, i), (b, j)| b.total_cmp(a).then(i.cmp(j)));
         }
-        for &(_, token) in &ranked[..count] {
-            hard[token] = true;
+        let (first, others) = ranked.split_at(count);
+        first.iter().for_each(|&(_, token)| hard[token] = true);
+        if let (SelectionRule::Median, Some(&(median, _))) = (rule, first.last()) {
+            // All that equal it.
+            for &(_, token) in others.iter().filter(|(margin, _)| margin.total_cmp(&median).is_eq())
+            {
+                hard[token] = true;
+            }
         }
     }
     hard
@@ -149,6 +156,36 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Element (n - 1) / 2 in ascending order, and all that are at least that.
+    #[test]
+    fn from_the_lower_median_on() {
+        let nan = f32::NAN;
+        let cases: [(&[f32], &[bool]); 9] = [
+            (&[], &[]),
+            (&[3.0], &[true]),
+            (&[1.0, 2.0], &[true, true]),
+            (&[3.0, 1.0, 2.0], &[true, false, true]),
+            // Three of four.
+            (&[3.0, 1.0, 2.0, 4.0], &[true, false, true, true]),
+            (&[2.0, 1.0, 2.0, 2.0, 5.0], &[true, false, true, true, true]),
+            (&[0.0, -0.0, -1.0], &[true, true, false]),
+            (&[nan, 1.0, 2.0, -nan, 3.0, 4.0], &[false, true, true, false, true, true]),
+            // The median is NaN, and all is at least that.
+            (&[nan, -nan, nan, 7.0], &[true; 4]),
+        ];
+        for (margins, expected) in cases {
+            let of = |token: usize| Some(margins[token]);
+            let tokens = margins.len();
+            let hard = select(SelectionRule::Median, 0.0, scopes(None, tokens), tokens, of);
+            assert_eq!(hard, expected, "{margins:?}");
+        }
+        // Within sequences, of the tokens that count.
+        let margins = [1.0, 2.0, 9.0, 8.0, 7.0, 6.0];
+        let of = |token: usize| (token != 4).then_some(margins[token]);
+        let hard = select(SelectionRule::Median, 1.0, scopes(Some(&[0, 2, 2, 6]), 6), 6, of);
+        assert_eq!(hard, [true, true, true, true, false, false]);
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! An error says what is wrong with a call, with the numbers that explain it, and nothing was written.
 
-use atkd::{Batch, Dtype, Error, Labels, Logits, LogitsMut, Objective, Reduction, cpu, reference};
+use atkd::{
+    Batch, Coefficients, Dtype, Error, Labels, Logits, LogitsMut, Objective, Reduction, cpu,
+    reference,
+};
 use half::bf16;
 
 #[track_caller]
@@ -33,6 +36,20 @@ fn settings_outside_their_domain() {
     says(o.with_ce_weight(f64::NAN), &["cross-entropy weight", "NaN"]);
     says(o.with_upstream_gradient(f64::INFINITY), &["upstream gradient", "inf"]);
     says(o.with_reduction(Reduction::Denominator(0.0)), &["denominator", "0"]);
+}
+
+/// An objective that treats all tokens alike has no groups.
+#[test]
+fn means_of_groups_that_are_not_there() {
+    let says_of = |objective: Objective, words: &[&str]| {
+        says(objective.with_reduction(Reduction::GroupMean), words);
+    };
+    says_of(Objective::plain(), &["mean for each group", "TKD 1 and DKD UNC", "such as atkd"]);
+    says_of(Objective::tkd(), &["TKD 1 and DKD 0"]);
+    says_of(Objective::dkd(), &["TKD 0 and DKD 1"]);
+    let same = Coefficients::new(0.25, 0.5);
+    says_of(Objective::decoupled(same, same).unwrap(), &["TKD 0.25 and DKD 0.5"]);
+    assert!(Objective::atkd(0.5).unwrap().with_reduction(Reduction::GroupMean).is_ok());
 }
 
 #[test]

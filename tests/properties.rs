@@ -1,9 +1,11 @@
 //! Properties that hold for any shape, dtype, stride and objective.
 
-use atkd::battery::compare::{gradient_floor, gradient_within, loss_within, ties};
+use atkd::battery::compare::{
+    gradient_floor, gradient_within, loss_within, reduction_scales, ties,
+};
 use atkd::{
     Batch, Coefficient, Coefficients, Divergence, Dtype, Logits, LogitsMut, Objective, Output,
-    Reduction, Target, cpu, reference,
+    Reduction, SelectionRule, Target, cpu, reference,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -35,19 +37,27 @@ fn objective() -> impl Strategy<Value = Objective> {
     let reduction = prop_oneof![
         Just(Reduction::Mean),
         Just(Reduction::Sum),
+        Just(Reduction::GroupMean),
         (0.5..1e4).prop_map(Reduction::Denominator),
     ];
     let target = prop_oneof![Just(Target::Label), Just(Target::Teacher)];
-    let form = (divergence(), prop::bool::weighted(0.3));
+    let rule = prop_oneof![Just(SelectionRule::TopK), Just(SelectionRule::Median)];
+    let form = (divergence(), prop::bool::weighted(0.3), rule);
     let rest = (0.0..=1.0, 0.3..5.0, any::<bool>(), 0.0..2.0, 0.0..2.0, -3.0..3.0);
     (coefficients, form, reduction, target, rest).prop_map(
         |([a, b, c, d], form, reduction, target, rest)| {
-            let (divergence, plain) = form;
+            let (divergence, plain, rule) = form;
             let (ratio, temperature, squared, kd, ce, upstream) = rest;
             let parts = Objective::decoupled(Coefficients::new(a, b), Coefficients::new(c, d));
-            let objective = if plain { Ok(Objective::plain()) } else { parts };
+            let objective = if plain { Objective::plain() } else { parts.unwrap() };
+            let reduction = match reduction {
+                // There are none.
+                Reduction::GroupMean if objective.easy() == objective.hard() => Reduction::Mean,
+                other => other,
+            };
             objective
-                .and_then(|o| o.with_divergence(divergence))
+                .with_selection_rule(rule)
+                .with_divergence(divergence)
                 .and_then(|o| o.with_hard_ratio(ratio))
                 .and_then(|o| o.with_temperature(temperature))
                 .and_then(|o| o.with_kd_weight(kd))
@@ -134,11 +144,11 @@ macro_rules! check {
         prop_assert_eq!(&in_place, &apart);
         prop_assert_eq!(bits(&cpu::forward(objective, &batch, logits).unwrap()), bits(&output));
 
-        let valid = exact.summary().valid_tokens;
-        let unit = weight(objective) * objective.reduction_scale(valid) * valid as f64;
+        let (valid, scales) = (exact.summary().valid_tokens, reduction_scales(objective, &exact));
+        let unit = weight(objective) * scales.easy.max(scales.hard) * valid as f64;
         let allowed = loss_within(exact.loss, unit);
         prop_assert!((output.loss - exact.loss).abs() <= allowed, "{} {}", output.loss, exact.loss);
-        let floor = gradient_floor(objective, weight(objective), valid);
+        let floor = gradient_floor(objective, weight(objective), &exact);
         let ties = ties(objective, &batch, logits, &exact).unwrap();
         for i in 0..tokens {
             prop_assert_eq!(output.tokens[i].hard, exact.tokens[i].hard);

@@ -71,3 +71,8 @@ fn a_batch_without_a_valid_token_has_no_loss() {
 fn stages_out_of_order_are_errors() {
     stages::stages_out_of_order_are_errors(&Cpu);
 }
+
+#[test]
+fn gradients_wait_for_the_sizes_of_groups() {
+    stages::gradients_wait_for_the_sizes_of_groups(&Cpu);
+}

@@ -82,3 +82,10 @@ fn stages_out_of_order_are_errors() {
         stages::stages_out_of_order_are_errors(&simulation);
     }
 }
+
+#[test]
+fn gradients_wait_for_the_sizes_of_groups() {
+    for simulation in simulations() {
+        stages::gradients_wait_for_the_sizes_of_groups(&simulation);
+    }
+}

@@ -102,6 +102,22 @@
 #define ATKD_REDUCTION_DENOMINATOR 2
 
 /*
+ The mean of the easy tokens plus the mean of the hard ones, as the code of ATKD's authors has it: of groups of equal
+ size twice ATKD_REDUCTION_MEAN. Cross entropy has its mean over all valid tokens.
+ */
+#define ATKD_REDUCTION_GROUP_MEAN 3
+
+/*
+ The hard_ratio's share of the valid tokens, rounded up, on which the teacher is least certain.
+ */
+#define ATKD_SELECTION_RULE_TOP_K 0
+
+/*
+ The tokens from the lower median on, as the code of ATKD's authors has it.
+ */
+#define ATKD_SELECTION_RULE_MEDIAN 1
+
+/*
  IEEE 754 binary32.
  */
 #define ATKD_F32 0
@@ -218,7 +234,7 @@ typedef struct AtkdSettings {
    */
   double lambda;
   /*
-   The share of the valid tokens that is hard, in [0, 1].
+   The share of the valid tokens that is hard, in [0, 1]; of ATKD_SELECTION_RULE_TOP_K.
    */
   double hard_ratio;
   /*
@@ -253,6 +269,10 @@ typedef struct AtkdSettings {
    In [0, 1], and below 1 for the skewed divergences; of these and of ATKD_DIVERGENCE_JSD.
    */
   double beta;
+  /*
+   ATKD_SELECTION_RULE_*.
+   */
+  int32_t selection_rule;
 } AtkdSettings;
 
 /*

@@ -1,6 +1,6 @@
 //! The settings of an objective as a C struct.
 
-use atkd::{Coefficient, Coefficients, Divergence, Objective, Reduction, Target};
+use atkd::{Coefficient, Coefficients, Divergence, Objective, Reduction, SelectionRule, Target};
 
 use crate::status::Failure;
 
@@ -46,6 +46,14 @@ pub const ATKD_REDUCTION_MEAN: i32 = 0;
 pub const ATKD_REDUCTION_SUM: i32 = 1;
 /// That sum over `denominator`.
 pub const ATKD_REDUCTION_DENOMINATOR: i32 = 2;
+/// The mean of the easy tokens plus the mean of the hard ones, as the code of ATKD's authors has it: of groups of equal
+/// size twice ATKD_REDUCTION_MEAN. Cross entropy has its mean over all valid tokens.
+pub const ATKD_REDUCTION_GROUP_MEAN: i32 = 3;
+
+/// The hard_ratio's share of the valid tokens, rounded up, on which the teacher is least certain.
+pub const ATKD_SELECTION_RULE_TOP_K: i32 = 0;
+/// The tokens from the lower median on, as the code of ATKD's authors has it.
+pub const ATKD_SELECTION_RULE_MEDIAN: i32 = 1;
 
 /// The weight of one term.
 #[repr(C)]
@@ -83,7 +91,7 @@ pub struct AtkdSettings {
     pub ignore_index: i64,
     /// In [0, 1]; of ATKD_OBJECTIVE_ATKD.
     pub lambda: f64,
-    /// The share of the valid tokens that is hard, in [0, 1].
+    /// The share of the valid tokens that is hard, in [0, 1]; of ATKD_SELECTION_RULE_TOP_K.
     pub hard_ratio: f64,
     /// Above 0.
     pub temperature: f64,
@@ -101,6 +109,8 @@ pub struct AtkdSettings {
     pub divergence: i32,
     /// In [0, 1], and below 1 for the skewed divergences; of these and of ATKD_DIVERGENCE_JSD.
     pub beta: f64,
+    /// ATKD_SELECTION_RULE_*.
+    pub selection_rule: i32,
 }
 
 impl Default for AtkdSettings {
@@ -126,6 +136,7 @@ impl Default for AtkdSettings {
             hard: coefficients(objective.hard()),
             divergence: ATKD_DIVERGENCE_FORWARD_KL,
             beta: 0.5,
+            selection_rule: ATKD_SELECTION_RULE_TOP_K,
         }
     }
 }
@@ -201,13 +212,23 @@ pub(crate) fn objective(settings: &AtkdSettings) -> Result<Objective, Failure> {
         ATKD_REDUCTION_MEAN => Reduction::Mean,
         ATKD_REDUCTION_SUM => Reduction::Sum,
         ATKD_REDUCTION_DENOMINATOR => Reduction::Denominator(settings.denominator),
+        ATKD_REDUCTION_GROUP_MEAN => Reduction::GroupMean,
         other => {
-            let allowed = "one of ATKD_REDUCTION_* (0 to 2)";
+            let allowed = "one of ATKD_REDUCTION_* (0 to 3)";
             return Err(Failure::value("the reduction", other, allowed));
+        }
+    };
+    let rule = match settings.selection_rule {
+        ATKD_SELECTION_RULE_TOP_K => SelectionRule::TopK,
+        ATKD_SELECTION_RULE_MEDIAN => SelectionRule::Median,
+        other => {
+            let allowed = "ATKD_SELECTION_RULE_TOP_K (0) or ATKD_SELECTION_RULE_MEDIAN (1)";
+            return Err(Failure::value("the selection rule", other, allowed));
         }
     };
     Ok(objective
         .with_divergence(divergence)?
+        .with_selection_rule(rule)
         .with_hard_ratio(settings.hard_ratio)?
         .with_temperature(settings.temperature)?
         .with_temperature_squared(settings.temperature_squared != 0)
@@ -250,7 +271,7 @@ mod tests {
         let denominator = ATKD_REDUCTION_DENOMINATOR;
         // Other settings, and the fields of the objective that they change.
         let jsd = AtkdSettings { divergence: ATKD_DIVERGENCE_JSD, ..default };
-        let changes: [(AtkdSettings, &[&str]); 14] = [
+        let changes: [(AtkdSettings, &[&str]); 16] = [
             (
                 AtkdSettings { objective: ATKD_OBJECTIVE_PLAIN, ..default },
                 &["easy", "hard", "plain"],
@@ -260,6 +281,11 @@ mod tests {
             (AtkdSettings { target: ATKD_TARGET_TEACHER, ..default }, &["target"]),
             (AtkdSettings { reduction: ATKD_REDUCTION_SUM, ..default }, &["reduction"]),
             (AtkdSettings { reduction: denominator, denominator: 7.0, ..default }, &["reduction"]),
+            (AtkdSettings { reduction: ATKD_REDUCTION_GROUP_MEAN, ..default }, &["reduction"]),
+            (
+                AtkdSettings { selection_rule: ATKD_SELECTION_RULE_MEDIAN, ..default },
+                &["selection_rule"],
+            ),
             (AtkdSettings { temperature_squared: 1, ..default }, &["temperature_squared"]),
             (AtkdSettings { ignore_index: -1, ..default }, &["ignore_index"]),
             (AtkdSettings { lambda: 0.3, ..default }, &["easy", "hard"]),
@@ -302,5 +328,19 @@ mod tests {
         }
         let settings = AtkdSettings { divergence: 6, ..AtkdSettings::default() };
         assert!(objective(&settings).is_err());
+    }
+
+    #[test]
+    fn settings_that_are_no_objective() {
+        let default = AtkdSettings::default();
+        let groups = AtkdSettings { reduction: ATKD_REDUCTION_GROUP_MEAN, ..default };
+        assert_eq!(objective(&groups).unwrap().reduction(), Reduction::GroupMean);
+        let kinds =
+            [ATKD_OBJECTIVE_KL, ATKD_OBJECTIVE_PLAIN, ATKD_OBJECTIVE_TKD, ATKD_OBJECTIVE_DKD];
+        for kind in kinds {
+            assert!(objective(&AtkdSettings { objective: kind, ..groups }).is_err());
+        }
+        assert!(objective(&AtkdSettings { reduction: 4, ..default }).is_err());
+        assert!(objective(&AtkdSettings { selection_rule: 2, ..default }).is_err());
     }
 }

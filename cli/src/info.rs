@@ -91,6 +91,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         target: Target::Label,
         hard: HardTokens::Selected,
         gradient_depends_on_hard: true,
+        needs_group_sizes: false,
         in_place: false,
     };
     let plan = Plan::new(&device, &problem, None);

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use atkd::{Batch, Divergence, Objective, Output, Reduction, Target};
+use atkd::{Batch, Divergence, Objective, Output, Reduction, SelectionRule, Target};
 use clap::ValueEnum;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
@@ -36,7 +36,10 @@ pub struct Args {
     /// ATKD's weight of easy tokens; hard ones have 1 - lambda
     #[arg(long, default_value_t = 0.2, allow_negative_numbers = true)]
     lambda: f64,
-    /// Share of the valid tokens that is hard
+    /// Which tokens are hard, by the teacher's uncertainty
+    #[arg(long, value_enum, default_value = "top-k")]
+    selection_rule: SelectionRuleName,
+    /// Share of the valid tokens that is hard, by top-k
     #[arg(long, default_value_t = 0.5, allow_negative_numbers = true)]
     hard_ratio: f64,
     /// Divides both models' logits; cross entropy is taken at 1
@@ -109,6 +112,16 @@ enum TargetName {
 enum ReductionName {
     Mean,
     Sum,
+    /// The mean of the easy tokens plus the mean of the hard ones, as the code of ATKD's authors has it
+    GroupMean,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SelectionRuleName {
+    /// The hard ratio's share of the tokens, rounded up, the most uncertain ones
+    TopK,
+    /// Those from the lower median on, as the code of ATKD's authors has it
+    Median,
 }
 
 impl Args {
@@ -142,9 +155,15 @@ impl Args {
         let reduction = match self.reduction {
             ReductionName::Mean => Reduction::Mean,
             ReductionName::Sum => Reduction::Sum,
+            ReductionName::GroupMean => Reduction::GroupMean,
+        };
+        let rule = match self.selection_rule {
+            SelectionRuleName::TopK => SelectionRule::TopK,
+            SelectionRuleName::Median => SelectionRule::Median,
         };
         Ok(objective
             .with_divergence(divergence)?
+            .with_selection_rule(rule)
             .with_hard_ratio(self.hard_ratio)?
             .with_temperature(self.temperature)?
             .with_temperature_squared(self.temperature_squared)
@@ -320,7 +339,7 @@ mod tests {
         assert_eq!(objective(&[]), Objective::default());
         let default = fields(&Objective::default());
         // Options, and the fields of the objective that they change.
-        let changes: [(&[&str], &[&str]); 12] = [
+        let changes: [(&[&str], &[&str]); 14] = [
             (&["--objective", "plain"], &["easy", "hard", "plain"]),
             (&["--divergence", "jsd"], &["divergence"]),
             (&["--beta", "0.1", "--divergence", "jsd"], &["divergence"]),
@@ -330,6 +349,8 @@ mod tests {
             (&["--temperature-squared"], &["temperature_squared"]),
             (&["--target", "teacher"], &["target"]),
             (&["--reduction", "sum"], &["reduction"]),
+            (&["--reduction", "group-mean"], &["reduction"]),
+            (&["--selection-rule", "median"], &["selection_rule"]),
             (&["--ce-weight", "0.5"], &["ce_weight"]),
             (&["--kd-weight", "0.5"], &["kd_weight"]),
             (&["--ignore-index", "-1"], &["ignore_index"]),

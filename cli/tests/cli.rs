@@ -232,6 +232,14 @@ fn options_reach_the_objective() {
         ),
         (&["--target", "teacher"], Ok(o.with_target(atkd::Target::Teacher))),
         (&["--reduction", "sum"], o.with_reduction(atkd::Reduction::Sum)),
+        (&["--reduction", "group-mean"], o.with_reduction(atkd::Reduction::GroupMean)),
+        (&["--selection-rule", "median"], Ok(o.with_selection_rule(atkd::SelectionRule::Median))),
+        (
+            &["--selection-rule", "median", "--reduction", "group-mean", "--ce-weight", "0.5"],
+            o.with_selection_rule(atkd::SelectionRule::Median)
+                .with_ce_weight(0.5)
+                .and_then(|o| o.with_reduction(atkd::Reduction::GroupMean)),
+        ),
         (&["--ce-weight", "0.5"], o.with_ce_weight(0.5)),
         (&["--kd-weight", "0.25"], o.with_kd_weight(0.25)),
     ];

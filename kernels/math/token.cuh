@@ -11,6 +11,7 @@
 // as float32.
 #pragma once
 
+#include "groups.cuh"
 #include "keys.cuh"
 #include "online.cuh"
 
@@ -39,8 +40,9 @@ ATKD_DEVICE double coefficient_of(const atkd_coefficient &coefficient, double un
     return coefficient.value * (coefficient.times_uncertainty != 0 ? uncertainty : 1.0);
 }
 
+// The loss is the sum of distillation and ce, which have their weights.
 struct Terms {
-    double uncertainty, tkd, dkd, loss;
+    double uncertainty, tkd, dkd, loss, distillation, ce;
 };
 
 // From the margins u and w, the student's at temperature 1, and DKD, which is NaN if anything in the row is.
@@ -49,15 +51,17 @@ ATKD_DEVICE Terms terms_of(const atkd_objective &objective, const atkd_divergenc
                            double student_margin, double student_margin_at_1, double dkd, bool hard) {
     Terms terms;
     terms.uncertainty = sigmoid(teacher_margin);
-    terms.tkd = terms.dkd = terms.loss = dkd;
+    terms.tkd = terms.dkd = terms.loss = terms.distillation = dkd;
+    terms.ce = 0;
     if (dkd != dkd) {
         return terms;
     }
     terms.tkd = D::tkd(divergence, teacher_margin, student_margin);
     double c_tkd = coefficient_of(objective.tkd[hard ? 1 : 0], terms.uncertainty);
     double c_dkd = coefficient_of(objective.dkd[hard ? 1 : 0], terms.uncertainty);
-    terms.loss = D::loss(divergence, c_tkd, c_dkd, student_margin, terms.tkd, terms.dkd) +
-                 weighted(objective.ce_weight, softplus(student_margin_at_1));
+    terms.ce = weighted(objective.ce_weight, softplus(student_margin_at_1));
+    terms.distillation = D::loss(divergence, c_tkd, c_dkd, student_margin, terms.tkd, terms.dkd);
+    terms.loss = terms.distillation + terms.ce;
     return terms;
 }
 
@@ -82,16 +86,21 @@ struct alignas(16) Weights {
 
     static ATKD_DEVICE Weights of(const atkd_rows &p) {
         const atkd_objective &objective = p.objective;
-        double scale = p.scale * (p.mean != 0 ? 1.0 / load(&p.batch.summary->counted_valid) : 1.0) *
-                       (p.upstream == nullptr ? 1.0 : load(p.upstream));
-        double at_t = scale * objective.inverse_temperature;
+        uint32_t valid = p.reduction == ATKD_SUM ? 0 : load(&p.batch.summary->counted_valid), hard = 0;
+        if (p.reduction == ATKD_GROUP_MEAN) {
+            hard = p.hard_ratio < 0 ? load(&p.batch.summary->counted_hard) : hard_count(p.hard_ratio, valid);
+        }
+        auto scales = ReductionScales::of(p.reduction, p.scale, valid, hard);
+        double upstream = p.upstream == nullptr ? 1.0 : load(p.upstream), ce = scales.ce * upstream;
+        double easy_at_t = scales.easy * upstream * objective.inverse_temperature;
+        double hard_at_t = scales.hard * upstream * objective.inverse_temperature;
         float threshold_odds =
             p.predicts == 0 ? 0 : exp2_fast(margin_of_key(load(&p.batch.summary->predicted_threshold)) * LOG2_E);
-        return {Weight::of(objective.tkd[0], at_t),
-                Weight::of(objective.tkd[1], at_t),
-                Weight::of(objective.dkd[0], at_t),
-                Weight::of(objective.dkd[1], at_t),
-                float((objective.ce_weight == 0 ? 0 : objective.ce_weight * scale) + (scale - scale)),
+        return {Weight::of(objective.tkd[0], easy_at_t),
+                Weight::of(objective.tkd[1], hard_at_t),
+                Weight::of(objective.dkd[0], easy_at_t),
+                Weight::of(objective.dkd[1], hard_at_t),
+                float((objective.ce_weight == 0 ? 0 : objective.ce_weight * ce) + (ce - ce)),
                 threshold_odds};
     }
 };

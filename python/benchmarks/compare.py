@@ -69,6 +69,11 @@ def variants(paths):
     kl, reverse_kl, jsd, tvd, skew_kl, skew_reverse_kl = [exact.plain(*rest) for _, *rest in DIVERGENCES]
     losses = [
         ("atkd", atkd.atkd_loss, exact.atkd()),
+        (
+            "atkd by the official conventions",
+            functools.partial(atkd.atkd_loss, selection_rule="median", reduction="group-mean"),
+            exact.official_atkd(),
+        ),
         ("atkd in place", functools.partial(atkd.atkd_loss, inplace=True), exact.atkd()),
         *((f"atkd over {name}", own("atkd", *rest), exact.atkd(*rest)) for name, *rest in DIVERGENCES[1:]),
         *((f"atkd {name}", own("plain", *rest), exact.plain(*rest)) for name, *rest in DIVERGENCES),

@@ -6,7 +6,7 @@ mod threads;
 
 use atkd::call::{self, RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::cpu::raw;
-use atkd::{Coefficient, Divergence, Dtype, Reduction, Strides, Target};
+use atkd::{Coefficient, Divergence, Dtype, Reduction, SelectionRule, Strides, Target};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -31,7 +31,7 @@ impl Objective {
     #[new]
     #[pyo3(signature = (
         *, lam, hard_ratio, temperature, objective, target, reduction, ignore_index, ce_weight, kd_weight,
-        temperature_squared, divergence, beta
+        temperature_squared, divergence, beta, selection_rule
     ))]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keywords")]
     fn new(
@@ -47,6 +47,7 @@ impl Objective {
         temperature_squared: bool,
         divergence: &str,
         beta: f64,
+        selection_rule: &str,
     ) -> PyResult<Self> {
         let objective = match objective {
             "atkd" => atkd::Objective::atkd(lam).map_err(exception)?,
@@ -86,9 +87,16 @@ impl Objective {
         let reduction = match reduction {
             "mean" => Reduction::Mean,
             "sum" => Reduction::Sum,
-            other => return unknown("reduction", other, r#""mean" or "sum""#),
+            "group-mean" => Reduction::GroupMean,
+            other => return unknown("reduction", other, r#""mean", "sum" or "group-mean""#),
+        };
+        let rule = match selection_rule {
+            "top-k" => SelectionRule::TopK,
+            "median" => SelectionRule::Median,
+            other => return unknown("selection_rule", other, r#""top-k" or "median""#),
         };
         objective
+            .with_selection_rule(rule)
             .with_target(target)
             .with_ignore_index(ignore_index)
             .with_temperature_squared(temperature_squared)
@@ -127,7 +135,13 @@ fn default_settings(py: Python) -> PyResult<Bound<PyDict>> {
     let reduction = match objective.reduction() {
         Reduction::Mean => "mean",
         Reduction::Sum => "sum",
-        Reduction::Denominator(_) => unreachable!("the default is a mean"),
+        Reduction::GroupMean | Reduction::Denominator(_) => {
+            unreachable!("the default is a mean over all tokens")
+        }
+    };
+    let rule = match objective.selection_rule() {
+        SelectionRule::TopK => "top-k",
+        SelectionRule::Median => "median",
     };
     let divergence = match objective.divergence() {
         Divergence::ForwardKl => "forward-kl",
@@ -147,6 +161,7 @@ fn default_settings(py: Python) -> PyResult<Bound<PyDict>> {
     settings.set_item("divergence", divergence)?;
     // Of divergences other than the default one.
     settings.set_item("beta", 0.5)?;
+    settings.set_item("selection_rule", rule)?;
     Ok(settings)
 }
 

@@ -26,6 +26,11 @@ def select(margin, hard_ratio):
     return hard
 
 
+def from_median(margin):
+    """From element (N - 1) // 2 in ascending order on."""
+    return margin >= margin.sort().values[(len(margin) - 1) // 2] if len(margin) else margin.bool()
+
+
 def is_kl(name, beta):
     """True for the divergences of which a plain one is a sum of parts."""
     ends = [("jsd", 0), ("jsd", 1), ("skew-kl", 0), ("skew-reverse-kl", 0)]
@@ -75,6 +80,7 @@ def atkd_loss(
     shift_labels=False,
     divergence="forward-kl",
     beta=0.5,
+    selection_rule="top-k",
 ):
     """The loss, and `(uncertainty, tkd, dkd, hard)` shaped as the labels."""
     if shift_labels:
@@ -101,7 +107,8 @@ def atkd_loss(
 
     hard = torch.zeros_like(g, dtype=torch.bool)
     for i in sequence.unique():
-        hard[sequence == i] = select((p_rest - p)[sequence == i], hard_ratio)
+        margin = (p_rest - p)[sequence == i]
+        hard[sequence == i] = from_median(margin) if selection_rule == "median" else select(margin, hard_ratio)
     kd = {
         "atkd": torch.where(hard, (1 - lam) * (tkd + dkd), lam * dkd),
         "plain": plain,
@@ -112,6 +119,9 @@ def atkd_loss(
     if temperature_squared:
         kd = kd * temperature**2
     loss = (kd_weight * kd + ce_weight * ce).sum()
+    if reduction == "group-mean":
+        groups = [kd[group].sum() / max(int(group.sum()), 1) for group in (hard, ~hard)]
+        loss = kd_weight * sum(groups) + ce_weight * ce.sum() / max(len(g), 1)
     if num_items_in_batch is not None:
         loss = loss / num_items_in_batch
     elif reduction == "mean":

@@ -58,6 +58,9 @@ def weight(student, labels, **settings):
         if labels is not None:
             valid = int((labels != settings.get("ignore_index", -100)).sum())
         items = max(valid, 1)
+    if settings.get("reduction") == "group-mean":
+        # No group is smaller, but for those that the settings of a test leave all but empty.
+        items = 1
     return (kd_weight + settings.get("ce_weight", 0.0)) / float(items) / temperature
 
 

@@ -95,6 +95,24 @@ def test_the_official_loss_is_about_twice_the_mean_over_all_tokens():
     assert 25 / 13 < ratio < 25 / 12
 
 
+def official(*batch):
+    return atkd.atkd_loss(*batch, selection_rule="median", reduction="group-mean")
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 25])
+def test_the_package_has_the_conventions_of_the_official_code(tokens):
+    student, teacher, labels = batch(tokens, 300)
+    value, gradient = value_and_gradient(official, student, teacher, labels)
+    # The official code's mean over no easy token is NaN.
+    of = exact.official_atkd() if tokens > 1 else lambda *x: exact.atkd()(*x)
+    expected, exact_gradient = value_and_gradient(of, student.double(), teacher.double(), labels)
+    assert abs(value / expected - 1) < 1e-6
+    assert (gradient - exact_gradient).abs().max() < 1e-6 * exact_gradient.abs().max() + 1e-8
+    if tokens > 1:
+        theirs, _ = value_and_gradient(eager.official_atkd, student, teacher, labels)
+        assert abs(value / theirs - 1) < 1e-5
+
+
 def test_what_float32_leaves_to_chance_and_clamps_break():
     """Where the teacher may say the label, PyTorch's operations in float32 are right without clamps and wrong with
     them. Where it may not, the uncertainties are all 1, and neither is right.

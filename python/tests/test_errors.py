@@ -23,6 +23,8 @@ STUDENT, TEACHER, LABELS = batch(6, 50, ignored=False)
         ({"divergence": "skew-kl", "beta": 1.0}, "alpha is 1, but must be in \\[0, 1\\)"),
         ({"target": "student"}, 'target is "student"'),
         ({"reduction": "none"}, 'reduction is "none"'),
+        ({"selection_rule": "mean"}, 'selection_rule is "mean"'),
+        ({"reduction": "group-mean", "objective": "kl"}, "there are no groups: take the mean"),
         ({"selection": "token"}, 'selection is "token"'),
     ],
     ids=str,
@@ -32,6 +34,13 @@ def test_settings(settings, message):
         atkd.atkd_loss(STUDENT, TEACHER, LABELS, **settings)
     with pytest.raises(ValueError, match=message):
         atkd.ATKDLoss(**settings)
+
+
+@pytest.mark.parametrize("items", [7, torch.tensor(7)])
+def test_group_means_have_no_denominator(items):
+    for loss in [atkd.ATKDLoss(reduction="group-mean"), lambda *x, **y: atkd.atkd_loss(*x, reduction="group-mean", **y)]:
+        with pytest.raises(ValueError, match="num_items_in_batch is .*7.* leave num_items_in_batch out"):
+            loss(STUDENT, TEACHER, LABELS, num_items_in_batch=items)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,13 @@ def test_every_vocabulary(dtype, vocab):
         {"temperature": 4.0, "temperature_squared": True},
         {"target": "teacher"},
         {"reduction": "sum"},
+        {"reduction": "group-mean"},
+        {"reduction": "group-mean", "hard_ratio": 0.3, "ce_weight": 0.5, "kd_weight": 0.25},
+        {"reduction": "group-mean", "hard_ratio": 0.0},
+        {"reduction": "group-mean", "hard_ratio": 1.0},
+        {"selection_rule": "median"},
+        {"selection_rule": "median", "reduction": "group-mean"},
+        {"selection_rule": "median", "reduction": "group-mean", "target": "teacher", "temperature": 2.0},
         {"num_items_in_batch": 100},
         {"num_items_in_batch": 0.25},
         {"num_items_in_batch": 1e-3},
@@ -279,7 +286,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (B 
     assert volumes < (2.2 if inplace else 3.2), volumes
 
 
-SETTINGS = [{}, {"reduction": "sum"}, {"num_items_in_batch": 12}, {"shift_labels": True}]
+SETTINGS = [{}, {"reduction": "sum"}, {"reduction": "group-mean", "selection_rule": "median"}, {"num_items_in_batch": 12}, {"shift_labels": True}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -24,6 +24,7 @@ CHANGES = {
     "temperature_squared": (True, {"temperature_squared"}),
     "divergence": ("tvd", {"divergence"}),
     "beta": (0.1, set()),
+    "selection_rule": ("median", {"selection_rule"}),
 }
 
 # The upstream gradient, which autograd brings.

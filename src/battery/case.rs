@@ -182,7 +182,6 @@ impl Case {
         let (exact, exact_gradient) = reference::forward_backward(objective, &batch, student)?;
 
         let mut worst = Worst::none();
-        let valid = exact.tokens.iter().filter(|token| token.valid).count();
         let squared =
             if objective.temperature_squared() { objective.temperature().powi(2) } else { 1.0 };
         let unit = squared.max(1.0);
@@ -196,7 +195,7 @@ impl Case {
         }
 
         let weight = objective.distillation_scale() + objective.ce_weight();
-        let floor = gradient_floor(objective, weight, valid);
+        let floor = gradient_floor(objective, weight, &exact);
         let ties = ties(objective, &batch, student, &exact)?;
         let elements = gradient.elements();
         let mut outside = vec![true; elements.len()];

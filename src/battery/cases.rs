@@ -1,7 +1,9 @@
 //! Cases of ordinary logits: shapes, dtypes and strides, objectives, selections, temperatures, models that agree.
 
 use super::case::{Case, DTYPES, GRADIENT, STUDENT, TEACHER, random};
-use crate::{Coefficient, Coefficients, Dtype, Objective, Reduction, Result, Target};
+use crate::{
+    Coefficient, Coefficients, Dtype, Objective, Reduction, Result, SelectionRule, Target,
+};
 
 pub(super) fn decoupled(easy: (f64, f64), hard: (f64, f64)) -> Result<Objective> {
     Objective::decoupled(Coefficients::new(easy.0, easy.1), Coefficients::new(hard.0, hard.1))
@@ -43,10 +45,35 @@ pub(super) fn objectives() -> Vec<(&'static str, Result<Objective>)> {
         ("hard ratio 1", atkd.with_hard_ratio(1.0)),
         ("sum", atkd.with_reduction(Reduction::Sum)),
         ("denominator 1000", atkd.with_reduction(Reduction::Denominator(1000.0))),
+        ("group mean", of_groups(atkd)),
+        ("group mean, hard ratio 0.2", atkd.with_hard_ratio(0.2).and_then(of_groups)),
+        ("group mean, hard ratio 1", atkd.with_hard_ratio(1.0).and_then(of_groups)),
+        (
+            "group mean, temperature 3, cross entropy",
+            mixed().and_then(|o| o.with_temperature(3.0)).and_then(of_groups),
+        ),
+        ("group mean, cross entropy", mixed().and_then(of_groups)),
+        ("median", Ok(atkd.with_selection_rule(SelectionRule::Median))),
+        ("group mean, median", authors()),
+        (
+            "group mean, median, cross entropy, upstream gradient -2.5",
+            authors()
+                .and_then(|o| o.with_ce_weight(0.4))
+                .and_then(|o| o.with_upstream_gradient(-2.5)),
+        ),
         ("upstream gradient -2.5", atkd.with_upstream_gradient(-2.5)),
         ("upstream gradient 0", atkd.with_upstream_gradient(0.0)),
         ("teacher's arg max", Ok(atkd.with_target(Target::Teacher))),
     ]
+}
+
+fn of_groups(objective: Objective) -> Result<Objective> {
+    objective.with_reduction(Reduction::GroupMean)
+}
+
+/// The conventions of the code of ATKD's authors.
+fn authors() -> Result<Objective> {
+    of_groups(Objective::default().with_selection_rule(SelectionRule::Median))
 }
 
 pub(super) fn shapes() -> Vec<Case> {
@@ -234,7 +261,54 @@ pub(super) fn selections() -> Vec<Case> {
     cases.push(margins.clone().with(Ok(Objective::dkd())).named("margins given, to no effect"));
     let margins = Case { sequences: in_sequences, ..margins };
     cases.push(margins.clone().named("margins given, per sequence"));
-    cases.push(Case { hard: mask.hard, ..margins }.named("a mask beside margins and sequences"));
+    let beside = Case { hard: mask.hard.clone(), ..margins.clone() };
+    cases.push(beside.named("a mask beside margins and sequences"));
+
+    // Sets whose sizes no ratio tells, and groups that are empty.
+    let median = Ok(atkd.with_selection_rule(SelectionRule::Median));
+    let teachers = authors().map(|o| o.with_target(Target::Teacher));
+    for (name, objective) in [
+        ("median", median.clone()),
+        ("group mean", of_groups(atkd)),
+        ("group mean, median", authors()),
+        ("group mean, median, cross entropy", authors().and_then(|o| o.with_ce_weight(0.6))),
+        ("group mean, median, teacher's arg max", teachers),
+        ("group mean, hard ratio 0", atkd.with_hard_ratio(0.0).and_then(of_groups)),
+        ("group mean, hard ratio 1", atkd.with_hard_ratio(1.0).and_then(of_groups)),
+    ] {
+        let mut add = |case: &Case, what: String| {
+            cases.push(case.clone().with(objective.clone()).named(format!("{name}, {what}")));
+        };
+        for tokens in [1, 2, 5, 6, 64] {
+            add(&random(tokens, 11, tokens as u64), format!("{tokens} tokens"));
+        }
+        let mut none = random(4, 11, 12);
+        none.labels.fill(-100);
+        add(&none, "no valid token".into());
+        // Rows of whole lines of a cache: equal ones elsewhere may add up to other last bits.
+        let mut tied = random(9, 32, 13);
+        for token in 1..9 {
+            tied.teacher.copy_within(..32, 32 * token);
+            tied.labels[token] = tied.labels[0];
+        }
+        add(&tied, "all margins equal".into());
+        add(&Case { margins: None, ..margins.clone() }, "per sequence".into());
+        add(&margins, "margins given, per sequence".into());
+        add(&Case { sequences: None, ..margins.clone() }, "margins given, some NaN".into());
+        let nan = Case { margins: Some(vec![f32::NAN; 40]), sequences: None, ..margins.clone() };
+        add(&nan, "margins given, all NaN".into());
+        add(&mask, "a mask".into());
+        add(&Case { hard: Some(vec![true; 40]), ..mask.clone() }, "a mask of all tokens".into());
+        add(&Case { hard: Some(vec![false; 40]), ..mask.clone() }, "a mask of no token".into());
+    }
+    let nothing = random(0, 11, 12).with(authors().map(|o| o.with_target(Target::Teacher)));
+    cases.push(nothing.named("group mean, median, no tokens"));
+    // A teacher whose margin is a number beside ones of NaN, which are below it.
+    for broken in [1, 4] {
+        let mut case = random(6, 11, 14).with(median.clone());
+        (0..broken).for_each(|token| case.teacher[11 * token] = f32::NAN);
+        cases.push(case.named(format!("median, {broken} of 6 margins NaN")));
+    }
     cases
 }
 

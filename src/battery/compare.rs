@@ -3,7 +3,7 @@
 
 use crate::objective::Family;
 use crate::reference::{self, Softmax, Split, Weights, defined, widen};
-use crate::{Batch, Dtype, Logits, Objective, Output, Result};
+use crate::{Batch, Dtype, Logits, Objective, Output, ReductionScales, Result, TokenTerms};
 
 /// The error allowed to a loss of ordinary logits, those up to 50 in size: 1e-6 relative + 2e-7 `unit`, where `unit` is
 /// T^2 if that multiplies the distillation terms and is above 1, else 1.
@@ -26,10 +26,18 @@ pub fn term_within(exact: f64, unit: f64) -> f64 {
 }
 
 /// The error allowed to every element of a float32 gradient: 5e-7 `weight` scale / T. `weight` bounds what multiplies a
-/// token's terms, `valid` is the number of tokens that the mean divides by.
-pub fn gradient_floor(objective: &Objective, weight: f64, valid: usize) -> f64 {
-    let scale = objective.reduction_scale(valid) * objective.upstream_gradient().abs();
+/// token's terms, `exact` tells how many tokens a mean divides by; where that is one for each group, the scale is the
+/// larger one.
+pub fn gradient_floor(objective: &Objective, weight: f64, exact: &Output) -> f64 {
+    let scales = reduction_scales(objective, exact);
+    let scale = scales.easy.max(scales.hard).max(scales.ce) * objective.upstream_gradient().abs();
     5e-7 * weight * scale / objective.temperature()
+}
+
+/// The factors of the tokens' losses in a reduced one.
+pub fn reduction_scales(objective: &Objective, exact: &Output) -> ReductionScales {
+    let count = |counts: fn(&TokenTerms) -> bool| exact.tokens.iter().filter(|t| counts(t)).count();
+    objective.reduction_scales(count(|token| token.valid), count(|token| token.hard))
 }
 
 /// The relative difference of two probabilities up to which total variation may have any of its subgradients.
@@ -55,9 +63,8 @@ pub fn ties(
     if objective.divergence().family() != Family::TotalVariation {
         return Ok(allowed);
     }
-    let valid = exact.tokens.iter().filter(|token| token.valid).count();
-    let scale = objective.reduction_scale(valid) * objective.upstream_gradient().abs()
-        / objective.temperature();
+    let factor = objective.upstream_gradient().abs() / objective.temperature();
+    let scales = reduction_scales(objective, exact).times(factor);
     for (token, target) in reference::targets(objective, batch)?.into_iter().enumerate() {
         let Some(target) = target else { continue };
         let (a, b) = (widen(batch.teacher().row(token)), widen(student.row(token)));
@@ -66,6 +73,7 @@ pub fn ties(
         }
         let weights =
             Weights::new(objective, exact.tokens[token].uncertainty, exact.tokens[token].hard);
+        let scale = scales.distillation(exact.tokens[token].hard);
         let row = &mut allowed[token * vocab..][..vocab];
         let [p, q] = [&a, &b].map(|row| Split::new(row, objective.temperature(), target));
         let classes = reach(p.log_rest, q.log_rest).max(reach(p.log_target, q.log_target));

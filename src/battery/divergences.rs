@@ -4,7 +4,10 @@
 use super::case::{Case, DTYPES, random};
 use super::cases::{close_model, sure_teacher};
 use super::edges::{EDGES, Edit, FINITE_MASKS, MASK, MODELS, odd_row, within_float16};
-use crate::{Coefficient, Coefficients, Divergence, Dtype, Objective, Reduction, Result, Target};
+use crate::{
+    Coefficient, Coefficients, Divergence, Dtype, Objective, Reduction, Result, SelectionRule,
+    Target,
+};
 
 /// Forward KL first; of those with a number a customary one and others.
 pub(super) const DIVERGENCES: [(&str, Divergence); 8] = [
@@ -143,7 +146,13 @@ pub(super) fn objectives() -> Vec<Case> {
         }
     }
     type Set = fn(Objective) -> Result<Objective>;
-    let settings: [(&str, Set); 9] = [
+    let settings: [(&str, Set); 10] = [
+        ("group mean, median", |o| match o.easy() == o.hard() {
+            true => Ok(o.with_selection_rule(SelectionRule::Median)),
+            false => {
+                o.with_selection_rule(SelectionRule::Median).with_reduction(Reduction::GroupMean)
+            }
+        }),
         ("sum", |o| o.with_reduction(Reduction::Sum)),
         ("denominator 1000", |o| o.with_reduction(Reduction::Denominator(1000.0))),
         ("upstream gradient -2.5", |o| o.with_upstream_gradient(-2.5)),

@@ -3,7 +3,9 @@
 use super::case::{Case, random};
 use super::cases::decoupled;
 use super::compare::Worst;
-use crate::{Batch, Divergence, Logits, Objective, Output, Reduction, Result, reference};
+use crate::{
+    Batch, Divergence, Logits, Objective, Output, Reduction, Result, SelectionRule, reference,
+};
 
 /// The divergences by their definitions.
 fn defined(divergence: Divergence, p: &[f64], q: &[f64]) -> f64 {
@@ -227,10 +229,15 @@ pub(super) struct Paper {
     divergence: Divergence,
     temperature: f64,
     hard_ratio: f64,
+    /// Hard from the lower median on, instead of the ratio.
+    median: bool,
+    /// The weight of cross entropy beside the token's loss.
+    ce_weight: f64,
     /// A token's loss from its textbook [UNC, TKD, DKD, plain divergence, CE] and whether it is hard.
     token: fn([f64; 5], bool) -> f64,
-    /// The divisor of the sum over so many valid tokens.
-    divisor: fn(f64) -> f64,
+    /// The divisors of the sums over the easy tokens, the hard ones, and of cross entropy, from how many are valid and how
+    /// many of them hard.
+    divisors: fn(f64, f64) -> [f64; 3],
 }
 
 pub(super) fn paper() -> Vec<Paper> {
@@ -242,8 +249,10 @@ pub(super) fn paper() -> Vec<Paper> {
         divergence: Divergence::ForwardKl,
         temperature: 1.0,
         hard_ratio: 0.5,
+        median: false,
+        ce_weight: 0.0,
         token,
-        divisor: |valid| valid,
+        divisors: |valid, _| [valid; 3],
     };
     let atkd_token: fn([f64; 5], bool) -> f64 =
         |[_, tkd, dkd, ..], hard| if hard { 0.8 * (tkd + dkd) } else { 0.2 * dkd };
@@ -256,10 +265,16 @@ pub(super) fn paper() -> Vec<Paper> {
         ..row(name, objective.with_divergence(divergence), token)
     };
     let plain: fn([f64; 5], bool) -> f64 = |[.., plain, _], _| plain;
-    let reduced = |name, reduction, divisor| Paper {
-        divisor,
+    let reduced = |name, reduction, divisors| Paper {
+        divisors,
         ..row(name, atkd.with_reduction(reduction), atkd_token)
     };
+    let by_group: fn(f64, f64) -> [f64; 3] = |valid, hard| [valid - hard, hard, valid];
+    let by_median = |name, objective: Objective| Paper {
+        median: true,
+        ..row(name, Ok(objective.with_selection_rule(SelectionRule::Median)), atkd_token)
+    };
+    let of_groups = atkd.with_reduction(Reduction::GroupMean).expect("ATKD has groups");
     vec![
         row("atkd", Ok(atkd), atkd_token),
         row("atkd, lambda 0.3", Objective::atkd(0.3), |[_, tkd, dkd, ..], hard| {
@@ -304,8 +319,33 @@ pub(super) fn paper() -> Vec<Paper> {
         at_ratio("hard ratio 0.1", 0.1),
         at_ratio("hard ratio 0.7", 0.7),
         at_ratio("hard ratio 1", 1.0),
-        reduced("sum", Reduction::Sum, |_| 1.0),
-        reduced("denominator 8", Reduction::Denominator(8.0), |_| 8.0),
+        reduced("sum", Reduction::Sum, |_, _| [1.0; 3]),
+        reduced("denominator 8", Reduction::Denominator(8.0), |_, _| [8.0; 3]),
+        reduced("group mean", Reduction::GroupMean, by_group),
+        Paper {
+            hard_ratio: 0.1,
+            divisors: by_group,
+            ..row("group mean, hard ratio 0.1", of_groups.with_hard_ratio(0.1), atkd_token)
+        },
+        Paper {
+            hard_ratio: 1.0,
+            divisors: by_group,
+            ..row("group mean, hard ratio 1", of_groups.with_hard_ratio(1.0), atkd_token)
+        },
+        by_median("median", atkd),
+        Paper {
+            divisors: by_group,
+            ..by_median("the authors' code: group mean, median", of_groups)
+        },
+        Paper {
+            ce_weight: 0.7,
+            divisors: by_group,
+            ..row(
+                "group mean, cross entropy",
+                of_groups.with_ce_weight(0.7).and_then(|o| o.with_kd_weight(0.3)),
+                |[_, tkd, dkd, ..], hard| 0.3 * if hard { 0.8 * (tkd + dkd) } else { 0.2 * dkd },
+            )
+        },
     ]
 }
 
@@ -333,22 +373,32 @@ pub(super) fn by_the_paper(paper: &Paper, tokens: usize) -> Result<Worst> {
             (i, terms)
         })
         .collect();
+    let mut ascending: Vec<f64> = terms.iter().map(|(_, token)| token[0]).collect();
+    ascending.sort_by(f64::total_cmp);
     let mut worst = Worst::none();
-    let mut sum = 0.0;
+    // Of the easy tokens, of the hard ones, and of cross entropy.
+    let (mut sums, mut hard_tokens) = ([0.0; 3], 0.0);
     for &(i, token) in &terms {
         // A whole number of tokens is below ceil(x) exactly if it is below x.
         let before = terms
             .iter()
             .filter(|&&(j, other)| other[0] > token[0] || (other[0] == token[0] && j < i));
-        let hard = (before.count() as f64) < paper.hard_ratio * terms.len() as f64;
+        let hard = match paper.median {
+            true => token[0] >= ascending[(terms.len() - 1) / 2],
+            false => (before.count() as f64) < paper.hard_ratio * terms.len() as f64,
+        };
         if output.tokens[i].hard != hard {
             return Ok(Worst::fail(format!("token {i}: hard {}, by the paper {hard}", !hard)));
         }
-        sum += (paper.token)(token, hard);
+        sums[usize::from(hard)] += (paper.token)(token, hard);
+        sums[2] += paper.ce_weight * token[4];
+        hard_tokens += f64::from(u8::from(hard));
     }
     let valid = output.tokens.iter().filter(|token| token.valid).count();
     worst.add(|| "valid tokens".into(), valid as f64, terms.len() as f64, 0.0);
-    let expected = if terms.is_empty() { 0.0 } else { sum / (paper.divisor)(terms.len() as f64) };
+    let divisors = (paper.divisors)(terms.len() as f64, hard_tokens);
+    let parts = sums.iter().zip(divisors).filter(|(sum, _)| **sum != 0.0);
+    let expected = parts.map(|(sum, divisor)| sum / divisor).sum::<f64>();
     worst.add(|| "loss".into(), output.loss, expected, 1e-12 * (1.0 + expected));
     Ok(worst)
 }

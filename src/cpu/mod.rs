@@ -17,7 +17,8 @@
 //! once for the group that the tokens so far predict, and the few mispredicted rows are done again: the result is the
 //! exact selection's, and the logits are read once. A gradient in place would have overwritten the logits of a
 //! mispredicted row, so there the teacher's logits are read once more, beforehand; but not if the batch has a mask or
-//! margins of its own.
+//! margins of its own. So they are for means of groups whose sizes only the selection tells: by the median, or within
+//! sequences.
 //!
 //! Memory beyond the arguments: about 250 bytes per token, and two float32 rows per thread (three if cross
 //! entropy is wanted at a temperature other than 1).
@@ -245,7 +246,10 @@ fn compute(
     let teacher = batch.teacher();
     let mut session = Session::of_batch(workers, objective, batch)?;
     let in_place = rows.iter().any(|row| matches!(row, StudentRow::InPlace(_)));
-    if in_place && objective.depends_on_selection() && !session.knows_hard() {
+    let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
+    if in_place && objective.depends_on_selection() && !session.knows_hard()
+        || with_gradient && session.selects_before_gradients()
+    {
         // A gradient that overwrites its logits cannot be written twice: its group must be known first.
         session.margins(0, teacher)?;
         session.select()?;

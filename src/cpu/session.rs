@@ -8,7 +8,8 @@ use super::math::{self, GradientScales, RowDivergence, RowState, by_family};
 use super::rows::RowPass;
 use super::{RunningSelection, StudentRow, Workers, into_rows};
 use crate::batch::valid_labels;
-use crate::objective::{Objective, Target};
+use crate::error::NO_GROUP_SIZES;
+use crate::objective::{Objective, ReductionScales, Target};
 use crate::output::{Output, TokenTerms};
 use crate::selection::{self, check_offsets};
 use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Result};
@@ -25,7 +26,9 @@ use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Result};
 /// 5. [`finish`](Self::finish) returns the loss and every token's terms.
 ///
 /// No gradient needs a repair if the hard tokens are known before the rows: given by [`with_hard`](Self::with_hard),
-/// selected by [`with_margins`](Self::with_margins), or selected after [`margins`](Self::margins) of all tokens.
+/// selected by [`with_margins`](Self::with_margins), or selected after [`margins`](Self::margins) of all tokens. They must
+/// be known there for [`Reduction::GroupMean`](crate::Reduction::GroupMean) with a selection by the median or within
+/// sequences: how many there are is a factor of the gradients.
 ///
 /// ```
 /// use atkd::cpu::Session;
@@ -71,7 +74,7 @@ pub struct Session<'a> {
     running: Mutex<RunningSelection>,
     tokens: Vec<Token>,
     mispredicted: Vec<usize>,
-    scale: f64,
+    scales: ReductionScales,
 }
 
 /// A token on its way through the stages.
@@ -164,7 +167,7 @@ impl<'a> Session<'a> {
             tokens: labels.iter().map(|_| Token::Waiting).collect(),
             labels,
             mispredicted: Vec::new(),
-            scale: objective.reduction_scale(valid) * objective.upstream_gradient(),
+            scales: scales(objective, valid, objective.hard_count(valid)),
         })
     }
 
@@ -202,7 +205,7 @@ impl<'a> Session<'a> {
             return Err(Error::MaskCount { what, values: hard.len(), tokens });
         }
         let valid = self.labels.iter().zip(hard).map(|(label, &hard)| hard && label.is_some());
-        self.hard = Some(valid.collect());
+        self.know(valid.collect());
         Ok(self)
     }
 
@@ -290,6 +293,9 @@ impl<'a> Session<'a> {
         self.select_by_given_margins();
         let targets = self.targets(&range, teacher);
         let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
+        if with_gradient && self.selects_before_gradients() && !range.is_empty() {
+            return Err(Error::Stage { token: first, problem: NO_GROUP_SIZES });
+        }
         let scratch = || self.pass.scratch(self.vocab, with_gradient);
         let mut order: Vec<(usize, &mut StudentRow)> = rows.iter_mut().enumerate().collect();
         if self.hard.is_none() && self.objective.depends_on_selection() && with_gradient {
@@ -347,7 +353,7 @@ impl<'a> Session<'a> {
                     _ => return Err(Error::Stage { token, problem: "has no margin yet" }),
                 });
             }
-            self.hard = Some(self.selected(|token| margins[token]));
+            self.know(self.selected(|token| margins[token]));
         }
         let hard = self.hard.take().unwrap_or_default();
         for (token, &hard) in hard.iter().enumerate() {
@@ -500,6 +506,19 @@ impl<'a> Session<'a> {
         self.hard.is_some() || self.given_margins.is_some()
     }
 
+    /// Returns whether the selection must come before the first gradient.
+    pub(super) fn selects_before_gradients(&self) -> bool {
+        let scopes = self.sequences.as_deref().map_or(1, |offsets| offsets.len() - 1);
+        !self.knows_hard() && self.objective.selects_before_gradients(scopes)
+    }
+
+    /// From here on these are the hard tokens.
+    fn know(&mut self, hard: Vec<bool>) {
+        let valid = self.labels.iter().flatten().count();
+        self.scales = scales(&self.objective, valid, hard.iter().filter(|&&hard| hard).count());
+        self.hard = Some(hard);
+    }
+
     fn finished<D: RowDivergence>(
         &self,
         divergence: D,
@@ -509,7 +528,7 @@ impl<'a> Session<'a> {
         hard: bool,
     ) -> (TokenTerms, GradientScales) {
         let inverse_temperature = self.pass.inverse_temperature;
-        let Self { objective, scale, .. } = self;
+        let Self { objective, scales, .. } = self;
         math::finish(
             divergence,
             objective,
@@ -518,13 +537,13 @@ impl<'a> Session<'a> {
             margin,
             student_target,
             hard,
-            *scale,
+            *scales,
         )
     }
 
     fn select_by_given_margins(&mut self) {
         if let (None, Some(margins)) = (&self.hard, self.given_margins) {
-            self.hard = Some(self.selected(|token| self.labels[token].map(|_| margins[token])));
+            self.know(self.selected(|token| self.labels[token].map(|_| margins[token])));
         }
     }
 
@@ -532,7 +551,8 @@ impl<'a> Session<'a> {
     fn selected(&self, margin: impl Fn(usize) -> Option<f32>) -> Vec<bool> {
         let tokens = self.labels.len();
         let scopes = selection::scopes(self.sequences.as_deref(), tokens);
-        selection::select(self.objective.hard_ratio(), scopes, tokens, margin)
+        let (rule, ratio) = (self.objective.selection_rule(), self.objective.hard_ratio());
+        selection::select(rule, ratio, scopes, tokens, margin)
     }
 
     /// The tokens from `first` on whose logits these are.
@@ -565,4 +585,9 @@ impl<'a> Session<'a> {
             }
         }
     }
+}
+
+/// The factors of the gradients of tokens' losses.
+fn scales(objective: &Objective, valid: usize, hard: usize) -> ReductionScales {
+    objective.reduction_scales(valid, hard).times(objective.upstream_gradient())
 }

@@ -209,7 +209,8 @@ impl RawSession {
 /// beside the logits, and that of [`margins`](Self::margins), as in a call in place or with sequences: they may round a
 /// margin otherwise, and so decide otherwise between tokens whose margins are equal but for that.
 ///
-/// Ignored tokens are known to the device alone: rows of all tokens are to be handed over.
+/// Ignored tokens are known to the device alone: rows of all tokens are to be handed over. As on the CPU, rows with a
+/// gradient of group means wait for a selection by the median or within sequences.
 ///
 /// ```no_run
 /// use atkd::Objective;

@@ -6,6 +6,7 @@ use super::kernel::Launch;
 use super::stages::{Checked, Stages, check_sizes, problem};
 use super::workspace::{Column, Memory};
 use crate::call::{RawLogits, RawOutput, RawRows, RawTokens};
+use crate::error::NO_GROUP_SIZES;
 use crate::params::{ATKD_TARGET_TEACHER, atkd_summary};
 use crate::plan::{DeviceProperties, Plan, Preference, Problem, Schedule, Stage};
 use crate::{Error, Objective, Result, Target};
@@ -102,6 +103,12 @@ impl Session {
         let stages = self.of_rows(first, rows, memory, schedule, have_keys)?;
         if range.is_empty() {
             return Ok(Launches::new());
+        }
+        let scopes = stages.problem.scopes;
+        let needs_sizes =
+            rows.gradient.is_some() && self.objective.selects_before_gradients(scopes);
+        if !self.selected && needs_sizes {
+            return Err(Error::Stage { token: first, problem: NO_GROUP_SIZES });
         }
         let mut launches = Launches::new();
         if margin_pass {
@@ -240,10 +247,14 @@ impl Session {
     ) -> Result<Stages> {
         let call = self.tokens.call(first, rows);
         let checked = Checked::new(&self.objective, &call)?;
-        // The plan of the whole call, which has the blocks of a row depend on how many rows there are.
-        let problem = Problem { tokens: self.tokens.tokens, ..checked.problem };
+        // The plan of the whole call, which has the blocks of a row depend on how many rows there are. So has the size of
+        // a group.
+        let Problem { tokens, scopes, hard, .. } =
+            problem(&self.objective, &self.tokens.call_without_logits());
+        let problem = Problem { tokens, scopes, hard, ..checked.problem };
         let plan = Plan::new(&self.device, &problem, self.preferred).of_range(rows.tokens);
         let plan = Plan { schedule, margin_pass: have_keys, ..plan };
+        let checked = Checked { problem, ..checked };
         Ok(Stages::new(&checked, &RawOutput::default(), &plan, memory))
     }
 

@@ -12,7 +12,7 @@ use crate::params::*;
 use crate::plan::{
     self, DeviceProperties, HardTokens, LaunchShape, Plan, Problem, Schedule, Stage,
 };
-use crate::{Coefficient, Coefficients, Error, Objective, Reduction, Result};
+use crate::{Coefficient, Coefficients, Error, Objective, Reduction, Result, SelectionRule};
 
 /// A call whose shapes, strides and addresses go together, and that kernels can do. What lies behind an address cannot
 /// be known.
@@ -53,7 +53,7 @@ pub(super) fn problem(objective: &Objective, call: &RawCall) -> Problem {
             };
             offsets(other) == offsets(call.teacher)
         }),
-        scopes: call.sequences.map_or(1, |(_, count)| count),
+        scopes: scopes(call),
         target: objective.target(),
         hard: match (call.hard, call.margins) {
             (Some(_), _) => HardTokens::Given,
@@ -61,8 +61,15 @@ pub(super) fn problem(objective: &Objective, call: &RawCall) -> Problem {
             (None, None) => HardTokens::Selected,
         },
         gradient_depends_on_hard: objective.depends_on_selection() && call.gradient.is_some(),
+        needs_group_sizes: call.gradient.is_some()
+            && objective.selects_before_gradients(scopes(call)),
         in_place: call.is_in_place(),
     }
+}
+
+/// Parts within which hard tokens are selected.
+fn scopes(call: &RawCall) -> usize {
+    call.sequences.map_or(1, |(_, count)| count)
 }
 
 pub(super) fn check_sizes(tokens: usize, vocab: usize) -> Result<()> {
@@ -138,6 +145,8 @@ pub(crate) fn selection(
             hard_ratio,
             scopes: scopes as u32,
             count: 0,
+            rule: ATKD_TOP_K,
+            reserved: 0,
         }),
     };
     Ok(if tokens > 0 { launch.unless_empty() } else { None })
@@ -166,7 +175,7 @@ pub(super) struct Stages {
     objective: Objective,
     call: RawCall,
     pub output: RawOutput,
-    problem: Problem,
+    pub problem: Problem,
     pub plan: Plan,
     memory: Memory,
     pub batch: atkd_batch,
@@ -255,6 +264,11 @@ impl Stages {
                 hard_ratio: self.objective.hard_ratio(),
                 scopes: self.problem.scopes as u32,
                 count: (self.plan.schedule == Schedule::SelectFirst).into(),
+                rule: match self.objective.selection_rule() {
+                    SelectionRule::TopK => ATKD_TOP_K,
+                    SelectionRule::Median => ATKD_MEDIAN,
+                },
+                reserved: 0,
             }),
         }
     }
@@ -288,7 +302,8 @@ impl Stages {
                 student_strides: strides(call.student, call.tokens),
                 gradient_strides: strides(call.gradient.unwrap_or(call.student), call.tokens),
                 scale: self.scale() * self.objective.upstream_gradient(),
-                mean: self.mean(),
+                hard_ratio: self.ratio_for_group_sizes(),
+                reduction: self.reduction(),
                 write_keys: write_keys.into(),
                 predicts: predicts.into(),
                 clusters: shape.grid / shape.blocks_per_row(),
@@ -319,7 +334,7 @@ impl Stages {
                 margin_to: output.margin.unwrap_or(0) as *mut f32,
                 modes_to: output.modes.unwrap_or(0) as *mut u8,
                 scale: self.scale(),
-                mean: self.mean(),
+                reduction: self.reduction(),
                 blocks: plan.terms.grid,
                 divergence: self.divergence(),
             }),
@@ -369,13 +384,27 @@ impl Stages {
         }
     }
 
-    /// The factor of the sum over the tokens, but for the mean's division by their count, which the kernels do.
+    /// The factor of the sum over the tokens, but for a mean's division by their count, which the kernels do.
     fn scale(&self) -> f64 {
-        self.objective.reduction_scale(1)
+        match self.objective.reduction() {
+            Reduction::Sum | Reduction::Mean | Reduction::GroupMean => 1.0,
+            Reduction::Denominator(denominator) => 1.0 / denominator,
+        }
     }
 
-    fn mean(&self) -> u32 {
-        (self.objective.reduction() == Reduction::Mean).into()
+    fn reduction(&self) -> u32 {
+        match self.objective.reduction() {
+            Reduction::Sum | Reduction::Denominator(_) => ATKD_SUM,
+            Reduction::Mean => ATKD_MEAN,
+            Reduction::GroupMean => ATKD_GROUP_MEAN,
+        }
+    }
+
+    /// The hard ratio if that tells rows how many tokens are hard, selected or not yet; else -1: they are counted before.
+    fn ratio_for_group_sizes(&self) -> f64 {
+        let known = self.problem.hard != HardTokens::Given
+            && self.objective.hard_count_is_known(self.problem.scopes);
+        if known { self.objective.hard_ratio() } else { -1.0 }
     }
 }
 

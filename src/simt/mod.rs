@@ -472,8 +472,8 @@ mod tests {
     use crate::Target;
     use crate::device::workspace::STATES_BYTES;
     use crate::params::{
-        ATKD_EASY, ATKD_HARD, ATKD_IGNORED, atkd_batch, atkd_coefficient, atkd_select_hard,
-        atkd_token_terms,
+        ATKD_EASY, ATKD_HARD, ATKD_IGNORED, ATKD_MEAN, ATKD_TOP_K, atkd_batch, atkd_coefficient,
+        atkd_select_hard, atkd_token_terms,
     };
     use crate::plan::{HardTokens, Problem};
 
@@ -491,6 +491,7 @@ mod tests {
             target: Target::Label,
             hard: HardTokens::Selected,
             gradient_depends_on_hard: true,
+            needs_group_sizes: false,
             in_place: false,
         };
         Plan::new(&Simulation::default().device, &problem, None)
@@ -527,6 +528,8 @@ mod tests {
             hard_ratio: 0.3,
             scopes: 1,
             count: 1,
+            rule: ATKD_TOP_K,
+            reserved: 0,
         };
         let mut buffers = [
             Buffer::output("keys", &mut keys),
@@ -590,7 +593,8 @@ mod tests {
             parameters.sums = sums.as_mut_ptr();
             parameters.reduced_loss_to = loss_to.as_mut_ptr();
             parameters.dkd_to = dkd_to.as_mut_ptr();
-            (parameters.scale, parameters.mean, parameters.blocks) = (1.0, 1, shape.grid);
+            (parameters.scale, parameters.blocks) = (1.0, shape.grid);
+            parameters.reduction = ATKD_MEAN;
             let mut buffers = [
                 Buffer::output("modes", &mut modes),
                 Buffer::output("summary", &mut summary),

@@ -176,6 +176,12 @@ fn stages_out_of_order_are_errors() {
     stages::stages_out_of_order_are_errors(&gpu);
 }
 
+#[test]
+fn gradients_wait_for_the_sizes_of_groups() {
+    let Some(gpu) = Gpu::new() else { return };
+    stages::gradients_wait_for_the_sizes_of_groups(&gpu);
+}
+
 /// In a workspace of the caller's, which holds anything.
 #[test]
 fn stages_by_address() {

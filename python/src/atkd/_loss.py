@@ -200,7 +200,7 @@ def atkd_loss(
         labels: `[N]` or `[B, T]`, int64 or int32. May be left out if `target="teacher"`.
         lam: easy tokens learn `lam * DKD`, hard ones `(1 - lam) * (TKD + DKD)`; of `"atkd"` alone.
         hard_ratio: the share of the valid tokens, those of which the teacher is least certain, that is
-            hard. Not used with `hard`.
+            hard. Not used with `hard`, nor by the median.
         temperature: divides both models' logits, but not for cross entropy.
         temperature_squared: multiplies the distillation terms by the temperature's square.
         objective: `"atkd"`, `"plain"` (the divergence over the whole vocabulary), `"kl"` (the plain forward
@@ -210,7 +210,10 @@ def atkd_loss(
             `"sequence"` of `[B, T, V]`. A micro-batch, or a rank's part of a batch, has hard tokens of its
             own, and the parts' gradients do not add up to the whole batch's: between two small random models they
             are 16 to 25% away from it in 2 to 16 micro-batches, 16 to 26% over 2 ranks. See `hard`.
-        reduction: `"mean"` over the valid tokens, or `"sum"`.
+        reduction: `"mean"` over the valid tokens, or `"sum"`, or `"group-mean"`: the mean of the easy tokens plus the
+            mean of the hard ones, each over its own count, and cross entropy's mean over all. The code of ATKD's
+            authors computes the last, with `selection_rule="median"`; of groups of equal size it is twice the
+            mean. It is of `"atkd"` alone, has no `num_items_in_batch`, and those of a batch's parts do not add up.
         ignore_index: tokens with this label are dropped.
         ce_weight: of the student's cross entropy, which is added.
         kd_weight: of the distillation terms.
@@ -220,6 +223,9 @@ def atkd_loss(
             `"skew-kl"`, KL(p, beta p + (1 - beta) q), and `"skew-reverse-kl"`, KL(q, beta q + (1 - beta) p), of
             DistiLLM. Reverse KL is infinite, and its gradient NaN, where the teacher alone has a logit of -inf.
         beta: in [0, 1]. `"jsd"` is forward KL at 0 and reverse KL at 1; the skewed divergences need it below 1.
+        selection_rule: which tokens are hard: `"top-k"`, the `ceil(hard_ratio * valid tokens)` of the largest margin; or
+            `"median"`, those whose margin is at least the lower median of the valid tokens', as the code of ATKD's
+            authors has it: of an even number n without equals n / 2 + 1.
         num_items_in_batch: for gradient accumulation, the valid tokens of the whole batch: the loss is
             the sum over the valid tokens here, divided by it, which may be any positive number. 0, a
             batch without valid tokens, counts as 1. A tensor on a GPU is not waited for: one that is
@@ -259,6 +265,11 @@ def atkd_loss(
         teacher_logits = teacher_logits.detach()
     scale = None
     if num_items_in_batch is not None:
+        if settings["reduction"] == "group-mean":
+            raise ValueError(
+                f'num_items_in_batch is {num_items_in_batch}, but reduction="group-mean" divides each group of tokens '
+                "by its own count: leave num_items_in_batch out, or take the mean"
+            )
         settings["reduction"] = "sum"
         scale = _scale(num_items_in_batch, student_logits.device)
     labels, settings["ignore_index"] = _shifted(
@@ -354,7 +365,7 @@ def select_hard(
     valid: Optional[Tensor] = None,
     cu_seqlens: Optional[Tensor] = None,
 ) -> Tensor:
-    """Selects the hard tokens: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly.
+    """Selects the hard tokens by `"top-k"`: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly.
 
     Among equals the lower index is hard; NaN ranks below every number. Over the margins of one call this is that
     call's own selection; over those of several, in whatever order they are put together, it is that of one call with
@@ -404,6 +415,7 @@ class ATKDLoss(torch.nn.Module):
         temperature_squared: bool = DEFAULTS["temperature_squared"],
         divergence: str = DEFAULTS["divergence"],
         beta: Number = DEFAULTS["beta"],
+        selection_rule: str = DEFAULTS["selection_rule"],
         selection: str = "batch",
         shift_labels: bool = False,
         inplace: bool = False,

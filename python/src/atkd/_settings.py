@@ -27,6 +27,7 @@ class Settings(TypedDict, total=False):
     temperature_squared: bool
     divergence: str
     beta: Number
+    selection_rule: str
 
 
 DEFAULTS: Dict[str, Any] = _atkd.default_settings()

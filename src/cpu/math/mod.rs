@@ -39,7 +39,7 @@ use std::ops::AddAssign;
 
 use super::exp::Exponent;
 use super::vector::Vector;
-use crate::objective::{Coefficient, Objective};
+use crate::objective::{Coefficient, Objective, ReductionScales};
 use crate::output::TokenTerms;
 pub(crate) use forward_kl::ForwardKl;
 pub(crate) use mixture::MixtureOf;
@@ -461,8 +461,8 @@ pub(crate) struct GradientScales {
     pub target: f64,
 }
 
-/// The terms of a token and the scales of its gradient. `inverse_temperature` is the one that the sums have, `scale`
-/// is the reduction's times the upstream gradient, `u` is the teacher's margin, and `student_target` is the student's
+/// The terms of a token and the scales of its gradient. `inverse_temperature` is the one that the sums have, `scales`
+/// are the reduction's times the upstream gradient, `u` is the teacher's margin, and `student_target` is the student's
 /// logit of the target.
 #[expect(clippy::too_many_arguments)]
 pub(crate) fn finish<D: RowDivergence>(
@@ -473,8 +473,9 @@ pub(crate) fn finish<D: RowDivergence>(
     u: f64,
     student_target: f64,
     hard: bool,
-    scale: f64,
+    scales: ReductionScales,
 ) -> (TokenTerms, GradientScales) {
+    let scale = scales.distillation(hard);
     let (sums, shift) = (&state.sums, state.shifts[STUDENT]);
     let w = margin(shift, sums.student, student_target, inverse_temperature);
     let w_at_1 = margin(shift, sums.student_at_1, student_target, 1.0);
@@ -524,19 +525,20 @@ pub(crate) fn finish<D: RowDivergence>(
         hard,
     };
 
-    if !scale.is_finite() || !(D::GRADIENT_BESIDE_INFINITY || weighed.loss.is_finite()) {
+    let finite = scale.is_finite() && scales.ce.is_finite();
+    if !finite || !(D::GRADIENT_BESIDE_INFINITY || weighed.loss.is_finite()) {
         return (terms, no_number);
     }
-    let gamma_at_1 = weighted(c_ce, sigmoid(w_at_1));
+    let gamma_at_1 = weighted(c_ce, sigmoid(w_at_1)) * scales.ce;
     let kept_sum = divergence.kept_sum(state);
-    let mut scales = GradientScales {
+    let mut of_row = GradientScales {
         divergence: over(weighed.kept * inverse_temperature, scale, kept_sum),
         student: over(weighed.student * inverse_temperature, scale, sums.student),
-        student_at_1: over(gamma_at_1, scale, sums.student_at_1),
-        target: (weighed.target * inverse_temperature - gamma_at_1) * scale,
+        student_at_1: over(gamma_at_1, 1.0, sums.student_at_1),
+        target: weighed.target * inverse_temperature * scale - gamma_at_1,
     };
     if objective.temperature() == 1.0 {
-        scales.student += std::mem::take(&mut scales.student_at_1);
+        of_row.student += std::mem::take(&mut of_row.student_at_1);
     }
-    (terms, scales)
+    (terms, of_row)
 }
