@@ -12,7 +12,7 @@
 static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 104, "the layout is a contract");
 static_assert(sizeof(atkd_teacher_margin) == 120 && sizeof(atkd_count_valid) == 136, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 184 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_prepare_rows) == 144 && sizeof(atkd_rows) == 368, "the layout is a contract");
+static_assert(sizeof(atkd_prepare_rows) == 144 && sizeof(atkd_rows) == 376, "the layout is a contract");
 static_assert(sizeof(atkd_token_terms) == 320, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what

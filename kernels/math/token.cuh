@@ -132,9 +132,8 @@ struct TermWeights {
 
 // A row's numbers for the gradients of its elements.
 struct alignas(16) GradientScales {
-    float teacher, student,
-        student_at_1; // the factors of an element's exponentials, by and large: the divergence's own
-    float target;     // the gradient at the target
+    float teacher, student, student_at_1; // the divergence's own factors of an element's exponentials
+    float target;                         // the gradient at the target
     float teacher_max, student_max, teacher_shift, student_shift;
 
     ATKD_DEVICE void make_nan() {

@@ -260,7 +260,8 @@ fn compared<L: Copy + Into<f64>>(
         output.tokens.iter().map(|t| [t.tkd, t.dkd, t.loss].map(f64::to_bits)).collect::<Vec<_>>()
     };
     assert_eq!(bits(&alone), bits(&output), "{name}: the loss alone");
-    let scale = objective.reduction_scale(labels.iter().filter(|l| **l >= 0).count());
+    let valid = labels.iter().filter(|label| **label >= 0).count();
+    let scale = objective.reduction_scales(valid, 0).ce;
     let mut worst = [0.0_f64; 2];
     for (token, terms) in output.tokens.iter().enumerate() {
         let row = token * vocab..(token + 1) * vocab;
@@ -291,7 +292,8 @@ fn compared<L: Copy + Into<f64>>(
         check("tkd", 0, terms.tkd, exact.tkd, bound(exact.tkd));
         check("dkd", 0, terms.dkd, exact.dkd, bound(exact.dkd));
         let weight = objective.distillation_scale() + objective.ce_weight();
-        check("loss", 0, terms.loss, exact.loss, 1e-6 * exact.loss.abs() + 4e-7 * weight);
+        // A token's own bound: one logit far below the others may make all of its loss.
+        check("loss", 0, terms.loss, exact.loss, 2e-6 * exact.loss.abs() + 4e-7 * weight);
         let largest = exact.gradient.iter().fold(0.0_f64, |x, g| x.max(g.abs())).min(1e300);
         for (j, &g) in found.iter().enumerate() {
             let what = format!("gradient {j} (target {target})");
