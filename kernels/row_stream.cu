@@ -25,10 +25,12 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
             mask_out(rows.teacher.within(target, chunk), student);
         }
     };
+    // There are registers for a chunk ahead, but not for two of single precision beside the heavier divergences.
+    constexpr bool AHEAD = D::SPECIALISED || sizeof(P) + sizeof(Q) < 8;
     RowState<D, float> own;
     Shifts shifts;
     float exponent = p.batch.inverse_temperature * LOG2_E;
-    for_chunks<false, D::SPECIALISED>(
+    for_chunks<false, AHEAD>(
         rows,
         // The first chunk's maxima are a good estimate of the row's, so that few chunks exceed them.
         [&](uint32_t chunk, Packed<P> teacher, Packed<Q> student) {
@@ -48,7 +50,7 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
         ATKD_SECOND_SWEEP_SHARED(D, ATKD_STREAM_THREADS);
         auto terms = D::template Terms<float>::empty();
         by_size<D, CE_SUM>(row_scales, [&](auto large) {
-            for_chunks<false, D::SPECIALISED>(
+            for_chunks<false, AHEAD>(
                 rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
                 [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
                     without_target(chunk, teacher, student);

@@ -4,7 +4,7 @@ mod simulated;
 
 use atkd::simt::machine::Buffer;
 use atkd::simt::{Extra, Simulation};
-use atkd::{Batch, Logits, LogitsMut, Objective, Output};
+use atkd::{Batch, Divergence, Logits, LogitsMut, Objective, Output};
 use half::bf16;
 use simulated::{Input, bytes, counts, in_teams, pipelined, streamed};
 
@@ -160,6 +160,49 @@ fn rows_on_chip_are_read_once() {
         assert_eq!(written, volume + again);
         // 16 bytes or more at a time but for the ends.
         assert!(accesses <= written / 16 + 14 * input.tokens as u64, "{accesses} of {written}");
+    }
+}
+
+/// The same for every divergence: a second sweep finds the row where the first left it, on chip; `row_stream` reads it
+/// once more.
+#[test]
+fn every_divergence_reads_rows_on_chip_once() {
+    let divergences = [
+        (Divergence::ReverseKl, "_reverse_kl", 1),
+        (Divergence::Jsd { beta: 0.3 }, "_mixture", 2),
+        (Divergence::TotalVariation, "_total_variation", 2),
+        (Divergence::SkewKl { alpha: 0.1 }, "_mixture", 2),
+        (Divergence::SkewReverseKl { alpha: 0.1 }, "_mixture", 2),
+    ];
+    for (divergence, suffix, sweeps) in divergences {
+        for plain in [false, true] {
+            let objective = if plain { Objective::plain() } else { Objective::dkd() };
+            let objective = objective.with_divergence(divergence).unwrap();
+            for (vocab, kernel, blocks) in [
+                (2000, "row_resident_bf16", 1),
+                (2048, "row_pipelined_bf16", 1),
+                (32_000, "row_pipelined_wide_bf16", 2),
+                (4096, "row_stream_bf16_bf16_bf16", 1),
+            ] {
+                let stream = kernel.starts_with("row_stream");
+                let simulation = if stream { streamed(128, 1, 1) } else { Simulation::default() };
+                let input = Input::new(2, vocab);
+                let (output, gradient, traffic) =
+                    input.run(simulation, &objective, Extra::default());
+                input.check(&objective, &(output, gradient));
+                let volume = (input.tokens * vocab * 2) as u64;
+                let target = 2 * input.tokens as u64;
+                let reads = if stream { 1 + sweeps } else { 1 };
+                let name = format!("{kernel}{suffix}");
+                for buffer in ["teacher", "student"] {
+                    let expected = (reads * volume + blocks * target, 0);
+                    assert_eq!(bytes(&traffic, &name, buffer), expected, "{name} of {buffer}");
+                }
+                let (_, written, _) = counts(&traffic, &name, "gradient");
+                let again = if kernel == "row_resident_bf16" { 0 } else { target };
+                assert_eq!(written, volume + again, "{name}");
+            }
+        }
     }
 }
 
