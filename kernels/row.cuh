@@ -210,7 +210,6 @@ ATKD_DEVICE typename D::Scales reduce_terms(const atkd_rows &p, const Rows<P, Q>
     store_warp_state<false>(own, warp_terms);
     ATKD_SYNC_CLUSTER();
     if (thread_index() < WARP && cluster_rank() == 0) {
-        // region: one warp per row
         using Sweep = SecondSweep<D>;
         auto terms = merge_cluster<Sweep, false>(warp_terms, block_threads() / WARP, 0);
         if (team_blocks(p) > 1) {
@@ -225,7 +224,6 @@ ATKD_DEVICE typename D::Scales reduce_terms(const atkd_rows &p, const Rows<P, Q>
         if (rows.first < WARP) {
             store_dkd(p, rows.token, dkd);
         }
-        // end region
     }
     return scales_for_all(scales);
 }

@@ -707,12 +707,10 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
         if constexpr (D::SWEEPS == 1) {
             store_row_margins(task);
         } else if (rank == 0 && task.mode != ATKD_IGNORED) {
-            // region: one warp per row
             // The scales are complete; but the divergence is wanted in double precision.
             typename D::Scales scales = shared.scales[0];
             auto terms = merge_warp<false>(block_terms.template state<double>());
             store_dkd(p, task.token, D::finish(p.divergence, scales, terms));
-            // end region
         }
     }
 };
