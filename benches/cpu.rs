@@ -1,11 +1,12 @@
 //! The fused CPU loss and gradient against the unfused baseline, at two real vocabularies.
 //!
 //! `cargo bench --bench cpu`. Throughput counts three volumes (teacher and student read, gradient
-//! written), whatever a variant really moves; the last lines give the ratios.
+//! written), whatever a variant really moves; the last lines give the ratios. Then each divergence over the whole
+//! vocabulary, beside forward KL.
 
 use std::time::{Duration, Instant};
 
-use atkd::{Batch, Logits, LogitsMut, Objective, cpu, unfused};
+use atkd::{Batch, Divergence, Logits, LogitsMut, Objective, cpu, unfused};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
 
@@ -83,5 +84,38 @@ fn compare(c: &mut Criterion) {
     println!("{}", ratios.join("\n"));
 }
 
-criterion_group!(benches, compare);
+fn divergences(c: &mut Criterion) {
+    let (tokens, vocab) = (256, 32_000);
+    let (teacher, student) = (logits(tokens * vocab, 1), logits(tokens * vocab, 2));
+    let labels: Vec<i64> = (0..tokens).map(|i| (i * 7919 % vocab) as i64).collect();
+    let view = |v| Logits::new(v, tokens, vocab).unwrap();
+    let batch = Batch::new(view(&teacher[..]), &labels).unwrap();
+    let mut gradient = vec![0.0_f32; tokens * vocab];
+    let mut group = c.benchmark_group(format!("{tokens} x {vocab} F32, plain"));
+    group.throughput(Throughput::Bytes(3 * size_of_val(&student[..]) as u64));
+    group.sample_size(20).measurement_time(Duration::from_secs(2));
+    let mut forward_kl = None;
+    let mut ratios = Vec::new();
+    for (name, divergence) in [
+        ("forward KL", Divergence::ForwardKl),
+        ("reverse KL", Divergence::ReverseKl),
+        ("JSD(0.5)", Divergence::Jsd { beta: 0.5 }),
+        ("skew KL(0.1)", Divergence::SkewKl { alpha: 0.1 }),
+        ("total variation", Divergence::TotalVariation),
+    ] {
+        let objective = Objective::plain().with_divergence(divergence).unwrap();
+        let mut call = || {
+            let gradient = LogitsMut::new(&mut gradient, tokens, vocab).unwrap();
+            cpu::forward_backward(&objective, &batch, view(&student[..]), gradient).unwrap();
+        };
+        group.bench_function(name, |b| b.iter(&mut call));
+        let time = median(25, call).as_secs_f64();
+        let times = time / *forward_kl.get_or_insert(time);
+        ratios.push(format!("{name}: {:.2} ms, {times:.2} times forward KL", time * 1e3));
+    }
+    group.finish();
+    println!("{}", ratios.join("\n"));
+}
+
+criterion_group!(benches, compare, divergences);
 criterion_main!(benches);

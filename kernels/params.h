@@ -20,7 +20,7 @@
 #define ATKD_MEAN 1u       // over the valid tokens
 #define ATKD_GROUP_MEAN 2u // the mean of the easy tokens' distillation terms plus that of the hard ones'
 
-// Which tokens select_hard takes for hard.
+// The rules by which select_hard takes tokens for hard.
 #define ATKD_TOP_K 0u  // the ceil(k * valid) of the largest keys, the lower index first among equals
 #define ATKD_MEDIAN 1u // those with keys from the lower median on
 

@@ -127,12 +127,12 @@ ATKD_DEVICE TargetLogits target_logits_of(const atkd_rows &p, uint32_t token, ui
     return {shuffle_from(own.teacher, 0), shuffle_from(own.student, 0)};
 }
 
-// Adds a chunk by D::fold, and raises the shifts where the chunk exceeds them by much.
+// Adds a chunk, and raises the shifts where the chunk exceeds them by much.
 template <class D, bool CE_SUM, class P, class Q>
 ATKD_DEVICE void accumulate(RowState<D, float> &state, Shifts &shifts, const Packed<P> &teacher,
                             const Packed<Q> &student, float exponent) {
     RowState<D, float> before = state;
-    D::template fold<CE_SUM, false>(state, shifts, teacher, student, exponent);
+    fold_chunk<CE_SUM, false>(state, shifts, teacher, student, exponent);
     bool fits = state.finite() && state.teacher_sum - before.teacher_sum < HEADROOM &&
                 state.student_sum - before.student_sum < HEADROOM &&
                 (!CE_SUM || state.student_sum_at_1 - before.student_sum_at_1 < HEADROOM);
@@ -145,7 +145,7 @@ ATKD_DEVICE void accumulate(RowState<D, float> &state, Shifts &shifts, const Pac
                                        fmaxf(state.student_max, maxima.student_max()),
                                        is_larger ? maxima.teacher_reference() : state.teacher_reference, exponent);
         shifts = state.shifts(exponent);
-        D::template fold<CE_SUM, true>(state, shifts, teacher, student, exponent);
+        fold_chunk<CE_SUM, true>(state, shifts, teacher, student, exponent);
     }
 }
 
@@ -233,8 +233,8 @@ template <bool B> struct Flag {
     static constexpr bool value = B;
 };
 
-// Calls f with whether a shift of the row is LARGE: to the compiler a flag, so that the common rows have code of their own;
-// but not for divergences that are no more than SPECIALISED says.
+// Calls f with whether a shift of the row is LARGE, as a flag that the compiler knows: common rows have code of their own.
+// A divergence that is not SPECIALISED has the code for LARGE shifts alone, which is right for any.
 template <class D, bool CE_SUM, class F> ATKD_DEVICE void by_size(const typename D::Scales &scales, F f) {
     if constexpr (!D::SPECIALISED) {
         f(Flag<true>());

@@ -376,10 +376,10 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
         auto own = maxima.template state<RowState<D, float>>();
         Shifts shifts = own.shifts(exponent);
         auto fold_guarded = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
-            D::template fold<false, true>(own, shifts, teacher, student, exponent);
+            fold_chunk<false, true>(own, shifts, teacher, student, exponent);
         };
         for_common_vectors([&](const Packed<T> &teacher, const Packed<T> &student, auto full) {
-            D::template fold<false, !decltype(full)::value>(own, shifts, teacher, student, exponent);
+            fold_chunk<false, !decltype(full)::value>(own, shifts, teacher, student, exponent);
         });
         if (ATKD_RARELY(!own.finite())) {
             own = own.cleared();
@@ -414,7 +414,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
         auto store_gradient = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
                                   auto full) {
             float g[CHUNK];
-            D::template gradient<false, LARGE_ROW>(p.divergence, scales, exponent, teacher, student, g);
+            gradient_chunk<D, false, LARGE_ROW>(p.divergence, scales, exponent, teacher, student, g);
             Packed<T> packed = pack<T>(g);
             ATKD_UNROLL
             for (uint32_t i = 0; i < Tiles::PARTS; i++) {
@@ -429,7 +429,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
         }
         if (ATKD_RARELY(has_edge)) {
             float g[CHUNK];
-            D::template gradient<false, LARGE_ROW>(p.divergence, scales, exponent, edge(0), edge(1), g);
+            gradient_chunk<D, false, LARGE_ROW>(p.divergence, scales, exponent, edge(0), edge(1), g);
             insert_target(gradient.within(task.target, edge_chunk), scales.target, g);
             store_chunk(gradient, edge_chunk, g);
         }

@@ -60,7 +60,7 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
     ATKD_UNROLL
     for (uint32_t i = 0; i < HELD; i++) {
         if ((plain >> i & 1) != 0) {
-            D::template fold<false, false>(own, shifts, teacher[i], student[i], exponent);
+            fold_chunk<false, false>(own, shifts, teacher[i], student[i], exponent);
         }
     }
     bool masked = !own.finite();
@@ -70,7 +70,7 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
         ATKD_UNROLL
         for (uint32_t i = 0; i < HELD; i++) {
             if ((left >> i & 1) != 0) {
-                D::template fold<false, true>(own, shifts, teacher[i], student[i], exponent);
+                fold_chunk<false, true>(own, shifts, teacher[i], student[i], exponent);
             }
         }
     }
@@ -105,8 +105,8 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
         for (uint32_t i = 0; i < HELD; i++) {
             if ((held >> i & 1) != 0) {
                 float g[CHUNK];
-                D::template gradient<false, decltype(large)::value>(p.divergence, row_scales, exponent, teacher[i],
-                                                                    student[i], g);
+                gradient_chunk<D, false, decltype(large)::value>(p.divergence, row_scales, exponent, teacher[i],
+                                                                 student[i], g);
                 uint32_t chunk = rows.first + i * rows.stride;
                 if (ATKD_RARELY((plain >> i & 1) == 0)) {
                     insert_target(rows.teacher.within(target, chunk), row_scales.target, g);

@@ -73,8 +73,8 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
             rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
             [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
                 float g[CHUNK];
-                D::template gradient<CE_SUM, decltype(large)::value>(p.divergence, row_scales, exponent, teacher,
-                                                                     student, g);
+                gradient_chunk<D, CE_SUM, decltype(large)::value>(p.divergence, row_scales, exponent, teacher, student,
+                                                                  g);
                 store_chunk(gradient, chunk, g);
                 has_target |= chunk == target_chunk;
             });

@@ -36,7 +36,7 @@ pub struct Args {
     /// ATKD's weight of easy tokens; hard ones have 1 - lambda
     #[arg(long, default_value_t = 0.2, allow_negative_numbers = true)]
     lambda: f64,
-    /// Which tokens are hard, by the teacher's uncertainty
+    /// The rule that says which tokens are hard, by the teacher's uncertainty
     #[arg(long, value_enum, default_value = "top-k")]
     selection_rule: SelectionRuleName,
     /// Share of the valid tokens that is hard, by top-k

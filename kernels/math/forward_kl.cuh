@@ -5,12 +5,11 @@
 //   SPECIALISED     row_stream has code of its own for the common calls
 //   State<Real>     the sums of a row, or of a part of it, and the list of their fields (visit); the models' sums and
 //                   maxima are in every divergence's, by the names that they have in row_sums.cuh
-//   fold            adds a chunk of both models to a state
 //   dkd             the divergence of the rest, from a whole row's state
 //   tkd             the divergence of the two classes, from the margins
 //   loss            both parts, weighted, or the plain divergence
 //   Scales, scales  what the gradient of an element needs of its row, from the row's state
-//   gradient        the gradient of a chunk
+//   gradient        the gradient of an element, but for cross entropy's that has a sum of its own
 //
 // With a, b the teacher's and the student's logits over the temperature, g the target, L_p, L_q = log sum_{j != g}
 // e^{..} of either, u = L_p - a_g, w = L_q - b_g, phat_j = e^{a_j - L_p}, qhat_j = e^{b_j - L_q}:
@@ -27,14 +26,8 @@ struct ForwardKl {
     static constexpr CrossTerm CROSS = BY_TEACHER;
 
     template <class Real> using State = RowSums<Real, CROSS>;
-    // Of 2^x_j, of 2^y_j, and of 2^(y_j at temperature 1).
+    // The factors are those of 2^x_j, of 2^y_j, and of 2^(y_j at temperature 1).
     using Scales = GradientScales;
-
-    template <bool CE_SUM, bool GUARDED, class P, class Q>
-    static ATKD_DEVICE void fold(State<float> &state, const Shifts &shifts, const Packed<P> &teacher,
-                                 const Packed<Q> &student, float exponent) {
-        fold_chunk<CE_SUM, GUARDED>(state, shifts, teacher, student, exponent);
-    }
 
     // From a row's state, the teacher's sum corrected for its maximum (correction_of), and the logarithms of both.
     static ATKD_DEVICE double dkd(const State<double> &state, double teacher_sum, double teacher_log_sum,
@@ -44,15 +37,7 @@ struct ForwardKl {
         return state.teacher_sum == 0 ? 0 : state.mismatch != 0 ? -double(NEG_INF) : dkd;
     }
 
-    static ATKD_DEVICE double tkd(const atkd_divergence &, double u, double w) {
-        // On the side where the teacher's sigmoid is small; swapping "the target" for "not the target" changes nothing.
-        double sign = u > 0 ? -1 : 1, infinity = -double(NEG_INF);
-        u *= sign;
-        w *= sign;
-        return u == -infinity        ? softplus(w)
-               : fabs(w) == infinity ? infinity
-                                     : softplus(w) - softplus(u) - sigmoid(u) * (w - u);
-    }
+    static ATKD_DEVICE double tkd(const atkd_divergence &, double u, double w) { return bernoulli_kl(u, w); }
 
     static ATKD_DEVICE double loss(const atkd_divergence &, double c_tkd, double c_dkd, double, double &tkd,
                                    double &dkd) {
@@ -80,22 +65,10 @@ struct ForwardKl {
         };
     }
 
-    // The gradient of a chunk but for the target. LARGE_ROW: a shift of the row is LARGE.
-    template <bool CE_SUM, bool LARGE_ROW, class P, class Q>
-    static ATKD_DEVICE void gradient(const atkd_divergence &, const Scales &scales, float exponent,
-                                     const Packed<P> &teacher_chunk, const Packed<Q> &student_chunk,
-                                     float (&g)[CHUNK]) {
-        float a[CHUNK], b[CHUNK];
-        unpack(teacher_chunk, a);
-        unpack(student_chunk, b);
-        RowShifts<LARGE_ROW> shifts(scales, exponent);
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            float teacher = exp2_fast(shifts.teacher(a[k])), student = exp2_fast(shifts.student(b[k]));
-            g[k] = fmaf(scales.student, student, -(scales.teacher * teacher));
-            if (CE_SUM) {
-                g[k] += scales.student_at_1 * exp2_fast(shifts.student_at_1(b[k]));
-            }
-        }
+    template <class Shifts>
+    static ATKD_DEVICE float gradient(const atkd_divergence &, const Scales &scales, const Shifts &shifts, float a,
+                                      float b) {
+        float teacher = exp2_fast(shifts.teacher(a)), student = exp2_fast(shifts.student(b));
+        return fmaf(scales.student, student, -(scales.teacher * teacher));
     }
 };

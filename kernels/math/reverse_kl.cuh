@@ -20,14 +20,8 @@ struct ReverseKl {
     static constexpr float HALF_UNIT = 0x1p32f;
 
     template <class Real> using State = RowSums<Real, CROSS>;
-    // teacher: of 2^y_j times a quarter of the gap; student: of 2^y_j. teacher_max is the reference.
+    // `teacher` is the factor of 2^y_j times a quarter of the gap, `student` that of 2^y_j, and teacher_max the reference.
     using Scales = GradientScales;
-
-    template <bool CE_SUM, bool GUARDED, class P, class Q>
-    static ATKD_DEVICE void fold(State<float> &state, const Shifts &shifts, const Packed<P> &teacher,
-                                 const Packed<Q> &student, float exponent) {
-        fold_chunk<CE_SUM, GUARDED>(state, shifts, teacher, student, exponent);
-    }
 
     static ATKD_DEVICE double dkd(const State<double> &state, double student_sum, double teacher_log_sum,
                                   double student_log_sum, float exponent) {
@@ -39,14 +33,9 @@ struct ReverseKl {
     }
 
     static ATKD_DEVICE double tkd(const atkd_divergence &, double u, double w) {
-        // On the side where the student's sigmoid is small.
-        double sign = w > 0 ? -1 : 1, infinity = -double(NEG_INF);
-        u *= sign;
-        w *= sign;
         // Margins too large for the column that they come from are infinite; times a probability of 0, that is nothing.
-        return w == -infinity || sigmoid(w) == 0 ? softplus(u) - softplus(w)
-               : fabs(u) == infinity             ? infinity
-                                                 : softplus(u) - softplus(w) - sigmoid(w) * (u - w);
+        double sign = w > 0 ? -1 : 1;
+        return sigmoid(sign * w) == 0 ? softplus(sign * u) - softplus(sign * w) : bernoulli_kl(w, u);
     }
 
     static ATKD_DEVICE double loss(const atkd_divergence &divergence, double c_tkd, double c_dkd, double w, double &tkd,
@@ -105,24 +94,12 @@ struct ReverseKl {
         return scales;
     }
 
-    template <bool CE_SUM, bool LARGE_ROW, class P, class Q>
-    static ATKD_DEVICE void gradient(const atkd_divergence &, const Scales &scales, float exponent,
-                                     const Packed<P> &teacher_chunk, const Packed<Q> &student_chunk,
-                                     float (&g)[CHUNK]) {
-        float a[CHUNK], b[CHUNK];
-        unpack(teacher_chunk, a);
-        unpack(student_chunk, b);
-        RowShifts<LARGE_ROW> shifts(scales, exponent);
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            // What a model rules out has the probability 0 here.
-            float gap = reference_gap(a[k], b[k], scales.teacher_max, scales.student_max);
-            gap = fminf(fmaxf(gap, LOWEST), -LOWEST);
-            float student = exp2_fast(shifts.student(b[k]) + 32.0f);
-            g[k] = student * fmaf(-scales.teacher, gap, scales.student);
-            if (CE_SUM) {
-                g[k] += scales.student_at_1 * exp2_fast(shifts.student_at_1(b[k]));
-            }
-        }
+    template <class Shifts>
+    static ATKD_DEVICE float gradient(const atkd_divergence &, const Scales &scales, const Shifts &shifts, float a,
+                                      float b) {
+        // An element that a model rules out has the probability 0 here.
+        float gap = reference_gap(a, b, scales.teacher_max, scales.student_max);
+        gap = fminf(fmaxf(gap, LOWEST), -LOWEST);
+        return exp2_fast(shifts.student(b) + 32.0f) * fmaf(-scales.teacher, gap, scales.student);
     }
 };

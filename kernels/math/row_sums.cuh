@@ -48,7 +48,7 @@ template <class Real, CrossTerm CROSS> struct RowSums {
     static constexpr CrossTerm CROSS_TERM = CROSS;
 
     static ATKD_DEVICE RowSums empty() { return {0, 0, 0, 0, LOWEST, LOWEST, LOWEST, 0}; }
-    // The same without sums.
+    // Keeps the maxima and the reference, without sums.
     ATKD_DEVICE RowSums cleared() const { return {0, 0, 0, 0, teacher_max, student_max, teacher_reference, 0}; }
 
     // From a lane's maxima, and the teacher's logit at its maximum of the student, to the warp's.

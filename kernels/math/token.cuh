@@ -21,7 +21,7 @@ enum Field { SUM, MAX, FLAG };
 template <Field F> struct FieldKind {
     static constexpr Field value = F;
 };
-// Which model's probabilities weigh a state's cross term.
+// The model whose probabilities weigh a state's cross term.
 enum CrossTerm { NO_CROSS_TERM, BY_TEACHER, BY_STUDENT };
 
 template <class D, class Real> using RowState = typename D::template State<Real>;
@@ -32,6 +32,17 @@ ATKD_DEVICE double sigmoid(double x) {
 }
 
 ATKD_DEVICE double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
+
+// KL of the two classes with log-odds w from those with u. It is computed on the side where sigmoid(u) is small; swapping
+// "the target" for "not the target" changes nothing.
+ATKD_DEVICE double bernoulli_kl(double u, double w) {
+    double sign = u > 0 ? -1 : 1, infinity = -double(NEG_INF);
+    u *= sign;
+    w *= sign;
+    return u == -infinity        ? softplus(w)
+           : fabs(w) == infinity ? infinity
+                                 : softplus(w) - softplus(u) - sigmoid(u) * (w - u);
+}
 
 // A term with coefficient 0 is absent, even where it is infinite.
 ATKD_DEVICE double weighted(double coefficient, double term) { return coefficient == 0 ? 0 : coefficient * term; }
@@ -168,6 +179,23 @@ template <bool LARGE_ROW> struct RowShifts {
     ATKD_DEVICE float student(float z) const { return of(student_shift, z, exponent); }
     ATKD_DEVICE float student_at_1(float z) const { return of(shift_at_1, z, LOG2_E); }
 };
+
+// The gradient of a chunk but for the target. LARGE_ROW: a shift of the row is LARGE.
+template <class D, bool CE_SUM, bool LARGE_ROW, class P, class Q>
+ATKD_DEVICE void gradient_chunk(const atkd_divergence &divergence, const typename D::Scales &scales, float exponent,
+                                const Packed<P> &teacher, const Packed<Q> &student, float (&g)[CHUNK]) {
+    float a[CHUNK], b[CHUNK];
+    unpack(teacher, a);
+    unpack(student, b);
+    RowShifts<LARGE_ROW> shifts(scales, exponent);
+    ATKD_UNROLL
+    for (uint32_t k = 0; k < CHUNK; k++) {
+        g[k] = D::gradient(divergence, scales, shifts, a[k], b[k]);
+        if (CE_SUM) {
+            g[k] += scales.student_at_1 * exp2_fast(shifts.student_at_1(b[k]));
+        }
+    }
+}
 
 // The target's logit in either model; to be read before a gradient in place overwrites it.
 struct TargetLogits {

@@ -60,7 +60,7 @@ template <class F> struct TwoSweeps {
     static constexpr bool SPECIALISED = false;
 
     template <class Real> using State = RowSums<Real, CROSS>;
-    // What the second sweep sums up.
+    // The second sweep sums these up.
     template <class Real> struct Terms {
         Real value, slope; // sum f(p, q), sum q h
 
@@ -96,15 +96,9 @@ template <class F> struct TwoSweeps {
         }
     };
 
-    template <bool CE_SUM, bool GUARDED, class P, class Q>
-    static ATKD_DEVICE void fold(State<float> &state, const Shifts &shifts, const Packed<P> &teacher,
-                                 const Packed<Q> &student, float exponent) {
-        fold_chunk<CE_SUM, GUARDED>(state, shifts, teacher, student, exponent);
-    }
-
     static ATKD_DEVICE double tkd(const atkd_divergence &divergence, double u, double w) {
         auto terms = Terms<double>::empty();
-        // Of the target, then of the rest.
+        // The first class is the target, the second the rest.
         terms.add(divergence, Pair<double>::of(sigmoid(-(u < w ? u : w)), (softplus(w) - softplus(u)) / LN_2));
         terms.add(divergence, Pair<double>::of(sigmoid(u > w ? u : w), (softplus(-w) - softplus(-u)) / LN_2));
         return terms.value;
@@ -191,22 +185,11 @@ template <class F> struct TwoSweeps {
         return exists ? terms.value : 0;
     }
 
-    template <bool CE_SUM, bool LARGE_ROW, class P, class Q>
-    static ATKD_DEVICE void gradient(const atkd_divergence &divergence, const Scales &scales, float exponent,
-                                     const Packed<P> &teacher_chunk, const Packed<Q> &student_chunk,
-                                     float (&g)[CHUNK]) {
-        float a[CHUNK], b[CHUNK];
-        unpack(teacher_chunk, a);
-        unpack(student_chunk, b);
-        RowShifts<LARGE_ROW> shifts(scales, exponent);
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            float x = shifts.teacher(a[k]), y = shifts.student(b[k]);
-            float slope = F::of(divergence, Pair<float>::of(0, x - y - scales.log_ratio)).slope;
-            g[k] = exp2_fast(y) * fmaf(scales.teacher, slope, scales.student);
-            if (CE_SUM) {
-                g[k] += scales.student_at_1 * exp2_fast(shifts.student_at_1(b[k]));
-            }
-        }
+    template <class Shifts>
+    static ATKD_DEVICE float gradient(const atkd_divergence &divergence, const Scales &scales, const Shifts &shifts,
+                                      float a, float b) {
+        float x = shifts.teacher(a), y = shifts.student(b);
+        float slope = F::of(divergence, Pair<float>::of(0, x - y - scales.log_ratio)).slope;
+        return exp2_fast(y) * fmaf(scales.teacher, slope, scales.student);
     }
 };

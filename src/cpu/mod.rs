@@ -20,7 +20,7 @@
 //! margins of its own. So they are for means of groups whose sizes only the selection tells: by the median, or within
 //! sequences.
 //!
-//! Memory beyond the arguments: about 250 bytes per token, and two float32 rows per thread (three if cross
+//! Memory beyond the arguments: about 270 bytes per token, and two float32 rows per thread (three if cross
 //! entropy is wanted at a temperature other than 1).
 
 mod dispatch;

@@ -7,8 +7,7 @@ use super::math::ForwardKl;
 use super::rows::RowPass;
 use super::tile::{Exponentials, Prefetch, Shift, Shifts};
 use super::*;
-use crate::{Coefficients, Reduction, battery};
-use crate::{Divergence, Target};
+use crate::{Coefficients, Reduction, Target, battery};
 
 fn no_prefetch() -> [Prefetch; 2] {
     [Prefetch { address: std::ptr::null(), size: 0 }; 2]
@@ -417,44 +416,4 @@ fn a_selection_apart_from_the_loss() {
     assert!(error.to_string().contains("3 values of the mask of hard tokens"), "{error}");
     let error = batch.with_margins(&[1.0; 3]).unwrap_err();
     assert_eq!(error, Error::MarginCount { margins: 3, tokens });
-}
-
-/// One thread's time per divergence, beside that of forward KL, and a hash of the gradients.
-/// `cargo test --release --lib cpu::tests::times -- --ignored --nocapture`
-#[test]
-#[ignore = "for people, and on a machine that does nothing else"]
-fn times() {
-    let (tokens, vocab) = (64, 32000);
-    let Case { teacher, student, labels, .. } = case(tokens, vocab, 1);
-    let mut objectives = vec![("forward", Objective::plain())];
-    for (name, divergence) in [
-        ("reverse", Divergence::ReverseKl),
-        ("jsd", Divergence::Jsd { beta: 0.5 }),
-        ("skew", Divergence::SkewKl { alpha: 0.1 }),
-        ("tvd", Divergence::TotalVariation),
-    ] {
-        objectives.push((name, Objective::plain().with_divergence(divergence).unwrap()));
-    }
-    let teacher: Vec<f32> = teacher.iter().map(|z| z.max(-60.0)).collect();
-    let batch = Batch::new(Logits::new(&teacher[..], tokens, vocab).unwrap(), &labels).unwrap();
-    let student = Logits::new(&student[..], tokens, vocab).unwrap();
-    let mut gradient = vec![0_f32; tokens * vocab];
-    let mut best = vec![f64::INFINITY; objectives.len()];
-    let mut hashes = vec![0_u64; objectives.len()];
-    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(|| {
-        for _ in 0..60 {
-            for (i, (_, objective)) in objectives.iter().enumerate() {
-                let to = LogitsMut::new(&mut gradient, tokens, vocab).unwrap();
-                let start = std::time::Instant::now();
-                forward_backward(objective, &batch, student, to).unwrap();
-                best[i] = best[i].min(start.elapsed().as_secs_f64());
-                hashes[i] = gradient.iter().fold(0, |hash, g| {
-                    (hash ^ u64::from(g.to_bits())).wrapping_mul(0x100_0000_01b3)
-                });
-            }
-        }
-    });
-    for (i, (name, _)) in objectives.iter().enumerate() {
-        println!("{name}: {:.2} ms, {:.3}, {:x}", best[i] * 1e3, best[i] / best[0], hashes[i]);
-    }
 }

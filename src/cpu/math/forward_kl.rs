@@ -9,8 +9,8 @@
 //! ```
 
 use super::{
-    FAR, Flags, Fold, Found, Margins, Moved, NoSweep, Pair, RowDivergence, RowState, STUDENT,
-    SecondSums, Sums, TEACHER, Terms, Weighed, sigmoid, sigmoid_difference, softplus,
+    FAR, Flags, Fold, Margins, Moved, NoSweep, Pair, RowDivergence, RowState, STUDENT, Sums,
+    TEACHER, Terms, Weighed, sigmoid, sigmoid_difference, softplus,
 };
 use crate::cpu::exp::Exponent;
 use crate::cpu::vector::Vector;
@@ -65,14 +65,6 @@ impl Fold for ForwardKl {
 impl RowDivergence for ForwardKl {
     type Fold = Self;
     type Second = NoSweep;
-
-    fn second(self) -> Option<NoSweep> {
-        None
-    }
-
-    fn found(self, _: SecondSums<f64>, _: Option<Margins>) -> Found {
-        Found::default()
-    }
 
     fn terms(self, state: &RowState, margins: Margins, inverse_temperature: f64) -> Terms {
         let sums = &state.sums;

@@ -339,11 +339,15 @@ pub(crate) trait RowDivergence: Copy + Sync {
     type Second: SecondSweep;
 
     /// The second sweep, if there is one.
-    fn second(self) -> Option<Self::Second>;
+    fn second(self) -> Option<Self::Second> {
+        None
+    }
 
     /// The results of the second sweep from its sums over everything but the target. If the latter counts too, it has
     /// the margins given.
-    fn found(self, sums: SecondSums<f64>, target: Option<Margins>) -> Found;
+    fn found(self, _: SecondSums<f64>, _: Option<Margins>) -> Found {
+        Found::default()
+    }
 
     /// True if the gradient of rows with [`Sums::far`] needs [`far_kept`](Self::far_kept).
     const KEEPS_FAR: bool = false;

@@ -20,8 +20,8 @@
 
 use super::forward_kl::bernoulli_kl;
 use super::{
-    Flags, Fold, Found, Margins, Moved, NoSweep, Pair, REFERENCE, RowDivergence, RowState, STUDENT,
-    SecondSums, Sums, TEACHER, Terms, Weighed, sigmoid, sigmoid_slope, weighted,
+    Flags, Fold, Margins, Moved, NoSweep, Pair, REFERENCE, RowDivergence, RowState, STUDENT, Sums,
+    TEACHER, Terms, Weighed, sigmoid, sigmoid_slope, weighted,
 };
 use crate::cpu::exp::Exponent;
 use crate::cpu::vector::Vector;
@@ -106,14 +106,6 @@ fn mean(sums: &Sums, inverse_temperature: f64) -> f64 {
 impl RowDivergence for ReverseKl {
     type Fold = Self;
     type Second = NoSweep;
-
-    fn second(self) -> Option<NoSweep> {
-        None
-    }
-
-    fn found(self, _: SecondSums<f64>, _: Option<Margins>) -> Found {
-        Found::default()
-    }
 
     const KEEPS_FAR: bool = true;
 
