@@ -62,10 +62,12 @@ fn compare(c: &mut Criterion) {
             teacher: raw(teacher.device_ptr(stream).0),
             student: raw(student.device_ptr(stream).0),
             gradient: Some(raw(gradient.device_ptr_mut(stream).0)),
+            gradient_padding: 0,
             labels: Some(RawLabels::I64(labels.device_ptr(stream).0)),
             sequences: None,
             margins: None,
             hard: None,
+            token_weights: None,
             upstream: None,
         };
         let mut workspace = Workspace::new(&kernels, stream, TOKENS).unwrap();

@@ -38,6 +38,11 @@ ATKD_DEVICE int32_t target_of(const atkd_batch &batch, uint32_t token) {
     return batch.target == ATKD_TARGET_TEACHER ? load(batch.targets + token) : label_of(batch, token);
 }
 
+// The weight of a token's terms.
+ATKD_DEVICE float token_weight(const atkd_batch &batch, uint32_t token) {
+    return batch.token_weights == nullptr ? 1 : load(batch.token_weights + token);
+}
+
 // Clears the slots in which the blocks of row_pipelined exchange states, so that they hold no epoch. To be called by
 // one block, before that kernel's launch.
 ATKD_DEVICE void clear_states(void *states) {

@@ -102,11 +102,12 @@ typedef struct {
 
 // Teacher and labels of a call, and what its kernels share.
 typedef struct {
-    const void *teacher; // logits [N, V]
-    const void *labels;  // [N], or null for none
-    int32_t *targets;    // [N]: the teacher's arg max (ATKD_TARGET_TEACHER only)
-    uint32_t *keys;      // [N]: larger for a larger margin; 1 for NaN, 0 for an ignored token
-    uint8_t *modes;      // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
+    const void *teacher;        // logits [N, V]
+    const void *labels;         // [N], or null for none
+    int32_t *targets;           // [N]: the teacher's arg max (ATKD_TARGET_TEACHER only)
+    uint32_t *keys;             // [N]: larger for a larger margin; 1 for NaN, 0 for an ignored token
+    uint8_t *modes;             // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
+    const float *token_weights; // [N]: of each token's terms; null for 1
     atkd_summary *summary;
     atkd_strides teacher_strides;
     int64_t ignore_index;      // tokens with this label are dropped
@@ -162,6 +163,7 @@ typedef struct {
     const uint32_t *mispredicted; // [count]
     int32_t *targets;             // [count], of these tokens
     uint8_t *modes;               // [count], likewise
+    float *token_weights;         // [count], likewise, if tokens have any
     void *states;                 // of row_pipelined, whose numbers become 0
     uint32_t count;
     uint32_t reserved;
@@ -237,7 +239,8 @@ typedef struct {
     float *uncertainty_to;
     float *tkd_to;
     float *dkd_to;
-    float *margin_to; // the teacher's; -inf for an ignored token
+    float *margin_to;     // the teacher's; -inf for an ignored token
+    float *token_loss_to; // before the reduction
     uint8_t *modes_to;
     double scale;       // of the loss
     uint32_t reduction; // ATKD_SUM, ATKD_MEAN or ATKD_GROUP_MEAN

@@ -14,5 +14,8 @@ ATKD_KERNEL(prepare_rows, atkd_prepare_rows, ATKD_COUNT) {
         uint32_t token = load(p.mispredicted + i);
         store(p.targets + i, target_of(p.batch, token));
         store(p.modes + i, load(p.batch.modes + token));
+        if (p.batch.token_weights != nullptr) {
+            store(p.token_weights + i, token_weight(p.batch, token));
+        }
     }
 }

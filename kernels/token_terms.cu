@@ -48,7 +48,10 @@ template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
         double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
         Terms terms = {0, 0, 0, 0, 0, 0};
         if (mode != ATKD_IGNORED) {
-            terms = terms_of<D>(p.objective, p.divergence, u, w, at_1, dkd, mode == ATKD_HARD);
+            // A weight that is not finite becomes NaN: an infinite one would leave terms infinite that are to be NaN.
+            float weight = token_weight(p.batch, token);
+            terms =
+                terms_of<D>(p.objective, p.divergence, u, w, at_1, dkd, mode == ATKD_HARD, weight + (weight - weight));
         }
         store(p.uncertainty + token, float(terms.uncertainty));
         store(p.tkd + token, float(terms.tkd));
@@ -57,6 +60,7 @@ template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
         store_if_wanted(p.uncertainty_to, token, float(terms.uncertainty));
         store_if_wanted(p.tkd_to, token, float(terms.tkd));
         store_if_wanted(p.dkd_to, token, float(terms.dkd));
+        store_if_wanted(p.token_loss_to, token, float(terms.loss));
         store_if_wanted(p.margin_to, token, mode == ATKD_IGNORED ? NEG_INF : u);
         store_if_wanted(p.modes_to, token, mode);
         double of_group = mode == ATKD_HARD ? groups.hard : groups.easy;

@@ -58,6 +58,7 @@ pub struct Batch<'a> {
     sequences: Option<&'a [usize]>,
     margins: Option<&'a [f32]>,
     hard: Option<&'a [bool]>,
+    token_weights: Option<&'a [f32]>,
 }
 
 impl<'a> Batch<'a> {
@@ -75,7 +76,14 @@ impl<'a> Batch<'a> {
 
     /// A batch without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
     pub fn unlabelled(teacher: Logits<'a>) -> Self {
-        Self { teacher, labels: None, sequences: None, margins: None, hard: None }
+        Self {
+            teacher,
+            labels: None,
+            sequences: None,
+            margins: None,
+            hard: None,
+            token_weights: None,
+        }
     }
 
     /// Selects hard tokens within each sequence instead of the whole batch, which is this call's tokens. Sequence `i`
@@ -121,6 +129,18 @@ impl<'a> Batch<'a> {
         Ok(self)
     }
 
+    /// Multiplies the weights of each token's terms, cross entropy's too: its loss and its gradient. A mean divides by
+    /// the number of valid tokens nevertheless, and a token of weight 0 is selected as any other. A token whose weight is
+    /// infinite or NaN has the loss NaN, and a gradient of NaN.
+    ///
+    /// # Errors
+    /// If there is not one weight per token.
+    pub fn with_token_weights(mut self, weights: &'a [f32]) -> Result<Self> {
+        check_token_weights(weights.len(), self.teacher.tokens())?;
+        self.token_weights = Some(weights);
+        Ok(self)
+    }
+
     /// The teacher's logits.
     pub fn teacher(&self) -> Logits<'a> {
         self.teacher
@@ -146,6 +166,11 @@ impl<'a> Batch<'a> {
         self.hard
     }
 
+    /// The weights given to [`with_token_weights`](Self::with_token_weights).
+    pub fn token_weights(&self) -> Option<&'a [f32]> {
+        self.token_weights
+    }
+
     /// The ranges of tokens within which hard tokens are selected.
     pub(crate) fn scopes(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
         scopes(self.sequences, self.teacher.tokens())
@@ -164,6 +189,19 @@ impl<'a> Batch<'a> {
             Err(Error::ShapeMismatch { what, expected, actual })
         }
     }
+}
+
+/// That there is one weight per token.
+pub(crate) fn check_token_weights(values: usize, tokens: usize) -> Result<()> {
+    if values == tokens {
+        return Ok(());
+    }
+    Err(Error::MaskCount { what: "the token weights", values, tokens })
+}
+
+/// The weight of a token.
+pub(crate) fn token_weight(weights: Option<&[f32]>, token: usize) -> f64 {
+    weights.map_or(1.0, |weights| weights[token].into())
 }
 
 /// The label of each token; `None` for ignored ones, 0 for all of a batch without labels.

@@ -40,6 +40,8 @@ pub struct RawTokens {
     pub margins: Option<u64>,
     /// The mask of hard tokens: see [`RawCall::hard`].
     pub hard: Option<u64>,
+    /// The weights of the tokens: see [`RawCall::token_weights`].
+    pub token_weights: Option<u64>,
     /// The gradient of what comes after: see [`RawCall::upstream`].
     pub upstream: Option<u64>,
 }
@@ -55,22 +57,31 @@ pub struct RawRows {
     pub student: RawLogits,
     /// The memory for the gradient: see [`RawCall::gradient`].
     pub gradient: Option<RawLogits>,
+    /// See [`RawCall::gradient_padding`].
+    pub gradient_padding: usize,
 }
 
 impl RawRows {
+    /// The teacher as its own student, for what reads the teacher alone.
+    pub(crate) fn of_teacher(tokens: usize, teacher: RawLogits) -> Self {
+        Self { tokens, teacher, student: teacher, gradient: None, gradient_padding: 0 }
+    }
+
     /// The call about these rows, with nothing else known of their tokens.
     pub(crate) fn call(&self, vocab: usize) -> RawCall {
-        let Self { tokens, teacher, student, gradient } = *self;
+        let Self { tokens, teacher, student, gradient, gradient_padding } = *self;
         RawCall {
             tokens,
             vocab,
             teacher,
             student,
             gradient,
+            gradient_padding,
             labels: None,
             sequences: None,
             margins: None,
             hard: None,
+            token_weights: None,
             upstream: None,
         }
     }
@@ -81,7 +92,7 @@ impl RawRows {
 pub struct RawCall {
     /// Rows.
     pub tokens: usize,
-    /// Logits in a row.
+    /// Logits in a row that count. Either model may have more, as its strides tell: they are not read.
     pub vocab: usize,
     /// The teacher's logits.
     pub teacher: RawLogits,
@@ -90,6 +101,8 @@ pub struct RawCall {
     /// The memory for the gradient, of the student's dtype or float32; may be the student's logits
     /// themselves. `None` for the loss alone.
     pub gradient: Option<RawLogits>,
+    /// Columns of the gradient after the first `vocab`, which become 0: where the student's vocabulary is padded.
+    pub gradient_padding: usize,
     /// `None` for a batch without labels, with [`Target::Teacher`].
     pub labels: Option<RawLabels>,
     /// Hard tokens are selected within sequences: the address of their `count + 1` offsets, 64 bits each,
@@ -101,6 +114,9 @@ pub struct RawCall {
     /// The set of hard tokens, a byte per token, 0 or not, if that was selected elsewhere: nothing is selected then,
     /// and hard ratio, sequences and margins are not used. Ignored tokens stay ignored.
     pub hard: Option<u64>,
+    /// float32 `[N]`, by which each token's terms are multiplied: see
+    /// [`Batch::with_token_weights`](crate::Batch::with_token_weights).
+    pub token_weights: Option<u64>,
     /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied. If it is infinite
     /// or NaN, as a trainer's loss scale may make it, the gradient of every valid token is NaN.
     pub upstream: Option<u64>,
@@ -123,12 +139,13 @@ impl RawLogits {
             .ok_or(Error::Shape { what, tokens, vocab, strides, reason })
     }
 
-    /// Returns whether an element of either, both of which can be there, is in a row of the other.
-    fn overlaps(self, other: Self, tokens: usize, vocab: usize) -> bool {
-        let [one, other] = [self, other].map(|Self { address, dtype, strides }| {
-            ByteRows::new(address, dtype.size(), strides, tokens, vocab)
-        });
-        one.overlap(&other)
+    /// Returns whether an element of either, both of which can be there, is in a row of the other. Each has columns of its
+    /// own.
+    fn overlaps(self, other: Self, tokens: usize, columns: [usize; 2]) -> bool {
+        let rows = |Self { address, dtype, strides }: Self, columns| {
+            ByteRows::new(address, dtype.size(), strides, tokens, columns)
+        };
+        rows(self, columns[0]).overlap(&rows(other, columns[1]))
     }
 
     /// Returns whether both are the same rows.
@@ -146,8 +163,10 @@ impl RawCall {
 
     /// Everything but the logits.
     pub(crate) fn without_logits(&self) -> RawTokens {
-        let Self { tokens, vocab, labels, sequences, margins, hard, upstream, .. } = *self;
-        RawTokens { tokens, vocab, labels, sequences, margins, hard, upstream }
+        let Self {
+            tokens, vocab, labels, sequences, margins, hard, token_weights, upstream, ..
+        } = *self;
+        RawTokens { tokens, vocab, labels, sequences, margins, hard, token_weights, upstream }
     }
 
     /// Checks that the shapes, strides and addresses go together; what lies behind an address cannot be
@@ -159,14 +178,15 @@ impl RawCall {
 
     /// Checks the logits and the gradient.
     pub(crate) fn check_logits(&self) -> Result<()> {
+        let padded = self.vocab.saturating_add(self.gradient_padding);
         let mut spans = Vec::with_capacity(3);
-        for (what, logits) in [
-            ("the teacher's logits", Some(self.teacher)),
-            ("the student's logits", Some(self.student)),
-            ("the gradient", self.gradient),
+        for (what, logits, columns) in [
+            ("the teacher's logits", Some(self.teacher), self.vocab),
+            ("the student's logits", Some(self.student), self.vocab),
+            ("the gradient", self.gradient, padded),
         ] {
             let Some(logits) = logits else { continue };
-            spans.push((what, logits.address, logits.end(what, self.tokens, self.vocab)?));
+            spans.push((what, logits.address, logits.end(what, self.tokens, columns)?));
         }
         let Some(gradient) = self.gradient else { return Ok(()) };
         if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
@@ -182,7 +202,7 @@ impl RawCall {
             if start < other_end
                 && other_start < end
                 && !in_place
-                && gradient.overlaps(other, self.tokens, self.vocab)
+                && gradient.overlaps(other, self.tokens, [padded, self.vocab])
             {
                 return Err(Error::Overlap {
                     what,
@@ -201,7 +221,7 @@ impl RawTokens {
     pub(crate) fn call_without_logits(&self) -> RawCall {
         let Self { tokens, vocab, .. } = *self;
         let teacher = RawLogits { address: 0, dtype: Dtype::F32, strides: vocab.into() };
-        self.whole_call(&RawRows { tokens, teacher, student: teacher, gradient: None })
+        self.whole_call(&RawRows::of_teacher(tokens, teacher))
     }
 
     /// The call about all of these tokens.
@@ -211,14 +231,16 @@ impl RawTokens {
         RawCall { sequences, margins, hard, ..self.call(0, rows) }
     }
 
-    /// The call about some of these tokens, in the order of their rows, with the labels from token `first` on.
+    /// The call about some of these tokens, in the order of their rows, with the labels and the weights from token `first`
+    /// on.
     #[cfg(any(test, feature = "cuda", feature = "simt"))]
     pub(crate) fn call(&self, first: usize, rows: &RawRows) -> RawCall {
         let labels = self.labels.map(|labels| match labels {
             RawLabels::I64(address) => RawLabels::I64(address + 8 * first as u64),
             RawLabels::I32(address) => RawLabels::I32(address + 4 * first as u64),
         });
-        RawCall { labels, upstream: self.upstream, ..rows.call(self.vocab) }
+        let token_weights = self.token_weights.map(|address| address + 4 * first as u64);
+        RawCall { labels, token_weights, upstream: self.upstream, ..rows.call(self.vocab) }
     }
 
     /// Checks that the addresses go together.
@@ -236,6 +258,7 @@ impl RawTokens {
             ("the labels", labels, label_bytes),
             ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
             ("the margins", self.margins.unwrap_or(0), 4),
+            (TOKEN_WEIGHTS, self.token_weights.unwrap_or(0), 4),
             ("the upstream gradient", self.upstream.unwrap_or(0), 4),
         ] {
             check_alignment(what, address, multiple)?;
@@ -245,6 +268,7 @@ impl RawTokens {
             ("the sequences' offsets", self.sequences.map(|(address, _)| address), self.tokens),
             ("the margins", self.margins, self.tokens),
             (HARD_MASK, self.hard, self.tokens),
+            (TOKEN_WEIGHTS, self.token_weights, self.tokens),
             ("the upstream gradient", self.upstream, 1),
         ] {
             check_there(what, address, elements)?;
@@ -270,7 +294,7 @@ impl RawTeacher {
     /// A call about the same, with the teacher as its own student.
     pub(crate) fn call(&self) -> RawCall {
         let Self { tokens, vocab, teacher, labels } = *self;
-        let rows = RawRows { tokens, teacher, student: teacher, gradient: None };
+        let rows = RawRows::of_teacher(tokens, teacher);
         RawCall { labels, ..rows.call(vocab) }
     }
 
@@ -317,6 +341,7 @@ impl RawSelection {
 }
 
 pub(crate) const HARD_MASK: &str = "the mask of hard tokens";
+pub(crate) const TOKEN_WEIGHTS: &str = "the token weights";
 
 /// That there is an address where values are to be.
 fn check_there(what: &'static str, address: Option<u64>, elements: usize) -> Result<()> {
@@ -364,6 +389,8 @@ pub struct RawOutput {
     pub dkd: Option<u64>,
     /// float32 `[N]`: see [`TokenTerms::margin`](crate::TokenTerms::margin), of the teacher even if the call was given margins.
     pub margin: Option<u64>,
+    /// float32 `[N]`: see [`TokenTerms::loss`](crate::TokenTerms::loss).
+    pub token_loss: Option<u64>,
     /// One byte a token: [`IGNORED`], [`EASY`] or [`HARD`].
     pub modes: Option<u64>,
 }
@@ -376,6 +403,7 @@ impl RawOutput {
             ("the uncertainties", self.uncertainty),
             ("the TKD terms", self.tkd),
             ("the DKD terms", self.dkd),
+            ("the tokens' losses", self.token_loss),
             ("the margins", self.margin),
         ] {
             check_alignment(what, address.unwrap_or(0), size_of::<f32>() as u64)?;

@@ -48,6 +48,11 @@ pub enum Error {
     /// Teacher, student and gradient must be of one shape.
     #[error("the shape of {what} is [{}, {}], but that of the teacher's logits is [{}, {}]", .actual[0], .actual[1], .expected[0], .expected[1])]
     ShapeMismatch { what: &'static str, expected: [usize; 2], actual: [usize; 2] },
+    /// A vocabulary that logits cannot have.
+    #[error(
+        "the vocabulary size is {vocab}, but must be from 1 to {columns}, the columns of the logits"
+    )]
+    Vocab { vocab: usize, columns: usize },
     /// The gradient has a dtype that the student's logits do not allow.
     #[error(
         "the gradient is {actual}, but for {student} student logits it must be {}",
@@ -110,7 +115,7 @@ pub enum Error {
     /// One margin a token, no more and no fewer.
     #[error("{} given for {}", were(*margins, "margin"), count(*tokens, "token"))]
     MarginCount { margins: usize, tokens: usize },
-    /// One value of a mask per token, no more and no fewer.
+    /// One value per token, no more and no fewer.
     #[error("{values} values of {what} were given for {tokens} tokens")]
     MaskCount { what: &'static str, values: usize, tokens: usize },
     /// A range that reaches beyond a call's tokens.

@@ -254,6 +254,11 @@ pub(crate) fn check_length(
     Ok(())
 }
 
+/// Checks that logits of so many columns have this vocabulary.
+pub(crate) fn check_vocab(vocab: usize, columns: usize) -> Result<()> {
+    if (1..=columns).contains(&vocab) { Ok(()) } else { Err(Error::Vocab { vocab, columns }) }
+}
+
 /// Rows by address. Those of a gradient may lie between those of what it is computed from: whoever views one
 /// matrix must not hold the elements between its rows.
 #[derive(Clone, Copy, Debug)]
@@ -336,6 +341,16 @@ impl<'a> Logits<'a> {
         Ok(Self { rows, lifetime: PhantomData })
     }
 
+    /// The first `vocab` columns alone, where a model's vocabulary is padded: the others have no probability.
+    ///
+    /// # Errors
+    /// If `vocab` is 0, or more than there are.
+    pub fn with_vocab(mut self, vocab: usize) -> Result<Self> {
+        check_vocab(vocab, self.rows.vocab)?;
+        self.rows.vocab = vocab;
+        Ok(self)
+    }
+
     /// Number of tokens (rows).
     pub fn tokens(&self) -> usize {
         self.rows.tokens
@@ -411,6 +426,23 @@ impl<'a> LogitsMut<'a> {
         // SAFETY: the caller's.
         let Logits { rows, .. } = unsafe { Logits::at(first, dtype, tokens, vocab, strides)? };
         Ok(Self { rows, lifetime: PhantomData })
+    }
+
+    /// The first `vocab` columns alone: see [`Logits::with_vocab`]. The others become 0, here and now: as a gradient, that
+    /// is theirs, and as logits they are not read.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_vocab(mut self, vocab: usize) -> Result<Self> {
+        check_vocab(vocab, self.rows.vocab)?;
+        let columns = std::mem::replace(&mut self.rows.vocab, vocab);
+        let Rows { dtype, tokens, .. } = self.rows;
+        for token in 0..tokens {
+            let padding = self.rows.row(token).wrapping_add(vocab * dtype.size());
+            // SAFETY: the padding lies within what the view was made of, and no two rows share an element.
+            unsafe { ElementsMut::at(dtype, padding, columns - vocab) }.fill_zero();
+        }
+        Ok(self)
     }
 
     /// The same logits, read-only.

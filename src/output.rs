@@ -1,5 +1,6 @@
 //! The results of a call: the loss, each token's terms, and a summary of them.
 
+use crate::batch::token_weight;
 use crate::reference::Weights;
 use crate::{Objective, Reduction};
 
@@ -21,7 +22,8 @@ pub struct TokenTerms {
     /// probability off the target; but +inf for forward KL if that is the student's alone, and for reverse KL if that
     /// is the teacher's alone.
     pub dkd: f64,
-    /// The token's loss: both parts, or the plain divergence, and the cross entropy, weighted as the objective says.
+    /// The token's loss: both parts, or the plain divergence, and the cross entropy, weighted as the objective says, and
+    /// times the token's own weight if it has one.
     pub loss: f64,
     /// True if the token counts: its label is not `ignore_index`.
     pub valid: bool,
@@ -73,16 +75,21 @@ pub struct Summary {
 
 impl Output {
     /// Adds up in the order of the tokens, so that the sum does not depend on the threads.
-    pub(crate) fn reduce(objective: &Objective, tokens: Vec<TokenTerms>) -> Self {
+    pub(crate) fn reduce(
+        objective: &Objective,
+        tokens: Vec<TokenTerms>,
+        token_weights: Option<&[f32]>,
+    ) -> Self {
         let valid = tokens.iter().filter(|token| token.valid).count();
         let hard = tokens.iter().filter(|token| token.hard).count();
         let scales = objective.reduction_scales(valid, hard);
         let loss = match objective.reduction() {
             _ if valid == 0 => 0.0,
             Reduction::GroupMean => {
-                let of_token = |token: &TokenTerms| {
+                let of_token = |(i, token): (usize, &TokenTerms)| {
+                    let weights = Weights::new(objective, token.uncertainty, token.hard);
                     let distillation =
-                        Weights::new(objective, token.uncertainty, token.hard).distillation(token);
+                        weights.times(token_weight(token_weights, i)).distillation(token);
                     let of_group = scales.distillation(token.hard);
                     if distillation.is_finite() {
                         // What the loss has beside it is cross entropy.
@@ -91,7 +98,7 @@ impl Output {
                         token.loss * of_group
                     }
                 };
-                tokens.iter().filter(|token| token.valid).map(of_token).sum()
+                tokens.iter().enumerate().filter(|(_, token)| token.valid).map(of_token).sum()
             }
             Reduction::Sum | Reduction::Mean | Reduction::Denominator(_) => {
                 tokens.iter().map(|token| token.loss).sum::<f64>() * scales.ce

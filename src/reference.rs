@@ -2,6 +2,7 @@
 //! the two classes and of the rest, or the one of the whole vocabulary, and the chain rule for the gradient. Slow,
 //! serial, and independent of the fused form, against which it is the oracle.
 
+use crate::batch::token_weight;
 use crate::objective::{Coefficient, Family, Mixture, Target};
 use crate::output::TokenTerms;
 use crate::{Batch, Elements, Logits, Objective, Output, ReductionScales, Result, SelectionRule};
@@ -230,6 +231,14 @@ impl Weights {
         Self { tkd, dkd, plain: 0.0, ce }
     }
 
+    /// With the token's own weight.
+    pub fn times(self, weight: f64) -> Self {
+        let Self { tkd, dkd, plain, ce } = self;
+        // Infinite weights would leave infinite what is to be NaN, and make NaN of terms that are absent.
+        let weight = if weight.is_finite() { weight } else { f64::NAN };
+        Self { tkd: tkd * weight, dkd: dkd * weight, plain: plain * weight, ce: ce * weight }
+    }
+
     /// The distillation terms of a token whose loss is a sum of parts.
     pub fn distillation(&self, token: &TokenTerms) -> f64 {
         weighted(self.tkd, token.tkd) + weighted(self.dkd, token.dkd)
@@ -276,9 +285,11 @@ pub(crate) fn compute(
         let (a, b) = (widen(teacher.row(token)), student(token));
         let row = gradient.as_deref_mut().map(|g| &mut g[token * vocab..][..vocab]);
         let margin = margins[token].expect("a token with a target has a margin");
-        tokens[token] = one_token(objective, &a, &b, target, margin, hard[token], scales, row);
+        let weight = token_weight(batch.token_weights(), token);
+        tokens[token] =
+            one_token(objective, &a, &b, target, margin, hard[token], weight, scales, row);
     }
-    Ok(Output::reduce(objective, tokens))
+    Ok(Output::reduce(objective, tokens, batch.token_weights()))
 }
 
 /// The batch's own mask; else, by float32 margins within each scope, NaN last: the `ceil(k * valid)` tokens of largest
@@ -323,6 +334,7 @@ fn one_token(
     target: usize,
     margin: f64,
     hard: bool,
+    weight: f64,
     scales: ReductionScales,
     gradient: Option<&mut [f64]>,
 ) -> TokenTerms {
@@ -371,7 +383,7 @@ fn one_token(
         false => (0.0, vec![0.0; a.len()]),
     };
 
-    let weights = Weights::new(objective, uncertainty, hard);
+    let weights = Weights::new(objective, uncertainty, hard).times(weight);
     let terms = [(weights.tkd, tkd), (weights.dkd, dkd), (weights.plain, plain), (weights.ce, ce)];
     let loss = terms.iter().map(|&(weight, term)| weighted(weight, term)).sum();
 

@@ -13,7 +13,8 @@ use std::sync::Arc;
 use atkd::battery::compare::{RELATIVE, Worst, gradient_floor, gradient_within};
 use atkd::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use atkd::cuda::cudarc::driver::{
-    CudaContext, CudaGraph, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr,
+    CudaContext, CudaGraph, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut,
+    DeviceRepr,
 };
 use atkd::cuda::unfused::Unfused;
 use atkd::cuda::{
@@ -235,10 +236,12 @@ impl Loaded {
             teacher: logits(address(&self.teacher)),
             student: logits(address(&self.student)),
             gradient: Some(logits(address(&self.gradient))),
+            gradient_padding: 0,
             labels: Some(RawLabels::I64(self.labels.device_ptr(&self.stream).0)),
             sequences: None,
             margins: None,
             hard: None,
+            token_weights: None,
             upstream: None,
         }
     }
@@ -526,6 +529,78 @@ fn a_selection_apart_from_the_loss() {
     let counted = loaded.workspace.modes();
     let hard_tokens = stream.clone_dtoh(&counted).unwrap();
     assert_eq!(hard_tokens.iter().filter(|&&mode| mode == 2).count(), 5);
+}
+
+/// Columns beyond the vocabulary, as many as each model has, count for nothing; those of the gradient become 0.
+#[test]
+fn padded_vocabularies() {
+    const TOKENS: usize = 6;
+    const COLUMNS: [usize; 2] = [152, 160];
+    fn view(rows: &mut CudaSlice<bf16>) -> DeviceLogitsMut<'_> {
+        DeviceLogitsMut::new(rows, TOKENS, COLUMNS[1]).unwrap().with_vocab(151).unwrap()
+    }
+    let Some(gpu) = Gpu::new() else { return };
+    let (stream, objective) = (&gpu.stream, Objective::default());
+    let input = Input::new(TOKENS, 151, 41);
+    let mut loaded = Loaded::new(&gpu, stream, &input);
+    let padded = |rows: &[bf16], columns: usize| -> Vec<bf16> {
+        let padding = vec![bf16::from_f32(50.0); columns - 151];
+        rows.chunks(151).flat_map(|row| row.iter().chain(&padding)).copied().collect()
+    };
+    let check = |output: Output, gradient: &[bf16]| {
+        let rows = || gradient.chunks(COLUMNS[1]);
+        let of_vocab = rows().flat_map(|row| &row[..151]).copied().collect();
+        input.check(&objective, &(output, of_vocab));
+        assert!(rows().all(|row| row[151..].iter().all(|g| g.to_bits() == 0)));
+    };
+    let teacher = gpu.upload(&padded(&input.teacher, COLUMNS[0]));
+    let student_rows = padded(&input.student, COLUMNS[1]);
+    let mut student = gpu.upload(&student_rows);
+    let mut gradient = gpu.upload(&vec![bf16::NAN; student_rows.len()]);
+    let workspace = &mut loaded.workspace;
+    let teacher_view = || DeviceLogits::new(&teacher, TOKENS, COLUMNS[0]).unwrap();
+    let batch =
+        || DeviceBatch::new(teacher_view().with_vocab(151).unwrap(), &loaded.labels).unwrap();
+    {
+        let student = DeviceLogits::new(&student, TOKENS, COLUMNS[1]).unwrap();
+        let (student, to) = (student.with_vocab(151).unwrap(), view(&mut gradient));
+        workspace.forward_backward(stream, &objective, &batch(), &student, to, None).unwrap();
+        check(workspace.read(stream).unwrap(), &stream.clone_dtoh(&gradient).unwrap());
+    }
+    {
+        stream.memcpy_htod(&student_rows, &mut gradient).unwrap();
+        let tokens = DeviceTokens::new(&loaded.labels, 151);
+        let mut session = workspace.begin(stream, &objective, tokens, None).unwrap();
+        let teacher = teacher_view().with_vocab(151).unwrap();
+        session.rows_in_place(0, &teacher, view(&mut gradient)).unwrap();
+        drop(session);
+        let rows = stream.clone_dtoh(&gradient).unwrap();
+        assert!(rows.chunks(COLUMNS[1]).all(|row| row[151..].iter().all(|g| g.to_bits() == 0)));
+    }
+    let in_place = view(&mut student);
+    workspace.forward_backward_in_place(stream, &objective, &batch(), in_place, None).unwrap();
+    check(workspace.read(stream).unwrap(), &stream.clone_dtoh(&student).unwrap());
+
+    // By address, three rows to an outer index.
+    let strides = Strides::nested(3, 4 * COLUMNS[1], COLUMNS[1]);
+    let mut nested = gpu.upload(&vec![bf16::ONE; 7 * COLUMNS[1]]);
+    let call = RawCall {
+        gradient: Some(RawLogits {
+            address: nested.device_ptr_mut(stream).0,
+            dtype: Dtype::Bf16,
+            strides,
+        }),
+        gradient_padding: 9,
+        ..loaded.raw()
+    };
+    loaded.launch(&objective, &call).unwrap();
+    let mut nested = stream.clone_dtoh(&nested).unwrap();
+    let between: Vec<bf16> = nested.drain(3 * COLUMNS[1]..4 * COLUMNS[1]).collect();
+    assert_eq!(between, [bf16::ONE; COLUMNS[1]]);
+    check(loaded.workspace.read(stream).unwrap(), &nested);
+
+    let error = teacher_view().with_vocab(153).map(drop);
+    assert_eq!(error, Err(Error::Vocab { vocab: 153, columns: 152 }));
 }
 
 /// What is wrong with a selection, or with margins, by itself: an error at once, or of the next read where a kernel met

@@ -41,6 +41,9 @@ impl Backend for Cpu {
         if let Some(hard) = batch.hard() {
             session = session.with_hard(hard)?;
         }
+        if let Some(weights) = batch.token_weights() {
+            session = session.with_token_weights(weights)?;
+        }
         Ok(Box::new(session))
     }
 }

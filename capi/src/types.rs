@@ -60,7 +60,7 @@ pub const ATKD_HARD: u8 = 2;
 pub struct AtkdCall {
     /// Rows, ignored ones included.
     pub tokens: i64,
-    /// Logits in a row, at least 1.
+    /// Logits in a row that count, at least 1. A model whose vocabulary is padded has more: its row_stride is larger.
     pub vocab: i64,
     /// The teacher's logits, which are never written to.
     pub teacher: AtkdMatrix,
@@ -70,6 +70,8 @@ pub struct AtkdCall {
     pub labels: AtkdLabels,
     /// Where the gradient goes.
     pub gradient: AtkdMatrix,
+    /// Columns of the gradient after the first `vocab`, which become 0: where the student's vocabulary is padded. Else 0.
+    pub gradient_padding: i64,
     /// One number that the gradient is multiplied by; null for 1. If it is infinite or NaN, the gradient of every
     /// valid token is NaN.
     pub upstream: *const f32,
@@ -85,6 +87,9 @@ pub struct AtkdCall {
     /// [tokens]: not 0 for a hard token. Nothing is selected then; the hard ratio, sequences and margins are not
     /// used, and ignored tokens stay ignored. Null for none.
     pub hard: *const u8,
+    /// [tokens]: each token's terms, cross entropy's too, are multiplied by its weight. A mean divides by the number of
+    /// valid tokens nevertheless. The loss and the gradient of a token whose weight is infinite or NaN are NaN. Null for 1.
+    pub token_weights: *const f32,
     /// One number: the reduced loss. Null if not wanted; so are the others.
     pub loss: *mut f32,
     /// [tokens]: 1 - p(target) of the teacher.
@@ -96,6 +101,8 @@ pub struct AtkdCall {
     /// [tokens]: the teacher's margin, log((1 - p) / p) of the target's p, by which hard tokens are selected;
     /// -infinity for an ignored token.
     pub margin: *mut f32,
+    /// [tokens]: the token's loss before the reduction, its weight included.
+    pub token_loss: *mut f32,
     /// [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
     pub modes: *mut u8,
     /// The CUstream to work on, for a CUDA workspace; the default stream if null.
@@ -177,7 +184,9 @@ impl AtkdCall {
             labels,
             sequences: sequences(self.sequences, self.sequence_offsets)?,
             margins: address(self.margins),
+            gradient_padding: size("gradient_padding", self.gradient_padding)?,
             hard: address(self.hard),
+            token_weights: address(self.token_weights),
             upstream: address(self.upstream),
         })
     }
@@ -189,6 +198,7 @@ impl AtkdCall {
             tkd: address(self.tkd),
             dkd: address(self.dkd),
             margin: address(self.margin),
+            token_loss: address(self.token_loss),
             modes: address(self.modes),
         }
     }

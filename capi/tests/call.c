@@ -105,6 +105,48 @@ static void kl_against_the_textbook(AtkdWorkspace *workspace) {
     atkd_objective_destroy(objective);
 }
 
+/* The same with a weight for each token, and a gradient as wide as the student's rows, whose last columns are padding. */
+static void weights_and_padding(AtkdWorkspace *workspace) {
+    static float padded[TOKENS * STRIDE];
+    float weights[TOKENS], token_loss[TOKENS], loss;
+    for (int i = 0; i < TOKENS; i++) {
+        weights[i] = 0.5f * (float)(i % 4);
+    }
+    memset(padded, 0xff, sizeof padded);
+    AtkdSettings settings = atkd_default_settings();
+    settings.objective = ATKD_OBJECTIVE_KL;
+    settings.reduction = ATKD_REDUCTION_SUM;
+    AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+    AtkdCall call = new_call();
+    call.gradient = (AtkdMatrix){.data = padded, .row_stride = STRIDE, .dtype = ATKD_F32};
+    call.gradient_padding = STRIDE - VOCAB;
+    call.token_weights = weights;
+    call.token_loss = token_loss;
+    call.loss = &loss;
+    check(atkd_forward_backward(objective, workspace, &call));
+    double sum = 0;
+    for (int i = 0; i < TOKENS; i++) {
+        const float *a = &teacher[i * STRIDE], *b = &student[i * STRIDE];
+        double log_p = log_sum_exp(a), log_q = log_sum_exp(b), expected = 0;
+        double weight = labels[i] == -100 ? 0 : weights[i];
+        for (int j = 0; j < STRIDE; j++) {
+            double p = exp(a[j] - log_p), q = exp(b[j] - log_q);
+            double slope = j < VOCAB ? weight * (q - p) : 0;
+            expected += j < VOCAB ? weight * p * (a[j] - log_p - b[j] + log_q) : 0;
+            assert(fabs(padded[i * STRIDE + j] - slope) < 2e-7);
+        }
+        assert(fabs(token_loss[i] - expected) < 2e-6 * (1 + expected));
+        sum += token_loss[i];
+    }
+    assert(fabs(loss - sum) < 1e-6 * sum);
+    call.gradient_padding = STRIDE - VOCAB + 1;
+    expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "1004");
+    call.gradient_padding = -1;
+    expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "gradient_padding is -1");
+    atkd_objective_destroy(objective);
+}
+
 struct job {
     const AtkdObjective *objective;
     AtkdWorkspace *workspace;
@@ -450,6 +492,7 @@ int main(void) {
         AtkdWorkspace *workspace;
         check(atkd_workspace_create(threads, &workspace));
         kl_against_the_textbook(workspace);
+    weights_and_padding(workspace);
         threads_share_everything(workspace);
         sequences_and_in_place(workspace);
         rows_with_two_strides(workspace);

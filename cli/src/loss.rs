@@ -14,7 +14,8 @@ use crate::tensors::{self, Matrix};
 
 /// The loss of a file of logits, and its gradient.
 ///
-/// The file holds `student` and `teacher` [N, V] (F32, F16 or BF16, each its own) and `labels` [N] (I64).
+/// The file holds `student` and `teacher` [N, V] (F32, F16 or BF16, each its own) and `labels` [N] (I64); and, if tokens
+/// are to have weights of their own, `token_weights` [N] (F32), which multiply their losses and gradients.
 ///
 /// Example: atkd loss batch.safetensors --grad gradient.safetensors --json
 #[derive(clap::Args)]
@@ -60,6 +61,9 @@ pub struct Args {
     /// Weight of the distillation terms
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     kd_weight: f64,
+    /// The first columns of either model that count, where vocabularies are padded: the others have gradient 0
+    #[arg(long, value_name = "V")]
+    vocab_size: Option<usize>,
     /// Tokens with this label are dropped
     #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i64,
@@ -184,30 +188,40 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let file = tensors::parse(&args.file, &bytes)?;
     let student = Matrix::read(&args.file, &file, "student")?;
     let teacher = Matrix::read(&args.file, &file, "teacher")?;
-    if (student.tokens, student.vocab) != (teacher.tokens, teacher.vocab) {
+    let same_vocab = student.vocab == teacher.vocab || args.vocab_size.is_some();
+    if student.tokens != teacher.tokens || !same_vocab {
         bail!(
             "`student` is [{}, {}], but `teacher` is [{}, {}]: both must have a row for each token and \
-             a logit for each entry of one vocabulary",
+             a logit for each entry of one vocabulary{}",
             student.tokens,
             student.vocab,
             teacher.tokens,
-            teacher.vocab
+            teacher.vocab,
+            if same_vocab { "" } else { "; --vocab-size says where its padding starts" }
         );
     }
+    let vocab = |matrix: &Matrix| args.vocab_size.unwrap_or(matrix.vocab);
     let required = objective.target() == Target::Label;
     let labels = tensors::labels(&args.file, &file, required)?;
+    let token_weights = tensors::token_weights(&file)?;
 
-    let teacher = teacher.logits().context("`teacher`")?;
+    let teacher_logits = teacher.logits().and_then(|logits| logits.with_vocab(vocab(&teacher)));
+    let teacher = teacher_logits.context("`teacher`")?;
     let batch = match &labels {
         Some(labels) => Batch::new(teacher, labels).context("`labels`")?,
         None => Batch::unlabelled(teacher),
     };
-    let logits = student.logits().context("`student`")?;
+    let batch = match &token_weights {
+        Some(weights) => batch.with_token_weights(weights).context("`token_weights`")?,
+        None => batch,
+    };
+    let logits = student.logits().and_then(|logits| logits.with_vocab(vocab(&student)));
+    let logits = logits.context("`student`")?;
     let output = match destination {
         None => backend.forward(&objective, &batch, logits)?,
         Some(destination) => {
             let mut gradient = Matrix::zeros(logits.dtype(), student.tokens, student.vocab)?;
-            let view = gradient.logits_mut()?;
+            let view = gradient.logits_mut()?.with_vocab(vocab(&student))?;
             let output = backend.forward_backward(&objective, &batch, logits, view)?;
             write(destination, &gradient, &output)?;
             output
@@ -367,7 +381,7 @@ mod tests {
         let all: BTreeSet<&str> = default.keys().map(String::as_str).collect();
         assert_eq!(reached, all, "settings of Rust");
 
-        let not_settings = ["file", "backend", "grad", "json"];
+        let not_settings = ["file", "backend", "vocab_size", "grad", "json"];
         let options: BTreeSet<String> = command()
             .get_arguments()
             .filter(|option| !not_settings.contains(&option.get_id().as_str()))

@@ -175,6 +175,17 @@ impl<'a> Matrix<'a> {
     }
 }
 
+/// The weights of the tokens, `None` if the file has none.
+pub fn token_weights<'a>(file: &SafeTensors<'a>) -> Result<Option<Cow<'a, [f32]>>> {
+    let Ok(view) = file.tensor("token_weights") else { return Ok(None) };
+    match (view.shape(), view.dtype()) {
+        ([_], safetensors::Dtype::F32) => Ok(Some(elements(view.data()))),
+        (shape, dtype) => {
+            bail!("`token_weights` is {dtype:?} {shape:?}, but must be F32 [N]: one weight a token")
+        }
+    }
+}
+
 /// The labels, `None` if the file has none.
 pub fn labels(path: &Path, file: &SafeTensors, required: bool) -> Result<Option<Vec<i64>>> {
     if !required && file.tensor("labels").is_err() {

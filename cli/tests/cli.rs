@@ -344,6 +344,61 @@ fn bad_files() {
     fails(save(&[none[0], none[1], label]), &["vocabulary 0"]);
 }
 
+/// Columns beyond `--vocab-size`, of which each model has as many as it likes, and weights of the tokens.
+#[test]
+fn padded_vocabularies_and_token_weights() {
+    let files = Files::new();
+    let labels: Vec<u8> = files.labels.iter().flat_map(|label| label.to_le_bytes()).collect();
+    let padded = |rows: &[f32], columns: usize| -> Vec<u8> {
+        let padding = vec![60.0; columns - VOCAB];
+        let rows = rows.chunks(VOCAB).flat_map(|row| row.iter().chain(&padding)).copied();
+        little_endian(&rows.collect::<Vec<f32>>())
+    };
+    let weights = [1.0, 0.5, 9.0, 0.0, 2.0, 3.0];
+    let save = |name: &str, weights: &[f32]| {
+        files.save(
+            name,
+            &[
+                ("student", Dtype::F32, &[TOKENS, 64], &padded(&files.student, 64)),
+                ("teacher", Dtype::F32, &[TOKENS, 56], &padded(&files.teacher, 56)),
+                ("labels", Dtype::I64, &[TOKENS], &labels),
+                ("token_weights", Dtype::F32, &[weights.len()], &little_endian(weights)),
+            ],
+        )
+    };
+    let path = save("padded", &weights);
+    fails(loss(&path, &[]), &["[6, 64]", "[6, 56]", "--vocab-size"]);
+    fails(loss(&path, &["--vocab-size", "57"]), &["`teacher`", "vocabulary size is 57", "56"]);
+    let few = save("few", &weights[..5]);
+    fails(loss(&few, &["--vocab-size", "50"]), &["`token_weights`", "5", "6"]);
+
+    let view = |rows| Logits::new(rows, TOKENS, VOCAB).unwrap();
+    let batch = Batch::new(view(&files.teacher), &files.labels).unwrap();
+    let batch = batch.with_token_weights(&weights).unwrap();
+    let (exact, exact_gradient) =
+        reference::forward_backward(&Objective::default(), &batch, view(&files.student)).unwrap();
+    for backend in ["cpu", "simt", "reference"] {
+        let out = files.path(backend);
+        let options = ["--vocab-size", "50", "--backend", backend, "--json", "--grad"];
+        let options = [&options[..], &[out.to_str().unwrap()]].concat();
+        let printed = json(loss(&path, &options));
+        assert!((printed["loss"].as_f64().unwrap() - exact.loss).abs() < 1e-6);
+        let bytes = std::fs::read(&out).unwrap();
+        let written = SafeTensors::deserialize(&bytes).unwrap();
+        let gradient = written.tensor("grad").unwrap();
+        assert_eq!(gradient.shape(), [TOKENS, 64]);
+        let gradient: Vec<f32> = gradient
+            .data()
+            .chunks(4)
+            .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()))
+            .collect();
+        for (row, exact) in gradient.chunks(64).zip(exact_gradient.chunks(VOCAB)) {
+            assert!(row[VOCAB..].iter().all(|&g| g == 0.0));
+            assert!(row.iter().zip(exact).all(|(g, exact)| (f64::from(*g) - exact).abs() < 1e-6));
+        }
+    }
+}
+
 #[test]
 fn a_failed_run_leaves_no_file() {
     let files = Files::new();

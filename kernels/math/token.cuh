@@ -56,10 +56,11 @@ struct Terms {
     double uncertainty, tkd, dkd, loss, distillation, ce;
 };
 
-// From the margins u and w, the student's at temperature 1, and DKD, which is NaN if anything in the row is.
+// From the margins u and w, the student's at temperature 1, and DKD, which is NaN if anything in the row is; times the
+// token's own weight.
 template <class D>
 ATKD_DEVICE Terms terms_of(const atkd_objective &objective, const atkd_divergence &divergence, double teacher_margin,
-                           double student_margin, double student_margin_at_1, double dkd, bool hard) {
+                           double student_margin, double student_margin_at_1, double dkd, bool hard, double weight) {
     Terms terms;
     terms.uncertainty = sigmoid(teacher_margin);
     terms.tkd = terms.dkd = terms.loss = terms.distillation = dkd;
@@ -68,9 +69,9 @@ ATKD_DEVICE Terms terms_of(const atkd_objective &objective, const atkd_divergenc
         return terms;
     }
     terms.tkd = D::tkd(divergence, teacher_margin, student_margin);
-    double c_tkd = coefficient_of(objective.tkd[hard ? 1 : 0], terms.uncertainty);
-    double c_dkd = coefficient_of(objective.dkd[hard ? 1 : 0], terms.uncertainty);
-    terms.ce = weighted(objective.ce_weight, softplus(student_margin_at_1));
+    double c_tkd = weight * coefficient_of(objective.tkd[hard ? 1 : 0], terms.uncertainty);
+    double c_dkd = weight * coefficient_of(objective.dkd[hard ? 1 : 0], terms.uncertainty);
+    terms.ce = weighted(weight * objective.ce_weight, softplus(student_margin_at_1));
     terms.distillation = D::loss(divergence, c_tkd, c_dkd, student_margin, terms.tkd, terms.dkd);
     terms.loss = terms.distillation + terms.ce;
     return terms;
@@ -216,17 +217,19 @@ ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weig
     // The token's group or, before the selection, a prediction of it. Rounding may decide here otherwise than in the
     // margin that the selection goes by; then the prediction was wrong.
     bool hard = p.predicts != 0 ? teacher.odds >= weights.threshold_odds : mode == ATKD_HARD;
+    float weight = token_weight(p.batch, token);
     TermWeights of_token = {
-        (hard ? weights.hard_tkd : weights.easy_tkd).at(teacher.sigmoid),
-        (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid),
-        weights.ce == 0 ? 0 : weights.ce * student_at_1.sigmoid,
+        weight * (hard ? weights.hard_tkd : weights.easy_tkd).at(teacher.sigmoid),
+        weight * (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid),
+        weights.ce == 0 ? 0 : weight * weights.ce * student_at_1.sigmoid,
     };
     if (p.predicts != 0 && writes_mode && thread_index() % WARP == 0) {
         store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
     }
     auto scales =
         D::template scales<CE_SUM>(p.divergence, state, of_token, teacher, student, student_at_1, target, exponent);
-    if (state.has_nan() || teacher.odds != teacher.odds || student.odds != student.odds || weights.ce != weights.ce) {
+    bool finite = weight - weight == 0 && weights.ce == weights.ce;
+    if (state.has_nan() || teacher.odds != teacher.odds || student.odds != student.odds || !finite) {
         scales.make_nan();
     }
     return scales;

@@ -88,7 +88,9 @@ impl Objective {
             "mean" => Reduction::Mean,
             "sum" => Reduction::Sum,
             "group-mean" => Reduction::GroupMean,
-            other => return unknown("reduction", other, r#""mean", "sum" or "group-mean""#),
+            other => {
+                return unknown("reduction", other, r#""mean", "sum", "group-mean" or "none""#);
+            }
         };
         let rule = match selection_rule {
             "top-k" => SelectionRule::TopK,
@@ -239,9 +241,11 @@ struct Call {
     teacher: Matrix,
     labels: Option<Labels>,
     hard: Option<u64>,
+    token_weights: Option<u64>,
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
+    gradient_padding: usize,
     loss: u64,
     terms: Option<u64>,
     groups: Option<u64>,
@@ -258,6 +262,7 @@ impl Call {
             tkd: column(1),
             dkd: column(2),
             margin: column(3),
+            token_loss: column(4),
             modes: self.groups,
         };
         let call = RawCall {
@@ -266,10 +271,12 @@ impl Call {
             teacher: self.teacher.into(),
             student: self.student.into(),
             gradient: self.gradient.map(Into::into),
+            gradient_padding: self.gradient_padding,
             labels: self.labels.map(Into::into),
             sequences: self.sequences,
             margins: None,
             hard: self.hard,
+            token_weights: self.token_weights,
             upstream: self.scale,
         };
         (call, output)

@@ -351,6 +351,20 @@ driver! {
         driver.enqueue(stream, Work::Set { to, byte })
     }
 
+    fn cuMemsetD2D8Async(
+        driver, to: CUdeviceptr, pitch: usize, byte: u8, width: usize, height: usize, stream: CUstream
+    ) {
+        let stream = driver.stream(stream)?;
+        if pitch < width {
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
+        for row in 0..height {
+            let to = driver.range(to + (row * pitch) as CUdeviceptr, width)?;
+            driver.enqueue(stream, Work::Set { to, byte })?;
+        }
+        Ok(())
+    }
+
     fn cuMemcpyHtoDAsync_v2(
         driver, to: CUdeviceptr, from: *const c_void, bytes: usize, stream: CUstream
     ) {

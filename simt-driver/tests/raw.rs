@@ -55,7 +55,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
     let mut labels_on_device = stream.clone_htod(&labels).unwrap();
     let offsets = stream.clone_htod(&[0_i64, 3, 6]).unwrap();
     let mut written = stream.alloc_zeros::<f32>(TOKENS * VOCAB).unwrap();
-    let mut floats = stream.alloc_zeros::<f32>(1 + 4 * TOKENS).unwrap();
+    let mut floats = stream.alloc_zeros::<f32>(1 + 5 * TOKENS).unwrap();
     let mut modes = stream.alloc_zeros::<u8>(TOKENS).unwrap();
     // SAFETY: the call prepares it.
     let workspace = unsafe { stream.alloc::<u8>(Kernels::workspace_bytes(TOKENS)) }.unwrap();
@@ -66,10 +66,12 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         teacher: matrix(on_device[0].device_ptr(&stream).0),
         student: matrix(on_device[1].device_ptr(&stream).0),
         gradient: Some(matrix(written.device_ptr(&stream).0)),
+        gradient_padding: 0,
         labels: Some(RawLabels::I64(labels_on_device.device_ptr(&stream).0)),
         sequences: Some((offsets.device_ptr(&stream).0, 2)),
         margins: None,
         hard: None,
+        token_weights: None,
         upstream: None,
     };
     let start = floats.device_ptr(&stream).0;
@@ -80,6 +82,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         tkd: Some(column(1 + TOKENS)),
         dkd: Some(column(1 + 2 * TOKENS)),
         margin: Some(column(1 + 3 * TOKENS)),
+        token_loss: Some(column(1 + 4 * TOKENS)),
         modes: Some(modes.device_ptr(&stream).0),
     };
     let mut check = || {
@@ -98,6 +101,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
             near(found[1 + TOKENS + i], token.tkd);
             near(found[1 + 2 * TOKENS + i], token.dkd);
             near(found[1 + 3 * TOKENS + i], token.margin);
+            near(found[1 + 4 * TOKENS + i], token.loss);
             assert_eq!(
                 (found_modes[i] != call::IGNORED, found_modes[i] == call::HARD),
                 (token.valid, token.hard)

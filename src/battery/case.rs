@@ -56,6 +56,7 @@ pub(super) struct Case {
     pub sequences: Option<Vec<usize>>,
     pub margins: Option<Vec<f32>>,
     pub hard: Option<Vec<bool>>,
+    pub token_weights: Option<Vec<f32>>,
     pub teacher_dtype: Dtype,
     pub student_dtype: Dtype,
     pub gradient_dtype: Dtype,
@@ -93,6 +94,7 @@ pub(super) fn random(tokens: usize, vocab: usize, seed: u64) -> Case {
         sequences: None,
         margins: None,
         hard: None,
+        token_weights: None,
         teacher_dtype: Dtype::F32,
         student_dtype: Dtype::F32,
         gradient_dtype: Dtype::F32,
@@ -173,6 +175,10 @@ impl Case {
             Some(hard) => batch.with_hard(hard)?,
             None => batch,
         };
+        let batch = match &self.token_weights {
+            Some(weights) => batch.with_token_weights(weights)?,
+            None => batch,
+        };
         let student = self.view(STUDENT, &student)?;
         let mut elements = gradient.elements_mut();
         let end = elements.as_ref().len();
@@ -184,7 +190,9 @@ impl Case {
         let mut worst = Worst::none();
         let squared =
             if objective.temperature_squared() { objective.temperature().powi(2) } else { 1.0 };
-        let unit = squared.max(1.0);
+        let weights = self.token_weights.iter().flatten().filter(|weight| weight.is_finite());
+        let heaviest = f64::from(weights.fold(1.0_f32, |most, weight| most.max(weight.abs())));
+        let unit = squared.max(1.0) * heaviest;
         let logits = self.teacher.iter().chain(&self.student).filter(|z| z.is_finite());
         let largest = logits.fold(0.0_f32, |largest, z| largest.max(z.abs()));
         // The loss may be that of one token, which a logit far below the others makes.
@@ -194,7 +202,7 @@ impl Case {
             return Ok(worst);
         }
 
-        let weight = objective.distillation_scale() + objective.ce_weight();
+        let weight = heaviest * (objective.distillation_scale() + objective.ce_weight());
         let floor = gradient_floor(objective, weight, &exact);
         let ties = ties(objective, &batch, student, &exact)?;
         let elements = gradient.elements();

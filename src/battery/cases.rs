@@ -1,8 +1,10 @@
 //! Cases of ordinary logits: shapes, dtypes and strides, objectives, selections, temperatures, models that agree.
 
 use super::case::{Case, DTYPES, GRADIENT, STUDENT, TEACHER, random};
+use super::divergences::all_objectives;
 use crate::{
-    Coefficient, Coefficients, Dtype, Objective, Reduction, Result, SelectionRule, Target,
+    Coefficient, Coefficients, Divergence, Dtype, Objective, Reduction, Result, SelectionRule,
+    Target,
 };
 
 pub(super) fn decoupled(easy: (f64, f64), hard: (f64, f64)) -> Result<Objective> {
@@ -308,6 +310,46 @@ pub(super) fn selections() -> Vec<Case> {
         let mut case = random(6, 11, 14).with(median.clone());
         (0..broken).for_each(|token| case.teacher[11 * token] = f32::NAN);
         cases.push(case.named(format!("median, {broken} of 6 margins NaN")));
+    }
+    cases
+}
+
+/// Weights of all kinds, with every objective and divergence.
+pub(super) fn token_weights() -> Vec<Case> {
+    let given = Case {
+        token_weights: Some((0..24).map(|i| [1.0, 0.25, 0.0, 3.0, -2.0][i % 5]).collect()),
+        ..random(24, 97, 51)
+    };
+    let forward = objectives().into_iter().map(|(name, objective)| (name.into(), objective));
+    let mut cases = Vec::new();
+    for (name, objective) in forward.chain(all_objectives()) {
+        let mut case = given.clone().with(objective);
+        case.labels[5] = -100;
+        cases.push(case.named(name));
+    }
+    let grouped = Objective::default().with_reduction(Reduction::GroupMean).and_then(|objective| {
+        objective.with_selection_rule(SelectionRule::Median).with_ce_weight(0.3)
+    });
+    cases.push(given.clone().with(grouped).named("group mean, median, cross entropy"));
+    let mut odd = given.clone().with(Objective::default().with_ce_weight(0.3));
+    odd.token_weights = Some(
+        (0..24).map(|i| [f32::NAN, 1.0, f32::INFINITY, 2.0, f32::NEG_INFINITY][i % 5]).collect(),
+    );
+    cases.push(odd.named("NaN and infinite"));
+    // A token of weight 0 whose loss would be infinite.
+    for divergence in [Divergence::ForwardKl, Divergence::ReverseKl] {
+        let mut absent = given.clone().with(Objective::default().with_divergence(divergence));
+        for token in [2, 3] {
+            let other = (absent.labels[token] as usize + 1) % 97;
+            match divergence {
+                Divergence::ForwardKl => absent.student[97 * token + other] = f32::NEG_INFINITY,
+                _ => absent.teacher[97 * token + other] = f32::NEG_INFINITY,
+            }
+        }
+        cases.push(absent.named(format!("{divergence:?}, infinite times 0 and 3")));
+    }
+    for (name, dtype) in [("BF16", Dtype::Bf16), ("F16", Dtype::F16)] {
+        cases.push(given.clone().dtypes(dtype, dtype, dtype).named(name));
     }
     cases
 }

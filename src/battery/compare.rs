@@ -1,6 +1,7 @@
 //! The errors that a backend is allowed, and the comparison of its results with exact ones. Other tests than the
 //! battery use it too.
 
+use crate::batch::token_weight;
 use crate::objective::Family;
 use crate::reference::{self, Softmax, Split, Weights, defined, widen};
 use crate::{Batch, Dtype, Logits, Objective, Output, ReductionScales, Result, TokenTerms};
@@ -72,7 +73,8 @@ pub fn ties(
             continue;
         }
         let weights =
-            Weights::new(objective, exact.tokens[token].uncertainty, exact.tokens[token].hard);
+            Weights::new(objective, exact.tokens[token].uncertainty, exact.tokens[token].hard)
+                .times(token_weight(batch.token_weights(), token));
         let scale = scales.distillation(exact.tokens[token].hard);
         let row = &mut allowed[token * vocab..][..vocab];
         let [p, q] = [&a, &b].map(|row| Split::new(row, objective.temperature(), target));

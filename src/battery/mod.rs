@@ -26,6 +26,7 @@ use crate::{Batch, ElementsMut, Logits, LogitsMut, Objective, Output, Result, Ta
 use case::{Case, random};
 use cases::{
     close_models, objective_cases, objectives, selections, shapes, sure_teachers, temperatures,
+    token_weights,
 };
 use compare::Worst;
 use divergences::{DIVERGENCES, all_objectives};
@@ -89,7 +90,7 @@ pub fn assert_all_pass(checks: &[Check]) {
 type Group = (&'static str, fn() -> Vec<Case>);
 
 /// The cases that a backend runs.
-const GROUPS: [Group; 17] = [
+const GROUPS: [Group; 18] = [
     ("shapes, dtypes, strides", shapes),
     ("objectives", objective_cases),
     ("selection", selections),
@@ -97,6 +98,7 @@ const GROUPS: [Group; 17] = [
     ("finite masks", finite_masks),
     ("magnitudes", magnitudes),
     ("temperatures", temperatures),
+    ("token weights", token_weights),
     ("close models", close_models),
     ("sure teachers", sure_teachers),
     ("divergences: shapes, dtypes", divergences::shapes),

@@ -33,6 +33,9 @@ use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, 
 ///   and copied otherwise.
 /// - `labels`: their shape without the last dimension, of any integer dtype.
 ///
+/// Where vocabularies are padded, `narrow` gives the columns that count; it copies nothing, but its own backward pass makes
+/// a gradient as wide as the logits.
+///
 /// If the student is tracked (it depends on a `Var`), the gradient is computed together with the
 /// loss, which then holds it: as large as the student's logits (in float32 for float16 logits, so that
 /// a scaled loss rescues gradients that float16 cannot represent). `backward` multiplies it by the

@@ -17,10 +17,12 @@
 //!     teacher: logits(&teacher),
 //!     student: logits(&student),
 //!     gradient: None,
+//!     gradient_padding: 0,
 //!     labels: Some(RawLabels::I64(labels.as_ptr() as u64)),
 //!     sequences: None,
 //!     margins: None,
 //!     hard: None,
+//!     token_weights: None,
 //!     upstream: None,
 //! };
 //! let mut loss = 0.0_f32;
@@ -36,7 +38,7 @@ use rayon::ThreadPool;
 use super::{Session, Workers};
 use crate::call::{
     EASY, HARD, HARD_MASK, IGNORED, RawCall, RawLabels, RawLogits, RawOutput, RawRows,
-    RawSelection, RawTeacher, RawTokens,
+    RawSelection, RawTeacher, RawTokens, TOKEN_WEIGHTS,
 };
 use crate::{Batch, Error, Labels, Logits, LogitsMut, Objective, Output, Result, cpu};
 
@@ -48,8 +50,8 @@ use crate::{Batch, Error, Labels, Logits, LogitsMut, Objective, Output, Result, 
 /// is computed from without being the student's logits themselves. Nothing was written then.
 ///
 /// # Safety
-/// Every address is of what it is described to be: logits and gradient of `tokens` rows of `vocab` elements,
-/// all of them initialised. Until the call returns nobody else writes to any of it, nor
+/// Every address is of what it is described to be: logits and gradient of `tokens` rows of `vocab` elements, the
+/// gradient's with the padding announced, all of them initialised. Until the call returns nobody else writes to any of it, nor
 /// reads what is written: gradient and outputs.
 pub unsafe fn run(
     pool: Option<&ThreadPool>,
@@ -78,6 +80,9 @@ pub unsafe fn run(
             hard = bools_at(HARD_MASK, at, call.tokens)?;
             batch = batch.with_hard(&hard)?;
         }
+        if let Some(at) = call.token_weights {
+            batch = batch.with_token_weights(slice(TOKEN_WEIGHTS, at, call.tokens)?)?;
+        }
         match call.gradient {
             None => cpu::forward_by(workers, &objective, &batch, call.logits(call.student)?)?,
             Some(gradient) if call.is_in_place() => {
@@ -91,7 +96,10 @@ pub unsafe fn run(
         }
     };
     // SAFETY: the caller's.
-    unsafe { write_output(&result, output) };
+    unsafe {
+        call.clear_padding()?;
+        write_output(&result, output);
+    }
     Ok(())
 }
 
@@ -101,14 +109,24 @@ pub unsafe fn run(
 /// The errors of [`Session::begin`]; and if an address is null or not aligned.
 ///
 /// # Safety
-/// The contract of [`run`] holds for the margins until the session has ended, for the rest until this returns.
+/// The contract of [`run`] holds for the margins and the token weights until the session has ended, for the rest until
+/// this returns.
 pub unsafe fn begin<'a>(
     pool: Option<&'a ThreadPool>,
     objective: &Objective,
     tokens: &RawTokens,
 ) -> Result<Session<'a>> {
     tokens.check(objective)?;
-    let RawTokens { tokens: count, vocab, labels, sequences, margins, hard, upstream } = *tokens;
+    let RawTokens {
+        tokens: count,
+        vocab,
+        labels,
+        sequences,
+        margins,
+        hard,
+        token_weights,
+        upstream,
+    } = *tokens;
     // SAFETY: the caller's.
     unsafe {
         let objective = times_upstream(objective, upstream)?;
@@ -122,6 +140,9 @@ pub unsafe fn begin<'a>(
         }
         if let Some(at) = hard {
             session = session.with_hard(&bools_at(HARD_MASK, at, count)?)?;
+        }
+        if let Some(at) = token_weights {
+            session = session.with_token_weights(slice(TOKEN_WEIGHTS, at, count)?)?;
         }
         Ok(session)
     }
@@ -140,7 +161,7 @@ pub unsafe fn margins(
     count: usize,
     teacher: RawLogits,
 ) -> Result<()> {
-    let rows = RawRows { tokens: count, teacher, student: teacher, gradient: None };
+    let rows = RawRows::of_teacher(count, teacher);
     let call = checked_call(session, &rows)?;
     // SAFETY: the caller's.
     session.margins(first, unsafe { call.logits(teacher)? })
@@ -167,7 +188,8 @@ pub unsafe fn rows(session: &mut Session, first: usize, rows: &RawRows) -> Resul
                 let gradient = gradient.map(|gradient| call.logits_mut(gradient)).transpose()?;
                 session.rows(first, teacher, call.logits(rows.student)?, gradient)
             }
-        }
+        }?;
+        call.clear_padding()
     }
 }
 
@@ -188,10 +210,11 @@ pub unsafe fn repair(session: &mut Session, tokens: &[usize], rows: &RawRows) ->
     unsafe {
         let (teacher, gradient) = (call.logits(rows.teacher)?, call.logits_mut(gradient)?);
         if call.is_in_place() {
-            session.repair_in_place(tokens, teacher, gradient)
+            session.repair_in_place(tokens, teacher, gradient)?;
         } else {
-            session.repair(tokens, teacher, call.logits(rows.student)?, gradient)
+            session.repair(tokens, teacher, call.logits(rows.student)?, gradient)?;
         }
+        call.clear_padding()
     }
 }
 
@@ -228,6 +251,7 @@ unsafe fn write_output(result: &Output, output: &RawOutput) {
         write(output.uncertainty, &result.tokens, |token| token.uncertainty as f32);
         write(output.tkd, &result.tokens, |token| token.tkd as f32);
         write(output.dkd, &result.tokens, |token| token.dkd as f32);
+        write(output.token_loss, &result.tokens, |token| token.loss as f32);
         write(output.margin, &result.tokens, |token| token.margin as f32);
         write(output.modes, &result.tokens, |token| match (token.valid, token.hard) {
             (false, _) => IGNORED,
@@ -331,6 +355,19 @@ impl RawCall {
         // SAFETY: the caller's.
         unsafe { LogitsMut::at(address as *mut u8, dtype, self.tokens, self.vocab, strides) }
     }
+
+    /// Makes the gradient's padding 0.
+    ///
+    /// # Safety
+    /// As [`run`], of a call that is valid.
+    unsafe fn clear_padding(&self) -> Result<()> {
+        let Some(RawLogits { address, dtype, strides }) = self.gradient else { return Ok(()) };
+        let columns = self.vocab + self.gradient_padding;
+        // SAFETY: the caller's.
+        let gradient =
+            unsafe { LogitsMut::at(address as *mut u8, dtype, self.tokens, columns, strides)? };
+        gradient.with_vocab(self.vocab).map(drop)
+    }
 }
 
 /// The objective with the gradient of what comes after.
@@ -403,10 +440,12 @@ mod tests {
             teacher: logits(teacher, row_stride),
             student: logits(student, row_stride),
             gradient: None,
+            gradient_padding: 0,
             labels: Some(RawLabels::I64(at(labels))),
             sequences: None,
             margins: None,
             hard: None,
+            token_weights: None,
             upstream: None,
         }
     }
@@ -427,7 +466,7 @@ mod tests {
         let output = forward_backward(&objective, &batch, view(&student)?, to)?;
 
         let mut loss = f32::NAN;
-        let mut terms = [[f32::NAN; TOKENS]; 4];
+        let mut terms = [[f32::NAN; TOKENS]; 5];
         let mut modes = [9_u8; TOKENS];
         let mut gradient = vec![f32::NAN; 15];
         let to = RawOutput {
@@ -436,6 +475,7 @@ mod tests {
             tkd: Some(terms[1].as_mut_ptr() as u64),
             dkd: Some(terms[2].as_mut_ptr() as u64),
             margin: Some(terms[3].as_mut_ptr() as u64),
+            token_loss: Some(terms[4].as_mut_ptr() as u64),
             modes: Some(modes.as_mut_ptr() as u64),
         };
         let call = RawCall {
@@ -452,7 +492,7 @@ mod tests {
         assert_eq!(loss, output.loss as f32);
         assert_eq!(gradient, expected.iter().map(|d| 2.0 * d).collect::<Vec<_>>());
         for (i, token) in output.tokens.iter().enumerate() {
-            let expected = [token.uncertainty, token.tkd, token.dkd, token.margin];
+            let expected = [token.uncertainty, token.tkd, token.dkd, token.margin, token.loss];
             let expected = expected.map(|term| term as f32);
             assert_eq!(terms.map(|column| column[i]), expected);
             assert_eq!((modes[i] != IGNORED, modes[i] == HARD), (token.valid, token.hard));
@@ -475,13 +515,14 @@ mod tests {
         let labels: Vec<i32> = (0..TOKENS as i32).map(|token| token % 6 - 1).collect();
         let objective = Objective::default().with_ignore_index(-1);
         let columns =
-            || ([f32::NAN; 4 * TOKENS + 1], [9_u8; TOKENS], vec![f32::NAN; TOKENS * VOCAB]);
+            || ([f32::NAN; 5 * TOKENS + 1], [9_u8; TOKENS], vec![f32::NAN; TOKENS * VOCAB]);
         let output = |floats: &mut [f32], modes: &mut [u8]| RawOutput {
-            loss: Some(at(&floats[4 * TOKENS..])),
+            loss: Some(at(&floats[5 * TOKENS..])),
             uncertainty: Some(floats.as_mut_ptr() as u64),
             tkd: Some(at(&floats[TOKENS..])),
             dkd: Some(at(&floats[2 * TOKENS..])),
             margin: Some(at(&floats[3 * TOKENS..])),
+            token_loss: Some(at(&floats[4 * TOKENS..])),
             modes: Some(modes.as_mut_ptr() as u64),
         };
         let tokens = RawTokens {
@@ -491,6 +532,7 @@ mod tests {
             sequences: Some((at(&[0_i64, 9, TOKENS as i64]), 2)),
             margins: None,
             hard: None,
+            token_weights: None,
             upstream: Some(at(&[0.5_f32])),
         };
         let rows = |teacher: &[f32], student: &[f32], gradient: &mut [f32]| RawRows {
@@ -498,6 +540,7 @@ mod tests {
             teacher: logits(teacher, VOCAB),
             student: logits(student, VOCAB),
             gradient: Some(logits(gradient, VOCAB)),
+            gradient_padding: 0,
         };
         let (mut expected_floats, mut expected_modes, mut expected) = columns();
         let whole = tokens.whole_call(&rows(&teacher, &student, &mut expected));

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use super::math::{self, GradientScales, RowDivergence, RowState, by_family};
 use super::rows::RowPass;
 use super::{RunningSelection, StudentRow, Workers, into_rows};
-use crate::batch::valid_labels;
+use crate::batch::{check_token_weights, token_weight, valid_labels};
 use crate::error::NO_GROUP_SIZES;
 use crate::objective::{Objective, ReductionScales, Target};
 use crate::output::{Output, TokenTerms};
@@ -65,6 +65,7 @@ pub struct Session<'a> {
     sequences: Option<Cow<'a, [usize]>>,
     /// The margins to select by that the caller has.
     given_margins: Option<&'a [f32]>,
+    token_weights: Option<&'a [f32]>,
     /// The teacher's margins, if that stage was run; `None` for tokens that it did not have, or that are ignored.
     margins: Vec<Option<f32>>,
     /// The teacher's arg maxima that the stage of margins has found, if these are the targets.
@@ -140,6 +141,7 @@ impl<'a> Session<'a> {
         let mut session = Self::new(workers, objective, labels, batch.teacher().vocab())?;
         session.sequences = batch.sequences().map(Cow::from);
         session.given_margins = batch.margins();
+        session.token_weights = batch.token_weights();
         match batch.hard() {
             Some(hard) => session.with_hard(hard),
             None => Ok(session),
@@ -160,6 +162,7 @@ impl<'a> Session<'a> {
             vocab,
             sequences: None,
             given_margins: None,
+            token_weights: None,
             margins: Vec::new(),
             arg_maxima: Vec::new(),
             hard: None,
@@ -206,6 +209,16 @@ impl<'a> Session<'a> {
         }
         let valid = self.labels.iter().zip(hard).map(|(label, &hard)| hard && label.is_some());
         self.know(valid.collect());
+        Ok(self)
+    }
+
+    /// Multiplies the weights of each token's terms: see [`Batch::with_token_weights`].
+    ///
+    /// # Errors
+    /// If there is not one weight per token.
+    pub fn with_token_weights(mut self, weights: &'a [f32]) -> Result<Self> {
+        check_token_weights(weights.len(), self.labels.len())?;
+        self.token_weights = Some(weights);
         Ok(self)
     }
 
@@ -320,7 +333,8 @@ impl<'a> Session<'a> {
                     running.add(margin as f32)
                 }
             };
-            let (terms, scales) = self.finished(divergence, &state, margin, student_target, hard);
+            let (terms, scales) =
+                self.finished(divergence, first + row, &state, margin, student_target, hard);
             let mut has_gradient = false;
             if let Some(gradient) = student.gradient() {
                 self.pass.gradient(divergence, &state, &scales, target, scratch, gradient);
@@ -370,8 +384,14 @@ impl<'a> Session<'a> {
     /// Gives a token the terms of the other group.
     fn regroup<D: RowDivergence>(&mut self, divergence: D, token: usize, hard: bool) {
         let Token::Done(kept) = &self.tokens[token] else { return };
-        let (terms, _) =
-            self.finished(divergence, &kept.state, kept.terms.margin, kept.student_target, hard);
+        let (terms, _) = self.finished(
+            divergence,
+            token,
+            &kept.state,
+            kept.terms.margin,
+            kept.student_target,
+            hard,
+        );
         let Token::Done(kept) = &mut self.tokens[token] else { return };
         kept.terms = terms;
         if kept.has_gradient && self.objective.depends_on_selection() {
@@ -464,7 +484,7 @@ impl<'a> Session<'a> {
             let Token::Done(kept) = &self.tokens[token] else { return };
             let TokenTerms { margin, hard, .. } = kept.terms;
             let (_, scales) =
-                self.finished(divergence, &kept.state, margin, kept.student_target, hard);
+                self.finished(divergence, token, &kept.state, margin, kept.student_target, hard);
             let state =
                 self.pass.state(divergence, teacher, student.logits(), kept.target, scratch);
             let gradient = student.gradient().expect("a repair is of a gradient");
@@ -493,7 +513,7 @@ impl<'a> Session<'a> {
             Token::Ignored => Ok(TokenTerms::IGNORED),
             Token::Done(kept) => Ok(kept.terms),
         });
-        Ok(Output::reduce(&self.objective, terms.collect::<Result<_>>()?))
+        Ok(Output::reduce(&self.objective, terms.collect::<Result<_>>()?, self.token_weights))
     }
 
     /// The margins of that stage, -inf for ignored tokens.
@@ -522,6 +542,7 @@ impl<'a> Session<'a> {
     fn finished<D: RowDivergence>(
         &self,
         divergence: D,
+        token: usize,
         state: &RowState,
         margin: f64,
         student_target: f64,
@@ -537,6 +558,7 @@ impl<'a> Session<'a> {
             margin,
             student_target,
             hard,
+            token_weight(self.token_weights, token),
             *scales,
         )
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, result};
+use cudarc::driver::{CudaStream, result, sys};
 
 use super::{Kernels, driver};
 use crate::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
@@ -42,7 +42,10 @@ impl Kernels {
         let memory = self.memory_of(call.tokens, workspace);
         let launches = launches(&checked, output, &self.plan(&checked.problem), memory)?;
         // SAFETY: the caller vouches for all addresses.
-        unsafe { self.enqueue_in(stream, launches, workspace) }
+        unsafe {
+            clear_padding(stream, call)?;
+            self.enqueue_in(stream, launches, workspace)
+        }
     }
 
     /// Enqueues the teacher's margins: as [`Workspace::launch_margins`](super::Workspace::launch_margins), in memory of the
@@ -152,6 +155,30 @@ impl Kernels {
         // SAFETY: the caller vouches for the addresses.
         unsafe { self.enqueue(stream, launch, None) }
     }
+}
+
+/// Makes the gradient's padding 0.
+///
+/// # Safety
+/// As [`Kernels::launch_raw`], of a call that is valid.
+pub(super) unsafe fn clear_padding(stream: &CudaStream, call: &RawCall) -> Result<()> {
+    let Some(RawLogits { address, dtype, strides }) = call.gradient else { return Ok(()) };
+    if call.gradient_padding == 0 {
+        return Ok(());
+    }
+    let bytes = |elements: usize| elements * dtype.size();
+    // Rows of one outer index are evenly spaced.
+    let (_, inner) = strides.skip();
+    let rows = if strides.of(call.tokens) == strides.row().into() { call.tokens } else { inner };
+    for first in (0..call.tokens).step_by(rows.max(1)) {
+        let start = address + bytes(strides.start(first) + call.vocab) as u64;
+        let (pitch, width) = (bytes(strides.row()), bytes(call.gradient_padding));
+        // SAFETY: the caller says that the padding is the gradient's.
+        unsafe { sys::cuMemsetD2D8Async(start, pitch, 0, width, rows, stream.cu_stream()) }
+            .result()
+            .map_err(driver("clearing the gradient's padding"))?;
+    }
+    Ok(())
 }
 
 /// Clears the mask of a selection within sequences: a kernel that meets offsets out of order writes nothing.

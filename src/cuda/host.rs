@@ -142,6 +142,14 @@ impl Kernels {
                 device_batch.with_hard(hard.slice(..given.len()))?
             }
         };
+        let token_weights;
+        let device_batch = match batch.token_weights() {
+            None => device_batch,
+            Some(given) => {
+                token_weights = upload(stream, given)?;
+                device_batch.with_token_weights(token_weights.slice(..given.len()))?
+            }
+        };
         let capacity = batch.teacher().tokens();
         let mut workspace = Workspace::new(self, stream, capacity)?;
         let student_copy = Copy::new(stream, student.elements())?;

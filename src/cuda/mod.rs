@@ -72,7 +72,7 @@ pub use workspace::Workspace;
 
 /// The driver's functions that cudarc calls for this crate and its users: it panics where one is missing.
 #[cfg(any(test, not(feature = "candle-cuda")))]
-const FUNCTIONS: [&str; 44] = [
+const FUNCTIONS: [&str; 45] = [
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
     "cuCtxSynchronize",
@@ -105,6 +105,7 @@ const FUNCTIONS: [&str; 44] = [
     "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
+    "cuMemsetD2D8Async",
     "cuMemsetD8Async",
     "cuModuleGetFunction",
     "cuModuleLoadData",

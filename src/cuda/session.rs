@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUstreamCaptureStatus;
 use cudarc::driver::{CudaContext, CudaStream, CudaView, DevicePtr, DevicePtrMut, result};
 
+use super::by_address::clear_padding;
 use super::workspace::{check_shape, tracked_capture};
 use super::{DeviceLogits, DeviceLogitsMut, DeviceTokens, Kernels, Workspace, driver};
 use crate::call::{RawLogits, RawOutput, RawRows, RawTokens};
@@ -90,7 +91,7 @@ impl RawSession {
     pub unsafe fn rows(&mut self, first: usize, rows: &RawRows) -> Result<()> {
         let launches = self.stages.rows(first, rows)?;
         // SAFETY: the caller vouches for all addresses.
-        unsafe { self.enqueue(launches) }
+        unsafe { self.enqueue_rows(rows, launches) }
     }
 
     /// Enqueues the selection and returns the mispredicted tokens: see [`Session::select`].
@@ -161,7 +162,7 @@ impl RawSession {
         self.failed |= copied.is_err();
         copied.map_err(driver("writing the tokens to repair"))?;
         // SAFETY: the caller vouches for all addresses.
-        unsafe { self.enqueue(launches) }
+        unsafe { self.enqueue_rows(rows, launches) }
     }
 
     /// Enqueues the end of the call, whose results are written to where `output` wants them: see [`Session::finish`].
@@ -182,6 +183,17 @@ impl RawSession {
         let launches = self.stages.finish(output)?;
         // SAFETY: the caller vouches for all addresses.
         unsafe { self.enqueue(launches) }
+    }
+
+    /// # Safety
+    /// As [`Kernels::begin_raw`].
+    unsafe fn enqueue_rows(&mut self, rows: &RawRows, launches: Launches) -> Result<()> {
+        self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
+        // SAFETY: the caller's.
+        unsafe {
+            clear_padding(&self.stream, &rows.call(self.stages.vocab()))?;
+            self.enqueue(launches)
+        }
     }
 
     /// # Safety
@@ -414,9 +426,10 @@ impl<'a> Session<'a> {
             let stream = raw.stream.clone();
             let (teacher, _teacher) = teacher.raw(&stream);
             let (student, _student) = student.raw(&stream);
+            let gradient_padding = gradient.as_ref().map_or(0, DeviceLogitsMut::padding);
             let gradient = gradient.as_mut().map(|gradient| gradient.raw(&stream));
             let (gradient, _gradient) = gradient.unzip();
-            stage(raw, &RawRows { tokens: shape[0], teacher, student, gradient })
+            stage(raw, &RawRows { tokens: shape[0], teacher, student, gradient, gradient_padding })
         })
     }
 
@@ -435,8 +448,10 @@ impl<'a> Session<'a> {
         self.stage(|raw| {
             let stream = raw.stream.clone();
             let (teacher, _teacher) = teacher.raw(&stream);
+            let gradient_padding = student.padding();
             let (student, _student) = student.raw(&stream);
-            stage(raw, &RawRows { tokens: shape[0], teacher, student, gradient: Some(student) })
+            let gradient = Some(student);
+            stage(raw, &RawRows { tokens: shape[0], teacher, student, gradient, gradient_padding })
         })
     }
 

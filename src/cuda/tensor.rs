@@ -4,8 +4,10 @@ use cudarc::driver::{
 };
 use half::{bf16, f16};
 
+use crate::batch::check_token_weights;
+use crate::call::TOKEN_WEIGHTS;
 use crate::call::{RawLabels, RawLogits, RawTokens};
-use crate::logits::check_length;
+use crate::logits::{check_length, check_vocab};
 use crate::{Dtype, Error, Result, Strides};
 
 macro_rules! elements {
@@ -91,6 +93,8 @@ macro_rules! logits {
         pub struct $name<'a> {
             pub(super) elements: $elements<'a>,
             pub(super) shape: [usize; 2],
+            /// Logits in a row, of which the first `shape[1]` count.
+            columns: usize,
             strides: Strides,
         }
 
@@ -103,7 +107,7 @@ macro_rules! logits {
                 let elements = elements.into();
                 let strides = vocab.into();
                 check_length("logits", elements.len(), [tokens, vocab], strides, true)?;
-                Ok(Self { elements, shape: [tokens, vocab], strides })
+                Ok(Self { elements, shape: [tokens, vocab], columns: vocab, strides })
             }
 
             /// Rows that start where `strides` say: a row stride, or [`Strides::nested`]. What lies between them
@@ -119,7 +123,18 @@ macro_rules! logits {
             ) -> Result<Self> {
                 let (elements, strides) = (elements.into(), strides.into());
                 check_length("logits", elements.len(), [tokens, vocab], strides, false)?;
-                Ok(Self { elements, shape: [tokens, vocab], strides })
+                Ok(Self { elements, shape: [tokens, vocab], columns: vocab, strides })
+            }
+
+            /// The first `vocab` columns alone: see [`Logits::with_vocab`](crate::Logits::with_vocab). A call whose
+            /// gradient this is makes the others 0.
+            ///
+            /// # Errors
+            /// As there.
+            pub fn with_vocab(mut self, vocab: usize) -> Result<Self> {
+                check_vocab(vocab, self.columns)?;
+                self.shape[1] = vocab;
+                Ok(self)
             }
 
             pub(super) fn context(&self) -> &CudaContext {
@@ -151,6 +166,11 @@ impl DeviceLogits<'_> {
 }
 
 impl DeviceLogitsMut<'_> {
+    /// The columns that a gradient has beyond the vocabulary.
+    pub(super) fn padding(&self) -> usize {
+        self.columns - self.shape[1]
+    }
+
     /// See [`DeviceLogits::raw`].
     pub(crate) fn raw<'a>(&'a mut self, stream: &'a CudaStream) -> (RawLogits, SyncOnDrop<'a>) {
         let (dtype, strides) = (self.elements.dtype(), self.strides);
@@ -234,6 +254,7 @@ pub struct DeviceTokens<'a> {
     sequences: Option<CudaView<'a, i64>>,
     margins: Option<CudaView<'a, f32>>,
     hard: Option<CudaView<'a, u8>>,
+    token_weights: Option<CudaView<'a, f32>>,
 }
 
 impl<'a> DeviceTokens<'a> {
@@ -247,7 +268,14 @@ impl<'a> DeviceTokens<'a> {
     /// Tokens without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
     pub fn unlabelled(tokens: usize, vocab: usize) -> Self {
         let shape = [tokens, vocab];
-        Self { shape, labels: None, sequences: None, margins: None, hard: None }
+        Self {
+            shape,
+            labels: None,
+            sequences: None,
+            margins: None,
+            hard: None,
+            token_weights: None,
+        }
     }
 
     /// Selects hard tokens within each sequence instead of the whole batch, which is this call's tokens. Sequence `i` is
@@ -298,13 +326,24 @@ impl<'a> DeviceTokens<'a> {
         Ok(self)
     }
 
+    /// Multiplies the weights of each token's terms: see [`Batch::with_token_weights`](crate::Batch::with_token_weights).
+    ///
+    /// # Errors
+    /// If there is not one weight per token.
+    pub fn with_token_weights(mut self, weights: CudaView<'a, f32>) -> Result<Self> {
+        check_token_weights(weights.len(), self.shape[0])?;
+        self.token_weights = Some(weights);
+        Ok(self)
+    }
+
     /// The contexts of their memory, by what it holds.
-    pub(super) fn contexts(&self) -> [(&'static str, Option<&CudaContext>); 4] {
+    pub(super) fn contexts(&self) -> [(&'static str, Option<&CudaContext>); 5] {
         [
             ("the labels", self.labels.as_ref().map(DeviceLabels::context)),
             ("the sequences' offsets", self.sequences.as_ref().map(context_of)),
             ("the margins", self.margins.as_ref().map(context_of)),
             ("the mask of hard tokens", self.hard.as_ref().map(context_of)),
+            (TOKEN_WEIGHTS, self.token_weights.as_ref().map(context_of)),
         ]
     }
 
@@ -313,7 +352,7 @@ impl<'a> DeviceTokens<'a> {
         &'s self,
         upstream: Option<&'s CudaView<f32>>,
         stream: &'s CudaStream,
-    ) -> (RawTokens, [Option<SyncOnDrop<'s>>; 5]) {
+    ) -> (RawTokens, [Option<SyncOnDrop<'s>>; 6]) {
         let (labels, of_labels) = self.labels.as_ref().map(|labels| labels.raw(stream)).unzip();
         let (offsets, of_offsets) =
             self.sequences.as_ref().map(|offsets| offsets.device_ptr(stream)).unzip();
@@ -321,11 +360,14 @@ impl<'a> DeviceTokens<'a> {
         let (margins, of_margins) =
             self.margins.as_ref().map(|margins| margins.device_ptr(stream)).unzip();
         let (hard, of_hard) = self.hard.as_ref().map(|hard| hard.device_ptr(stream)).unzip();
+        let (token_weights, of_weights) =
+            self.token_weights.as_ref().map(|weights| weights.device_ptr(stream)).unzip();
         let (upstream, of_upstream) = upstream.map(|upstream| upstream.device_ptr(stream)).unzip();
         let [tokens, vocab] = self.shape;
         let sequences = offsets.map(|address| (address, count));
-        let raw = RawTokens { tokens, vocab, labels, sequences, margins, hard, upstream };
-        (raw, [of_labels, of_offsets, of_margins, of_hard, of_upstream])
+        let raw =
+            RawTokens { tokens, vocab, labels, sequences, margins, hard, token_weights, upstream };
+        (raw, [of_labels, of_offsets, of_margins, of_hard, of_weights, of_upstream])
     }
 }
 
@@ -380,5 +422,13 @@ impl<'a> DeviceBatch<'a> {
     /// As there.
     pub fn with_hard(self, hard: CudaView<'a, u8>) -> Result<Self> {
         Ok(Self { tokens: self.tokens.with_hard(hard)?, ..self })
+    }
+
+    /// See [`DeviceTokens::with_token_weights`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_token_weights(self, weights: CudaView<'a, f32>) -> Result<Self> {
+        Ok(Self { tokens: self.tokens.with_token_weights(weights)?, ..self })
     }
 }

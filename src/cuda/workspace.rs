@@ -8,7 +8,7 @@ use cudarc::driver::{
     DeviceSlice, result,
 };
 
-use super::by_address::clear_hard;
+use super::by_address::{clear_hard, clear_padding};
 use super::kernels::Clock;
 use super::tensor::context_of;
 use super::{
@@ -153,8 +153,9 @@ impl Workspace {
             [("the student's logits", student.context()), ("the gradient", gradient.context())];
         self.check_batch(stream, batch, &others, upstream)?;
         let (student, _student) = student.raw(stream);
+        let padding = gradient.padding();
         let (gradient, _gradient) = gradient.raw(stream);
-        self.enqueue(stream, objective, batch, student, Some(gradient), upstream)
+        self.enqueue(stream, objective, batch, student, Some((gradient, padding)), upstream)
     }
 
     /// As [`forward_backward`](Self::forward_backward), with the gradient written over the student's logits.
@@ -171,8 +172,9 @@ impl Workspace {
     ) -> Result<()> {
         check_shape(batch.teacher.shape, "the student's logits", student.shape)?;
         self.check_batch(stream, batch, &[("the student's logits", student.context())], upstream)?;
+        let padding = student.padding();
         let (student, _guard) = student.raw(stream);
-        self.enqueue(stream, objective, batch, student, Some(student), upstream)
+        self.enqueue(stream, objective, batch, student, Some((student, padding)), upstream)
     }
 
     fn check_batch(
@@ -229,12 +231,14 @@ impl Workspace {
         objective: &Objective,
         batch: &DeviceBatch,
         student: RawLogits,
-        gradient: Option<RawLogits>,
+        gradient: Option<(RawLogits, usize)>,
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
         let (teacher, _teacher) = batch.teacher.raw(stream);
         let (tokens, _tokens) = batch.tokens.raw(upstream, stream);
-        let rows = RawRows { tokens: tokens.tokens, teacher, student, gradient };
+        let (gradient, padding) = gradient.unzip();
+        let gradient_padding = padding.unwrap_or(0);
+        let rows = RawRows { tokens: tokens.tokens, teacher, student, gradient, gradient_padding };
         let call = tokens.whole_call(&rows);
         // SAFETY: the views were checked to hold what the call says, and the guards above let the memory's
         // owners wait for the stream.
@@ -270,7 +274,10 @@ impl Workspace {
         let ordered = !tracked_capture(stream, self.memory.context())?;
         let guard = ordered.then(|| self.memory.device_ptr_mut(stream));
         // SAFETY: the caller vouches for the call's addresses, the layout for the workspace's.
-        let launched = unsafe { self.kernels.enqueue(stream, launches, self.clock.as_mut()) };
+        let launched = unsafe {
+            clear_padding(stream, call)
+                .and_then(|()| self.kernels.enqueue(stream, launches, self.clock.as_mut()))
+        };
         let failed = launched.is_err();
         if failed {
             clear_counters(stream, self.address);

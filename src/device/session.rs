@@ -81,7 +81,7 @@ impl Session {
     /// The margins of the tokens from `first` on, of which there are `count`.
     pub fn margins(&mut self, first: usize, count: usize, teacher: RawLogits) -> Result<Launches> {
         let range = self.not_yet_done(first, count)?;
-        let rows = RawRows { tokens: count, teacher, student: teacher, gradient: None };
+        let rows = RawRows::of_teacher(count, teacher);
         let memory = self.memory.starting_at(first);
         let stages = self.of_rows(first, &rows, memory, Schedule::SelectFirst, true)?;
         self.progress[range].fill(Progress::Margin);
@@ -197,6 +197,9 @@ impl Session {
         let mut stages = self.of_rows(0, rows, memory, Schedule::Given, true)?;
         // The targets that were gathered, be they labels or arg maxima.
         stages.batch.target = ATKD_TARGET_TEACHER;
+        if !stages.batch.token_weights.is_null() {
+            stages.batch.token_weights = memory.column(Column::Keys) as *const f32;
+        }
         let numbers = memory.column(Column::Mispredicted);
         if count == 0 {
             return Ok((Launches::new(), numbers));
@@ -207,6 +210,12 @@ impl Session {
         }
         self.states_used = true;
         Ok((vec![prepare, stages.launch(Stage::Rows)], numbers))
+    }
+
+    /// Logits in a row.
+    #[cfg(feature = "cuda")]
+    pub fn vocab(&self) -> usize {
+        self.tokens.vocab
     }
 
     /// The end of the call, and the selection before it if that is missing.

@@ -200,7 +200,7 @@ impl Stages {
         }
     }
 
-    /// The launch between two of rows, with the targets and modes of so many tokens for rows in `memory`.
+    /// The launch between two of rows, with the targets, modes and weights of so many tokens for rows in `memory`.
     pub fn prepare(&self, count: usize, memory: Memory) -> Launch {
         Launch {
             kernel: "prepare_rows",
@@ -210,6 +210,7 @@ impl Stages {
                 mispredicted: memory.column(Column::Mispredicted) as *const u32,
                 targets: memory.column(Column::Targets) as *mut i32,
                 modes: memory.column(Column::Modes) as *mut u8,
+                token_weights: memory.column(Column::Keys) as *mut f32,
                 states: memory.states(),
                 count: count as u32,
                 reserved: 0,
@@ -332,6 +333,7 @@ impl Stages {
                 tkd_to: output.tkd.unwrap_or(0) as *mut f32,
                 dkd_to: output.dkd.unwrap_or(0) as *mut f32,
                 margin_to: output.margin.unwrap_or(0) as *mut f32,
+                token_loss_to: output.token_loss.unwrap_or(0) as *mut f32,
                 modes_to: output.modes.unwrap_or(0) as *mut u8,
                 scale: self.scale(),
                 reduction: self.reduction(),

@@ -22,7 +22,8 @@ pub enum Column {
     /// float32. The row kernels: DKD over 2^64. Then `token_terms`: DKD.
     Dkd,
     /// uint32, written once in a call, by the first to know them: `teacher_margin`, the row kernels, or `select_hard`
-    /// from the caller's margins. The order of the keys is that of the margins; 0 for an ignored token, 1 for NaN.
+    /// from the caller's margins. The order of the keys is that of the margins; 0 for an ignored token, 1 for NaN. In the
+    /// memory of a repair, whose rows need no keys: the tokens' weights, float32, if they have any.
     Keys,
     /// uint32. `select_hard`, in a call that predicts: the mispredicted tokens in any order, as many as the summary
     /// counts.
@@ -277,6 +278,7 @@ impl Memory {
             targets: self.column(Column::Targets) as *mut i32,
             keys: self.column(Column::Keys) as *mut u32,
             modes: self.column(Column::Modes) as *mut u8,
+            token_weights: std::ptr::null(),
             summary: self.summary(),
             teacher_strides: atkd_strides { stride: 0, skip: 0, inverse: 0, shift: 0 },
             ignore_index: 0,
@@ -299,6 +301,7 @@ impl Memory {
         atkd_batch {
             teacher: call.teacher.address as *const c_void,
             labels: labels as *const c_void,
+            token_weights: call.token_weights.unwrap_or(0) as *const f32,
             teacher_strides: strides(call.teacher, call.tokens),
             ignore_index: objective.ignore_index(),
             vocab: call.vocab as u32,

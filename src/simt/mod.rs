@@ -42,6 +42,7 @@ impl<'a> Inputs<'a> {
             sequences: offsets.as_ref().map(|offsets| (address(offsets), offsets.len() - 1)),
             margins: batch.margins().map(address),
             hard: batch.hard().map(address),
+            token_weights: batch.token_weights().map(address),
             upstream: upstream.as_ref().map(|upstream| address(upstream)),
         };
         Self { batch: *batch, offsets, upstream, tokens }
@@ -54,6 +55,7 @@ impl<'a> Inputs<'a> {
             offsets.as_ref().map(|offsets| Buffer::input("offsets", offsets)),
             batch.margins().map(|margins| Buffer::input("margins", margins)),
             batch.hard().map(|hard| Buffer::input("hard", hard)),
+            batch.token_weights().map(|weights| Buffer::input("token weights", weights)),
             upstream.as_ref().map(|upstream| Buffer::input("upstream", upstream)),
         ]
         .into_iter()
@@ -229,7 +231,13 @@ impl Simulation {
         let inputs = Inputs::new(batch, extra);
         buffers.extend(inputs.buffers());
         let (tokens, vocab) = (batch.teacher().tokens(), batch.teacher().vocab());
-        let rows = RawRows { tokens, teacher: raw(batch.teacher()), student, gradient };
+        let rows = RawRows {
+            tokens,
+            teacher: raw(batch.teacher()),
+            student,
+            gradient,
+            gradient_padding: 0,
+        };
         let call = inputs.tokens.whole_call(&rows);
         let layout = Layout { capacity: tokens };
         let workspace = self.workspace(layout, &mut buffers);
@@ -383,10 +391,12 @@ impl Simulation {
             teacher: raw(batch.teacher()),
             student: raw(student),
             gradient: Some(raw(gradient.as_logits())),
+            gradient_padding: 0,
             labels: Some(RawLabels::I64(address(labels))),
             sequences: None,
             margins: None,
             hard: None,
+            token_weights: None,
             upstream: None,
         };
         let mut buffers = [

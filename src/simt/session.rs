@@ -175,7 +175,8 @@ impl Session<'_> {
         buffers
             .extend(gradient.map(|g| Buffer { writable: true, ..input("gradient", g.elements()) }));
         let gradient = gradient.map(raw);
-        Ok((RawRows { tokens, teacher: raw(teacher), student: raw(student), gradient }, buffers))
+        let (teacher, student) = (raw(teacher), raw(student));
+        Ok((RawRows { tokens, teacher, student, gradient, gradient_padding: 0 }, buffers))
     }
 
     fn check_shapes(

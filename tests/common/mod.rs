@@ -35,10 +35,12 @@ impl Data {
             teacher: logits(self.teacher.as_ptr()),
             student: logits(self.student.as_ptr()),
             gradient: Some(logits(gradient.as_mut_ptr())),
+            gradient_padding: 0,
             labels: Some(RawLabels::I64(self.labels.as_ptr() as u64)),
             sequences: None,
             margins: None,
             hard: None,
+            token_weights: None,
             upstream: None,
         };
         let mut loss = f32::NAN;

@@ -42,6 +42,9 @@ impl Backend for Gpu {
             let hard: Vec<u8> = hard.iter().map(|&hard| hard.into()).collect();
             tokens = tokens.with_hard(self.kept(&hard).as_view())?;
         }
+        if let Some(weights) = batch.token_weights() {
+            tokens = tokens.with_token_weights(self.kept(weights).as_view())?;
+        }
         let session = workspace.begin(&self.stream, objective, tokens, None)?;
         Ok(Box::new(Staged { gpu: self, session }))
     }
@@ -217,6 +220,7 @@ fn stages_by_address() {
             sequences: None,
             margins: None,
             hard: None,
+            token_weights: None,
             upstream: Some(upstream.device_ptr(stream).0),
         };
         let logits = |slice: &CudaSlice<bf16>, token: usize| RawLogits {
@@ -229,6 +233,7 @@ fn stages_by_address() {
             teacher: logits(&teacher, first),
             student: logits(&student, first),
             gradient: Some(logits(&gradient, first)),
+            gradient_padding: 0,
         };
         if staged {
             // SAFETY: the addresses are of the arrays above, used on one stream, as they are below.
@@ -265,10 +270,12 @@ fn stages_by_address() {
                 teacher,
                 student,
                 gradient,
+                gradient_padding: 0,
                 labels,
                 sequences,
                 margins,
                 hard,
+                token_weights: None,
                 upstream,
             };
             // SAFETY: as above.

@@ -99,6 +99,7 @@ struct Data {
     teacher: Rows,
     student: Rows,
     labels: Vec<i64>,
+    token_weights: Vec<f32>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -138,7 +139,8 @@ impl Data {
         for (token, &label) in labels.iter().enumerate().filter(|(_, label)| **label >= 0) {
             teacher[token * VOCAB + label as usize] = bf16::from_f32((token % 23) as f32);
         }
-        Self { teacher, student, labels }
+        let token_weights = (0..TOKENS).map(|token| (token % 5) as f32 - 0.5).collect();
+        Self { teacher, student, labels, token_weights }
     }
 
     fn batch<'a>(&'a self, objective: &Objective, with: With<'a>) -> Batch<'a> {
@@ -149,7 +151,7 @@ impl Data {
             _ => Batch::new(teacher, &self.labels).unwrap(),
         };
         match with {
-            With::Nothing => batch,
+            With::Nothing => batch.with_token_weights(&self.token_weights).unwrap(),
             With::Sequences(offsets) => batch.with_sequences(offsets).unwrap(),
             With::Margins(margins) => batch.with_margins(margins).unwrap(),
             With::Hard(hard) => batch.with_hard(hard).unwrap(),

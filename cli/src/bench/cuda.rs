@@ -61,10 +61,12 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
         teacher: raw(teacher.device_ptr(stream).0),
         student: raw(student.device_ptr(stream).0),
         gradient: Some(raw(gradient.device_ptr_mut(stream).0)),
+        gradient_padding: 0,
         labels: Some(RawLabels::I64(labels.device_ptr(stream).0)),
         sequences: None,
         margins: None,
         hard: None,
+        token_weights: None,
         upstream: None,
     };
     let mut workspace = Workspace::new(kernels, stream, tokens)?;

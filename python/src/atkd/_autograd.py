@@ -15,7 +15,7 @@ NO_SECOND_DERIVATIVE = (
 )
 
 
-def for_student(gradient: Tensor, others: int) -> Tuple[Optional[Tensor], ...]:
+def for_student(gradient: Optional[Tensor], others: int) -> Tuple[Optional[Tensor], ...]:
     """The gradients of a function's arguments, of which the student comes first and the others have none."""
     return (gradient, *[None] * others)
 
@@ -43,7 +43,7 @@ def _first_derivative(ctx: Any, upstream: Tensor, others: int) -> Tuple[Optional
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results) -> None:
-    _student, _teacher, _labels, _scale, _hard, with_gradient, *_ = inputs
+    _student, _teacher, _labels, _scale, _hard, _token_weights, with_gradient, *_ = inputs
     _, gradient, terms, chosen = output
     ctx.mark_non_differentiable(gradient, terms, chosen)
     # Else backward gets zeros as large as the gradient, for the outputs that have none.
@@ -76,19 +76,22 @@ class Loss(torch.autograd.Function):
         labels: Optional[Tensor],
         scale: Optional[Tensor],
         hard: Optional[Tensor],
+        token_weights: Optional[Tensor],
         with_gradient: bool,
         inplace: bool,
         per_sequence: bool,
+        vocab_size: Optional[int],
         settings: Dict[str, Any],
         with_stats: bool,
     ) -> Tuple[Tensor, Optional[Stats]]:
-        _checks.check_loss(student, teacher, labels, scale, hard, per_sequence, settings)
+        inputs = teacher, labels, scale, hard, token_weights
+        _checks.check_loss(student, *inputs, per_sequence, vocab_size, settings)
         place = _native.rows(student.detach()) if inplace else student
         gradient = None
         if with_gradient:
             gradient = place if inplace else _native.empty_gradient(student)
         value, stats = _native.run_loss(
-            place, teacher, labels, scale, hard, gradient, per_sequence, settings, with_stats
+            place, *inputs, gradient, per_sequence, vocab_size, settings, with_stats
         )
         if inplace:
             gradient = place
@@ -141,18 +144,21 @@ def run_directly(
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
     with_gradient: bool,
     inplace: bool,
     per_sequence: bool,
+    vocab_size: Optional[int],
     settings: Dict[str, Any],
     with_stats: bool,
 ) -> Tuple[Tensor, Optional[Stats]]:
     """`Loss`, after which autograd knows of logits that are gone."""
     inplace = inplace and with_gradient and _may_be_overwritten(student)
     before = _private.version(student) if inplace else 0
-    tensors = student, teacher, labels, scale, hard
+    tensors = student, teacher, labels, scale, hard, token_weights
+    flags = with_gradient, inplace, per_sequence, vocab_size
     result: Tuple[Tensor, Optional[Stats]] = Loss.apply(
-        *tensors, with_gradient, inplace, per_sequence, {"numbers": None, **settings}, with_stats
+        *tensors, *flags, {"numbers": None, **settings}, with_stats
     )
     if inplace and _private.version(student) != before:
         # The gradient that `Loss` has saved lies in the same memory, and must not seem modified.

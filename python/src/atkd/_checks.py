@@ -53,10 +53,25 @@ def _check_labels(labels: Optional[Tensor], name: str, logits: Tensor, target: s
         raise ValueError(f"{name} are on {logits.device}, but labels on {labels.device}")
 
 
-def _check_mask(name: str, mask: Tensor, beside: str, other: Tensor, shape: Any) -> None:
+def _check_vocab_size(vocab_size: Optional[int], name: str, logits: Tensor) -> None:
+    columns = logits.shape[-1]
+    if vocab_size is not None and not 1 <= vocab_size <= columns:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but must be from 1 to {columns}, the columns of {name}"
+        )
+
+
+def _check_mask(
+    name: str,
+    mask: Tensor,
+    beside: str,
+    other: Tensor,
+    shape: Any,
+    dtype: torch.dtype = torch.bool,
+) -> None:
     """`shape` is what it must have, on the device of `other`, which is called `beside`."""
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} is {mask.dtype}, but must be torch.bool")
+    if mask.dtype != dtype:
+        raise TypeError(f"{name} is {mask.dtype}, but must be {dtype}")
     if mask.shape != shape:
         raise ValueError(f"{name} is {list(mask.shape)}, but must be {list(shape)}")
     if _are_apart(mask, other):
@@ -69,20 +84,24 @@ def check_loss(
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
     per_sequence: bool,
+    vocab_size: Optional[int],
     settings: Dict[str, Any],
 ) -> None:
     """Raises unless these are what a loss follows from."""
     shape = student.shape
     _check_logits("student_logits", student)
     _check_logits("teacher_logits", teacher)
-    if teacher.shape != shape:
+    _check_vocab_size(vocab_size, "student_logits", student)
+    _check_vocab_size(vocab_size, "teacher_logits", teacher)
+    if teacher.shape[:-1] != shape[:-1] or (vocab_size is None and teacher.shape != shape):
         message = f"student_logits are {list(shape)}, but teacher_logits are {list(teacher.shape)}"
         vocab = min(shape[-1], teacher.shape[-1])
         if shape[:-1] == teacher.shape[:-1]:
-            wider = "teacher_logits" if teacher.shape[-1] > vocab else "student_logits"
             message += (
-                f"; if the tokens that both vocabularies have come first, give {wider}[..., :{vocab}]"
+                "; if the tokens that both have come first, give their number as vocab_size, "
+                f"{vocab} or fewer"
             )
         raise ValueError(message)
     if _are_apart(teacher, student):
@@ -101,14 +120,20 @@ def check_loss(
     _settings.check_numbers(settings)
     if hard is not None:
         _check_mask("hard", hard, "student_logits", student, shape[:-1])
+    if token_weights is not None:
+        name = "token_weights"
+        _check_mask(name, token_weights, "student_logits", student, shape[:-1], torch.float32)
     if per_sequence and len(shape) != 3:
         raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {list(shape)}')
     _check_labels(labels, "student_logits", student, settings["target"])
 
 
-def check_margins(teacher: Tensor, labels: Optional[Tensor], settings: Dict[str, Any]) -> None:
+def check_margins(
+    teacher: Tensor, labels: Optional[Tensor], vocab_size: Optional[int], settings: Dict[str, Any]
+) -> None:
     """Raises unless these are what margins follow from."""
     _check_logits("teacher_logits", teacher)
+    _check_vocab_size(vocab_size, "teacher_logits", teacher)
     _settings.check_numbers(settings)
     _check_labels(labels, "teacher_logits", teacher, settings["target"])
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _atkd, _autograd, _operator, _private, _settings
 from ._settings import DEFAULTS, Number, Settings
+from ._token_losses import TokenLosses, TransformedTokenLosses
 from ._transforms import Transformed
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Stats(NamedTuple):
     """log((1 - p) / p) of the teacher's p(target), float32, by which hard tokens are selected; -inf for ignored
     ones.
     """
+    loss: Tensor
+    """The token's loss before the reduction, float32: its terms with the objective's weights and its own."""
 
 
 def _check_tensor(name: str, value: object, is_or_are: str = "are") -> None:
@@ -124,16 +127,37 @@ def _shifted(
     return labels, ignore_index
 
 
+def _check_per_token(num_items_in_batch: object, inplace: bool) -> None:
+    if num_items_in_batch is not None:
+        raise ValueError(
+            f'num_items_in_batch is {num_items_in_batch}, but reduction="none" divides by nothing: leave it out'
+        )
+    if inplace:
+        raise ValueError(
+            'inplace=True overwrites the logits, which reduction="none" reads in backward: leave inplace out'
+        )
+
+
 def _is_per_sequence(selection: str) -> bool:
     if selection not in ("batch", "sequence"):
         raise ValueError(f'selection is "{selection}", but must be "batch" or "sequence"')
     return selection == "sequence"
 
 
+def _check_constant(name: str, tensor: Tensor) -> None:
+    """Raises if somebody expects a gradient for it."""
+    if tensor.requires_grad:
+        raise TypeError(
+            f"{name} require a gradient, but none flows to them: give {name}.detach()"
+        )
+
+
 class Keywords(Settings, total=False):
     """The keywords of `atkd_loss` beside `return_stats`, for type checkers; it describes them."""
 
     selection: str
+    vocab_size: Optional[int]
+    token_weights: Optional[Tensor]
     num_items_in_batch: Union[None, int, float, Tensor]
     shift_labels: bool
     hard: Optional[Tensor]
@@ -179,6 +203,8 @@ def atkd_loss(
     labels: Optional[Tensor] = None,
     *,
     selection: str = "batch",
+    vocab_size: Optional[int] = None,
+    token_weights: Optional[Tensor] = None,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
     shift_labels: bool = False,
     hard: Optional[Tensor] = None,
@@ -196,7 +222,7 @@ def atkd_loss(
     Args:
         student_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16. Read where they lie if
             rows are contiguous and evenly spaced, else copied; so are the teacher's.
-        teacher_logits: of the same shape, of any of these dtypes.
+        teacher_logits: of the same shape, of any of these dtypes; with `vocab_size` the last dimension may differ.
         labels: `[N]` or `[B, T]`, int64 or int32. May be left out if `target="teacher"`.
         lam: easy tokens learn `lam * DKD`, hard ones `(1 - lam) * (TKD + DKD)`; of `"atkd"` alone.
         hard_ratio: the share of the valid tokens, those of which the teacher is least certain, that is
@@ -214,6 +240,9 @@ def atkd_loss(
             mean of the hard ones, each over its own count, and cross entropy's mean over all. The code of ATKD's
             authors computes the last, with `selection_rule="median"`; of groups of equal size it is twice the
             mean. It is of `"atkd"` alone, has no `num_items_in_batch`, and those of a batch's parts do not add up.
+            `"none"` returns the loss of each token, shaped as the labels, 0 for ignored ones. What multiplies them is
+            known in `backward` alone, which reads both models' logits again: 5 times the memory traffic of one
+            model's logits instead of 3. Where it is known before, `token_weights` with a sum is the faster way.
         ignore_index: tokens with this label are dropped.
         ce_weight: of the student's cross entropy, which is added.
         kd_weight: of the distillation terms.
@@ -226,6 +255,13 @@ def atkd_loss(
         selection_rule: which tokens are hard: `"top-k"`, the `ceil(hard_ratio * valid tokens)` of the largest margin; or
             `"median"`, those whose margin is at least the lower median of the valid tokens', as the code of ATKD's
             authors has it: of an even number n without equals n / 2 + 1.
+        vocab_size: the tokens of the vocabulary, where logits have more columns: those from there on are padding, which has
+            no probability and gradient 0. The models may then have vocabularies padded to widths of their own.
+            Nothing is copied.
+        token_weights: float32, one per position of the logits (with `shift_labels` too), which multiplies the token's
+            terms, cross entropy's too, and so its loss and gradient. A mean still divides by the number of valid tokens,
+            and the selection takes no notice. No gradient flows to them. The loss of a token whose weight is infinite
+            or NaN is NaN.
         num_items_in_batch: for gradient accumulation, the valid tokens of the whole batch: the loss is
             the sum over the valid tokens here, divided by it, which may be any positive number. 0, a
             batch without valid tokens, counts as 1. A tensor on a GPU is not waited for: one that is
@@ -259,11 +295,18 @@ def atkd_loss(
         _check_tensor("labels", labels)
     if hard is not None:
         _check_tensor("hard", hard, "is")
+    if token_weights is not None:
+        _check_tensor("token_weights", token_weights)
+        _check_constant("token_weights", token_weights)
     _check_numbers(settings)
     _check_shift_labels(shift_labels)
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
     scale = None
+    per_token = settings["reduction"] == "none"
+    if per_token:
+        _check_per_token(num_items_in_batch, inplace)
+        settings["reduction"] = "sum"
     if num_items_in_batch is not None:
         if settings["reduction"] == "group-mean":
             raise ValueError(
@@ -278,24 +321,37 @@ def atkd_loss(
     per_sequence = _is_per_sequence(selection)
     loss: Tensor
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    tensors = student_logits, teacher_logits, labels, scale, hard
-    if _private.derivatives_are_transformed():
-        loss, _, *stats = Transformed.apply(
-            *tensors, per_sequence, _settings.for_operator(settings)
+    tensors = student_logits, teacher_logits, labels, scale, hard, token_weights
+    transformed = _private.derivatives_are_transformed()
+    if per_token:
+        losses = TransformedTokenLosses if transformed else TokenLosses
+        loss, *stats = losses.apply(
+            student_logits,
+            teacher_logits,
+            labels,
+            hard,
+            token_weights,
+            per_sequence,
+            vocab_size,
+            _settings.for_operator(settings),
         )
-    elif _autograd.runs_directly(student_logits, teacher_logits, labels, hard):
+    elif transformed:
+        loss, _, *stats = Transformed.apply(
+            *tensors, per_sequence, vocab_size, _settings.for_operator(settings)
+        )
+    elif _autograd.runs_directly(student_logits, teacher_logits, labels, hard, token_weights):
         loss, stats = _autograd.run_directly(
-            *tensors, with_gradient, inplace, per_sequence, settings, return_stats
+            *tensors, with_gradient, inplace, per_sequence, vocab_size, settings, return_stats
         )
     else:
         loss, _, *stats = _operator.loss(
-            *tensors, with_gradient, per_sequence, *_settings.for_operator(settings)
+            *tensors, with_gradient, per_sequence, vocab_size, *_settings.for_operator(settings)
         )
     if not return_stats:
         return loss
     terms, chosen = stats
-    uncertainty, tkd, dkd, margin = terms.unbind()
-    return loss, Stats(uncertainty, tkd, dkd, chosen, margin)
+    uncertainty, tkd, dkd, margin, token_loss = terms.unbind()
+    return loss, Stats(uncertainty, tkd, dkd, chosen, margin, token_loss)
 
 
 def _shown_with_settings(function: Any) -> inspect.Signature:
@@ -325,6 +381,7 @@ def teacher_margins(
     temperature: Number = DEFAULTS["temperature"],
     target: str = DEFAULTS["target"],
     ignore_index: int = DEFAULTS["ignore_index"],
+    vocab_size: Optional[int] = None,
     shift_labels: bool = False,
 ) -> Tensor:
     """The teacher's margin of each token, log((1 - p) / p) of its p(target): what hard tokens are selected by.
@@ -353,7 +410,7 @@ def teacher_margins(
     labels, ignore_index = _shifted(teacher_logits, labels, shift_labels, target, ignore_index)
     given = {"temperature": temperature, "target": target, "ignore_index": ignore_index}
     margins: Tensor = _operator.teacher_margins(
-        teacher_logits.detach(), labels, *_settings.for_operator({**DEFAULTS, **given})
+        teacher_logits.detach(), labels, vocab_size, *_settings.for_operator({**DEFAULTS, **given})
     )
     return margins
 
@@ -417,6 +474,7 @@ class ATKDLoss(torch.nn.Module):
         beta: Number = DEFAULTS["beta"],
         selection_rule: str = DEFAULTS["selection_rule"],
         selection: str = "batch",
+        vocab_size: Optional[int] = None,
         shift_labels: bool = False,
         inplace: bool = False,
         return_stats: bool = False,
@@ -427,7 +485,11 @@ class ATKDLoss(torch.nn.Module):
         _is_per_sequence(selection)
         _check_numbers(settings)
         _check_shift_labels(shift_labels)
-        _atkd.Objective(**{name: settings[name] for name in DEFAULTS})
+        checked = {name: settings[name] for name in DEFAULTS}
+        if reduction == "none":
+            _check_per_token(None, inplace)
+            checked["reduction"] = "sum"
+        _atkd.Objective(**checked)
         self.settings: Dict[str, Any] = settings
 
     def forward(
@@ -437,6 +499,7 @@ class ATKDLoss(torch.nn.Module):
         labels: Optional[Tensor] = None,
         num_items_in_batch: Union[None, int, float, Tensor] = None,
         hard: Optional[Tensor] = None,
+        token_weights: Optional[Tensor] = None,
     ) -> Any:
         return atkd_loss(
             student_logits,
@@ -444,6 +507,7 @@ class ATKDLoss(torch.nn.Module):
             labels,
             num_items_in_batch=num_items_in_batch,
             hard=hard,
+            token_weights=token_weights,
             **self.settings,
         )
 

@@ -11,7 +11,7 @@ from ._checks import DTYPES, LABEL_DTYPES, check_device
 
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
 
-# Uncertainty, TKD, DKD, margin as `[4, *tokens]`; which tokens are hard.
+# Uncertainty, TKD, DKD, margin, loss as `[5, *tokens]`; which tokens are hard.
 Stats = Tuple[Tensor, Tensor]
 
 
@@ -47,20 +47,25 @@ class Call(NamedTuple):
 
     tokens: int
     vocab: int
+    """The columns that count, of which each matrix may have more."""
     student: Matrix
     teacher: Matrix
     labels: Optional[Labels]
     hard: Optional[int]
     """Bool `[tokens]`: the hard tokens, which are then not selected."""
+    token_weights: Optional[int]
+    """float32 `[tokens]`, by which each token's terms are multiplied."""
     sequences: Optional[Tuple[int, int]]
     """Offsets, int64 `[sequences + 1]`, and the number of sequences that hard tokens are selected within."""
     scale: Optional[int]
     """A float32 scalar that the gradient is multiplied by."""
     gradient: Optional[Matrix]
+    gradient_padding: int
+    """The gradient's columns beyond `vocab`, which become 0."""
     loss: int
     """A float32 scalar."""
     terms: Optional[int]
-    """Uncertainty, TKD, DKD, margin: float32 `[4, tokens]`."""
+    """Uncertainty, TKD, DKD, margin, loss: float32 `[5, tokens]`."""
     groups: Optional[int]
     """A byte per token: on the CPU whether it is hard, on a device its group."""
 
@@ -104,7 +109,9 @@ def _address(tensor: Optional[Tensor]) -> Optional[int]:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _matrix(logits: Tensor) -> Matrix:
+def _matrix(logits: Tensor, vocab: int) -> Matrix:
+    if vocab != logits.shape[-1]:
+        logits = logits.narrow(-1, 0, vocab)
     strides = _strides(logits)
     assert strides is not None, "`rows` has been called"
     return Matrix(logits.data_ptr(), DTYPES[logits.dtype], *strides)
@@ -116,7 +123,6 @@ def _labels(flat: Optional[Tensor]) -> Optional[Labels]:
 
 def _sequences(offsets: Optional[Tensor]) -> Optional[Tuple[int, int]]:
     return None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1)
-
 
 
 def _queue() -> Tuple[int, int]:
@@ -142,7 +148,7 @@ def _run(function: Any, tensor: Tensor, entries: int, *arguments: Any) -> None:
 def empty_stats(logits: Tensor) -> Stats:
     tokens = logits.shape[:-1]
     return (
-        logits.new_empty((4, *tokens), dtype=torch.float32),
+        logits.new_empty((5, *tokens), dtype=torch.float32),
         logits.new_empty(tokens, dtype=torch.bool),
     )
 
@@ -162,8 +168,10 @@ def run_loss(
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
     gradient: Optional[Tensor],
     per_sequence: bool,
+    vocab_size: Optional[int],
     settings: Dict[str, Any],
     with_stats: bool,
 ) -> Tuple[Tensor, Optional[Stats]]:
@@ -177,8 +185,9 @@ def run_loss(
     # `empty_like` is the quickest of torch's ways on the CPU.
     loss = torch.empty_like(_SCALAR) if student.is_cpu else student.new_empty((), dtype=torch.float32)
     terms, chosen = empty_stats(teacher) if with_stats else (None, None)
-    vocab = student.shape[-1]
-    tokens = student.numel() // vocab
+    columns = student.shape[-1]
+    vocab = columns if vocab_size is None else vocab_size
+    tokens = student.numel() // columns
     offsets = None
     if per_sequence:
         batch, length = teacher.shape[:2]
@@ -187,16 +196,19 @@ def run_loss(
     student_rows, teacher_rows = rows(student), rows(teacher)
     gradient_rows = None if gradient is None else rows(gradient)
     flat_labels, flat_hard = _contiguous(labels), _contiguous(hard)
+    flat_weights = _contiguous(token_weights)
     call = Call(
         tokens=tokens,
         vocab=vocab,
-        student=_matrix(student_rows),
-        teacher=_matrix(teacher_rows),
+        student=_matrix(student_rows, vocab),
+        teacher=_matrix(teacher_rows, vocab),
         labels=_labels(flat_labels),
         hard=_address(flat_hard),
+        token_weights=_address(flat_weights),
         sequences=_sequences(offsets),
         scale=_address(scale),
-        gradient=None if gradient_rows is None else _matrix(gradient_rows),
+        gradient=None if gradient_rows is None else _matrix(gradient_rows, vocab),
+        gradient_padding=columns - vocab,
         loss=loss.data_ptr(),
         terms=_address(terms),
         groups=_address(chosen),
@@ -214,12 +226,17 @@ def run_loss(
 
 
 def run_margins(
-    teacher: Tensor, labels: Optional[Tensor], settings: Dict[str, Any], margins: Tensor
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    vocab_size: Optional[int],
+    settings: Dict[str, Any],
+    margins: Tensor,
 ) -> None:
     """The teacher's margins, to the tensor `margins`."""
     check_device("teacher_logits", teacher)
     teacher_rows, flat_labels = rows(teacher), _contiguous(labels)
-    tokens, vocab = teacher.shape[:-1].numel(), teacher.shape[-1]
+    tokens = teacher.shape[:-1].numel()
+    vocab = teacher.shape[-1] if vocab_size is None else vocab_size
     objective = _settings.objective(settings, teacher)
     if teacher.is_cpu or tokens > 0:
         _run(
@@ -229,7 +246,7 @@ def run_margins(
             objective,
             tokens,
             vocab,
-            _matrix(teacher_rows),
+            _matrix(teacher_rows, vocab),
             _labels(flat_labels),
             margins.data_ptr(),
         )
@@ -269,7 +286,7 @@ def scale_on_device(gradient: Tensor, upstream: Tensor) -> Tensor:
     vocab = gradient_rows.shape[-1]
     shape = gradient_rows.numel() // vocab, vocab
     with torch.cuda.device(gradient.device):
-        _atkd.scale_on_device(_queue(), shape, _matrix(gradient_rows), upstream.data_ptr())
+        _atkd.scale_on_device(_queue(), shape, _matrix(gradient_rows, vocab), upstream.data_ptr())
     # Autograd raises if anybody else goes by what it was.
     torch.autograd.graph.increment_version(gradient_rows)
     return gradient_rows

@@ -57,20 +57,25 @@ def _fake_loss(
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
     with_gradient: bool,
     per_sequence: bool,
+    vocab_size: Optional[int],
     *settings: Any,
 ) -> Results:
     named = _settings.named(settings)
-    _checks.check_loss(student, teacher, labels, scale, hard, per_sequence, named)
+    _checks.check_loss(
+        student, teacher, labels, scale, hard, token_weights, per_sequence, vocab_size, named
+    )
     value = student.new_empty((), dtype=torch.float32)
     gradient = _native.empty_gradient(student, with_gradient)
     return value, gradient, *_native.empty_stats(student)
 
 
 @_define(
-    "(Tensor student, Tensor teacher, Tensor? labels, Tensor? scale, Tensor? hard, bool with_gradient, "
-    f"bool per_sequence, {_settings.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor student, Tensor teacher, Tensor? labels, Tensor? scale, Tensor? hard, Tensor? token_weights, "
+    f"bool with_gradient, bool per_sequence, SymInt? vocab_size, {_settings.SCHEMA}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     _fake_loss,
 )
 def loss(
@@ -79,37 +84,48 @@ def loss(
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
     with_gradient: bool,
     per_sequence: bool,
+    vocab_size: Optional[int],
     *settings: Any,
 ) -> Results:
-    """The loss; the gradient (float32 for float16 logits; empty unless `with_gradient`); uncertainty, TKD, DKD, margin
-    as `[4, *tokens]`; which tokens are hard: `hard`, if that is given, or selected. Loss and gradient are multiplied by
-    `scale`, a float32 scalar on the logits' device.
+    """The loss; the gradient (float32 for float16 logits; empty unless `with_gradient`); uncertainty, TKD, DKD, margin,
+    loss as `[5, *tokens]`; which tokens are hard: `hard`, if that is given, or selected. Loss and gradient are multiplied
+    by `scale`, a float32 scalar on the logits' device.
     """
     named = _settings.named(settings)
-    _checks.check_loss(student, teacher, labels, scale, hard, per_sequence, named)
+    _checks.check_loss(
+        student, teacher, labels, scale, hard, token_weights, per_sequence, vocab_size, named
+    )
     gradient = _native.empty_gradient(student, with_gradient)
     to = gradient if with_gradient else None
+    tensors = student, teacher, labels, scale, hard, token_weights
     value, stats = _native.run_loss(
-        student, teacher, labels, scale, hard, to, per_sequence, named, with_stats=True
+        *tensors, to, per_sequence, vocab_size, named, with_stats=True
     )
     assert stats is not None
     return value, gradient, *stats
 
 
-def _fake_margins(teacher: Tensor, labels: Optional[Tensor], *settings: Any) -> Tensor:
-    _checks.check_margins(teacher, labels, _settings.named(settings))
+def _fake_margins(
+    teacher: Tensor, labels: Optional[Tensor], vocab_size: Optional[int], *settings: Any
+) -> Tensor:
+    _checks.check_margins(teacher, labels, vocab_size, _settings.named(settings))
     return teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
 
 
-@_define(f"(Tensor teacher, Tensor? labels, {_settings.SCHEMA}) -> Tensor", _fake_margins)
-def teacher_margins(teacher: Tensor, labels: Optional[Tensor], *settings: Any) -> Tensor:
+@_define(
+    f"(Tensor teacher, Tensor? labels, SymInt? vocab_size, {_settings.SCHEMA}) -> Tensor", _fake_margins
+)
+def teacher_margins(
+    teacher: Tensor, labels: Optional[Tensor], vocab_size: Optional[int], *settings: Any
+) -> Tensor:
     """The teacher's margins, float32, shaped as the labels. Of the settings only temperature, target and ignore_index
     are used.
     """
-    margins = _fake_margins(teacher, labels, *settings)
-    _native.run_margins(teacher, labels, _settings.named(settings), margins)
+    margins = _fake_margins(teacher, labels, vocab_size, *settings)
+    _native.run_margins(teacher, labels, vocab_size, _settings.named(settings), margins)
     return margins
 
 

@@ -11,13 +11,15 @@ from . import _operator
 from ._autograd import NO_SECOND_DERIVATIVE, for_student
 
 
-class _NotTwiceDifferentiable(torch.autograd.Function):
-    """`gradient`, whose derivatives in any direction raise: `student` is what it would depend on."""
+class NotTwiceDifferentiable(torch.autograd.Function):
+    """`gradient`, whose derivatives in any direction raise: it would depend on the student, and on the weights of the
+    tokens if it has any.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, student: Tensor) -> Tensor:
+    def forward(gradient: Tensor, student: Tensor, weights: Optional[Tensor] = None) -> Tensor:
         return gradient.clone()
 
     @staticmethod
@@ -52,12 +54,14 @@ class Transformed(torch.autograd.Function):
         labels: Optional[Tensor],
         scale: Optional[Tensor],
         hard: Optional[Tensor],
+        token_weights: Optional[Tensor],
         per_sequence: bool,
+        vocab_size: Optional[int],
         settings: Tuple[Any, ...],
     ) -> _operator.Results:
-        tensors, with_gradient = (student, teacher, labels, scale, hard), True
+        tensors, with_gradient = (student, teacher, labels, scale, hard, token_weights), True
         result: _operator.Results = _operator.loss(
-            *tensors, with_gradient, per_sequence, *settings
+            *tensors, with_gradient, per_sequence, vocab_size, *settings
         )
         return result
 
@@ -73,7 +77,7 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
         gradient, student = ctx.saved_tensors
-        once = _NotTwiceDifferentiable.apply(gradient, student)
+        once = NotTwiceDifferentiable.apply(gradient, student)
         return for_student(once * upstream, ctx.others)
 
     @staticmethod
@@ -82,5 +86,5 @@ class Transformed(torch.autograd.Function):
         gradient, student = ctx.saved_tensors
         if tangent is None:
             tangent = torch.zeros_like(student)
-        once = _NotTwiceDifferentiable.apply(gradient, student)
+        once = NotTwiceDifferentiable.apply(gradient, student)
         return (once.float() * tangent).sum(), None, None, None

@@ -466,8 +466,8 @@ pub(crate) struct GradientScales {
 }
 
 /// The terms of a token and the scales of its gradient. `inverse_temperature` is the one that the sums have, `scales`
-/// are the reduction's times the upstream gradient, `u` is the teacher's margin, and `student_target` is the student's
-/// logit of the target.
+/// are the reduction's times the upstream gradient, `u` is the teacher's margin, `student_target` is the student's
+/// logit of the target, and `weight` is the token's own.
 #[expect(clippy::too_many_arguments)]
 pub(crate) fn finish<D: RowDivergence>(
     divergence: D,
@@ -477,6 +477,7 @@ pub(crate) fn finish<D: RowDivergence>(
     u: f64,
     student_target: f64,
     hard: bool,
+    weight: f64,
     scales: ReductionScales,
 ) -> (TokenTerms, GradientScales) {
     let scale = scales.distillation(hard);
@@ -503,19 +504,18 @@ pub(crate) fn finish<D: RowDivergence>(
         return (terms, no_number);
     }
 
-    let c_ce = objective.ce_weight();
+    let [c_kd, c_ce] = [objective.distillation_scale(), objective.ce_weight()].map(|c| c * weight);
     let ([tkd, dkd], weighed) = if objective.is_plain() {
-        let c = objective.distillation_scale();
         (
             divergence.plain_columns(&terms),
-            divergence.plain(state, &terms, margins, c, inverse_temperature),
+            divergence.plain(state, &terms, margins, c_kd, inverse_temperature),
         )
     } else {
         let coefficients = if hard { objective.hard() } else { objective.easy() };
         let number = |coefficient| match coefficient {
             Coefficient::Constant(value) => value,
             Coefficient::Uncertainty => uncertainty,
-        } * objective.distillation_scale();
+        } * c_kd;
         let c = [number(coefficients.tkd), number(coefficients.dkd)];
         ([terms.tkd, terms.dkd], divergence.decoupled(state, &terms, c, inverse_temperature))
     };
@@ -524,12 +524,16 @@ pub(crate) fn finish<D: RowDivergence>(
         uncertainty,
         tkd,
         dkd,
-        loss: weighed.loss + weighted(c_ce, softplus(w_at_1)),
+        loss: if weight.is_finite() {
+            weighed.loss + weighted(c_ce, softplus(w_at_1))
+        } else {
+            f64::NAN
+        },
         valid: true,
         hard,
     };
 
-    let finite = scale.is_finite() && scales.ce.is_finite();
+    let finite = scale.is_finite() && scales.ce.is_finite() && weight.is_finite();
     if !finite || !(D::GRADIENT_BESIDE_INFINITY || weighed.loss.is_finite()) {
         return (terms, no_number);
     }

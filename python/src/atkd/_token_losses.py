@@ -1,0 +1,100 @@
+"""The losses of the tokens, whose gradient is computed when it is known what multiplies them."""
+
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import _operator
+from ._autograd import NO_SECOND_DERIVATIVE, for_student
+from ._transforms import NotTwiceDifferentiable
+
+
+class TokenLosses(torch.autograd.Function):
+    """The loss of each token; their terms; which are hard. The gradient that arrives is a weight of the tokens, so that
+    `backward` computes theirs from the logits, with the hard tokens that are known by then. `settings` are as the operator
+    takes them, of a sum.
+    """
+
+    @staticmethod
+    def forward(
+        student: Tensor,
+        teacher: Tensor,
+        labels: Optional[Tensor],
+        hard: Optional[Tensor],
+        token_weights: Optional[Tensor],
+        per_sequence: bool,
+        vocab_size: Optional[int],
+        settings: Tuple[Any, ...],
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        tensors, with_gradient = (student, teacher, labels, None, hard, token_weights), False
+        _, _, terms, chosen = _operator.loss(
+            *tensors, with_gradient, per_sequence, vocab_size, *settings
+        )
+        return terms[-1].clone(), terms, chosen
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        student, teacher, labels, _hard, token_weights, *flags = inputs
+        _, terms, chosen = output
+        ctx.mark_non_differentiable(terms, chosen)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(student, teacher, labels, chosen, token_weights)
+        ctx.save_for_forward(student, teacher, labels, chosen, token_weights)
+        ctx.flags = flags
+        ctx.others = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        if upstream is None:
+            return for_student(None, ctx.others)
+        return for_student(_gradient(ctx, upstream), ctx.others)
+
+
+class TransformedTokenLosses(TokenLosses):
+    """The same for the transforms of torch.func and for forward mode, of which torch.compile does not know."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Tuple[Any, ...], *arguments: Any
+    ) -> Tuple[Tuple[Tensor, ...], Tuple[int, ...]]:
+        result: Tuple[Tuple[Tensor, ...], Tuple[int, ...]] = _operator.one_by_one(
+            TransformedTokenLosses.apply, info, in_dims, arguments
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
+        if upstream is None:
+            return for_student(None, ctx.others)
+        with torch.no_grad():  # the operator's own derivative is not made for torch.func
+            gradient = _gradient(ctx, upstream)
+        once = NotTwiceDifferentiable.apply(gradient, ctx.saved_tensors[0], upstream)
+        return for_student(once, ctx.others)
+
+    @staticmethod
+    def jvp(
+        ctx: Any, tangent: Optional[Tensor], *_: Any
+    ) -> Tuple[Optional[Tensor], None, None]:
+        if tangent is None:
+            return None, None, None
+        with torch.no_grad():
+            gradient = _gradient(ctx, None)
+        once = NotTwiceDifferentiable.apply(gradient, ctx.saved_tensors[0])
+        return (once.float() * tangent).sum(-1), None, None
+
+
+def _gradient(ctx: Any, upstream: Optional[Tensor]) -> Tensor:
+    """The gradient of each token's loss, times `upstream` of the token."""
+    student, teacher, labels, chosen, token_weights = ctx.saved_tensors
+    per_sequence, vocab_size, settings = ctx.flags
+    weights = token_weights
+    if upstream is not None:
+        weights = upstream if token_weights is None else upstream * token_weights
+    tensors, with_gradient = (student, teacher, labels, None, chosen, weights), True
+    _, gradient, *_ = _operator.loss(*tensors, with_gradient, per_sequence, vocab_size, *settings)
+    return gradient  # type: ignore[no-any-return]
