@@ -4,6 +4,9 @@
 //! ```text
 //! cargo run --release --example distill --features candle
 //! ```
+//!
+//! `--divergence` puts another divergence in place of KL, or compares all of them; `--on-policy` lets the students
+//! learn from samples of their own.
 
 #[path = "distill/model.rs"]
 mod model;
@@ -17,10 +20,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use atkd::candle::{loss, loss_with_output};
-use atkd::{Objective, TokenTerms};
+use atkd::{Divergence, Objective, TokenTerms};
 use candle_core::{Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 
@@ -53,8 +56,16 @@ const STUDENT_RATE: f64 = 4e-3;
 ///
 ///   ce-weight * cross entropy + kd-weight * (KL, TKD, DKD or ATKD) from the teacher.
 ///
-/// Reported is the cross entropy, in nats a token, on text that no model was trained on: every tenth file
-/// (of fewer than ten files, the last tenth of each).
+/// With --divergence another divergence takes KL's place, in TKD, DKD and ATKD too; with --divergence all there is
+/// one student for each divergence instead. With --on-policy a share of the batches is, for each student but the one
+/// under cross entropy alone, sequences that it has sampled itself, each after a token of the text. Teacher and student
+/// score these; cross entropy has no part in them, since a model learns nothing from its own samples as labels.
+///
+/// Reported is the cross entropy, in nats a token, and KL(teacher, student), on text that no model was trained on:
+/// every tenth file (of fewer than ten files, the last tenth of each); and KL(student, teacher) on samples of the
+/// student after tokens of that text.
+///
+///   cargo run --release --example distill --features candle -- --divergence all --on-policy 0.5
 #[derive(Parser)]
 #[command(name = "distill", verbatim_doc_comment, allow_negative_numbers = true)]
 struct Args {
@@ -68,7 +79,7 @@ struct Args {
     /// Training steps of the teacher [default: as many as the students']
     #[arg(long)]
     teacher_steps: Option<usize>,
-    /// The seed of the models' starts and of the order of the batches
+    /// The seed of the models' starts, of the order of the batches and of samples
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// The folder for tables (CSV) and plots (SVG)
@@ -80,15 +91,61 @@ struct Args {
     /// The share of tokens that ATKD takes as hard
     #[arg(long, default_value_t = 0.5)]
     hard_ratio: f64,
+    /// How far the student's distribution q is from the teacher's p
+    #[arg(long, value_enum, default_value = "forward-kl")]
+    divergence: DivergenceName,
+    /// The teacher's share in the mixture of jsd and skew-kl, the student's in that of skew-reverse-kl (the
+    /// alpha of DistiLLM)
+    #[arg(long, default_value_t = 0.5)]
+    beta: f64,
+    /// The share of the training batches that are the student's own samples; with --divergence all each divergence
+    /// trains two students, one on the text alone and one with such batches
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    on_policy: f64,
     /// The temperature of the distillation terms
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
-    /// The weight of cross entropy beside a distillation term
+    /// The weight of cross entropy beside a distillation term, on batches of the text
     #[arg(long, default_value_t = 1.0)]
     ce_weight: f64,
     /// The weight of the distillation term
     #[arg(long, default_value_t = 1.0)]
     kd_weight: f64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DivergenceName {
+    /// KL(p, q)
+    ForwardKl,
+    /// KL(q, p)
+    ReverseKl,
+    /// beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q; forward KL for 0, reverse for 1
+    Jsd,
+    /// Total variation, half the sum of |p - q|
+    Tvd,
+    /// KL(p, beta p + (1 - beta) q), beta below 1
+    SkewKl,
+    /// KL(q, beta q + (1 - beta) p), beta below 1
+    SkewReverseKl,
+    /// Each of these, in place of the objectives
+    All,
+}
+
+impl DivergenceName {
+    /// The divergence and its name in tables; none for all of them.
+    fn divergence(self, beta: f64) -> Option<(String, Divergence)> {
+        Some(match self {
+            Self::ForwardKl => ("KL".into(), Divergence::ForwardKl),
+            Self::ReverseKl => ("reverse KL".into(), Divergence::ReverseKl),
+            Self::Jsd => (format!("JSD({beta})"), Divergence::Jsd { beta }),
+            Self::Tvd => ("TVD".into(), Divergence::TotalVariation),
+            Self::SkewKl => (format!("skew KL({beta})"), Divergence::SkewKl { alpha: beta }),
+            Self::SkewReverseKl => {
+                (format!("skew reverse KL({beta})"), Divergence::SkewReverseKl { alpha: beta })
+            }
+            Self::All => return None,
+        })
+    }
 }
 
 fn main() -> ExitCode {
@@ -113,11 +170,27 @@ fn keep_freed_memory() {
 }
 
 struct Student {
-    name: &'static str,
-    objective: Objective,
+    training: Training,
     model: Model,
     optimizer: AdamW,
+    rng: fastrand::Rng,
     curve: Vec<(usize, f64)>,
+}
+
+/// What a student is trained by.
+struct Training {
+    name: String,
+    objective: Objective,
+    /// The share of its batches that it samples itself.
+    on_policy: f64,
+}
+
+impl Training {
+    /// True for that share of the steps, spread evenly, and for the first one of any share above 0.
+    fn samples_at(&self, step: usize) -> bool {
+        let samples_until = |step: usize| (step as f64 * self.on_policy).ceil();
+        samples_until(step) > samples_until(step - 1)
+    }
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -127,7 +200,7 @@ fn run(args: &Args) -> Result<()> {
     if args.steps == 0 || teacher_steps == 0 {
         return Err("a model needs at least one training step, but 0 were asked for".into());
     }
-    let objectives = objectives(args)?;
+    let trainings = trainings(args)?;
     report::create_folder(&args.out)?;
 
     let text = Text::load(args.text.as_deref())?;
@@ -151,12 +224,13 @@ fn run(args: &Args) -> Result<()> {
     let held_out = HeldOut::new(&text.held_out)?;
 
     let teacher = train_teacher(&text, teacher_steps, args.seed)?;
-    let mut students = objectives
+    let mut students = trainings
         .into_iter()
-        .map(|(name, objective)| {
+        .map(|training| {
             let model = Model::new(STUDENT, text.vocab, TIME, args.seed)?;
             let optimizer = optimizer(&model)?;
-            Ok(Student { name, objective, model, optimizer, curve: Vec::new() })
+            let rng = fastrand::Rng::with_seed(args.seed ^ 0x5a3b_1e50);
+            Ok(Student { training, model, optimizer, rng, curve: Vec::new() })
         })
         .collect::<Result<Vec<_>>>()?;
     println!(
@@ -167,16 +241,22 @@ fn run(args: &Args) -> Result<()> {
     let margins = train_students(&mut students, &teacher, &text, &held_out, args)?;
 
     let teacher_terms = held_out.measure(&teacher, None)?;
-    let mut rows = vec![Row::new("teacher", &teacher_terms, None, TIME)];
+    let mut rows = vec![Row::new("teacher".into(), &teacher_terms, None, 0.0, TIME)];
     let mut baseline: Option<Vec<TokenTerms>> = None;
     for student in &students {
         let terms = held_out.measure(&student.model, Some(&teacher))?;
-        rows.push(Row::new(student.name, &terms, baseline.as_deref(), TIME));
+        let reverse_kl = held_out.reverse_kl_of_samples(&student.model, &teacher, args.seed)?;
+        let name = student.training.name.clone();
+        rows.push(Row::new(name, &terms, baseline.as_deref(), reverse_kl, TIME));
         baseline.get_or_insert(terms);
     }
     let curves: Vec<Curve> = students
         .into_iter()
-        .map(|student| Curve { name: student.name, points: student.curve })
+        .map(|Student { training: Training { name, on_policy, .. }, curve, .. }| Curve {
+            name,
+            on_policy: on_policy > 0.0,
+            points: curve,
+        })
         .collect();
     let selection = Objective::default().with_hard_ratio(args.hard_ratio)?;
     let hard = selection.hard_count(teacher_terms.len());
@@ -208,21 +288,52 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn objectives(args: &Args) -> Result<Vec<(&'static str, Objective)>> {
-    let distilled = |objective: Objective| {
-        objective
-            .with_hard_ratio(args.hard_ratio)?
-            .with_temperature(args.temperature)?
-            .with_kd_weight(args.kd_weight)?
-            .with_ce_weight(args.ce_weight)
+fn trainings(args: &Args) -> Result<Vec<Training>> {
+    let &Args { beta, on_policy, .. } = args;
+    // Lambda and beta are checked even where nothing is trained by them: a lambda of 7 is a mistake anyway.
+    let atkd = Objective::atkd(args.lambda)?.with_divergence(Divergence::Jsd { beta })?;
+    if !(0.0..=1.0).contains(&on_policy) {
+        return Err(format!(
+            "--on-policy is {on_policy}, but is a share of the batches, which must be in [0, 1]"
+        )
+        .into());
+    }
+    let (objectives, shares) = match args.divergence.divergence(beta) {
+        Some((name, divergence)) => {
+            let by = |name: &str, objective| (name.to_string(), objective, divergence);
+            let objectives = vec![
+                by(&name, Objective::plain()),
+                by("TKD", Objective::tkd()),
+                by("DKD", Objective::dkd()),
+                by("ATKD", atkd),
+            ];
+            (objectives, vec![on_policy])
+        }
+        None => {
+            let all = DivergenceName::value_variants().iter().filter_map(|d| d.divergence(beta));
+            let objectives = all.map(|(name, divergence)| (name, Objective::plain(), divergence));
+            let shares = if on_policy > 0.0 { vec![0.0, on_policy] } else { vec![0.0] };
+            (objectives.collect(), shares)
+        }
     };
-    Ok(vec![
-        ("cross entropy", cross_entropy()?),
-        ("KL", distilled(Objective::kl())?),
-        ("TKD", distilled(Objective::tkd())?),
-        ("DKD", distilled(Objective::dkd())?),
-        ("ATKD", distilled(Objective::atkd(args.lambda)?)?),
-    ])
+    let mut trainings = vec![Training {
+        name: "cross entropy".into(),
+        objective: cross_entropy()?,
+        on_policy: 0.0,
+    }];
+    for on_policy in shares {
+        for (name, objective, divergence) in &objectives {
+            let objective = objective
+                .with_divergence(*divergence)?
+                .with_hard_ratio(args.hard_ratio)?
+                .with_temperature(args.temperature)?
+                .with_kd_weight(args.kd_weight)?
+                .with_ce_weight(args.ce_weight)?;
+            let name = format!("{name}{}", if on_policy > 0.0 { " on-policy" } else { "" });
+            trainings.push(Training { name, objective, on_policy });
+        }
+    }
+    Ok(trainings)
 }
 
 fn cross_entropy() -> atkd::Result<Objective> {
@@ -249,6 +360,33 @@ impl Batch {
         let starts: Vec<usize> = (0..BATCH).map(|_| rng.usize(..tokens.len() - TIME)).collect();
         Self::new(tokens, &starts)
     }
+
+    /// The model's samples, each after the first token of one of these sequences.
+    fn sampled(&self, model: &Model, rng: &mut fastrand::Rng) -> Result<Self> {
+        let mut tokens = self.inputs.narrow(1, 0, 1)?;
+        for _ in 0..TIME {
+            let logits = model.last_logits(&tokens)?.to_vec2::<f32>()?;
+            let next = Tensor::from_iter(logits.iter().map(|row| sample(row, rng)), &Device::Cpu)?;
+            tokens = Tensor::cat(&[&tokens, &next.unsqueeze(1)?], 1)?;
+        }
+        let labels = tokens.narrow(1, 1, TIME)?.flatten_all()?;
+        Ok(Self { inputs: tokens.narrow(1, 0, TIME)?, labels })
+    }
+}
+
+/// A token drawn with the softmax of the logits as probabilities.
+fn sample(logits: &[f32], rng: &mut fastrand::Rng) -> u32 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0;
+    let sums: Vec<f64> = logits
+        .iter()
+        .map(|logit| {
+            sum += f64::from(logit - largest).exp();
+            sum
+        })
+        .collect();
+    let drawn = rng.f64() * sum;
+    sums.partition_point(|&sum| sum <= drawn) as u32
 }
 
 struct HeldOut {
@@ -280,6 +418,22 @@ impl HeldOut {
         };
         let terms = self.batches.par_iter().map(measure).collect::<Result<Vec<_>>>()?;
         Ok(terms.concat())
+    }
+
+    /// The mean reverse KL divergence from the teacher on the model's own samples, after tokens of the held-out text.
+    fn reverse_kl_of_samples(&self, model: &Model, teacher: &Model, seed: u64) -> Result<f64> {
+        let objective = Objective::plain().with_divergence(Divergence::ReverseKl)?;
+        let measure = |(i, batch): (usize, &Batch)| -> Result<Vec<TokenTerms>> {
+            let mut rng = fastrand::Rng::with_seed(seed.wrapping_add(i as u64));
+            let own = batch.sampled(model, &mut rng)?;
+            let logits = model.logits(&own.inputs)?.detach();
+            let teacher_logits = teacher.logits(&own.inputs)?.detach();
+            let (_, output) = loss_with_output(&objective, &logits, &teacher_logits, &own.labels)?;
+            Ok(output.tokens)
+        };
+        let batches = self.batches.par_iter().enumerate();
+        let terms = batches.map(measure).collect::<Result<Vec<_>>>()?.concat();
+        Ok(report::mean(terms.iter().map(|token| token.loss)))
     }
 }
 
@@ -320,8 +474,8 @@ fn train_teacher(text: &Text, steps: usize, seed: u64) -> Result<Model> {
     Ok(model)
 }
 
-/// All students take a step on one batch, with the teacher's logits of it, before the next batch. Returns the
-/// teacher's margins of all batches.
+/// All students take a step on one batch of the text, with the teacher's logits of it, or on samples of their own,
+/// before the next batch. Returns the teacher's margins of all batches of the text.
 fn train_students(
     students: &mut [Student],
     teacher: &Model,
@@ -338,9 +492,17 @@ fn train_students(
         let teacher_logits = teacher.logits(&batch.inputs)?.detach();
         let rate = learning_rate(STUDENT_RATE, step, args.steps);
         let step_of = |student: &mut Student| -> Result<Vec<TokenTerms>> {
-            let logits = student.model.logits(&batch.inputs)?;
-            let (loss, output) =
-                loss_with_output(&student.objective, &logits, &teacher_logits, &batch.labels)?;
+            let Student { training, model, rng, .. } = student;
+            let (loss, output) = if training.samples_at(step) {
+                let own = batch.sampled(model, rng)?;
+                let teacher_logits = teacher.logits(&own.inputs)?.detach();
+                let objective = training.objective.with_ce_weight(0.0)?;
+                let logits = model.logits(&own.inputs)?;
+                loss_with_output(&objective, &logits, &teacher_logits, &own.labels)?
+            } else {
+                let logits = model.logits(&batch.inputs)?;
+                loss_with_output(&training.objective, &logits, &teacher_logits, &batch.labels)?
+            };
             student.optimizer.set_learning_rate(rate);
             student.optimizer.step(&loss.backward()?)?;
             Ok(output.tokens)

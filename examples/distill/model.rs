@@ -76,16 +76,29 @@ impl Model {
 
     /// Logits `[batch * time, vocab]` of what follows each token of `[batch, time]`.
     pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
+        self.hidden(tokens)?.matmul(&self.tokens.t()?)
+    }
+
+    /// Logits `[batch, vocab]` of what follows the last token of each sequence of `[batch, time]`.
+    pub fn last_logits(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (batch, time) = tokens.dims2()?;
+        let hidden = self.hidden(tokens)?.reshape((batch, time, self.size.width))?;
+        let last = hidden.narrow(1, time - 1, 1)?.squeeze(1)?.contiguous()?;
+        last.matmul(&self.tokens.t()?)
+    }
+
+    fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, time) = tokens.dims2()?;
         let rows = self.tokens.index_select(&tokens.flatten_all()?, 0)?;
         let rows = rows.reshape((batch, time, self.size.width))?;
-        let mut x = rows.broadcast_add(&self.positions)?.reshape((batch * time, ()))?;
+        let positions = self.positions.narrow(0, 0, time)?;
+        let mut x = rows.broadcast_add(&positions)?.reshape((batch * time, ()))?;
         for layer in &self.layers {
             x = (&x + self.attention(layer, &norm(&x, &layer.attention_norm)?, batch, time)?)?;
             let hidden = norm(&x, &layer.mlp_norm)?.matmul(&layer.up)?.relu()?.sqr()?;
             x = (&x + hidden.matmul(&layer.down)?)?;
         }
-        norm(&x, &self.norm)?.matmul(&self.tokens.t()?)
+        norm(&x, &self.norm)
     }
 
     fn attention(&self, layer: &Layer, x: &Tensor, batch: usize, time: usize) -> Result<Tensor> {
@@ -95,7 +108,8 @@ impl Model {
         let part = |i| qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();
         let (q, k, v): (Tensor, Tensor, Tensor) = (part(0)?, part(1)?, part(2)?);
         let scores = (q.matmul(&k.t()?)? * (head as f64).powf(-0.5))?;
-        let weights = softmax(&scores.broadcast_add(&self.mask)?, D::Minus1)?;
+        let mask = self.mask.narrow(0, 0, time)?.narrow(1, 0, time)?;
+        let weights = softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
         let mixed = weights.matmul(&v)?.transpose(1, 2)?.reshape((batch * time, width))?;
         mixed.matmul(&layer.attention_out)
     }

@@ -11,12 +11,14 @@ use plotters::prelude::*;
 use crate::Result;
 
 /// The palette of Okabe and Ito, which people of any colour vision can tell apart.
-const COLORS: [RGBColor; 5] = [
+const COLORS: [RGBColor; 7] = [
     RGBColor(0, 0, 0),
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
     RGBColor(213, 94, 0),
+    RGBColor(86, 180, 233),
+    RGBColor(204, 121, 167),
 ];
 const GREY: RGBColor = RGBColor(110, 110, 110);
 const SIZE: (u32, u32) = (960, 600);
@@ -24,26 +26,31 @@ const FONT: (&str, u32) = ("sans-serif", 18);
 
 /// Held-out loss after steps of training.
 pub struct Curve {
-    pub name: &'static str,
+    pub name: String,
+    /// True of a student that trains on samples of its own.
+    pub on_policy: bool,
     pub points: Vec<(usize, f64)>,
 }
 
 /// One model, measured on the held-out text. Losses are in nats a token.
 pub struct Row {
-    pub name: &'static str,
+    pub name: String,
     pub loss: f64,
     /// Loss less the baseline's, and the standard error of that over sequences.
     pub difference: Option<(f64, f64)>,
     /// Mean KL divergence from the teacher.
     pub divergence: f64,
+    /// Mean reverse KL divergence from the teacher on the model's own samples.
+    pub reverse_kl: f64,
 }
 
 impl Row {
     /// `time` tokens in a sequence.
     pub fn new(
-        name: &'static str,
+        name: String,
         terms: &[TokenTerms],
         baseline: Option<&[TokenTerms]>,
+        reverse_kl: f64,
         time: usize,
     ) -> Self {
         let difference = baseline.map(|baseline| {
@@ -61,6 +68,7 @@ impl Row {
             loss: mean(terms.iter().map(|token| token.loss)),
             difference,
             divergence: mean(terms.iter().map(|token| token.tkd + token.uncertainty * token.dkd)),
+            reverse_kl,
         }
     }
 }
@@ -105,17 +113,19 @@ pub fn table(rows: &[Row]) -> Table {
         "perplexity",
         "loss less cross entropy's",
         "KL from teacher",
+        "reverse KL, own samples",
     ]);
     for row in rows {
         let difference = row
             .difference
             .map_or(String::new(), |(difference, error)| format!("{difference:+.3} ± {error:.3}"));
         table.add_row([
-            row.name.to_string(),
+            row.name.clone(),
             format!("{:.3}", row.loss),
             format!("{:.1}", row.loss.exp()),
             difference,
             format!("{:.3}", row.divergence),
+            format!("{:.3}", row.reverse_kl),
         ]);
     }
     for column in table.column_iter_mut().skip(1) {
@@ -131,12 +141,16 @@ fn write(folder: &Path, name: &str, content: String) -> Result<()> {
 
 pub fn write_results(folder: &Path, rows: &[Row]) -> Result<()> {
     let mut csv = String::from(
-        "model,held_out_loss,perplexity,loss_difference,standard_error,kl_from_teacher\n",
+        "model,held_out_loss,perplexity,loss_difference,standard_error,kl_from_teacher,\
+         reverse_kl_of_own_samples\n",
     );
     for row in rows {
         let difference = row.difference.map_or(",".into(), |(d, e)| format!("{d},{e}"));
         let perplexity = row.loss.exp();
-        csv += &format!("{},{},{perplexity},{difference},{}\n", row.name, row.loss, row.divergence);
+        csv += &format!(
+            "{},{},{perplexity},{difference},{},{}\n",
+            row.name, row.loss, row.divergence, row.reverse_kl
+        );
     }
     write(folder, "results.csv", csv)
 }
@@ -144,7 +158,7 @@ pub fn write_results(folder: &Path, rows: &[Row]) -> Result<()> {
 /// `loss.csv` and `loss.svg`. The plot starts after the first sixth of the steps, where the curves
 /// still coincide.
 pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Result<()> {
-    let names: Vec<&str> = curves.iter().map(|curve| curve.name).collect();
+    let names: Vec<&str> = curves.iter().map(|curve| curve.name.as_str()).collect();
     let mut csv = format!("step,{}\n", names.join(","));
     for i in 0..curves[0].points.len() {
         let losses: Vec<String> =
@@ -164,10 +178,15 @@ pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Resul
     let margin = 0.04 * (high - low).max(0.01);
 
     let path = folder.join("loss.svg");
-    let area = SVGBackend::new(&path, SIZE).into_drawing_area();
+    // The legend finds room to the lower left, since curves fall, on a plot that is the higher the more they are.
+    let size = (SIZE.0, SIZE.1 + 12 * curves.len() as u32);
+    let area = SVGBackend::new(&path, size).into_drawing_area();
     area.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&area)
-        .caption("Held-out loss of one student under five objectives", ("sans-serif", 24))
+        .caption(
+            format!("Held-out loss of one student, trained in {} ways", curves.len()),
+            ("sans-serif", 24),
+        )
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(72)
@@ -192,15 +211,21 @@ pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Resul
         ))?
         .label(format!("teacher {teacher_loss:.3}"))
         .legend(|(x, y)| PathElement::new([(x, y), (x + 28, y)], GREY.stroke_width(2)));
-    for (curve, color) in curves.iter().zip(COLORS) {
+    // The first is the baseline. The divergences come twice where some students sample: in the same colors, dashed.
+    let colors = COLORS[..1].iter().chain(COLORS[1..].iter().cycle());
+    for (curve, &color) in curves.iter().zip(colors) {
         let points = curve.points.iter().copied().filter(|point| point.0 >= first);
         let end = curve.points.last().map_or(f64::NAN, |point| point.1);
-        chart
-            .draw_series(LineSeries::new(points, color.stroke_width(2)))?
+        let series = if curve.on_policy {
+            chart.draw_series(DashedLineSeries::new(points, 4, 4, color.stroke_width(2)))?
+        } else {
+            chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?
+        };
+        series
             .label(format!("{} {end:.3}", curve.name))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 28, y)], color.stroke_width(3)));
     }
-    legend(&mut chart, SeriesLabelPosition::UpperRight)?;
+    legend(&mut chart, SeriesLabelPosition::LowerLeft)?;
     Ok(area.present()?)
 }
 
