@@ -332,7 +332,7 @@ typedef struct AtkdCall {
    */
   int64_t tokens;
   /*
-   Logits in a row, at least 1.
+   Logits in a row that count, at least 1. A model whose vocabulary is padded has more: its row_stride is larger.
    */
   int64_t vocab;
   /*
@@ -351,6 +351,10 @@ typedef struct AtkdCall {
    Where the gradient goes.
    */
   struct AtkdMatrix gradient;
+  /*
+   Columns of the gradient after the first `vocab`, which become 0: where the student's vocabulary is padded. Else 0.
+   */
+  int64_t gradient_padding;
   /*
    One number that the gradient is multiplied by; null for 1. If it is infinite or NaN, the gradient of every
    valid token is NaN.
@@ -377,6 +381,11 @@ typedef struct AtkdCall {
    */
   const uint8_t *hard;
   /*
+   [tokens]: each token's terms, cross entropy's too, are multiplied by its weight. A mean divides by the number of
+   valid tokens nevertheless. The loss and the gradient of a token whose weight is infinite or NaN are NaN. Null for 1.
+   */
+  const float *token_weights;
+  /*
    One number: the reduced loss. Null if not wanted; so are the others.
    */
   float *loss;
@@ -397,6 +406,10 @@ typedef struct AtkdCall {
    -infinity for an ignored token.
    */
   float *margin;
+  /*
+   [tokens]: the token's loss before the reduction, its weight included.
+   */
+  float *token_loss;
   /*
    [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
    */
