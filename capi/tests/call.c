@@ -492,7 +492,7 @@ int main(void) {
         AtkdWorkspace *workspace;
         check(atkd_workspace_create(threads, &workspace));
         kl_against_the_textbook(workspace);
-    weights_and_padding(workspace);
+        weights_and_padding(workspace);
         threads_share_everything(workspace);
         sequences_and_in_place(workspace);
         rows_with_two_strides(workspace);

@@ -73,6 +73,8 @@ struct ReverseKl {
         gamma *= float(LN_2);
         float inverse = student.inverse * HALF_UNIT;
         of_gap = no_mass || of_gap == 0 ? 0 : of_gap * inverse * float(LN_2);
+        // Without a weight it may be infinite.
+        mean_gap = of_gap == 0 ? 0 : mean_gap;
         float gamma_ce = CE_SUM ? 0 : weights.gamma_ce * (1 / GAP_UNIT);
         Scales scales = {
             of_gap * (4 * exponent / GAP_UNIT),

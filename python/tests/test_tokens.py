@@ -94,6 +94,13 @@ def test_losses_of_tokens_under_transforms():
     value, directional = torch.func.jvp(focal, (student,), (tangent,))
     assert torch.equal(value, focal(student))
     assert (directional - (leaf.grad * tangent).sum()).abs() < 1e-5 * leaf.grad.abs().sum()
+    weights = torch.ones(12)
+    for constant in [
+        lambda w: atkd.atkd_loss(student, teacher, labels, reduction="none", token_weights=w),
+        lambda w: atkd.atkd_loss(student, teacher * w[:, None], labels, reduction="none"),
+    ]:
+        _, none = torch.func.jvp(constant, (weights,), (weights,))
+        assert none.shape == (12,) and not none.any()
     each = torch.func.vmap(lambda *data: atkd.atkd_loss(*data, reduction="none"))(*batch(3, 12, 50))
     assert torch.equal(each, torch.stack([atkd.atkd_loss(*x, reduction="none") for x in zip(*batch(3, 12, 50))]))
     for twice in [
@@ -119,6 +126,20 @@ def test_padded_vocabularies(columns, inplace, dtype):
     assert torch.equal(margins, atkd.teacher_margins(teacher, labels))
     own = atkd.atkd_loss(*widths, target="teacher", vocab_size=vocab)
     assert torch.equal(own, atkd.atkd_loss(student, teacher, target="teacher"))
+
+
+@pytest.mark.parametrize("shape", [(1, 11), (0, 11), (1, 1, 11), (2, 0, 11), (1, 3, 11)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_padded_vocabularies_of_few_tokens(shape, reduction):
+    student, teacher, labels = batch(*shape, ignored=False)
+    labels = labels % 8
+    for inplace in [False, True] if reduction == "mean" else [False]:
+        leaf = student.clone().requires_grad_()
+        loss = atkd.atkd_loss(leaf * 1, teacher, labels, vocab_size=8, reduction=reduction, inplace=inplace)
+        loss.sum().backward()
+        narrow = student[..., :8].clone().requires_grad_()
+        atkd.atkd_loss(narrow, teacher[..., :8], labels, reduction=reduction).sum().backward()
+        assert torch.equal(leaf.grad[..., :8], narrow.grad) and not leaf.grad[..., 8:].any()
 
 
 def test_padded_vocabularies_compiled():
@@ -170,6 +191,19 @@ def test_errors(keywords, error, message):
     labels = torch.full((6,), 49)
     with pytest.raises(error, match=message):
         atkd.atkd_loss(student, teacher, labels, **keywords)
+
+
+@pytest.mark.parametrize("distance", [0, 1])
+def test_infinite_losses_times_weights(distance):
+    student, teacher, labels = batch(3, 11, ignored=False)
+    for token in [0, 1]:
+        teacher[token, (labels[token] + distance) % 11] = -float("inf")
+    keywords = {"objective": "plain", "divergence": "reverse-kl", "reduction": "sum"}
+    inf = float("inf")
+    for weights, expected in [([2.0, 0.0, 1.0], inf), ([-2.0, 0.0, 1.0], -inf), ([1.0, -1.0, 1.0], float("nan"))]:
+        loss, actual = gradient(student, teacher, labels, token_weights=torch.tensor(weights), **keywords)
+        assert torch.equal(loss, torch.tensor(expected)) or (loss.isnan() and expected != expected)
+        assert actual[2].isfinite().all() and (weights[1] != 0 or not actual[1].any())
 
 
 @pytest.mark.parametrize("weight", [float("inf"), float("nan"), -float("inf")])

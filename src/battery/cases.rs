@@ -336,17 +336,24 @@ pub(super) fn token_weights() -> Vec<Case> {
         (0..24).map(|i| [f32::NAN, 1.0, f32::INFINITY, 2.0, f32::NEG_INFINITY][i % 5]).collect(),
     );
     cases.push(odd.named("NaN and infinite"));
-    // A token of weight 0 whose loss would be infinite.
+    // Tokens whose loss would be infinite, of the weights 0, 3 and -2: by a logit of -inf at the target, or beside it.
     for divergence in [Divergence::ForwardKl, Divergence::ReverseKl] {
-        let mut absent = given.clone().with(Objective::default().with_divergence(divergence));
-        for token in [2, 3] {
-            let other = (absent.labels[token] as usize + 1) % 97;
-            match divergence {
-                Divergence::ForwardKl => absent.student[97 * token + other] = f32::NEG_INFINITY,
-                _ => absent.teacher[97 * token + other] = f32::NEG_INFINITY,
+        for (name, objective) in [("atkd", Objective::default()), ("plain", Objective::plain())] {
+            for (place, distance) in [("the target", 0), ("another token", 1)] {
+                let objective = objective.with_divergence(divergence);
+                let mut case = given.clone().with(objective.and_then(|o| o.with_ce_weight(0.3)));
+                case.hard = Some(vec![true; 24]);
+                let model = match divergence {
+                    Divergence::ForwardKl => &mut case.student,
+                    _ => &mut case.teacher,
+                };
+                for token in [2, 3, 4] {
+                    let other = (case.labels[token] as usize + distance) % 97;
+                    model[97 * token + other] = f32::NEG_INFINITY;
+                }
+                cases.push(case.named(format!("{divergence:?}, {name}, -inf at {place}")));
             }
         }
-        cases.push(absent.named(format!("{divergence:?}, infinite times 0 and 3")));
     }
     for (name, dtype) in [("BF16", Dtype::Bf16), ("F16", Dtype::F16)] {
         cases.push(given.clone().dtypes(dtype, dtype, dtype).named(name));

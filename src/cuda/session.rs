@@ -188,12 +188,14 @@ impl RawSession {
     /// # Safety
     /// As [`Kernels::begin_raw`].
     unsafe fn enqueue_rows(&mut self, rows: &RawRows, launches: Launches) -> Result<()> {
-        self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
-        // SAFETY: the caller's.
-        unsafe {
-            clear_padding(&self.stream, &rows.call(self.stages.vocab()))?;
-            self.enqueue(launches)
+        if !std::mem::replace(&mut self.failed, true) {
+            self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
+            // SAFETY: the caller's.
+            unsafe { clear_padding(&self.stream, &rows.call(self.stages.vocab()))? };
+            self.failed = false;
         }
+        // SAFETY: the caller's.
+        unsafe { self.enqueue(launches) }
     }
 
     /// # Safety

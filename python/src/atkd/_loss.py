@@ -243,6 +243,8 @@ def atkd_loss(
             `"none"` returns the loss of each token, shaped as the labels, 0 for ignored ones. What multiplies them is
             known in `backward` alone, which reads both models' logits again: 5 times the memory traffic of one
             model's logits instead of 3. Where it is known before, `token_weights` with a sum is the faster way.
+            (PyTorch keeps no tensor of `torch.inference_mode` for that: `clone()` the teacher's logits, or run it
+            under `torch.no_grad`.)
         ignore_index: tokens with this label are dropped.
         ce_weight: of the student's cross entropy, which is added.
         kd_weight: of the distillation terms.

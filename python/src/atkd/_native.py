@@ -109,9 +109,7 @@ def _address(tensor: Optional[Tensor]) -> Optional[int]:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _matrix(logits: Tensor, vocab: int) -> Matrix:
-    if vocab != logits.shape[-1]:
-        logits = logits.narrow(-1, 0, vocab)
+def _matrix(logits: Tensor) -> Matrix:
     strides = _strides(logits)
     assert strides is not None, "`rows` has been called"
     return Matrix(logits.data_ptr(), DTYPES[logits.dtype], *strides)
@@ -200,14 +198,14 @@ def run_loss(
     call = Call(
         tokens=tokens,
         vocab=vocab,
-        student=_matrix(student_rows, vocab),
-        teacher=_matrix(teacher_rows, vocab),
+        student=_matrix(student_rows),
+        teacher=_matrix(teacher_rows),
         labels=_labels(flat_labels),
         hard=_address(flat_hard),
         token_weights=_address(flat_weights),
         sequences=_sequences(offsets),
         scale=_address(scale),
-        gradient=None if gradient_rows is None else _matrix(gradient_rows, vocab),
+        gradient=None if gradient_rows is None else _matrix(gradient_rows),
         gradient_padding=columns - vocab,
         loss=loss.data_ptr(),
         terms=_address(terms),
@@ -246,7 +244,7 @@ def run_margins(
             objective,
             tokens,
             vocab,
-            _matrix(teacher_rows, vocab),
+            _matrix(teacher_rows),
             _labels(flat_labels),
             margins.data_ptr(),
         )
@@ -286,7 +284,7 @@ def scale_on_device(gradient: Tensor, upstream: Tensor) -> Tensor:
     vocab = gradient_rows.shape[-1]
     shape = gradient_rows.numel() // vocab, vocab
     with torch.cuda.device(gradient.device):
-        _atkd.scale_on_device(_queue(), shape, _matrix(gradient_rows, vocab), upstream.data_ptr())
+        _atkd.scale_on_device(_queue(), shape, _matrix(gradient_rows), upstream.data_ptr())
     # Autograd raises if anybody else goes by what it was.
     torch.autograd.graph.increment_version(gradient_rows)
     return gradient_rows

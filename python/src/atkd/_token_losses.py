@@ -80,11 +80,13 @@ class TransformedTokenLosses(TokenLosses):
     def jvp(
         ctx: Any, tangent: Optional[Tensor], *_: Any
     ) -> Tuple[Optional[Tensor], None, None]:
+        # The loss takes all else that has a tangent as constant.
+        student = ctx.saved_tensors[0]
         if tangent is None:
-            return None, None, None
+            tangent = torch.zeros_like(student)
         with torch.no_grad():
             gradient = _gradient(ctx, None)
-        once = NotTwiceDifferentiable.apply(gradient, ctx.saved_tensors[0])
+        once = NotTwiceDifferentiable.apply(gradient, student)
         return (once.float() * tangent).sum(-1), None, None
 
 

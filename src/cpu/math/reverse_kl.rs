@@ -158,7 +158,7 @@ impl RowDivergence for ReverseKl {
         inverse_temperature: f64,
     ) -> Weighed {
         if terms.dkd == f64::INFINITY && c != 0.0 {
-            return Weighed { loss: f64::INFINITY, kept: 0.0, student: 0.0, target: 0.0 };
+            return Weighed { loss: c * f64::INFINITY, kept: 0.0, student: 0.0, target: 0.0 };
         }
         let s = sigmoid(margins.w);
         let mut weighed = self.decoupled(state, terms, [c, c * s], inverse_temperature);
