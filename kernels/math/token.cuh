@@ -11,6 +11,7 @@
 // as float32.
 #pragma once
 
+#include "../batch.cuh"
 #include "groups.cuh"
 #include "keys.cuh"
 #include "online.cuh"
