@@ -2,9 +2,21 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
+
+
+def tool(name):
+    """The path of one of NVIDIA's tools that read machine code, installed below target/."""
+    found = lambda: next((ROOT / "target/nvdisasm").glob(f"lib/**/cu13/bin/{name}"), None)
+    if not found():
+        subprocess.run([sys.executable, "-m", "venv", ROOT / "target/nvdisasm"], check=True)
+        subprocess.run([ROOT / "target/nvdisasm/bin/pip", "install", "--quiet", "--disable-pip-version-check",
+                        "nvidia-cuda-nvdisasm>=13.2", "nvidia-cuda-cuobjdump>=13.2"], check=True, stdout=sys.stderr)
+    return found()
 
 
 def all_kernels(folder):
