@@ -1,13 +1,13 @@
 //! The CPU backend, through its public API, against float64.
 
-use atkd::battery;
+use atkd::battery::{self, Bounds};
 
 #[test]
 fn cpu() {
-    battery::assert_all_pass(&battery::run(atkd::cpu::forward_backward, |_| {}));
+    battery::assert_all_pass(&battery::run(Bounds::Cpu, atkd::cpu::forward_backward, |_| {}));
 }
 
 #[test]
 fn reference() {
-    battery::assert_all_pass(&battery::run(battery::reference_backend, |_| {}));
+    battery::assert_all_pass(&battery::run(Bounds::Cpu, battery::reference_backend, |_| {}));
 }

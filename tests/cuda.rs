@@ -260,6 +260,7 @@ const VOCABS: [usize; 2] = [33, 7001];
 fn the_backend_passes_the_battery() {
     let Some(gpu) = Gpu::new() else { return };
     let checks = battery::run(
+        battery::Bounds::Kernels,
         |objective, batch, student, gradient| {
             gpu.kernels.forward_backward(objective, batch, student, gradient)
         },

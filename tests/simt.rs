@@ -16,7 +16,7 @@ fn pass_the_battery(simulation: Simulation) {
     let backend = |objective: &Objective, batch: &Batch, student: Logits, mut to: LogitsMut| {
         Ok(simulation.run(objective, batch, student, Some(&mut to), Extra::default())?.0)
     };
-    let checks = battery::run(backend, |_| {});
+    let checks = battery::run(battery::Bounds::Kernels, backend, |_| {});
     battery::assert_all_pass(&checks);
 }
 

@@ -2,10 +2,10 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use atkd::battery::{self, Check};
+use atkd::battery::{self, Bounds, Check};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::backend::{Choice, RowKernelArgs};
+use crate::backend::{Backend, Choice, RowKernelArgs};
 use crate::output;
 
 /// Check a backend: every shape, dtype and edge case against float64 and finite differences.
@@ -28,7 +28,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let backend = args.row_kernel.backend(args.backend)?;
     let bar = ProgressBar::new(battery::len() as u64)
         .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} cases, {eta} left  {msg}")?);
+    let bounds = match backend {
+        Backend::Cuda(_) | Backend::Simt => Bounds::Kernels,
+        Backend::Cpu | Backend::Reference => Bounds::Cpu,
+    };
     let checks = battery::run(
+        bounds,
         |objective, batch, student, gradient| {
             backend.forward_backward(objective, batch, student, gradient)
         },

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::Bounds;
 use super::compare::{RELATIVE, Worst, gradient_floor, gradient_within, overflows, ties};
 use crate::{
     Batch, Dtype, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, Result, Strides,
@@ -150,11 +151,11 @@ impl Case {
         Logits::strided(elements, self.tokens(), self.vocab, self.strides(matrix))
     }
 
-    pub fn run(&self, backend: &Backend) -> Worst {
-        self.compare(backend).unwrap_or_else(|error| Worst::fail(format!("error: {error}")))
+    pub fn run(&self, bounds: Bounds, backend: &Backend) -> Worst {
+        self.compare(bounds, backend).unwrap_or_else(|error| Worst::fail(format!("error: {error}")))
     }
 
-    fn compare(&self, backend: &Backend) -> Result<Worst> {
+    fn compare(&self, bounds: Bounds, backend: &Backend) -> Result<Worst> {
         let (tokens, vocab, objective) = (self.tokens(), self.vocab, &self.objective);
         let teacher = self.tensor(TEACHER, self.teacher_dtype, &self.teacher);
         let student = self.tensor(STUDENT, self.student_dtype, &self.student);
@@ -203,7 +204,11 @@ impl Case {
         }
 
         let weight = heaviest * (objective.distillation_scale() + objective.ce_weight());
-        let floor = gradient_floor(objective, weight, &exact);
+        let floor = gradient_floor(objective, weight, &exact)
+            * match bounds {
+                Bounds::Cpu => 1.0,
+                Bounds::Kernels => 2.0,
+            };
         let ties = ties(objective, &batch, student, &exact)?;
         let elements = gradient.elements();
         let mut outside = vec![true; elements.len()];

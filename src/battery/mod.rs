@@ -7,7 +7,7 @@
 //! |---|---|
 //! | loss | 1e-6 relative (2e-6, a token's own, if a finite logit is beyond 50 in size) + 2e-7 absolute, times T^2 where the distillation terms are and that is above 1 |
 //! | TKD, DKD, UNC, margin, loss of a token | 2e-6 (1 + \|value\|), of the loss 2e-6 T^2 likewise |
-//! | float32 gradient | 1e-6 of the row's largest + 5e-7 (kd_weight [T^2] + ce_weight) scale / T |
+//! | float32 gradient | 1e-6 of the row's largest + 5e-7 (the kernels: 1e-6) (kd_weight [T^2] + ce_weight) scale / T |
 //! | float16 and bfloat16 gradient | that, plus half a unit in the last place of the exact gradient |
 //! | gradient of total variation | that, and any subgradient where \|p - q\| <= 2e-6 max(p, q): [`compare::ties`] |
 //! | selection of valid and hard tokens; NaN and infinities | none, but a value beyond its dtype may be infinite |
@@ -111,9 +111,19 @@ const GROUPS: [Group; 18] = [
     ("divergences: sure teachers", divergences::sure_teachers),
 ];
 
+/// The bounds that a backend's gradients are held to: those of the table above.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bounds {
+    /// Of the CPU and the reference.
+    Cpu,
+    /// Of the CUDA kernels, whose sums are in single precision and not compensated.
+    Kernels,
+}
+
 /// Runs every case on a backend, a function as
 /// [`cpu::forward_backward`](crate::cpu::forward_backward), and tells `report` of each as it ends.
 pub fn run(
+    bounds: Bounds,
     backend: impl Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output>,
     mut report: impl FnMut(&Check),
 ) -> Vec<Check> {
@@ -146,7 +156,7 @@ pub fn run(
     }
     for (group, cases) in GROUPS {
         for case in cases() {
-            let worst = case.run(&backend);
+            let worst = case.run(bounds, &backend);
             add(group, case.name, worst);
         }
     }

@@ -145,6 +145,7 @@ fn objectives() -> Vec<Objective> {
 fn every_instruction_set_passes_the_battery() {
     for instructions in Instructions::available() {
         let checks = battery::run(
+            battery::Bounds::Cpu,
             |objective, batch, student, gradient| {
                 let workers = Workers { instructions: Some(instructions), ..Workers::default() };
                 forward_backward_by(workers, objective, batch, student, gradient)
