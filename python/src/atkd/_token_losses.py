@@ -1,13 +1,13 @@
 """The losses of the tokens, whose gradient is computed when it is known what multiplies them."""
 
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from . import _operator
 from ._autograd import NO_SECOND_DERIVATIVE, for_student
-from ._transforms import NotTwiceDifferentiable
+from ._transforms import NotTwiceDifferentiable, Transformed
 
 
 class TokenLosses(torch.autograd.Function):
@@ -37,13 +37,17 @@ class TokenLosses(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        student, teacher, labels, _hard, token_weights, *flags = inputs
+        student, teacher, labels, _hard, token_weights, per_sequence, vocab_size, settings = inputs
         _, terms, chosen = output
         ctx.mark_non_differentiable(terms, chosen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, labels, chosen, token_weights)
         ctx.save_for_forward(student, teacher, labels, chosen, token_weights)
-        ctx.flags = flags
+        ctx.flags = {
+            "per_sequence": per_sequence,
+            "vocab_size": vocab_size,
+            "settings": settings,
+        }
         ctx.others = len(inputs) - 1
 
     @staticmethod
@@ -52,7 +56,7 @@ class TokenLosses(torch.autograd.Function):
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         if upstream is None:
             return for_student(None, ctx.others)
-        return for_student(_gradient(ctx, upstream), ctx.others)
+        return for_student(_gradient(ctx, upstream, _of_operator), ctx.others)
 
 
 class TransformedTokenLosses(TokenLosses):
@@ -71,8 +75,7 @@ class TransformedTokenLosses(TokenLosses):
     def backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
         if upstream is None:
             return for_student(None, ctx.others)
-        with torch.no_grad():  # the operator's own derivative is not made for torch.func
-            gradient = _gradient(ctx, upstream)
+        gradient = _gradient(ctx, upstream, _transformed)
         once = NotTwiceDifferentiable.apply(gradient, ctx.saved_tensors[0], upstream)
         return for_student(once, ctx.others)
 
@@ -84,19 +87,38 @@ class TransformedTokenLosses(TokenLosses):
         student = ctx.saved_tensors[0]
         if tangent is None:
             tangent = torch.zeros_like(student)
-        with torch.no_grad():
-            gradient = _gradient(ctx, None)
+        gradient = _gradient(ctx, None, _transformed)
         once = NotTwiceDifferentiable.apply(gradient, student)
         return (once.float() * tangent).sum(-1), None, None
 
 
-def _gradient(ctx: Any, upstream: Optional[Tensor]) -> Tensor:
+def _of_operator(
+    *tensors: Optional[Tensor],
+    per_sequence: bool,
+    vocab_size: Optional[int],
+    settings: Tuple[Any, ...],
+) -> Tensor:
+    with_gradient = True
+    _, gradient, *_ = _operator.loss(*tensors, with_gradient, per_sequence, vocab_size, *settings)
+    return gradient  # type: ignore[no-any-return]
+
+
+def _transformed(
+    *tensors: Optional[Tensor],
+    per_sequence: bool,
+    vocab_size: Optional[int],
+    settings: Tuple[Any, ...],
+) -> Tensor:
+    # The operator's own derivative is not made for torch.func.
+    with torch.no_grad():
+        _, gradient, *_ = Transformed.apply(*tensors, per_sequence, vocab_size, settings)
+    return gradient  # type: ignore[no-any-return]
+
+
+def _gradient(ctx: Any, upstream: Optional[Tensor], compute: Callable[..., Tensor]) -> Tensor:
     """The gradient of each token's loss, times `upstream` of the token."""
     student, teacher, labels, chosen, token_weights = ctx.saved_tensors
-    per_sequence, vocab_size, settings = ctx.flags
     weights = token_weights
     if upstream is not None:
         weights = upstream if token_weights is None else upstream * token_weights
-    tensors, with_gradient = (student, teacher, labels, None, chosen, weights), True
-    _, gradient, *_ = _operator.loss(*tensors, with_gradient, per_sequence, vocab_size, *settings)
-    return gradient  # type: ignore[no-any-return]
+    return compute(student, teacher, labels, None, chosen, weights, **ctx.flags)
