@@ -177,7 +177,7 @@ struct Student {
     curve: Vec<(usize, f64)>,
 }
 
-/// What a student is trained by.
+/// The loss that a student is trained by, and on which batches.
 struct Training {
     name: String,
     objective: Objective,

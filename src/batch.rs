@@ -1,5 +1,6 @@
 //! The batch that a student learns from: the teacher's logits, the labels, the sequences.
 
+use crate::call::{HARD_MASK, TOKEN_WEIGHTS};
 use crate::selection::{check_offsets, scopes};
 use crate::{Error, Logits, Objective, Result};
 
@@ -117,14 +118,7 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// If there is not one value per token.
     pub fn with_hard(mut self, hard: &'a [bool]) -> Result<Self> {
-        let tokens = self.teacher.tokens();
-        if hard.len() != tokens {
-            return Err(Error::MaskCount {
-                what: "the mask of hard tokens",
-                values: hard.len(),
-                tokens,
-            });
-        }
+        check_count(HARD_MASK, hard.len(), self.teacher.tokens())?;
         self.hard = Some(hard);
         Ok(self)
     }
@@ -136,7 +130,7 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// If there is not one weight per token.
     pub fn with_token_weights(mut self, weights: &'a [f32]) -> Result<Self> {
-        check_token_weights(weights.len(), self.teacher.tokens())?;
+        check_count(TOKEN_WEIGHTS, weights.len(), self.teacher.tokens())?;
         self.token_weights = Some(weights);
         Ok(self)
     }
@@ -191,12 +185,9 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// That there is one weight per token.
-pub(crate) fn check_token_weights(values: usize, tokens: usize) -> Result<()> {
-    if values == tokens {
-        return Ok(());
-    }
-    Err(Error::MaskCount { what: "the token weights", values, tokens })
+/// That there is one value per token.
+pub(crate) fn check_count(what: &'static str, values: usize, tokens: usize) -> Result<()> {
+    if values == tokens { Ok(()) } else { Err(Error::MaskCount { what, values, tokens }) }
 }
 
 /// The weight of a token.

@@ -231,7 +231,7 @@ impl Weights {
         Self { tkd, dkd, plain: 0.0, ce }
     }
 
-    /// With the token's own weight.
+    /// These weights times the token's own.
     pub fn times(self, weight: f64) -> Self {
         let Self { tkd, dkd, plain, ce } = self;
         // Infinite weights would leave infinite what is to be NaN, and make NaN of terms that are absent.

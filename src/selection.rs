@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use crate::batch::check_count;
 use crate::objective::unit_interval;
 use crate::{Error, Result, SelectionRule};
 
@@ -38,10 +39,8 @@ pub fn select_hard(
 ) -> Result<Vec<bool>> {
     unit_interval("the hard ratio", hard_ratio)?;
     let tokens = margins.len();
-    if let Some(valid) = valid
-        && valid.len() != tokens
-    {
-        return Err(Error::MaskCount { what: "valid", values: valid.len(), tokens });
+    if let Some(valid) = valid {
+        check_count("valid", valid.len(), tokens)?;
     }
     if let Some(offsets) = sequences {
         check_offsets(offsets, tokens)?;

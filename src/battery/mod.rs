@@ -114,9 +114,9 @@ const GROUPS: [Group; 18] = [
 /// The bounds that a backend's gradients are held to: those of the table above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bounds {
-    /// Of the CPU and the reference.
+    /// These are those of the CPU and the reference.
     Cpu,
-    /// Of the CUDA kernels, whose sums are in single precision and not compensated.
+    /// These are those of the CUDA kernels, whose sums are in single precision and not compensated.
     Kernels,
 }
 

@@ -362,6 +362,9 @@ impl RawCall {
     /// As [`run`], of a call that is valid.
     unsafe fn clear_padding(&self) -> Result<()> {
         let Some(RawLogits { address, dtype, strides }) = self.gradient else { return Ok(()) };
+        if self.gradient_padding == 0 {
+            return Ok(());
+        }
         let columns = self.vocab + self.gradient_padding;
         // SAFETY: the caller's.
         let gradient =

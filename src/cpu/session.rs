@@ -7,7 +7,8 @@ use std::sync::{Mutex, PoisonError};
 use super::math::{self, GradientScales, RowDivergence, RowState, by_family};
 use super::rows::RowPass;
 use super::{RunningSelection, StudentRow, Workers, into_rows};
-use crate::batch::{check_token_weights, token_weight, valid_labels};
+use crate::batch::{check_count, token_weight, valid_labels};
+use crate::call::{HARD_MASK, TOKEN_WEIGHTS};
 use crate::error::NO_GROUP_SIZES;
 use crate::objective::{Objective, ReductionScales, Target};
 use crate::output::{Output, TokenTerms};
@@ -203,10 +204,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// If there is not one value per token.
     pub fn with_hard(mut self, hard: &[bool]) -> Result<Self> {
-        let (what, tokens) = ("the mask of hard tokens", self.labels.len());
-        if hard.len() != tokens {
-            return Err(Error::MaskCount { what, values: hard.len(), tokens });
-        }
+        check_count(HARD_MASK, hard.len(), self.labels.len())?;
         let valid = self.labels.iter().zip(hard).map(|(label, &hard)| hard && label.is_some());
         self.know(valid.collect());
         Ok(self)
@@ -217,7 +215,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// If there is not one weight per token.
     pub fn with_token_weights(mut self, weights: &'a [f32]) -> Result<Self> {
-        check_token_weights(weights.len(), self.labels.len())?;
+        check_count(TOKEN_WEIGHTS, weights.len(), self.labels.len())?;
         self.token_weights = Some(weights);
         Ok(self)
     }

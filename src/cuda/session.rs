@@ -46,7 +46,7 @@ impl Kernels {
         // SAFETY: the caller vouches for all addresses.
         unsafe {
             self.clear_summary(stream, workspace)?;
-            session.enqueue(launches)?;
+            session.enqueue(launches, None)?;
         }
         Ok(session)
     }
@@ -78,7 +78,7 @@ impl RawSession {
     pub unsafe fn margins(&mut self, first: usize, count: usize, teacher: RawLogits) -> Result<()> {
         let launches = self.stages.margins(first, count, teacher)?;
         // SAFETY: the caller vouches for all addresses.
-        unsafe { self.enqueue(launches) }
+        unsafe { self.enqueue(launches, None) }
     }
 
     /// Enqueues the rows of the tokens from `first` on: see [`Session::rows`].
@@ -91,7 +91,7 @@ impl RawSession {
     pub unsafe fn rows(&mut self, first: usize, rows: &RawRows) -> Result<()> {
         let launches = self.stages.rows(first, rows)?;
         // SAFETY: the caller vouches for all addresses.
-        unsafe { self.enqueue_rows(rows, launches) }
+        unsafe { self.enqueue(launches, Some(rows)) }
     }
 
     /// Enqueues the selection and returns the mispredicted tokens: see [`Session::select`].
@@ -101,7 +101,7 @@ impl RawSession {
     pub fn select(&mut self) -> Result<Vec<usize>> {
         let (launches, predicted) = self.stages.select()?;
         // SAFETY: whoever began vouches for all addresses.
-        unsafe { self.enqueue(launches)? };
+        unsafe { self.enqueue(launches, None)? };
         if predicted {
             self.failed = true;
             let changed = self.changed()?;
@@ -162,7 +162,7 @@ impl RawSession {
         self.failed |= copied.is_err();
         copied.map_err(driver("writing the tokens to repair"))?;
         // SAFETY: the caller vouches for all addresses.
-        unsafe { self.enqueue_rows(rows, launches) }
+        unsafe { self.enqueue(launches, Some(rows)) }
     }
 
     /// Enqueues the end of the call, whose results are written to where `output` wants them: see [`Session::finish`].
@@ -182,32 +182,26 @@ impl RawSession {
     unsafe fn end(&mut self, output: &RawOutput) -> Result<()> {
         let launches = self.stages.finish(output)?;
         // SAFETY: the caller vouches for all addresses.
-        unsafe { self.enqueue(launches) }
+        unsafe { self.enqueue(launches, None) }
     }
 
+    /// Enqueues the launches of a stage, behind the clearing of what its rows have for padding.
+    ///
     /// # Safety
     /// As [`Kernels::begin_raw`].
-    unsafe fn enqueue_rows(&mut self, rows: &RawRows, launches: Launches) -> Result<()> {
-        if !std::mem::replace(&mut self.failed, true) {
-            self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
-            // SAFETY: the caller's.
-            unsafe { clear_padding(&self.stream, &rows.call(self.stages.vocab()))? };
-            self.failed = false;
-        }
-        // SAFETY: the caller's.
-        unsafe { self.enqueue(launches) }
-    }
-
-    /// # Safety
-    /// As [`Kernels::begin_raw`].
-    unsafe fn enqueue(&mut self, launches: Launches) -> Result<()> {
+    unsafe fn enqueue(&mut self, launches: Launches, rows: Option<&RawRows>) -> Result<()> {
         if self.failed {
             return Err(Error::FailedCall);
         }
         self.failed = true;
         self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
         // SAFETY: the caller's.
-        unsafe { self.kernels.enqueue(&self.stream, launches, None)? };
+        unsafe {
+            if let Some(rows) = rows {
+                clear_padding(&self.stream, &rows.call(self.stages.vocab()))?;
+            }
+            self.kernels.enqueue(&self.stream, launches, None)?;
+        }
         self.failed = false;
         Ok(())
     }
@@ -293,7 +287,7 @@ impl Workspace {
         self.begin_stages(stream, objective, tokens.shape[1]);
         let mut session = Session { workspace: Some(self), tokens, upstream, raw };
         // SAFETY: views are of memory as large as was checked, and the guards let its owners wait.
-        session.stage(|raw| unsafe { raw.enqueue(launches) })?;
+        session.stage(|raw| unsafe { raw.enqueue(launches, None) })?;
         Ok(session)
     }
 }

@@ -4,9 +4,8 @@ use cudarc::driver::{
 };
 use half::{bf16, f16};
 
-use crate::batch::check_token_weights;
-use crate::call::TOKEN_WEIGHTS;
-use crate::call::{RawLabels, RawLogits, RawTokens};
+use crate::batch::check_count;
+use crate::call::{HARD_MASK, RawLabels, RawLogits, RawTokens, TOKEN_WEIGHTS};
 use crate::logits::{check_length, check_vocab};
 use crate::{Dtype, Error, Result, Strides};
 
@@ -314,14 +313,7 @@ impl<'a> DeviceTokens<'a> {
     /// # Errors
     /// If there is not one byte per token.
     pub fn with_hard(mut self, hard: CudaView<'a, u8>) -> Result<Self> {
-        let [tokens, _] = self.shape;
-        if hard.len() != tokens {
-            return Err(Error::MaskCount {
-                what: "the mask of hard tokens",
-                values: hard.len(),
-                tokens,
-            });
-        }
+        check_count(HARD_MASK, hard.len(), self.shape[0])?;
         self.hard = Some(hard);
         Ok(self)
     }
@@ -331,7 +323,7 @@ impl<'a> DeviceTokens<'a> {
     /// # Errors
     /// If there is not one weight per token.
     pub fn with_token_weights(mut self, weights: CudaView<'a, f32>) -> Result<Self> {
-        check_token_weights(weights.len(), self.shape[0])?;
+        check_count(TOKEN_WEIGHTS, weights.len(), self.shape[0])?;
         self.token_weights = Some(weights);
         Ok(self)
     }
@@ -342,7 +334,7 @@ impl<'a> DeviceTokens<'a> {
             ("the labels", self.labels.as_ref().map(DeviceLabels::context)),
             ("the sequences' offsets", self.sequences.as_ref().map(context_of)),
             ("the margins", self.margins.as_ref().map(context_of)),
-            ("the mask of hard tokens", self.hard.as_ref().map(context_of)),
+            (HARD_MASK, self.hard.as_ref().map(context_of)),
             (TOKEN_WEIGHTS, self.token_weights.as_ref().map(context_of)),
         ]
     }

@@ -14,7 +14,8 @@ use super::tensor::context_of;
 use super::{
     DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, DeviceTokens, Kernels, driver,
 };
-use crate::call::{RawCall, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher};
+use crate::batch::check_count;
+use crate::call::{HARD_MASK, RawCall, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher};
 use crate::device::kernel::Launch;
 use crate::device::stages::{Checked, launches, margins, selection};
 use crate::device::workspace::{Layout, Memory, check_faults, read_summary};
@@ -371,13 +372,10 @@ impl Workspace {
         mut hard: CudaViewMut<u8>,
     ) -> Result<()> {
         let tokens = margins.len();
-        for (what, values) in
-            [("valid", valid.map(CudaView::len)), ("the mask of hard tokens", Some(hard.len()))]
-        {
-            if let Some(values) = values.filter(|&values| values != tokens) {
-                return Err(Error::MaskCount { what, values, tokens });
-            }
+        if let Some(valid) = valid {
+            check_count("valid", valid.len(), tokens)?;
         }
+        check_count(HARD_MASK, hard.len(), tokens)?;
         if sequences.is_some_and(|offsets| offsets.is_empty()) {
             let reason = "there must be at least one";
             return Err(Error::Sequences { index: 0, offset: 0, tokens, reason });

@@ -1,6 +1,6 @@
 """The losses of the tokens, whose gradient is computed when it is known what multiplies them."""
 
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -37,17 +37,13 @@ class TokenLosses(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        student, teacher, labels, _hard, token_weights, per_sequence, vocab_size, settings = inputs
+        student, teacher, labels, _hard, token_weights, *flags = inputs
         _, terms, chosen = output
         ctx.mark_non_differentiable(terms, chosen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, labels, chosen, token_weights)
         ctx.save_for_forward(student, teacher, labels, chosen, token_weights)
-        ctx.flags = {
-            "per_sequence": per_sequence,
-            "vocab_size": vocab_size,
-            "settings": settings,
-        }
+        ctx.flags = flags
         ctx.others = len(inputs) - 1
 
     @staticmethod
@@ -56,7 +52,7 @@ class TokenLosses(torch.autograd.Function):
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         if upstream is None:
             return for_student(None, ctx.others)
-        return for_student(_gradient(ctx, upstream, _of_operator), ctx.others)
+        return for_student(_gradient(ctx, upstream), ctx.others)
 
 
 class TransformedTokenLosses(TokenLosses):
@@ -75,7 +71,7 @@ class TransformedTokenLosses(TokenLosses):
     def backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
         if upstream is None:
             return for_student(None, ctx.others)
-        gradient = _gradient(ctx, upstream, _transformed)
+        gradient = _gradient(ctx, upstream, transformed=True)
         once = NotTwiceDifferentiable.apply(gradient, ctx.saved_tensors[0], upstream)
         return for_student(once, ctx.others)
 
@@ -87,38 +83,26 @@ class TransformedTokenLosses(TokenLosses):
         student = ctx.saved_tensors[0]
         if tangent is None:
             tangent = torch.zeros_like(student)
-        gradient = _gradient(ctx, None, _transformed)
+        gradient = _gradient(ctx, None, transformed=True)
         once = NotTwiceDifferentiable.apply(gradient, student)
         return (once.float() * tangent).sum(-1), None, None
 
 
-def _of_operator(
-    *tensors: Optional[Tensor],
-    per_sequence: bool,
-    vocab_size: Optional[int],
-    settings: Tuple[Any, ...],
-) -> Tensor:
-    with_gradient = True
-    _, gradient, *_ = _operator.loss(*tensors, with_gradient, per_sequence, vocab_size, *settings)
-    return gradient  # type: ignore[no-any-return]
-
-
-def _transformed(
-    *tensors: Optional[Tensor],
-    per_sequence: bool,
-    vocab_size: Optional[int],
-    settings: Tuple[Any, ...],
-) -> Tensor:
-    # The operator's own derivative is not made for torch.func.
-    with torch.no_grad():
-        _, gradient, *_ = Transformed.apply(*tensors, per_sequence, vocab_size, settings)
-    return gradient  # type: ignore[no-any-return]
-
-
-def _gradient(ctx: Any, upstream: Optional[Tensor], compute: Callable[..., Tensor]) -> Tensor:
+def _gradient(ctx: Any, upstream: Optional[Tensor], *, transformed: bool = False) -> Tensor:
     """The gradient of each token's loss, times `upstream` of the token."""
     student, teacher, labels, chosen, token_weights = ctx.saved_tensors
+    per_sequence, vocab_size, settings = ctx.flags
     weights = token_weights
     if upstream is not None:
         weights = upstream if token_weights is None else upstream * token_weights
-    return compute(student, teacher, labels, None, chosen, weights, **ctx.flags)
+    tensors, with_gradient = (student, teacher, labels, None, chosen, weights), True
+    gradient: Tensor
+    if transformed:
+        # The operator's own derivative is not made for torch.func.
+        with torch.no_grad():
+            _, gradient, *_ = Transformed.apply(*tensors, per_sequence, vocab_size, settings)
+    else:
+        _, gradient, *_ = _operator.loss(
+            *tensors, with_gradient, per_sequence, vocab_size, *settings
+        )
+    return gradient
