@@ -68,6 +68,7 @@ fn compare(c: &mut Criterion) {
             margins: None,
             hard: None,
             token_weights: None,
+            temperatures: None,
             upstream: None,
         };
         let mut workspace = Workspace::new(&kernels, stream, TOKENS).unwrap();

@@ -43,6 +43,18 @@ ATKD_DEVICE float token_weight(const atkd_batch &batch, uint32_t token) {
     return batch.token_weights == nullptr ? 1 : load(batch.token_weights + token);
 }
 
+// 1 / T of a token, NaN for a temperature that the host would have refused.
+ATKD_DEVICE float inverse_temperature_of(const atkd_batch &batch, uint32_t token) {
+    if (batch.temperatures == nullptr) {
+        return batch.inverse_temperature;
+    }
+    float temperature = load(batch.temperatures + token);
+    float inverse = reciprocal_fast(temperature);
+    // One step of Newton's: the sums' exponents have 1 / T times differences of logits.
+    inverse = fmaf(inverse, fmaf(-temperature, inverse, 1.0f), inverse);
+    return temperature >= 1e-30f && temperature <= 1e30f ? inverse : nanf("");
+}
+
 // Clears the slots in which the blocks of row_pipelined exchange states, so that they hold no epoch. To be called by
 // one block, before that kernel's launch.
 ATKD_DEVICE void clear_states(void *states) {

@@ -9,11 +9,11 @@
 #include "params.h"
 
 // Rust's side asserts the same sizes (src/params.rs).
-static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 112, "the layout is a contract");
-static_assert(sizeof(atkd_teacher_margin) == 128 && sizeof(atkd_count_valid) == 144, "the layout is a contract");
-static_assert(sizeof(atkd_select_hard) == 192 && sizeof(atkd_objective) == 80, "the layout is a contract");
-static_assert(sizeof(atkd_prepare_rows) == 160 && sizeof(atkd_rows) == 384, "the layout is a contract");
-static_assert(sizeof(atkd_token_terms) == 336, "the layout is a contract");
+static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 120, "the layout is a contract");
+static_assert(sizeof(atkd_teacher_margin) == 136 && sizeof(atkd_count_valid) == 152, "the layout is a contract");
+static_assert(sizeof(atkd_select_hard) == 200 && sizeof(atkd_objective) == 88, "the layout is a contract");
+static_assert(sizeof(atkd_prepare_rows) == 176 && sizeof(atkd_rows) == 400, "the layout is a contract");
+static_assert(sizeof(atkd_token_terms) == 352, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.

@@ -108,6 +108,7 @@ typedef struct {
     uint32_t *keys;             // [N]: larger for a larger margin; 1 for NaN, 0 for an ignored token
     uint8_t *modes;             // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
     const float *token_weights; // [N]: of each token's terms; null for 1
+    const float *temperatures;  // [N]: each token's T; null for one of all
     atkd_summary *summary;
     atkd_strides teacher_strides;
     int64_t ignore_index;      // tokens with this label are dropped
@@ -164,6 +165,7 @@ typedef struct {
     int32_t *targets;             // [count], of these tokens
     uint8_t *modes;               // [count], likewise
     float *token_weights;         // [count], likewise, if tokens have any
+    float *temperatures;          // [count], likewise
     void *states;                 // of row_pipelined, whose numbers become 0
     uint32_t count;
     uint32_t reserved;
@@ -180,7 +182,8 @@ typedef struct {
     atkd_coefficient tkd[2];
     atkd_coefficient dkd[2];
     double ce_weight;
-    double inverse_temperature; // 1 / T
+    double inverse_temperature; // 1 / T; 1 where tokens have their own
+    uint64_t times_square;      // of each token's own temperature, in tkd and dkd
 } atkd_objective;
 
 // The numbers of a divergence. Those of a mixture m = share p + rest q are all 0 for others.

@@ -11,11 +11,15 @@ ATKD_KERNEL(prepare_rows, atkd_prepare_rows, ATKD_COUNT) {
     }
     uint32_t i = block_index() * block_threads() + thread_index();
     if (i < p.count) {
+        // Read before the temperature is stored there.
         uint32_t token = load(p.mispredicted + i);
         store(p.targets + i, target_of(p.batch, token));
         store(p.modes + i, load(p.batch.modes + token));
         if (p.batch.token_weights != nullptr) {
             store(p.token_weights + i, token_weight(p.batch, token));
+        }
+        if (p.batch.temperatures != nullptr) {
+            store(p.temperatures + i, load(p.batch.temperatures + token));
         }
     }
 }

@@ -184,7 +184,7 @@ ATKD_DEVICE typename D::Scales reduce_row(const atkd_rows &p, const Rows<P, Q> &
     ATKD_SYNC_CLUSTER();
     if (reduces) {
         // region: one warp per row
-        float exponent = p.batch.inverse_temperature * LOG2_E;
+        float exponent = inverse_temperature_of(p.batch, rows.token) * LOG2_E;
         auto state = merge_cluster<D, CE_SUM>(warps, block_threads() / WARP, exponent);
         if (team_blocks(p) > 1) {
             state = merge_team<D, CE_SUM>(state, p, exponent);

@@ -270,7 +270,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
     ATKD_DEVICE Consumer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_, const Task &task_,
                          uint32_t stage_)
         : p(p_), staged(staged_), shared(shared_), task(task_), full_offset(task.full_start * CHUNK * sizeof(T)),
-          end((task.full_end - task.full_start) * CHUNK * sizeof(T)), exponent(p.batch.inverse_temperature * LOG2_E),
+          end((task.full_end - task.full_start) * CHUNK * sizeof(T)), exponent(inverse_temperature_of(p.batch, task.token) * LOG2_E),
           stage(stage_) {
         has_head = thread_index() == 0 && task.has_head;
         has_edge = has_head || (thread_index() == WARP && task.has_tail);
@@ -618,14 +618,14 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
         auto of_warps = RowState<D, float>::empty();
         if (!ignored) {
             of_warps = PackedState<D>(shared.warp_states[lane % (CONSUMERS / WARP)]).template state<float>();
-            share_maxima<false>(of_warps, p.batch.inverse_temperature * LOG2_E);
+            share_maxima<false>(of_warps, exponent_of(task));
             of_warps = merge_warp<false, CONSUMERS / WARP>(of_warps);
         }
         exchange<D>(of_warps, block_state);
         if (!ignored) {
             Weights weights = shared.weights[0];
             auto scales =
-                scales_of<D, false>(p, weights, task.token, task.mode, merge_blocks<float>(), target_logits, rank == 0);
+                scales_of<D, false>(p, weights, task.token, task.mode, merge_blocks<float>(task), target_logits, rank == 0);
             if (elected) {
                 shared.scales[0] = scales;
             }
@@ -649,9 +649,12 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
     template <class Sweep> ATKD_DEVICE Exchange<Sweep> *slot_of(uint32_t block) const {
         return static_cast<Exchange<Sweep> *>(p.states) + (epoch & 1) * ATKD_PIPELINED_GRID + block;
     }
-    template <class Real> ATKD_DEVICE RowState<D, Real> merge_blocks() const {
+    ATKD_DEVICE float exponent_of(const Task &task) const {
+        return inverse_temperature_of(p.batch, task.token) * LOG2_E;
+    }
+    template <class Real> ATKD_DEVICE RowState<D, Real> merge_blocks(const Task &task) const {
         auto state = block_state.template state<Real>();
-        share_maxima<false>(state, p.batch.inverse_temperature * LOG2_E);
+        share_maxima<false>(state, exponent_of(task));
         return merge_warp<false>(state);
     }
 
@@ -678,7 +681,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
     ATKD_DEVICE void store_row_margins(const Task &task) {
         if (rank == 0 && task.mode != ATKD_IGNORED) {
             // region: one warp per row
-            store_margins<D, false>(p, task.token, merge_blocks<double>(), target_logits);
+            store_margins<D, false>(p, task.token, merge_blocks<double>(task), target_logits);
             // end region
         }
     }

@@ -53,7 +53,7 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
             maxima.add(teacher[i], student[i]);
         }
     }
-    float exponent = p.batch.inverse_temperature * LOG2_E;
+    float exponent = inverse_temperature_of(p.batch, rows.token) * LOG2_E;
     auto own = maxima.template state<RowState<D, float>>();
     RowState<D, float> empty = own;
     Shifts shifts = own.shifts(exponent);

@@ -29,7 +29,7 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
     constexpr bool AHEAD = D::SPECIALISED || sizeof(P) + sizeof(Q) < 8;
     RowState<D, float> own;
     Shifts shifts;
-    float exponent = p.batch.inverse_temperature * LOG2_E;
+    float exponent = inverse_temperature_of(p.batch, rows.token) * LOG2_E;
     for_chunks<false, AHEAD>(
         rows,
         // The first chunk's maxima are a good estimate of the row's, so that few chunks exceed them.
@@ -86,7 +86,8 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
 
 template <class D, class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows &p) {
     // Cross entropy at a temperature other than 1 has a sum of its own. (At 1, or without cross entropy, it does no harm.)
-    if (!D::SPECIALISED || ATKD_RARELY(p.objective.ce_weight != 0 && p.objective.inverse_temperature != 1)) {
+    bool not_at_1 = p.objective.inverse_temperature != 1 || p.batch.temperatures != nullptr;
+    if (!D::SPECIALISED || ATKD_RARELY(p.objective.ce_weight != 0 && not_at_1)) {
         for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, true>(p, token); });
     } else {
         for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, !D::SPECIALISED>(p, token); });

@@ -87,7 +87,7 @@ template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p)
                     store(p.batch.targets + token, static_cast<int32_t>(target));
                 }
             }
-            ThreadSum<T> own(row, target, p.batch.inverse_temperature * LOG2_E, next[0]);
+            ThreadSum<T> own(row, target, inverse_temperature_of(p.batch, token) * LOG2_E, next[0]);
             uint32_t start = thread_index(), full_end = row.first_full + row.full_count;
             // Iterations after which a whole iteration of full chunks follows.
             ATKD_NO_UNROLL
@@ -174,7 +174,7 @@ template <class T> ATKD_DEVICE Row<const T> row_of(const atkd_batch &batch, uint
 template <class T>
 ATKD_DEVICE float guarded_sum(const atkd_batch &batch, uint32_t token, uint32_t target, float max) {
     const T *data = teacher_row<T>(batch, token);
-    float exponent = batch.inverse_temperature * LOG2_E, sum = 0;
+    float exponent = inverse_temperature_of(batch, token) * LOG2_E, sum = 0;
     Shift shift = Shift::of(max, exponent);
     uint32_t lane = thread_index() % WARP, head = head_of(data, LINE);
     ATKD_NO_UNROLL
@@ -313,8 +313,8 @@ template <class T, class Sums, class Barriers> struct DeferredMerge {
     ATKD_DEVICE void merge(uint32_t at) {
         const atkd_batch &batch = p.batch;
         uint32_t lane = thread_index() % WARP;
-        float exponent = batch.inverse_temperature * LOG2_E;
         WarpSum part = sums[at + (lane < warps ? lane : 0)];
+        float exponent = inverse_temperature_of(batch, part.token) * LOG2_E;
         float max = max_of_warp(part.max);
         double own = double(part.sum) * double(exp2_of_distance(distance(part.max, max, exponent)));
         double sum = reduce_warp(lane < warps ? own : 0, Sum());

@@ -50,8 +50,13 @@ template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
         if (mode != ATKD_IGNORED) {
             // A weight that is not finite becomes NaN: an infinite one would leave terms infinite that are to be NaN.
             float weight = token_weight(p.batch, token);
-            terms =
-                terms_of<D>(p.objective, p.divergence, u, w, at_1, dkd, mode == ATKD_HARD, weight + (weight - weight));
+            double square = 1;
+            if (p.objective.times_square != 0) {
+                double temperature = load(p.batch.temperatures + token);
+                square = temperature * temperature;
+            }
+            terms = terms_of<D>(p.objective, p.divergence, u, w, at_1, dkd, mode == ATKD_HARD,
+                                weight + (weight - weight), square);
         }
         store(p.uncertainty + token, float(terms.uncertainty));
         store(p.tkd + token, float(terms.tkd));

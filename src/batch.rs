@@ -1,6 +1,7 @@
 //! The batch that a student learns from: the teacher's logits, the labels, the sequences.
 
-use crate::call::{HARD_MASK, TOKEN_WEIGHTS};
+use crate::call::{HARD_MASK, TEMPERATURES, TOKEN_WEIGHTS};
+use crate::objective::is_temperature;
 use crate::selection::{check_offsets, scopes};
 use crate::{Error, Logits, Objective, Result};
 
@@ -59,7 +60,44 @@ pub struct Batch<'a> {
     sequences: Option<&'a [usize]>,
     margins: Option<&'a [f32]>,
     hard: Option<&'a [bool]>,
-    token_weights: Option<&'a [f32]>,
+    own: TokenSettings<'a>,
+}
+
+/// What each token has of its own.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct TokenSettings<'a> {
+    pub weights: Option<&'a [f32]>,
+    pub temperatures: Option<&'a [f32]>,
+}
+
+impl<'a> TokenSettings<'a> {
+    /// # Errors
+    /// If there is not one weight per token.
+    pub fn with_weights(self, weights: &'a [f32], tokens: usize) -> Result<Self> {
+        check_count(TOKEN_WEIGHTS, weights.len(), tokens)?;
+        Ok(Self { weights: Some(weights), ..self })
+    }
+
+    /// # Errors
+    /// If there is not one temperature per token, or one is outside its domain.
+    pub fn with_temperatures(self, temperatures: &'a [f32], tokens: usize) -> Result<Self> {
+        check_count(TEMPERATURES, temperatures.len(), tokens)?;
+        let wrong = |&(_, &t): &(usize, &f32)| !is_temperature(t.into());
+        if let Some((token, &temperature)) = temperatures.iter().enumerate().find(wrong) {
+            return Err(Error::Temperature { token, temperature });
+        }
+        Ok(Self { temperatures: Some(temperatures), ..self })
+    }
+
+    /// What multiplies the weights of a token's terms.
+    pub fn weight(&self, token: usize) -> f64 {
+        self.weights.map_or(1.0, |weights| weights[token].into())
+    }
+
+    /// The temperature of a token: its own, or the objective's.
+    pub fn temperature(&self, token: usize, objective: &Objective) -> f64 {
+        self.temperatures.map_or(objective.temperature(), |own| own[token].into())
+    }
 }
 
 impl<'a> Batch<'a> {
@@ -83,7 +121,7 @@ impl<'a> Batch<'a> {
             sequences: None,
             margins: None,
             hard: None,
-            token_weights: None,
+            own: TokenSettings::default(),
         }
     }
 
@@ -130,8 +168,18 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// If there is not one weight per token.
     pub fn with_token_weights(mut self, weights: &'a [f32]) -> Result<Self> {
-        check_count(TOKEN_WEIGHTS, weights.len(), self.teacher.tokens())?;
-        self.token_weights = Some(weights);
+        self.own = self.own.with_weights(weights, self.teacher.tokens())?;
+        Ok(self)
+    }
+
+    /// Divides each token's logits, of both models, by a temperature of its own instead of the objective's; the square of
+    /// that multiplies its distillation terms if the objective says so. Tokens are selected by their margins at these
+    /// temperatures.
+    ///
+    /// # Errors
+    /// If there is not one temperature per token, or one is not in [1e-30, 1e30].
+    pub fn with_temperatures(mut self, temperatures: &'a [f32]) -> Result<Self> {
+        self.own = self.own.with_temperatures(temperatures, self.teacher.tokens())?;
         Ok(self)
     }
 
@@ -162,7 +210,16 @@ impl<'a> Batch<'a> {
 
     /// The weights given to [`with_token_weights`](Self::with_token_weights).
     pub fn token_weights(&self) -> Option<&'a [f32]> {
-        self.token_weights
+        self.own.weights
+    }
+
+    /// The temperatures given to [`with_temperatures`](Self::with_temperatures).
+    pub fn temperatures(&self) -> Option<&'a [f32]> {
+        self.own.temperatures
+    }
+
+    pub(crate) fn token_settings(&self) -> TokenSettings<'a> {
+        self.own
     }
 
     /// The ranges of tokens within which hard tokens are selected.
@@ -188,11 +245,6 @@ impl<'a> Batch<'a> {
 /// That there is one value per token.
 pub(crate) fn check_count(what: &'static str, values: usize, tokens: usize) -> Result<()> {
     if values == tokens { Ok(()) } else { Err(Error::MaskCount { what, values, tokens }) }
-}
-
-/// The weight of a token.
-pub(crate) fn token_weight(weights: Option<&[f32]>, token: usize) -> f64 {
-    weights.map_or(1.0, |weights| weights[token].into())
 }
 
 /// The label of each token; `None` for ignored ones, 0 for all of a batch without labels.

@@ -42,6 +42,8 @@ pub struct RawTokens {
     pub hard: Option<u64>,
     /// The weights of the tokens: see [`RawCall::token_weights`].
     pub token_weights: Option<u64>,
+    /// The temperatures of the tokens: see [`RawCall::temperatures`].
+    pub temperatures: Option<u64>,
     /// The gradient of what comes after: see [`RawCall::upstream`].
     pub upstream: Option<u64>,
 }
@@ -82,6 +84,7 @@ impl RawRows {
             margins: None,
             hard: None,
             token_weights: None,
+            temperatures: None,
             upstream: None,
         }
     }
@@ -117,6 +120,10 @@ pub struct RawCall {
     /// float32 `[N]`, by which each token's terms are multiplied: see
     /// [`Batch::with_token_weights`](crate::Batch::with_token_weights).
     pub token_weights: Option<u64>,
+    /// float32 `[N]`, each token's temperature instead of the objective's: see
+    /// [`Batch::with_temperatures`](crate::Batch::with_temperatures). On a GPU the loss of a token whose temperature is not in
+    /// [1e-30, 1e30] is NaN, which is an error on the CPU.
+    pub temperatures: Option<u64>,
     /// The gradient of what comes after, a float32 scalar by which the gradient is multiplied. If it is infinite
     /// or NaN, as a trainer's loss scale may make it, the gradient of every valid token is NaN.
     pub upstream: Option<u64>,
@@ -164,9 +171,28 @@ impl RawCall {
     /// Everything but the logits.
     pub(crate) fn without_logits(&self) -> RawTokens {
         let Self {
-            tokens, vocab, labels, sequences, margins, hard, token_weights, upstream, ..
+            tokens,
+            vocab,
+            labels,
+            sequences,
+            margins,
+            hard,
+            token_weights,
+            temperatures,
+            upstream,
+            ..
         } = *self;
-        RawTokens { tokens, vocab, labels, sequences, margins, hard, token_weights, upstream }
+        RawTokens {
+            tokens,
+            vocab,
+            labels,
+            sequences,
+            margins,
+            hard,
+            token_weights,
+            temperatures,
+            upstream,
+        }
     }
 
     /// Checks that the shapes, strides and addresses go together; what lies behind an address cannot be
@@ -231,16 +257,18 @@ impl RawTokens {
         RawCall { sequences, margins, hard, ..self.call(0, rows) }
     }
 
-    /// The call about some of these tokens, in the order of their rows, with the labels and the weights from token `first`
-    /// on.
+    /// The call about some of these tokens, in the order of their rows, with the labels and other values from token
+    /// `first` on.
     #[cfg(any(test, feature = "cuda", feature = "simt"))]
     pub(crate) fn call(&self, first: usize, rows: &RawRows) -> RawCall {
         let labels = self.labels.map(|labels| match labels {
             RawLabels::I64(address) => RawLabels::I64(address + 8 * first as u64),
             RawLabels::I32(address) => RawLabels::I32(address + 4 * first as u64),
         });
-        let token_weights = self.token_weights.map(|address| address + 4 * first as u64);
-        RawCall { labels, token_weights, upstream: self.upstream, ..rows.call(self.vocab) }
+        let [token_weights, temperatures] = [self.token_weights, self.temperatures]
+            .map(|address| address.map(|address| address + 4 * first as u64));
+        let upstream = self.upstream;
+        RawCall { labels, token_weights, temperatures, upstream, ..rows.call(self.vocab) }
     }
 
     /// Checks that the addresses go together.
@@ -259,6 +287,7 @@ impl RawTokens {
             ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
             ("the margins", self.margins.unwrap_or(0), 4),
             (TOKEN_WEIGHTS, self.token_weights.unwrap_or(0), 4),
+            (TEMPERATURES, self.temperatures.unwrap_or(0), 4),
             ("the upstream gradient", self.upstream.unwrap_or(0), 4),
         ] {
             check_alignment(what, address, multiple)?;
@@ -269,6 +298,7 @@ impl RawTokens {
             ("the margins", self.margins, self.tokens),
             (HARD_MASK, self.hard, self.tokens),
             (TOKEN_WEIGHTS, self.token_weights, self.tokens),
+            (TEMPERATURES, self.temperatures, self.tokens),
             ("the upstream gradient", self.upstream, 1),
         ] {
             check_there(what, address, elements)?;
@@ -288,14 +318,16 @@ pub struct RawTeacher {
     pub teacher: RawLogits,
     /// As [`RawCall::labels`].
     pub labels: Option<RawLabels>,
+    /// As [`RawCall::temperatures`].
+    pub temperatures: Option<u64>,
 }
 
 impl RawTeacher {
     /// A call about the same, with the teacher as its own student.
     pub(crate) fn call(&self) -> RawCall {
-        let Self { tokens, vocab, teacher, labels } = *self;
+        let Self { tokens, vocab, teacher, labels, temperatures } = *self;
         let rows = RawRows::of_teacher(tokens, teacher);
-        RawCall { labels, ..rows.call(vocab) }
+        RawCall { labels, temperatures, ..rows.call(vocab) }
     }
 
     /// Checks that the call can be made, and its margins written.
@@ -342,6 +374,7 @@ impl RawSelection {
 
 pub(crate) const HARD_MASK: &str = "the mask of hard tokens";
 pub(crate) const TOKEN_WEIGHTS: &str = "the token weights";
+pub(crate) const TEMPERATURES: &str = "the temperatures";
 
 /// That there is an address where values are to be.
 fn check_there(what: &'static str, address: Option<u64>, elements: usize) -> Result<()> {

@@ -1,3 +1,4 @@
+use crate::objective::TEMPERATURE;
 use crate::{Coefficient, Dtype, Strides};
 
 /// Without the hundreds of zeros of very large and very small numbers.
@@ -115,6 +116,9 @@ pub enum Error {
     /// One margin a token, no more and no fewer.
     #[error("{} given for {}", were(*margins, "margin"), count(*tokens, "token"))]
     MarginCount { margins: usize, tokens: usize },
+    /// A token's own temperature outside its domain.
+    #[error("the temperature of token {token} is {}, but must be {TEMPERATURE}", readable((*temperature).into()))]
+    Temperature { token: usize, temperature: f32 },
     /// One value per token, no more and no fewer.
     #[error("{values} values of {what} were given for {tokens} tokens")]
     MaskCount { what: &'static str, values: usize, tokens: usize },

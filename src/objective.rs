@@ -243,6 +243,14 @@ fn check(name: &'static str, value: f64, allowed: &'static str, ok: bool) -> Res
     if ok { Ok(value) } else { Err(Error::Setting { name, value, allowed }) }
 }
 
+/// The domain of a temperature.
+pub(crate) const TEMPERATURE: &str =
+    "in [1e-30, 1e30], so that float32 has its reciprocal finite and above 0";
+
+pub(crate) fn is_temperature(value: f64) -> bool {
+    (1e-30..=1e30).contains(&value)
+}
+
 pub(crate) fn unit_interval(name: &'static str, value: f64) -> Result<f64> {
     check(name, value, "in [0, 1]", (0.0..=1.0).contains(&value))
 }
@@ -386,10 +394,8 @@ impl Objective {
     /// # Errors
     /// If it is not in [1e-30, 1e30]: the logits are multiplied by its reciprocal in float32.
     pub fn with_temperature(mut self, temperature: f64) -> Result<Self> {
-        const ALLOWED: &str =
-            "in [1e-30, 1e30], so that float32 has its reciprocal finite and above 0";
-        let ok = (1e-30..=1e30).contains(&temperature);
-        self.temperature = check("the temperature", temperature, ALLOWED, ok)?;
+        let ok = is_temperature(temperature);
+        self.temperature = check("the temperature", temperature, TEMPERATURE, ok)?;
         Ok(self)
     }
 
@@ -539,8 +545,13 @@ impl Objective {
     /// The factor of TKD and DKD beside their coefficients: `kd_weight`, or
     /// `kd_weight * temperature^2`.
     pub fn distillation_scale(&self) -> f64 {
+        self.distillation_scale_at(self.temperature)
+    }
+
+    /// The same at another temperature.
+    pub(crate) fn distillation_scale_at(&self, temperature: f64) -> f64 {
         if self.temperature_squared {
-            self.kd_weight * self.temperature * self.temperature
+            self.kd_weight * temperature * temperature
         } else {
             self.kd_weight
         }

@@ -1,6 +1,6 @@
 //! The results of a call: the loss, each token's terms, and a summary of them.
 
-use crate::batch::token_weight;
+use crate::batch::TokenSettings;
 use crate::reference::Weights;
 use crate::{Objective, Reduction};
 
@@ -78,7 +78,7 @@ impl Output {
     pub(crate) fn reduce(
         objective: &Objective,
         tokens: Vec<TokenTerms>,
-        token_weights: Option<&[f32]>,
+        own: TokenSettings,
     ) -> Self {
         let valid = tokens.iter().filter(|token| token.valid).count();
         let hard = tokens.iter().filter(|token| token.hard).count();
@@ -87,9 +87,10 @@ impl Output {
             _ if valid == 0 => 0.0,
             Reduction::GroupMean => {
                 let of_token = |(i, token): (usize, &TokenTerms)| {
-                    let weights = Weights::new(objective, token.uncertainty, token.hard);
-                    let distillation =
-                        weights.times(token_weight(token_weights, i)).distillation(token);
+                    let temperature = own.temperature(i, objective);
+                    let weights =
+                        Weights::new(objective, temperature, token.uncertainty, token.hard);
+                    let distillation = weights.times(own.weight(i)).distillation(token);
                     let of_group = scales.distillation(token.hard);
                     if distillation.is_finite() {
                         // What the loss has beside it is cross entropy.

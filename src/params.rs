@@ -121,6 +121,7 @@ pub struct atkd_batch {
     pub keys: *mut u32,
     pub modes: *mut u8,
     pub token_weights: *const f32,
+    pub temperatures: *const f32,
     pub summary: *mut atkd_summary,
     pub teacher_strides: atkd_strides,
     pub ignore_index: i64,
@@ -133,7 +134,7 @@ pub struct atkd_batch {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_batch"][::std::mem::size_of::<atkd_batch>() - 112usize];
+    ["Size of atkd_batch"][::std::mem::size_of::<atkd_batch>() - 120usize];
     ["Alignment of atkd_batch"][::std::mem::align_of::<atkd_batch>() - 8usize];
     ["Offset of field: atkd_batch::teacher"][::std::mem::offset_of!(atkd_batch, teacher) - 0usize];
     ["Offset of field: atkd_batch::labels"][::std::mem::offset_of!(atkd_batch, labels) - 8usize];
@@ -142,20 +143,22 @@ const _: () = {
     ["Offset of field: atkd_batch::modes"][::std::mem::offset_of!(atkd_batch, modes) - 32usize];
     ["Offset of field: atkd_batch::token_weights"]
         [::std::mem::offset_of!(atkd_batch, token_weights) - 40usize];
-    ["Offset of field: atkd_batch::summary"][::std::mem::offset_of!(atkd_batch, summary) - 48usize];
+    ["Offset of field: atkd_batch::temperatures"]
+        [::std::mem::offset_of!(atkd_batch, temperatures) - 48usize];
+    ["Offset of field: atkd_batch::summary"][::std::mem::offset_of!(atkd_batch, summary) - 56usize];
     ["Offset of field: atkd_batch::teacher_strides"]
-        [::std::mem::offset_of!(atkd_batch, teacher_strides) - 56usize];
+        [::std::mem::offset_of!(atkd_batch, teacher_strides) - 64usize];
     ["Offset of field: atkd_batch::ignore_index"]
-        [::std::mem::offset_of!(atkd_batch, ignore_index) - 80usize];
-    ["Offset of field: atkd_batch::tokens"][::std::mem::offset_of!(atkd_batch, tokens) - 88usize];
+        [::std::mem::offset_of!(atkd_batch, ignore_index) - 88usize];
+    ["Offset of field: atkd_batch::tokens"][::std::mem::offset_of!(atkd_batch, tokens) - 96usize];
     ["Offset of field: atkd_batch::first_token"]
-        [::std::mem::offset_of!(atkd_batch, first_token) - 92usize];
-    ["Offset of field: atkd_batch::vocab"][::std::mem::offset_of!(atkd_batch, vocab) - 96usize];
+        [::std::mem::offset_of!(atkd_batch, first_token) - 100usize];
+    ["Offset of field: atkd_batch::vocab"][::std::mem::offset_of!(atkd_batch, vocab) - 104usize];
     ["Offset of field: atkd_batch::label_bytes"]
-        [::std::mem::offset_of!(atkd_batch, label_bytes) - 100usize];
-    ["Offset of field: atkd_batch::target"][::std::mem::offset_of!(atkd_batch, target) - 104usize];
+        [::std::mem::offset_of!(atkd_batch, label_bytes) - 108usize];
+    ["Offset of field: atkd_batch::target"][::std::mem::offset_of!(atkd_batch, target) - 112usize];
     ["Offset of field: atkd_batch::inverse_temperature"]
-        [::std::mem::offset_of!(atkd_batch, inverse_temperature) - 108usize];
+        [::std::mem::offset_of!(atkd_batch, inverse_temperature) - 116usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -167,16 +170,16 @@ pub struct atkd_teacher_margin {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 128usize];
+    ["Size of atkd_teacher_margin"][::std::mem::size_of::<atkd_teacher_margin>() - 136usize];
     ["Alignment of atkd_teacher_margin"][::std::mem::align_of::<atkd_teacher_margin>() - 8usize];
     ["Offset of field: atkd_teacher_margin::batch"]
         [::std::mem::offset_of!(atkd_teacher_margin, batch) - 0usize];
     ["Offset of field: atkd_teacher_margin::margins"]
-        [::std::mem::offset_of!(atkd_teacher_margin, margins) - 112usize];
+        [::std::mem::offset_of!(atkd_teacher_margin, margins) - 120usize];
     ["Offset of field: atkd_teacher_margin::blocks"]
-        [::std::mem::offset_of!(atkd_teacher_margin, blocks) - 120usize];
+        [::std::mem::offset_of!(atkd_teacher_margin, blocks) - 128usize];
     ["Offset of field: atkd_teacher_margin::reserved"]
-        [::std::mem::offset_of!(atkd_teacher_margin, reserved) - 124usize];
+        [::std::mem::offset_of!(atkd_teacher_margin, reserved) - 132usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -190,20 +193,20 @@ pub struct atkd_count_valid {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 144usize];
+    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 152usize];
     ["Alignment of atkd_count_valid"][::std::mem::align_of::<atkd_count_valid>() - 8usize];
     ["Offset of field: atkd_count_valid::batch"]
         [::std::mem::offset_of!(atkd_count_valid, batch) - 0usize];
     ["Offset of field: atkd_count_valid::hard"]
-        [::std::mem::offset_of!(atkd_count_valid, hard) - 112usize];
+        [::std::mem::offset_of!(atkd_count_valid, hard) - 120usize];
     ["Offset of field: atkd_count_valid::states"]
-        [::std::mem::offset_of!(atkd_count_valid, states) - 120usize];
+        [::std::mem::offset_of!(atkd_count_valid, states) - 128usize];
     ["Offset of field: atkd_count_valid::kept_threshold"]
-        [::std::mem::offset_of!(atkd_count_valid, kept_threshold) - 128usize];
+        [::std::mem::offset_of!(atkd_count_valid, kept_threshold) - 136usize];
     ["Offset of field: atkd_count_valid::valid_mode"]
-        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 136usize];
+        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 144usize];
     ["Offset of field: atkd_count_valid::reserved"]
-        [::std::mem::offset_of!(atkd_count_valid, reserved) - 140usize];
+        [::std::mem::offset_of!(atkd_count_valid, reserved) - 148usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -224,34 +227,34 @@ pub struct atkd_select_hard {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 192usize];
+    ["Size of atkd_select_hard"][::std::mem::size_of::<atkd_select_hard>() - 200usize];
     ["Alignment of atkd_select_hard"][::std::mem::align_of::<atkd_select_hard>() - 8usize];
     ["Offset of field: atkd_select_hard::batch"]
         [::std::mem::offset_of!(atkd_select_hard, batch) - 0usize];
     ["Offset of field: atkd_select_hard::margins"]
-        [::std::mem::offset_of!(atkd_select_hard, margins) - 112usize];
+        [::std::mem::offset_of!(atkd_select_hard, margins) - 120usize];
     ["Offset of field: atkd_select_hard::valid"]
-        [::std::mem::offset_of!(atkd_select_hard, valid) - 120usize];
+        [::std::mem::offset_of!(atkd_select_hard, valid) - 128usize];
     ["Offset of field: atkd_select_hard::offsets"]
-        [::std::mem::offset_of!(atkd_select_hard, offsets) - 128usize];
+        [::std::mem::offset_of!(atkd_select_hard, offsets) - 136usize];
     ["Offset of field: atkd_select_hard::mispredicted"]
-        [::std::mem::offset_of!(atkd_select_hard, mispredicted) - 136usize];
+        [::std::mem::offset_of!(atkd_select_hard, mispredicted) - 144usize];
     ["Offset of field: atkd_select_hard::states"]
-        [::std::mem::offset_of!(atkd_select_hard, states) - 144usize];
+        [::std::mem::offset_of!(atkd_select_hard, states) - 152usize];
     ["Offset of field: atkd_select_hard::kept_threshold"]
-        [::std::mem::offset_of!(atkd_select_hard, kept_threshold) - 152usize];
+        [::std::mem::offset_of!(atkd_select_hard, kept_threshold) - 160usize];
     ["Offset of field: atkd_select_hard::hard_to"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_to) - 160usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_to) - 168usize];
     ["Offset of field: atkd_select_hard::hard_ratio"]
-        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 168usize];
+        [::std::mem::offset_of!(atkd_select_hard, hard_ratio) - 176usize];
     ["Offset of field: atkd_select_hard::scopes"]
-        [::std::mem::offset_of!(atkd_select_hard, scopes) - 176usize];
+        [::std::mem::offset_of!(atkd_select_hard, scopes) - 184usize];
     ["Offset of field: atkd_select_hard::count"]
-        [::std::mem::offset_of!(atkd_select_hard, count) - 180usize];
+        [::std::mem::offset_of!(atkd_select_hard, count) - 188usize];
     ["Offset of field: atkd_select_hard::rule"]
-        [::std::mem::offset_of!(atkd_select_hard, rule) - 184usize];
+        [::std::mem::offset_of!(atkd_select_hard, rule) - 192usize];
     ["Offset of field: atkd_select_hard::reserved"]
-        [::std::mem::offset_of!(atkd_select_hard, reserved) - 188usize];
+        [::std::mem::offset_of!(atkd_select_hard, reserved) - 196usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -261,30 +264,33 @@ pub struct atkd_prepare_rows {
     pub targets: *mut i32,
     pub modes: *mut u8,
     pub token_weights: *mut f32,
+    pub temperatures: *mut f32,
     pub states: *mut ::std::os::raw::c_void,
     pub count: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_prepare_rows"][::std::mem::size_of::<atkd_prepare_rows>() - 160usize];
+    ["Size of atkd_prepare_rows"][::std::mem::size_of::<atkd_prepare_rows>() - 176usize];
     ["Alignment of atkd_prepare_rows"][::std::mem::align_of::<atkd_prepare_rows>() - 8usize];
     ["Offset of field: atkd_prepare_rows::batch"]
         [::std::mem::offset_of!(atkd_prepare_rows, batch) - 0usize];
     ["Offset of field: atkd_prepare_rows::mispredicted"]
-        [::std::mem::offset_of!(atkd_prepare_rows, mispredicted) - 112usize];
+        [::std::mem::offset_of!(atkd_prepare_rows, mispredicted) - 120usize];
     ["Offset of field: atkd_prepare_rows::targets"]
-        [::std::mem::offset_of!(atkd_prepare_rows, targets) - 120usize];
+        [::std::mem::offset_of!(atkd_prepare_rows, targets) - 128usize];
     ["Offset of field: atkd_prepare_rows::modes"]
-        [::std::mem::offset_of!(atkd_prepare_rows, modes) - 128usize];
+        [::std::mem::offset_of!(atkd_prepare_rows, modes) - 136usize];
     ["Offset of field: atkd_prepare_rows::token_weights"]
-        [::std::mem::offset_of!(atkd_prepare_rows, token_weights) - 136usize];
+        [::std::mem::offset_of!(atkd_prepare_rows, token_weights) - 144usize];
+    ["Offset of field: atkd_prepare_rows::temperatures"]
+        [::std::mem::offset_of!(atkd_prepare_rows, temperatures) - 152usize];
     ["Offset of field: atkd_prepare_rows::states"]
-        [::std::mem::offset_of!(atkd_prepare_rows, states) - 144usize];
+        [::std::mem::offset_of!(atkd_prepare_rows, states) - 160usize];
     ["Offset of field: atkd_prepare_rows::count"]
-        [::std::mem::offset_of!(atkd_prepare_rows, count) - 152usize];
+        [::std::mem::offset_of!(atkd_prepare_rows, count) - 168usize];
     ["Offset of field: atkd_prepare_rows::reserved"]
-        [::std::mem::offset_of!(atkd_prepare_rows, reserved) - 156usize];
+        [::std::mem::offset_of!(atkd_prepare_rows, reserved) - 172usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -308,10 +314,11 @@ pub struct atkd_objective {
     pub dkd: [atkd_coefficient; 2usize],
     pub ce_weight: f64,
     pub inverse_temperature: f64,
+    pub times_square: u64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_objective"][::std::mem::size_of::<atkd_objective>() - 80usize];
+    ["Size of atkd_objective"][::std::mem::size_of::<atkd_objective>() - 88usize];
     ["Alignment of atkd_objective"][::std::mem::align_of::<atkd_objective>() - 8usize];
     ["Offset of field: atkd_objective::tkd"][::std::mem::offset_of!(atkd_objective, tkd) - 0usize];
     ["Offset of field: atkd_objective::dkd"][::std::mem::offset_of!(atkd_objective, dkd) - 32usize];
@@ -319,6 +326,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_objective, ce_weight) - 64usize];
     ["Offset of field: atkd_objective::inverse_temperature"]
         [::std::mem::offset_of!(atkd_objective, inverse_temperature) - 72usize];
+    ["Offset of field: atkd_objective::times_square"]
+        [::std::mem::offset_of!(atkd_objective, times_square) - 80usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -378,45 +387,45 @@ pub struct atkd_rows {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 384usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 400usize];
     ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
     ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
     ["Offset of field: atkd_rows::objective"]
-        [::std::mem::offset_of!(atkd_rows, objective) - 112usize];
-    ["Offset of field: atkd_rows::student"][::std::mem::offset_of!(atkd_rows, student) - 192usize];
+        [::std::mem::offset_of!(atkd_rows, objective) - 120usize];
+    ["Offset of field: atkd_rows::student"][::std::mem::offset_of!(atkd_rows, student) - 208usize];
     ["Offset of field: atkd_rows::gradient"]
-        [::std::mem::offset_of!(atkd_rows, gradient) - 200usize];
+        [::std::mem::offset_of!(atkd_rows, gradient) - 216usize];
     ["Offset of field: atkd_rows::upstream"]
-        [::std::mem::offset_of!(atkd_rows, upstream) - 208usize];
+        [::std::mem::offset_of!(atkd_rows, upstream) - 224usize];
     ["Offset of field: atkd_rows::teacher_margin"]
-        [::std::mem::offset_of!(atkd_rows, teacher_margin) - 216usize];
+        [::std::mem::offset_of!(atkd_rows, teacher_margin) - 232usize];
     ["Offset of field: atkd_rows::student_margin"]
-        [::std::mem::offset_of!(atkd_rows, student_margin) - 224usize];
-    ["Offset of field: atkd_rows::dkd"][::std::mem::offset_of!(atkd_rows, dkd) - 232usize];
+        [::std::mem::offset_of!(atkd_rows, student_margin) - 240usize];
+    ["Offset of field: atkd_rows::dkd"][::std::mem::offset_of!(atkd_rows, dkd) - 248usize];
     ["Offset of field: atkd_rows::student_margin_at_1"]
-        [::std::mem::offset_of!(atkd_rows, student_margin_at_1) - 240usize];
-    ["Offset of field: atkd_rows::states"][::std::mem::offset_of!(atkd_rows, states) - 248usize];
+        [::std::mem::offset_of!(atkd_rows, student_margin_at_1) - 256usize];
+    ["Offset of field: atkd_rows::states"][::std::mem::offset_of!(atkd_rows, states) - 264usize];
     ["Offset of field: atkd_rows::mispredicted"]
-        [::std::mem::offset_of!(atkd_rows, mispredicted) - 256usize];
+        [::std::mem::offset_of!(atkd_rows, mispredicted) - 272usize];
     ["Offset of field: atkd_rows::student_strides"]
-        [::std::mem::offset_of!(atkd_rows, student_strides) - 264usize];
+        [::std::mem::offset_of!(atkd_rows, student_strides) - 280usize];
     ["Offset of field: atkd_rows::gradient_strides"]
-        [::std::mem::offset_of!(atkd_rows, gradient_strides) - 288usize];
-    ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 312usize];
+        [::std::mem::offset_of!(atkd_rows, gradient_strides) - 304usize];
+    ["Offset of field: atkd_rows::scale"][::std::mem::offset_of!(atkd_rows, scale) - 328usize];
     ["Offset of field: atkd_rows::hard_ratio"]
-        [::std::mem::offset_of!(atkd_rows, hard_ratio) - 320usize];
+        [::std::mem::offset_of!(atkd_rows, hard_ratio) - 336usize];
     ["Offset of field: atkd_rows::reduction"]
-        [::std::mem::offset_of!(atkd_rows, reduction) - 328usize];
+        [::std::mem::offset_of!(atkd_rows, reduction) - 344usize];
     ["Offset of field: atkd_rows::write_keys"]
-        [::std::mem::offset_of!(atkd_rows, write_keys) - 332usize];
+        [::std::mem::offset_of!(atkd_rows, write_keys) - 348usize];
     ["Offset of field: atkd_rows::predicts"]
-        [::std::mem::offset_of!(atkd_rows, predicts) - 336usize];
+        [::std::mem::offset_of!(atkd_rows, predicts) - 352usize];
     ["Offset of field: atkd_rows::clusters"]
-        [::std::mem::offset_of!(atkd_rows, clusters) - 340usize];
-    ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 344usize];
-    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 348usize];
+        [::std::mem::offset_of!(atkd_rows, clusters) - 356usize];
+    ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 360usize];
+    ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 364usize];
     ["Offset of field: atkd_rows::divergence"]
-        [::std::mem::offset_of!(atkd_rows, divergence) - 352usize];
+        [::std::mem::offset_of!(atkd_rows, divergence) - 368usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -442,44 +451,44 @@ pub struct atkd_token_terms {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 336usize];
+    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 352usize];
     ["Alignment of atkd_token_terms"][::std::mem::align_of::<atkd_token_terms>() - 8usize];
     ["Offset of field: atkd_token_terms::batch"]
         [::std::mem::offset_of!(atkd_token_terms, batch) - 0usize];
     ["Offset of field: atkd_token_terms::objective"]
-        [::std::mem::offset_of!(atkd_token_terms, objective) - 112usize];
+        [::std::mem::offset_of!(atkd_token_terms, objective) - 120usize];
     ["Offset of field: atkd_token_terms::uncertainty"]
-        [::std::mem::offset_of!(atkd_token_terms, uncertainty) - 192usize];
+        [::std::mem::offset_of!(atkd_token_terms, uncertainty) - 208usize];
     ["Offset of field: atkd_token_terms::tkd"]
-        [::std::mem::offset_of!(atkd_token_terms, tkd) - 200usize];
+        [::std::mem::offset_of!(atkd_token_terms, tkd) - 216usize];
     ["Offset of field: atkd_token_terms::dkd"]
-        [::std::mem::offset_of!(atkd_token_terms, dkd) - 208usize];
+        [::std::mem::offset_of!(atkd_token_terms, dkd) - 224usize];
     ["Offset of field: atkd_token_terms::loss"]
-        [::std::mem::offset_of!(atkd_token_terms, loss) - 216usize];
+        [::std::mem::offset_of!(atkd_token_terms, loss) - 232usize];
     ["Offset of field: atkd_token_terms::sums"]
-        [::std::mem::offset_of!(atkd_token_terms, sums) - 224usize];
+        [::std::mem::offset_of!(atkd_token_terms, sums) - 240usize];
     ["Offset of field: atkd_token_terms::reduced_loss_to"]
-        [::std::mem::offset_of!(atkd_token_terms, reduced_loss_to) - 232usize];
+        [::std::mem::offset_of!(atkd_token_terms, reduced_loss_to) - 248usize];
     ["Offset of field: atkd_token_terms::uncertainty_to"]
-        [::std::mem::offset_of!(atkd_token_terms, uncertainty_to) - 240usize];
+        [::std::mem::offset_of!(atkd_token_terms, uncertainty_to) - 256usize];
     ["Offset of field: atkd_token_terms::tkd_to"]
-        [::std::mem::offset_of!(atkd_token_terms, tkd_to) - 248usize];
+        [::std::mem::offset_of!(atkd_token_terms, tkd_to) - 264usize];
     ["Offset of field: atkd_token_terms::dkd_to"]
-        [::std::mem::offset_of!(atkd_token_terms, dkd_to) - 256usize];
+        [::std::mem::offset_of!(atkd_token_terms, dkd_to) - 272usize];
     ["Offset of field: atkd_token_terms::margin_to"]
-        [::std::mem::offset_of!(atkd_token_terms, margin_to) - 264usize];
+        [::std::mem::offset_of!(atkd_token_terms, margin_to) - 280usize];
     ["Offset of field: atkd_token_terms::token_loss_to"]
-        [::std::mem::offset_of!(atkd_token_terms, token_loss_to) - 272usize];
+        [::std::mem::offset_of!(atkd_token_terms, token_loss_to) - 288usize];
     ["Offset of field: atkd_token_terms::modes_to"]
-        [::std::mem::offset_of!(atkd_token_terms, modes_to) - 280usize];
+        [::std::mem::offset_of!(atkd_token_terms, modes_to) - 296usize];
     ["Offset of field: atkd_token_terms::scale"]
-        [::std::mem::offset_of!(atkd_token_terms, scale) - 288usize];
+        [::std::mem::offset_of!(atkd_token_terms, scale) - 304usize];
     ["Offset of field: atkd_token_terms::reduction"]
-        [::std::mem::offset_of!(atkd_token_terms, reduction) - 296usize];
+        [::std::mem::offset_of!(atkd_token_terms, reduction) - 312usize];
     ["Offset of field: atkd_token_terms::blocks"]
-        [::std::mem::offset_of!(atkd_token_terms, blocks) - 300usize];
+        [::std::mem::offset_of!(atkd_token_terms, blocks) - 316usize];
     ["Offset of field: atkd_token_terms::divergence"]
-        [::std::mem::offset_of!(atkd_token_terms, divergence) - 304usize];
+        [::std::mem::offset_of!(atkd_token_terms, divergence) - 320usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

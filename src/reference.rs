@@ -2,7 +2,6 @@
 //! the two classes and of the rest, or the one of the whole vocabulary, and the chain rule for the gradient. Slow,
 //! serial, and independent of the fused form, against which it is the oracle.
 
-use crate::batch::token_weight;
 use crate::objective::{Coefficient, Family, Mixture, Target};
 use crate::output::TokenTerms;
 use crate::{Batch, Elements, Logits, Objective, Output, ReductionScales, Result, SelectionRule};
@@ -217,8 +216,8 @@ pub(crate) struct Weights {
 
 impl Weights {
     /// The plain forward KL is that of its coefficients.
-    pub fn new(objective: &Objective, uncertainty: f64, hard: bool) -> Self {
-        let (kd, ce) = (objective.distillation_scale(), objective.ce_weight());
+    pub fn new(objective: &Objective, temperature: f64, uncertainty: f64, hard: bool) -> Self {
+        let (kd, ce) = (objective.distillation_scale_at(temperature), objective.ce_weight());
         if objective.is_plain() && objective.divergence().family() != Family::ForwardKl {
             return Self { tkd: 0.0, dkd: 0.0, plain: kd, ce };
         }
@@ -258,7 +257,7 @@ pub(crate) fn compute(
     mut gradient: Option<&mut [f64]>,
 ) -> Result<Output> {
     let teacher = batch.teacher();
-    let (vocab, temperature) = (teacher.vocab(), objective.temperature());
+    let (vocab, own) = (teacher.vocab(), batch.token_settings());
 
     let targets = targets(objective, batch)?;
     let margins: Vec<Option<f64>> = targets
@@ -268,7 +267,7 @@ pub(crate) fn compute(
             target.map(|target| {
                 let row = widen(teacher.row(token));
                 match defined(&row) {
-                    true => Split::new(&row, temperature, target).margin,
+                    true => Split::new(&row, own.temperature(token, objective), target).margin,
                     false => f64::NAN,
                 }
             })
@@ -285,11 +284,21 @@ pub(crate) fn compute(
         let (a, b) = (widen(teacher.row(token)), student(token));
         let row = gradient.as_deref_mut().map(|g| &mut g[token * vocab..][..vocab]);
         let margin = margins[token].expect("a token with a target has a margin");
-        let weight = token_weight(batch.token_weights(), token);
-        tokens[token] =
-            one_token(objective, &a, &b, target, margin, hard[token], weight, scales, row);
+        let (weight, temperature) = (own.weight(token), own.temperature(token, objective));
+        tokens[token] = one_token(
+            objective,
+            &a,
+            &b,
+            target,
+            margin,
+            hard[token],
+            weight,
+            temperature,
+            scales,
+            row,
+        );
     }
-    Ok(Output::reduce(objective, tokens, batch.token_weights()))
+    Ok(Output::reduce(objective, tokens, own))
 }
 
 /// The batch's own mask; else, by float32 margins within each scope, NaN last: the `ceil(k * valid)` tokens of largest
@@ -335,10 +344,10 @@ fn one_token(
     margin: f64,
     hard: bool,
     weight: f64,
+    temperature: f64,
     scales: ReductionScales,
     gradient: Option<&mut [f64]>,
 ) -> TokenTerms {
-    let temperature = objective.temperature();
     if !defined(a) || !defined(b) {
         if let Some(gradient) = gradient {
             gradient.fill(f64::NAN);
@@ -383,7 +392,7 @@ fn one_token(
         false => (0.0, vec![0.0; a.len()]),
     };
 
-    let weights = Weights::new(objective, uncertainty, hard).times(weight);
+    let weights = Weights::new(objective, temperature, uncertainty, hard).times(weight);
     let terms = [(weights.tkd, tkd), (weights.dkd, dkd), (weights.plain, plain), (weights.ce, ce)];
     let loss = terms.iter().map(|&(weight, term)| weighted(weight, term)).sum();
 

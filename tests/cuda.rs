@@ -242,6 +242,7 @@ impl Loaded {
             margins: None,
             hard: None,
             token_weights: None,
+            temperatures: None,
             upstream: None,
         }
     }

@@ -94,6 +94,7 @@ fn by_address() {
         margins: None,
         hard: None,
         token_weights: None,
+        temperatures: None,
         upstream: None,
     };
     let mut loss = 0.0_f32;

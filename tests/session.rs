@@ -44,6 +44,9 @@ impl Backend for Cpu {
         if let Some(weights) = batch.token_weights() {
             session = session.with_token_weights(weights)?;
         }
+        if let Some(temperatures) = batch.temperatures() {
+            session = session.with_temperatures(temperatures)?;
+        }
         Ok(Box::new(session))
     }
 }

@@ -90,6 +90,9 @@ pub struct AtkdCall {
     /// [tokens]: each token's terms, cross entropy's too, are multiplied by its weight. A mean divides by the number of
     /// valid tokens nevertheless. The loss and the gradient of a token whose weight is infinite or NaN are NaN. Null for 1.
     pub token_weights: *const f32,
+    /// [tokens]: divides each token's logits, of both models, instead of the settings' temperature. Those outside
+    /// [1e-30, 1e30] are an error; on a CUDA workspace their tokens have the loss NaN. Null for none.
+    pub temperatures: *const f32,
     /// One number: the reduced loss. Null if not wanted; so are the others.
     pub loss: *mut f32,
     /// [tokens]: 1 - p(target) of the teacher.
@@ -170,11 +173,12 @@ impl AtkdCall {
             vocab: size("vocab", self.vocab)?,
             teacher: self.teacher.parse()?,
             labels,
+            temperatures: address(self.temperatures),
         })
     }
 
     pub(crate) fn parse(&self, with_gradient: bool) -> Result<RawCall, Failure> {
-        let RawTeacher { tokens, vocab, teacher, labels } = self.parse_teacher()?;
+        let RawTeacher { tokens, vocab, teacher, labels, temperatures } = self.parse_teacher()?;
         Ok(RawCall {
             tokens,
             vocab,
@@ -187,6 +191,7 @@ impl AtkdCall {
             gradient_padding: size("gradient_padding", self.gradient_padding)?,
             hard: address(self.hard),
             token_weights: address(self.token_weights),
+            temperatures,
             upstream: address(self.upstream),
         })
     }

@@ -58,10 +58,10 @@ struct Terms {
 };
 
 // From the margins u and w, the student's at temperature 1, and DKD, which is NaN if anything in the row is; times the
-// token's own weight.
+// token's own weight, and the distillation terms times `square`, that of the token's own temperature.
 template <class D>
 ATKD_DEVICE Terms terms_of(const atkd_objective &objective, const atkd_divergence &divergence, double teacher_margin,
-                           double student_margin, double student_margin_at_1, double dkd, bool hard, double weight) {
+                           double student_margin, double student_margin_at_1, double dkd, bool hard, double weight, double square) {
     Terms terms;
     terms.uncertainty = sigmoid(teacher_margin);
     terms.tkd = terms.dkd = terms.loss = terms.distillation = dkd;
@@ -70,8 +70,8 @@ ATKD_DEVICE Terms terms_of(const atkd_objective &objective, const atkd_divergenc
         return terms;
     }
     terms.tkd = D::tkd(divergence, teacher_margin, student_margin);
-    double c_tkd = weight * coefficient_of(objective.tkd[hard ? 1 : 0], terms.uncertainty);
-    double c_dkd = weight * coefficient_of(objective.dkd[hard ? 1 : 0], terms.uncertainty);
+    double c_tkd = weight * square * coefficient_of(objective.tkd[hard ? 1 : 0], terms.uncertainty);
+    double c_dkd = weight * square * coefficient_of(objective.dkd[hard ? 1 : 0], terms.uncertainty);
     terms.ce = weighted(weight * objective.ce_weight, softplus(student_margin_at_1));
     terms.distillation = D::loss(divergence, c_tkd, c_dkd, student_margin, terms.tkd, terms.dkd);
     terms.loss = terms.distillation + terms.ce;
@@ -210,7 +210,8 @@ struct TargetLogits {
 template <class D, bool CE_SUM, class State>
 ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weights, uint32_t token, uint8_t mode,
                                          const State &state, const TargetLogits &target, bool writes_mode) {
-    float exponent = p.batch.inverse_temperature * LOG2_E;
+    float inverse_temperature = inverse_temperature_of(p.batch, token);
+    float exponent = inverse_temperature * LOG2_E;
     auto teacher = Odds::of(float(state.teacher_sum), state.teacher_max, target.teacher, exponent);
     auto student = Odds::of(float(state.student_sum), state.student_max, target.student, exponent);
     auto student_at_1 =
@@ -218,10 +219,14 @@ ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weig
     // The token's group or, before the selection, a prediction of it. Rounding may decide here otherwise than in the
     // margin that the selection goes by; then the prediction was wrong.
     bool hard = p.predicts != 0 ? teacher.odds >= weights.threshold_odds : mode == ATKD_HARD;
-    float weight = token_weight(p.batch, token);
+    float weight = token_weight(p.batch, token), at_t = weight;
+    if (p.batch.temperatures != nullptr) {
+        // 1 / T of the derivative, and T^2 where that multiplies the terms.
+        at_t *= p.objective.times_square != 0 ? load(p.batch.temperatures + token) : inverse_temperature;
+    }
     TermWeights of_token = {
-        weight * (hard ? weights.hard_tkd : weights.easy_tkd).at(teacher.sigmoid),
-        weight * (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid),
+        at_t * (hard ? weights.hard_tkd : weights.easy_tkd).at(teacher.sigmoid),
+        at_t * (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid),
         weights.ce == 0 ? 0 : weight * weights.ce * student_at_1.sigmoid,
     };
     if (p.predicts != 0 && writes_mode && thread_index() % WARP == 0) {
@@ -253,7 +258,7 @@ template <class D, bool CE_SUM>
 ATKD_DEVICE void store_margins(const atkd_rows &p, uint32_t token, const RowState<D, double> &state,
                                const TargetLogits &target) {
     uint32_t lane = thread_index() % WARP;
-    float exponent = p.batch.inverse_temperature * LOG2_E;
+    float exponent_at_t = inverse_temperature_of(p.batch, token) * LOG2_E, exponent = exponent_at_t;
     double sum = lane == TEACHER ? state.teacher_sum : state.student_sum;
     float max = lane == TEACHER ? state.teacher_max : state.student_max;
     if (CE_SUM && lane == STUDENT_AT_1) {
@@ -267,7 +272,7 @@ ATKD_DEVICE void store_margins(const atkd_rows &p, uint32_t token, const RowStat
     if constexpr (D::SWEEPS == 1) {
         double weight = D::CROSS == BY_STUDENT ? shuffle_from(sum, STUDENT) : sum;
         double dkd =
-            D::dkd(state, weight, log_sum, shuffle_from(log_sum, STUDENT), p.batch.inverse_temperature * LOG2_E);
+            D::dkd(state, weight, log_sum, shuffle_from(log_sum, STUDENT), exponent_at_t);
         bool not_a_number = state.has_nan() || warp_ballot(lane <= STUDENT && margin != margin) != 0;
         store_dkd(p, token, not_a_number ? nan("") : dkd);
     }

@@ -242,6 +242,7 @@ struct Call {
     labels: Option<Labels>,
     hard: Option<u64>,
     token_weights: Option<u64>,
+    temperatures: Option<u64>,
     sequences: Option<(u64, usize)>,
     scale: Option<u64>,
     gradient: Option<Matrix>,
@@ -277,6 +278,7 @@ impl Call {
             margins: None,
             hard: self.hard,
             token_weights: self.token_weights,
+            temperatures: self.temperatures,
             upstream: self.scale,
         };
         (call, output)
@@ -336,10 +338,11 @@ fn teacher_margins(
     vocab: usize,
     teacher: Matrix,
     labels: Option<Labels>,
+    temperatures: Option<u64>,
     to: u64,
 ) -> PyResult<()> {
     let (teacher, labels) = (teacher.into(), labels.map(Into::into));
-    let teacher = RawTeacher { tokens, vocab, teacher, labels };
+    let teacher = RawTeacher { tokens, vocab, teacher, labels, temperatures };
     let objective = &objective.0;
     match place {
         Place::Host(threads) => {

@@ -92,7 +92,7 @@ def test_a_second_derivative_raises():
     loss = atkd.atkd_loss(student.requires_grad_(), teacher, labels)
     with pytest.raises(RuntimeError, match="create_graph"):
         loss.backward(create_graph=True)
-    loss, *_ = torch.ops.atkd.loss(student, teacher, labels, None, None, None, True, False, None, *SETTINGS)
+    loss, *_ = torch.ops.atkd.loss(student, teacher, labels, None, None, None, None, True, False, None, *SETTINGS)
     with pytest.raises(RuntimeError, match="create_graph"):
         loss.backward(create_graph=True)
 
@@ -108,7 +108,7 @@ def test_forward_alone():
         assert torch.equal(loss, expected) and not loss.requires_grad
     assert torch.equal(student, before)
     op = torch.ops.atkd.loss.default(
-        student, teacher, labels, None, None, None, False, False, None, *SETTINGS
+        student, teacher, labels, None, None, None, None, False, False, None, *SETTINGS
     )
     assert op[1].numel() == 0
     with pytest.raises(RuntimeError, match="with_gradient=False"):

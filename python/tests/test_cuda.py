@@ -162,7 +162,7 @@ def test_compile_gives_the_same_bits(inplace):
 
 def test_opcheck():
     student, teacher, labels = on_device(6, 40)
-    arguments = (student.requires_grad_(), teacher, labels % 40, None, None, None, True, False, None, *SETTINGS)
+    arguments = (student.requires_grad_(), teacher, labels % 40, None, None, None, None, True, False, None, *SETTINGS)
     torch.library.opcheck(torch.ops.atkd.loss.default, arguments)
 
 
@@ -212,7 +212,7 @@ def test_factors_with_and_without_a_graph_that_is_kept(vocab, dtype):
 
 def test_autograd_knows_that_a_gradient_was_scaled():
     student, teacher, labels = on_device(6, 1001)
-    arguments = (student.requires_grad_(), teacher, labels, None, None, None, True, False, None, *SETTINGS)
+    arguments = (student.requires_grad_(), teacher, labels, None, None, None, None, True, False, None, *SETTINGS)
     loss, gradient, *_ = torch.ops.atkd.loss(*arguments)
     other = torch.ones_like(gradient, requires_grad=True)
     penalty = (gradient * other).sum()

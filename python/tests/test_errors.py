@@ -155,4 +155,4 @@ def test_scale():
         (torch.ones(2), ValueError, r"scale is \[2\]"),
     ]:
         with pytest.raises(error, match=message):
-            torch.ops.atkd.loss(STUDENT, TEACHER, LABELS, scale, None, None, False, False, None, *SETTINGS)
+            torch.ops.atkd.loss(STUDENT, TEACHER, LABELS, scale, None, None, None, False, False, None, *SETTINGS)

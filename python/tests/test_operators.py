@@ -22,7 +22,7 @@ def test_opcheck(case, scale, with_gradient):
     student, teacher, labels = CASES[case]
     scale = None if scale is None else torch.tensor(scale)
     student = student.clone().requires_grad_(with_gradient)
-    arguments = (student, teacher, labels % 40, scale, None, None, with_gradient, False, None, *SETTINGS)
+    arguments = (student, teacher, labels % 40, scale, None, None, None, with_gradient, False, None, *SETTINGS)
     torch.library.opcheck(torch.ops.atkd.loss.default, arguments)
 
 

@@ -88,7 +88,7 @@ def test_tensors_are_numbers():
 
 def test_numbers_of_the_operator():
     numbers = torch.tensor([0.3, 0.4, 2.0, 0.5, 0.6, 0.1], dtype=torch.float64)
-    arguments = (*DATA, None, None, None, True, False, None, *SETTINGS)
+    arguments = (*DATA, None, None, None, None, True, False, None, *SETTINGS)
     loss, *_ = torch.ops.atkd.loss(*arguments, numbers)
     expected = atkd.atkd_loss(
         *DATA, lam=0.3, hard_ratio=0.4, temperature=2.0, ce_weight=0.5, kd_weight=0.6

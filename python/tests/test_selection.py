@@ -199,8 +199,8 @@ def test_operators():
     margins, valid, offsets = torch.randn(4, 8), labels != -100, torch.tensor([0, 9, 32])
     for arguments in ((margins, None, None, 0.5), (margins, valid, offsets, 0.5)):
         torch.library.opcheck(torch.ops.atkd.select_hard.default, arguments)
-    torch.library.opcheck(torch.ops.atkd.teacher_margins.default, (teacher, labels, None, *SETTINGS))
-    arguments = (student.requires_grad_(), teacher, labels, None, hard, None, True, False, None, *SETTINGS)
+    torch.library.opcheck(torch.ops.atkd.teacher_margins.default, (teacher, labels, None, None, *SETTINGS))
+    arguments = (student.requires_grad_(), teacher, labels, None, hard, None, None, True, False, None, *SETTINGS)
     torch.library.opcheck(torch.ops.atkd.loss.default, arguments)
 
 

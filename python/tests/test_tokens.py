@@ -45,6 +45,34 @@ def test_token_weights(shape, inplace, divergence):
     assert torch.allclose(after.loss, weights * token_losses, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_token_temperatures(divergence, squared):
+    student, teacher, labels = batch(4, 10, 50)
+    temperature = torch.tensor([0.5, 1.0, 2.0, 4.0, 7.0]).repeat(4, 2)
+    margins = atkd.teacher_margins(teacher, labels, temperature=temperature)
+    hard = atkd.select_hard(margins, 0.5, valid=labels != -100)
+    settings = {"divergence": divergence, "temperature_squared": squared, "ce_weight": 0.3, "reduction": "sum"}
+    loss, actual = gradient(student, teacher, labels, temperature=temperature, **settings)
+    total, exact = 0.0, torch.zeros_like(student, dtype=torch.float64)
+    for t in temperature.unique():
+        of_t = (temperature == t) & (labels != -100)
+        part = (student[of_t], teacher[of_t], labels[of_t])
+        expected, of_part = gradient(*part, temperature=t.item(), hard=hard[of_t], **settings)
+        total += expected.item()
+        exact[of_t] = of_part.double()
+    assert abs(loss.item() - total) < 1e-5 * (1 + abs(total))
+    assert_gradient(actual, exact, 1.3 * 49)
+    _, stats = atkd.atkd_loss(student, teacher, labels, temperature=temperature, return_stats=True, **settings)
+    assert torch.equal(stats.hard, hard) and torch.equal(stats.margin, margins)
+    module = atkd.ATKDLoss(**settings)
+    assert torch.equal(module(student, teacher, labels, temperature=temperature), loss)
+    none = {**settings, "reduction": "none"}
+    leaf = student.clone().requires_grad_()
+    atkd.atkd_loss(leaf, teacher, labels, temperature=temperature, **none).sum().backward()
+    assert torch.equal(leaf.grad, actual)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_losses_of_tokens(dtype, weighted):
@@ -180,6 +208,9 @@ def test_module():
         ({"token_weights": torch.ones(5)}, ValueError, r"token_weights is \[5\], but must be \[6\]"),
         ({"token_weights": torch.ones(6).double()}, TypeError, "token_weights is torch.float64, but must be torch.float32"),
         ({"token_weights": torch.ones(6, requires_grad=True)}, TypeError, r"give token_weights.detach\(\)"),
+        ({"temperature": torch.ones(5)}, ValueError, r"temperature is \[5\], but must be \[6\]"),
+        ({"temperature": torch.zeros(6)}, ValueError, "temperature of token 0 is 0"),
+        ({"temperature": torch.ones(6, requires_grad=True)}, TypeError, r"give temperature.detach\(\)"),
         ({"token_weights": [1.0] * 6}, TypeError, "token_weights are a list"),
         ({"reduction": "none", "num_items_in_batch": 3}, ValueError, "num_items_in_batch is 3"),
         ({"reduction": "none", "inplace": True}, ValueError, "inplace=True"),

@@ -72,6 +72,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         margins: None,
         hard: None,
         token_weights: None,
+        temperatures: None,
         upstream: None,
     };
     let start = floats.device_ptr(&stream).0;

@@ -58,6 +58,7 @@ pub(super) struct Case {
     pub margins: Option<Vec<f32>>,
     pub hard: Option<Vec<bool>>,
     pub token_weights: Option<Vec<f32>>,
+    pub temperatures: Option<Vec<f32>>,
     pub teacher_dtype: Dtype,
     pub student_dtype: Dtype,
     pub gradient_dtype: Dtype,
@@ -96,6 +97,7 @@ pub(super) fn random(tokens: usize, vocab: usize, seed: u64) -> Case {
         margins: None,
         hard: None,
         token_weights: None,
+        temperatures: None,
         teacher_dtype: Dtype::F32,
         student_dtype: Dtype::F32,
         gradient_dtype: Dtype::F32,
@@ -180,6 +182,10 @@ impl Case {
             Some(weights) => batch.with_token_weights(weights)?,
             None => batch,
         };
+        let batch = match &self.temperatures {
+            Some(temperatures) => batch.with_temperatures(temperatures)?,
+            None => batch,
+        };
         let student = self.view(STUDENT, &student)?;
         let mut elements = gradient.elements_mut();
         let end = elements.as_ref().len();
@@ -189,8 +195,13 @@ impl Case {
         let (exact, exact_gradient) = reference::forward_backward(objective, &batch, student)?;
 
         let mut worst = Worst::none();
-        let squared =
-            if objective.temperature_squared() { objective.temperature().powi(2) } else { 1.0 };
+        let temperatures = match &self.temperatures {
+            Some(own) => own.iter().map(|&t| t.into()).collect(),
+            None => vec![objective.temperature()],
+        };
+        let [coldest, hottest] = [f64::min, f64::max]
+            .map(|of| temperatures.iter().copied().reduce(of).unwrap_or(objective.temperature()));
+        let squared = if objective.temperature_squared() { hottest.powi(2) } else { 1.0 };
         let weights = self.token_weights.iter().flatten().filter(|weight| weight.is_finite());
         let heaviest = f64::from(weights.fold(1.0_f32, |most, weight| most.max(weight.abs())));
         let unit = squared.max(1.0) * heaviest;
@@ -203,7 +214,9 @@ impl Case {
             return Ok(worst);
         }
 
-        let weight = heaviest * (objective.distillation_scale() + objective.ce_weight());
+        // The floor is over the objective's temperature.
+        let scale = objective.distillation_scale_at(hottest) + objective.ce_weight();
+        let weight = heaviest * scale * objective.temperature() / coldest;
         let floor = gradient_floor(objective, weight, &exact)
             * match bounds {
                 Bounds::Cpu => 1.0,

@@ -361,6 +361,39 @@ pub(super) fn token_weights() -> Vec<Case> {
     cases
 }
 
+/// A temperature for each token, with every objective and divergence.
+pub(super) fn token_temperatures() -> Vec<Case> {
+    let given = Case {
+        temperatures: Some((0..24).map(|i| [1.0, 0.5, 2.0, 4.0, 1.3][i % 5]).collect()),
+        ..random(24, 97, 52)
+    };
+    let forward = objectives().into_iter().map(|(name, objective)| (name.into(), objective));
+    let mut cases = Vec::new();
+    for (i, (name, objective)) in forward.chain(all_objectives()).enumerate() {
+        let objective = objective.map(|o| o.with_temperature_squared(i % 2 == 0));
+        let mut case = given.clone().with(objective);
+        case.labels[5] = -100;
+        cases.push(case.named(name));
+    }
+    let grouped = Objective::default().with_reduction(Reduction::GroupMean).and_then(|objective| {
+        let objective = objective.with_temperature_squared(true);
+        objective.with_selection_rule(SelectionRule::Median).with_ce_weight(0.3)
+    });
+    let mut weighted = given.clone().with(grouped);
+    weighted.token_weights = Some((0..24).map(|i| [1.0, 0.25, 0.0, 3.0][i % 4]).collect());
+    cases.push(weighted.named("group mean, median, cross entropy, weights"));
+    for (name, dtype) in [("BF16", Dtype::Bf16), ("F16", Dtype::F16)] {
+        cases.push(given.clone().dtypes(dtype, dtype, dtype).named(name));
+    }
+    // More than one block of a row.
+    let long = Case {
+        temperatures: Some(vec![0.7, 3.0, 1.0, 10.0]),
+        ..random(4, 7001, 53).with(Objective::default().with_ce_weight(0.3))
+    };
+    cases.push(long.named("V = 7001"));
+    cases
+}
+
 /// From 0.05 to 10, with the square of it as a weight.
 pub(super) fn temperatures() -> Vec<Case> {
     let mut cases = Vec::new();

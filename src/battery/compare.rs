@@ -1,7 +1,6 @@
 //! The errors that a backend is allowed, and the comparison of its results with exact ones. Other tests than the
 //! battery use it too.
 
-use crate::batch::token_weight;
 use crate::objective::Family;
 use crate::reference::{self, Softmax, Split, Weights, defined, widen};
 use crate::{Batch, Dtype, Logits, Objective, Output, ReductionScales, Result, TokenTerms};
@@ -64,26 +63,27 @@ pub fn ties(
     if objective.divergence().family() != Family::TotalVariation {
         return Ok(allowed);
     }
-    let factor = objective.upstream_gradient().abs() / objective.temperature();
-    let scales = reduction_scales(objective, exact).times(factor);
+    let own = batch.token_settings();
+    let scales = reduction_scales(objective, exact).times(objective.upstream_gradient().abs());
     for (token, target) in reference::targets(objective, batch)?.into_iter().enumerate() {
         let Some(target) = target else { continue };
         let (a, b) = (widen(batch.teacher().row(token)), widen(student.row(token)));
         if a == b || !defined(&a) || !defined(&b) {
             continue;
         }
+        let temperature = own.temperature(token, objective);
+        let TokenTerms { uncertainty, hard, .. } = exact.tokens[token];
         let weights =
-            Weights::new(objective, exact.tokens[token].uncertainty, exact.tokens[token].hard)
-                .times(token_weight(batch.token_weights(), token));
-        let scale = scales.distillation(exact.tokens[token].hard);
+            Weights::new(objective, temperature, uncertainty, hard).times(own.weight(token));
+        let scale = scales.distillation(hard) / temperature;
         let row = &mut allowed[token * vocab..][..vocab];
-        let [p, q] = [&a, &b].map(|row| Split::new(row, objective.temperature(), target));
+        let [p, q] = [&a, &b].map(|row| Split::new(row, temperature, target));
         let classes = reach(p.log_rest, q.log_rest).max(reach(p.log_target, q.log_target));
         let of_margin = 2.0 * weights.tkd.abs() * classes * (q.log_rest + q.log_target).exp();
         for (j, (allowed, log_q)) in row.iter_mut().zip(&q.rest.log).enumerate() {
             *allowed += scale * of_margin * if j == target { 1.0 } else { log_q.exp() };
         }
-        let [whole_p, whole_q] = [a, b].map(|row| Softmax::new(row, objective.temperature()));
+        let [whole_p, whole_q] = [a, b].map(|row| Softmax::new(row, temperature));
         for (weight, p, q) in [(weights.dkd, &p.rest, &q.rest), (weights.plain, &whole_p, &whole_q)]
         {
             let both = || p.log.iter().zip(&q.log);

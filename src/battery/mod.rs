@@ -26,7 +26,7 @@ use crate::{Batch, ElementsMut, Logits, LogitsMut, Objective, Output, Result, Ta
 use case::{Case, random};
 use cases::{
     close_models, objective_cases, objectives, selections, shapes, sure_teachers, temperatures,
-    token_weights,
+    token_temperatures, token_weights,
 };
 use compare::Worst;
 use divergences::{DIVERGENCES, all_objectives};
@@ -90,7 +90,7 @@ pub fn assert_all_pass(checks: &[Check]) {
 type Group = (&'static str, fn() -> Vec<Case>);
 
 /// The cases that a backend runs.
-const GROUPS: [Group; 18] = [
+const GROUPS: [Group; 19] = [
     ("shapes, dtypes, strides", shapes),
     ("objectives", objective_cases),
     ("selection", selections),
@@ -99,6 +99,7 @@ const GROUPS: [Group; 18] = [
     ("magnitudes", magnitudes),
     ("temperatures", temperatures),
     ("token weights", token_weights),
+    ("token temperatures", token_temperatures),
     ("close models", close_models),
     ("sure teachers", sure_teachers),
     ("divergences: shapes, dtypes", divergences::shapes),

@@ -23,6 +23,7 @@
 //!     margins: None,
 //!     hard: None,
 //!     token_weights: None,
+//!     temperatures: None,
 //!     upstream: None,
 //! };
 //! let mut loss = 0.0_f32;
@@ -38,7 +39,7 @@ use rayon::ThreadPool;
 use super::{Session, Workers};
 use crate::call::{
     EASY, HARD, HARD_MASK, IGNORED, RawCall, RawLabels, RawLogits, RawOutput, RawRows,
-    RawSelection, RawTeacher, RawTokens, TOKEN_WEIGHTS,
+    RawSelection, RawTeacher, RawTokens, TEMPERATURES, TOKEN_WEIGHTS,
 };
 use crate::{Batch, Error, Labels, Logits, LogitsMut, Objective, Output, Result, cpu};
 
@@ -83,6 +84,9 @@ pub unsafe fn run(
         if let Some(at) = call.token_weights {
             batch = batch.with_token_weights(slice(TOKEN_WEIGHTS, at, call.tokens)?)?;
         }
+        if let Some(at) = call.temperatures {
+            batch = batch.with_temperatures(slice(TEMPERATURES, at, call.tokens)?)?;
+        }
         match call.gradient {
             None => cpu::forward_by(workers, &objective, &batch, call.logits(call.student)?)?,
             Some(gradient) if call.is_in_place() => {
@@ -109,7 +113,7 @@ pub unsafe fn run(
 /// The errors of [`Session::begin`]; and if an address is null or not aligned.
 ///
 /// # Safety
-/// The contract of [`run`] holds for the margins and the token weights until the session has ended, for the rest until
+/// The contract of [`run`] holds for the margins and each token's weight and temperature until the session has ended, for the rest until
 /// this returns.
 pub unsafe fn begin<'a>(
     pool: Option<&'a ThreadPool>,
@@ -125,6 +129,7 @@ pub unsafe fn begin<'a>(
         margins,
         hard,
         token_weights,
+        temperatures,
         upstream,
     } = *tokens;
     // SAFETY: the caller's.
@@ -143,6 +148,9 @@ pub unsafe fn begin<'a>(
         }
         if let Some(at) = token_weights {
             session = session.with_token_weights(slice(TOKEN_WEIGHTS, at, count)?)?;
+        }
+        if let Some(at) = temperatures {
+            session = session.with_temperatures(slice(TEMPERATURES, at, count)?)?;
         }
         Ok(session)
     }
@@ -276,7 +284,13 @@ pub unsafe fn teacher_margins(
 ) -> Result<()> {
     teacher.check(objective, to)?;
     // SAFETY: the caller's, for as long as this function runs.
-    let batch = unsafe { teacher.call().batch()? };
+    let batch = unsafe {
+        let batch = teacher.call().batch()?;
+        match teacher.temperatures {
+            Some(at) => batch.with_temperatures(slice(TEMPERATURES, at, teacher.tokens)?)?,
+            None => batch,
+        }
+    };
     let margins = cpu::teacher_margins_by(Workers::of(pool), objective, &batch)?;
     // SAFETY: the caller says that there is room for one number per token.
     unsafe { write(Some(to), &margins, |&margin| margin) };
@@ -449,6 +463,7 @@ mod tests {
             margins: None,
             hard: None,
             token_weights: None,
+            temperatures: None,
             upstream: None,
         }
     }
@@ -536,6 +551,7 @@ mod tests {
             margins: None,
             hard: None,
             token_weights: None,
+            temperatures: None,
             upstream: Some(at(&[0.5_f32])),
         };
         let rows = |teacher: &[f32], student: &[f32], gradient: &mut [f32]| RawRows {
@@ -779,7 +795,13 @@ mod tests {
         let (teacher, student, labels) = (random(1, 15), random(2, 15), [4_i64, -100, 0]);
         let call = call(&teacher, &student, &labels, VOCAB);
         let RawCall { tokens, vocab, .. } = call;
-        let of_teacher = RawTeacher { tokens, vocab, teacher: call.teacher, labels: call.labels };
+        let of_teacher = RawTeacher {
+            tokens,
+            vocab,
+            teacher: call.teacher,
+            labels: call.labels,
+            temperatures: None,
+        };
         let objective = Objective::default();
         let [mut margins, mut in_call] = [[f32::NAN; TOKENS]; 2];
         let [mut hard, mut modes] = [[9_u8; TOKENS]; 2];

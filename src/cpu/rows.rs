@@ -130,7 +130,8 @@ impl Scratch {
     }
 }
 
-/// Everything that is the same for all rows of a call.
+/// Everything that is the same for all rows of a call, or of one temperature.
+#[derive(Clone, Copy)]
 pub struct RowPass {
     instructions: Instructions,
     /// Logits in a tile.
@@ -138,8 +139,10 @@ pub struct RowPass {
     exponent: Exponent,
     /// That of `exponent`.
     pub inverse_temperature: f64,
-    /// Cross entropy is wanted at another temperature than the divergences.
-    at_1: bool,
+    /// Cross entropy is wanted.
+    cross_entropy: bool,
+    /// It has a sum of its own: the divergences may be at another temperature.
+    pub at_1: bool,
     /// The divergence needs a second sweep.
     again: bool,
     /// The divergence is over the whole vocabulary.
@@ -159,10 +162,22 @@ impl RowPass {
             tile: VECTORS * instructions.lanes(),
             exponent,
             inverse_temperature: exponent.inverse_temperature(),
+            cross_entropy: objective.ce_weight() != 0.0,
             at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
             again: by_family!(objective, divergence => divergence.second().is_some()),
             plain: objective.is_plain(),
         })
+    }
+
+    /// The same for rows that have temperatures of their own.
+    pub fn of_any_temperature(self) -> Self {
+        Self { at_1: self.cross_entropy, ..self }
+    }
+
+    /// The same for rows of another temperature.
+    pub fn at(self, temperature: f64) -> Self {
+        let exponent = Exponent::new(1.0 / temperature);
+        Self { exponent, inverse_temperature: exponent.inverse_temperature(), ..self }
     }
 
     /// Memory for the rows that one thread does. It holds a whole row's exponentials if gradients are wanted, or a

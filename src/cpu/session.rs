@@ -7,8 +7,8 @@ use std::sync::{Mutex, PoisonError};
 use super::math::{self, GradientScales, RowDivergence, RowState, by_family};
 use super::rows::RowPass;
 use super::{RunningSelection, StudentRow, Workers, into_rows};
-use crate::batch::{check_count, token_weight, valid_labels};
-use crate::call::{HARD_MASK, TOKEN_WEIGHTS};
+use crate::batch::{TokenSettings, check_count, valid_labels};
+use crate::call::HARD_MASK;
 use crate::error::NO_GROUP_SIZES;
 use crate::objective::{Objective, ReductionScales, Target};
 use crate::output::{Output, TokenTerms};
@@ -66,7 +66,7 @@ pub struct Session<'a> {
     sequences: Option<Cow<'a, [usize]>>,
     /// The margins to select by that the caller has.
     given_margins: Option<&'a [f32]>,
-    token_weights: Option<&'a [f32]>,
+    own: TokenSettings<'a>,
     /// The teacher's margins, if that stage was run; `None` for tokens that it did not have, or that are ignored.
     margins: Vec<Option<f32>>,
     /// The teacher's arg maxima that the stage of margins has found, if these are the targets.
@@ -142,7 +142,10 @@ impl<'a> Session<'a> {
         let mut session = Self::new(workers, objective, labels, batch.teacher().vocab())?;
         session.sequences = batch.sequences().map(Cow::from);
         session.given_margins = batch.margins();
-        session.token_weights = batch.token_weights();
+        session.own = batch.token_settings();
+        if batch.temperatures().is_some() {
+            session.pass = session.pass.of_any_temperature();
+        }
         match batch.hard() {
             Some(hard) => session.with_hard(hard),
             None => Ok(session),
@@ -163,7 +166,7 @@ impl<'a> Session<'a> {
             vocab,
             sequences: None,
             given_margins: None,
-            token_weights: None,
+            own: TokenSettings::default(),
             margins: Vec::new(),
             arg_maxima: Vec::new(),
             hard: None,
@@ -215,9 +218,26 @@ impl<'a> Session<'a> {
     /// # Errors
     /// If there is not one weight per token.
     pub fn with_token_weights(mut self, weights: &'a [f32]) -> Result<Self> {
-        check_count(TOKEN_WEIGHTS, weights.len(), self.labels.len())?;
-        self.token_weights = Some(weights);
+        self.own = self.own.with_weights(weights, self.labels.len())?;
         Ok(self)
+    }
+
+    /// Gives each token a temperature of its own: see [`Batch::with_temperatures`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_temperatures(mut self, temperatures: &'a [f32]) -> Result<Self> {
+        self.own = self.own.with_temperatures(temperatures, self.labels.len())?;
+        self.pass = self.pass.of_any_temperature();
+        Ok(self)
+    }
+
+    /// The pass over a token's row.
+    fn pass_of(&self, token: usize) -> RowPass {
+        match self.own.temperatures {
+            None => self.pass,
+            Some(_) => self.pass.at(self.own.temperature(token, &self.objective)),
+        }
     }
 
     /// Computes the margins of the tokens from `first` on, from the teacher's logits alone. After that of all tokens,
@@ -229,7 +249,8 @@ impl<'a> Session<'a> {
         let range = self.range("the teacher's logits", first, teacher)?;
         let targets = self.targets(&range, teacher);
         let margin = |_: &mut (), (row, target): (usize, Option<usize>)| {
-            target.map(|target| self.pass.margin(teacher.row(row), target) as f32)
+            let pass = self.pass_of(first + row);
+            target.map(|target| pass.margin(teacher.row(row), target) as f32)
         };
         let found =
             self.workers.threads.map(targets.iter().copied().enumerate().collect(), || (), margin);
@@ -321,8 +342,9 @@ impl<'a> Session<'a> {
                 return (row, Token::Ignored);
             };
             let teacher = teacher.row(row);
-            let state = self.pass.state(divergence, teacher, student.logits(), target, scratch);
-            let margin = self.pass.margin_of(&state, teacher, target);
+            let pass = self.pass_of(first + row);
+            let state = pass.state(divergence, teacher, student.logits(), target, scratch);
+            let margin = pass.margin_of(&state, teacher, target);
             let student_target = student.logits().get(target).into();
             let hard = match &self.hard {
                 Some(hard) => hard[first + row],
@@ -335,7 +357,7 @@ impl<'a> Session<'a> {
                 self.finished(divergence, first + row, &state, margin, student_target, hard);
             let mut has_gradient = false;
             if let Some(gradient) = student.gradient() {
-                self.pass.gradient(divergence, &state, &scales, target, scratch, gradient);
+                pass.gradient(divergence, &state, &scales, target, scratch, gradient);
                 has_gradient = true;
             }
             let mispredicted = false;
@@ -483,10 +505,10 @@ impl<'a> Session<'a> {
             let TokenTerms { margin, hard, .. } = kept.terms;
             let (_, scales) =
                 self.finished(divergence, token, &kept.state, margin, kept.student_target, hard);
-            let state =
-                self.pass.state(divergence, teacher, student.logits(), kept.target, scratch);
+            let pass = self.pass_of(token);
+            let state = pass.state(divergence, teacher, student.logits(), kept.target, scratch);
             let gradient = student.gradient().expect("a repair is of a gradient");
-            self.pass.gradient(divergence, &state, &scales, kept.target, scratch, gradient);
+            pass.gradient(divergence, &state, &scales, kept.target, scratch, gradient);
         });
         for &token in &tokens {
             if let Token::Done(kept) = &mut self.tokens[token] {
@@ -511,7 +533,7 @@ impl<'a> Session<'a> {
             Token::Ignored => Ok(TokenTerms::IGNORED),
             Token::Done(kept) => Ok(kept.terms),
         });
-        Ok(Output::reduce(&self.objective, terms.collect::<Result<_>>()?, self.token_weights))
+        Ok(Output::reduce(&self.objective, terms.collect::<Result<_>>()?, self.own))
     }
 
     /// The margins of that stage, -inf for ignored tokens.
@@ -546,19 +568,19 @@ impl<'a> Session<'a> {
         student_target: f64,
         hard: bool,
     ) -> (TokenTerms, GradientScales) {
-        let inverse_temperature = self.pass.inverse_temperature;
-        let Self { objective, scales, .. } = self;
-        math::finish(
-            divergence,
-            objective,
-            inverse_temperature,
-            state,
+        let Self { objective, scales, own, .. } = self;
+        let (pass, weight) = (self.pass_of(token), own.weight(token));
+        let temperature = own.temperature(token, objective);
+        let token = math::Token {
+            inverse_temperature: pass.inverse_temperature,
+            at_1: pass.at_1,
+            distillation_scale: objective.distillation_scale_at(temperature) * weight,
+            ce_weight: objective.ce_weight() * weight,
             margin,
             student_target,
             hard,
-            token_weight(self.token_weights, token),
-            *scales,
-        )
+        };
+        math::finish(divergence, objective, state, &token, *scales)
     }
 
     fn select_by_given_margins(&mut self) {

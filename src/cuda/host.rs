@@ -150,6 +150,14 @@ impl Kernels {
                 device_batch.with_token_weights(token_weights.slice(..given.len()))?
             }
         };
+        let temperatures;
+        let device_batch = match batch.temperatures() {
+            None => device_batch,
+            Some(given) => {
+                temperatures = upload(stream, given)?;
+                device_batch.with_temperatures(temperatures.slice(..given.len()))?
+            }
+        };
         let capacity = batch.teacher().tokens();
         let mut workspace = Workspace::new(self, stream, capacity)?;
         let student_copy = Copy::new(stream, student.elements())?;

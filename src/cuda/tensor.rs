@@ -5,7 +5,9 @@ use cudarc::driver::{
 use half::{bf16, f16};
 
 use crate::batch::check_count;
-use crate::call::{HARD_MASK, RawLabels, RawLogits, RawTokens, TOKEN_WEIGHTS};
+use crate::call::{
+    HARD_MASK, RawLabels, RawLogits, RawTokens, TEMPERATURES, TOKEN_WEIGHTS,
+};
 use crate::logits::{check_length, check_vocab};
 use crate::{Dtype, Error, Result, Strides};
 
@@ -254,6 +256,7 @@ pub struct DeviceTokens<'a> {
     margins: Option<CudaView<'a, f32>>,
     hard: Option<CudaView<'a, u8>>,
     token_weights: Option<CudaView<'a, f32>>,
+    pub(super) temperatures: Option<CudaView<'a, f32>>,
 }
 
 impl<'a> DeviceTokens<'a> {
@@ -274,6 +277,7 @@ impl<'a> DeviceTokens<'a> {
             margins: None,
             hard: None,
             token_weights: None,
+            temperatures: None,
         }
     }
 
@@ -328,14 +332,26 @@ impl<'a> DeviceTokens<'a> {
         Ok(self)
     }
 
+    /// Gives each token a temperature of its own: see [`Batch::with_temperatures`](crate::Batch::with_temperatures). The loss
+    /// of a token whose temperature is not in [1e-30, 1e30] is NaN.
+    ///
+    /// # Errors
+    /// If there is not one temperature per token.
+    pub fn with_temperatures(mut self, temperatures: CudaView<'a, f32>) -> Result<Self> {
+        check_count(TEMPERATURES, temperatures.len(), self.shape[0])?;
+        self.temperatures = Some(temperatures);
+        Ok(self)
+    }
+
     /// The contexts of their memory, by what it holds.
-    pub(super) fn contexts(&self) -> [(&'static str, Option<&CudaContext>); 5] {
+    pub(super) fn contexts(&self) -> [(&'static str, Option<&CudaContext>); 6] {
         [
             ("the labels", self.labels.as_ref().map(DeviceLabels::context)),
             ("the sequences' offsets", self.sequences.as_ref().map(context_of)),
             ("the margins", self.margins.as_ref().map(context_of)),
             (HARD_MASK, self.hard.as_ref().map(context_of)),
             (TOKEN_WEIGHTS, self.token_weights.as_ref().map(context_of)),
+            (TEMPERATURES, self.temperatures.as_ref().map(context_of)),
         ]
     }
 
@@ -344,7 +360,7 @@ impl<'a> DeviceTokens<'a> {
         &'s self,
         upstream: Option<&'s CudaView<f32>>,
         stream: &'s CudaStream,
-    ) -> (RawTokens, [Option<SyncOnDrop<'s>>; 6]) {
+    ) -> (RawTokens, [Option<SyncOnDrop<'s>>; 7]) {
         let (labels, of_labels) = self.labels.as_ref().map(|labels| labels.raw(stream)).unzip();
         let (offsets, of_offsets) =
             self.sequences.as_ref().map(|offsets| offsets.device_ptr(stream)).unzip();
@@ -354,12 +370,25 @@ impl<'a> DeviceTokens<'a> {
         let (hard, of_hard) = self.hard.as_ref().map(|hard| hard.device_ptr(stream)).unzip();
         let (token_weights, of_weights) =
             self.token_weights.as_ref().map(|weights| weights.device_ptr(stream)).unzip();
+        let (temperatures, of_temperatures) =
+            self.temperatures.as_ref().map(|own| own.device_ptr(stream)).unzip();
         let (upstream, of_upstream) = upstream.map(|upstream| upstream.device_ptr(stream)).unzip();
         let [tokens, vocab] = self.shape;
         let sequences = offsets.map(|address| (address, count));
-        let raw =
-            RawTokens { tokens, vocab, labels, sequences, margins, hard, token_weights, upstream };
-        (raw, [of_labels, of_offsets, of_margins, of_hard, of_weights, of_upstream])
+        let raw = RawTokens {
+            tokens,
+            vocab,
+            labels,
+            sequences,
+            margins,
+            hard,
+            token_weights,
+            temperatures,
+            upstream,
+        };
+        let guards =
+            [of_labels, of_offsets, of_margins, of_hard, of_weights, of_temperatures, of_upstream];
+        (raw, guards)
     }
 }
 
@@ -414,6 +443,14 @@ impl<'a> DeviceBatch<'a> {
     /// As there.
     pub fn with_hard(self, hard: CudaView<'a, u8>) -> Result<Self> {
         Ok(Self { tokens: self.tokens.with_hard(hard)?, ..self })
+    }
+
+    /// See [`DeviceTokens::with_temperatures`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_temperatures(self, temperatures: CudaView<'a, f32>) -> Result<Self> {
+        Ok(Self { tokens: self.tokens.with_temperatures(temperatures)?, ..self })
     }
 
     /// See [`DeviceTokens::with_token_weights`].

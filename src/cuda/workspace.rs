@@ -15,7 +15,9 @@ use super::{
     DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, DeviceTokens, Kernels, driver,
 };
 use crate::batch::check_count;
-use crate::call::{HARD_MASK, RawCall, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher};
+use crate::call::{
+    HARD_MASK, RawCall, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher, TEMPERATURES,
+};
 use crate::device::kernel::Launch;
 use crate::device::stages::{Checked, launches, margins, selection};
 use crate::device::workspace::{Layout, Memory, check_faults, read_summary};
@@ -323,8 +325,8 @@ impl Workspace {
     }
 
     /// Enqueues the teacher's margins, one per token, to `to`: as [`cpu::teacher_margins`](crate::cpu::teacher_margins).
-    /// A label out of range leaves NaN there, and is an error of the next read. Of the batch, teacher and labels are read
-    /// alone. The terms that the last call left for its tokens are gone.
+    /// A label out of range leaves NaN there, and is an error of the next read. Of the batch, teacher, labels and temperatures
+    /// are read alone. The terms that the last call left for its tokens are gone.
     ///
     /// # Errors
     /// If shapes, contexts or capacity do not fit, or the driver refuses.
@@ -342,6 +344,7 @@ impl Workspace {
         let parts = [
             ("the teacher's logits", Some(batch.teacher.context())),
             ("the labels", batch.tokens.labels.as_ref().map(DeviceLabels::context)),
+            (TEMPERATURES, batch.tokens.temperatures.as_ref().map(context_of)),
             ("the margins", Some(&**to.stream().context())),
         ];
         self.check_memory(stream, parts.into_iter())?;
@@ -349,7 +352,9 @@ impl Workspace {
         let labels = batch.tokens.labels.as_ref().map(|labels| labels.raw(stream));
         let (to, _to) = to.device_ptr_mut(stream);
         let labels = labels.as_ref().map(|(labels, _)| *labels);
-        let teacher = RawTeacher { tokens, vocab, teacher, labels };
+        let temperatures = batch.tokens.temperatures.as_ref().map(|own| own.device_ptr(stream));
+        let temperatures = temperatures.as_ref().map(|(address, _)| *address);
+        let teacher = RawTeacher { tokens, vocab, teacher, labels, temperatures };
         // SAFETY: the views were checked to hold what the call says, and the guards above let the memory's
         // owners wait for the stream.
         unsafe { self.launch_margins(stream, objective, &teacher, to) }

@@ -200,6 +200,9 @@ impl Session {
         if !stages.batch.token_weights.is_null() {
             stages.batch.token_weights = memory.column(Column::Keys) as *const f32;
         }
+        if !stages.batch.temperatures.is_null() {
+            stages.batch.temperatures = memory.column(Column::Mispredicted) as *const f32;
+        }
         let numbers = memory.column(Column::Mispredicted);
         if count == 0 {
             return Ok((Launches::new(), numbers));

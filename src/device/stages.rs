@@ -41,7 +41,8 @@ pub(super) fn problem(objective: &Objective, call: &RawCall) -> Problem {
         teacher: call.teacher.dtype,
         student: call.student.dtype,
         gradient: call.gradient.map_or(call.student.dtype, |gradient| gradient.dtype),
-        sum_at_1: objective.ce_weight() != 0.0 && objective.temperature() != 1.0,
+        sum_at_1: objective.ce_weight() != 0.0
+            && (objective.temperature() != 1.0 || call.temperatures.is_some()),
         aligned_alike: [Some(call.student), call.gradient].into_iter().flatten().all(|other| {
             let offsets = |logits: RawLogits| {
                 let (strides, size) = (logits.strides.of(call.tokens), logits.dtype.size());
@@ -211,6 +212,7 @@ impl Stages {
                 targets: memory.column(Column::Targets) as *mut i32,
                 modes: memory.column(Column::Modes) as *mut u8,
                 token_weights: memory.column(Column::Keys) as *mut f32,
+                temperatures: memory.column(Column::Mispredicted) as *mut f32,
                 states: memory.states(),
                 count: count as u32,
                 reserved: 0,
@@ -367,12 +369,16 @@ impl Stages {
 
     fn weights(&self) -> atkd_objective {
         let objective = &self.objective;
+        // The kernels multiply by the powers of each token's own.
+        let own = self.call.temperatures.is_some();
+        let temperature = if own { 1.0 } else { objective.temperature() };
+        let scale = objective.distillation_scale_at(temperature);
         let number = |coefficient| {
             let (value, times_uncertainty) = match coefficient {
                 Coefficient::Constant(value) => (value, 0),
                 Coefficient::Uncertainty => (1.0, 1),
             };
-            atkd_coefficient { value: value * objective.distillation_scale(), times_uncertainty }
+            atkd_coefficient { value: value * scale, times_uncertainty }
         };
         let (easy, hard) = match self.divergence().plain {
             0 => (objective.easy(), objective.hard()),
@@ -382,7 +388,8 @@ impl Stages {
             tkd: [number(easy.tkd), number(hard.tkd)],
             dkd: [number(easy.dkd), number(hard.dkd)],
             ce_weight: objective.ce_weight(),
-            inverse_temperature: 1.0 / objective.temperature(),
+            inverse_temperature: 1.0 / temperature,
+            times_square: (own && objective.temperature_squared()).into(),
         }
     }
 

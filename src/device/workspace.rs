@@ -26,7 +26,8 @@ pub enum Column {
     /// memory of a repair, whose rows need no keys: the tokens' weights, float32, if they have any.
     Keys,
     /// uint32. `select_hard`, in a call that predicts: the mispredicted tokens in any order, as many as the summary
-    /// counts.
+    /// counts. In the memory of a repair: the tokens to repair; then `prepare_rows`: their temperatures, float32, if they
+    /// have any.
     Mispredicted,
     /// int32. `teacher_margin`: the target, if that is the teacher's arg max.
     Targets,
@@ -279,6 +280,7 @@ impl Memory {
             keys: self.column(Column::Keys) as *mut u32,
             modes: self.column(Column::Modes) as *mut u8,
             token_weights: std::ptr::null(),
+            temperatures: std::ptr::null(),
             summary: self.summary(),
             teacher_strides: atkd_strides { stride: 0, skip: 0, inverse: 0, shift: 0 },
             ignore_index: 0,
@@ -302,6 +304,7 @@ impl Memory {
             teacher: call.teacher.address as *const c_void,
             labels: labels as *const c_void,
             token_weights: call.token_weights.unwrap_or(0) as *const f32,
+            temperatures: call.temperatures.unwrap_or(0) as *const f32,
             teacher_strides: strides(call.teacher, call.tokens),
             ignore_index: objective.ignore_index(),
             vocab: call.vocab as u32,

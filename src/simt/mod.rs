@@ -43,6 +43,7 @@ impl<'a> Inputs<'a> {
             margins: batch.margins().map(address),
             hard: batch.hard().map(address),
             token_weights: batch.token_weights().map(address),
+            temperatures: batch.temperatures().map(address),
             upstream: upstream.as_ref().map(|upstream| address(upstream)),
         };
         Self { batch: *batch, offsets, upstream, tokens }
@@ -56,6 +57,7 @@ impl<'a> Inputs<'a> {
             batch.margins().map(|margins| Buffer::input("margins", margins)),
             batch.hard().map(|hard| Buffer::input("hard", hard)),
             batch.token_weights().map(|weights| Buffer::input("token weights", weights)),
+            batch.temperatures().map(|own| Buffer::input("temperatures", own)),
             upstream.as_ref().map(|upstream| Buffer::input("upstream", upstream)),
         ]
         .into_iter()
@@ -293,7 +295,14 @@ impl Simulation {
         let layout = Layout { capacity: teacher.tokens() };
         let workspace = self.workspace(layout, &mut buffers);
         let (tokens, vocab, teacher) = (teacher.tokens(), teacher.vocab(), raw(teacher));
-        let of = RawTeacher { tokens, vocab, teacher, labels: batch.labels().map(raw_labels) };
+        buffers.extend(batch.temperatures().map(|own| Buffer::input("temperatures", own)));
+        let of = RawTeacher {
+            tokens,
+            vocab,
+            teacher,
+            labels: batch.labels().map(raw_labels),
+            temperatures: batch.temperatures().map(address),
+        };
         let memory = Memory::new(layout, address(&workspace));
         let launch = stages::margins(objective, &of, address(&to), &self.device, memory)?;
         Ok((to, self.alone(launch, buffers)?))
@@ -397,6 +406,7 @@ impl Simulation {
             margins: None,
             hard: None,
             token_weights: None,
+            temperatures: None,
             upstream: None,
         };
         let mut buffers = [

@@ -41,6 +41,7 @@ impl Data {
             margins: None,
             hard: None,
             token_weights: None,
+            temperatures: None,
             upstream: None,
         };
         let mut loss = f32::NAN;

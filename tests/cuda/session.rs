@@ -45,6 +45,9 @@ impl Backend for Gpu {
         if let Some(weights) = batch.token_weights() {
             tokens = tokens.with_token_weights(self.kept(weights).as_view())?;
         }
+        if let Some(temperatures) = batch.temperatures() {
+            tokens = tokens.with_temperatures(self.kept(temperatures).as_view())?;
+        }
         let session = workspace.begin(&self.stream, objective, tokens, None)?;
         Ok(Box::new(Staged { gpu: self, session }))
     }
@@ -221,6 +224,7 @@ fn stages_by_address() {
             margins: None,
             hard: None,
             token_weights: None,
+            temperatures: None,
             upstream: Some(upstream.device_ptr(stream).0),
         };
         let logits = |slice: &CudaSlice<bf16>, token: usize| RawLogits {
@@ -276,6 +280,7 @@ fn stages_by_address() {
                 margins,
                 hard,
                 token_weights: None,
+                temperatures: None,
                 upstream,
             };
             // SAFETY: as above.

@@ -100,6 +100,7 @@ struct Data {
     student: Rows,
     labels: Vec<i64>,
     token_weights: Vec<f32>,
+    temperatures: Vec<f32>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -140,7 +141,8 @@ impl Data {
             teacher[token * VOCAB + label as usize] = bf16::from_f32((token % 23) as f32);
         }
         let token_weights = (0..TOKENS).map(|token| (token % 5) as f32 - 0.5).collect();
-        Self { teacher, student, labels, token_weights }
+        let temperatures = (0..TOKENS).map(|token| 1.0 + (token % 3) as f32).collect();
+        Self { teacher, student, labels, token_weights, temperatures }
     }
 
     fn batch<'a>(&'a self, objective: &Objective, with: With<'a>) -> Batch<'a> {
@@ -152,7 +154,10 @@ impl Data {
         };
         match with {
             With::Nothing => batch.with_token_weights(&self.token_weights).unwrap(),
-            With::Sequences(offsets) => batch.with_sequences(offsets).unwrap(),
+            With::Sequences(offsets) => {
+                let batch = batch.with_sequences(offsets).unwrap();
+                batch.with_temperatures(&self.temperatures).unwrap()
+            }
             With::Margins(margins) => batch.with_margins(margins).unwrap(),
             With::Hard(hard) => batch.with_hard(hard).unwrap(),
         }

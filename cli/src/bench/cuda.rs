@@ -67,6 +67,7 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
         margins: None,
         hard: None,
         token_weights: None,
+        temperatures: None,
         upstream: None,
     };
     let mut workspace = Workspace::new(kernels, stream, tokens)?;

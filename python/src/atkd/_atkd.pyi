@@ -57,6 +57,7 @@ def teacher_margins(
     vocab: int,
     teacher: Matrix,
     labels: Optional[Labels],
+    temperatures: Optional[int],
     to: int,
 ) -> None: ...
 def select_hard(

@@ -43,7 +43,8 @@ def _first_derivative(ctx: Any, upstream: Tensor, others: int) -> Tuple[Optional
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results) -> None:
-    _student, _teacher, _labels, _scale, _hard, _token_weights, with_gradient, *_ = inputs
+    # After the tensors.
+    with_gradient = inputs[7]
     _, gradient, terms, chosen = output
     ctx.mark_non_differentiable(gradient, terms, chosen)
     # Else backward gets zeros as large as the gradient, for the outputs that have none.
@@ -77,6 +78,7 @@ class Loss(torch.autograd.Function):
         scale: Optional[Tensor],
         hard: Optional[Tensor],
         token_weights: Optional[Tensor],
+        temperatures: Optional[Tensor],
         with_gradient: bool,
         inplace: bool,
         per_sequence: bool,
@@ -84,7 +86,7 @@ class Loss(torch.autograd.Function):
         settings: Dict[str, Any],
         with_stats: bool,
     ) -> Tuple[Tensor, Optional[Stats]]:
-        inputs = teacher, labels, scale, hard, token_weights
+        inputs = teacher, labels, scale, hard, token_weights, temperatures
         _checks.check_loss(student, *inputs, per_sequence, vocab_size, settings)
         place = _native.rows(student.detach()) if inplace else student
         gradient = None
@@ -145,6 +147,7 @@ def run_directly(
     scale: Optional[Tensor],
     hard: Optional[Tensor],
     token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
     with_gradient: bool,
     inplace: bool,
     per_sequence: bool,
@@ -155,7 +158,7 @@ def run_directly(
     """`Loss`, after which autograd knows of logits that are gone."""
     inplace = inplace and with_gradient and _may_be_overwritten(student)
     before = _private.version(student) if inplace else 0
-    tensors = student, teacher, labels, scale, hard, token_weights
+    tensors = student, teacher, labels, scale, hard, token_weights, temperatures
     flags = with_gradient, inplace, per_sequence, vocab_size
     result: Tuple[Tensor, Optional[Stats]] = Loss.apply(
         *tensors, *flags, {"numbers": None, **settings}, with_stats

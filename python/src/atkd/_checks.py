@@ -85,6 +85,7 @@ def check_loss(
     scale: Optional[Tensor],
     hard: Optional[Tensor],
     token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
     per_sequence: bool,
     vocab_size: Optional[int],
     settings: Dict[str, Any],
@@ -120,20 +121,27 @@ def check_loss(
     _settings.check_numbers(settings)
     if hard is not None:
         _check_mask("hard", hard, "student_logits", student, shape[:-1])
-    if token_weights is not None:
-        name = "token_weights"
-        _check_mask(name, token_weights, "student_logits", student, shape[:-1], torch.float32)
+    for name, values in [("token_weights", token_weights), ("temperature", temperatures)]:
+        if values is not None:
+            _check_mask(name, values, "student_logits", student, shape[:-1], torch.float32)
     if per_sequence and len(shape) != 3:
         raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {list(shape)}')
     _check_labels(labels, "student_logits", student, settings["target"])
 
 
 def check_margins(
-    teacher: Tensor, labels: Optional[Tensor], vocab_size: Optional[int], settings: Dict[str, Any]
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    vocab_size: Optional[int],
+    settings: Dict[str, Any],
 ) -> None:
     """Raises unless these are what margins follow from."""
     _check_logits("teacher_logits", teacher)
     _check_vocab_size(vocab_size, "teacher_logits", teacher)
+    if temperatures is not None:
+        shape = teacher.shape[:-1]
+        _check_mask("temperature", temperatures, "teacher_logits", teacher, shape, torch.float32)
     _settings.check_numbers(settings)
     _check_labels(labels, "teacher_logits", teacher, settings["target"])
 

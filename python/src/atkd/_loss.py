@@ -65,6 +65,17 @@ def _check_number(name: str, number: object) -> None:
         )
 
 
+def _own_temperatures(settings: Dict[str, Any]) -> Optional[Tensor]:
+    """The temperatures of the tokens, if the setting is no number."""
+    temperature = settings["temperature"]
+    if not isinstance(temperature, Tensor) or temperature.dim() == 0 or temperature.numel() == 1:
+        return None
+    _check_tensor("temperature", temperature, "is")
+    _check_constant("temperature", temperature)
+    settings["temperature"] = DEFAULTS["temperature"]
+    return temperature
+
+
 def _check_numbers(settings: Dict[str, Any]) -> None:
     for name in _settings.NUMBERS:
         number = settings[name]
@@ -227,7 +238,8 @@ def atkd_loss(
         lam: easy tokens learn `lam * DKD`, hard ones `(1 - lam) * (TKD + DKD)`; of `"atkd"` alone.
         hard_ratio: the share of the valid tokens, those of which the teacher is least certain, that is
             hard. Not used with `hard`, nor by the median.
-        temperature: divides both models' logits, but not for cross entropy.
+        temperature: divides both models' logits, but not for cross entropy. A number; or float32, one per position of
+            the logits (with `shift_labels` too): the token's own.
         temperature_squared: multiplies the distillation terms by the temperature's square.
         objective: `"atkd"`, `"plain"` (the divergence over the whole vocabulary), `"kl"` (the plain forward
             one), `"tkd"` or `"dkd"` (one part alone).
@@ -300,6 +312,7 @@ def atkd_loss(
     if token_weights is not None:
         _check_tensor("token_weights", token_weights)
         _check_constant("token_weights", token_weights)
+    temperatures = _own_temperatures(settings)
     _check_numbers(settings)
     _check_shift_labels(shift_labels)
     if teacher_logits.requires_grad:
@@ -323,7 +336,7 @@ def atkd_loss(
     per_sequence = _is_per_sequence(selection)
     loss: Tensor
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    tensors = student_logits, teacher_logits, labels, scale, hard, token_weights
+    tensors = student_logits, teacher_logits, labels, scale, hard, token_weights, temperatures
     transformed = _private.derivatives_are_transformed()
     if per_token:
         losses = TransformedTokenLosses if transformed else TokenLosses
@@ -333,6 +346,7 @@ def atkd_loss(
             labels,
             hard,
             token_weights,
+            temperatures,
             per_sequence,
             vocab_size,
             _settings.for_operator(settings),
@@ -341,7 +355,7 @@ def atkd_loss(
         loss, _, *stats = Transformed.apply(
             *tensors, per_sequence, vocab_size, _settings.for_operator(settings)
         )
-    elif _autograd.runs_directly(student_logits, teacher_logits, labels, hard, token_weights):
+    elif _autograd.runs_directly(*tensors):
         loss, stats = _autograd.run_directly(
             *tensors, with_gradient, inplace, per_sequence, vocab_size, settings, return_stats
         )
@@ -407,12 +421,14 @@ def teacher_margins(
     _check_tensor("teacher_logits", teacher_logits)
     if labels is not None:
         _check_tensor("labels", labels)
-    _check_number("temperature", temperature)
+    given: Dict[str, Any] = {"temperature": temperature, "target": target}
+    temperatures = _own_temperatures(given)
+    _check_number("temperature", given["temperature"])
     _check_shift_labels(shift_labels)
     labels, ignore_index = _shifted(teacher_logits, labels, shift_labels, target, ignore_index)
-    given = {"temperature": temperature, "target": target, "ignore_index": ignore_index}
+    settings = _settings.for_operator({**DEFAULTS, **given, "ignore_index": ignore_index})
     margins: Tensor = _operator.teacher_margins(
-        teacher_logits.detach(), labels, vocab_size, *_settings.for_operator({**DEFAULTS, **given})
+        teacher_logits.detach(), labels, temperatures, vocab_size, *settings
     )
     return margins
 
@@ -502,7 +518,11 @@ class ATKDLoss(torch.nn.Module):
         num_items_in_batch: Union[None, int, float, Tensor] = None,
         hard: Optional[Tensor] = None,
         token_weights: Optional[Tensor] = None,
+        temperature: Optional[Tensor] = None,
     ) -> Any:
+        settings = self.settings
+        if temperature is not None:
+            settings = {**settings, "temperature": temperature}
         return atkd_loss(
             student_logits,
             teacher_logits,
@@ -510,7 +530,7 @@ class ATKDLoss(torch.nn.Module):
             num_items_in_batch=num_items_in_batch,
             hard=hard,
             token_weights=token_weights,
-            **self.settings,
+            **settings,
         )
 
     def extra_repr(self) -> str:

@@ -55,6 +55,8 @@ class Call(NamedTuple):
     """Bool `[tokens]`: the hard tokens, which are then not selected."""
     token_weights: Optional[int]
     """float32 `[tokens]`, by which each token's terms are multiplied."""
+    temperatures: Optional[int]
+    """float32 `[tokens]`, each token's own, instead of the objective's."""
     sequences: Optional[Tuple[int, int]]
     """Offsets, int64 `[sequences + 1]`, and the number of sequences that hard tokens are selected within."""
     scale: Optional[int]
@@ -167,6 +169,7 @@ def run_loss(
     scale: Optional[Tensor],
     hard: Optional[Tensor],
     token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
     gradient: Optional[Tensor],
     per_sequence: bool,
     vocab_size: Optional[int],
@@ -194,7 +197,7 @@ def run_loss(
     student_rows, teacher_rows = rows(student), rows(teacher)
     gradient_rows = None if gradient is None else rows(gradient)
     flat_labels, flat_hard = _contiguous(labels), _contiguous(hard)
-    flat_weights = _contiguous(token_weights)
+    flat_weights, flat_temperatures = _contiguous(token_weights), _contiguous(temperatures)
     call = Call(
         tokens=tokens,
         vocab=vocab,
@@ -203,6 +206,7 @@ def run_loss(
         labels=_labels(flat_labels),
         hard=_address(flat_hard),
         token_weights=_address(flat_weights),
+        temperatures=_address(flat_temperatures),
         sequences=_sequences(offsets),
         scale=_address(scale),
         gradient=None if gradient_rows is None else _matrix(gradient_rows),
@@ -226,6 +230,7 @@ def run_loss(
 def run_margins(
     teacher: Tensor,
     labels: Optional[Tensor],
+    temperatures: Optional[Tensor],
     vocab_size: Optional[int],
     settings: Dict[str, Any],
     margins: Tensor,
@@ -233,6 +238,7 @@ def run_margins(
     """The teacher's margins, to the tensor `margins`."""
     check_device("teacher_logits", teacher)
     teacher_rows, flat_labels = rows(teacher), _contiguous(labels)
+    flat_temperatures = _contiguous(temperatures)
     tokens = teacher.shape[:-1].numel()
     vocab = teacher.shape[-1] if vocab_size is None else vocab_size
     objective = _settings.objective(settings, teacher)
@@ -246,6 +252,7 @@ def run_margins(
             vocab,
             _matrix(teacher_rows),
             _labels(flat_labels),
+            _address(flat_temperatures),
             margins.data_ptr(),
         )
 

@@ -58,15 +58,15 @@ def _fake_loss(
     scale: Optional[Tensor],
     hard: Optional[Tensor],
     token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
     with_gradient: bool,
     per_sequence: bool,
     vocab_size: Optional[int],
     *settings: Any,
 ) -> Results:
     named = _settings.named(settings)
-    _checks.check_loss(
-        student, teacher, labels, scale, hard, token_weights, per_sequence, vocab_size, named
-    )
+    tensors = student, teacher, labels, scale, hard, token_weights, temperatures
+    _checks.check_loss(*tensors, per_sequence, vocab_size, named)
     value = student.new_empty((), dtype=torch.float32)
     gradient = _native.empty_gradient(student, with_gradient)
     return value, gradient, *_native.empty_stats(student)
@@ -74,7 +74,7 @@ def _fake_loss(
 
 @_define(
     "(Tensor student, Tensor teacher, Tensor? labels, Tensor? scale, Tensor? hard, Tensor? token_weights, "
-    f"bool with_gradient, bool per_sequence, SymInt? vocab_size, {_settings.SCHEMA}) -> "
+    f"Tensor? temperatures, bool with_gradient, bool per_sequence, SymInt? vocab_size, {_settings.SCHEMA}) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     _fake_loss,
 )
@@ -85,6 +85,7 @@ def loss(
     scale: Optional[Tensor],
     hard: Optional[Tensor],
     token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
     with_gradient: bool,
     per_sequence: bool,
     vocab_size: Optional[int],
@@ -95,12 +96,10 @@ def loss(
     by `scale`, a float32 scalar on the logits' device.
     """
     named = _settings.named(settings)
-    _checks.check_loss(
-        student, teacher, labels, scale, hard, token_weights, per_sequence, vocab_size, named
-    )
+    tensors = student, teacher, labels, scale, hard, token_weights, temperatures
+    _checks.check_loss(*tensors, per_sequence, vocab_size, named)
     gradient = _native.empty_gradient(student, with_gradient)
     to = gradient if with_gradient else None
-    tensors = student, teacher, labels, scale, hard, token_weights
     value, stats = _native.run_loss(
         *tensors, to, per_sequence, vocab_size, named, with_stats=True
     )
@@ -109,23 +108,33 @@ def loss(
 
 
 def _fake_margins(
-    teacher: Tensor, labels: Optional[Tensor], vocab_size: Optional[int], *settings: Any
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    vocab_size: Optional[int],
+    *settings: Any,
 ) -> Tensor:
-    _checks.check_margins(teacher, labels, vocab_size, _settings.named(settings))
+    _checks.check_margins(teacher, labels, temperatures, vocab_size, _settings.named(settings))
     return teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
 
 
 @_define(
-    f"(Tensor teacher, Tensor? labels, SymInt? vocab_size, {_settings.SCHEMA}) -> Tensor", _fake_margins
+    f"(Tensor teacher, Tensor? labels, Tensor? temperatures, SymInt? vocab_size, {_settings.SCHEMA}) -> Tensor",
+    _fake_margins,
 )
 def teacher_margins(
-    teacher: Tensor, labels: Optional[Tensor], vocab_size: Optional[int], *settings: Any
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    vocab_size: Optional[int],
+    *settings: Any,
 ) -> Tensor:
     """The teacher's margins, float32, shaped as the labels. Of the settings only temperature, target and ignore_index
     are used.
     """
-    margins = _fake_margins(teacher, labels, vocab_size, *settings)
-    _native.run_margins(teacher, labels, vocab_size, _settings.named(settings), margins)
+    margins = _fake_margins(teacher, labels, temperatures, vocab_size, *settings)
+    named = _settings.named(settings)
+    _native.run_margins(teacher, labels, temperatures, vocab_size, named, margins)
     return margins
 
 

@@ -23,11 +23,13 @@ class TokenLosses(torch.autograd.Function):
         labels: Optional[Tensor],
         hard: Optional[Tensor],
         token_weights: Optional[Tensor],
+        temperatures: Optional[Tensor],
         per_sequence: bool,
         vocab_size: Optional[int],
         settings: Tuple[Any, ...],
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        tensors, with_gradient = (student, teacher, labels, None, hard, token_weights), False
+        tensors = student, teacher, labels, None, hard, token_weights, temperatures
+        with_gradient = False
         _, _, terms, chosen = _operator.loss(
             *tensors, with_gradient, per_sequence, vocab_size, *settings
         )
@@ -37,12 +39,13 @@ class TokenLosses(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        student, teacher, labels, _hard, token_weights, *flags = inputs
+        student, teacher, labels, _hard, token_weights, temperatures, *flags = inputs
         _, terms, chosen = output
         ctx.mark_non_differentiable(terms, chosen)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, teacher, labels, chosen, token_weights)
-        ctx.save_for_forward(student, teacher, labels, chosen, token_weights)
+        saved = student, teacher, labels, chosen, token_weights, temperatures
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.flags = flags
         ctx.others = len(inputs) - 1
 
@@ -90,12 +93,13 @@ class TransformedTokenLosses(TokenLosses):
 
 def _gradient(ctx: Any, upstream: Optional[Tensor], *, transformed: bool = False) -> Tensor:
     """The gradient of each token's loss, times `upstream` of the token."""
-    student, teacher, labels, chosen, token_weights = ctx.saved_tensors
+    student, teacher, labels, chosen, token_weights, temperatures = ctx.saved_tensors
     per_sequence, vocab_size, settings = ctx.flags
     weights = token_weights
     if upstream is not None:
         weights = upstream if token_weights is None else upstream * token_weights
-    tensors, with_gradient = (student, teacher, labels, None, chosen, weights), True
+    tensors = student, teacher, labels, None, chosen, weights, temperatures
+    with_gradient = True
     gradient: Tensor
     if transformed:
         # The operator's own derivative is not made for torch.func.

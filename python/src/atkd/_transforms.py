@@ -55,11 +55,13 @@ class Transformed(torch.autograd.Function):
         scale: Optional[Tensor],
         hard: Optional[Tensor],
         token_weights: Optional[Tensor],
+        temperatures: Optional[Tensor],
         per_sequence: bool,
         vocab_size: Optional[int],
         settings: Tuple[Any, ...],
     ) -> _operator.Results:
-        tensors, with_gradient = (student, teacher, labels, scale, hard, token_weights), True
+        tensors = student, teacher, labels, scale, hard, token_weights, temperatures
+        with_gradient = True
         result: _operator.Results = _operator.loss(
             *tensors, with_gradient, per_sequence, vocab_size, *settings
         )

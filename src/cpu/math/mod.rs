@@ -465,21 +465,34 @@ pub(crate) struct GradientScales {
     pub target: f64,
 }
 
-/// The terms of a token and the scales of its gradient. `inverse_temperature` is the one that the sums have, `scales`
-/// are the reduction's times the upstream gradient, `u` is the teacher's margin, `student_target` is the student's
-/// logit of the target, and `weight` is the token's own.
-#[expect(clippy::too_many_arguments)]
+/// What is known of a token beside its row's state.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Token {
+    /// The 1 / T that the sums have.
+    pub inverse_temperature: f64,
+    /// The student's sum at temperature 1 is one of its own.
+    pub at_1: bool,
+    /// The factor of the distillation terms, and that of cross entropy: the objective's times the token's own.
+    pub distillation_scale: f64,
+    pub ce_weight: f64,
+    /// The teacher's margin.
+    pub margin: f64,
+    /// The student's logit of the target.
+    pub student_target: f64,
+    pub hard: bool,
+}
+
+/// The terms of a token and the scales of its gradient. `scales` are the reduction's times the upstream gradient.
 pub(crate) fn finish<D: RowDivergence>(
     divergence: D,
     objective: &Objective,
-    inverse_temperature: f64,
     state: &RowState,
-    u: f64,
-    student_target: f64,
-    hard: bool,
-    weight: f64,
+    token: &Token,
     scales: ReductionScales,
 ) -> (TokenTerms, GradientScales) {
+    let Token { inverse_temperature, margin: u, student_target, hard, .. } = *token;
+    let [c_kd, c_ce] = [token.distillation_scale, token.ce_weight];
+    let weights_are_finite = c_kd.is_finite() && c_ce.is_finite();
     let scale = scales.distillation(hard);
     let (sums, shift) = (&state.sums, state.shifts[STUDENT]);
     let w = margin(shift, sums.student, student_target, inverse_temperature);
@@ -504,7 +517,6 @@ pub(crate) fn finish<D: RowDivergence>(
         return (terms, no_number);
     }
 
-    let [c_kd, c_ce] = [objective.distillation_scale(), objective.ce_weight()].map(|c| c * weight);
     let ([tkd, dkd], weighed) = if objective.is_plain() {
         (
             divergence.plain_columns(&terms),
@@ -524,7 +536,7 @@ pub(crate) fn finish<D: RowDivergence>(
         uncertainty,
         tkd,
         dkd,
-        loss: if weight.is_finite() {
+        loss: if weights_are_finite {
             weighed.loss + weighted(c_ce, softplus(w_at_1))
         } else {
             f64::NAN
@@ -533,7 +545,7 @@ pub(crate) fn finish<D: RowDivergence>(
         hard,
     };
 
-    let finite = scale.is_finite() && scales.ce.is_finite() && weight.is_finite();
+    let finite = scale.is_finite() && scales.ce.is_finite() && weights_are_finite;
     if !finite || !(D::GRADIENT_BESIDE_INFINITY || weighed.loss.is_finite()) {
         return (terms, no_number);
     }
@@ -545,7 +557,7 @@ pub(crate) fn finish<D: RowDivergence>(
         student_at_1: over(gamma_at_1, 1.0, sums.student_at_1),
         target: weighed.target * inverse_temperature * scale - gamma_at_1,
     };
-    if objective.temperature() == 1.0 {
+    if !token.at_1 {
         of_row.student += std::mem::take(&mut of_row.student_at_1);
     }
     (terms, of_row)
