@@ -13,7 +13,7 @@ static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 120, "the la
 static_assert(sizeof(atkd_teacher_margin) == 136 && sizeof(atkd_count_valid) == 152, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 200 && sizeof(atkd_objective) == 88, "the layout is a contract");
 static_assert(sizeof(atkd_prepare_rows) == 176 && sizeof(atkd_rows) == 400, "the layout is a contract");
-static_assert(sizeof(atkd_token_terms) == 352, "the layout is a contract");
+static_assert(sizeof(atkd_token_terms) == 352 && sizeof(atkd_token_entropies) == 56, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.

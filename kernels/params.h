@@ -52,6 +52,8 @@
 #define ATKD_TERMS_BLOCKS 2u
 #define ATKD_SCALE_THREADS 256u
 #define ATKD_SCALE_BLOCKS 6u
+#define ATKD_ENTROPY_THREADS 256u
+#define ATKD_ENTROPY_BLOCKS 4u
 #define ATKD_UNFUSED_THREADS 512u
 #define ATKD_UNFUSED_BLOCKS 2u
 #define ATKD_UNFUSED_TOKENS_THREADS 256u
@@ -261,6 +263,17 @@ typedef struct {
     uint32_t blocks; // of the launch, whole rows' parts
     uint32_t parts;  // of a row, a block each
 } atkd_scale_gradient;
+
+// token_entropies: of one model's distribution for each token. A block takes a row in turn.
+typedef struct {
+    const void *logits; // [N, V]
+    float *entropies;   // [N]
+    atkd_strides strides;
+    uint32_t tokens;
+    uint32_t vocab;
+    float inverse_temperature; // 1 / T
+    uint32_t blocks;           // of the launch
+} atkd_token_entropies;
 
 // unfused_*: one step of the loss as an eager framework runs it, over float32 [N, V] or [N].
 typedef struct {

@@ -270,8 +270,8 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
     ATKD_DEVICE Consumer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_, const Task &task_,
                          uint32_t stage_)
         : p(p_), staged(staged_), shared(shared_), task(task_), full_offset(task.full_start * CHUNK * sizeof(T)),
-          end((task.full_end - task.full_start) * CHUNK * sizeof(T)), exponent(inverse_temperature_of(p.batch, task.token) * LOG2_E),
-          stage(stage_) {
+          end((task.full_end - task.full_start) * CHUNK * sizeof(T)),
+          exponent(inverse_temperature_of(p.batch, task.token) * LOG2_E), stage(stage_) {
         has_head = thread_index() == 0 && task.has_head;
         has_edge = has_head || (thread_index() == WARP && task.has_tail);
         edge_chunk = task.first_chunk + (has_head ? task.full_start - 1 : task.full_end);
@@ -624,8 +624,8 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
         exchange<D>(of_warps, block_state);
         if (!ignored) {
             Weights weights = shared.weights[0];
-            auto scales =
-                scales_of<D, false>(p, weights, task.token, task.mode, merge_blocks<float>(task), target_logits, rank == 0);
+            auto scales = scales_of<D, false>(p, weights, task.token, task.mode, merge_blocks<float>(task),
+                                              target_logits, rank == 0);
             if (elected) {
                 shared.scales[0] = scales;
             }

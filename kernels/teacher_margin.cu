@@ -196,19 +196,19 @@ ATKD_DEVICE float guarded_sum(const atkd_batch &batch, uint32_t token, uint32_t 
 // element; others may exceed it by up to 5.
 template <class T> struct ThreadSum {
     Row<const T> row;
-    uint32_t target, target_chunk;
+    uint32_t target;
     float exponent, max, shift, sum;
 
     // The shift is that of the largest of the warp's first chunks, so that few others exceed it.
     ATKD_DEVICE ThreadSum(const Row<const T> &row_, uint32_t target_, float exponent_, Packed<T> first)
-        : row(row_), target(target_), target_chunk(row_.chunk_of(target_)), exponent(exponent_), sum(0) {
+        : row(row_), target(target_), exponent(exponent_), sum(0) {
         mask_target(thread_index(), first);
         max = fmaxf(max_of_warp(max_of(first)), LOWEST);
         shift = shift_of(max, exponent);
     }
 
     ATKD_DEVICE void mask_target(uint32_t chunk, Packed<T> &packed) const {
-        if (ATKD_RARELY(chunk == target_chunk)) {
+        if (ATKD_RARELY(chunk == row.chunk_of(target))) {
             mask_out(row.within(target, chunk), packed);
         }
     }
@@ -231,7 +231,8 @@ template <class T> struct ThreadSum {
             Packed<T> packed = next[i];
             next[i] = load(i);
             add(packed, new_sum);
-            has_no_target &= start + i * stride != target_chunk;
+            // The target's chunk is computed anew, which takes no register from iteration to iteration.
+            has_no_target &= start + i * stride != row.chunk_of(opaque(target));
         }
         if (ATKD_RARELY(!has_no_target || !(new_sum - sum < PREFETCH<T> * HEADROOM))) {
             new_sum = recompute(start, stride);

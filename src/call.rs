@@ -2,6 +2,7 @@
 //! device. [`cpu::raw`](crate::cpu::raw) and [`cuda`](crate::cuda) run such calls.
 
 use crate::logits::span;
+use crate::objective::check_temperature;
 use crate::strides::ByteRows;
 use crate::{Dtype, Error, Objective, Result, Strides, Target};
 
@@ -372,6 +373,33 @@ impl RawSelection {
     }
 }
 
+/// The entropies of one model's distributions, by address. N is `tokens`, V `vocab`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RawEntropies {
+    /// Rows.
+    pub tokens: usize,
+    /// Logits in a row.
+    pub vocab: usize,
+    /// `[N, V]`.
+    pub logits: RawLogits,
+    /// It divides the logits.
+    pub temperature: f64,
+    /// The memory for the entropies, float32 `[N]`.
+    pub to: u64,
+}
+
+impl RawEntropies {
+    /// Checks the temperature, and that shape, strides and addresses go together.
+    pub(crate) fn check(&self) -> Result<()> {
+        let Self { tokens, vocab, logits, temperature, to } = *self;
+        check_temperature(temperature)?;
+        logits.end("the logits", tokens, vocab)?;
+        check_alignment(ENTROPIES, to, size_of::<f32>() as u64)?;
+        check_there(ENTROPIES, Some(to), tokens)
+    }
+}
+
+pub(crate) const ENTROPIES: &str = "the entropies";
 pub(crate) const HARD_MASK: &str = "the mask of hard tokens";
 pub(crate) const TOKEN_WEIGHTS: &str = "the token weights";
 pub(crate) const TEMPERATURES: &str = "the temperatures";

@@ -34,6 +34,8 @@ pub const ATKD_TERMS_THREADS: u32 = 256;
 pub const ATKD_TERMS_BLOCKS: u32 = 2;
 pub const ATKD_SCALE_THREADS: u32 = 256;
 pub const ATKD_SCALE_BLOCKS: u32 = 6;
+pub const ATKD_ENTROPY_THREADS: u32 = 256;
+pub const ATKD_ENTROPY_BLOCKS: u32 = 4;
 pub const ATKD_UNFUSED_THREADS: u32 = 512;
 pub const ATKD_UNFUSED_BLOCKS: u32 = 2;
 pub const ATKD_UNFUSED_TOKENS_THREADS: u32 = 256;
@@ -519,6 +521,36 @@ const _: () = {
         [::std::mem::offset_of!(atkd_scale_gradient, blocks) - 48usize];
     ["Offset of field: atkd_scale_gradient::parts"]
         [::std::mem::offset_of!(atkd_scale_gradient, parts) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_token_entropies {
+    pub logits: *const ::std::os::raw::c_void,
+    pub entropies: *mut f32,
+    pub strides: atkd_strides,
+    pub tokens: u32,
+    pub vocab: u32,
+    pub inverse_temperature: f32,
+    pub blocks: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_token_entropies"][::std::mem::size_of::<atkd_token_entropies>() - 56usize];
+    ["Alignment of atkd_token_entropies"][::std::mem::align_of::<atkd_token_entropies>() - 8usize];
+    ["Offset of field: atkd_token_entropies::logits"]
+        [::std::mem::offset_of!(atkd_token_entropies, logits) - 0usize];
+    ["Offset of field: atkd_token_entropies::entropies"]
+        [::std::mem::offset_of!(atkd_token_entropies, entropies) - 8usize];
+    ["Offset of field: atkd_token_entropies::strides"]
+        [::std::mem::offset_of!(atkd_token_entropies, strides) - 16usize];
+    ["Offset of field: atkd_token_entropies::tokens"]
+        [::std::mem::offset_of!(atkd_token_entropies, tokens) - 40usize];
+    ["Offset of field: atkd_token_entropies::vocab"]
+        [::std::mem::offset_of!(atkd_token_entropies, vocab) - 44usize];
+    ["Offset of field: atkd_token_entropies::inverse_temperature"]
+        [::std::mem::offset_of!(atkd_token_entropies, inverse_temperature) - 48usize];
+    ["Offset of field: atkd_token_entropies::blocks"]
+        [::std::mem::offset_of!(atkd_token_entropies, blocks) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

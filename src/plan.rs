@@ -279,6 +279,8 @@ const RESIDENT_THREADS: usize = ATKD_RESIDENT_THREADS as usize;
 const RESIDENT_BLOCKS: usize = ATKD_RESIDENT_BLOCKS as usize;
 const SCALE_THREADS: usize = ATKD_SCALE_THREADS as usize;
 const SCALE_BLOCKS: usize = ATKD_SCALE_BLOCKS as usize;
+const ENTROPY_THREADS: usize = ATKD_ENTROPY_THREADS as usize;
+const ENTROPY_BLOCKS: usize = ATKD_ENTROPY_BLOCKS as usize;
 const COUNT_THREADS: usize = ATKD_COUNT_THREADS as usize;
 const TERMS_THREADS: usize = ATKD_TERMS_THREADS as usize;
 const SELECT_THREADS: usize = ATKD_SELECT_THREADS as usize;
@@ -361,6 +363,18 @@ pub(crate) fn scale_gradient(
     let resident = device.multiprocessors as usize * SCALE_BLOCKS * SCALE_THREADS / block as usize;
     let parts = (resident / tokens.max(1)).clamp(1, chunks.div_ceil(SCALE_THREADS));
     (shape(tokens.min(resident / parts) * parts, block, 1), parts as u32)
+}
+
+/// The launch of `token_entropies`: a block takes a row in turn.
+pub(crate) fn token_entropies(
+    device: &DeviceProperties,
+    tokens: usize,
+    vocab: usize,
+) -> LaunchShape {
+    let block = threads(chunks(vocab), 1, ENTROPY_THREADS);
+    let resident =
+        device.multiprocessors as usize * ENTROPY_BLOCKS * ENTROPY_THREADS / block as usize;
+    shape(tokens.min(resident), block, 1)
 }
 
 /// The launch of `prepare_rows`: one block clears, even without tokens.

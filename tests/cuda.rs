@@ -24,7 +24,7 @@ use atkd::cuda::{
 use atkd::plan::{Preference, RowKernel};
 use atkd::{
     Batch, Dtype, Error, Logits, LogitsMut, Objective, Output, Reduction, Result, Strides, Target,
-    battery, reference,
+    battery, cpu, reference,
 };
 use half::bf16;
 
@@ -603,6 +603,27 @@ fn padded_vocabularies() {
 
     let error = teacher_view().with_vocab(153).map(drop);
     assert_eq!(error, Err(Error::Vocab { vocab: 153, columns: 152 }));
+}
+
+#[test]
+fn entropies() {
+    let Some(gpu) = Gpu::new() else { return };
+    let stream = &gpu.stream;
+    let input = Input::new(11, 3000, 7);
+    let loaded = Loaded::new(&gpu, stream, &input);
+    let logits = DeviceLogits::new(&loaded.teacher, 11, 3000).unwrap();
+    let mut to: CudaSlice<f32> = stream.alloc_zeros(11).unwrap();
+    loaded.workspace.token_entropies(stream, &logits, 2.0, to.as_view_mut()).unwrap();
+    let host = stream.clone_dtoh(&loaded.teacher).unwrap();
+    let exact = cpu::token_entropies(Logits::new(&host, 11, 3000).unwrap(), 2.0).unwrap();
+    for (found, exact) in stream.clone_dtoh(&to).unwrap().into_iter().zip(exact) {
+        assert!((found - exact).abs() <= 2e-6 * (1.0 + exact), "{found}, but exactly {exact}");
+    }
+    let few = to.slice_mut(..10);
+    let error = loaded.workspace.token_entropies(stream, &logits, 2.0, few).unwrap_err();
+    assert_eq!(error, Error::MaskCount { what: "the entropies", values: 10, tokens: 11 });
+    let cold = loaded.workspace.token_entropies(stream, &logits, 0.0, to.as_view_mut());
+    assert!(matches!(cold, Err(Error::Setting { name: "the temperature", .. })));
 }
 
 /// What is wrong with a selection, or with margins, by itself: an error at once, or of the next read where a kernel met

@@ -386,6 +386,11 @@ typedef struct AtkdCall {
    */
   const float *token_weights;
   /*
+   [tokens]: divides each token's logits, of both models, instead of the settings' temperature. Those outside
+   [1e-30, 1e30] are an error; on a CUDA workspace their tokens have the loss NaN. Null for none.
+   */
+  const float *temperatures;
+  /*
    One number: the reduced loss. Null if not wanted; so are the others.
    */
   float *loss;
@@ -419,6 +424,37 @@ typedef struct AtkdCall {
    */
   void *stream;
 } AtkdCall;
+
+/*
+ The entropies of one model's distributions. Every pointer but `stream` is to host memory, or for a CUDA workspace to its
+ device's.
+ */
+typedef struct AtkdEntropies {
+  /*
+   Rows.
+   */
+  int64_t tokens;
+  /*
+   Logits in a row.
+   */
+  int64_t vocab;
+  /*
+   [tokens, vocab]: a model's logits.
+   */
+  struct AtkdMatrix logits;
+  /*
+   Divides the logits; in [1e-30, 1e30].
+   */
+  double temperature;
+  /*
+   [tokens]: becomes -sum p log p, in nats. NaN where the logits have a NaN or +inf, or are all -inf.
+   */
+  float *entropies;
+  /*
+   The CUstream to work on, for a CUDA workspace; the default stream if null.
+   */
+  void *stream;
+} AtkdEntropies;
 
 /*
  A selection of hard tokens by itself, over the tokens of as many calls as there are. Every pointer but `stream` is to
@@ -615,6 +651,16 @@ AtkdStatus atkd_forward_backward(const struct AtkdObjective *objective,
 AtkdStatus atkd_teacher_margins(const struct AtkdObjective *objective,
                                 struct AtkdWorkspace *workspace,
                                 const struct AtkdCall *call);
+
+/*
+ The entropy of one model's distribution for each token, to entropies->entropies: for selections and weights by how sure
+ a model is. The workspace says where.
+
+ # Safety
+ As atkd_forward_backward.
+ */
+AtkdStatus atkd_token_entropies(struct AtkdWorkspace *workspace,
+                                const struct AtkdEntropies *entropies);
 
 /*
  Selects hard tokens by their margins, exactly as a call over all of these tokens would. On a device, sequences whose

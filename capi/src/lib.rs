@@ -238,6 +238,26 @@ pub unsafe extern "C" fn atkd_teacher_margins(
     })
 }
 
+/// The entropy of one model's distribution for each token, to entropies->entropies: for selections and weights by how sure
+/// a model is. The workspace says where.
+///
+/// # Safety
+/// As atkd_forward_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_token_entropies(
+    workspace: *mut AtkdWorkspace,
+    entropies: *const AtkdEntropies,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's.
+        let (entropies, workspace) = unsafe { (entropies.as_ref(), workspace.as_ref()) };
+        let entropies = entropies.ok_or(Failure::null("entropies"))?;
+        let workspace = workspace.ok_or(Failure::null("workspace"))?;
+        // SAFETY: the caller's.
+        unsafe { workspace.0.token_entropies(&entropies.parse()?, entropies.stream) }
+    })
+}
+
 /// Selects hard tokens by their margins, exactly as a call over all of these tokens would. On a device, sequences whose
 /// offsets are out of order get no hard tokens, beside the error of atkd_workspace_synchronize.
 ///

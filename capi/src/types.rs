@@ -2,7 +2,9 @@
 
 use std::ffi::c_void;
 
-use atkd::call::{RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
+use atkd::call::{
+    RawCall, RawEntropies, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher,
+};
 use atkd::{Dtype, Strides};
 
 use crate::status::Failure;
@@ -206,6 +208,37 @@ impl AtkdCall {
             token_loss: address(self.token_loss),
             modes: address(self.modes),
         }
+    }
+}
+
+/// The entropies of one model's distributions. Every pointer but `stream` is to host memory, or for a CUDA workspace to its
+/// device's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdEntropies {
+    /// Rows.
+    pub tokens: i64,
+    /// Logits in a row.
+    pub vocab: i64,
+    /// [tokens, vocab]: a model's logits.
+    pub logits: AtkdMatrix,
+    /// Divides the logits; in [1e-30, 1e30].
+    pub temperature: f64,
+    /// [tokens]: becomes -sum p log p, in nats. NaN where the logits have a NaN or +inf, or are all -inf.
+    pub entropies: *mut f32,
+    /// The CUstream to work on, for a CUDA workspace; the default stream if null.
+    pub stream: *mut c_void,
+}
+
+impl AtkdEntropies {
+    pub(crate) fn parse(&self) -> Result<RawEntropies, Failure> {
+        Ok(RawEntropies {
+            tokens: size("tokens", self.tokens)?,
+            vocab: size("vocab", self.vocab)?,
+            logits: self.logits.parse()?,
+            temperature: self.temperature,
+            to: self.entropies as u64,
+        })
     }
 }
 

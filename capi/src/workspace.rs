@@ -5,7 +5,7 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::Objective;
-use atkd::call::{RawCall, RawOutput, RawSelection, RawTeacher};
+use atkd::call::{RawCall, RawEntropies, RawOutput, RawSelection, RawTeacher};
 use atkd::cpu::raw;
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels, Workspace};
@@ -111,6 +111,30 @@ impl Place {
                 unsafe {
                     let stream = wrap(&workspace, stream);
                     workspace.launch_margins(&stream, objective, teacher, to)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`raw::token_entropies`] or [`Kernels::token_entropies_raw`].
+    pub(crate) unsafe fn token_entropies(
+        &self,
+        of: &RawEntropies,
+        stream: *mut c_void,
+    ) -> Result<(), Failure> {
+        match self {
+            // SAFETY: the caller's.
+            Self::Host(threads) => unsafe {
+                raw::token_entropies(threads.as_ref().map(|threads| &*threads.pool), of)
+            }?,
+            Self::Cuda(workspace) => {
+                let workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
+                // SAFETY: the caller's.
+                unsafe {
+                    let stream = wrap(&workspace, stream);
+                    workspace.kernels().token_entropies_raw(&stream, of)?;
                 }
             }
         }

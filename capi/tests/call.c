@@ -226,6 +226,28 @@ static void sequences_and_in_place(AtkdWorkspace *workspace) {
     atkd_objective_destroy(objective);
 }
 
+static void entropies_against_the_definition(AtkdWorkspace *workspace) {
+    float found[TOKENS];
+    AtkdEntropies entropies = {.tokens = TOKENS, .vocab = VOCAB, .temperature = 1, .entropies = found};
+    entropies.logits = new_call().teacher;
+    check(atkd_token_entropies(workspace, &entropies));
+    for (int i = 0; i < TOKENS; i++) {
+        const float *row = &teacher[i * STRIDE];
+        double log_sum = log_sum_exp(row), exact = 0;
+        for (int j = 0; j < VOCAB; j++) {
+            exact -= exp(row[j] - log_sum) * (row[j] - log_sum);
+        }
+        assert(fabs(found[i] - exact) < 2e-6 * (1 + exact));
+    }
+    entropies.temperature = 0;
+    expect_error(atkd_token_entropies(workspace, &entropies), ATKD_INVALID_ARGUMENT, "temperature is 0");
+    entropies.temperature = 1;
+    entropies.entropies = NULL;
+    expect_error(atkd_token_entropies(workspace, &entropies), ATKD_INVALID_ARGUMENT, "entropies");
+    expect_error(atkd_token_entropies(workspace, NULL), ATKD_INVALID_ARGUMENT, "entropies");
+    expect_error(atkd_token_entropies(NULL, &entropies), ATKD_INVALID_ARGUMENT, "workspace");
+}
+
 /* Two calls that are told which tokens of both are hard add up to one call over all tokens. */
 static void a_selection_over_two_calls(AtkdWorkspace *workspace) {
     enum { FIRST = 13 };
@@ -500,6 +522,7 @@ int main(void) {
         an_upstream_gradient_that_is_not_finite(workspace);
         counts_that_cannot_be(workspace);
         a_selection_over_two_calls(workspace);
+        entropies_against_the_definition(workspace);
         errors(workspace);
         atkd_workspace_destroy(workspace);
     }

@@ -15,7 +15,8 @@ use crate::tensors::{self, Matrix};
 /// The loss of a file of logits, and its gradient.
 ///
 /// The file holds `student` and `teacher` [N, V] (F32, F16 or BF16, each its own) and `labels` [N] (I64); and, if tokens
-/// are to have weights of their own, `token_weights` [N] (F32), which multiply their losses and gradients.
+/// are to have their own, `token_weights` [N] (F32), which multiply their losses and gradients, and `temperatures` [N]
+/// (F32), in place of --temperature.
 ///
 /// Example: atkd loss batch.safetensors --grad gradient.safetensors --json
 #[derive(clap::Args)]
@@ -203,7 +204,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let vocab = |matrix: &Matrix| args.vocab_size.unwrap_or(matrix.vocab);
     let required = objective.target() == Target::Label;
     let labels = tensors::labels(&args.file, &file, required)?;
-    let token_weights = tensors::token_weights(&file)?;
+    let token_weights = tensors::of_tokens(&file, "token_weights")?;
+    let temperatures = tensors::of_tokens(&file, "temperatures")?;
 
     let teacher_logits = teacher.logits().and_then(|logits| logits.with_vocab(vocab(&teacher)));
     let teacher = teacher_logits.context("`teacher`")?;
@@ -213,6 +215,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let batch = match &token_weights {
         Some(weights) => batch.with_token_weights(weights).context("`token_weights`")?,
+        None => batch,
+    };
+    let batch = match &temperatures {
+        Some(temperatures) => batch.with_temperatures(temperatures).context("`temperatures`")?,
         None => batch,
     };
     let logits = student.logits().and_then(|logits| logits.with_vocab(vocab(&student)));

@@ -175,13 +175,13 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// The weights of the tokens, `None` if the file has none.
-pub fn token_weights<'a>(file: &SafeTensors<'a>) -> Result<Option<Cow<'a, [f32]>>> {
-    let Ok(view) = file.tensor("token_weights") else { return Ok(None) };
+/// A number per token, `None` if the file has no tensor of this name.
+pub fn of_tokens<'a>(file: &SafeTensors<'a>, name: &str) -> Result<Option<Cow<'a, [f32]>>> {
+    let Ok(view) = file.tensor(name) else { return Ok(None) };
     match (view.shape(), view.dtype()) {
         ([_], safetensors::Dtype::F32) => Ok(Some(elements(view.data()))),
         (shape, dtype) => {
-            bail!("`token_weights` is {dtype:?} {shape:?}, but must be F32 [N]: one weight a token")
+            bail!("`{name}` is {dtype:?} {shape:?}, but must be F32 [N]: one number per token")
         }
     }
 }

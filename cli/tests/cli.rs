@@ -344,9 +344,9 @@ fn bad_files() {
     fails(save(&[none[0], none[1], label]), &["vocabulary 0"]);
 }
 
-/// Columns beyond `--vocab-size`, of which each model has as many as it likes, and weights of the tokens.
+/// Columns beyond `--vocab-size`, of which each model has as many as it likes, and numbers of the tokens' own.
 #[test]
-fn padded_vocabularies_and_token_weights() {
+fn padded_vocabularies_and_numbers_of_tokens() {
     let files = Files::new();
     let labels: Vec<u8> = files.labels.iter().flat_map(|label| label.to_le_bytes()).collect();
     let padded = |rows: &[f32], columns: usize| -> Vec<u8> {
@@ -355,6 +355,7 @@ fn padded_vocabularies_and_token_weights() {
         little_endian(&rows.collect::<Vec<f32>>())
     };
     let weights = [1.0, 0.5, 9.0, 0.0, 2.0, 3.0];
+    let temperatures = [1.0, 2.0, 0.5, 3.0, 1.0, 4.0];
     let save = |name: &str, weights: &[f32]| {
         files.save(
             name,
@@ -363,6 +364,7 @@ fn padded_vocabularies_and_token_weights() {
                 ("teacher", Dtype::F32, &[TOKENS, 56], &padded(&files.teacher, 56)),
                 ("labels", Dtype::I64, &[TOKENS], &labels),
                 ("token_weights", Dtype::F32, &[weights.len()], &little_endian(weights)),
+                ("temperatures", Dtype::F32, &[TOKENS], &little_endian(&temperatures)),
             ],
         )
     };
@@ -375,6 +377,7 @@ fn padded_vocabularies_and_token_weights() {
     let view = |rows| Logits::new(rows, TOKENS, VOCAB).unwrap();
     let batch = Batch::new(view(&files.teacher), &files.labels).unwrap();
     let batch = batch.with_token_weights(&weights).unwrap();
+    let batch = batch.with_temperatures(&temperatures).unwrap();
     let (exact, exact_gradient) =
         reference::forward_backward(&Objective::default(), &batch, view(&files.student)).unwrap();
     for backend in ["cpu", "simt", "reference"] {

@@ -61,7 +61,8 @@ struct Terms {
 // token's own weight, and the distillation terms times `square`, that of the token's own temperature.
 template <class D>
 ATKD_DEVICE Terms terms_of(const atkd_objective &objective, const atkd_divergence &divergence, double teacher_margin,
-                           double student_margin, double student_margin_at_1, double dkd, bool hard, double weight, double square) {
+                           double student_margin, double student_margin_at_1, double dkd, bool hard, double weight,
+                           double square) {
     Terms terms;
     terms.uncertainty = sigmoid(teacher_margin);
     terms.tkd = terms.dkd = terms.loss = terms.distillation = dkd;
@@ -271,8 +272,7 @@ ATKD_DEVICE void store_margins(const atkd_rows &p, uint32_t token, const RowStat
     double margin = log_sum + to_margin(max, target_logit, exponent);
     if constexpr (D::SWEEPS == 1) {
         double weight = D::CROSS == BY_STUDENT ? shuffle_from(sum, STUDENT) : sum;
-        double dkd =
-            D::dkd(state, weight, log_sum, shuffle_from(log_sum, STUDENT), exponent_at_t);
+        double dkd = D::dkd(state, weight, log_sum, shuffle_from(log_sum, STUDENT), exponent_at_t);
         bool not_a_number = state.has_nan() || warp_ballot(lane <= STUDENT && margin != margin) != 0;
         store_dkd(p, token, not_a_number ? nan("") : dkd);
     }

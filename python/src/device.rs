@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use atkd::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
+use atkd::call::{RawCall, RawEntropies, RawLogits, RawOutput, RawSelection, RawTeacher};
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels};
 use atkd::{Objective, Result};
@@ -71,6 +71,16 @@ pub unsafe fn teacher_margins(
     unsafe {
         let (kernels, stream) = open(queue)?;
         kernels.launch_margins_raw(&stream, objective, teacher, to, workspace)
+    }
+}
+
+/// # Safety
+/// As [`Kernels::token_entropies_raw`].
+pub unsafe fn token_entropies(queue: Queue, of: &RawEntropies) -> Result<()> {
+    // SAFETY: the caller's.
+    unsafe {
+        let (kernels, stream) = open(queue)?;
+        kernels.token_entropies_raw(&stream, of)
     }
 }
 

@@ -4,7 +4,9 @@ mod device;
 mod pages;
 mod threads;
 
-use atkd::call::{self, RawCall, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher};
+use atkd::call::{
+    self, RawCall, RawEntropies, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher,
+};
 use atkd::cpu::raw;
 use atkd::{Coefficient, Divergence, Dtype, Reduction, SelectionRule, Strides, Target};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -358,6 +360,30 @@ fn teacher_margins(
     .map_err(exception)
 }
 
+/// The entropies of one model's distributions, float32 `[tokens]`, to the address `to`.
+#[pyfunction]
+fn token_entropies(
+    py: Python,
+    place: Place,
+    shape: (usize, usize),
+    logits: Matrix,
+    temperature: f64,
+    to: u64,
+) -> PyResult<()> {
+    let (tokens, vocab) = shape;
+    let of = RawEntropies { tokens, vocab, logits: logits.into(), temperature, to };
+    match place {
+        Place::Host(threads) => {
+            let pool = threads::pool(py, threads)?;
+            // SAFETY: as for the loss.
+            py.detach(|| unsafe { raw::token_entropies(Some(&pool), &of) })
+        }
+        // SAFETY: as for the loss.
+        Place::Device(queue, _) => py.detach(|| unsafe { device::token_entropies(queue, &of) }),
+    }
+    .map_err(exception)
+}
+
 /// A selection; all arguments but the place and the ratio are as in [`RawSelection`].
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "they are what a selection is")]
@@ -403,7 +429,7 @@ mod _atkd {
     #[pymodule_export]
     use super::{
         LabelDtype, LogitsDtype, Objective, default_settings, run, scale_on_device, select_hard,
-        teacher_margins,
+        teacher_margins, token_entropies,
     };
     use pyo3::prelude::*;
 

@@ -25,6 +25,7 @@ def uses(student: Tensor, teacher: Tensor, labels: Tensor, flag: bool, name: str
     )
     margins = atkd.teacher_margins(teacher, labels, temperature=torch.tensor(2.0))
     assert_type(margins, Tensor)
+    assert_type(atkd.token_entropies(student, temperature=torch.tensor(2.0)), Tensor)
     hard = atkd.select_hard(margins, 0.5, valid=labels != -100)
     assert_type(atkd.atkd_loss(student, teacher, labels, hard=hard), Tensor)
     atkd.atkd_loss(student, teacher, labels, temperature=torch.tensor(2.0), num_items_in_batch=0.25)

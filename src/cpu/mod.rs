@@ -25,6 +25,7 @@
 
 mod dispatch;
 mod element;
+mod entropy;
 mod exp;
 mod math;
 pub mod raw;
@@ -42,7 +43,7 @@ use std::collections::BinaryHeap;
 use rayon::ThreadPool;
 
 use crate::logits::ElementsMut;
-use crate::objective::Objective;
+use crate::objective::{Objective, check_temperature};
 use crate::output::Output;
 use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result};
 use dispatch::Instructions;
@@ -114,6 +115,18 @@ pub fn teacher_margins(objective: &Objective, batch: &Batch) -> Result<Vec<f32>>
     teacher_margins_by(Workers::default(), objective, batch)
 }
 
+/// The entropy of one model's distribution for each token, -sum p_j log p_j over the whole vocabulary, in nats, of the
+/// logits divided by `temperature`. NaN where the logits have a NaN or +inf, or are all -inf.
+///
+/// For selections and weights by how sure a model is: those by the student's entropy, say, through
+/// [`Batch::with_hard`] or [`Batch::with_token_weights`].
+///
+/// # Errors
+/// If the temperature is not in [1e-30, 1e30].
+pub fn token_entropies(logits: Logits, temperature: f64) -> Result<Vec<f32>> {
+    token_entropies_by(Workers::default(), logits, temperature)
+}
+
 /// The means of a call: an instruction set and threads.
 #[derive(Clone, Copy)]
 pub(crate) struct Workers<'a> {
@@ -182,6 +195,17 @@ pub(crate) fn teacher_margins_by(
     let mut session = Session::of_batch(workers, objective, batch)?;
     session.margins(0, batch.teacher())?;
     Ok(session.into_margins())
+}
+
+/// [`token_entropies`] by the workers given.
+pub(crate) fn token_entropies_by(
+    workers: Workers,
+    logits: Logits,
+    temperature: f64,
+) -> Result<Vec<f32>> {
+    check_temperature(temperature)?;
+    let entropy = |_: &mut (), token| entropy::entropy(logits.row(token), temperature) as f32;
+    Ok(workers.threads.map((0..logits.tokens()).collect(), || (), entropy))
 }
 
 /// One row of the student, and the destination of its gradient.

@@ -38,8 +38,8 @@ use rayon::ThreadPool;
 
 use super::{Session, Workers};
 use crate::call::{
-    EASY, HARD, HARD_MASK, IGNORED, RawCall, RawLabels, RawLogits, RawOutput, RawRows,
-    RawSelection, RawTeacher, RawTokens, TEMPERATURES, TOKEN_WEIGHTS,
+    EASY, HARD, HARD_MASK, IGNORED, RawCall, RawEntropies, RawLabels, RawLogits, RawOutput,
+    RawRows, RawSelection, RawTeacher, RawTokens, TEMPERATURES, TOKEN_WEIGHTS,
 };
 use crate::{Batch, Error, Labels, Logits, LogitsMut, Objective, Output, Result, cpu};
 
@@ -294,6 +294,24 @@ pub unsafe fn teacher_margins(
     let margins = cpu::teacher_margins_by(Workers::of(pool), objective, &batch)?;
     // SAFETY: the caller says that there is room for one number per token.
     unsafe { write(Some(to), &margins, |&margin| margin) };
+    Ok(())
+}
+
+/// The entropies of one model's distributions in host memory: see [`cpu::token_entropies`]. Threads as [`run`].
+///
+/// # Errors
+/// As [`cpu::token_entropies`]; and if shape, strides and addresses do not go together. Nothing was written then.
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn token_entropies(pool: Option<&ThreadPool>, of: &RawEntropies) -> Result<()> {
+    of.check()?;
+    let RawLogits { address, dtype, strides } = of.logits;
+    // SAFETY: the caller's, for as long as this function runs.
+    let logits = unsafe { Logits::at(address as *const u8, dtype, of.tokens, of.vocab, strides)? };
+    let entropies = cpu::token_entropies_by(Workers::of(pool), logits, of.temperature)?;
+    // SAFETY: the caller says that there is room for one number per token.
+    unsafe { write(Some(of.to), &entropies, |&entropy| entropy) };
     Ok(())
 }
 

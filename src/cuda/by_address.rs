@@ -5,9 +5,11 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, result, sys};
 
 use super::{Kernels, driver};
-use crate::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher};
+use crate::call::{RawCall, RawEntropies, RawLogits, RawOutput, RawSelection, RawTeacher};
 use crate::device::kernel::Launch;
-use crate::device::stages::{Checked, launches, margins, scale_gradient, selection};
+use crate::device::stages::{
+    Checked, launches, margins, scale_gradient, selection, token_entropies,
+};
 use crate::device::workspace::{Layout, Memory};
 use crate::params::atkd_summary;
 use crate::{Objective, Result};
@@ -94,6 +96,25 @@ impl Kernels {
             clear_hard(stream, from)?;
             self.enqueue_in(stream, launch, workspace)
         }
+    }
+
+    /// Enqueues the entropies of one model's distributions: as [`cpu::token_entropies`](crate::cpu::token_entropies).
+    ///
+    /// # Errors
+    /// If the temperature is not in [1e-30, 1e30], shape, strides and addresses do not go together, or the driver refuses.
+    ///
+    /// # Safety
+    /// Both are device memory of this context. Until the stream is done with it nobody else writes to the logits, nor
+    /// touches the entropies.
+    pub unsafe fn token_entropies_raw(
+        &self,
+        stream: &Arc<CudaStream>,
+        of: &RawEntropies,
+    ) -> Result<()> {
+        self.context().bind_to_thread().map_err(driver("using the context"))?;
+        let launch = token_entropies(&self.device(), of)?;
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { self.enqueue(stream, launch, None) }
     }
 
     /// The caller's workspace for so many tokens.

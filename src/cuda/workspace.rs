@@ -16,7 +16,8 @@ use super::{
 };
 use crate::batch::check_count;
 use crate::call::{
-    HARD_MASK, RawCall, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher, TEMPERATURES,
+    ENTROPIES, HARD_MASK, RawCall, RawEntropies, RawLogits, RawOutput, RawRows, RawSelection,
+    RawTeacher, TEMPERATURES,
 };
 use crate::device::kernel::Launch;
 use crate::device::stages::{Checked, launches, margins, selection};
@@ -405,6 +406,32 @@ impl Workspace {
         };
         // SAFETY: as for the margins.
         unsafe { self.launch_selection(stream, &selection, hard_ratio) }
+    }
+
+    /// Enqueues the entropies of one model's distributions, one per token, to `to`: as
+    /// [`cpu::token_entropies`](crate::cpu::token_entropies). The workspace's memory is not used.
+    ///
+    /// # Errors
+    /// If the temperature is not in [1e-30, 1e30], counts or contexts do not fit, or the driver refuses.
+    pub fn token_entropies(
+        &self,
+        stream: &Arc<CudaStream>,
+        logits: &DeviceLogits,
+        temperature: f64,
+        mut to: CudaViewMut<f32>,
+    ) -> Result<()> {
+        let [tokens, vocab] = logits.shape;
+        check_count(ENTROPIES, to.len(), tokens)?;
+        let parts = [
+            ("the logits", Some(logits.context())),
+            (ENTROPIES, Some(&**to.stream().context())),
+        ];
+        self.check_memory(stream, parts.into_iter())?;
+        let (logits, _logits) = logits.raw(stream);
+        let (to, _to) = to.device_ptr_mut(stream);
+        let of = RawEntropies { tokens, vocab, logits, temperature, to };
+        // SAFETY: as for the margins.
+        unsafe { self.kernels.token_entropies_raw(stream, &of) }
     }
 
     /// As [`teacher_margins`](Self::teacher_margins), by address.

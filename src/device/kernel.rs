@@ -107,6 +107,10 @@ macro_rules! with_kernels {
                 ATKD_SCALE_THREADS ATKD_SCALE_BLOCKS BlocksAndClusters:
                     scale_gradient_f32 scale_gradient_f16 scale_gradient_bf16;
             }
+            TokenEntropies(atkd_token_entropies) {
+                ATKD_ENTROPY_THREADS ATKD_ENTROPY_BLOCKS BlocksAndClusters:
+                    token_entropies_f32 token_entropies_f16 token_entropies_bf16;
+            }
             Unfused(atkd_unfused) {
                 ATKD_UNFUSED_THREADS ATKD_UNFUSED_BLOCKS BlocksAndClusters:
                     unfused_copy_f32 unfused_widen_f16 unfused_widen_bf16 unfused_narrow_f16 unfused_narrow_bf16

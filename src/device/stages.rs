@@ -6,7 +6,9 @@ use std::ffi::c_void;
 
 use super::kernel::{Launch, Parameters, of_dtype, of_rows, of_terms, strides};
 use super::workspace::{Column, Memory};
-use crate::call::{RawCall, RawLogits, RawOutput, RawSelection, RawTeacher, check_alignment};
+use crate::call::{
+    RawCall, RawEntropies, RawLogits, RawOutput, RawSelection, RawTeacher, check_alignment,
+};
 use crate::objective::{Family, Mixture, unit_interval};
 use crate::params::*;
 use crate::plan::{
@@ -446,6 +448,34 @@ pub(crate) fn scale_gradient(
             vocab: vocab as u32,
             blocks: shape.grid,
             parts,
+        }),
+    };
+    Ok(launch.unless_empty())
+}
+
+/// The kernel of the entropies of one model's distributions, if there is anything to do.
+///
+/// # Errors
+/// If the temperature is outside its domain, or shape, strides and addresses do not go together.
+pub(crate) fn token_entropies(
+    device: &DeviceProperties,
+    of: &RawEntropies,
+) -> Result<Option<Launch>> {
+    let RawEntropies { tokens, vocab, logits, temperature, to } = *of;
+    check_sizes(tokens, vocab)?;
+    of.check()?;
+    let shape = plan::token_entropies(device, tokens, vocab);
+    let launch = Launch {
+        kernel: of_dtype!("token_entropies", logits.dtype),
+        shape,
+        parameters: Parameters::TokenEntropies(atkd_token_entropies {
+            logits: logits.address as *const c_void,
+            entropies: to as *mut f32,
+            strides: strides(logits, tokens),
+            tokens: tokens as u32,
+            vocab: vocab as u32,
+            inverse_temperature: (1.0 / temperature) as f32,
+            blocks: shape.grid,
         }),
     };
     Ok(launch.unless_empty())

@@ -10,7 +10,8 @@ use std::ffi::c_void;
 use machine::Buffer;
 
 use crate::call::{
-    RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher, RawTokens,
+    RawCall, RawEntropies, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher,
+    RawTokens,
 };
 pub use crate::device::kernel::Kernel;
 use crate::device::kernel::{KERNELS, Launch, Shrinks};
@@ -353,6 +354,24 @@ impl Simulation {
         let Some(launch) = launch else { return Ok(Vec::new()) };
         self.launch(&launch, &mut buffers)?;
         Ok(vec![(launch.kernel, buffers)])
+    }
+
+    /// As [`cpu::token_entropies`](crate::cpu::token_entropies), and what was read and written.
+    ///
+    /// # Errors
+    /// If the temperature is outside its domain, or the kernel does what it must not.
+    pub fn token_entropies(
+        self,
+        logits: Logits,
+        temperature: f64,
+    ) -> Result<(Vec<f32>, Traffic)> {
+        let (tokens, vocab) = (logits.tokens(), logits.vocab());
+        let mut to = vec![f32::from_bits(0xdead_beef); tokens];
+        let buffers =
+            vec![input("logits", logits.elements()), Buffer::output("entropies", &mut to)];
+        let of = RawEntropies { tokens, vocab, logits: raw(logits), temperature, to: address(&to) };
+        let launch = stages::token_entropies(&self.device, &of)?;
+        Ok((to, self.alone(launch, buffers)?))
     }
 
     /// A gradient times a number, in place, and what was read and written.

@@ -5,6 +5,14 @@
 """
 
 from ._atkd import __version__
-from ._loss import ATKDLoss, Stats, atkd_loss, select_hard, teacher_margins
+from ._loss import ATKDLoss, Stats, atkd_loss, select_hard, teacher_margins, token_entropies
 
-__all__ = ["ATKDLoss", "Stats", "__version__", "atkd_loss", "select_hard", "teacher_margins"]
+__all__ = [
+    "ATKDLoss",
+    "Stats",
+    "__version__",
+    "atkd_loss",
+    "select_hard",
+    "teacher_margins",
+    "token_entropies",
+]

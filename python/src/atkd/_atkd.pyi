@@ -16,6 +16,7 @@ __all__ = [
     "scale_on_device",
     "select_hard",
     "teacher_margins",
+    "token_entropies",
     "workspace_bytes",
 ]
 
@@ -59,6 +60,9 @@ def teacher_margins(
     labels: Optional[Labels],
     temperatures: Optional[int],
     to: int,
+) -> None: ...
+def token_entropies(
+    place: _Place, shape: Tuple[int, int], logits: Matrix, temperature: float, to: int
 ) -> None: ...
 def select_hard(
     place: _Place,

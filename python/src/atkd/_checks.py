@@ -146,6 +146,21 @@ def check_margins(
     _check_labels(labels, "teacher_logits", teacher, settings["target"])
 
 
+def check_entropies(logits: Tensor, vocab_size: Optional[int], number: Optional[Tensor]) -> None:
+    """Raises unless these are what entropies follow from."""
+    _check_logits("logits", logits)
+    _check_vocab_size(vocab_size, "logits", logits)
+    _check_scalar(number)
+
+
+def _check_scalar(number: Optional[Tensor]) -> None:
+    """Raises unless it is what `_settings.number_or_tensor` makes of a number."""
+    if number is not None and (number.dim() != 0 or not number.is_cpu):
+        raise ValueError(
+            f"number is {list(number.shape)} on {number.device}, but must be a scalar on cpu"
+        )
+
+
 def check_selection(
     margins: Tensor,
     valid: Optional[Tensor],
@@ -164,7 +179,4 @@ def check_selection(
             raise ValueError(f"cu_seqlens are {list(cu_seqlens.shape)}, but must be [sequences + 1]")
         if _are_apart(cu_seqlens, margins):
             raise ValueError(f"margins are on {margins.device}, but cu_seqlens on {cu_seqlens.device}")
-    if number is not None and (number.dim() != 0 or not number.is_cpu):
-        raise ValueError(
-            f"number is {list(number.shape)} on {number.device}, but must be a scalar on cpu"
-        )
+    _check_scalar(number)

@@ -472,6 +472,33 @@ def select_hard(
     return hard
 
 
+def token_entropies(
+    logits: Tensor, *, temperature: Number = 1.0, vocab_size: Optional[int] = None
+) -> Tensor:
+    """The entropy of one model's distribution for each token, -sum p log p over the vocabulary, in nats.
+
+    For selections and weights by how sure a model is: `select_hard` takes entropies as it does margins, and gives a mask
+    for `atkd_loss(..., hard=mask)`; so do `token_weights`. Reads the logits once. No gradient flows through.
+
+    Args:
+        logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16.
+        temperature: divides the logits.
+        vocab_size: as `atkd_loss` takes it.
+
+    Returns:
+        float32, shaped as the tokens; NaN where the logits have a NaN or +inf, or are all -inf.
+
+    Raises:
+        TypeError: for a dtype that is none of these.
+        ValueError: for a shape that is none of these, or a setting outside its domain.
+    """
+    _check_tensor("logits", logits)
+    _check_number("temperature", temperature)
+    used, number = _settings.number_or_tensor(temperature)
+    entropies: Tensor = _operator.token_entropies(logits.detach(), used, vocab_size, number)
+    return entropies
+
+
 class ATKDLoss(torch.nn.Module):
     """`atkd_loss` with its settings, which are checked here. A schedule may change `settings`, a dict."""
 

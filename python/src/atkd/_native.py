@@ -257,6 +257,25 @@ def run_margins(
         )
 
 
+def run_entropies(
+    logits: Tensor, temperature: float, vocab_size: Optional[int], entropies: Tensor
+) -> None:
+    """The entropies of the tokens, to the tensor `entropies`."""
+    check_device("logits", logits)
+    logits_rows = rows(logits)
+    tokens = logits.shape[:-1].numel()
+    shape = tokens, logits.shape[-1] if vocab_size is None else vocab_size
+    _run(
+        _atkd.token_entropies,
+        logits,
+        tokens,
+        shape,
+        _matrix(logits_rows),
+        temperature,
+        entropies.data_ptr(),
+    )
+
+
 def run_selection(
     margins: Tensor,
     valid: Optional[Tensor],

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.atkd.loss`, `teacher_margins` and `select_hard`: what they compute, the shapes that they
+"""The operators `torch.ops.atkd.loss`, `teacher_margins`, `select_hard` and `token_entropies`: what they compute, the shapes that they
 return, and their rule for vmap. The derivative of the loss is in `_autograd.py`.
 """
 
@@ -136,6 +136,35 @@ def teacher_margins(
     named = _settings.named(settings)
     _native.run_margins(teacher, labels, temperatures, vocab_size, named, margins)
     return margins
+
+
+def _fake_entropies(
+    logits: Tensor,
+    temperature: float,
+    vocab_size: Optional[int],
+    number: Optional[Tensor] = None,
+) -> Tensor:
+    _checks.check_entropies(logits, vocab_size, number)
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+
+
+@_define(
+    "(Tensor logits, float temperature, SymInt? vocab_size, Tensor? number=None) -> Tensor",
+    _fake_entropies,
+)
+def token_entropies(
+    logits: Tensor,
+    temperature: float,
+    vocab_size: Optional[int],
+    number: Optional[Tensor] = None,
+) -> Tensor:
+    """The entropies of one model's distributions, float32, shaped as its tokens. `number` replaces the temperature, as it
+    does the ratio of `select_hard`.
+    """
+    entropies = _fake_entropies(logits, temperature, vocab_size, number)
+    used = temperature if number is None else number.item()
+    _native.run_entropies(logits, used, vocab_size, entropies)
+    return entropies
 
 
 def _fake_selection(
