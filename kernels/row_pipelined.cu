@@ -62,10 +62,11 @@ struct alignas(8) LoadSource {
 };
 
 // The shared memory of a block beside the row.
-template <class D, class T, uint32_t CONSUMERS> struct Shared {
+template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Shared {
     // By stage, the ragged edges without the target: the head chunk of teacher and student, then the tail chunk.
     ATKD_SHARED_MEMBER(uint32_t, edges, 2 * 4 * CHUNK * sizeof(T) / 4);
-    ATKD_SHARED_MEMBER(PackedState<D>, warp_states, CONSUMERS / WARP); // of one sweep, then of the other
+    using State = PackedState<D, CE_SUM>;
+    ATKD_SHARED_MEMBER(State, warp_states, CONSUMERS / WARP); // of one sweep, then of the other
     ATKD_SHARED_MEMBER(typename D::Scales, scales, 1);
     ATKD_SHARED_MEMBER(Weights, weights, 1);
     ATKD_SHARED_MEMBER(Task, tasks, 2);        // by stage
@@ -76,13 +77,14 @@ template <class D, class T, uint32_t CONSUMERS> struct Shared {
 
 // The skeleton: the kernel, the consumers' loop, the producer's loop. What they call follows below.
 
-template <class D, class T, uint32_t CONSUMERS> struct Consumer;
-template <class D, class T, uint32_t CONSUMERS> struct Producer;
+template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer;
+template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer;
+template <class T, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f);
 template <class T> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task);
 
 // region: consumers
-template <class D, class T, uint32_t CONSUMERS>
-ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, T, CONSUMERS> &shared) {
+template <class D, bool CE_SUM, class T, uint32_t CONSUMERS>
+ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_SUM, T, CONSUMERS> &shared) {
     uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
     for (uint32_t stage = 0;; stage ^= 1) {
         ATKD_SYNC_NAMED(ROW_FULL, CONSUMERS + WARP);
@@ -91,13 +93,13 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
             break;
         }
         bool ignored = task.mode == ATKD_IGNORED;
-        Consumer<D, T, CONSUMERS> consumer(p, staged, shared, task, stage);
+        Consumer<D, CE_SUM, T, CONSUMERS> consumer(p, staged, shared, task, stage);
         if (ATKD_RARELY(ignored)) {
             drop_task<T>(p, task);
         } else {
             RowState<D, float> warp_state = consumer.sums();
             if (lane == 0) {
-                shared.warp_states[warp] = PackedState<D>::of(warp_state);
+                shared.warp_states[warp] = PackedState<D, CE_SUM>::of(warp_state);
             }
         }
         ATKD_SYNC_NAMED(SUMS_READY, CONSUMERS + WARP);
@@ -105,10 +107,11 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
         if constexpr (D::SWEEPS == 2) {
             if (!ignored) {
                 typename D::Scales scales = shared.scales[0];
-                by_size<D, false>(scales, [&](auto large) {
+                by_size<D, CE_SUM>(scales, [&](auto large) {
                     auto terms = consumer.template terms<decltype(large)::value>(scales);
                     if (lane == 0) {
-                        shared.warp_states[warp] = repacked<D>(PackedState<SecondSweep<D>>::of(terms));
+                        shared.warp_states[warp] =
+                            repacked<PackedState<D, CE_SUM>>(PackedState<SecondSweep<D>, false>::of(terms));
                     }
                 });
             }
@@ -133,8 +136,11 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
         };
         if (!ignored && p.gradient != nullptr) {
             typename D::Scales scales = shared.scales[0];
-            by_size<D, false>(scales,
-                              [&](auto large) { consumer.template gradient<decltype(large)::value>(scales, release); });
+            by_gradient_type<T>(p, [&](auto g) {
+                by_size<D, CE_SUM>(scales, [&](auto large) {
+                    consumer.template gradient<decltype(large)::value, decltype(g)>(scales, release);
+                });
+            });
         }
         release(true);
     }
@@ -142,9 +148,9 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
 // end region
 
 // region: one warp per block
-template <class D, class T, uint32_t CONSUMERS>
-ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, T, CONSUMERS> &shared) {
-    Producer<D, T, CONSUMERS> producer(p, staged, shared);
+template <class D, bool CE_SUM, class T, uint32_t CONSUMERS>
+ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, CE_SUM, T, CONSUMERS> &shared) {
+    Producer<D, CE_SUM, T, CONSUMERS> producer(p, staged, shared);
     producer.fetch_task(block_index() / p.team, 0);
     producer.place_edges(0);
     if (producer.elected) {
@@ -179,8 +185,8 @@ ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, T, C
 }
 // end region
 
-template <class D, class T, uint32_t CONSUMERS> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
-    using SharedByBlock = Shared<D, T, CONSUMERS>;
+template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
+    using SharedByBlock = Shared<D, CE_SUM, T, CONSUMERS>;
     ATKD_STAGED(staged);
     ATKD_SHARED_STRUCT(SharedByBlock, shared);
     if (thread_index() == CONSUMERS) {
@@ -191,9 +197,9 @@ template <class D, class T, uint32_t CONSUMERS> ATKD_DEVICE void row_pipelined(c
     }
     ATKD_SYNC_BLOCK();
     if (thread_index() < CONSUMERS) {
-        consume<D, T, CONSUMERS>(p, staged, shared);
+        consume<D, CE_SUM, T, CONSUMERS>(p, staged, shared);
     } else {
-        produce<D, T, CONSUMERS>(p, staged, shared);
+        produce<D, CE_SUM, T, CONSUMERS>(p, staged, shared);
     }
 }
 
@@ -231,17 +237,30 @@ struct Slice {
 
 // How the consumers share a slice's full chunks: pieces of 16 bytes, dealt to the threads in turn. A thread handles a
 // vector at a time, which has as many elements as a chunk: one piece of half precision, two of single.
-template <class D, class T, uint32_t CONSUMERS> struct Tiling {
+template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Tiling {
     static constexpr uint32_t PARTS = Packed<T>::PARTS, PER = Packed<T>::PER;
     // Bytes from a thread's piece to its next, and from its vector to its next.
     static constexpr uint32_t STEP = CONSUMERS * 16, VECTOR = PARTS * STEP;
     // Vectors that a thread reads before it computes, so that their arithmetic overlaps: 64 bytes of each model per
-    // thread or, in small blocks, 32. Two sweeps compute long enough beside a read. A tile is what all threads read so.
-    static constexpr uint32_t UNROLL = D::SWEEPS == 2 ? 1 : CONSUMERS / 64 / PARTS, TILE = UNROLL * VECTOR;
+    // thread or, in small blocks, 32; with a sum more half of that, for its registers. Two sweeps compute long enough
+    // beside a read. A tile is what all threads read so.
+    static constexpr uint32_t UNROLL = D::SWEEPS == 2 ? 1 : CONSUMERS / 64 / PARTS / (CE_SUM ? 2 : 1);
+    static constexpr uint32_t TILE = UNROLL * VECTOR;
 };
 
 // The teacher's slice lies at 0 in the staged memory, the student's at this offset.
 template <class T> ATKD_DEVICE uint32_t student_offset(const atkd_rows &p) { return p.slice * CHUNK * sizeof(T); }
+
+// Calls f with a value of the gradient's type: that of the logits or, beside those of half precision, float32.
+template <class T, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f) {
+    if constexpr (sizeof(T) < sizeof(float)) {
+        if (ATKD_RARELY(p.wide_gradient != 0)) {
+            f(float());
+            return;
+        }
+    }
+    f(T());
+}
 
 // All threads of the block, for an ignored token: a gradient of zeros.
 template <class T> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task) {
@@ -249,16 +268,16 @@ template <class T> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &ta
     rows.first = block_index() % p.team * block_threads() + thread_index();
     rows.stride = p.team * block_threads();
     rows.is_leader = rows.first == 0;
-    drop_row<T>(p, rows);
+    by_gradient_type<T>(p, [&](auto g) { drop_row<decltype(g)>(p, rows); });
 }
 
 // region: consumers
 // The passes of a consumer thread over its part of the slice.
-template <class D, class T, uint32_t CONSUMERS> struct Consumer {
-    using Tiles = Tiling<D, T, CONSUMERS>;
+template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
+    using Tiles = Tiling<D, CE_SUM, T, CONSUMERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<D, T, CONSUMERS> &shared;
+    Shared<D, CE_SUM, T, CONSUMERS> &shared;
     const Task &task;
     // The full chunks' offset in the slice, and their bytes.
     uint32_t full_offset, end;
@@ -267,8 +286,8 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
     uint32_t edge_chunk;
     uint32_t stage;
 
-    ATKD_DEVICE Consumer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_, const Task &task_,
-                         uint32_t stage_)
+    ATKD_DEVICE Consumer(const atkd_rows &p_, StagedMemory staged_, Shared<D, CE_SUM, T, CONSUMERS> &shared_,
+                         const Task &task_, uint32_t stage_)
         : p(p_), staged(staged_), shared(shared_), task(task_), full_offset(task.full_start * CHUNK * sizeof(T)),
           end((task.full_end - task.full_start) * CHUNK * sizeof(T)),
           exponent(inverse_temperature_of(p.batch, task.token) * LOG2_E), stage(stage_) {
@@ -376,17 +395,17 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
         auto own = maxima.template state<RowState<D, float>>();
         Shifts shifts = own.shifts(exponent);
         auto fold_guarded = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
-            fold_chunk<false, true>(own, shifts, teacher, student, exponent);
+            fold_chunk<CE_SUM, true>(own, shifts, teacher, student, exponent);
         };
         for_common_vectors([&](const Packed<T> &teacher, const Packed<T> &student, auto full) {
-            fold_chunk<false, !decltype(full)::value>(own, shifts, teacher, student, exponent);
+            fold_chunk<CE_SUM, !decltype(full)::value>(own, shifts, teacher, student, exponent);
         });
-        if (ATKD_RARELY(!own.finite())) {
+        if (ATKD_RARELY(!own.finite() || (CE_SUM && !(own.student_sum_at_1 < -NEG_INF)))) {
             own = own.cleared();
             for_common_vectors(fold_guarded);
         }
         for_special_vectors(fold_guarded);
-        return merge_warp<false>(own);
+        return merge_warp<CE_SUM>(own);
     }
 
     // The second sweep. Returns the warp's terms.
@@ -406,30 +425,33 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
         return merge_warp<false>(own);
     }
 
-    // The gradient pass. `release` is as for_vectors calls it.
-    template <bool LARGE_ROW, class Release>
+    // The gradient pass, of type G. `release` is as for_vectors calls it.
+    template <bool LARGE_ROW, class G, class Release>
     ATKD_DEVICE void gradient(const typename D::Scales &scales, Release release) const {
-        Row<T> gradient = Rows<T, T>(p, task.token).template gradient<T>(p);
+        Row<G> gradient = Rows<T, T>(p, task.token).template gradient<G>(p);
         uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(task.first_chunk + task.full_start));
         auto store_gradient = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
                                   auto full) {
             float g[CHUNK];
-            gradient_chunk<D, false, LARGE_ROW>(p.divergence, scales, exponent, teacher, student, g);
-            Packed<T> packed = pack<T>(g);
+            gradient_chunk<D, CE_SUM, LARGE_ROW>(p.divergence, scales, exponent, teacher, student, g);
+            Packed<G> packed = pack<G>(g);
             ATKD_UNROLL
-            for (uint32_t i = 0; i < Tiles::PARTS; i++) {
-                if (decltype(full)::value || at + further + i * Tiles::STEP < end) {
+            for (uint32_t i = 0; i < Packed<G>::PARTS; i++) {
+                if constexpr (sizeof(G) > sizeof(T)) {
+                    // A vector's 16 bytes of logits become 32, side by side.
+                    store16(reinterpret_cast<void *>(to + 2 * (at + further) + 16 * i), packed.part[i]);
+                } else if (decltype(full)::value || at + further + i * Tiles::STEP < end) {
                     store16(reinterpret_cast<void *>(to + at + further + i * Tiles::STEP), packed.part[i]);
                 }
             }
         };
         for_vectors(store_gradient, release);
         if (ATKD_RARELY(has_target)) {
-            store(gradient.data + task.target, narrow<T>(scales.target));
+            store(gradient.data + task.target, narrow<G>(scales.target));
         }
         if (ATKD_RARELY(has_edge)) {
             float g[CHUNK];
-            gradient_chunk<D, false, LARGE_ROW>(p.divergence, scales, exponent, edge(0), edge(1), g);
+            gradient_chunk<D, CE_SUM, LARGE_ROW>(p.divergence, scales, exponent, edge(0), edge(1), g);
             insert_target(gradient.within(task.target, edge_chunk), scales.target, g);
             store_chunk(gradient, edge_chunk, g);
         }
@@ -439,30 +461,28 @@ template <class D, class T, uint32_t CONSUMERS> struct Consumer {
 
 // The packed terms of the second sweep, if there is one.
 template <class D, uint32_t SWEEPS = D::SWEEPS> struct SecondState {
-    using Packed = PackedState<SecondSweep<D>>;
+    using Packed = PackedState<SecondSweep<D>, false>;
 };
 template <class D> struct SecondState<D, 1> {
     struct Packed {};
 };
 
 // A block's state of a row as it is published to its team. The payload is the state's floats and the ticket, three
-// words per message; the state's flag lies beside the first message's epoch. D may be a SecondSweep.
-template <class D> struct Exchange {
-    static constexpr uint32_t MESSAGES = (PackedState<D>::FLOATS + 1 + 2) / 3, ROOM = ATKD_EXCHANGE_BYTES / 16;
+// words per message; the state's flag lies beside the first message's epoch. State is a PackedState.
+template <class State> struct Exchange {
+    static constexpr uint32_t MESSAGES = (State::FLOATS + 1 + 2) / 3, ROOM = ATKD_EXCHANGE_BYTES / 16;
     // Slots lie alike whatever a launch exchanges.
     Bytes16 message[ROOM];
     static_assert(MESSAGES <= ROOM, "the host makes room for so many bytes");
 
-    ATKD_DEVICE void publish(const PackedState<D> &state, uint32_t ticket, uint32_t epoch) {
+    ATKD_DEVICE void publish(const State &state, uint32_t ticket, uint32_t epoch) {
         ATKD_UNROLL
         for (uint32_t i = 0; i < MESSAGES; i++) {
             Bytes16 payload = {};
             ATKD_UNROLL
             for (uint32_t k = 0; k < 3; k++) {
                 uint32_t word = 3 * i + k;
-                payload.word[k] = word < PackedState<D>::FLOATS    ? state.word[word]
-                                  : word == PackedState<D>::FLOATS ? ticket
-                                                                   : 0;
+                payload.word[k] = word < State::FLOATS ? state.word[word] : word == State::FLOATS ? ticket : 0;
             }
             payload.word[3] = 2 * epoch + (i == 0 && state.flag() != 0 ? 1 : 0);
             store_message(message + i, payload);
@@ -470,26 +490,26 @@ template <class D> struct Exchange {
     }
 
     // Spins until the state of the epoch is there. Returns its ticket.
-    ATKD_DEVICE uint32_t gather(PackedState<D> &state, uint32_t epoch) const {
+    ATKD_DEVICE uint32_t gather(State &state, uint32_t epoch) const {
         Messages<MESSAGES> messages = {};
         ATKD_WAIT_FOR_MESSAGES(messages, message, epoch);
         ATKD_UNROLL
-        for (uint32_t word = 0; word < PackedState<D>::FLOATS; word++) {
+        for (uint32_t word = 0; word < State::FLOATS; word++) {
             state.word[word] = messages.part[word / 3].word[word % 3];
         }
         state.set_flag(messages.part[0].word[3] & 1);
-        return messages.part[PackedState<D>::FLOATS / 3].word[PackedState<D>::FLOATS % 3];
+        return messages.part[State::FLOATS / 3].word[State::FLOATS % 3];
     }
 };
 
 // region: one warp per block
 // The producer warp: schedules rows and issues their loads (fetch_task to prefetch), reduces a row's state and its
 // scales (reduce), and stores what the loss follows from (refill).
-template <class D, class T, uint32_t CONSUMERS> struct Producer {
-    using Tiles = Tiling<D, T, CONSUMERS>;
+template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
+    using Tiles = Tiling<D, CE_SUM, T, CONSUMERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<D, T, CONSUMERS> &shared;
+    Shared<D, CE_SUM, T, CONSUMERS> &shared;
     uint32_t lane, count, rank;
     bool elected; // lane 0
     // The next row: the offset up to which its slices have been requested, and each lane's element of its edges.
@@ -499,10 +519,10 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
     // The row at work: its epoch, its target's logits, and the states of the team's blocks, one per lane.
     uint32_t epoch;
     TargetLogits target_logits;
-    PackedState<D> block_state;
+    PackedState<D, CE_SUM> block_state;
     typename SecondState<D>::Packed block_terms;
 
-    ATKD_DEVICE Producer(const atkd_rows &p_, StagedMemory staged_, Shared<D, T, CONSUMERS> &shared_)
+    ATKD_DEVICE Producer(const atkd_rows &p_, StagedMemory staged_, Shared<D, CE_SUM, T, CONSUMERS> &shared_)
         : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
           rank(block_index() % p_.team), elected(lane == 0), ticket(block_index() / p_.team + p_.clusters), epoch(0) {}
 
@@ -617,15 +637,16 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
         bool ignored = task.mode == ATKD_IGNORED;
         auto of_warps = RowState<D, float>::empty();
         if (!ignored) {
-            of_warps = PackedState<D>(shared.warp_states[lane % (CONSUMERS / WARP)]).template state<float>();
-            share_maxima<false>(of_warps, exponent_of(task));
-            of_warps = merge_warp<false, CONSUMERS / WARP>(of_warps);
+            PackedState<D, CE_SUM> packed = shared.warp_states[lane % (CONSUMERS / WARP)];
+            of_warps = packed.template state<float>();
+            share_maxima<CE_SUM>(of_warps, exponent_of(task));
+            of_warps = merge_warp<CE_SUM, CONSUMERS / WARP>(of_warps);
         }
-        exchange<D>(of_warps, block_state);
+        exchange(of_warps, block_state);
         if (!ignored) {
             Weights weights = shared.weights[0];
-            auto scales = scales_of<D, false>(p, weights, task.token, task.mode, merge_blocks<float>(task),
-                                              target_logits, rank == 0);
+            auto scales = scales_of<D, CE_SUM>(p, weights, task.token, task.mode, merge_blocks<float>(task),
+                                               target_logits, rank == 0);
             if (elected) {
                 shared.scales[0] = scales;
             }
@@ -633,29 +654,28 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
     }
     // From the block's state, which lane 0 has, to the states of the team's blocks, one per lane; lanes beyond the team
     // have an empty one.
-    template <class Sweep>
-    ATKD_DEVICE void exchange(const RowState<Sweep, float> &of_block, PackedState<Sweep> &states) {
-        states = PackedState<Sweep>::of(elected ? of_block : RowState<Sweep, float>::empty());
+    template <class Row, class State> ATKD_DEVICE void exchange(const Row &of_block, State &states) {
+        states = State::of(elected ? of_block : Row::empty());
         if (p.team > 1) {
             if (elected) {
-                slot_of<Sweep>(block_index())->publish(states, ticket, epoch);
+                slot_of<State>(block_index())->publish(states, ticket, epoch);
             }
             if (lane < p.team) {
-                ticket = slot_of<Sweep>(block_index() - rank + lane)->gather(states, epoch);
+                ticket = slot_of<State>(block_index() - rank + lane)->gather(states, epoch);
             }
             sync_warp();
         }
     }
-    template <class Sweep> ATKD_DEVICE Exchange<Sweep> *slot_of(uint32_t block) const {
-        return static_cast<Exchange<Sweep> *>(p.states) + (epoch & 1) * ATKD_PIPELINED_GRID + block;
+    template <class State> ATKD_DEVICE Exchange<State> *slot_of(uint32_t block) const {
+        return static_cast<Exchange<State> *>(p.states) + (epoch & 1) * ATKD_PIPELINED_GRID + block;
     }
     ATKD_DEVICE float exponent_of(const Task &task) const {
         return inverse_temperature_of(p.batch, task.token) * LOG2_E;
     }
     template <class Real> ATKD_DEVICE RowState<D, Real> merge_blocks(const Task &task) const {
         auto state = block_state.template state<Real>();
-        share_maxima<false>(state, exponent_of(task));
-        return merge_warp<false>(state);
+        share_maxima<CE_SUM>(state, exponent_of(task));
+        return merge_warp<CE_SUM>(state);
     }
 
     // Runs while the consumers wait, after the second sweep: its terms complete the scales.
@@ -663,12 +683,12 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
         if (task.mode == ATKD_IGNORED) {
             return;
         }
-        using Sweep = SecondSweep<D>;
+        using Packed = typename SecondState<D>::Packed;
         epoch += 1;
-        const PackedState<D> &packed = shared.warp_states[lane % (CONSUMERS / WARP)];
-        auto of_warps = repacked<Sweep>(packed).template state<float>();
+        const PackedState<D, CE_SUM> &packed = shared.warp_states[lane % (CONSUMERS / WARP)];
+        auto of_warps = repacked<Packed>(packed).template state<float>();
         of_warps = merge_warp<false, CONSUMERS / WARP>(of_warps);
-        exchange<Sweep>(of_warps, block_terms);
+        exchange(of_warps, block_terms);
         typename D::Scales scales = shared.scales[0];
         D::finish(p.divergence, scales, merge_warp<false>(block_terms.template state<float>()));
         sync_warp();
@@ -681,7 +701,7 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
     ATKD_DEVICE void store_row_margins(const Task &task) {
         if (rank == 0 && task.mode != ATKD_IGNORED) {
             // region: one warp per row
-            store_margins<D, false>(p, task.token, merge_blocks<double>(task), target_logits);
+            store_margins<D, CE_SUM>(p, task.token, merge_blocks<double>(task), target_logits);
             // end region
         }
     }
@@ -723,21 +743,27 @@ template <class D, class T, uint32_t CONSUMERS> struct Producer {
 
 // No plan chooses this kernel where there are no bulk copies.
 #if ATKD_BULK_COPIES
-#define ATKD_ROW_PIPELINED(D, T, geometry) row_pipelined<D, T, geometry##_THREADS - WARP>(p)
+#define ATKD_ROW_PIPELINED(D, CE_SUM, T, geometry) row_pipelined<D, CE_SUM, T, geometry##_THREADS - WARP>(p)
 #else
-#define ATKD_ROW_PIPELINED(D, T, geometry)
+#define ATKD_ROW_PIPELINED(D, CE_SUM, T, geometry)
 #endif
 
 #define ATKD_ROW_PIPELINED_OF(D, suffix, dtype, T)                                                                     \
-    ATKD_KERNEL(row_pipelined_##dtype##suffix, atkd_rows, ATKD_PIPELINED) { ATKD_ROW_PIPELINED(D, T, ATKD_PIPELINED); }
+    ATKD_KERNEL(row_pipelined_##dtype##suffix, atkd_rows, ATKD_PIPELINED) {                                            \
+        ATKD_ROW_PIPELINED(D, false, T, ATKD_PIPELINED);                                                               \
+    }
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_OF, f32, float)
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_OF, f16, f16)
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_OF, bf16, bf16)
 
-// The wide kernels have half as many blocks, twice as large.
+// The wide kernels have half as many blocks, twice as large. Those _at_1 are for cross entropy at a temperature other than 1,
+// which has a sum of its own.
 #define ATKD_ROW_PIPELINED_WIDE_OF(D, suffix, dtype, T)                                                                \
     ATKD_KERNEL(row_pipelined_wide_##dtype##suffix, atkd_rows, ATKD_PIPELINED_WIDE) {                                  \
-        ATKD_ROW_PIPELINED(D, T, ATKD_PIPELINED_WIDE);                                                                 \
+        ATKD_ROW_PIPELINED(D, false, T, ATKD_PIPELINED_WIDE);                                                          \
+    }                                                                                                                  \
+    ATKD_KERNEL(row_pipelined_wide_at_1_##dtype##suffix, atkd_rows, ATKD_PIPELINED_WIDE) {                             \
+        ATKD_ROW_PIPELINED(D, true, T, ATKD_PIPELINED_WIDE);                                                           \
     }
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_OF, f32, float)
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_OF, f16, f16)

@@ -121,17 +121,16 @@ ATKD_DEVICE RowState<D, double> merge_team(const RowState<D, double> &own, const
     return merge_warp<CE_SUM>(part);
 }
 
-// A state in single precision as blocks exchange it, without the sum at temperature 1: its floats, then its flag if it has
-// one.
-template <class D> struct alignas(8) PackedState {
-    static constexpr uint32_t FLOATS = RowState<D, float>::FLOATS, FLAGS = RowState<D, float>::FLAGS;
+// A state in single precision as blocks exchange it: its floats, then its flag if it has one.
+template <class D, bool CE_SUM> struct alignas(8) PackedState {
+    static constexpr uint32_t FLOATS = RowState<D, float>::template FLOATS<CE_SUM>, FLAGS = RowState<D, float>::FLAGS;
     static constexpr uint32_t WORDS = FLOATS + FLAGS;
     uint32_t word[WORDS];
 
     static ATKD_DEVICE PackedState of(const RowState<D, float> &state) {
         PackedState packed = {};
         uint32_t i = 0;
-        RowState<D, float>::template visit<false>(
+        RowState<D, float>::template visit<CE_SUM>(
             [&](auto kind, auto &value) {
                 if constexpr (decltype(kind)::value == FLAG) {
                     packed.word[i++] = value;
@@ -152,7 +151,7 @@ template <class D> struct alignas(8) PackedState {
     template <class Real> ATKD_DEVICE RowState<D, Real> state() const {
         auto state = RowState<D, Real>::empty();
         uint32_t i = 0;
-        RowState<D, Real>::template visit<false>(
+        RowState<D, Real>::template visit<CE_SUM>(
             [&](auto kind, auto &value) {
                 if constexpr (decltype(kind)::value == FLAG) {
                     value = word[i++];
@@ -166,10 +165,10 @@ template <class D> struct alignas(8) PackedState {
 };
 
 // The words of a packed state as those of another, which has no fewer or no more.
-template <class To, class From> ATKD_DEVICE PackedState<To> repacked(const PackedState<From> &from) {
-    PackedState<To> to = {};
+template <class To, class From> ATKD_DEVICE To repacked(const From &from) {
+    To to = {};
     ATKD_UNROLL
-    for (uint32_t i = 0; i < PackedState<To>::WORDS && i < PackedState<From>::WORDS; i++) {
+    for (uint32_t i = 0; i < To::WORDS && i < From::WORDS; i++) {
         to.word[i] = from.word[i];
     }
     return to;

@@ -97,8 +97,7 @@ template <class T> ATKD_DEVICE void token_entropies(const atkd_token_entropies &
         auto merge_warp = [&] {
             ATKD_NO_UNROLL
             for (uint32_t mask = WARP / 2; mask > 0; mask /= 2) {
-                Part other = {shuffle_xor(own.max, mask), shuffle_xor(own.rest, mask),
-                              shuffle_xor(own.weighted, mask)};
+                Part other = {shuffle_xor(own.max, mask), shuffle_xor(own.rest, mask), shuffle_xor(own.weighted, mask)};
                 own = own.merged_with(other, exponent);
             }
         };

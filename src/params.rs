@@ -385,6 +385,7 @@ pub struct atkd_rows {
     pub clusters: u32,
     pub team: u32,
     pub slice: u32,
+    pub wide_gradient: u32,
     pub divergence: atkd_divergence,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -426,8 +427,10 @@ const _: () = {
         [::std::mem::offset_of!(atkd_rows, clusters) - 356usize];
     ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 360usize];
     ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 364usize];
+    ["Offset of field: atkd_rows::wide_gradient"]
+        [::std::mem::offset_of!(atkd_rows, wide_gradient) - 368usize];
     ["Offset of field: atkd_rows::divergence"]
-        [::std::mem::offset_of!(atkd_rows, divergence) - 368usize];
+        [::std::mem::offset_of!(atkd_rows, divergence) - 372usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -52,7 +52,7 @@ pub struct Problem {
     pub gradient: Dtype,
     /// Cross entropy needs a sum of its own: it has a weight, and the temperature is not 1.
     pub sum_at_1: bool,
-    /// The rows of teacher, student and gradient start equally far from a multiple of 16 bytes.
+    /// The rows of teacher, student and gradient start equally many elements after multiples of 16 bytes.
     pub aligned_alike: bool,
     /// Parts within which hard tokens are selected.
     pub scopes: usize,
@@ -401,7 +401,7 @@ impl Plan {
         let mut default_order =
             [Self::default_pipelined(device, problem), RowKernel::Resident, RowKernel::Stream];
         if problem.vocab < MIN_PIPELINED {
-            default_order.swap(0, 1);
+            default_order.rotate_left(1);
         }
         let default_order = default_order.map(|row_kernel| Preference { row_kernel, team: 0 });
         preferred
@@ -522,7 +522,10 @@ impl Plan {
         blocks_on_chip: BlocksOnChip,
         team: u32,
     ) -> Option<LaunchShape> {
-        if !problem.of_one_type() || !problem.aligned_alike {
+        // Cross entropy's own sum is the wide kernels'.
+        let has_sums =
+            !problem.sum_at_1 || blocks_on_chip.threads == ATKD_PIPELINED_WIDE_THREADS as usize;
+        if problem.teacher != problem.student || !problem.aligned_alike || !has_sums {
             return None;
         }
         let chunks = chunks(problem.vocab);
@@ -608,7 +611,7 @@ impl Problem {
         (schedule, of_teacher || wanted)
     }
 
-    /// Returns whether the kernels that read a row once can do the call's types.
+    /// Returns whether `row_resident` can do the call's types.
     fn of_one_type(&self) -> bool {
         self.teacher == self.student && self.student == self.gradient && !self.sum_at_1
     }
@@ -698,7 +701,7 @@ mod tests {
                     let plan = Plan::new(&H200, &problem, None);
                     let rows = RowKernel::ALL.into_iter().filter_map(|row_kernel| {
                         let plan = Plan::with(&H200, &problem, Preference { row_kernel, team: 0 })?;
-                        Some((of_rows(row_kernel, Family::ForwardKl, [dtype; 3]), plan.rows))
+                        Some((of_rows(row_kernel, Family::ForwardKl, [dtype; 3], false), plan.rows))
                     });
                     let others = [
                         ("teacher_margin", plan.margin),
@@ -828,12 +831,26 @@ mod tests {
         assert_eq!(a100(9000).row_kernel, RowKernel::Stream);
         let plain = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
         for other in [
-            Problem { sum_at_1: true, ..plain },
-            Problem { gradient: Dtype::F32, ..plain },
+            Problem { student: Dtype::F32, gradient: Dtype::F32, ..plain },
             Problem { aligned_alike: false, ..plain },
         ] {
             assert_eq!(Plan::new(&H200, &other, None).row_kernel, RowKernel::Stream);
         }
+        // A float32 gradient beside half precision changes nothing, but where a block's registers would hold the row.
+        for vocab in [2048, 32_000, 128_256] {
+            let plain = problem(8192, vocab, Dtype::F16, Dtype::F16);
+            let wide = Problem { gradient: Dtype::F32, ..plain };
+            assert_eq!(Plan::new(&H200, &wide, None), Plan::new(&H200, &plain, None));
+        }
+        for vocab in [2048, 32_000, 128_256] {
+            let plain = problem(8192, vocab, Dtype::F16, Dtype::F16);
+            let plan = Plan::new(&H200, &Problem { sum_at_1: true, ..plain }, None);
+            assert_eq!(plan.row_kernel, RowKernel::PipelinedWide);
+        }
+        let short = problem(8192, 500, Dtype::F16, Dtype::F16);
+        assert_eq!(Plan::new(&H200, &short, None).row_kernel, RowKernel::Resident);
+        let wide = Problem { gradient: Dtype::F32, ..short };
+        assert_eq!(Plan::new(&H200, &wide, None).row_kernel, RowKernel::Stream);
     }
 
     #[test]

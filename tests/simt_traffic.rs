@@ -4,7 +4,7 @@ mod simulated;
 
 use atkd::simt::machine::Buffer;
 use atkd::simt::{Extra, Simulation};
-use atkd::{Batch, Divergence, Logits, LogitsMut, Objective, Output};
+use atkd::{Batch, Divergence, Logits, LogitsMut, Objective, Output, reference};
 use half::bf16;
 use simulated::{Input, bytes, counts, in_teams, pipelined, streamed};
 
@@ -159,6 +159,40 @@ fn rows_on_chip_are_read_once() {
         let again = if kernel == "row_resident_bf16" { 0 } else { target };
         assert_eq!(written, volume + again);
         // 16 bytes or more at a time but for the ends.
+        assert!(accesses <= written / 16 + 14 * input.tokens as u64, "{accesses} of {written}");
+    }
+}
+
+/// So are they for a float32 gradient, which is twice as large, and for cross entropy at another temperature: of rows that
+/// all start at chunks, and that do not.
+#[test]
+fn rows_on_chip_are_read_once_for_a_wide_gradient() {
+    let kl = Objective::kl();
+    let at_1 = kl.with_temperature(2.0).and_then(|kl| kl.with_ce_weight(0.5)).unwrap();
+    for (vocab, objective, kernel, blocks) in [
+        (2048, kl, "row_pipelined_bf16", 1),
+        (32_000, kl, "row_pipelined_wide_bf16", 2),
+        (50_257, kl, "row_pipelined_wide_bf16", 3),
+        (2048, at_1, "row_pipelined_wide_at_1_bf16", 1),
+        (50_257, at_1, "row_pipelined_wide_at_1_bf16", 3),
+    ] {
+        let input = Input::new(2, vocab);
+        let (batch, student) = (input.batch(), input.view(&input.student));
+        let mut gradient = vec![f32::NAN; input.tokens * vocab];
+        let mut to = LogitsMut::new(&mut gradient, input.tokens, vocab).unwrap();
+        let extra = Extra::default();
+        let run = Simulation::default().run(&objective, &batch, student, Some(&mut to), extra);
+        let (_, traffic) = run.unwrap();
+        let (_, exact) = reference::forward_backward(&objective, &batch, student).unwrap();
+        for (g, exact) in gradient.iter().zip(exact) {
+            assert!((f64::from(*g) - exact).abs() <= 1e-6, "{g}, but exactly {exact}");
+        }
+        let (volume, target) = ((input.tokens * vocab * 2) as u64, 2 * input.tokens as u64);
+        for buffer in ["teacher", "student"] {
+            assert_eq!(bytes(&traffic, kernel, buffer), (volume + blocks * target, 0), "{vocab}");
+        }
+        let (_, written, accesses) = counts(&traffic, kernel, "gradient");
+        assert_eq!(written, 2 * (volume + target));
         assert!(accesses <= written / 16 + 14 * input.tokens as u64, "{accesses} of {written}");
     }
 }

@@ -109,7 +109,8 @@ fn what_is_no_distribution_has_no_entropy() {
         let none = [0.0_f32; 0];
         assert!(backend(Logits::new(&none[..], 0, 3).unwrap(), 1.0).unwrap().is_empty());
         for temperature in [0.0, -1.0, f64::NAN, 1e-31] {
-            let error = backend(Logits::new(&[0.0_f32; 3][..], 1, 3).unwrap(), temperature).unwrap_err();
+            let error =
+                backend(Logits::new(&[0.0_f32; 3][..], 1, 3).unwrap(), temperature).unwrap_err();
             assert!(matches!(error, Error::Setting { name: "the temperature", .. }), "{error}");
         }
     }

@@ -126,9 +126,9 @@ impl Place {
     ) -> Result<(), Failure> {
         match self {
             // SAFETY: the caller's.
-            Self::Host(threads) => unsafe {
-                raw::token_entropies(threads.as_ref().map(|threads| &*threads.pool), of)
-            }?,
+            Self::Host(threads) => {
+                unsafe { raw::token_entropies(threads.as_ref().map(|threads| &*threads.pool), of) }?
+            }
             Self::Cuda(workspace) => {
                 let workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
                 // SAFETY: the caller's.

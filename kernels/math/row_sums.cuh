@@ -41,8 +41,12 @@ template <class Real, CrossTerm CROSS> struct RowSums {
             f(FieldKind<FLAG>(), states.mismatch...);
         }
     }
-    // The floats among them, without CE_SUM, and the flags.
-    static constexpr uint32_t FLOATS = CROSS == NO_CROSS_TERM ? 4 : CROSS == BY_TEACHER ? 5 : 6;
+    // The floats among them, and the flags.
+    template <bool CE_SUM>
+    static constexpr uint32_t FLOATS = (CROSS == NO_CROSS_TERM ? 4
+                                        : CROSS == BY_TEACHER  ? 5
+                                                               : 6) +
+                                       (CE_SUM ? 1 : 0);
     static constexpr uint32_t FLAGS = CROSS == BY_TEACHER ? 1 : 0;
     static constexpr bool RELATIVE = true; // to the maxima
     static constexpr CrossTerm CROSS_TERM = CROSS;

@@ -68,7 +68,8 @@ template <class F> struct TwoSweeps {
             f(FieldKind<SUM>(), states.value...);
             f(FieldKind<SUM>(), states.slope...);
         }
-        static constexpr uint32_t FLOATS = 2, FLAGS = 0;
+        template <bool CE_SUM> static constexpr uint32_t FLOATS = 2;
+        static constexpr uint32_t FLAGS = 0;
         static constexpr bool RELATIVE = false;
         static ATKD_DEVICE Terms empty() { return {0, 0}; }
 

@@ -5,9 +5,7 @@ use cudarc::driver::{
 use half::{bf16, f16};
 
 use crate::batch::check_count;
-use crate::call::{
-    HARD_MASK, RawLabels, RawLogits, RawTokens, TEMPERATURES, TOKEN_WEIGHTS,
-};
+use crate::call::{HARD_MASK, RawLabels, RawLogits, RawTokens, TEMPERATURES, TOKEN_WEIGHTS};
 use crate::logits::{check_length, check_vocab};
 use crate::{Dtype, Error, Result, Strides};
 

@@ -422,10 +422,8 @@ impl Workspace {
     ) -> Result<()> {
         let [tokens, vocab] = logits.shape;
         check_count(ENTROPIES, to.len(), tokens)?;
-        let parts = [
-            ("the logits", Some(logits.context())),
-            (ENTROPIES, Some(&**to.stream().context())),
-        ];
+        let parts =
+            [("the logits", Some(logits.context())), (ENTROPIES, Some(&**to.stream().context()))];
         self.check_memory(stream, parts.into_iter())?;
         let (logits, _logits) = logits.raw(stream);
         let (to, _to) = to.device_ptr_mut(stream);

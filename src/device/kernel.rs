@@ -68,7 +68,13 @@ macro_rules! with_kernels {
                     row_pipelined_wide_bf16_reverse_kl row_pipelined_wide_f32_mixture
                     row_pipelined_wide_f16_mixture row_pipelined_wide_bf16_mixture
                     row_pipelined_wide_f32_total_variation row_pipelined_wide_f16_total_variation
-                    row_pipelined_wide_bf16_total_variation;
+                    row_pipelined_wide_bf16_total_variation row_pipelined_wide_at_1_f32
+                    row_pipelined_wide_at_1_f16 row_pipelined_wide_at_1_bf16
+                    row_pipelined_wide_at_1_f32_reverse_kl row_pipelined_wide_at_1_f16_reverse_kl
+                    row_pipelined_wide_at_1_bf16_reverse_kl row_pipelined_wide_at_1_f32_mixture
+                    row_pipelined_wide_at_1_f16_mixture row_pipelined_wide_at_1_bf16_mixture
+                    row_pipelined_wide_at_1_f32_total_variation row_pipelined_wide_at_1_f16_total_variation
+                    row_pipelined_wide_at_1_bf16_total_variation;
                 ATKD_STREAM_THREADS ATKD_STREAM_BLOCKS BlocksAndClusters:
                     row_stream_f32_f32_f32 row_stream_f32_f16_f16 row_stream_f32_f16_f32
                     row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32 row_stream_f16_f32_f32
@@ -200,12 +206,18 @@ pub fn of_terms(family: Family) -> &'static str {
 }
 
 /// The name of a kernel for rows for logits and a gradient of these types: with the student's if it is of one type, else
-/// with all three. The divergence's, where that is not forward KL, comes last.
+/// with all three. Before them comes `at_1` if a kernel for a sum at temperature 1 is one of its own, and last the
+/// divergence's name, where that is not forward KL.
 pub fn of_rows(
     row_kernel: RowKernel,
     family: Family,
     [teacher, student, gradient]: [Dtype; 3],
+    sum_at_1: bool,
 ) -> &'static str {
+    let kernel = match row_kernel {
+        RowKernel::PipelinedWide if sum_at_1 => "row_pipelined_wide_at_1",
+        _ => row_kernel.name(),
+    };
     let divergence = of_terms(family).strip_prefix("token_terms").unwrap_or_default();
     let [teacher, student, gradient] = [teacher, student, gradient].map(|dtype| match dtype {
         Dtype::F32 => "_f32",
@@ -213,15 +225,15 @@ pub fn of_rows(
         Dtype::Bf16 => "_bf16",
     });
     let is_named = |name: &str| {
-        name.strip_prefix(row_kernel.name()).is_some_and(|types| {
+        name.strip_prefix(kernel).is_some_and(|types| {
             let of_all =
                 || types.strip_prefix(teacher)?.strip_prefix(student)?.strip_prefix(gradient);
             types.strip_suffix(divergence).is_some_and(|types| types == student)
                 || of_all() == Some(divergence)
         })
     };
-    let kernel = KERNELS.iter().find(|kernel| is_named(kernel.name));
-    kernel.expect("a plan chooses a kernel only for the types that it is there for").name
+    let found = KERNELS.iter().find(|kernel| is_named(kernel.name));
+    found.expect("a plan chooses a kernel only for the types that it is there for").name
 }
 
 /// The starts of rows, in the form in which kernels find them.
@@ -251,7 +263,7 @@ mod tests {
         use Dtype::{Bf16, F16, F32};
         let mixture = Divergence::Jsd { beta: 0.5 }.family();
         let named = |row_kernel, family, types, name| {
-            assert_eq!(of_rows(row_kernel, family, types), name);
+            assert_eq!(of_rows(row_kernel, family, types, false), name);
         };
         named(RowKernel::Resident, Family::ForwardKl, [F16; 3], "row_resident_f16");
         named(RowKernel::Pipelined, Family::ReverseKl, [F32; 3], "row_pipelined_f32_reverse_kl");
@@ -264,12 +276,23 @@ mod tests {
             for teacher in [F32, F16, Bf16] {
                 for student in [F32, F16, Bf16] {
                     for gradient in [student, F32] {
-                        of_rows(RowKernel::Stream, family, [teacher, student, gradient]);
+                        for sum_at_1 in [false, true] {
+                            of_rows(
+                                RowKernel::Stream,
+                                family,
+                                [teacher, student, gradient],
+                                sum_at_1,
+                            );
+                        }
                     }
                 }
                 for row_kernel in RowKernel::ALL {
-                    of_rows(row_kernel, family, [teacher; 3]);
+                    of_rows(row_kernel, family, [teacher; 3], false);
                 }
+                for row_kernel in [RowKernel::Pipelined, RowKernel::PipelinedWide] {
+                    of_rows(row_kernel, family, [teacher, teacher, F32], false);
+                }
+                of_rows(RowKernel::PipelinedWide, family, [teacher, teacher, F32], true);
             }
         }
     }

@@ -46,13 +46,16 @@ pub(super) fn problem(objective: &Objective, call: &RawCall) -> Problem {
         sum_at_1: objective.ce_weight() != 0.0
             && (objective.temperature() != 1.0 || call.temperatures.is_some()),
         aligned_alike: [Some(call.student), call.gradient].into_iter().flatten().all(|other| {
+            // As many elements as both have in whole 16 bytes.
+            let period = 16 / other.dtype.size().max(call.teacher.dtype.size()) as i64;
             let offsets = |logits: RawLogits| {
-                let (strides, size) = (logits.strides.of(call.tokens), logits.dtype.size());
-                let bytes = |elements: i64| elements.rem_euclid(16) * size as i64 % 16;
-                let (skip, inner) = strides.skip();
-                // Whole 16 bytes do not matter, wherever they are skipped.
-                let inner = if bytes(skip) == 0 { 0 } else { inner };
-                (logits.address % 16, bytes(strides.row() as i64), bytes(skip), inner)
+                let strides = logits.strides.of(call.tokens);
+                let first = logits.address / logits.dtype.size() as u64 % period as u64;
+                let [row, skip] =
+                    [strides.row() as i64, strides.skip().0].map(|n| n.rem_euclid(period));
+                // Whole periods do not matter, wherever they are skipped.
+                let inner = if skip == 0 { 0 } else { strides.skip().1 };
+                (first, row, skip, inner)
             };
             offsets(other) == offsets(call.teacher)
         }),
@@ -290,6 +293,7 @@ impl Stages {
                 plan.row_kernel,
                 self.objective.divergence().family(),
                 [problem.teacher, problem.student, problem.gradient],
+                problem.sum_at_1,
             ),
             shape,
             parameters: Parameters::Rows(atkd_rows {
@@ -314,6 +318,7 @@ impl Stages {
                 clusters: shape.grid / shape.blocks_per_row(),
                 team: shape.team,
                 slice: plan.slice_chunks,
+                wide_gradient: (problem.gradient != problem.student).into(),
                 divergence: self.divergence(),
             }),
         }

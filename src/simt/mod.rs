@@ -360,11 +360,7 @@ impl Simulation {
     ///
     /// # Errors
     /// If the temperature is outside its domain, or the kernel does what it must not.
-    pub fn token_entropies(
-        self,
-        logits: Logits,
-        temperature: f64,
-    ) -> Result<(Vec<f32>, Traffic)> {
+    pub fn token_entropies(self, logits: Logits, temperature: f64) -> Result<(Vec<f32>, Traffic)> {
         let (tokens, vocab) = (logits.tokens(), logits.vocab());
         let mut to = vec![f32::from_bits(0xdead_beef); tokens];
         let buffers =

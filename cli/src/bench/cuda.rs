@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use atkd::call::RawEntropies;
 use atkd::cuda::cudarc::driver::sys::CUevent_flags;
 use atkd::cuda::cudarc::driver::{
     CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits,
 };
 use atkd::cuda::unfused::Unfused;
 use atkd::cuda::{Kernels, RawCall, RawLabels, RawLogits, RawOutput, Workspace};
-use atkd::{Dtype, Objective};
+use atkd::{Divergence, Dtype, Objective};
 use half::{bf16, f16};
 use indicatif::ProgressBar;
 
@@ -87,6 +88,33 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
     add("fused", 3, time("fused", &objective, &call)?);
     add("fused, KL", 3, time("fused, KL", &Objective::kl(), &call)?);
     add("loss alone", 2, time("loss alone", &objective, &forward)?);
+    for (variant, divergence) in [
+        ("fused, reverse KL", Divergence::ReverseKl),
+        ("fused, JSD", Divergence::Jsd { beta: 0.5 }),
+        ("fused, TVD", Divergence::TotalVariation),
+        ("fused, skew KL", Divergence::SkewKl { alpha: 0.1 }),
+        ("fused, skew reverse KL", Divergence::SkewReverseKl { alpha: 0.1 }),
+    ] {
+        let objective = Objective::plain().with_divergence(divergence)?;
+        add(variant, 3, time(variant, &objective, &call)?);
+    }
+    let at_2 = objective.with_temperature(2.0)?.with_ce_weight(0.5)?;
+    let variant = "fused, T = 2, with cross entropy";
+    add(variant, 3, time(variant, &at_2, &call)?);
+    if dtype != Dtype::F32 {
+        let variant = "fused, float32 gradient";
+        let mut wide = stream.alloc_zeros::<f32>(tokens * vocab).with_context(too_large)?;
+        let to = RawLogits { dtype: Dtype::F32, ..raw(wide.device_ptr_mut(stream).0) };
+        add(variant, 4, time(variant, &objective, &RawCall { gradient: Some(to), ..call })?);
+    }
+    let mut entropies = stream.alloc_zeros::<f32>(tokens)?;
+    let to = entropies.device_ptr_mut(stream).0;
+    let of = RawEntropies { tokens, vocab, logits: call.teacher, temperature: 1.0, to };
+    let seconds = elapsed(size, bar, "entropies", stream, || {
+        // SAFETY: as above.
+        Ok(unsafe { kernels.token_entropies_raw(stream, &of) }?)
+    })?;
+    add("entropies", 1, seconds);
 
     workspace.take_times();
     let by_kernel = times_by_kernel(size, bar, &mut workspace, stream, &objective, &call)?;
