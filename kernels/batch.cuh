@@ -1,4 +1,4 @@
-// The target of a row: a token of the vocabulary.
+// What a token has of its own: its target, a token of the vocabulary; its weight and its temperature.
 #pragma once
 
 #include "packed.cuh"

@@ -63,6 +63,7 @@
 #define ATKD_HELD_BYTES 128u
 // Bytes of static shared memory of a block of row_pipelined at most, beside the row's slices.
 #define ATKD_PIPELINED_STATIC_BYTES 640u
+#define ATKD_PIPELINED_AT_1_STATIC_BYTES 768u // with cross entropy's own sum
 
 // Blocks that a launch in teams has at most, and the bytes of a row's state that each tells its team.
 #define ATKD_TEAM_BLOCKS 512u

@@ -75,7 +75,7 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
         }
     }
     auto row_scales = reduce_row<D>(p, rows, mode, target, own, warps, scales);
-    // It takes no register of those that the reduction needs.
+    // Computed again: kept, it would take a register that the reduction needs.
     exponent = inverse_temperature_of(p.batch, opaque(rows.token)) * LOG2_E;
     if constexpr (D::SWEEPS == 2) {
         ATKD_SECOND_SWEEP_SHARED(D, ATKD_RESIDENT_THREADS);

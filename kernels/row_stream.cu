@@ -46,7 +46,7 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
         });
     share_maxima<CE_SUM>(own, exponent);
     auto row_scales = reduce_row<D, CE_SUM>(p, rows, mode, target, own, warps, scales);
-    // It takes no register of those that the reduction needs.
+    // Computed again: kept, it would take a register that the reduction needs.
     exponent = inverse_temperature_of(p.batch, opaque(rows.token)) * LOG2_E;
     if constexpr (D::SWEEPS == 2) {
         ATKD_SECOND_SWEEP_SHARED(D, ATKD_STREAM_THREADS);

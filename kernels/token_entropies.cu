@@ -29,7 +29,7 @@ struct Part {
 
     ATKD_DEVICE Part merged_with(const Part &other, float exponent) const {
         float larger = fmaxf(max, other.max);
-        // That of the larger logit is as it is: its power is 1, and it counts its own logit as one of the others.
+        // The part with the larger logit keeps its own rest, without that logit; the other's has its largest in it.
         Part a = relative_to(larger, exponent), b = other.relative_to(larger, exponent);
         return {larger, max == larger ? rest + b.rest : a.rest + other.rest, a.weighted + b.weighted};
     }
@@ -102,7 +102,7 @@ template <class T> ATKD_DEVICE void token_entropies(const atkd_token_entropies &
             }
         };
         merge_warp();
-        // The first warp has read the row's before.
+        // By now the first warp has read the parts of the row before.
         ATKD_SYNC_BLOCK();
         if (lane == 0) {
             parts[thread_index() / WARP] = own;

@@ -44,6 +44,6 @@ def launch_bounds():
     return {name: (numbers[f"{stem}_THREADS"], numbers[f"{stem}_BLOCKS"]) for name, stem in found}
 
 
-def planned_shared():
-    """Bytes of static shared memory that plans allow a block of row_pipelined."""
-    return geometry()["ATKD_PIPELINED_STATIC_BYTES"]
+def planned_shared(name):
+    """Bytes of static shared memory that plans allow a block of this row_pipelined."""
+    return geometry()["ATKD_PIPELINED_AT_1_STATIC_BYTES" if "_at_1_" in name else "ATKD_PIPELINED_STATIC_BYTES"]

@@ -1,7 +1,6 @@
 //! The batch that a student learns from: the teacher's logits, the labels, the sequences.
 
 use crate::call::{HARD_MASK, TEMPERATURES, TOKEN_WEIGHTS};
-use crate::objective::is_temperature;
 use crate::selection::{check_offsets, scopes};
 use crate::{Error, Logits, Objective, Result};
 
@@ -79,14 +78,22 @@ impl<'a> TokenSettings<'a> {
     }
 
     /// # Errors
-    /// If there is not one temperature per token, or one is outside its domain.
+    /// If there is not one temperature per token.
     pub fn with_temperatures(self, temperatures: &'a [f32], tokens: usize) -> Result<Self> {
         check_count(TEMPERATURES, temperatures.len(), tokens)?;
-        let wrong = |&(_, &t): &(usize, &f32)| !is_temperature(t.into());
-        if let Some((token, &temperature)) = temperatures.iter().enumerate().find(wrong) {
-            return Err(Error::Temperature { token, temperature });
-        }
         Ok(Self { temperatures: Some(temperatures), ..self })
+    }
+
+    /// # Errors
+    /// If the temperature of a token that is not ignored, `None` here, is outside its domain.
+    pub fn check(&self, targets: &[Option<usize>]) -> Result<()> {
+        for (token, &temperature) in self.temperatures.unwrap_or_default().iter().enumerate() {
+            // In single precision, as kernels do.
+            if targets[token].is_some() && !(1e-30..=1e30).contains(&temperature) {
+                return Err(Error::Temperature { token, temperature });
+            }
+        }
+        Ok(())
     }
 
     /// What multiplies the weights of a token's terms.
@@ -174,10 +181,10 @@ impl<'a> Batch<'a> {
 
     /// Divides each token's logits, of both models, by a temperature of its own instead of the objective's; the square of
     /// that multiplies its distillation terms if the objective says so. Tokens are selected by their margins at these
-    /// temperatures.
+    /// temperatures. In a call, that of a token which is not ignored must be in [1e-30, 1e30].
     ///
     /// # Errors
-    /// If there is not one temperature per token, or one is not in [1e-30, 1e30].
+    /// If there is not one temperature per token.
     pub fn with_temperatures(mut self, temperatures: &'a [f32]) -> Result<Self> {
         self.own = self.own.with_temperatures(temperatures, self.teacher.tokens())?;
         Ok(self)

@@ -243,16 +243,12 @@ fn check(name: &'static str, value: f64, allowed: &'static str, ok: bool) -> Res
     if ok { Ok(value) } else { Err(Error::Setting { name, value, allowed }) }
 }
 
-pub(crate) fn is_temperature(value: f64) -> bool {
-    (1e-30..=1e30).contains(&value)
-}
-
 /// The domain of a temperature.
 pub(crate) const TEMPERATURE: &str =
     "in [1e-30, 1e30], so that float32 has its reciprocal finite and above 0";
 
 pub(crate) fn check_temperature(value: f64) -> Result<f64> {
-    check("the temperature", value, TEMPERATURE, is_temperature(value))
+    check("the temperature", value, TEMPERATURE, (1e-30..=1e30).contains(&value))
 }
 
 pub(crate) fn unit_interval(name: &'static str, value: f64) -> Result<f64> {

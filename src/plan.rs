@@ -50,7 +50,7 @@ pub struct Problem {
     pub student: Dtype,
     /// The type of the gradient; the student's where none is wanted.
     pub gradient: Dtype,
-    /// Cross entropy needs a sum of its own: it has a weight, and the temperature is not 1.
+    /// Cross entropy needs a sum of its own: it has a weight, and the temperature is not 1, or each token's own.
     pub sum_at_1: bool,
     /// The rows of teacher, student and gradient start equally many elements after multiples of 16 bytes.
     pub aligned_alike: bool,
@@ -286,9 +286,6 @@ const TERMS_THREADS: usize = ATKD_TERMS_THREADS as usize;
 const SELECT_THREADS: usize = ATKD_SELECT_THREADS as usize;
 /// Bytes of each model that a thread of `row_resident` holds in registers.
 const HELD_BYTES: usize = ATKD_HELD_BYTES as usize;
-/// Bytes that a block of `row_pipelined` takes of a multiprocessor's shared memory beside its slices: its static shared
-/// memory, and what the driver reserves per block.
-const PIPELINED_SHARED_BYTES: usize = ATKD_PIPELINED_STATIC_BYTES as usize + 1024;
 /// How many times as many rows in flight outweigh having a block fewer per multiprocessor.
 const MIN_GAIN: f64 = 1.05;
 /// Bytes by which a device hands out shared memory.
@@ -322,6 +319,13 @@ impl BlocksOnChip {
         let max = device.pipelined_wide_blocks as usize;
         Self { threads: ATKD_PIPELINED_WIDE_THREADS as usize, max }
     }
+}
+
+/// Bytes that a block of `row_pipelined` takes of a multiprocessor's shared memory beside its slices: its static shared
+/// memory, and what the driver reserves per block.
+fn pipelined_shared_bytes(sum_at_1: bool) -> usize {
+    let own = if sum_at_1 { ATKD_PIPELINED_AT_1_STATIC_BYTES } else { ATKD_PIPELINED_STATIC_BYTES };
+    own as usize + 1024
 }
 
 /// Chunks of a row, which has up to one more if it starts off a chunk's boundary.
@@ -534,7 +538,7 @@ impl Plan {
             let resident = device.multiprocessors as usize * blocks;
             let resident = resident.min(ATKD_PIPELINED_GRID as usize);
             let room = device.shared_bytes / blocks / SHARED_UNIT * SHARED_UNIT;
-            let room = room.saturating_sub(PIPELINED_SHARED_BYTES);
+            let room = room.saturating_sub(pipelined_shared_bytes(problem.sum_at_1));
             teams.clone().take_while(|&team| team <= MAX_TEAM.min(resident)).find_map(|team| {
                 let bytes = 2 * slice(chunks, team) * CHUNK * problem.student.size();
                 (bytes <= room).then_some(Fit { team, teams: resident / team, bytes })
@@ -792,7 +796,7 @@ mod tests {
                             _ => BlocksOnChip::pipelined_wide(&H200),
                         };
                         let a_multiprocessor = grid.div_ceil(H200.multiprocessors) as usize;
-                        let a_block = shared as usize + PIPELINED_SHARED_BYTES;
+                        let a_block = shared as usize + pipelined_shared_bytes(false);
                         let taken = a_multiprocessor * a_block.next_multiple_of(128);
                         assert!(taken <= H200.shared_bytes, "{vocab}: {plan:?}");
                         assert_eq!(block as usize, blocks.threads);

@@ -260,6 +260,7 @@ pub(crate) fn compute(
     let (vocab, own) = (teacher.vocab(), batch.token_settings());
 
     let targets = targets(objective, batch)?;
+    own.check(&targets)?;
     let margins: Vec<Option<f64>> = targets
         .iter()
         .enumerate()

@@ -97,17 +97,39 @@ fn each_token_is_as_in_a_call_of_its_own() {
 
 #[test]
 fn impossible_temperatures() {
-    let teacher = [0.0; TOKENS * VOCAB];
-    let batch = Batch::new(Logits::new(&teacher[..], TOKENS, VOCAB).unwrap(), &LABELS).unwrap();
+    let logits = [0.0; TOKENS * VOCAB];
+    let view = || Logits::new(&logits[..], TOKENS, VOCAB).unwrap();
+    let batch = Batch::new(view(), &LABELS).unwrap();
     let error = batch.with_temperatures(&TEMPERATURES[1..]).unwrap_err();
     let what = "the temperatures";
     assert_eq!(error, Error::MaskCount { what, values: TOKENS - 1, tokens: TOKENS });
     for wrong in [0.0, -1.0, f32::NAN, f32::INFINITY, 1e-31] {
         let mut temperatures = TEMPERATURES;
+        // An ignored token's is not looked at.
+        temperatures[2] = wrong;
+        let ignored = batch.with_temperatures(&temperatures).unwrap();
+        let calls: [Backend; 2] = [reference::forward_backward, on_cpu];
+        for call in calls {
+            call(&Objective::default(), &ignored, view()).unwrap();
+        }
         temperatures[3] = wrong;
-        let error = batch.with_temperatures(&temperatures).unwrap_err().to_string();
-        for part in ["temperature of token 3", "1e-30"] {
-            assert!(error.contains(part), "{error}");
+        let batch = batch.with_temperatures(&temperatures).unwrap();
+        let margins = cpu::teacher_margins(&Objective::default(), &batch).unwrap_err();
+        let calls = calls.map(|call| call(&Objective::default(), &batch, view()).unwrap_err());
+        for error in calls.into_iter().chain([margins]) {
+            let error = error.to_string();
+            for part in ["temperature of token 3", "1e-30"] {
+                assert!(error.contains(part), "{error}");
+            }
+        }
+        #[cfg(feature = "simt")]
+        {
+            let (output, gradient) = simulated(&Objective::default(), &batch, view()).unwrap();
+            let is_nan = |token: usize| output.tokens[token].loss.is_nan();
+            assert_eq!([0, 1, 2, 3, 4].map(is_nan), [false, false, false, true, false]);
+            for (token, row) in gradient.chunks(VOCAB).enumerate() {
+                assert!(row.iter().all(|g| g.is_nan() == (token == 3)), "{token}: {row:?}");
+            }
         }
     }
 }

@@ -386,8 +386,9 @@ typedef struct AtkdCall {
    */
   const float *token_weights;
   /*
-   [tokens]: divides each token's logits, of both models, instead of the settings' temperature. Those outside
-   [1e-30, 1e30] are an error; on a CUDA workspace their tokens have the loss NaN. Null for none.
+   [tokens]: divides each token's logits, of both models, instead of the settings' temperature; tokens are selected by
+   their margins at these. A valid token's outside [1e-30, 1e30] is an error; on a CUDA workspace the token has the loss
+   NaN. Null for none.
    */
   const float *temperatures;
   /*
@@ -641,9 +642,9 @@ AtkdStatus atkd_forward_backward(const struct AtkdObjective *objective,
                                  const struct AtkdCall *call);
 
 /*
- The teacher's margins alone, to call->margin. Of the call, tokens, vocab, teacher, labels and stream are read, and
- nothing else; of the objective its temperature, target and ignore index. On a device a token whose label is out of
- range gets NaN, beside the error of atkd_workspace_synchronize.
+ The teacher's margins alone, to call->margin. Of the call, tokens, vocab, teacher, labels, temperatures and stream are
+ read, and nothing else; of the objective its temperature, target and ignore index. On a device a token whose label is out
+ of range gets NaN, beside the error of atkd_workspace_synchronize, and so does one whose temperature is.
 
  # Safety
  As atkd_forward_backward.

@@ -209,9 +209,9 @@ pub unsafe extern "C" fn atkd_forward_backward(
     })
 }
 
-/// The teacher's margins alone, to call->margin. Of the call, tokens, vocab, teacher, labels and stream are read, and
-/// nothing else; of the objective its temperature, target and ignore index. On a device a token whose label is out of
-/// range gets NaN, beside the error of atkd_workspace_synchronize.
+/// The teacher's margins alone, to call->margin. Of the call, tokens, vocab, teacher, labels, temperatures and stream are
+/// read, and nothing else; of the objective its temperature, target and ignore index. On a device a token whose label is out
+/// of range gets NaN, beside the error of atkd_workspace_synchronize, and so does one whose temperature is.
 ///
 /// # Safety
 /// As atkd_forward_backward.

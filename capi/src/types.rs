@@ -92,8 +92,9 @@ pub struct AtkdCall {
     /// [tokens]: each token's terms, cross entropy's too, are multiplied by its weight. A mean divides by the number of
     /// valid tokens nevertheless. The loss and the gradient of a token whose weight is infinite or NaN are NaN. Null for 1.
     pub token_weights: *const f32,
-    /// [tokens]: divides each token's logits, of both models, instead of the settings' temperature. Those outside
-    /// [1e-30, 1e30] are an error; on a CUDA workspace their tokens have the loss NaN. Null for none.
+    /// [tokens]: divides each token's logits, of both models, instead of the settings' temperature; tokens are selected by
+    /// their margins at these. A valid token's outside [1e-30, 1e30] is an error; on a CUDA workspace the token has the loss
+    /// NaN. Null for none.
     pub temperatures: *const f32,
     /// One number: the reduced loss. Null if not wanted; so are the others.
     pub loss: *mut f32,

@@ -226,6 +226,39 @@ static void sequences_and_in_place(AtkdWorkspace *workspace) {
     atkd_objective_destroy(objective);
 }
 
+/* Tokens that all have the objective's temperature as their own are the objective's, bit for bit. */
+static void temperatures_of_tokens(AtkdWorkspace *workspace) {
+    AtkdSettings settings = atkd_default_settings();
+    AtkdObjective *objective, *at_2;
+    check(atkd_objective_create(&settings, &objective));
+    settings.temperature = 2;
+    check(atkd_objective_create(&settings, &at_2));
+    float loss, expected, margin[TOKENS], of_all[TOKENS], temperatures[TOKENS];
+    for (int i = 0; i < TOKENS; i++) {
+        temperatures[i] = 2;
+    }
+    AtkdCall call = new_call();
+    call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+    call.loss = &expected;
+    check(atkd_forward_backward(at_2, workspace, &call));
+    float *copy = malloc(sizeof gradient);
+    memcpy(copy, gradient, sizeof gradient);
+    call.margin = of_all;
+    check(atkd_teacher_margins(at_2, workspace, &call));
+    call.temperatures = temperatures;
+    call.margin = margin;
+    check(atkd_teacher_margins(objective, workspace, &call));
+    assert(memcmp(margin, of_all, sizeof margin) == 0);
+    call.loss = &loss;
+    check(atkd_forward_backward(objective, workspace, &call));
+    assert(loss == expected && memcmp(copy, gradient, sizeof gradient) == 0);
+    temperatures[2] = 0;
+    expect_error(atkd_forward_backward(objective, workspace, &call), ATKD_INVALID_ARGUMENT, "temperature of token 2");
+    free(copy);
+    atkd_objective_destroy(objective);
+    atkd_objective_destroy(at_2);
+}
+
 static void entropies_against_the_definition(AtkdWorkspace *workspace) {
     float found[TOKENS];
     AtkdEntropies entropies = {.tokens = TOKENS, .vocab = VOCAB, .temperature = 1, .entropies = found};
@@ -522,6 +555,7 @@ int main(void) {
         an_upstream_gradient_that_is_not_finite(workspace);
         counts_that_cannot_be(workspace);
         a_selection_over_two_calls(workspace);
+        temperatures_of_tokens(workspace);
         entropies_against_the_definition(workspace);
         errors(workspace);
         atkd_workspace_destroy(workspace);

@@ -142,10 +142,7 @@ impl<'a> Session<'a> {
         let mut session = Self::new(workers, objective, labels, batch.teacher().vocab())?;
         session.sequences = batch.sequences().map(Cow::from);
         session.given_margins = batch.margins();
-        session.own = batch.token_settings();
-        if batch.temperatures().is_some() {
-            session.pass = session.pass.of_any_temperature();
-        }
+        session = session.with_settings(batch.token_settings())?;
         match batch.hard() {
             Some(hard) => session.with_hard(hard),
             None => Ok(session),
@@ -222,14 +219,22 @@ impl<'a> Session<'a> {
         Ok(self)
     }
 
+    fn with_settings(mut self, own: TokenSettings<'a>) -> Result<Self> {
+        own.check(&self.labels)?;
+        if own.temperatures.is_some() {
+            self.pass = self.pass.of_any_temperature();
+        }
+        self.own = own;
+        Ok(self)
+    }
+
     /// Gives each token a temperature of its own: see [`Batch::with_temperatures`].
     ///
     /// # Errors
-    /// As there.
-    pub fn with_temperatures(mut self, temperatures: &'a [f32]) -> Result<Self> {
-        self.own = self.own.with_temperatures(temperatures, self.labels.len())?;
-        self.pass = self.pass.of_any_temperature();
-        Ok(self)
+    /// If there is not one temperature per token, or that of one which is not ignored is not in [1e-30, 1e30].
+    pub fn with_temperatures(self, temperatures: &'a [f32]) -> Result<Self> {
+        let own = self.own.with_temperatures(temperatures, self.labels.len())?;
+        self.with_settings(own)
     }
 
     /// The pass over a token's row.

@@ -103,9 +103,14 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
     add(variant, 3, time(variant, &at_2, &call)?);
     if dtype != Dtype::F32 {
         let variant = "fused, float32 gradient";
-        let mut wide = stream.alloc_zeros::<f32>(tokens * vocab).with_context(too_large)?;
-        let to = RawLogits { dtype: Dtype::F32, ..raw(wide.device_ptr_mut(stream).0) };
-        add(variant, 4, time(variant, &objective, &RawCall { gradient: Some(to), ..call })?);
+        match stream.alloc_zeros::<f32>(tokens * vocab) {
+            Ok(mut wide) => {
+                let to = RawLogits { dtype: Dtype::F32, ..raw(wide.device_ptr_mut(stream).0) };
+                let call = RawCall { gradient: Some(to), ..call };
+                add(variant, 4, time(variant, &objective, &call)?);
+            }
+            Err(error) => skipped.push(format!("{variant} at {tokens} x {vocab}: {error}")),
+        }
     }
     let mut entropies = stream.alloc_zeros::<f32>(tokens)?;
     let to = entropies.device_ptr_mut(stream).0;

@@ -43,8 +43,7 @@ def _first_derivative(ctx: Any, upstream: Tensor, others: int) -> Tuple[Optional
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results) -> None:
-    # After the tensors.
-    with_gradient = inputs[7]
+    with_gradient = inputs[7]  # after seven tensors
     _, gradient, terms, chosen = output
     ctx.mark_non_differentiable(gradient, terms, chosen)
     # Else backward gets zeros as large as the gradient, for the outputs that have none.

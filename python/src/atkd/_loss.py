@@ -65,13 +65,17 @@ def _check_number(name: str, number: object) -> None:
         )
 
 
-def _own_temperatures(settings: Dict[str, Any]) -> Optional[Tensor]:
+def _own_temperatures(settings: Dict[str, Any], logits: Tensor) -> Optional[Tensor]:
     """The temperatures of the tokens, if the setting is no number."""
     temperature = settings["temperature"]
-    if not isinstance(temperature, Tensor) or temperature.dim() == 0 or temperature.numel() == 1:
+    if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+        return None
+    # Asked first: torch.compile may know that shapes are equal where it does not know them.
+    of_tokens = temperature.dtype == torch.float32 and temperature.shape == logits.shape[:-1]
+    if not of_tokens and temperature.numel() == 1:
         return None
     _check_tensor("temperature", temperature, "is")
-    _check_constant("temperature", temperature)
+    _check_constant("temperature", temperature, "requires")
     settings["temperature"] = DEFAULTS["temperature"]
     return temperature
 
@@ -155,11 +159,11 @@ def _is_per_sequence(selection: str) -> bool:
     return selection == "sequence"
 
 
-def _check_constant(name: str, tensor: Tensor) -> None:
+def _check_constant(name: str, tensor: Tensor, requires: str = "require") -> None:
     """Raises if somebody expects a gradient for it."""
     if tensor.requires_grad:
         raise TypeError(
-            f"{name} require a gradient, but none flows to them: give {name}.detach()"
+            f"{name} {requires} a gradient, but none flows there: give {name}.detach()"
         )
 
 
@@ -239,7 +243,8 @@ def atkd_loss(
         hard_ratio: the share of the valid tokens, those of which the teacher is least certain, that is
             hard. Not used with `hard`, nor by the median.
         temperature: divides both models' logits, but not for cross entropy. A number; or float32, one per position of
-            the logits (with `shift_labels` too): the token's own.
+            the logits (with `shift_labels` too): the token's own, at which its margin is taken too. On a GPU, where
+            raising would wait, a token whose own is outside [1e-30, 1e30] has the loss NaN.
         temperature_squared: multiplies the distillation terms by the temperature's square.
         objective: `"atkd"`, `"plain"` (the divergence over the whole vocabulary), `"kl"` (the plain forward
             one), `"tkd"` or `"dkd"` (one part alone).
@@ -312,7 +317,7 @@ def atkd_loss(
     if token_weights is not None:
         _check_tensor("token_weights", token_weights)
         _check_constant("token_weights", token_weights)
-    temperatures = _own_temperatures(settings)
+    temperatures = _own_temperatures(settings, student_logits)
     _check_numbers(settings)
     _check_shift_labels(shift_labels)
     if teacher_logits.requires_grad:
@@ -411,7 +416,7 @@ def teacher_margins(
 
     Returns:
         float32, shaped as the labels; -inf for ignored tokens, of which `select_hard` must be told by `valid`. On a
-        GPU NaN for a label out of range, as raising would wait.
+        GPU NaN for a label out of range, or a token's own temperature, as raising would wait.
 
     Raises:
         TypeError: for a dtype that is none of these.
@@ -422,7 +427,7 @@ def teacher_margins(
     if labels is not None:
         _check_tensor("labels", labels)
     given: Dict[str, Any] = {"temperature": temperature, "target": target}
-    temperatures = _own_temperatures(given)
+    temperatures = _own_temperatures(given, teacher_logits)
     _check_number("temperature", given["temperature"])
     _check_shift_labels(shift_labels)
     labels, ignore_index = _shifted(teacher_logits, labels, shift_labels, target, ignore_index)
@@ -477,8 +482,8 @@ def token_entropies(
 ) -> Tensor:
     """The entropy of one model's distribution for each token, -sum p log p over the vocabulary, in nats.
 
-    For selections and weights by how sure a model is: `select_hard` takes entropies as it does margins, and gives a mask
-    for `atkd_loss(..., hard=mask)`; so do `token_weights`. Reads the logits once. No gradient flows through.
+    For selections by how sure a model is (`select_hard` takes entropies as it does margins), and for `token_weights` or a
+    `temperature` made of them. Reads the logits once. No gradient flows through.
 
     Args:
         logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16.
