@@ -1,4 +1,4 @@
-// What a token has of its own: its target, a token of the vocabulary; its weight and its temperature.
+// The values that a token has of its own: its target, a token of the vocabulary; its weight and its temperature.
 #pragma once
 
 #include "packed.cuh"

@@ -62,7 +62,7 @@ pub struct Batch<'a> {
     own: TokenSettings<'a>,
 }
 
-/// What each token has of its own.
+/// The settings that each token has of its own.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct TokenSettings<'a> {
     pub weights: Option<&'a [f32]>,
@@ -96,7 +96,7 @@ impl<'a> TokenSettings<'a> {
         Ok(())
     }
 
-    /// What multiplies the weights of a token's terms.
+    /// The factor of the weights of a token's terms: its own, or 1.
     pub fn weight(&self, token: usize) -> f64 {
         self.weights.map_or(1.0, |weights| weights[token].into())
     }

@@ -171,28 +171,16 @@ impl RawCall {
 
     /// Everything but the logits.
     pub(crate) fn without_logits(&self) -> RawTokens {
-        let Self {
-            tokens,
-            vocab,
-            labels,
-            sequences,
-            margins,
-            hard,
-            token_weights,
-            temperatures,
-            upstream,
-            ..
-        } = *self;
         RawTokens {
-            tokens,
-            vocab,
-            labels,
-            sequences,
-            margins,
-            hard,
-            token_weights,
-            temperatures,
-            upstream,
+            tokens: self.tokens,
+            vocab: self.vocab,
+            labels: self.labels,
+            sequences: self.sequences,
+            margins: self.margins,
+            hard: self.hard,
+            token_weights: self.token_weights,
+            temperatures: self.temperatures,
+            upstream: self.upstream,
         }
     }
 
@@ -319,7 +307,7 @@ pub struct RawTeacher {
     pub teacher: RawLogits,
     /// As [`RawCall::labels`].
     pub labels: Option<RawLabels>,
-    /// As [`RawCall::temperatures`].
+    /// The temperatures of the tokens: see [`RawCall::temperatures`].
     pub temperatures: Option<u64>,
 }
 

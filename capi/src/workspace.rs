@@ -118,7 +118,7 @@ impl Place {
     }
 
     /// # Safety
-    /// As [`raw::token_entropies`] or [`Kernels::token_entropies_raw`].
+    /// The contract of [`raw::token_entropies`] holds, or that of [`Kernels::token_entropies_raw`].
     pub(crate) unsafe fn token_entropies(
         &self,
         of: &RawEntropies,

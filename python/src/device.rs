@@ -75,7 +75,7 @@ pub unsafe fn teacher_margins(
 }
 
 /// # Safety
-/// As [`Kernels::token_entropies_raw`].
+/// The contract of [`Kernels::token_entropies_raw`] holds.
 pub unsafe fn token_entropies(queue: Queue, of: &RawEntropies) -> Result<()> {
     // SAFETY: the caller's.
     unsafe {

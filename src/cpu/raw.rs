@@ -84,9 +84,6 @@ pub unsafe fn run(
         if let Some(at) = call.token_weights {
             batch = batch.with_token_weights(slice(TOKEN_WEIGHTS, at, call.tokens)?)?;
         }
-        if let Some(at) = call.temperatures {
-            batch = batch.with_temperatures(slice(TEMPERATURES, at, call.tokens)?)?;
-        }
         match call.gradient {
             None => cpu::forward_by(workers, &objective, &batch, call.logits(call.student)?)?,
             Some(gradient) if call.is_in_place() => {
@@ -113,8 +110,8 @@ pub unsafe fn run(
 /// The errors of [`Session::begin`]; and if an address is null or not aligned.
 ///
 /// # Safety
-/// The contract of [`run`] holds for the margins and each token's weight and temperature until the session has ended, for the rest until
-/// this returns.
+/// The contract of [`run`] holds for the margins, the token weights and the temperatures until the session has ended, for
+/// the rest until this returns.
 pub unsafe fn begin<'a>(
     pool: Option<&'a ThreadPool>,
     objective: &Objective,
@@ -284,13 +281,7 @@ pub unsafe fn teacher_margins(
 ) -> Result<()> {
     teacher.check(objective, to)?;
     // SAFETY: the caller's, for as long as this function runs.
-    let batch = unsafe {
-        let batch = teacher.call().batch()?;
-        match teacher.temperatures {
-            Some(at) => batch.with_temperatures(slice(TEMPERATURES, at, teacher.tokens)?)?,
-            None => batch,
-        }
-    };
+    let batch = unsafe { teacher.call().batch()? };
     let margins = cpu::teacher_margins_by(Workers::of(pool), objective, &batch)?;
     // SAFETY: the caller says that there is room for one number per token.
     unsafe { write(Some(to), &margins, |&margin| margin) };
@@ -365,9 +356,13 @@ impl RawCall {
         // SAFETY: the caller's.
         unsafe {
             let teacher = self.logits(self.teacher)?;
-            match self.labels {
-                Some(labels) => Batch::new(teacher, labels_at(labels, self.tokens)?),
-                None => Ok(Batch::unlabelled(teacher)),
+            let batch = match self.labels {
+                Some(labels) => Batch::new(teacher, labels_at(labels, self.tokens)?)?,
+                None => Batch::unlabelled(teacher),
+            };
+            match self.temperatures {
+                Some(at) => batch.with_temperatures(slice(TEMPERATURES, at, self.tokens)?),
+                None => Ok(batch),
             }
         }
     }

@@ -1,5 +1,5 @@
-"""The operators `torch.ops.atkd.loss`, `teacher_margins`, `select_hard` and `token_entropies`: what they compute, the shapes that they
-return, and their rule for vmap. The derivative of the loss is in `_autograd.py`.
+"""The operators `torch.ops.atkd.loss`, `teacher_margins`, `select_hard` and `token_entropies`: what they compute, the
+shapes that they return, and their rule for vmap. The derivative of the loss is in `_autograd.py`.
 """
 
 from typing import Any, Callable, Optional, Tuple

@@ -465,7 +465,7 @@ pub(crate) struct GradientScales {
     pub target: f64,
 }
 
-/// What is known of a token beside its row's state.
+/// The facts of a token beside its row's state.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Token {
     /// The 1 / T that the sums have.
