@@ -102,6 +102,7 @@ struct ReverseKl {
         // An element that a model rules out has the probability 0 here.
         float gap = reference_gap(a, b, scales.teacher_max, scales.student_max);
         gap = fminf(fmaxf(gap, LOWEST), -LOWEST);
-        return exp2_fast(shifts.student(b) + 32.0f) * fmaf(-scales.teacher, gap, scales.student);
+        // Added to the exponent, the unit would cost it five bits.
+        return exp2_fast(shifts.student(b)) * HALF_UNIT * fmaf(-scales.teacher, gap, scales.student);
     }
 };

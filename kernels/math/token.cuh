@@ -253,8 +253,8 @@ ATKD_DEVICE void store_dkd(const atkd_rows &p, uint32_t token, double dkd) {
     }
 }
 
-// Stores a row's margins and, where one sweep finds it, DKD, for the selection and for token_terms. Run by one warp, every lane of which has the
-// row's state.
+// Stores a row's margins and, where one sweep finds it, DKD, for the selection and for token_terms. Run by one warp, every
+// lane of which has the row's state.
 template <class D, bool CE_SUM>
 ATKD_DEVICE void store_margins(const atkd_rows &p, uint32_t token, const RowState<D, double> &state,
                                const TargetLogits &target) {

@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 
-use super::Bounds;
 use super::compare::{RELATIVE, Worst, gradient_floor, gradient_within, overflows, ties};
+use super::{Aligned, Bounds};
 use crate::{
     Batch, Dtype, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, Result, Strides,
     reference,
@@ -13,9 +13,9 @@ pub(super) type Backend<'a> = dyn Fn(&Objective, &Batch, Logits, LogitsMut) -> R
 
 /// Logits of one of the three dtypes.
 enum Tensor {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
+    F32(Aligned<f32>),
+    F16(Aligned<f16>),
+    Bf16(Aligned<bf16>),
 }
 
 impl Tensor {
@@ -29,17 +29,17 @@ impl Tensor {
 
     fn elements(&self) -> Elements<'_> {
         match self {
-            Self::F32(v) => v.into(),
-            Self::F16(v) => v.into(),
-            Self::Bf16(v) => v.into(),
+            Self::F32(v) => (&v[..]).into(),
+            Self::F16(v) => (&v[..]).into(),
+            Self::Bf16(v) => (&v[..]).into(),
         }
     }
 
     fn elements_mut(&mut self) -> ElementsMut<'_> {
         match self {
-            Self::F32(v) => v.into(),
-            Self::F16(v) => v.into(),
-            Self::Bf16(v) => v.into(),
+            Self::F32(v) => (&mut v[..]).into(),
+            Self::F16(v) => (&mut v[..]).into(),
+            Self::Bf16(v) => (&mut v[..]).into(),
         }
     }
 }

@@ -12,6 +12,7 @@
 //! | gradient of total variation | that, and any subgradient where \|p - q\| <= 2e-6 max(p, q): [`compare::ties`] |
 //! | selection of valid and hard tokens; NaN and infinities | none, but a value beyond its dtype may be infinite |
 
+mod aligned;
 mod case;
 mod cases;
 pub mod compare;
@@ -23,6 +24,7 @@ pub mod settings;
 use half::{bf16, f16};
 
 use crate::{Batch, ElementsMut, Logits, LogitsMut, Objective, Output, Result, Target, reference};
+pub use aligned::Aligned;
 use case::{Case, random};
 use cases::{
     close_models, objective_cases, objectives, selections, shapes, sure_teachers, temperatures,

@@ -1,7 +1,8 @@
 //! What a call in stages must come to on every backend: the bits of one call on the whole batch, whatever the ranges.
 
-use std::ops::{Deref, DerefMut, Range};
+use std::ops::Range;
 
+use atkd::battery::Aligned;
 use atkd::{
     Batch, Error, Logits, LogitsMut, Objective, Output, Reduction, Result, SelectionRule, Target,
     TokenTerms,
@@ -11,7 +12,6 @@ use half::bf16;
 pub const TOKENS: usize = 61;
 /// Rows of whole lines of the L2 cache, so that every row starts alike wherever its logits lie.
 pub const VOCAB: usize = 320;
-const LINE_BYTES: usize = 128;
 
 /// A backend that has calls in one and calls in stages.
 pub trait Backend {
@@ -64,40 +64,9 @@ pub fn logits_mut(rows: &mut [bf16]) -> LogitsMut<'_> {
     LogitsMut::new(rows, tokens, VOCAB).unwrap()
 }
 
-/// Logits that start where a line does.
-struct Rows {
-    memory: Vec<bf16>,
-    start: usize,
-}
-
-impl FromIterator<bf16> for Rows {
-    fn from_iter<I: IntoIterator<Item = bf16>>(logits: I) -> Self {
-        let logits: Vec<bf16> = logits.into_iter().collect();
-        let mut memory = Vec::<bf16>::with_capacity(logits.len() + LINE_BYTES / size_of::<bf16>());
-        let start = memory.as_ptr().align_offset(LINE_BYTES);
-        memory.resize(start, bf16::NAN);
-        memory.extend(logits);
-        Self { memory, start }
-    }
-}
-
-impl Deref for Rows {
-    type Target = [bf16];
-
-    fn deref(&self) -> &[bf16] {
-        &self.memory[self.start..]
-    }
-}
-
-impl DerefMut for Rows {
-    fn deref_mut(&mut self) -> &mut [bf16] {
-        &mut self.memory[self.start..]
-    }
-}
-
 struct Data {
-    teacher: Rows,
-    student: Rows,
+    teacher: Aligned<bf16>,
+    student: Aligned<bf16>,
     labels: Vec<i64>,
     token_weights: Vec<f32>,
     temperatures: Vec<f32>,
@@ -133,7 +102,7 @@ impl Data {
         let labels: Vec<i64> = (0..TOKENS)
             .map(|token| if token % 9 == 4 { -100 } else { random.i64(0..VOCAB as i64) })
             .collect();
-        let mut logits = || -> Rows {
+        let mut logits = || -> Aligned<bf16> {
             (0..TOKENS * VOCAB).map(|_| bf16::from_f32(6.0 * random.f32() - 3.0)).collect()
         };
         let (mut teacher, student) = (logits(), logits());
@@ -200,7 +169,7 @@ impl Data {
             assert!(session.select().unwrap().is_empty());
         }
         let before = self.student.iter().map(|&z| if cut.in_place { z } else { bf16::NAN });
-        let mut gradient: Rows = before.collect();
+        let mut gradient: Aligned<bf16> = before.collect();
         for range in &ranges {
             let (rows, to) = (of(range), &mut gradient[of(range)]);
             let (teacher, student) = (&self.teacher[rows.clone()], &self.student[rows]);
@@ -216,7 +185,7 @@ impl Data {
         // In two parts, the later tokens first.
         mispredicted.reverse();
         for tokens in mispredicted.chunks(repaired.div_ceil(2).max(1)) {
-            let gathered = |logits: &[bf16]| -> Rows {
+            let gathered = |logits: &[bf16]| -> Aligned<bf16> {
                 tokens.iter().flat_map(|token| &logits[token * VOCAB..][..VOCAB]).copied().collect()
             };
             let (teacher, student) = (gathered(&self.teacher), gathered(&self.student));
