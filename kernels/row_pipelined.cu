@@ -42,6 +42,21 @@ constexpr uint32_t NO_TOKEN = 0xffffffffu;
 constexpr uint32_t NOT_HERE = 0xffffffffu;
 constexpr uint32_t UNLIMITED = 0xffffffffu;
 
+// The types of both models' logits. Offsets in slices are those of the narrower one's; the other's are WIDTH times as large.
+template <class P, class Q, bool STUDENT = (sizeof(Q) < sizeof(P))> struct Models {
+    using Teacher = P;
+    using Student = Q;
+    using Narrow = P;
+    using Wide = Q;
+    template <class X> static constexpr uint32_t WIDTH = sizeof(X) / sizeof(Narrow);
+    // Bytes of an element of an edge.
+    static constexpr uint32_t EDGE = sizeof(P) == sizeof(Q) ? sizeof(P) : 4;
+};
+template <class P, class Q> struct Models<P, Q, true> : Models<Q, P, false> {
+    using Teacher = P;
+    using Student = Q;
+};
+
 // A row's descriptor: its token, its target and its slice in this block.
 struct alignas(8) Task {
     uint32_t first_chunk, full_end; // Slice's
@@ -62,9 +77,9 @@ struct alignas(8) LoadSource {
 };
 
 // The shared memory of a block beside the row.
-template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Shared {
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Shared {
     // By stage, the ragged edges without the target: the head chunk of teacher and student, then the tail chunk.
-    ATKD_SHARED_MEMBER(uint32_t, edges, 2 * 4 * CHUNK * sizeof(T) / 4);
+    ATKD_SHARED_MEMBER(uint32_t, edges, 2 * 4 * CHUNK * M::EDGE / 4);
     using State = PackedState<D, CE_SUM>;
     ATKD_SHARED_MEMBER(State, warp_states, CONSUMERS / WARP); // of one sweep, then of the other
     ATKD_SHARED_MEMBER(typename D::Scales, scales, 1);
@@ -77,14 +92,14 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Shared {
 
 // The skeleton: the kernel, the consumers' loop, the producer's loop. What they call follows below.
 
-template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer;
-template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer;
-template <class T, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f);
-template <class T> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task);
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer;
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer;
+template <class M, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f);
+template <class M> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task);
 
 // region: consumers
-template <class D, bool CE_SUM, class T, uint32_t CONSUMERS>
-ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_SUM, T, CONSUMERS> &shared) {
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS>
+ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_SUM, M, CONSUMERS> &shared) {
     uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
     for (uint32_t stage = 0;; stage ^= 1) {
         ATKD_SYNC_NAMED(ROW_FULL, CONSUMERS + WARP);
@@ -93,9 +108,9 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
             break;
         }
         bool ignored = task.mode == ATKD_IGNORED;
-        Consumer<D, CE_SUM, T, CONSUMERS> consumer(p, staged, shared, task, stage);
+        Consumer<D, CE_SUM, M, CONSUMERS> consumer(p, staged, shared, task, stage);
         if (ATKD_RARELY(ignored)) {
-            drop_task<T>(p, task);
+            drop_task<M>(p, task);
         } else {
             RowState<D, float> warp_state = consumer.sums();
             if (lane == 0) {
@@ -136,7 +151,7 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
         };
         if (!ignored && p.gradient != nullptr) {
             typename D::Scales scales = shared.scales[0];
-            by_gradient_type<T>(p, [&](auto g) {
+            by_gradient_type<M>(p, [&](auto g) {
                 by_size<D, CE_SUM>(scales, [&](auto large) {
                     consumer.template gradient<decltype(large)::value, decltype(g)>(scales, release);
                 });
@@ -148,9 +163,9 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
 // end region
 
 // region: one warp per block
-template <class D, bool CE_SUM, class T, uint32_t CONSUMERS>
-ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, CE_SUM, T, CONSUMERS> &shared) {
-    Producer<D, CE_SUM, T, CONSUMERS> producer(p, staged, shared);
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS>
+ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, CE_SUM, M, CONSUMERS> &shared) {
+    Producer<D, CE_SUM, M, CONSUMERS> producer(p, staged, shared);
     producer.fetch_task(block_index() / p.team, 0);
     producer.place_edges(0);
     if (producer.elected) {
@@ -168,7 +183,7 @@ ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
             break;
         }
         if (ATKD_RARELY(task.mode == ATKD_IGNORED)) {
-            drop_task<T>(p, task);
+            drop_task<M>(p, task);
         }
         producer.prepare(task, stage);
         ATKD_SYNC_NAMED(SUMS_READY, CONSUMERS + WARP);
@@ -185,8 +200,8 @@ ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
 }
 // end region
 
-template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
-    using SharedByBlock = Shared<D, CE_SUM, T, CONSUMERS>;
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> ATKD_DEVICE void row_pipelined(const atkd_rows &p) {
+    using SharedByBlock = Shared<D, CE_SUM, M, CONSUMERS>;
     ATKD_STAGED(staged);
     ATKD_SHARED_STRUCT(SharedByBlock, shared);
     if (thread_index() == CONSUMERS) {
@@ -197,9 +212,9 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> ATKD_DEVICE void ro
     }
     ATKD_SYNC_BLOCK();
     if (thread_index() < CONSUMERS) {
-        consume<D, CE_SUM, T, CONSUMERS>(p, staged, shared);
+        consume<D, CE_SUM, M, CONSUMERS>(p, staged, shared);
     } else {
-        produce<D, CE_SUM, T, CONSUMERS>(p, staged, shared);
+        produce<D, CE_SUM, M, CONSUMERS>(p, staged, shared);
     }
 }
 
@@ -236,48 +251,57 @@ struct Slice {
 };
 
 // How the consumers share a slice's full chunks: pieces of 16 bytes, dealt to the threads in turn. A thread handles a
-// vector at a time, which has as many elements as a chunk: one piece of half precision, two of single.
-template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Tiling {
+// vector at a time, which has as many elements as a chunk: one piece of half precision, two of single. Of single beside
+// half precision the two are neighbours.
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Tiling {
+    using T = typename M::Narrow;
     static constexpr uint32_t PARTS = Packed<T>::PARTS, PER = Packed<T>::PER;
     // Bytes from a thread's piece to its next, and from its vector to its next.
     static constexpr uint32_t STEP = CONSUMERS * 16, VECTOR = PARTS * STEP;
-    // Vectors that a thread reads before it computes, so that their arithmetic overlaps: 64 bytes of each model per
+    // Vectors that a thread reads before it computes, so that their arithmetic overlaps: 64 bytes of the wider model per
     // thread or, in small blocks, 32; with a sum more half of that, for its registers. Two sweeps compute long enough
     // beside a read. A tile is what all threads read so.
-    static constexpr uint32_t UNROLL = D::SWEEPS == 2 ? 1 : CONSUMERS / 64 / PARTS / (CE_SUM ? 2 : 1);
+    static constexpr uint32_t UNROLL =
+        D::SWEEPS == 2 ? 1 : CONSUMERS / 64 / Packed<typename M::Wide>::PARTS / (CE_SUM ? 2 : 1);
     static constexpr uint32_t TILE = UNROLL * VECTOR;
 };
 
 // The teacher's slice lies at 0 in the staged memory, the student's at this offset.
-template <class T> ATKD_DEVICE uint32_t student_offset(const atkd_rows &p) { return p.slice * CHUNK * sizeof(T); }
+template <class M> ATKD_DEVICE uint32_t student_offset(const atkd_rows &p) {
+    return p.slice * CHUNK * sizeof(typename M::Teacher);
+}
 
-// Calls f with a value of the gradient's type: that of the logits or, beside those of half precision, float32.
-template <class T, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f) {
-    if constexpr (sizeof(T) < sizeof(float)) {
+// Calls f with a value of the gradient's type: that of the student's logits or, beside those of half precision, float32.
+template <class M, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f) {
+    using Q = typename M::Student;
+    if constexpr (sizeof(Q) < sizeof(float)) {
         if (ATKD_RARELY(p.wide_gradient != 0)) {
             f(float());
             return;
         }
     }
-    f(T());
+    f(Q());
 }
 
 // All threads of the block, for an ignored token: a gradient of zeros.
-template <class T> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task) {
-    Rows<T, T> rows(p, task.token);
+template <class M> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task) {
+    Rows<typename M::Teacher, typename M::Student> rows(p, task.token);
     rows.first = block_index() % p.team * block_threads() + thread_index();
     rows.stride = p.team * block_threads();
     rows.is_leader = rows.first == 0;
-    by_gradient_type<T>(p, [&](auto g) { drop_row<decltype(g)>(p, rows); });
+    by_gradient_type<M>(p, [&](auto g) { drop_row<decltype(g)>(p, rows); });
 }
 
 // region: consumers
 // The passes of a consumer thread over its part of the slice.
-template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
-    using Tiles = Tiling<D, CE_SUM, T, CONSUMERS>;
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
+    using P = typename M::Teacher;
+    using Q = typename M::Student;
+    using T = typename M::Narrow;
+    using Tiles = Tiling<D, CE_SUM, M, CONSUMERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<D, CE_SUM, T, CONSUMERS> &shared;
+    Shared<D, CE_SUM, M, CONSUMERS> &shared;
     const Task &task;
     // The full chunks' offset in the slice, and their bytes.
     uint32_t full_offset, end;
@@ -286,7 +310,7 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
     uint32_t edge_chunk;
     uint32_t stage;
 
-    ATKD_DEVICE Consumer(const atkd_rows &p_, StagedMemory staged_, Shared<D, CE_SUM, T, CONSUMERS> &shared_,
+    ATKD_DEVICE Consumer(const atkd_rows &p_, StagedMemory staged_, Shared<D, CE_SUM, M, CONSUMERS> &shared_,
                          const Task &task_, uint32_t stage_)
         : p(p_), staged(staged_), shared(shared_), task(task_), full_offset(task.full_start * CHUNK * sizeof(T)),
           end((task.full_end - task.full_start) * CHUNK * sizeof(T)),
@@ -298,30 +322,37 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
     }
 
     // The edge chunk of a thread that has one, of teacher (0) or student (1).
-    ATKD_DEVICE Packed<T> edge(uint32_t model) const {
-        Packed<T> packed = {};
+    template <class X> ATKD_DEVICE Packed<X> edge(uint32_t model) const {
+        constexpr uint32_t WORDS = CHUNK * M::EDGE / 4;
+        uint32_t first = (4 * stage + (has_head ? 0 : 2) + model) * WORDS;
+        Packed<X> packed = {};
         ATKD_UNROLL
-        for (uint32_t i = 0; i < 4 * Tiles::PARTS; i++) {
-            packed.part[i / 4].word[i % 4] =
-                shared.edges[(4 * stage + (has_head ? 0 : 2) + model) * 4 * Tiles::PARTS + i];
+        for (uint32_t i = 0; i < WORDS; i++) {
+            if constexpr (sizeof(X) == M::EDGE) {
+                packed.part[i / 4].word[i % 4] = shared.edges[first + i];
+            } else {
+                set_element(packed.part[0], i, from_bits<X>(shared.edges[first + i]));
+            }
         }
         return packed;
     }
 
     // The vector at `at` of the slice at `slice` in shared memory. With `full` it has all of its parts.
-    ATKD_DEVICE Packed<T> load_vector(uint32_t slice, uint32_t at, bool full) const {
-        Packed<T> packed = full ? Packed<T>() : all_neg_inf<T>();
+    template <class X> ATKD_DEVICE Packed<X> load_vector(uint32_t slice, uint32_t at, bool full) const {
+        Packed<X> packed = full ? Packed<X>() : all_neg_inf<X>();
         ATKD_UNROLL
-        for (uint32_t i = 0; i < Tiles::PARTS; i++) {
-            if (full || at + i * Tiles::STEP < end) {
+        for (uint32_t i = 0; i < Packed<X>::PARTS; i++) {
+            if constexpr (M::template WIDTH<X> == 2) {
+                packed.part[i] = load_staged(staged, slice + 2 * (full_offset + at) + 16 * i);
+            } else if (full || at + i * Tiles::STEP < end) {
                 packed.part[i] = load_staged(staged, slice + full_offset + at + i * Tiles::STEP);
             }
         }
         return packed;
     }
-    ATKD_DEVICE Packed<T> teacher_at(uint32_t at, bool full) const { return load_vector(0, at, full); }
-    ATKD_DEVICE Packed<T> student_at(uint32_t at, bool full) const {
-        return load_vector(student_offset<T>(p), at, full);
+    ATKD_DEVICE Packed<P> teacher_at(uint32_t at, bool full) const { return load_vector<P>(0, at, full); }
+    ATKD_DEVICE Packed<Q> student_at(uint32_t at, bool full) const {
+        return load_vector<Q>(student_offset<M>(p), at, full);
     }
 
     // Calls f(at, further, teacher, student, full) for the thread's vectors, each at offset at + further: first those
@@ -337,7 +368,8 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
         }
         ATKD_NO_UNROLL
         for (uint32_t at = thread_index() * 16; at < in_tiles; at += Tiles::TILE) {
-            Packed<T> teacher[UNROLL], student[UNROLL];
+            Packed<P> teacher[UNROLL];
+            Packed<Q> student[UNROLL];
             ATKD_UNROLL
             for (uint32_t i = 0; i < UNROLL; i++) {
                 teacher[i] = teacher_at(at + i * VECTOR, true);
@@ -354,7 +386,7 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
     template <class F> ATKD_DEVICE void for_common_vectors(F f) const {
         auto keep = [](bool) {};
         if (ATKD_RARELY(task.target_at != NOT_HERE && thread_index() / WARP == task.target_thread / WARP)) {
-            auto unless_target = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
+            auto unless_target = [&](uint32_t at, uint32_t further, const Packed<P> &teacher, const Packed<Q> &student,
                                      auto full) {
                 if (!has_target || at + further != task.target_at) {
                     f(teacher, student, full);
@@ -362,7 +394,7 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
             };
             for_vectors(unless_target, keep);
         } else {
-            auto any = [&](uint32_t, uint32_t, const Packed<T> &teacher, const Packed<T> &student, auto full) {
+            auto any = [&](uint32_t, uint32_t, const Packed<P> &teacher, const Packed<Q> &student, auto full) {
                 f(teacher, student, full);
             };
             for_vectors(any, keep);
@@ -372,13 +404,14 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
     template <class F> ATKD_DEVICE void for_special_vectors(F f) const {
         if (ATKD_RARELY(has_target || has_edge)) {
             if (has_target) {
-                Packed<T> teacher = teacher_at(task.target_at, false), student = student_at(task.target_at, false);
+                Packed<P> teacher = teacher_at(task.target_at, false);
+                Packed<Q> student = student_at(task.target_at, false);
                 mask_out(task.target_within, teacher);
                 mask_out(task.target_within, student);
                 f(teacher, student, Flag<false>());
             }
             if (has_edge) {
-                f(edge(0), edge(1), Flag<false>());
+                f(edge<P>(0), edge<Q>(1), Flag<false>());
             }
         }
     }
@@ -386,18 +419,18 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
     // The max pass and the sum pass. Returns the warp's state.
     ATKD_DEVICE RowState<D, float> sums() {
         // The maxima are known before the sums, which then need no rescaling.
-        Maxima<D::CROSS, T> maxima;
-        auto add_to_max = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+        Maxima<D::CROSS, P, Q> maxima;
+        auto add_to_max = [&](const Packed<P> &teacher, const Packed<Q> &student, auto) {
             maxima.add(teacher, student);
         };
         for_common_vectors(add_to_max);
         for_special_vectors(add_to_max);
         auto own = maxima.template state<RowState<D, float>>();
         Shifts shifts = own.shifts(exponent);
-        auto fold_guarded = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+        auto fold_guarded = [&](const Packed<P> &teacher, const Packed<Q> &student, auto) {
             fold_chunk<CE_SUM, true>(own, shifts, teacher, student, exponent);
         };
-        for_common_vectors([&](const Packed<T> &teacher, const Packed<T> &student, auto full) {
+        for_common_vectors([&](const Packed<P> &teacher, const Packed<Q> &student, auto full) {
             fold_chunk<CE_SUM, !decltype(full)::value>(own, shifts, teacher, student, exponent);
         });
         if (ATKD_RARELY(!own.finite() || (CE_SUM && !(own.student_sum_at_1 < -NEG_INF)))) {
@@ -411,10 +444,10 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
     // The second sweep. Returns the warp's terms.
     template <bool LARGE_ROW> ATKD_DEVICE auto terms(const typename D::Scales &scales) {
         auto own = D::template Terms<float>::empty();
-        auto add = [&](const Packed<T> &teacher, const Packed<T> &student, auto) {
+        auto add = [&](const Packed<P> &teacher, const Packed<Q> &student, auto) {
             D::template add<LARGE_ROW>(own, p.divergence, scales, exponent, teacher, student);
         };
-        auto unless_target = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
+        auto unless_target = [&](uint32_t at, uint32_t further, const Packed<P> &teacher, const Packed<Q> &student,
                                  auto full) {
             if (!has_target || at + further != task.target_at) {
                 add(teacher, student, full);
@@ -428,9 +461,9 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
     // The gradient pass, of type G. `release` is as for_vectors calls it.
     template <bool LARGE_ROW, class G, class Release>
     ATKD_DEVICE void gradient(const typename D::Scales &scales, Release release) const {
-        Row<G> gradient = Rows<T, T>(p, task.token).template gradient<G>(p);
+        Row<G> gradient = Rows<P, Q>(p, task.token).template gradient<G>(p);
         uintptr_t to = reinterpret_cast<uintptr_t>(gradient.at(task.first_chunk + task.full_start));
-        auto store_gradient = [&](uint32_t at, uint32_t further, const Packed<T> &teacher, const Packed<T> &student,
+        auto store_gradient = [&](uint32_t at, uint32_t further, const Packed<P> &teacher, const Packed<Q> &student,
                                   auto full) {
             float g[CHUNK];
             gradient_chunk<D, CE_SUM, LARGE_ROW>(p.divergence, scales, exponent, teacher, student, g);
@@ -451,7 +484,7 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Consumer {
         }
         if (ATKD_RARELY(has_edge)) {
             float g[CHUNK];
-            gradient_chunk<D, CE_SUM, LARGE_ROW>(p.divergence, scales, exponent, edge(0), edge(1), g);
+            gradient_chunk<D, CE_SUM, LARGE_ROW>(p.divergence, scales, exponent, edge<P>(0), edge<Q>(1), g);
             insert_target(gradient.within(task.target, edge_chunk), scales.target, g);
             store_chunk(gradient, edge_chunk, g);
         }
@@ -505,11 +538,15 @@ template <class State> struct Exchange {
 // region: one warp per block
 // The producer warp: schedules rows and issues their loads (fetch_task to prefetch), reduces a row's state and its
 // scales (reduce), and stores what the loss follows from (refill).
-template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
-    using Tiles = Tiling<D, CE_SUM, T, CONSUMERS>;
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
+    using P = typename M::Teacher;
+    using Q = typename M::Student;
+    using T = typename M::Narrow;
+    static constexpr uint32_t OF_TEACHER = M::template WIDTH<P>, OF_STUDENT = M::template WIDTH<Q>;
+    using Tiles = Tiling<D, CE_SUM, M, CONSUMERS>;
     const atkd_rows &p;
     StagedMemory staged;
-    Shared<D, CE_SUM, T, CONSUMERS> &shared;
+    Shared<D, CE_SUM, M, CONSUMERS> &shared;
     uint32_t lane, count, rank;
     bool elected; // lane 0
     // The next row: the offset up to which its slices have been requested, and each lane's element of its edges.
@@ -522,7 +559,7 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
     PackedState<D, CE_SUM> block_state;
     typename SecondState<D>::Packed block_terms;
 
-    ATKD_DEVICE Producer(const atkd_rows &p_, StagedMemory staged_, Shared<D, CE_SUM, T, CONSUMERS> &shared_)
+    ATKD_DEVICE Producer(const atkd_rows &p_, StagedMemory staged_, Shared<D, CE_SUM, M, CONSUMERS> &shared_)
         : p(p_), staged(staged_), shared(shared_), lane(thread_index() % WARP), count(tokens_to_do(p_)),
           rank(block_index() % p_.team), elected(lane == 0), ticket(block_index() / p_.team + p_.clusters), epoch(0) {}
 
@@ -548,13 +585,13 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
         if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
             return;
         }
-        Rows<T, T> rows(p, task.token);
-        auto slice = Slice::of(rows.teacher, p.slice, rank);
+        Rows<P, Q> rows(p, task.token);
+        Slice slice = OF_TEACHER == 1 ? Slice::of(rows.teacher, p.slice, rank) : Slice::of(rows.student, p.slice, rank);
         uint32_t start = slice.first_chunk + slice.full_start;
         loaded_until = slice.full_start * CHUNK * sizeof(T);
         uint32_t end = slice.full_end * CHUNK * sizeof(T);
-        source = {reinterpret_cast<uintptr_t>(rows.teacher.at(start)) - loaded_until,
-                  reinterpret_cast<uintptr_t>(rows.student.at(start)) - loaded_until, end};
+        source = {reinterpret_cast<uintptr_t>(rows.teacher.at(start)) - OF_TEACHER * loaded_until,
+                  reinterpret_cast<uintptr_t>(rows.student.at(start)) - OF_STUDENT * loaded_until, end};
         task.first_chunk = slice.first_chunk;
         task.full_end = slice.full_end;
         task.target = uint32_t(target);
@@ -574,16 +611,23 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
         bool in_tail = lane >= 2 * CHUNK;
         uint32_t chunk = slice.first_chunk + (in_tail ? slice.full_end : slice.full_start - 1);
         uint32_t j = chunk * CHUNK + lane % CHUNK - rows.teacher.head;
-        const T *data = lane / CHUNK % 2 == 0 ? rows.teacher.data : rows.student.data;
-        bool exists = in_tail ? slice.has_tail : slice.has_head;
-        T z = exists && j < p.batch.vocab && j != task.target ? load(data + j) : narrow<T>(NEG_INF);
-        edge_element = to_bits(z);
+        bool exists = (in_tail ? slice.has_tail : slice.has_head) && j < p.batch.vocab && j != task.target;
+        bool of_teacher = lane / CHUNK % 2 == 0;
+        if constexpr (sizeof(P) == sizeof(Q)) {
+            edge_element = bits_at(of_teacher ? rows.teacher.data : rows.student.data, j, exists);
+        } else {
+            edge_element = of_teacher ? bits_at(rows.teacher.data, j, exists) : bits_at(rows.student.data, j, exists);
+        }
+    }
+    // The bits of an element, of -inf if it does not exist.
+    template <class X> static ATKD_DEVICE uint32_t bits_at(const X *data, uint32_t j, bool exists) {
+        return to_bits(exists ? load(data + j) : narrow<X>(NEG_INF));
     }
 
     ATKD_DEVICE void place_edges(uint32_t stage) {
-        constexpr uint32_t WORDS = 4 * CHUNK * sizeof(T) / 4;
+        constexpr uint32_t WORDS = 4 * CHUNK * M::EDGE / 4;
         uint32_t next = shuffle_xor(edge_element, 1);
-        if (sizeof(T) == 4) {
+        if (M::EDGE == 4) {
             shared.edges[stage * WORDS + lane] = edge_element;
         } else if (lane % 2 == 0) {
             shared.edges[stage * WORDS + lane / 2] = edge_element | next << 16;
@@ -592,7 +636,7 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
 
     ATKD_DEVICE void expect() {
         LoadSource source = shared.source[0];
-        ATKD_EXPECT(shared.full, 0, 2 * (source.end - loaded_until));
+        ATKD_EXPECT(shared.full, 0, (OF_TEACHER + OF_STUDENT) * (source.end - loaded_until));
     }
 
     // Issues the next row's loads up to offset `room` of its slices.
@@ -600,11 +644,12 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
         LoadSource source = shared.source[0];
         uint32_t until = room < source.end ? room : source.end;
         if (loaded_until < until) {
-            auto *teacher_from = reinterpret_cast<const void *>(source.teacher + loaded_until);
-            auto *student_from = reinterpret_cast<const void *>(source.student + loaded_until);
-            ATKD_BULK_LOAD(staged, loaded_until, teacher_from, until - loaded_until, shared.full, 0);
-            ATKD_BULK_LOAD(staged, loaded_until + student_offset<T>(p), student_from, until - loaded_until, shared.full,
-                           0);
+            uint32_t teacher_at = OF_TEACHER * loaded_until, student_at = OF_STUDENT * loaded_until;
+            uint32_t bytes = until - loaded_until;
+            auto *teacher_from = reinterpret_cast<const void *>(source.teacher + teacher_at);
+            auto *student_from = reinterpret_cast<const void *>(source.student + student_at);
+            ATKD_BULK_LOAD(staged, teacher_at, teacher_from, OF_TEACHER * bytes, shared.full, 0);
+            ATKD_BULK_LOAD(staged, student_at + student_offset<M>(p), student_from, OF_STUDENT * bytes, shared.full, 0);
             loaded_until = until;
         }
     }
@@ -612,8 +657,11 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
     ATKD_DEVICE void prefetch() {
         LoadSource source = shared.source[0];
         if (loaded_until < source.end) {
-            bulk_prefetch(reinterpret_cast<const void *>(source.teacher + loaded_until), source.end - loaded_until);
-            bulk_prefetch(reinterpret_cast<const void *>(source.student + loaded_until), source.end - loaded_until);
+            uint32_t bytes = source.end - loaded_until;
+            bulk_prefetch(reinterpret_cast<const void *>(source.teacher + OF_TEACHER * loaded_until),
+                          OF_TEACHER * bytes);
+            bulk_prefetch(reinterpret_cast<const void *>(source.student + OF_STUDENT * loaded_until),
+                          OF_STUDENT * bytes);
         }
     }
 
@@ -627,7 +675,7 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
         }
         sync_warp();
         if (task.mode != ATKD_IGNORED) {
-            target_logits = target_logits_of<T, T>(p, task.token, task.target);
+            target_logits = target_logits_of<P, Q>(p, task.token, task.target);
         }
     }
 
@@ -743,14 +791,15 @@ template <class D, bool CE_SUM, class T, uint32_t CONSUMERS> struct Producer {
 
 // No plan chooses this kernel where there are no bulk copies.
 #if ATKD_BULK_COPIES
-#define ATKD_ROW_PIPELINED(D, CE_SUM, T, geometry) row_pipelined<D, CE_SUM, T, geometry##_THREADS - WARP>(p)
+#define ATKD_ROW_PIPELINED(D, CE_SUM, P, Q, geometry)                                                                  \
+    row_pipelined<D, CE_SUM, Models<P, Q>, geometry##_THREADS - WARP>(p)
 #else
-#define ATKD_ROW_PIPELINED(D, CE_SUM, T, geometry)
+#define ATKD_ROW_PIPELINED(D, CE_SUM, P, Q, geometry)
 #endif
 
 #define ATKD_ROW_PIPELINED_OF(D, suffix, dtype, T)                                                                     \
     ATKD_KERNEL(row_pipelined_##dtype##suffix, atkd_rows, ATKD_PIPELINED) {                                            \
-        ATKD_ROW_PIPELINED(D, false, T, ATKD_PIPELINED);                                                               \
+        ATKD_ROW_PIPELINED(D, false, T, T, ATKD_PIPELINED);                                                            \
     }
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_OF, f32, float)
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_OF, f16, f16)
@@ -760,11 +809,21 @@ ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_OF, bf16, bf16)
 // which has a sum of its own.
 #define ATKD_ROW_PIPELINED_WIDE_OF(D, suffix, dtype, T)                                                                \
     ATKD_KERNEL(row_pipelined_wide_##dtype##suffix, atkd_rows, ATKD_PIPELINED_WIDE) {                                  \
-        ATKD_ROW_PIPELINED(D, false, T, ATKD_PIPELINED_WIDE);                                                          \
+        ATKD_ROW_PIPELINED(D, false, T, T, ATKD_PIPELINED_WIDE);                                                       \
     }                                                                                                                  \
     ATKD_KERNEL(row_pipelined_wide_at_1_##dtype##suffix, atkd_rows, ATKD_PIPELINED_WIDE) {                             \
-        ATKD_ROW_PIPELINED(D, true, T, ATKD_PIPELINED_WIDE);                                                           \
+        ATKD_ROW_PIPELINED(D, true, T, T, ATKD_PIPELINED_WIDE);                                                        \
     }
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_OF, f32, float)
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_OF, f16, f16)
 ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_OF, bf16, bf16)
+
+// row_pipelined_wide_<teacher>_<student><divergence>
+#define ATKD_ROW_PIPELINED_WIDE_MIXED(D, suffix, teacher, P, student, Q)                                               \
+    ATKD_KERNEL(row_pipelined_wide_##teacher##_##student##suffix, atkd_rows, ATKD_PIPELINED_WIDE) {                    \
+        ATKD_ROW_PIPELINED(D, false, P, Q, ATKD_PIPELINED_WIDE);                                                       \
+    }
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_MIXED, f32, float, f16, f16)
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_MIXED, f32, float, bf16, bf16)
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_MIXED, f16, f16, f32, float)
+ATKD_DIVERGENCES(ATKD_ROW_PIPELINED_WIDE_MIXED, bf16, bf16, f32, float)

@@ -526,10 +526,15 @@ impl Plan {
         blocks_on_chip: BlocksOnChip,
         team: u32,
     ) -> Option<LaunchShape> {
-        // Cross entropy's own sum is the wide kernels'.
-        let has_sums =
-            !problem.sum_at_1 || blocks_on_chip.threads == ATKD_PIPELINED_WIDE_THREADS as usize;
-        if problem.teacher != problem.student || !problem.aligned_alike || !has_sums {
+        // The wide kernels do cross entropy's own sum, or float32 beside half precision.
+        let wide = blocks_on_chip.threads == ATKD_PIPELINED_WIDE_THREADS as usize;
+        let has_f32 = [problem.teacher, problem.student].contains(&Dtype::F32);
+        let has_kernel = match (problem.teacher == problem.student, problem.sum_at_1) {
+            (true, false) => true,
+            (true, true) => wide,
+            (false, sum_at_1) => wide && has_f32 && !sum_at_1,
+        };
+        if !has_kernel || !problem.aligned_alike {
             return None;
         }
         let chunks = chunks(problem.vocab);
@@ -540,7 +545,8 @@ impl Plan {
             let room = device.shared_bytes / blocks / SHARED_UNIT * SHARED_UNIT;
             let room = room.saturating_sub(pipelined_shared_bytes(problem.sum_at_1));
             teams.clone().take_while(|&team| team <= MAX_TEAM.min(resident)).find_map(|team| {
-                let bytes = 2 * slice(chunks, team) * CHUNK * problem.student.size();
+                let of_pair = problem.teacher.size() + problem.student.size();
+                let bytes = slice(chunks, team) * CHUNK * of_pair;
                 (bytes <= room).then_some(Fit { team, teams: resident / team, bytes })
             })
         };
@@ -835,7 +841,8 @@ mod tests {
         assert_eq!(a100(9000).row_kernel, RowKernel::Stream);
         let plain = problem(8192, 32_000, Dtype::Bf16, Dtype::Bf16);
         for other in [
-            Problem { student: Dtype::F32, gradient: Dtype::F32, ..plain },
+            Problem { student: Dtype::F16, gradient: Dtype::F16, ..plain },
+            Problem { teacher: Dtype::F32, sum_at_1: true, ..plain },
             Problem { aligned_alike: false, ..plain },
         ] {
             assert_eq!(Plan::new(&H200, &other, None).row_kernel, RowKernel::Stream);
@@ -849,6 +856,10 @@ mod tests {
         for vocab in [2048, 32_000, 128_256] {
             let plain = problem(8192, vocab, Dtype::F16, Dtype::F16);
             let plan = Plan::new(&H200, &Problem { sum_at_1: true, ..plain }, None);
+            assert_eq!(plan.row_kernel, RowKernel::PipelinedWide);
+        }
+        for (teacher, student) in [(Dtype::F32, Dtype::Bf16), (Dtype::F16, Dtype::F32)] {
+            let plan = Plan::new(&H200, &problem(8192, 128_256, teacher, student), None);
             assert_eq!(plan.row_kernel, RowKernel::PipelinedWide);
         }
         let short = problem(8192, 500, Dtype::F16, Dtype::F16);

@@ -197,6 +197,40 @@ fn rows_on_chip_are_read_once_for_a_wide_gradient() {
     }
 }
 
+/// So are they where one model is float32 and the other is not.
+#[test]
+fn rows_on_chip_of_two_types_are_read_once() {
+    for (vocab, blocks) in [(2048, 1), (32_000, 3), (50_257, 4)] {
+        let input = Input::new(2, vocab);
+        let objective = Objective::kl();
+        let [teacher, student] = [&input.teacher, &input.student]
+            .map(|logits| logits.iter().map(|z| z.to_f32()).collect::<Vec<f32>>());
+        let wide = [&teacher, &student].map(|logits| Logits::new(logits, 2, vocab).unwrap());
+        let [wide_teacher, wide_student] = wide;
+        for (kernel, teacher, student) in [
+            ("row_pipelined_wide_f32_bf16", wide_teacher, input.view(&input.student)),
+            ("row_pipelined_wide_bf16_f32", input.view(&input.teacher), wide_student),
+        ] {
+            let batch = Batch::new(teacher, &input.labels).unwrap();
+            let mut gradient = vec![f32::NAN; 2 * vocab];
+            let mut to = LogitsMut::new(&mut gradient, 2, vocab).unwrap();
+            let extra = Extra::default();
+            let run = Simulation::default().run(&objective, &batch, student, Some(&mut to), extra);
+            let (_, traffic) = run.unwrap();
+            let (_, exact) = reference::forward_backward(&objective, &batch, student).unwrap();
+            for (g, exact) in gradient.iter().zip(exact) {
+                assert!((f64::from(*g) - exact).abs() <= 1e-6, "{g}, but exactly {exact}");
+            }
+            for (buffer, logits) in [("teacher", teacher), ("student", student)] {
+                let size = logits.dtype().size();
+                let expected = (size * 2 * (vocab + blocks)) as u64;
+                assert_eq!(bytes(&traffic, kernel, buffer), (expected, 0), "{kernel} {vocab}");
+            }
+            assert_eq!(counts(&traffic, kernel, "gradient").1, (4 * 2 * (vocab + 1)) as u64);
+        }
+    }
+}
+
 /// The same for every divergence: a second sweep finds the row where the first left it, on chip; `row_stream` reads it
 /// once more.
 #[test]

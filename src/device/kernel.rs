@@ -74,7 +74,17 @@ macro_rules! with_kernels {
                     row_pipelined_wide_at_1_bf16_reverse_kl row_pipelined_wide_at_1_f32_mixture
                     row_pipelined_wide_at_1_f16_mixture row_pipelined_wide_at_1_bf16_mixture
                     row_pipelined_wide_at_1_f32_total_variation row_pipelined_wide_at_1_f16_total_variation
-                    row_pipelined_wide_at_1_bf16_total_variation;
+                    row_pipelined_wide_at_1_bf16_total_variation
+                    row_pipelined_wide_f32_f16 row_pipelined_wide_f32_bf16
+                    row_pipelined_wide_f16_f32 row_pipelined_wide_bf16_f32
+                    row_pipelined_wide_f32_f16_reverse_kl row_pipelined_wide_f32_bf16_reverse_kl
+                    row_pipelined_wide_f16_f32_reverse_kl row_pipelined_wide_bf16_f32_reverse_kl
+                    row_pipelined_wide_f32_f16_mixture row_pipelined_wide_f32_bf16_mixture
+                    row_pipelined_wide_f16_f32_mixture row_pipelined_wide_bf16_f32_mixture
+                    row_pipelined_wide_f32_f16_total_variation
+                    row_pipelined_wide_f32_bf16_total_variation
+                    row_pipelined_wide_f16_f32_total_variation
+                    row_pipelined_wide_bf16_f32_total_variation;
                 ATKD_STREAM_THREADS ATKD_STREAM_BLOCKS BlocksAndClusters:
                     row_stream_f32_f32_f32 row_stream_f32_f16_f16 row_stream_f32_f16_f32
                     row_stream_f32_bf16_bf16 row_stream_f32_bf16_f32 row_stream_f16_f32_f32
@@ -205,8 +215,8 @@ pub fn of_terms(family: Family) -> &'static str {
     }
 }
 
-/// The name of a kernel for rows for logits and a gradient of these types: with the student's if it is of one type, else
-/// with all three. Before them comes `at_1` if a kernel for a sum at temperature 1 is one of its own, and last the
+/// The name of a kernel for rows for logits and a gradient of these types: of `row_stream` with all three, else with the
+/// models' one, or two. Before them comes `at_1` if a kernel for a sum at temperature 1 is one of its own, and last the
 /// divergence's name, where that is not forward KL.
 pub fn of_rows(
     row_kernel: RowKernel,
@@ -214,26 +224,25 @@ pub fn of_rows(
     [teacher, student, gradient]: [Dtype; 3],
     sum_at_1: bool,
 ) -> &'static str {
-    let kernel = match row_kernel {
-        RowKernel::PipelinedWide if sum_at_1 => "row_pipelined_wide_at_1",
-        _ => row_kernel.name(),
+    let at_1 = match row_kernel {
+        RowKernel::PipelinedWide if sum_at_1 => "_at_1",
+        _ => "",
     };
     let divergence = of_terms(family).strip_prefix("token_terms").unwrap_or_default();
-    let [teacher, student, gradient] = [teacher, student, gradient].map(|dtype| match dtype {
+    let types = match row_kernel {
+        RowKernel::Stream => vec![teacher, student, gradient],
+        _ if teacher == student => vec![student],
+        _ => vec![teacher, student],
+    };
+    let types = types.into_iter().map(|dtype| match dtype {
         Dtype::F32 => "_f32",
         Dtype::F16 => "_f16",
         Dtype::Bf16 => "_bf16",
     });
-    let is_named = |name: &str| {
-        name.strip_prefix(kernel).is_some_and(|types| {
-            let of_all =
-                || types.strip_prefix(teacher)?.strip_prefix(student)?.strip_prefix(gradient);
-            types.strip_suffix(divergence).is_some_and(|types| types == student)
-                || of_all() == Some(divergence)
-        })
-    };
-    let found = KERNELS.iter().find(|kernel| is_named(kernel.name));
-    found.expect("a plan chooses a kernel only for the types that it is there for").name
+    let name = [row_kernel.name(), at_1].into_iter().chain(types).chain([divergence]);
+    let name: String = name.collect();
+    let kernel = KERNELS.iter().find(|kernel| kernel.name == name);
+    kernel.expect("a plan chooses a kernel only for the types that it is there for").name
 }
 
 /// The starts of rows, in the form in which kernels find them.
@@ -293,6 +302,12 @@ mod tests {
                     of_rows(row_kernel, family, [teacher, teacher, F32], false);
                 }
                 of_rows(RowKernel::PipelinedWide, family, [teacher, teacher, F32], true);
+                if teacher != F32 {
+                    for gradient in [teacher, F32] {
+                        of_rows(RowKernel::PipelinedWide, family, [F32, teacher, gradient], false);
+                    }
+                    of_rows(RowKernel::PipelinedWide, family, [teacher, F32, F32], false);
+                }
             }
         }
     }

@@ -45,20 +45,8 @@ pub(super) fn problem(objective: &Objective, call: &RawCall) -> Problem {
         gradient: call.gradient.map_or(call.student.dtype, |gradient| gradient.dtype),
         sum_at_1: objective.ce_weight() != 0.0
             && (objective.temperature() != 1.0 || call.temperatures.is_some()),
-        aligned_alike: [Some(call.student), call.gradient].into_iter().flatten().all(|other| {
-            // As many elements as both have in whole 16 bytes.
-            let period = 16 / other.dtype.size().max(call.teacher.dtype.size()) as i64;
-            let offsets = |logits: RawLogits| {
-                let strides = logits.strides.of(call.tokens);
-                let first = logits.address / logits.dtype.size() as u64 % period as u64;
-                let [row, skip] =
-                    [strides.row() as i64, strides.skip().0].map(|n| n.rem_euclid(period));
-                // Whole periods do not matter, wherever they are skipped.
-                let inner = if skip == 0 { 0 } else { strides.skip().1 };
-                (first, row, skip, inner)
-            };
-            offsets(other) == offsets(call.teacher)
-        }),
+        aligned_alike: aligned_alike(call.student, call.teacher, call.tokens)
+            && call.gradient.is_none_or(|to| aligned_alike(call.student, to, call.tokens)),
         scopes: scopes(call),
         target: objective.target(),
         hard: match (call.hard, call.margins) {
@@ -71,6 +59,21 @@ pub(super) fn problem(objective: &Objective, call: &RawCall) -> Problem {
             && objective.selects_before_gradients(scopes(call)),
         in_place: call.is_in_place(),
     }
+}
+
+/// Whether all rows of both start equally many elements after multiples of 16 bytes, or as many elements as both have in
+/// whole 16 bytes more.
+fn aligned_alike(one: RawLogits, other: RawLogits, tokens: usize) -> bool {
+    let period = 16 / one.dtype.size().max(other.dtype.size()) as i64;
+    let offsets = |logits: RawLogits| {
+        let strides = logits.strides.of(tokens);
+        let first = logits.address / logits.dtype.size() as u64 % period as u64;
+        let [row, skip] = [strides.row() as i64, strides.skip().0].map(|n| n.rem_euclid(period));
+        // Whole periods do not matter, wherever they are skipped.
+        let inner = if skip == 0 { 0 } else { strides.skip().1 };
+        (first, row, skip, inner)
+    };
+    offsets(one) == offsets(other)
 }
 
 /// Parts within which hard tokens are selected.
