@@ -89,10 +89,12 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
 template <class D, class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows &p) {
     // Cross entropy at a temperature other than 1 has a sum of its own. (At 1, or without cross entropy, it does no harm.)
     bool not_at_1 = p.objective.inverse_temperature != 1 || p.batch.temperatures != nullptr;
-    if (!D::SPECIALISED || ATKD_RARELY(p.objective.ce_weight != 0 && not_at_1)) {
+    if constexpr (!D::SPECIALISED) {
+        for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, true>(p, token); });
+    } else if (ATKD_RARELY(p.objective.ce_weight != 0 && not_at_1)) {
         for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, true>(p, token); });
     } else {
-        for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, !D::SPECIALISED>(p, token); });
+        for_tokens(p, [&](uint32_t token) { row_stream<D, P, Q, G, false>(p, token); });
     }
 }
 
