@@ -227,7 +227,7 @@ typedef struct {
     uint32_t clusters;   // of the launch, or teams
     uint32_t team;       // blocks of a team, up to 32; of row_stream a power of two, and 1 where there are clusters
     uint32_t slice;      // row_pipelined: chunks of a row that a block has room for
-    uint32_t wide_gradient; // row_pipelined: the gradient is float32, the logits are not
+    uint32_t wide_gradient; // row_pipelined: the gradient is float32, the student's logits are not
     atkd_divergence divergence;
 } atkd_rows;
 

@@ -220,8 +220,8 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> ATKD_DEVICE void ro
 
 // The layout of a row.
 
-// The chunks of a row that are this block's, by their places in its slice. Slices start at multiples of 128 bytes, in
-// global memory and in shared memory peers: bulk copies between addresses that differ modulo 128 take 8% longer. So
+// The chunks of a row that are this block's, by their places in its slice. Slices start at multiples of 128 bytes (of two
+// types, the narrower one's do), in global memory and in shared memory peers: bulk copies between addresses that differ modulo 128 take 8% longer. So
 // the first slice may start with places that are not in the row. The full chunks come by bulk copies; those at the
 // row's ragged edges, which share 16 bytes with something else, are loaded element by element.
 //

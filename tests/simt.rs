@@ -4,6 +4,7 @@ mod simulated;
 
 use std::cell::Cell;
 
+use atkd::battery::Aligned;
 use atkd::plan::RowKernel;
 use atkd::simt::machine::Buffer;
 use atkd::simt::{self, Extra, Simulation};
@@ -41,6 +42,8 @@ fn the_kernels_pass_the_battery_with_rows_in_shared_memory() {
         Simulation { seed: 2, ..pipelined(1, 1) },
         Simulation { seed: 3, predicted_threshold: 0, ..pipelined(3, 2) },
         Simulation { seed: 4, ..pipelined_by(RowKernel::PipelinedWide, 2, 1) },
+        // The fourth, so that types and settings, which repeat by threes and fives, meet them all.
+        Simulation { seed: 5, ..pipelined_by(RowKernel::PipelinedWide, 1, 2) },
     ]);
 }
 
@@ -170,6 +173,77 @@ fn in_place() {
                 .unwrap();
             assert_eq!(in_place, output);
             assert_eq!(student, gradient);
+        }
+    }
+}
+
+/// A float32 model beside one in half precision: rows with gaps, which start anywhere, and one that is ignored; with a
+/// gradient, without, and in place.
+#[test]
+fn rows_of_two_types_on_chip() {
+    let (tokens, vocab) = (4, 3001);
+    let input = Input::new(tokens, vocab);
+    let labels = [7, -100, 0, vocab as i64 - 1];
+    // Alike in elements modulo those of 16 bytes, though not in bytes.
+    let (wide_row, narrow_row) = (vocab + 4, vocab + 12);
+    for wide_teacher in [true, false] {
+        let spread = |logits: &[bf16], row: usize| -> Vec<bf16> {
+            let rows = logits.chunks(vocab);
+            rows.flat_map(|of| of.iter().copied().chain(vec![bf16::NAN; row - vocab])).collect()
+        };
+        let (wide, narrow) = match wide_teacher {
+            true => (&input.teacher, &input.student),
+            false => (&input.student, &input.teacher),
+        };
+        let mut narrow: Aligned<bf16> = spread(narrow, narrow_row).into_iter().collect();
+        let wide_of = spread(wide, wide_row).into_iter().map(|z| z.to_f32());
+        let mut wide: Aligned<f32> = wide_of.collect();
+        let simulation = pipelined_by(RowKernel::PipelinedWide, 2, 1);
+        let objective = Objective::default().with_ce_weight(0.3).unwrap();
+        let extra = Extra::default;
+
+        let of_wide = Logits::strided(&wide[..], tokens, vocab, wide_row).unwrap();
+        let of_narrow = Logits::strided(&narrow[..], tokens, vocab, narrow_row).unwrap();
+        let (teacher, student) =
+            if wide_teacher { (of_wide, of_narrow) } else { (of_narrow, of_wide) };
+        let batch = Batch::new(teacher, &labels).unwrap();
+        let (_, exact) = reference::forward_backward(&objective, &batch, student).unwrap();
+        // Where the student's row starts, the gradient's does.
+        let row = if wide_teacher { narrow_row } else { wide_row };
+        let mut gradient: Aligned<f32> = vec![f32::NAN; tokens * row].into_iter().collect();
+        let mut to = LogitsMut::strided(&mut gradient[..], tokens, vocab, row).unwrap();
+        let (output, traffic) =
+            simulation.run(&objective, &batch, student, Some(&mut to), extra()).unwrap();
+        let types = if wide_teacher { "f32_bf16" } else { "bf16_f32" };
+        let kernel = format!("row_pipelined_wide_{types}");
+        assert!(traffic.iter().any(|(name, _)| *name == kernel), "{kernel}");
+        for (found, exact) in gradient.chunks(row).zip(exact.chunks(vocab)) {
+            for (&found, exact) in found.iter().zip(exact) {
+                assert!((f64::from(found) - exact).abs() <= 1e-6, "{found}, but exactly {exact}");
+            }
+            assert!(found[vocab..].iter().all(|z| z.is_nan()));
+        }
+        let (alone, _) = simulation.run(&objective, &batch, student, None, extra()).unwrap();
+        assert_eq!(alone, output);
+
+        let before: Vec<f32> = gradient.to_vec();
+        let after: Vec<f32> = if wide_teacher {
+            let teacher = Logits::strided(&wide[..], tokens, vocab, wide_row).unwrap();
+            let batch = Batch::new(teacher, &labels).unwrap();
+            let mut student =
+                LogitsMut::strided(&mut narrow[..], tokens, vocab, narrow_row).unwrap();
+            simulation.run_in_place(&objective, &batch, &mut student, extra()).unwrap();
+            narrow.iter().map(|z| z.to_f32()).collect()
+        } else {
+            let teacher = Logits::strided(&narrow[..], tokens, vocab, narrow_row).unwrap();
+            let batch = Batch::new(teacher, &labels).unwrap();
+            let mut student = LogitsMut::strided(&mut wide[..], tokens, vocab, wide_row).unwrap();
+            simulation.run_in_place(&objective, &batch, &mut student, extra()).unwrap();
+            wide.to_vec()
+        };
+        for (before, after) in before.iter().zip(&after).filter(|(before, _)| !before.is_nan()) {
+            let rounded = if wide_teacher { bf16::from_f32(*before).to_f32() } else { *before };
+            assert_eq!(*after, rounded);
         }
     }
 }

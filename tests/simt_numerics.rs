@@ -492,6 +492,31 @@ fn gradients_of_reverse_kl() {
     }
 }
 
+/// A probability below float32's normal numbers times a gap near its largest.
+#[test]
+fn a_tiny_probability_times_a_huge_gap() {
+    let (teacher, student) = ([0.0, 0.0, -1.7e37, 1.7e37], [0.0, 0.0, -88.5, -88.5_f32]);
+    let [p, q] = [&teacher, &student]
+        .map(|row: &[f32; 4]| log_softmax(&without(&row.map(f64::from), 0), 1.0));
+    let divergence = kl(&q, &p);
+    let objective = Objective::dkd()
+        .with_divergence(Divergence::ReverseKl)
+        .and_then(|o| o.with_reduction(Reduction::Sum))
+        .unwrap();
+    let batch = Batch::new(Logits::new(&teacher[..], 1, 4).unwrap(), &[0]).unwrap();
+    let mut gradient = [99.0_f32; 4];
+    let mut to = LogitsMut::new(&mut gradient[..], 1, 4).unwrap();
+    let student = Logits::new(&student[..], 1, 4).unwrap();
+    let extra = Extra::default();
+    Simulation::default().run(&objective, &batch, student, Some(&mut to), extra).unwrap();
+    for j in 0..3 {
+        let exact = q[j].exp() * (q[j] - p[j] - divergence);
+        let found = f64::from(gradient[j + 1]);
+        assert!((found - exact).abs() < 1e-6, "{found} instead of {exact}");
+    }
+    assert!(gradient[2] > 0.06);
+}
+
 /// Rows of a teacher of N(0, 3) and of a student that differs by N(0, difference).
 fn close(vocab: usize, tokens: usize, difference: f32) -> Rows {
     let mut random = fastrand::Rng::with_seed(vocab as u64 + 1);

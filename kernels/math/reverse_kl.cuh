@@ -102,7 +102,11 @@ struct ReverseKl {
         // An element that a model rules out has the probability 0 here.
         float gap = reference_gap(a, b, scales.teacher_max, scales.student_max);
         gap = fminf(fmaxf(gap, LOWEST), -LOWEST);
-        // Added to the exponent, the unit would cost it five bits.
-        return exp2_fast(shifts.student(b)) * HALF_UNIT * fmaf(-scales.teacher, gap, scales.student);
+        // Added to the exponent, the unit costs it five bits, which it has to spare far below 0; there alone the exponential
+        // would be 0 without.
+        float exponent = shifts.student(b);
+        bool small = exponent < -64.0f;
+        float power = exp2_fast(small ? exponent + 32.0f : exponent);
+        return (small ? power : power * HALF_UNIT) * fmaf(-scales.teacher, gap, scales.student);
     }
 };

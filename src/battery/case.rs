@@ -136,20 +136,24 @@ impl Case {
         }
     }
 
+    /// The elements before the first row, so that no two matrices start alike after a multiple of 128 bytes.
+    fn first(&self, matrix: usize, dtype: Dtype) -> usize {
+        self.padding + matrix * 16 / dtype.size()
+    }
+
     /// `values` with the padding in place.
     fn tensor(&self, matrix: usize, dtype: Dtype, values: &[f32]) -> Tensor {
-        let strides = self.strides(matrix);
-        let mut elements =
-            vec![PADDING; self.padding + strides.start(self.tokens()) + self.padding];
+        let (first, strides) = (self.first(matrix, dtype), self.strides(matrix));
+        let mut elements = vec![PADDING; first + strides.start(self.tokens()) + self.padding];
         for (i, row) in values.chunks(self.vocab).enumerate() {
-            elements[self.padding + strides.start(i)..][..self.vocab].copy_from_slice(row);
+            elements[first + strides.start(i)..][..self.vocab].copy_from_slice(row);
         }
         Tensor::new(dtype, elements.into_iter())
     }
 
     fn view<'a>(&self, matrix: usize, tensor: &'a Tensor) -> Result<Logits<'a>> {
         let elements = tensor.elements();
-        let elements = elements.slice(self.padding..elements.len());
+        let elements = elements.slice(self.first(matrix, elements.dtype())..elements.len());
         Logits::strided(elements, self.tokens(), self.vocab, self.strides(matrix))
     }
 
@@ -190,7 +194,8 @@ impl Case {
         let mut elements = gradient.elements_mut();
         let end = elements.as_ref().len();
         let strides = self.strides(GRADIENT);
-        let view = LogitsMut::strided(elements.slice(self.padding..end), tokens, vocab, strides)?;
+        let first = self.first(GRADIENT, self.gradient_dtype);
+        let view = LogitsMut::strided(elements.slice(first..end), tokens, vocab, strides)?;
         let output = backend(objective, &batch, student, view)?;
         let (exact, exact_gradient) = reference::forward_backward(objective, &batch, student)?;
 
@@ -227,7 +232,7 @@ impl Case {
         let mut outside = vec![true; elements.len()];
         for (i, (exact, ties)) in exact_gradient.chunks(vocab).zip(ties.chunks(vocab)).enumerate() {
             let largest = exact.iter().fold(0.0_f64, |largest, g| largest.max(g.abs()));
-            let start = self.padding + strides.start(i);
+            let start = first + strides.start(i);
             outside[start..start + vocab].fill(false);
             let mut sum = 0.0;
             for (j, (&exact, tie)) in exact.iter().zip(ties).enumerate() {
