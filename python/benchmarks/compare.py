@@ -18,10 +18,11 @@ Prints a Markdown table, and writes it to DIR with the same numbers as JSON and 
   of losses that have labels also for labels drawn evenly, which the teacher thinks impossible: many uncertainties are
   then 1 in float32, and a token that is taken for hard or easy against the definition has a wrong gradient.
 
-`--features H` adds a second table, of losses behind the last layers `[V, H]` of both models, since some packages
-multiply by them too. The times are of both products and of the gradients of hidden states and weights; errors are of
-the loss and of the hidden states' gradient, against products in float64 of the same inputs: so logits that are rounded
-between the product and the loss count. The student's logits differ there from the teacher's N(0, 3) by N(0, 0.3).
+`--features H` adds a second table, of losses behind the last layers `[V, H]` of both models, since `linear_atkd_loss`
+and some packages multiply by them too. The times are of both products and of the gradients of hidden states and weights;
+the floor is the four products alone. Errors are of the loss, and of the gradients of hidden states / weight, against
+products in float64 of the same inputs: so logits that are rounded between the product and the loss count. The student's
+logits differ there from the teacher's N(0, 3) by N(0, 0.3).
 """
 
 import argparse
@@ -29,6 +30,7 @@ import ctypes
 import functools
 import gc
 import json
+import math
 import platform
 import statistics
 import sys
@@ -107,9 +109,19 @@ def head_variants():
     def behind_heads(loss):
         return lambda x, w, teacher_x, teacher_w: loss(linear(x, w), linear(teacher_x, teacher_w))
 
+    def fused(**settings):
+        return functools.partial(linear_loss, target="teacher", **settings)
+
+    def of_targets(definition):
+        return lambda z, teacher, _: definition(z, teacher, teacher.argmax(-1))
+
     kl, jsd = exact.plain("forward-kl"), exact.plain("jsd", 0.5)
     own_kl, own_jsd = own("plain", "forward-kl", None), own("plain", "jsd", 0.5)
     losses = [
+        ("heads, the four products alone", Products.apply, None),
+        ("heads, atkd fused", fused(), of_targets(exact.atkd())),
+        ("heads, atkd fused KL", fused(objective="plain"), kl),
+        ("heads, atkd fused JSD", fused(objective="plain", divergence="jsd", beta=0.5), jsd),
         ("heads, atkd KL", behind_heads(functools.partial(own_kl, target="teacher")), kl),
         (
             "heads, atkd KL in place",
@@ -125,6 +137,26 @@ def head_variants():
         losses += found
         skipped.update(missing)
     return losses, skipped
+
+
+def linear_loss(x, w, teacher_x, teacher_w, **settings):
+    return atkd.linear_atkd_loss(x, w, teacher_x, teacher_w, **settings)
+
+
+class Products(torch.autograd.Function):
+    """Both models' logits, and the gradients of the student's layer from its logits in the place of their gradient."""
+
+    @staticmethod
+    def forward(ctx, x, w, teacher_x, teacher_w):
+        logits = linear(x, w)
+        linear(teacher_x, teacher_w)
+        ctx.save_for_backward(x, w, logits)
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        x, w, logits = ctx.saved_tensors
+        return logits @ w, logits.T @ x, None, None
 
 
 class Fresh(torch.autograd.Function):
@@ -257,16 +289,19 @@ def errors(loss, definition, vocab, dtype, device, evenly):
 
 
 def head_errors(loss, definition, given):
-    """Of the loss and of the hidden states' gradient."""
-    wide = [x.double() for x in given]
-    wide[0].requires_grad_()
-    x, w, teacher_x, teacher_w = wide
+    """Of the loss, and of the gradients of hidden states and weight."""
+    if definition is None:
+        return [(math.nan, math.nan)] * 2
+    x, w, teacher_x, teacher_w = [x.double() for x in given]
+    leaves = x.requires_grad_(), w.requires_grad_()
     expected = definition(linear(x, w), linear(teacher_x, teacher_w), None)
-    (exact_gradient,) = torch.autograd.grad(expected, x)
-    copies, (found, _) = fresh(given[:2])
+    exact_gradients = torch.autograd.grad(expected, leaves)
+    copies, found = fresh(given[:2])
     value = loss(*copies, *given[2:])
     value.backward()
-    return off(value, found[0], expected.item(), exact_gradient.cpu())
+    # A weight has rows without any gradient to speak of: relative to the largest of all.
+    wholes = [(one.flatten()[None], of.flatten()[None]) for (one,), of in zip(found, exact_gradients)]
+    return [off(value, one, expected.item(), of.cpu()) for one, of in wholes]
 
 
 def processor():
@@ -344,7 +379,7 @@ def main():
     )
     results = []
 
-    def report(name, tokens, vocab, dtype, volumes, measured, accuracy):
+    def report(name, tokens, vocab, dtype, volumes, measured, accuracy, second="evenly"):
         seconds, peak = measured
         rate = volumes / seconds / 1e9 if volumes else None
         results.append(
@@ -358,11 +393,12 @@ def main():
                 "peak_mb": peak / 1e6,
                 "loss_error": accuracy[0][0],
                 "gradient_error": accuracy[0][1],
-                "loss_error_evenly": accuracy[-1][0],
-                "gradient_error_evenly": accuracy[-1][1],
+                f"loss_error_{second}": accuracy[-1][0],
+                f"gradient_error_{second}": accuracy[-1][1],
             }
         )
-        both = [" / ".join(f"{pair[i]:.1e}" for pair in accuracy) for i in range(2)]
+        # The floor has none.
+        both = [" / ".join(f"{pair[i]:.1e}" for pair in accuracy).replace("nan / nan", "") for i in range(2)]
         say(
             f"| {name} | {tokens} | {vocab} | {dtype} | {seconds * 1e3:.2f} | "
             f"{f'{rate:.2f}' if volumes else ''} | {peak / 1e6:.1f} | {both[0]} | {both[1]} |"
@@ -408,13 +444,13 @@ def main():
                         continue
                     try:
                         few = head_inputs(64, vocab, args.features, dtype, device)
-                        accuracy = [head_errors(loss, definition, few)]
+                        accuracy = head_errors(loss, definition, few)
                         given = head_inputs(tokens, vocab, args.features, dtype, device)
                         measured = measure(loss, given[:2], given[2:], args.runs)
                     except Exception as error:
                         skipped[f"{name} at {tokens} x {vocab} {dtype_name}"] = peers.reason(error)
                         continue
-                    report(name, tokens, vocab, dtype_name, None, measured, accuracy)
+                    report(name, tokens, vocab, dtype_name, None, measured, accuracy, "of_weight")
     by_reason = {}
     for name, why in skipped.items():
         by_reason.setdefault(why, []).append(name)

@@ -29,7 +29,16 @@ def uses(student: Tensor, teacher: Tensor, labels: Tensor, flag: bool, name: str
     hard = atkd.select_hard(margins, 0.5, valid=labels != -100)
     assert_type(atkd.atkd_loss(student, teacher, labels, hard=hard), Tensor)
     atkd.atkd_loss(student, teacher, labels, temperature=torch.tensor(2.0), num_items_in_batch=0.25)
+    layers = student, student, teacher, teacher, labels
+    assert_type(atkd.linear_atkd_loss(*layers, chunk_tokens=128, ce_weight=0.5), Tensor)
+    assert_type(
+        atkd.linear_atkd_loss(*layers, logits_dtype=torch.float32, return_stats=True),
+        Tuple[Tensor, atkd.Stats],
+    )
+    head = torch.nn.Linear(4, 5)
+    assert_type(atkd.linear_atkd_loss(student, None, teacher, teacher, student_head=head), Tensor)
     settings: Dict[str, Any] = {"lam": 0.3}
+    atkd.LinearATKDLoss(**settings, chunk_tokens=128)
     atkd.atkd_loss(student, teacher, labels, **settings)
     atkd.ATKDLoss(**settings)
     atkd.ATKDLoss(objective=name, return_stats=flag)

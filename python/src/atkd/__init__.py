@@ -5,13 +5,16 @@
 """
 
 from ._atkd import __version__
+from ._linear import LinearATKDLoss, linear_atkd_loss
 from ._loss import ATKDLoss, Stats, atkd_loss, select_hard, teacher_margins, token_entropies
 
 __all__ = [
     "ATKDLoss",
+    "LinearATKDLoss",
     "Stats",
     "__version__",
     "atkd_loss",
+    "linear_atkd_loss",
     "select_hard",
     "teacher_margins",
     "token_entropies",

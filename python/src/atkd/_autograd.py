@@ -20,7 +20,7 @@ def for_student(gradient: Optional[Tensor], others: int) -> Tuple[Optional[Tenso
     return (gradient, *[None] * others)
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """`gradient * upstream`, over the gradient's own memory if nobody needs it again. Autograd converts it
     to the logits' dtype.
     """
@@ -39,7 +39,7 @@ def _first_derivative(ctx: Any, upstream: Tensor, others: int) -> Tuple[Optional
     if torch.is_grad_enabled():
         raise RuntimeError(NO_SECOND_DERIVATIVE)
     (gradient,) = ctx.saved_tensors
-    return for_student(_scaled(gradient, upstream), others)
+    return for_student(scaled(gradient, upstream), others)
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results) -> None:

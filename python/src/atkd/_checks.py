@@ -15,7 +15,7 @@ DTYPES = {
 LABEL_DTYPES = {torch.int64: _atkd.LabelDtype.I64, torch.int32: _atkd.LabelDtype.I32}
 
 
-def _are_apart(one: Tensor, other: Tensor) -> bool:
+def are_apart(one: Tensor, other: Tensor) -> bool:
     """True if their devices differ, which it does not ask for on the CPU: that is slow."""
     return not (one.is_cpu and other.is_cpu) and one.device != other.device
 
@@ -32,8 +32,8 @@ def _check_logits(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name} are {list(logits.shape)}, but must be [N, V] or [B, T, V]")
 
 
-def _check_labels(labels: Optional[Tensor], name: str, logits: Tensor, target: str) -> None:
-    """`name` is that of the logits, to which the labels belong."""
+def _check_labels(labels: Optional[Tensor], name: str, states: Tensor, target: str) -> None:
+    """`states`, which are called `name`, are logits or hidden states, to which the labels belong."""
     if labels is None:
         if target == "label":
             raise ValueError(
@@ -41,16 +41,16 @@ def _check_labels(labels: Optional[Tensor], name: str, logits: Tensor, target: s
                 'give labels, or target="teacher"'
             )
         return
-    shape = logits.shape
+    shape = states.shape
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"labels are {labels.dtype}, but must be int64 or int32")
     if labels.shape != shape[:-1]:
         raise ValueError(
-            f"labels are {list(labels.shape)}, but for logits {list(shape)} "
+            f"labels are {list(labels.shape)}, but for {name} {list(shape)} "
             f"must be {list(shape[:-1])}"
         )
-    if _are_apart(labels, logits):
-        raise ValueError(f"{name} are on {logits.device}, but labels on {labels.device}")
+    if are_apart(labels, states):
+        raise ValueError(f"{name} are on {states.device}, but labels on {labels.device}")
 
 
 def _check_vocab_size(vocab_size: Optional[int], name: str, logits: Tensor) -> None:
@@ -61,7 +61,7 @@ def _check_vocab_size(vocab_size: Optional[int], name: str, logits: Tensor) -> N
         )
 
 
-def _check_mask(
+def check_mask(
     name: str,
     mask: Tensor,
     beside: str,
@@ -74,7 +74,7 @@ def _check_mask(
         raise TypeError(f"{name} is {mask.dtype}, but must be {dtype}")
     if mask.shape != shape:
         raise ValueError(f"{name} is {list(mask.shape)}, but must be {list(shape)}")
-    if _are_apart(mask, other):
+    if are_apart(mask, other):
         raise ValueError(f"{beside} are on {other.device}, but {name} on {mask.device}")
 
 
@@ -105,28 +105,45 @@ def check_loss(
                 f"{vocab} or fewer"
             )
         raise ValueError(message)
-    if _are_apart(teacher, student):
+    if are_apart(teacher, student):
         raise ValueError(
             f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
         )
+    if per_sequence and len(shape) != 3:
+        raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {list(shape)}')
+    check_tokens(
+        "student_logits", student, labels, scale, hard, token_weights, temperatures, settings
+    )
+
+
+def check_tokens(
+    name: str,
+    states: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    settings: Dict[str, Any],
+) -> None:
+    """Raises unless these fit the tokens of `states`, which are called `name`."""
     if scale is not None:
         # Only the operator is given one; the function makes its own.
         if scale.dtype != torch.float32:
             raise TypeError(f"scale is {scale.dtype}, but must be float32")
-        if scale.dim() != 0 or _are_apart(scale, student):
+        if scale.dim() != 0 or are_apart(scale, states):
             raise ValueError(
                 f"scale is {list(scale.shape)} on {scale.device}, "
-                f"but must be a scalar on {student.device}"
+                f"but must be a scalar on {states.device}"
             )
     _settings.check_numbers(settings)
+    shape = states.shape[:-1]
     if hard is not None:
-        _check_mask("hard", hard, "student_logits", student, shape[:-1])
-    for name, values in [("token_weights", token_weights), ("temperature", temperatures)]:
+        check_mask("hard", hard, name, states, shape)
+    for values_name, values in [("token_weights", token_weights), ("temperature", temperatures)]:
         if values is not None:
-            _check_mask(name, values, "student_logits", student, shape[:-1], torch.float32)
-    if per_sequence and len(shape) != 3:
-        raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {list(shape)}')
-    _check_labels(labels, "student_logits", student, settings["target"])
+            check_mask(values_name, values, name, states, shape, torch.float32)
+    _check_labels(labels, name, states, settings["target"])
 
 
 def check_margins(
@@ -141,7 +158,7 @@ def check_margins(
     _check_vocab_size(vocab_size, "teacher_logits", teacher)
     if temperatures is not None:
         shape = teacher.shape[:-1]
-        _check_mask("temperature", temperatures, "teacher_logits", teacher, shape, torch.float32)
+        check_mask("temperature", temperatures, "teacher_logits", teacher, shape, torch.float32)
     _settings.check_numbers(settings)
     _check_labels(labels, "teacher_logits", teacher, settings["target"])
 
@@ -171,12 +188,12 @@ def check_selection(
     if margins.dtype != torch.float32:
         raise TypeError(f"margins are {margins.dtype}, but must be torch.float32")
     if valid is not None:
-        _check_mask("valid", valid, "margins", margins, margins.shape)
+        check_mask("valid", valid, "margins", margins, margins.shape)
     if cu_seqlens is not None:
         if cu_seqlens.dtype not in LABEL_DTYPES:
             raise TypeError(f"cu_seqlens are {cu_seqlens.dtype}, but must be int64 or int32")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"cu_seqlens are {list(cu_seqlens.shape)}, but must be [sequences + 1]")
-        if _are_apart(cu_seqlens, margins):
+        if are_apart(cu_seqlens, margins):
             raise ValueError(f"margins are on {margins.device}, but cu_seqlens on {cu_seqlens.device}")
     _check_scalar(number)

@@ -38,7 +38,7 @@ class Stats(NamedTuple):
     """The token's loss before the reduction, float32: its terms with the objective's weights and its own."""
 
 
-def _check_tensor(name: str, value: object, is_or_are: str = "are") -> None:
+def check_tensor(name: str, value: object, is_or_are: str = "are") -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} {is_or_are} a {type(value).__name__}, but must be a torch.Tensor")
     if type(value).__name__ == "DTensor":
@@ -55,7 +55,7 @@ def _check_number(name: str, number: object) -> None:
     """Raises for a tensor that is no number, or that somebody expects a gradient for."""
     if not isinstance(number, Tensor):
         return
-    _check_tensor(name, number, "is")
+    check_tensor(name, number, "is")
     if number.numel() != 1:
         raise ValueError(f"{name} is {list(number.shape)}, but must be one number")
     if number.requires_grad or isinstance(number, torch.nn.Parameter):
@@ -74,8 +74,8 @@ def _own_temperatures(settings: Dict[str, Any], logits: Tensor) -> Optional[Tens
     of_tokens = temperature.dtype == torch.float32 and temperature.shape == logits.shape[:-1]
     if not of_tokens and temperature.numel() == 1:
         return None
-    _check_tensor("temperature", temperature, "is")
-    _check_constant("temperature", temperature, "requires")
+    check_tensor("temperature", temperature, "is")
+    check_constant("temperature", temperature, "requires")
     settings["temperature"] = DEFAULTS["temperature"]
     return temperature
 
@@ -159,7 +159,65 @@ def _is_per_sequence(selection: str) -> bool:
     return selection == "sequence"
 
 
-def _check_constant(name: str, tensor: Tensor, requires: str = "require") -> None:
+class Prepared(NamedTuple):
+    """The arguments that are about tokens and settings, checked but for what needs shapes."""
+
+    labels: Optional[Tensor]
+    scale: Optional[Tensor]
+    temperatures: Optional[Tensor]
+    per_sequence: bool
+    per_token: bool
+    settings: Dict[str, Any]
+
+
+def prepare(
+    function: str,
+    states: Tensor,
+    labels: Optional[Tensor],
+    hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    num_items_in_batch: Union[None, int, float, Tensor],
+    shift_labels: bool,
+    selection: str,
+    inplace: bool,
+    given: Dict[str, Any],
+) -> Prepared:
+    """`states` are the logits or the hidden states that the function is called with."""
+    settings = {**DEFAULTS, **given}
+    if len(settings) != len(DEFAULTS):
+        unknown = next(name for name in settings if name not in DEFAULTS)
+        raise TypeError(f"{function}() got an unexpected keyword argument '{unknown}'")
+    if labels is not None:
+        check_tensor("labels", labels)
+    if hard is not None:
+        check_tensor("hard", hard, "is")
+    if token_weights is not None:
+        check_tensor("token_weights", token_weights)
+        check_constant("token_weights", token_weights)
+    temperatures = _own_temperatures(settings, states)
+    _check_numbers(settings)
+    _check_shift_labels(shift_labels)
+    scale = None
+    per_token = settings["reduction"] == "none"
+    if per_token:
+        _check_per_token(num_items_in_batch, inplace)
+        settings["reduction"] = "sum"
+    if num_items_in_batch is not None:
+        if settings["reduction"] == "group-mean":
+            raise ValueError(
+                f'num_items_in_batch is {num_items_in_batch}, but reduction="group-mean" divides each group of tokens '
+                "by its own count: leave num_items_in_batch out, or take the mean"
+            )
+        settings["reduction"] = "sum"
+        scale = _scale(num_items_in_batch, states.device)
+    labels, settings["ignore_index"] = _shifted(
+        states, labels, shift_labels, settings["target"], settings["ignore_index"]
+    )
+    per_sequence = _is_per_sequence(selection)
+    return Prepared(labels, scale, temperatures, per_sequence, per_token, settings)
+
+
+def check_constant(name: str, tensor: Tensor, requires: str = "require") -> None:
     """Raises if somebody expects a gradient for it."""
     if tensor.requires_grad:
         raise TypeError(
@@ -167,8 +225,8 @@ def _check_constant(name: str, tensor: Tensor, requires: str = "require") -> Non
         )
 
 
-class Keywords(Settings, total=False):
-    """The keywords of `atkd_loss` beside `return_stats`, for type checkers; it describes them."""
+class SharedKeywords(Settings, total=False):
+    """The keywords of `atkd_loss` and `linear_atkd_loss` beside `return_stats`, for type checkers."""
 
     selection: str
     vocab_size: Optional[int]
@@ -176,6 +234,11 @@ class Keywords(Settings, total=False):
     num_items_in_batch: Union[None, int, float, Tensor]
     shift_labels: bool
     hard: Optional[Tensor]
+
+
+class Keywords(SharedKeywords, total=False):
+    """Those of `atkd_loss`, which describes them."""
+
     inplace: bool
 
 
@@ -304,41 +367,22 @@ def atkd_loss(
         ValueError: for shapes or devices that differ, a setting outside its domain, a label that names
             no token of the vocabulary; with `inplace`, for a leaf that requires a gradient.
     """
-    settings = {**DEFAULTS, **settings}
-    if len(settings) != len(DEFAULTS):
-        unknown = next(name for name in settings if name not in DEFAULTS)
-        raise TypeError(f"atkd_loss() got an unexpected keyword argument '{unknown}'")
-    _check_tensor("student_logits", student_logits)
-    _check_tensor("teacher_logits", teacher_logits)
-    if labels is not None:
-        _check_tensor("labels", labels)
-    if hard is not None:
-        _check_tensor("hard", hard, "is")
-    if token_weights is not None:
-        _check_tensor("token_weights", token_weights)
-        _check_constant("token_weights", token_weights)
-    temperatures = _own_temperatures(settings, student_logits)
-    _check_numbers(settings)
-    _check_shift_labels(shift_labels)
+    check_tensor("student_logits", student_logits)
+    check_tensor("teacher_logits", teacher_logits)
+    labels, scale, temperatures, per_sequence, per_token, settings = prepare(
+        "atkd_loss",
+        student_logits,
+        labels,
+        hard,
+        token_weights,
+        num_items_in_batch,
+        shift_labels,
+        selection,
+        inplace,
+        settings,
+    )
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
-    scale = None
-    per_token = settings["reduction"] == "none"
-    if per_token:
-        _check_per_token(num_items_in_batch, inplace)
-        settings["reduction"] = "sum"
-    if num_items_in_batch is not None:
-        if settings["reduction"] == "group-mean":
-            raise ValueError(
-                f'num_items_in_batch is {num_items_in_batch}, but reduction="group-mean" divides each group of tokens '
-                "by its own count: leave num_items_in_batch out, or take the mean"
-            )
-        settings["reduction"] = "sum"
-        scale = _scale(num_items_in_batch, student_logits.device)
-    labels, settings["ignore_index"] = _shifted(
-        student_logits, labels, shift_labels, settings["target"], settings["ignore_index"]
-    )
-    per_sequence = _is_per_sequence(selection)
     loss: Tensor
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     tensors = student_logits, teacher_logits, labels, scale, hard, token_weights, temperatures
@@ -368,14 +412,15 @@ def atkd_loss(
         loss, _, *stats = _operator.loss(
             *tensors, with_gradient, per_sequence, vocab_size, *_settings.for_operator(settings)
         )
-    if not return_stats:
-        return loss
-    terms, chosen = stats
+    return (loss, stats_of(*stats)) if return_stats else loss
+
+
+def stats_of(terms: Tensor, chosen: Tensor) -> Stats:
     uncertainty, tkd, dkd, margin, token_loss = terms.unbind()
-    return loss, Stats(uncertainty, tkd, dkd, chosen, margin, token_loss)
+    return Stats(uncertainty, tkd, dkd, chosen, margin, token_loss)
 
 
-def _shown_with_settings(function: Any) -> inspect.Signature:
+def shown_with_settings(function: Any) -> inspect.Signature:
     """The function's signature with each setting in the place of `**settings`, for `help`."""
     signature = inspect.signature(function)
     *parameters, _ = signature.parameters.values()
@@ -392,7 +437,7 @@ def _shown_with_settings(function: Any) -> inspect.Signature:
     return signature.replace(parameters=[*first, *settings, *parameters[len(first) :]])
 
 
-atkd_loss.__signature__ = _shown_with_settings(atkd_loss)  # type: ignore[attr-defined]
+atkd_loss.__signature__ = shown_with_settings(atkd_loss)  # type: ignore[attr-defined]
 
 
 def teacher_margins(
@@ -423,9 +468,9 @@ def teacher_margins(
         ValueError: for shapes or devices that differ, a setting outside its domain, a label that names no token of
             the vocabulary.
     """
-    _check_tensor("teacher_logits", teacher_logits)
+    check_tensor("teacher_logits", teacher_logits)
     if labels is not None:
-        _check_tensor("labels", labels)
+        check_tensor("labels", labels)
     given: Dict[str, Any] = {"temperature": temperature, "target": target}
     temperatures = _own_temperatures(given, teacher_logits)
     _check_number("temperature", given["temperature"])
@@ -466,11 +511,11 @@ def select_hard(
         TypeError: for other dtypes.
         ValueError: for shapes or devices that differ, a ratio outside [0, 1], offsets out of order.
     """
-    _check_tensor("margins", margins)
+    check_tensor("margins", margins)
     if valid is not None:
-        _check_tensor("valid", valid, "is")
+        check_tensor("valid", valid, "is")
     if cu_seqlens is not None:
-        _check_tensor("cu_seqlens", cu_seqlens)
+        check_tensor("cu_seqlens", cu_seqlens)
     _check_number("hard_ratio", hard_ratio)
     ratio, number = _settings.number_or_tensor(hard_ratio)
     hard: Tensor = _operator.select_hard(margins.detach(), valid, cu_seqlens, ratio, number)
@@ -497,7 +542,7 @@ def token_entropies(
         TypeError: for a dtype that is none of these.
         ValueError: for a shape that is none of these, or a setting outside its domain.
     """
-    _check_tensor("logits", logits)
+    check_tensor("logits", logits)
     _check_number("temperature", temperature)
     used, number = _settings.number_or_tensor(temperature)
     entropies: Tensor = _operator.token_entropies(logits.detach(), used, vocab_size, number)

@@ -34,7 +34,7 @@ def one_by_one(
     return stacked, (0,) * len(stacked)
 
 
-def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def as_operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Makes a function an operator of its name. `fake` checks the arguments, and returns tensors like the results."""
 
     def define(function: Callable[..., Any]) -> Any:
@@ -72,7 +72,7 @@ def _fake_loss(
     return value, gradient, *_native.empty_stats(student)
 
 
-@_define(
+@as_operator(
     "(Tensor student, Tensor teacher, Tensor? labels, Tensor? scale, Tensor? hard, Tensor? token_weights, "
     f"Tensor? temperatures, bool with_gradient, bool per_sequence, SymInt? vocab_size, {_settings.SCHEMA}) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
@@ -118,7 +118,7 @@ def _fake_margins(
     return teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
 
 
-@_define(
+@as_operator(
     f"(Tensor teacher, Tensor? labels, Tensor? temperatures, SymInt? vocab_size, {_settings.SCHEMA}) -> Tensor",
     _fake_margins,
 )
@@ -148,7 +148,7 @@ def _fake_entropies(
     return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
 
 
-@_define(
+@as_operator(
     "(Tensor logits, float temperature, SymInt? vocab_size, Tensor? number=None) -> Tensor",
     _fake_entropies,
 )
@@ -178,7 +178,7 @@ def _fake_selection(
     return torch.empty_like(margins, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@_define(
+@as_operator(
     "(Tensor margins, Tensor? valid, Tensor? cu_seqlens, float hard_ratio, Tensor? number=None) -> Tensor",
     _fake_selection,
 )

@@ -73,17 +73,22 @@ def check_numbers(settings: Dict[str, Any]) -> None:
         )
 
 
-def objective(settings: Dict[str, Any], logits: Tensor) -> _atkd.Objective:
-    """The objective of a call on these logits."""
+def resolved(settings: Dict[str, Any], tensor: Tensor) -> Dict[str, Any]:
+    """The settings with `numbers` in the places of those that they replace, for a call on the device of the tensor."""
     given = dict(settings)
     numbers = given.pop("numbers", None)
     if numbers is not None:
-        if logits.is_cuda and torch.cuda.is_current_stream_capturing():
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"a CUDA graph would keep the numbers that {', '.join(NUMBERS)} have while it is captured"
             )
         given.update(zip(NUMBERS, numbers.tolist()))
-    return _atkd.Objective(**given)
+    return given
+
+
+def objective(settings: Dict[str, Any], logits: Tensor) -> _atkd.Objective:
+    """The objective of a call on these logits."""
+    return _atkd.Objective(**resolved(settings, logits))
 
 
 # Not in every version of torch, the older of which compile each number anew.

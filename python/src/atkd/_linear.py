@@ -1,0 +1,763 @@
+"""The loss from the hidden states and the last layers of both models: as an operator, a function and a module."""
+
+from typing import TYPE_CHECKING, Any, Dict, List, Literal, Optional, Tuple, Union, overload
+
+import torch
+from torch import Tensor
+
+from . import _atkd, _autograd, _checks, _head, _loss, _operator, _private, _settings
+from ._loss import ATKDLoss, SharedKeywords, Stats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+MEMORY_BUDGET = 512 << 20
+
+# The loss; the gradients of hidden states, weight and bias, empty unless wanted; the terms; which tokens are hard.
+Results = Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _check_layer(
+    model: str, hidden: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+) -> None:
+    name, shape = f"{model}_hidden", list(hidden.shape)
+    if hidden.dtype not in _checks.DTYPES:
+        raise TypeError(f"{name} are {hidden.dtype}, but must be float32, float16 or bfloat16")
+    if len(shape) < 2 or shape[-1] == 0:
+        raise ValueError(f"{name} are {shape}, but must be [N, H] or [B, T, H]")
+    for what, tensor in [("weight", weight), ("bias", bias)]:
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} are {hidden.dtype}, but {model}_{what} is {tensor.dtype}")
+        if tensor is not None and _checks.are_apart(tensor, hidden):
+            raise ValueError(
+                f"{name} are on {hidden.device}, but {model}_{what} is on {tensor.device}"
+            )
+    if weight is None:
+        return
+    if weight.dim() != 2 or weight.shape[1] != shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{model}_weight is {list(weight.shape)}, but for {name} {shape} must be [V, {shape[-1]}]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{model}_bias is {list(bias.shape)}, but for {model}_weight {list(weight.shape)} must be "
+            f"[{weight.shape[0]}]"
+        )
+
+
+def _vocab(student: Optional[Tensor], teacher: Tensor, vocab_size: Optional[int]) -> int:
+    """The number of the tokens, from the weights of both models."""
+    rows = teacher.shape[0]
+    if vocab_size is None:
+        if student is not None and student.shape[0] != rows:
+            raise ValueError(
+                f"student_weight is {list(student.shape)}, but teacher_weight is {list(teacher.shape)}; if the tokens "
+                "that both have come first, give their number as vocab_size, "
+                f"{min(student.shape[0], rows)} or fewer"
+            )
+        return rows
+    for name, weight in [("student_weight", student), ("teacher_weight", teacher)]:
+        if weight is not None and not 1 <= vocab_size <= weight.shape[0]:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but must be from 1 to {weight.shape[0]}, the rows of {name}"
+            )
+    return vocab_size
+
+
+def _check(
+    student_hidden: Tensor,
+    student_weight: Optional[Tensor],
+    student_bias: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Optional[Tensor],
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    teacher_log_prob: Optional[Tensor],
+    per_sequence: bool,
+    vocab_size: Optional[int],
+    chunk_tokens: Optional[int],
+    memory_budget: int,
+    logits_dtype: Optional[torch.dtype],
+    settings: Dict[str, Any],
+) -> None:
+    """Raises unless these are what a loss follows from."""
+    _check_layer("student", student_hidden, student_weight, student_bias)
+    _check_layer("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    _vocab(student_weight, teacher_weight, vocab_size)
+    shape = student_hidden.shape
+    if teacher_hidden.shape[:-1] != shape[:-1]:
+        raise ValueError(
+            f"student_hidden are {list(shape)}, but teacher_hidden are {list(teacher_hidden.shape)}: "
+            "they must be of the same tokens"
+        )
+    if _checks.are_apart(teacher_hidden, student_hidden):
+        raise ValueError(
+            f"student_hidden are on {student_hidden.device}, but teacher_hidden on {teacher_hidden.device}"
+        )
+    _checks.check_tokens(
+        "student_hidden", student_hidden, labels, scale, hard, token_weights, temperatures, settings
+    )
+    if teacher_log_prob is not None:
+        like = "student_hidden", student_hidden, shape[:-1], torch.float32
+        _checks.check_mask("teacher_log_prob", teacher_log_prob, *like)
+    if per_sequence and len(shape) != 3:
+        raise ValueError(
+            f'selection="sequence" needs hidden states [B, T, H], but they are {list(shape)}'
+        )
+    _check_sizes(chunk_tokens, memory_budget, logits_dtype)
+    if logits_dtype not in (None, torch.float32, student_hidden.dtype):
+        raise TypeError(
+            f"logits_dtype is {logits_dtype}, but must be float32 or the {student_hidden.dtype} of the hidden states"
+        )
+
+
+def _check_sizes(
+    chunk_tokens: Optional[int], memory_budget: int, logits_dtype: Optional[torch.dtype]
+) -> None:
+    for name, number in [("chunk_tokens", chunk_tokens), ("memory_budget", memory_budget)]:
+        if number is None and name == "chunk_tokens":
+            continue
+        if not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name} is {number!r}, but must be an integer")
+        if number < 1:
+            raise ValueError(f"{name} is {number}, but must be at least 1")
+    if logits_dtype is not None and logits_dtype not in _checks.DTYPES:
+        raise TypeError(f"logits_dtype is {logits_dtype}, but must be float32, float16 or bfloat16")
+
+
+def _logits_dtype(hidden: Tensor, given: Optional[torch.dtype]) -> torch.dtype:
+    if given is not None:
+        return given if given == torch.float32 else hidden.dtype
+    if hidden.is_cpu or _head.multiplies_to_float32(hidden.device):
+        return torch.float32
+    return hidden.dtype
+
+
+def _chunk_tokens(
+    memory_budget: int,
+    hidden: Tensor,
+    vocab: int,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    settings: Dict[str, Any],
+) -> int:
+    """Tokens whose logits fit: both models', over the student's their gradient, and what half precision needs beside it
+    for the products.
+    """
+    of_token = student_dtype.itemsize + teacher_dtype.itemsize
+    if settings["reduction"] == "group-mean" and settings["ce_weight"] != 0:
+        # Cross entropy has a gradient of its own.
+        of_token += student_dtype.itemsize
+    if student_dtype != hidden.dtype and not hidden.is_cpu:
+        of_token += hidden.dtype.itemsize
+    return max(memory_budget // (of_token * vocab), 1)
+
+
+def _check_values(
+    tokens: _head.Tokens, log_prob: Optional[Tensor], vocab: int, ignore_index: int
+) -> None:
+    """Raises for values on the CPU that are wrong: there to find out is not to wait."""
+    labels, _, _, temperatures = tokens
+    checks: List[Tuple[str, Tensor, Any, str]] = []
+    valid: Any = True
+    if labels is not None:
+        valid = labels != ignore_index
+        allowed = f"from 0 to {vocab - 1}, or the ignore_index {ignore_index}"
+        checks.append(("labels", labels, (labels >= 0) & (labels < vocab), allowed))
+    if log_prob is not None:
+        checks.append(("teacher_log_prob", log_prob, log_prob <= 1e-4, "the logarithm of a probability"))
+    if temperatures is not None:
+        within = (temperatures >= 1e-30) & (temperatures <= 1e30)
+        checks.append(("temperature", temperatures, within, "in [1e-30, 1e30]"))
+    for name, values, right, allowed in checks:
+        wrong = ~right & valid
+        if values.is_cpu and wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"{name}[{at}] is {values[at]}, but must be {allowed}")
+
+
+def _call(
+    student: Any,
+    vocab: int,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Optional[Tensor],
+    tokens: _head.Tokens,
+    scale: Optional[Tensor],
+    teacher_log_prob: Optional[Tensor],
+    shape: torch.Size,
+    per_sequence: bool,
+    chunk_tokens: int,
+    teacher_dtype: torch.dtype,
+    settings: Dict[str, Any],
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """The loss, the terms, and which tokens are hard. The gradients are the student's."""
+    _atkd.Objective(**settings)
+    tokens = _head.Tokens(*[None if each is None else each.reshape(-1) for each in tokens])
+    log_prob = None if teacher_log_prob is None else teacher_log_prob.reshape(-1)
+    _check_values(tokens, log_prob, vocab, settings["ignore_index"])
+    teacher = _head.Linear(
+        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
+        teacher_weight[:vocab],
+        None if teacher_bias is None else teacher_bias[:vocab],
+        teacher_dtype,
+    )
+    call = _head.Call(
+        student,
+        teacher,
+        tokens,
+        scale,
+        log_prob,
+        shape[0] if per_sequence else 1,
+        chunk_tokens,
+        settings,
+    )
+    loss, hard = call.run()
+    return loss, call.terms.view(5, *shape), hard.view(shape)
+
+
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], wanted: Tuple[bool, bool, bool]
+) -> List[Tensor]:
+    of_hidden, of_weight, of_bias = wanted
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    none = hidden.new_empty(0, dtype=torch.float32)
+    return [
+        hidden.new_empty(hidden.shape, dtype=dtype) if of_hidden else none,
+        weight.new_empty(weight.shape, dtype=torch.float32) if of_weight else none.clone(),
+        bias.new_empty(bias.shape, dtype=torch.float32)
+        if bias is not None and of_bias
+        else none.clone(),
+    ]
+
+
+def _fake_linear_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Optional[Tensor],
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    teacher_log_prob: Optional[Tensor],
+    with_hidden: bool,
+    with_weight: bool,
+    with_bias: bool,
+    per_sequence: bool,
+    vocab_size: Optional[int],
+    chunk_tokens: Optional[int],
+    memory_budget: int,
+    logits_dtype: Optional[torch.dtype],
+    *settings: Any,
+) -> Results:
+    layers = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight
+    of_tokens = labels, scale, hard, token_weights, temperatures, teacher_log_prob
+    sizes = vocab_size, chunk_tokens, memory_budget, logits_dtype
+    named = _settings.named(settings)
+    _check(*layers, teacher_bias, *of_tokens, per_sequence, *sizes, named)
+    wanted = with_hidden, with_weight, with_bias
+    hidden, weight, bias = _empty_gradients(student_hidden, student_weight, student_bias, wanted)
+    shape = student_hidden.shape[:-1]
+    return (
+        student_hidden.new_empty((), dtype=torch.float32),
+        hidden,
+        weight,
+        bias,
+        student_hidden.new_empty((5, *shape), dtype=torch.float32),
+        student_hidden.new_empty(shape, dtype=torch.bool),
+    )
+
+
+@_operator.as_operator(
+    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, Tensor teacher_weight, "
+    "Tensor? teacher_bias, Tensor? labels, Tensor? scale, Tensor? hard, Tensor? token_weights, Tensor? temperatures, "
+    "Tensor? teacher_log_prob, bool with_hidden, bool with_weight, bool with_bias, bool per_sequence, "
+    f"SymInt? vocab_size, SymInt? chunk_tokens, SymInt memory_budget, ScalarType? logits_dtype, {_settings.SCHEMA}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_linear_loss,
+)
+def linear_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Optional[Tensor],
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    teacher_log_prob: Optional[Tensor],
+    with_hidden: bool,
+    with_weight: bool,
+    with_bias: bool,
+    per_sequence: bool,
+    vocab_size: Optional[int],
+    chunk_tokens: Optional[int],
+    memory_budget: int,
+    logits_dtype: Optional[torch.dtype],
+    *settings: Any,
+) -> Results:
+    """The loss; the gradients of hidden states (float32 for float16), weight and bias (float32), each empty unless wanted;
+    uncertainty, TKD, DKD, margin, loss as `[5, *tokens]`; which tokens are hard.
+    """
+    layers = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight
+    of_tokens = labels, scale, hard, token_weights, temperatures, teacher_log_prob
+    sizes = vocab_size, chunk_tokens, memory_budget, logits_dtype
+    named = _settings.named(settings)
+    _check(*layers, teacher_bias, *of_tokens, per_sequence, *sizes, named)
+    _checks.check_device("student_hidden", student_hidden)
+    named = _settings.resolved(named, student_hidden)
+    vocab = _vocab(student_weight, teacher_weight, vocab_size)
+    student_dtype = _logits_dtype(student_hidden, logits_dtype)
+    teacher_dtype = _logits_dtype(teacher_hidden, logits_dtype)
+    if chunk_tokens is None:
+        dtypes = student_dtype, teacher_dtype
+        chunk_tokens = _chunk_tokens(memory_budget, student_hidden, vocab, *dtypes, named)
+    # Autocast would round what was chosen not to be rounded.
+    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
+        student = _head.Student(
+            student_hidden.reshape(-1, student_hidden.shape[-1]),
+            student_weight[:vocab],
+            None if student_bias is None else student_bias[:vocab],
+            student_dtype,
+            wanted=(with_hidden, with_weight, with_bias),
+            columns=student_weight.shape[0],
+        )
+        value, terms, chosen = _call(
+            student,
+            vocab,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            _head.Tokens(labels, hard, token_weights, temperatures),
+            scale,
+            teacher_log_prob,
+            student_hidden.shape[:-1],
+            per_sequence,
+            chunk_tokens,
+            teacher_dtype,
+            named,
+        )
+    hidden, weight, bias = (
+        student_hidden.new_empty(0, dtype=torch.float32) if each is None else each
+        for each in student.gradients
+    )
+    if with_hidden:
+        hidden = hidden.view(student_hidden.shape)
+    return value, hidden, weight, bias, terms, chosen
+
+
+def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Results) -> None:
+    _, *gradients, terms, chosen = output
+    ctx.mark_non_differentiable(*gradients, terms, chosen)
+    # Else backward gets zeros as large as the gradients, for the outputs that have none.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients)
+    ctx.wanted = inputs[12:15]
+    ctx.others = len(inputs) - 3
+
+
+def _backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(_autograd.NO_SECOND_DERIVATIVE)
+    for name, wanted, needed in zip(["hidden", "weight", "bias"], ctx.wanted, ctx.needs_input_grad):
+        if needed and not wanted:
+            raise RuntimeError(
+                f"atkd::linear_loss was called with with_{name}=False, and has no gradient for it"
+            )
+    gradients = [
+        _autograd.scaled(gradient, upstream) if wanted and upstream is not None else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted)
+    ]
+    return (*gradients, *[None] * ctx.others)
+
+
+linear_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The loss of each token, the terms, and which tokens are hard. The gradient that arrives is a weight of the tokens;
+    `backward` computes all once more with it. `settings` are as the operator takes them, of a sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tuple[Tensor, Tensor, Tensor]:
+        tensors, wanted, rest = inputs[:12], inputs[12:15], inputs[15:]
+        *_, terms, chosen = linear_loss(*tensors, False, False, False, *rest)
+        ctx.mark_non_differentiable(terms, chosen)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:8], chosen, *tensors[9:])
+        ctx.wanted, ctx.rest = wanted, rest
+        return terms[-1].clone(), terms, chosen
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(_autograd.NO_SECOND_DERIVATIVE)
+        others = [None] * (12 + len(ctx.rest))
+        if upstream is None:
+            return None, None, None, *others
+        *first, token_weights, temperatures, log_prob = ctx.saved_tensors
+        weights = upstream if token_weights is None else upstream * token_weights
+        tensors = *first, weights, temperatures, log_prob
+        _, *gradients, _, _ = linear_loss(*tensors, *ctx.wanted, *ctx.rest)
+        return (*[g if wanted else None for g, wanted in zip(gradients, ctx.wanted)], *others)
+
+
+class _ByModule(torch.autograd.Function):
+    """The loss, or the losses of the tokens, behind a student's last layer that is a module, of whose parameters those that
+    require a gradient come after the hidden states. `run` computes it, with `(hidden states, parameters)` those whose
+    gradients are wanted, and with weights and hard tokens in the places of the caller's if they are given.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Any, per_token: bool, wanted: Tuple[bool, bool], *tensors: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        student, value, terms, chosen = run((False, False) if per_token else wanted, None, None)
+        ctx.mark_non_differentiable(terms, chosen)
+        ctx.set_materialize_grads(False)
+        ctx.run, ctx.wanted, ctx.per_token, ctx.count = run, wanted, per_token, len(tensors)
+        # The hidden states so that autograd knows if they are overwritten before they are read again.
+        saved = [tensors[0], chosen] if per_token else student.gradients()
+        ctx.save_for_backward(*saved)
+        return terms[-1].clone() if per_token else value, terms, chosen
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(_autograd.NO_SECOND_DERIVATIVE)
+        gradients: List[Optional[Tensor]] = [None] * ctx.count
+        if upstream is not None and ctx.per_token:
+            _, chosen = ctx.saved_tensors
+            student, *_ = ctx.run(ctx.wanted, upstream, chosen)
+            gradients = student.gradients()
+        elif upstream is not None:
+            gradients = [None if each is None else each * upstream for each in ctx.saved_tensors]
+        return (None, None, None, *gradients)
+
+
+def _cast_for_autocast(*tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
+    """The tensors as `torch.nn.functional.linear` would take them."""
+    (device,) = {each.device.type for each in tensors[:1] if each is not None}
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if each is None else each.to(dtype) for each in tensors]
+
+
+class LinearKeywords(SharedKeywords, total=False):
+    """Those of `linear_atkd_loss`, which describes them."""
+
+    student_bias: Optional[Tensor]
+    teacher_bias: Optional[Tensor]
+    student_head: Optional[torch.nn.Module]
+    teacher_log_prob: Optional[Tensor]
+    chunk_tokens: Optional[int]
+    memory_budget: int
+    logits_dtype: Optional[torch.dtype]
+
+
+@overload
+def linear_atkd_loss(
+    student_hidden: Tensor,
+    student_weight: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    return_stats: Literal[False] = False,
+    **keywords: "Unpack[LinearKeywords]",
+) -> Tensor: ...
+
+
+@overload
+def linear_atkd_loss(
+    student_hidden: Tensor,
+    student_weight: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    return_stats: Literal[True],
+    **keywords: "Unpack[LinearKeywords]",
+) -> Tuple[Tensor, Stats]: ...
+
+
+@overload
+def linear_atkd_loss(
+    student_hidden: Tensor,
+    student_weight: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    return_stats: bool,
+    **keywords: "Unpack[LinearKeywords]",
+) -> Union[Tensor, Tuple[Tensor, Stats]]: ...
+
+
+def linear_atkd_loss(
+    student_hidden: Tensor,
+    student_weight: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Tensor] = None,
+    student_head: Optional[torch.nn.Module] = None,
+    teacher_log_prob: Optional[Tensor] = None,
+    chunk_tokens: Optional[int] = None,
+    memory_budget: int = MEMORY_BUDGET,
+    logits_dtype: Optional[torch.dtype] = None,
+    selection: str = "batch",
+    vocab_size: Optional[int] = None,
+    token_weights: Optional[Tensor] = None,
+    num_items_in_batch: Union[None, int, float, Tensor] = None,
+    shift_labels: bool = False,
+    hard: Optional[Tensor] = None,
+    return_stats: bool = False,
+    **settings: Any,
+) -> Union[Tensor, Tuple[Tensor, Stats]]:
+    """`atkd_loss` of `student_hidden @ student_weight.T + student_bias` and the same of the teacher, whose logits exist for
+    one chunk of tokens at a time: in float32, however the models compute.
+
+    The gradients of the student's hidden states, weight and bias are computed here, with the loss, for those that require
+    one; `backward` multiplies them by what arrives. Nothing flows back to the teacher. The weight's are summed up in
+    float32, so that they take `4 V H` bytes until `backward`.
+
+    The tokens are selected over the whole batch, exactly, though no chunk knows the others' margins: the set is guessed for
+    each chunk, from the margins so far, and the tokens that were guessed wrongly, mostly some percent of the first
+    chunks', are computed again. The guess, and so every bit, is the same for the same call and `chunk_tokens`. On a GPU the
+    call waits once, to learn which tokens these are (so that no CUDA graph can capture it), and not at all if the hard
+    tokens are known before (`hard`, `teacher_log_prob`), if one chunk holds all tokens, or for other objectives than
+    `"atkd"`. The mean of each group, by the median or within sequences, needs their number before: then the teacher's
+    logits are computed twice. Tokens that are equal may have margins that differ in the last bit, as products of different
+    chunks are rounded otherwise: which of them is hard is then no matter of their index.
+
+    Args:
+        student_hidden: `[N, H]` or `[B, T, H]`, float32, float16 or bfloat16: what the last layer multiplies.
+        student_weight: `[V, H]`, of the same dtype.
+        teacher_hidden: of the same tokens as the student's, with a dtype and a last dimension of its own.
+        teacher_weight: `[V, H of the teacher]`.
+        labels: as `atkd_loss` takes them, and so are all keywords that are not described here.
+        student_bias: `[V]`.
+        teacher_bias: `[V]`.
+        student_head: a module that makes logits of `[n, H]` in the place of the student's weight (which is then None) and
+            bias: one with adapters, or quantised. Autograd finds its gradients, for the parameters that
+            require one. It is called for each chunk, and again for tokens that were guessed wrongly (and for all by
+            `backward` of `reduction="none"`): it must treat each row by itself, and always alike, without dropout.
+        teacher_log_prob: float32, one per token: the teacher's log p(label) at the temperature, where it is known, such as
+            from a server. The hard tokens are selected by it.
+        chunk_tokens: tokens of a chunk, instead of as many as `memory_budget` allows.
+        memory_budget: bytes for the logits of a chunk and their gradient.
+        logits_dtype: float32, or that of the hidden states, which is faster on a GPU and costs most of the digits. Left
+            out, it is float32 wherever torch multiplies half precision to that: on the CPU (by float32 copies of a
+            part of the weight at a time), and on CUDA from torch 2.8 on.
+        vocab_size: the tokens of the vocabulary, where weights have more rows, which are padding. They may then be padded
+            to numbers of rows of their own; nothing is computed there, and the gradient is 0.
+
+    Under autocast hidden states, weights and biases are converted first, as those of `torch.nn.functional.linear` are.
+
+    Raises:
+        TypeError: for dtypes that do not go together, a DTensor, a setting that requires a gradient.
+        ValueError: for shapes or devices that do not go together, a setting outside its domain, and, on the CPU, a label
+            that names no token of the vocabulary.
+    """
+    given = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "student_bias": student_bias,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "teacher_bias": teacher_bias,
+        "teacher_log_prob": teacher_log_prob,
+    }
+    optional = {"student_bias", "teacher_bias", "teacher_log_prob"}
+    if student_head is not None:
+        optional.add("student_weight")
+        if student_weight is not None or student_bias is not None:
+            raise ValueError(
+                "student_head makes the student's logits: give None as student_weight, and no student_bias"
+            )
+        if not isinstance(student_head, torch.nn.Module):
+            raise TypeError(
+                f"student_head is a {type(student_head).__name__}, but must be a torch.nn.Module, whose parameters "
+                "are known"
+            )
+    if _private.derivatives_are_transformed():
+        raise RuntimeError(
+            "linear_atkd_loss has no derivative for torch.func and forward mode: take atkd_loss of the logits"
+        )
+    for name, tensor in given.items():
+        if tensor is not None or name not in optional:
+            _loss.check_tensor(name, tensor, "are" if name.endswith("hidden") else "is")
+    if teacher_log_prob is not None:
+        _loss.check_constant("teacher_log_prob", teacher_log_prob, "requires")
+    _check_sizes(chunk_tokens, memory_budget, logits_dtype)
+    prepared = _loss.prepare(
+        "linear_atkd_loss",
+        student_hidden,
+        labels,
+        hard,
+        token_weights,
+        num_items_in_batch,
+        shift_labels,
+        selection,
+        False,
+        settings,
+    )
+    labels, scale, temperatures, per_sequence, per_token, settings = prepared
+    teacher: Any = _cast_for_autocast(teacher_hidden, teacher_weight, teacher_bias)
+    teacher = [None if each is None else each.detach() for each in teacher]
+    of_tokens = labels, scale, hard, token_weights, temperatures, teacher_log_prob
+    sizes = vocab_size, chunk_tokens, memory_budget, logits_dtype
+    loss: Tensor
+    stats: Any
+    if student_head is not None:
+        loss, *stats = _outside_graphs(
+            student_head, student_hidden, teacher, of_tokens, per_sequence, sizes, settings, per_token
+        )
+        return (loss, _loss.stats_of(*stats)) if return_stats else loss
+    student: Any = _cast_for_autocast(student_hidden, student_weight, student_bias)
+    wanted = [
+        each is not None and each.requires_grad and torch.is_grad_enabled() for each in student
+    ]
+    arguments = *student, *teacher, *of_tokens, *wanted, per_sequence, *sizes
+    if per_token:
+        loss, *stats = _TokenLosses.apply(*arguments, *_settings.for_operator(settings))
+    else:
+        loss, _, _, _, *stats = linear_loss(*arguments, *_settings.for_operator(settings))
+    return (loss, _loss.stats_of(*stats)) if return_stats else loss
+
+
+def _behind_module(
+    module: torch.nn.Module,
+    student_hidden: Tensor,
+    teacher: Any,
+    of_tokens: Any,
+    per_sequence: bool,
+    sizes: Any,
+    settings: Dict[str, Any],
+    per_token: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """The loss or the losses, the terms, and which tokens are hard. `teacher` is the teacher's hidden states, weight and
+    bias, `of_tokens` and `sizes` are as the operator takes them.
+    """
+    teacher_hidden, teacher_weight, teacher_bias = teacher
+    named = {"numbers": None, **settings}
+    given: Any = (student_hidden, None, None, *teacher, *of_tokens, per_sequence, *sizes, named)
+    _check(*given)
+    numbers = {
+        name: value.item() if isinstance(value, Tensor) else value for name, value in settings.items()
+    }
+    labels, scale, given_hard, token_weights, temperatures, log_prob = of_tokens
+    vocab_size, chunk_tokens, memory_budget, logits_dtype = sizes
+    vocab = _vocab(None, teacher_weight, vocab_size)
+    teacher_dtype = _logits_dtype(teacher_hidden, logits_dtype)
+    if chunk_tokens is None:
+        # The student's logits, what autograd keeps of them, and their gradient.
+        wide = torch.float32, torch.float32
+        chunk_tokens = _chunk_tokens(memory_budget, teacher_hidden, 2 * vocab, *wide, numbers)
+    hidden, autocast = student_hidden.detach(), _head.Autocast(student_hidden.device)
+
+    def run(
+        wanted: Tuple[bool, bool], upstream: Optional[Tensor], hard: Optional[Tensor]
+    ) -> Tuple[_head.Module, Tensor, Tensor, Tensor]:
+        weights = token_weights
+        if upstream is not None:
+            weights = upstream if weights is None else upstream * weights
+        student = _head.Module(hidden, module, vocab, vocab_size is not None, autocast, wanted)
+        tokens = _head.Tokens(labels, given_hard if hard is None else hard, weights, temperatures)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            found = _call(
+                student,
+                vocab,
+                teacher_hidden,
+                teacher_weight,
+                teacher_bias,
+                tokens,
+                scale,
+                log_prob,
+                hidden.shape[:-1],
+                per_sequence,
+                chunk_tokens,
+                teacher_dtype,
+                numbers,
+            )
+        return (student, *found)
+
+    parameters = [each for each in module.parameters() if each.requires_grad]
+    differentiates = torch.is_grad_enabled()
+    wanted = differentiates and student_hidden.requires_grad, differentiates and bool(parameters)
+    result: Tuple[Tensor, Tensor, Tensor] = _ByModule.apply(
+        run, per_token, wanted, student_hidden, *parameters
+    )
+    return result
+
+
+# The compiler would follow addresses of tensors that it has planned to be elsewhere.
+_disable: Any = torch.compiler.disable
+_outside_graphs = _disable(_behind_module)
+
+linear_atkd_loss.__signature__ = _loss.shown_with_settings(linear_atkd_loss)  # type: ignore[attr-defined]
+
+
+class LinearATKDLoss(torch.nn.Module):
+    """`linear_atkd_loss` with its settings, which are checked here. A schedule may change `settings`, a dict."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        chunk_tokens: Optional[int] = None,
+        memory_budget: int = MEMORY_BUDGET,
+        logits_dtype: Optional[torch.dtype] = None,
+        **settings: Any,
+    ) -> None:
+        if "inplace" in settings:
+            raise TypeError("LinearATKDLoss() has no logits that inplace could overwrite")
+        super().__init__()
+        _check_sizes(chunk_tokens, memory_budget, logits_dtype)
+        self.settings = ATKDLoss(*arguments, **settings).settings
+        del self.settings["inplace"]
+        self.settings.update(
+            chunk_tokens=chunk_tokens, memory_budget=memory_budget, logits_dtype=logits_dtype
+        )
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Optional[Tensor],
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Optional[Tensor] = None,
+        num_items_in_batch: Union[None, int, float, Tensor] = None,
+        temperature: Optional[Tensor] = None,
+        **keywords: Any,
+    ) -> Any:
+        settings = {**self.settings, **keywords}
+        if temperature is not None:
+            settings["temperature"] = temperature
+        return linear_atkd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            num_items_in_batch=num_items_in_batch,
+            **settings,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
