@@ -42,14 +42,15 @@ constexpr uint32_t NO_TOKEN = 0xffffffffu;
 constexpr uint32_t NOT_HERE = 0xffffffffu;
 constexpr uint32_t UNLIMITED = 0xffffffffu;
 
-// The types of both models' logits. Offsets in slices are those of the narrower one's; the other's are WIDTH times as large.
+// The types of both models' logits. Offsets in slices are those of the narrower one's; the other's are WIDTH times as
+// large.
 template <class P, class Q, bool STUDENT = (sizeof(Q) < sizeof(P))> struct Models {
     using Teacher = P;
     using Student = Q;
     using Narrow = P;
     using Wide = Q;
     template <class X> static constexpr uint32_t WIDTH = sizeof(X) / sizeof(Narrow);
-    // Bytes of an element of an edge.
+    // An element of an edge takes so many bytes.
     static constexpr uint32_t EDGE = sizeof(P) == sizeof(Q) ? sizeof(P) : 4;
 };
 template <class P, class Q> struct Models<P, Q, true> : Models<Q, P, false> {
@@ -220,10 +221,11 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> ATKD_DEVICE void ro
 
 // The layout of a row.
 
-// The chunks of a row that are this block's, by their places in its slice. Slices start at multiples of 128 bytes (of two
-// types, the narrower one's do), in global memory and in shared memory peers: bulk copies between addresses that differ modulo 128 take 8% longer. So
-// the first slice may start with places that are not in the row. The full chunks come by bulk copies; those at the
-// row's ragged edges, which share 16 bytes with something else, are loaded element by element.
+// The chunks of a row that are this block's, by their places in its slice. Slices start at multiples of 128 bytes (of
+// two types, the narrower one's do), in global memory and in shared memory peers: bulk copies between addresses that
+// differ modulo 128 take 8% longer. So the first slice may start with places that are not in the row. The full chunks
+// come by bulk copies; those at the row's ragged edges, which share 16 bytes with something else, are loaded element by
+// element.
 //
 // An example: row 1 of V = 50257 in bf16, a team of 3, p.slice = 2104 chunks (of 8 elements, 16 bytes). The row starts
 // at byte 100514, 2 bytes after a multiple of 16: chunk 0 starts one element before the row, and the row has 6283
@@ -271,7 +273,8 @@ template <class M> ATKD_DEVICE uint32_t student_offset(const atkd_rows &p) {
     return p.slice * CHUNK * sizeof(typename M::Teacher);
 }
 
-// Calls f with a value of the gradient's type: that of the student's logits or, beside those of half precision, float32.
+// Calls f with a value of the gradient's type: that of the student's logits or, beside those of half precision,
+// float32.
 template <class M, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f) {
     using Q = typename M::Student;
     if constexpr (sizeof(Q) < sizeof(float)) {

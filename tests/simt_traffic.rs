@@ -3,7 +3,7 @@
 mod simulated;
 
 use atkd::simt::machine::Buffer;
-use atkd::simt::{Extra, Simulation};
+use atkd::simt::{Extra, Simulation, Traffic};
 use atkd::{Batch, Divergence, Logits, LogitsMut, Objective, Output, reference};
 use half::bf16;
 use simulated::{Input, bytes, counts, in_teams, pipelined, streamed};
@@ -163,6 +163,21 @@ fn rows_on_chip_are_read_once() {
     }
 }
 
+/// The traffic of a call with a float32 gradient, which must be the reference's.
+fn traffic_of(objective: &Objective, batch: &Batch, student: Logits) -> Traffic {
+    let (tokens, vocab) = (student.tokens(), student.vocab());
+    let mut gradient = vec![f32::NAN; tokens * vocab];
+    let mut to = LogitsMut::new(&mut gradient, tokens, vocab).unwrap();
+    let extra = Extra::default();
+    let run = Simulation::default().run(objective, batch, student, Some(&mut to), extra);
+    let (_, traffic) = run.unwrap();
+    let (_, exact) = reference::forward_backward(objective, batch, student).unwrap();
+    for (g, exact) in gradient.iter().zip(exact) {
+        assert!((f64::from(*g) - exact).abs() <= 1e-6, "{g}, but exactly {exact}");
+    }
+    traffic
+}
+
 /// So are they for a float32 gradient, which is twice as large, and for cross entropy at another temperature: of rows that
 /// all start at chunks, and that do not.
 #[test]
@@ -177,16 +192,7 @@ fn rows_on_chip_are_read_once_for_a_wide_gradient() {
         (50_257, at_1, "row_pipelined_wide_at_1_bf16", 3),
     ] {
         let input = Input::new(2, vocab);
-        let (batch, student) = (input.batch(), input.view(&input.student));
-        let mut gradient = vec![f32::NAN; input.tokens * vocab];
-        let mut to = LogitsMut::new(&mut gradient, input.tokens, vocab).unwrap();
-        let extra = Extra::default();
-        let run = Simulation::default().run(&objective, &batch, student, Some(&mut to), extra);
-        let (_, traffic) = run.unwrap();
-        let (_, exact) = reference::forward_backward(&objective, &batch, student).unwrap();
-        for (g, exact) in gradient.iter().zip(exact) {
-            assert!((f64::from(*g) - exact).abs() <= 1e-6, "{g}, but exactly {exact}");
-        }
+        let traffic = traffic_of(&objective, &input.batch(), input.view(&input.student));
         let (volume, target) = ((input.tokens * vocab * 2) as u64, 2 * input.tokens as u64);
         for buffer in ["teacher", "student"] {
             assert_eq!(bytes(&traffic, kernel, buffer), (volume + blocks * target, 0), "{vocab}");
@@ -212,15 +218,7 @@ fn rows_on_chip_of_two_types_are_read_once() {
             ("row_pipelined_wide_bf16_f32", input.view(&input.teacher), wide_student),
         ] {
             let batch = Batch::new(teacher, &input.labels).unwrap();
-            let mut gradient = vec![f32::NAN; 2 * vocab];
-            let mut to = LogitsMut::new(&mut gradient, 2, vocab).unwrap();
-            let extra = Extra::default();
-            let run = Simulation::default().run(&objective, &batch, student, Some(&mut to), extra);
-            let (_, traffic) = run.unwrap();
-            let (_, exact) = reference::forward_backward(&objective, &batch, student).unwrap();
-            for (g, exact) in gradient.iter().zip(exact) {
-                assert!((f64::from(*g) - exact).abs() <= 1e-6, "{g}, but exactly {exact}");
-            }
+            let traffic = traffic_of(&objective, &batch, student);
             for (buffer, logits) in [("teacher", teacher), ("student", student)] {
                 let size = logits.dtype().size();
                 let expected = (size * 2 * (vocab + blocks)) as u64;

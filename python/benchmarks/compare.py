@@ -110,7 +110,7 @@ def head_variants():
         return lambda x, w, teacher_x, teacher_w: loss(linear(x, w), linear(teacher_x, teacher_w))
 
     def fused(**settings):
-        return functools.partial(linear_loss, target="teacher", **settings)
+        return functools.partial(atkd.linear_atkd_loss, target="teacher", **settings)
 
     def of_targets(definition):
         return lambda z, teacher, _: definition(z, teacher, teacher.argmax(-1))
@@ -137,10 +137,6 @@ def head_variants():
         losses += found
         skipped.update(missing)
     return losses, skipped
-
-
-def linear_loss(x, w, teacher_x, teacher_w, **settings):
-    return atkd.linear_atkd_loss(x, w, teacher_x, teacher_w, **settings)
 
 
 class Products(torch.autograd.Function):

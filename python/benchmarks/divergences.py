@@ -7,27 +7,20 @@ divergence, the median ratio of the rounds with its range, and the milliseconds 
 """
 
 import argparse
-import functools
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import atkd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benches"))
 
-import pytorch_baseline as eager  # noqa: E402
+import pytorch_baseline as eager
+from compare import DIVERGENCES, own
 
-LOSSES = [
-    ("KL", {"divergence": "forward-kl"}, eager.forward_kl),
-    ("reverse KL", {"divergence": "reverse-kl"}, eager.reverse_kl),
-    ("JSD", {"divergence": "jsd", "beta": 0.5}, eager.jsd),
-    ("TVD", {"divergence": "tvd"}, eager.tvd),
-    ("skew KL", {"divergence": "skew-kl", "beta": 0.1}, eager.skew_kl),
-    ("skew reverse KL", {"divergence": "skew-reverse-kl", "beta": 0.1}, eager.skew_reverse_kl),
-]
+# Eager PyTorch's, in the order of `DIVERGENCES`.
+EAGER = [eager.forward_kl, eager.reverse_kl, eager.jsd, eager.tvd, eager.skew_kl, eager.skew_reverse_kl]
 
 
 def milliseconds(loss, student, *constants, runs):
@@ -52,12 +45,12 @@ def main():
     student, teacher = (3 * torch.randn(shape, generator=random) for _ in range(2))
     batch = student.requires_grad_(), teacher, torch.randint(args.vocab, shape[:1], generator=random)
     print("| divergence | eager over this | this, ms | eager, ms |\n|---|---|---|---|")
-    for name, settings, of_eager in LOSSES:
-        own = functools.partial(atkd.atkd_loss, objective="plain", **settings)
+    for (name, *divergence), of_eager in zip(DIVERGENCES, EAGER):
+        of_package = own("plain", *divergence)
         rounds = sorted(
             (b / a, a, b)
             for a, b in (
-                (milliseconds(own, *batch, runs=30), milliseconds(of_eager, *batch, runs=8))
+                (milliseconds(of_package, *batch, runs=30), milliseconds(of_eager, *batch, runs=8))
                 for _ in range(args.rounds)
             )
         )

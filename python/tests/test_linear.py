@@ -13,7 +13,7 @@ from atkd._linear import LinearKeywords
 from support import SETTINGS as SETTINGS_OF_OPERATORS
 from torch.utils.checkpoint import checkpoint
 
-# Of the largest element, and of the loss.
+# The errors that are allowed: of a gradient over its largest element, and of the loss.
 GRADIENT, LOSS = 2e-5, 1e-5
 # Tokens, vocabulary, the models' hidden sizes.
 N, V, H, TEACHER_H = 60, 50, 16, 24
@@ -351,7 +351,7 @@ def test_float16_neither_overflows_nor_vanishes(reduction, by_module):
         x, None if by_module else head.weight, teacher_x, teacher_w, labels, student_head=head if by_module else None,
         chunk_tokens=500, logits_dtype=torch.float16, reduction=reduction,
     )  # fmt: skip
-    # As a scaler of gradients does, without which those of hidden states vanish in float16.
+    # A scaler of gradients multiplies the loss likewise; without it those of hidden states vanish in float16.
     times = 1.0 if reduction == "sum" else 1024.0
     found = torch.autograd.grad((loss * upstream).sum() * times, leaves)
     # The logits' own rounding aside.
@@ -364,7 +364,7 @@ def test_tokens_that_are_equal():
         each[10:40] = each[41].clone()
     exact, (_, *gradients), exact_stats = exactly(student, teacher, labels)
     loss, (_, *found), stats = ours(student, teacher, labels, chunk_tokens=4)
-    # Which of them are hard their margins' last bits decide.
+    # The last bits of their margins decide which of them are hard.
     assert torch.equal(stats.hard, atkd.select_hard(stats.margin, 0.5, valid=labels != -100))
     assert stats.hard.sum() == exact_stats[3].sum()
     assert abs(loss.item() - exact) <= LOSS * exact

@@ -61,8 +61,8 @@ pub(super) fn problem(objective: &Objective, call: &RawCall) -> Problem {
     }
 }
 
-/// Whether all rows of both start equally many elements after multiples of 16 bytes, or as many elements as both have in
-/// whole 16 bytes more.
+/// Returns true if all rows of both start equally many elements after multiples of 16 bytes, modulo the elements that both
+/// have in whole 16 bytes.
 fn aligned_alike(one: RawLogits, other: RawLogits, tokens: usize) -> bool {
     let period = 16 / one.dtype.size().max(other.dtype.size()) as i64;
     let offsets = |logits: RawLogits| {

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _native
 from ._checks import DTYPES
 
-# Of float32, which a weight in half precision is made on the CPU, a part of its rows at a time.
+# The float32 copy of a weight in half precision has so many bytes on the CPU, where it is made of a part of its rows at a time.
 _TILE_BYTES = 16 << 20
 
 # The tokens of a chunk: every so many-th, or those at indices.
@@ -48,7 +48,7 @@ class Autocast:
         self.state = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
     def context(self) -> torch.autocast:
-        # What is cast where gradients are off would otherwise be found where they are on.
+        # A cache would hand out what was cast where gradients are off to where they are on.
         return torch.autocast(*self.state, cache_enabled=False)
 
 
@@ -83,52 +83,57 @@ class Linear:
         return logits if self.bias is None else logits.add_(self.bias)
 
 
-class Gradients(NamedTuple):
-    """Those of the student's hidden states, weight and bias; what nobody asked for is None."""
+# The gradients of the student's hidden states, weight and bias; those that nobody asked for have no elements.
+Gradients = Tuple[Tensor, Tensor, Tensor]
 
-    hidden: Optional[Tensor]
-    weight: Optional[Tensor]
-    bias: Optional[Tensor]
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], wanted: Tuple[bool, bool, bool]
+) -> Gradients:
+    """Memory for them."""
+    of_hidden, of_weight, of_bias = wanted
+    of_rows = weight.shape[:1] if bias is None else bias.shape
+    return (
+        _native.empty_gradient(hidden, of_hidden),
+        weight.new_empty(weight.shape if of_weight else 0, dtype=torch.float32),
+        weight.new_empty(of_rows if of_bias else 0, dtype=torch.float32),
+    )
 
 
 class Student(Linear):
-    """The student's last layer, which collects gradients."""
+    """The student's last layer, which collects the gradients that are wanted. Those of weight and bias have rows for the
+    columns that are no tokens too, and start as 0.
+    """
 
-    def __init__(self, *layer: Any, wanted: Tuple[bool, bool, bool], columns: int) -> None:
+    logits_are_kept = False
+
+    def __init__(
+        self, *layer: Any, wanted: Tuple[bool, bool, bool], collected: Gradients
+    ) -> None:
         super().__init__(*layer)
-        self.with_gradient = any(wanted)
-        self.logits_are_kept = False
+        self.wanted, self.with_gradient = wanted, any(wanted)
+        of_hidden, of_weight, of_bias = collected
+        self.collected = of_hidden.view(-1, self.hidden.shape[1]), of_weight.zero_(), of_bias.zero_()
         # float16 loses what is below 6e-8, and the gradient of a mean is about one over the number of tokens.
         self.scales_last = self.hidden.dtype == torch.float16 and not self.upcasts
-        hidden, weight, bias = wanted
-        dtype = self.hidden.dtype
-        of_hidden = torch.float32 if dtype == torch.float16 else dtype
-        self.gradients = Gradients(
-            self.hidden.new_zeros(self.hidden.shape, dtype=of_hidden) if hidden else None,
-            # Of the columns that are no tokens too.
-            self.weight.new_zeros((columns, self.weight.shape[1]), dtype=torch.float32) if weight else None,
-            self.weight.new_zeros(columns, dtype=torch.float32) if bias else None,
-        )
 
-    def multiply(self, factor: Tensor) -> None:
-        """Multiplies all gradients."""
-        for gradient in self.gradients:
-            if gradient is not None:
-                gradient.mul_(factor)
+    def gradients(self) -> List[Optional[Tensor]]:
+        return [*self.collected]
 
     def add(self, gradient: Tensor, at: At, sign: float = 1.0) -> None:
         """Adds what follows from the gradient `[n, V]` of the logits of a chunk; with sign -1 takes it from the weight's and
         the bias's gradients alone.
         """
-        by_hidden, by_weight, by_bias = self.gradients
-        if by_bias is not None:
+        by_hidden, by_weight, by_bias = self.collected
+        of_hidden, of_weight, of_bias = self.wanted
+        if of_bias:
             by_bias[: len(self.weight)].add_(gradient.sum(0, dtype=torch.float32), alpha=sign)
         hidden, weight = self.hidden[at], self.weight
         if self.upcasts:
             hidden = hidden.float()
         else:
             gradient = gradient.to(weight.dtype)
-        if by_hidden is not None and sign > 0:
+        if of_hidden and sign > 0:
             if self.upcasts:
                 products = torch.zeros_like(hidden)
                 for tile in self.tiles():
@@ -136,7 +141,7 @@ class Student(Linear):
             else:
                 products = torch.mm(gradient, weight)
             by_hidden[at] = products.to(by_hidden.dtype)
-        if by_weight is not None:
+        if of_weight:
             for tile in self.tiles():
                 _add_product(by_weight[tile], gradient[:, tile].T, hidden, sign)
 
@@ -152,6 +157,9 @@ def _add_product(to: Tensor, one: Tensor, other: Tensor, sign: float) -> None:
 class Module:
     """A student's last layer that is a module: its gradients are those of autograd."""
 
+    # Autograd may need them.
+    logits_are_kept = True
+
     def __init__(
         self,
         hidden: Tensor,
@@ -166,8 +174,6 @@ class Module:
         self.autocast = autocast
         self.parameters = [each for each in module.parameters() if each.requires_grad]
         self.with_gradient = any(wanted)
-        # Autograd may need them.
-        self.logits_are_kept = True
         hidden_too, self.with_parameters = wanted
         self.scales_last = self.hidden.dtype == torch.float16
         self.by_hidden = (
@@ -194,12 +200,6 @@ class Module:
                 )
             self.graph = hidden, made[:, : self.vocab]
         return self.graph[1].detach()
-
-    def multiply(self, factor: Tensor) -> None:
-        """Multiplies all gradients."""
-        for gradient in (self.by_hidden, *self.by_parameters):
-            if gradient is not None:
-                gradient.mul_(factor)
 
     def gradients(self) -> List[Optional[Tensor]]:
         """Those of hidden states and parameters."""
@@ -242,11 +242,11 @@ class Selection:
         self.ratio: float = settings["hard_ratio"]
         self.margins = torch.full(valid.shape, -math.inf, dtype=torch.float32, device=valid.device)
         self.known = torch.zeros_like(valid)
-        # By margins that the terms may have otherwise in the last bit.
-        self.decided = False
+        self.offsets: Optional[Tensor] = None
+        if sequences > 1:
+            self.offsets = _native.offsets_of(sequences, len(valid) // sequences, valid.device)
 
-    def add(self, margins: Tensor, at: At, decided: bool = True) -> None:
-        self.decided = decided
+    def add(self, margins: Tensor, at: At) -> None:
         self.margins[at] = margins.where(self.valid[at], -math.inf)
         self.known[at] = self.valid[at]
 
@@ -262,12 +262,8 @@ class Selection:
             ascending = margins.where(known, math.inf).sort(-1).values
             at = (known.sum(-1, keepdim=True) - 1).div(2, rounding_mode="floor").clamp_(min=0)
             return ((margins >= ascending.gather(-1, at)) & known).view(-1)
-        offsets = None
-        if self.sequences > 1:
-            length = len(self.valid) // self.sequences
-            offsets = torch.arange(self.sequences + 1, device=self.valid.device) * length
         hard = torch.empty_like(self.known)
-        _native.run_selection(self.margins, self.known, offsets, self.ratio, hard)
+        _native.run_selection(self.margins, self.known, self.offsets, self.ratio, hard)
         return hard
 
 
@@ -316,7 +312,7 @@ class Call:
         self.of_groups: Optional[Tuple[Tensor, Tensor]] = None
         if settings["reduction"] == "group-mean":
             self.of_groups = self._group_factors(number)
-        # What the tokens' weights are multiples of.
+        # The unit in which the tokens' weights are given to the native side, if it is not 1.
         self.unit: Optional[Tensor] = None
         if student.scales_last and tokens.weights is not None:
             # They may be the small factors that a mean has.
@@ -362,16 +358,19 @@ class Call:
             # Before the next ones.
             del teacher
             if selects and not matters:
-                self.selection.add(self.terms[3, at], at, decided=False)
+                self.selection.add(self.terms[3, at], at)
         if self.hard is None:
             self.hard = self.selection.hard()
             if matters and len(self.chunks) > 1:
                 self._repair(((hard != self.hard) & self.valid).nonzero().squeeze(1), self.hard)
         if self.student.scales_last:
-            self.student.multiply(self.scale.float())
+            for gradient in self.student.gradients():
+                if gradient is not None:
+                    gradient.mul_(self.scale.float())
         if self.unit is not None:
             self.terms[4] *= self.unit
-        if self.selection.decided:
+        if self.tokens.hard is None:
+            # The terms may have other last bits.
             self.terms[3] = self.selection.margins
         return (self.losses.sum() * self.scale).float(), self.hard
 
@@ -396,15 +395,12 @@ class Call:
         gradient: Optional[Tensor] = None
         parts = self._parts(hard)
         for settings, factors in parts:
-            weighted = weights
-            if factors is not None:
-                weighted = factors if weights is None else weights * factors
             to = None
             if self.student.with_gradient:
                 overwrites = settings is parts[-1][0] and not self.student.logits_are_kept
                 to = student if overwrites else torch.empty_like(student)
-            scale = torch.ones_like(self.scale) if self.student.scales_last else self.scale
-            given = labels, scale.float(), hard, weighted, temperatures, to
+            scale = None if self.student.scales_last else self.scale.float()
+            given = labels, scale, hard, _native.product(weights, factors), temperatures, to
             _, stats = _native.run_loss(student, teacher, *given, False, None, settings, True)
             assert stats is not None
             found, _ = stats

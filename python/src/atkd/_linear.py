@@ -1,11 +1,22 @@
 """The loss from the hidden states and the last layers of both models: as an operator, a function and a module."""
 
-from typing import TYPE_CHECKING, Any, Dict, List, Literal, Optional, Tuple, Union, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    List,
+    Literal,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+    overload,
+)
 
 import torch
 from torch import Tensor
 
-from . import _atkd, _autograd, _checks, _head, _loss, _operator, _private, _settings
+from . import _atkd, _autograd, _checks, _head, _loss, _native, _operator, _private, _settings
 from ._loss import ATKDLoss, SharedKeywords, Stats
 
 if TYPE_CHECKING:
@@ -15,6 +26,50 @@ MEMORY_BUDGET = 512 << 20
 
 # The loss; the gradients of hidden states, weight and bias, empty unless wanted; the terms; which tokens are hard.
 Results = Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Given(NamedTuple):
+    """The arguments of the operator before the settings."""
+
+    student_hidden: Tensor
+    student_weight: Any  # None behind a module
+    student_bias: Optional[Tensor]
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Optional[Tensor]
+    labels: Optional[Tensor]
+    scale: Optional[Tensor]
+    hard: Optional[Tensor]
+    token_weights: Optional[Tensor]
+    temperatures: Optional[Tensor]
+    teacher_log_prob: Optional[Tensor]
+    with_hidden: bool
+    with_weight: bool
+    with_bias: bool
+    per_sequence: bool
+    vocab_size: Optional[int]
+    chunk_tokens: Optional[int]
+    memory_budget: int
+    logits_dtype: Optional[torch.dtype]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The tokens'."""
+        return self.student_hidden.shape[:-1]
+
+    @property
+    def wanted(self) -> Tuple[bool, bool, bool]:
+        return self.with_hidden, self.with_weight, self.with_bias
+
+
+# The first fields are tensors, which autograd saves.
+TENSORS = Given._fields.index("with_hidden")
+
+
+def _split(arguments: Tuple[Any, ...]) -> Tuple[Given, Dict[str, Any]]:
+    """The operator's arguments, its settings by name."""
+    count = len(Given._fields)
+    return Given(*arguments[:count]), _settings.named(arguments[count:])
 
 
 def _check_layer(
@@ -45,8 +100,9 @@ def _check_layer(
         )
 
 
-def _vocab(student: Optional[Tensor], teacher: Tensor, vocab_size: Optional[int]) -> int:
+def _vocab(given: Given) -> int:
     """The number of the tokens, from the weights of both models."""
+    student, teacher, vocab_size = given.student_weight, given.teacher_weight, given.vocab_size
     rows = teacher.shape[0]
     if vocab_size is None:
         if student is not None and student.shape[0] != rows:
@@ -64,54 +120,34 @@ def _vocab(student: Optional[Tensor], teacher: Tensor, vocab_size: Optional[int]
     return vocab_size
 
 
-def _check(
-    student_hidden: Tensor,
-    student_weight: Optional[Tensor],
-    student_bias: Optional[Tensor],
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Optional[Tensor],
-    labels: Optional[Tensor],
-    scale: Optional[Tensor],
-    hard: Optional[Tensor],
-    token_weights: Optional[Tensor],
-    temperatures: Optional[Tensor],
-    teacher_log_prob: Optional[Tensor],
-    per_sequence: bool,
-    vocab_size: Optional[int],
-    chunk_tokens: Optional[int],
-    memory_budget: int,
-    logits_dtype: Optional[torch.dtype],
-    settings: Dict[str, Any],
-) -> None:
+def _check(given: Given, settings: Dict[str, Any]) -> None:
     """Raises unless these are what a loss follows from."""
-    _check_layer("student", student_hidden, student_weight, student_bias)
-    _check_layer("teacher", teacher_hidden, teacher_weight, teacher_bias)
-    _vocab(student_weight, teacher_weight, vocab_size)
-    shape = student_hidden.shape
-    if teacher_hidden.shape[:-1] != shape[:-1]:
+    student, teacher, log_prob = given.student_hidden, given.teacher_hidden, given.teacher_log_prob
+    _check_layer("student", student, given.student_weight, given.student_bias)
+    _check_layer("teacher", teacher, given.teacher_weight, given.teacher_bias)
+    _vocab(given)
+    if teacher.shape[:-1] != given.shape:
         raise ValueError(
-            f"student_hidden are {list(shape)}, but teacher_hidden are {list(teacher_hidden.shape)}: "
+            f"student_hidden are {list(student.shape)}, but teacher_hidden are {list(teacher.shape)}: "
             "they must be of the same tokens"
         )
-    if _checks.are_apart(teacher_hidden, student_hidden):
+    if _checks.are_apart(teacher, student):
         raise ValueError(
-            f"student_hidden are on {student_hidden.device}, but teacher_hidden on {teacher_hidden.device}"
+            f"student_hidden are on {student.device}, but teacher_hidden on {teacher.device}"
         )
-    _checks.check_tokens(
-        "student_hidden", student_hidden, labels, scale, hard, token_weights, temperatures, settings
-    )
-    if teacher_log_prob is not None:
-        like = "student_hidden", student_hidden, shape[:-1], torch.float32
-        _checks.check_mask("teacher_log_prob", teacher_log_prob, *like)
-    if per_sequence and len(shape) != 3:
+    of_tokens = given.labels, given.scale, given.hard, given.token_weights, given.temperatures
+    _checks.check_tokens("student_hidden", student, *of_tokens, settings)
+    if log_prob is not None:
+        like = "student_hidden", student, given.shape, torch.float32
+        _checks.check_mask("teacher_log_prob", log_prob, *like)
+    if given.per_sequence and len(given.shape) != 2:
         raise ValueError(
-            f'selection="sequence" needs hidden states [B, T, H], but they are {list(shape)}'
+            f'selection="sequence" needs hidden states [B, T, H], but they are {list(student.shape)}'
         )
-    _check_sizes(chunk_tokens, memory_budget, logits_dtype)
-    if logits_dtype not in (None, torch.float32, student_hidden.dtype):
+    _check_sizes(given.chunk_tokens, given.memory_budget, given.logits_dtype)
+    if given.logits_dtype not in (None, torch.float32, student.dtype):
         raise TypeError(
-            f"logits_dtype is {logits_dtype}, but must be float32 or the {student_hidden.dtype} of the hidden states"
+            f"logits_dtype is {given.logits_dtype}, but must be float32 or the {student.dtype} of the hidden states"
         )
 
 
@@ -181,98 +217,45 @@ def _check_values(
 
 
 def _call(
-    student: Any,
+    student: Union[_head.Student, _head.Module],
+    given: Given,
     vocab: int,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Optional[Tensor],
-    tokens: _head.Tokens,
-    scale: Optional[Tensor],
-    teacher_log_prob: Optional[Tensor],
-    shape: torch.Size,
-    per_sequence: bool,
     chunk_tokens: int,
-    teacher_dtype: torch.dtype,
     settings: Dict[str, Any],
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The loss, the terms, and which tokens are hard. The gradients are the student's."""
     _atkd.Objective(**settings)
-    tokens = _head.Tokens(*[None if each is None else each.reshape(-1) for each in tokens])
-    log_prob = None if teacher_log_prob is None else teacher_log_prob.reshape(-1)
+    own = given.labels, given.hard, given.token_weights, given.temperatures, given.teacher_log_prob
+    *flat, log_prob = [None if each is None else each.reshape(-1) for each in own]
+    tokens = _head.Tokens(*flat)
     _check_values(tokens, log_prob, vocab, settings["ignore_index"])
+    hidden, bias = given.teacher_hidden, given.teacher_bias
     teacher = _head.Linear(
-        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight[:vocab],
-        None if teacher_bias is None else teacher_bias[:vocab],
-        teacher_dtype,
+        hidden.reshape(-1, hidden.shape[-1]),
+        given.teacher_weight[:vocab],
+        None if bias is None else bias[:vocab],
+        _logits_dtype(hidden, given.logits_dtype),
     )
-    call = _head.Call(
-        student,
-        teacher,
-        tokens,
-        scale,
-        log_prob,
-        shape[0] if per_sequence else 1,
-        chunk_tokens,
-        settings,
-    )
-    loss, hard = call.run()
-    return loss, call.terms.view(5, *shape), hard.view(shape)
+    sequences = given.shape[0] if given.per_sequence else 1
+    # Autocast would round what was chosen not to be rounded.
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        call = _head.Call(
+            student, teacher, tokens, given.scale, log_prob, sequences, chunk_tokens, settings
+        )
+        loss, hard = call.run()
+    return loss, call.terms.view(5, *given.shape), hard.view(given.shape)
 
 
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], wanted: Tuple[bool, bool, bool]
-) -> List[Tensor]:
-    of_hidden, of_weight, of_bias = wanted
-    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    none = hidden.new_empty(0, dtype=torch.float32)
-    return [
-        hidden.new_empty(hidden.shape, dtype=dtype) if of_hidden else none,
-        weight.new_empty(weight.shape, dtype=torch.float32) if of_weight else none.clone(),
-        bias.new_empty(bias.shape, dtype=torch.float32)
-        if bias is not None and of_bias
-        else none.clone(),
-    ]
-
-
-def _fake_linear_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Optional[Tensor],
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Optional[Tensor],
-    labels: Optional[Tensor],
-    scale: Optional[Tensor],
-    hard: Optional[Tensor],
-    token_weights: Optional[Tensor],
-    temperatures: Optional[Tensor],
-    teacher_log_prob: Optional[Tensor],
-    with_hidden: bool,
-    with_weight: bool,
-    with_bias: bool,
-    per_sequence: bool,
-    vocab_size: Optional[int],
-    chunk_tokens: Optional[int],
-    memory_budget: int,
-    logits_dtype: Optional[torch.dtype],
-    *settings: Any,
-) -> Results:
-    layers = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight
-    of_tokens = labels, scale, hard, token_weights, temperatures, teacher_log_prob
-    sizes = vocab_size, chunk_tokens, memory_budget, logits_dtype
-    named = _settings.named(settings)
-    _check(*layers, teacher_bias, *of_tokens, per_sequence, *sizes, named)
-    wanted = with_hidden, with_weight, with_bias
-    hidden, weight, bias = _empty_gradients(student_hidden, student_weight, student_bias, wanted)
-    shape = student_hidden.shape[:-1]
+def _fake_linear_loss(*arguments: Any) -> Results:
+    given, settings = _split(arguments)
+    _check(given, settings)
+    hidden = given.student_hidden
+    layer = hidden, given.student_weight, given.student_bias
     return (
-        student_hidden.new_empty((), dtype=torch.float32),
-        hidden,
-        weight,
-        bias,
-        student_hidden.new_empty((5, *shape), dtype=torch.float32),
-        student_hidden.new_empty(shape, dtype=torch.bool),
+        hidden.new_empty((), dtype=torch.float32),
+        *_head.empty_gradients(*layer, given.wanted),
+        hidden.new_empty((5, *given.shape), dtype=torch.float32),
+        hidden.new_empty(given.shape, dtype=torch.bool),
     )
 
 
@@ -284,77 +267,32 @@ def _fake_linear_loss(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_loss,
 )
-def linear_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Optional[Tensor],
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Optional[Tensor],
-    labels: Optional[Tensor],
-    scale: Optional[Tensor],
-    hard: Optional[Tensor],
-    token_weights: Optional[Tensor],
-    temperatures: Optional[Tensor],
-    teacher_log_prob: Optional[Tensor],
-    with_hidden: bool,
-    with_weight: bool,
-    with_bias: bool,
-    per_sequence: bool,
-    vocab_size: Optional[int],
-    chunk_tokens: Optional[int],
-    memory_budget: int,
-    logits_dtype: Optional[torch.dtype],
-    *settings: Any,
-) -> Results:
+def linear_loss(*arguments: Any) -> Results:
     """The loss; the gradients of hidden states (float32 for float16), weight and bias (float32), each empty unless wanted;
     uncertainty, TKD, DKD, margin, loss as `[5, *tokens]`; which tokens are hard.
     """
-    layers = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight
-    of_tokens = labels, scale, hard, token_weights, temperatures, teacher_log_prob
-    sizes = vocab_size, chunk_tokens, memory_budget, logits_dtype
-    named = _settings.named(settings)
-    _check(*layers, teacher_bias, *of_tokens, per_sequence, *sizes, named)
-    _checks.check_device("student_hidden", student_hidden)
-    named = _settings.resolved(named, student_hidden)
-    vocab = _vocab(student_weight, teacher_weight, vocab_size)
-    student_dtype = _logits_dtype(student_hidden, logits_dtype)
-    teacher_dtype = _logits_dtype(teacher_hidden, logits_dtype)
+    given, settings = _split(arguments)
+    _check(given, settings)
+    hidden, weight, bias = given.student_hidden, given.student_weight, given.student_bias
+    _checks.check_device("student_hidden", hidden)
+    settings = _settings.resolved(settings, hidden)
+    vocab = _vocab(given)
+    student_dtype = _logits_dtype(hidden, given.logits_dtype)
+    chunk_tokens = given.chunk_tokens
     if chunk_tokens is None:
-        dtypes = student_dtype, teacher_dtype
-        chunk_tokens = _chunk_tokens(memory_budget, student_hidden, vocab, *dtypes, named)
-    # Autocast would round what was chosen not to be rounded.
-    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        student = _head.Student(
-            student_hidden.reshape(-1, student_hidden.shape[-1]),
-            student_weight[:vocab],
-            None if student_bias is None else student_bias[:vocab],
-            student_dtype,
-            wanted=(with_hidden, with_weight, with_bias),
-            columns=student_weight.shape[0],
-        )
-        value, terms, chosen = _call(
-            student,
-            vocab,
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
-            _head.Tokens(labels, hard, token_weights, temperatures),
-            scale,
-            teacher_log_prob,
-            student_hidden.shape[:-1],
-            per_sequence,
-            chunk_tokens,
-            teacher_dtype,
-            named,
-        )
-    hidden, weight, bias = (
-        student_hidden.new_empty(0, dtype=torch.float32) if each is None else each
-        for each in student.gradients
+        dtypes = student_dtype, _logits_dtype(given.teacher_hidden, given.logits_dtype)
+        chunk_tokens = _chunk_tokens(given.memory_budget, hidden, vocab, *dtypes, settings)
+    gradients = _head.empty_gradients(hidden, weight, bias, given.wanted)
+    student = _head.Student(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight[:vocab],
+        None if bias is None else bias[:vocab],
+        student_dtype,
+        wanted=given.wanted,
+        collected=gradients,
     )
-    if with_hidden:
-        hidden = hidden.view(student_hidden.shape)
-    return value, hidden, weight, bias, terms, chosen
+    value, terms, chosen = _call(student, given, vocab, chunk_tokens, settings)
+    return value, *gradients, terms, chosen
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Results) -> None:
@@ -363,7 +301,7 @@ def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Results) -> None:
     # Else backward gets zeros as large as the gradients, for the outputs that have none.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
-    ctx.wanted = inputs[12:15]
+    ctx.wanted = _split(inputs)[0].wanted
     ctx.others = len(inputs) - 3
 
 
@@ -392,26 +330,29 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tuple[Tensor, Tensor, Tensor]:
-        tensors, wanted, rest = inputs[:12], inputs[12:15], inputs[15:]
-        *_, terms, chosen = linear_loss(*tensors, False, False, False, *rest)
+        given, _ = _split(inputs)
+        ctx.settings = inputs[len(given) :]
+        without = given._replace(with_hidden=False, with_weight=False, with_bias=False)
+        *_, terms, chosen = linear_loss(*without, *ctx.settings)
         ctx.mark_non_differentiable(terms, chosen)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:8], chosen, *tensors[9:])
-        ctx.wanted, ctx.rest = wanted, rest
+        tensors, ctx.rest = given[:TENSORS], given[TENSORS:]
+        ctx.save_for_backward(*tensors, chosen)
         return terms[-1].clone(), terms, chosen
 
     @staticmethod
     def backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(_autograd.NO_SECOND_DERIVATIVE)
-        others = [None] * (12 + len(ctx.rest))
+        others = [None] * (len(ctx.needs_input_grad) - 3)
         if upstream is None:
             return None, None, None, *others
-        *first, token_weights, temperatures, log_prob = ctx.saved_tensors
-        weights = upstream if token_weights is None else upstream * token_weights
-        tensors = *first, weights, temperatures, log_prob
-        _, *gradients, _, _ = linear_loss(*tensors, *ctx.wanted, *ctx.rest)
-        return (*[g if wanted else None for g, wanted in zip(gradients, ctx.wanted)], *others)
+        *tensors, chosen = ctx.saved_tensors
+        given = Given(*tensors, *ctx.rest)
+        weights = _native.product(upstream, given.token_weights)
+        given = given._replace(hard=chosen, token_weights=weights)
+        _, *gradients, _, _ = linear_loss(*given, *ctx.settings)
+        return (*[g if wanted else None for g, wanted in zip(gradients, given.wanted)], *others)
 
 
 class _ByModule(torch.autograd.Function):
@@ -447,13 +388,13 @@ class _ByModule(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
-def _cast_for_autocast(*tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
+def _cast_for_autocast(hidden: Tensor, *others: Optional[Tensor]) -> List[Optional[Tensor]]:
     """The tensors as `torch.nn.functional.linear` would take them."""
-    (device,) = {each.device.type for each in tensors[:1] if each is not None}
+    device = hidden.device.type
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return [hidden, *others]
     dtype = torch.get_autocast_dtype(device)
-    return [None if each is None else each.to(dtype) for each in tensors]
+    return [None if each is None else each.to(dtype) for each in (hidden, *others)]
 
 
 class LinearKeywords(SharedKeywords, total=False):
@@ -575,7 +516,7 @@ def linear_atkd_loss(
         ValueError: for shapes or devices that do not go together, a setting outside its domain, and, on the CPU, a label
             that names no token of the vocabulary.
     """
-    given = {
+    tensors = {
         "student_hidden": student_hidden,
         "student_weight": student_weight,
         "student_bias": student_bias,
@@ -600,7 +541,7 @@ def linear_atkd_loss(
         raise RuntimeError(
             "linear_atkd_loss has no derivative for torch.func and forward mode: take atkd_loss of the logits"
         )
-    for name, tensor in given.items():
+    for name, tensor in tensors.items():
         if tensor is not None or name not in optional:
             _loss.check_tensor(name, tensor, "are" if name.endswith("hidden") else "is")
     if teacher_log_prob is not None:
@@ -621,88 +562,59 @@ def linear_atkd_loss(
     labels, scale, temperatures, per_sequence, per_token, settings = prepared
     teacher: Any = _cast_for_autocast(teacher_hidden, teacher_weight, teacher_bias)
     teacher = [None if each is None else each.detach() for each in teacher]
-    of_tokens = labels, scale, hard, token_weights, temperatures, teacher_log_prob
-    sizes = vocab_size, chunk_tokens, memory_budget, logits_dtype
-    loss: Tensor
-    stats: Any
-    if student_head is not None:
-        loss, *stats = _outside_graphs(
-            student_head, student_hidden, teacher, of_tokens, per_sequence, sizes, settings, per_token
-        )
-        return (loss, _loss.stats_of(*stats)) if return_stats else loss
-    student: Any = _cast_for_autocast(student_hidden, student_weight, student_bias)
+    student: Any = [student_hidden, None, None]
+    if student_head is None:
+        student = _cast_for_autocast(student_hidden, student_weight, student_bias)
     wanted = [
         each is not None and each.requires_grad and torch.is_grad_enabled() for each in student
     ]
-    arguments = *student, *teacher, *of_tokens, *wanted, per_sequence, *sizes
-    if per_token:
-        loss, *stats = _TokenLosses.apply(*arguments, *_settings.for_operator(settings))
+    of_tokens = labels, scale, hard, token_weights, temperatures, teacher_log_prob
+    sizes = vocab_size, chunk_tokens, memory_budget, logits_dtype
+    arguments: Any = (*student, *teacher, *of_tokens, *wanted, per_sequence, *sizes)
+    given = Given(*arguments)
+    loss: Tensor
+    stats: Any
+    if student_head is not None:
+        loss, *stats = _outside_graphs(student_head, given, settings, per_token)
+    elif per_token:
+        loss, *stats = _TokenLosses.apply(*given, *_settings.for_operator(settings))
     else:
-        loss, _, _, _, *stats = linear_loss(*arguments, *_settings.for_operator(settings))
+        loss, _, _, _, *stats = linear_loss(*given, *_settings.for_operator(settings))
     return (loss, _loss.stats_of(*stats)) if return_stats else loss
 
 
 def _behind_module(
-    module: torch.nn.Module,
-    student_hidden: Tensor,
-    teacher: Any,
-    of_tokens: Any,
-    per_sequence: bool,
-    sizes: Any,
-    settings: Dict[str, Any],
-    per_token: bool,
+    module: torch.nn.Module, given: Given, settings: Dict[str, Any], per_token: bool
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """The loss or the losses, the terms, and which tokens are hard. `teacher` is the teacher's hidden states, weight and
-    bias, `of_tokens` and `sizes` are as the operator takes them.
-    """
-    teacher_hidden, teacher_weight, teacher_bias = teacher
-    named = {"numbers": None, **settings}
-    given: Any = (student_hidden, None, None, *teacher, *of_tokens, per_sequence, *sizes, named)
-    _check(*given)
-    numbers = {
+    """The loss or the losses, the terms, and which tokens are hard."""
+    _check(given, {"numbers": None, **settings})
+    settings = {
         name: value.item() if isinstance(value, Tensor) else value for name, value in settings.items()
     }
-    labels, scale, given_hard, token_weights, temperatures, log_prob = of_tokens
-    vocab_size, chunk_tokens, memory_budget, logits_dtype = sizes
-    vocab = _vocab(None, teacher_weight, vocab_size)
-    teacher_dtype = _logits_dtype(teacher_hidden, logits_dtype)
+    vocab, has_padding = _vocab(given), given.vocab_size is not None
+    chunk_tokens = given.chunk_tokens
     if chunk_tokens is None:
         # The student's logits, what autograd keeps of them, and their gradient.
         wide = torch.float32, torch.float32
-        chunk_tokens = _chunk_tokens(memory_budget, teacher_hidden, 2 * vocab, *wide, numbers)
-    hidden, autocast = student_hidden.detach(), _head.Autocast(student_hidden.device)
+        of_teacher = given.memory_budget, given.teacher_hidden, 2 * vocab
+        chunk_tokens = _chunk_tokens(*of_teacher, *wide, settings)
+    hidden, autocast = given.student_hidden, _head.Autocast(given.student_hidden.device)
+    without_graph = given._replace(student_hidden=hidden.detach())
 
     def run(
         wanted: Tuple[bool, bool], upstream: Optional[Tensor], hard: Optional[Tensor]
     ) -> Tuple[_head.Module, Tensor, Tensor, Tensor]:
-        weights = token_weights
-        if upstream is not None:
-            weights = upstream if weights is None else upstream * weights
-        student = _head.Module(hidden, module, vocab, vocab_size is not None, autocast, wanted)
-        tokens = _head.Tokens(labels, given_hard if hard is None else hard, weights, temperatures)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            found = _call(
-                student,
-                vocab,
-                teacher_hidden,
-                teacher_weight,
-                teacher_bias,
-                tokens,
-                scale,
-                log_prob,
-                hidden.shape[:-1],
-                per_sequence,
-                chunk_tokens,
-                teacher_dtype,
-                numbers,
-            )
-        return (student, *found)
+        now = without_graph._replace(
+            token_weights=_native.product(upstream, given.token_weights),
+            hard=given.hard if hard is None else hard,
+        )
+        student = _head.Module(now.student_hidden, module, vocab, has_padding, autocast, wanted)
+        return (student, *_call(student, now, vocab, chunk_tokens, settings))
 
     parameters = [each for each in module.parameters() if each.requires_grad]
-    differentiates = torch.is_grad_enabled()
-    wanted = differentiates and student_hidden.requires_grad, differentiates and bool(parameters)
+    wanted = given.with_hidden, torch.is_grad_enabled() and bool(parameters)
     result: Tuple[Tensor, Tensor, Tensor] = _ByModule.apply(
-        run, per_token, wanted, student_hidden, *parameters
+        run, per_token, wanted, hidden, *parameters
     )
     return result
 

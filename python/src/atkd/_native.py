@@ -125,6 +125,18 @@ def _sequences(offsets: Optional[Tensor]) -> Optional[Tuple[int, int]]:
     return None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1)
 
 
+def product(one: Optional[Tensor], other: Optional[Tensor]) -> Optional[Tensor]:
+    """The product, in which None counts as 1."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one * other
+
+
+def offsets_of(sequences: int, length: int, device: torch.device) -> Tensor:
+    """Where sequences of one length start and end, int64 `[sequences + 1]`."""
+    return torch.arange(sequences + 1, dtype=torch.int64, device=device) * length
+
+
 def _queue() -> Tuple[int, int]:
     """The current device and stream."""
     return torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
@@ -192,7 +204,7 @@ def run_loss(
     offsets = None
     if per_sequence:
         batch, length = teacher.shape[:2]
-        offsets = torch.arange(batch + 1, dtype=torch.int64, device=student.device) * length
+        offsets = offsets_of(batch, length, student.device)
     # Each has a name, and so lives until the call is over.
     student_rows, teacher_rows = rows(student), rows(teacher)
     gradient_rows = None if gradient is None else rows(gradient)

@@ -5,7 +5,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import _operator
+from . import _native, _operator
 from ._autograd import NO_SECOND_DERIVATIVE, for_student
 from ._transforms import NotTwiceDifferentiable, Transformed
 
@@ -95,9 +95,7 @@ def _gradient(ctx: Any, upstream: Optional[Tensor], *, transformed: bool = False
     """The gradient of each token's loss, times `upstream` of the token."""
     student, teacher, labels, chosen, token_weights, temperatures = ctx.saved_tensors
     per_sequence, vocab_size, settings = ctx.flags
-    weights = token_weights
-    if upstream is not None:
-        weights = upstream if token_weights is None else upstream * token_weights
+    weights = _native.product(upstream, token_weights)
     tensors = student, teacher, labels, None, chosen, weights, temperatures
     with_gradient = True
     gradient: Tensor
