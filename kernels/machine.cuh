@@ -231,6 +231,9 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
                  "r"(value.word[2]), "r"(value.word[3])
                  : "memory");
 }
+ATKD_DEVICE void store8(void *at, uint32_t first, uint32_t second) {
+    asm volatile("st.global.cs.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(first), "r"(second) : "memory");
+}
 
 // One relaxed 128-bit access: atomic as a whole, unordered with everything else. For co-resident blocks.
 ATKD_DEVICE void store_message(Bytes16 *at, const Bytes16 &value) {

@@ -10,6 +10,11 @@
 #define ATKD_TARGET_LABEL 0u
 #define ATKD_TARGET_TEACHER 1u
 
+// Values of atkd_rows.gradient_type.
+#define ATKD_GRADIENT_F32 0u
+#define ATKD_GRADIENT_F16 1u
+#define ATKD_GRADIENT_BF16 2u
+
 // The groups of tokens, which select_hard writes.
 #define ATKD_IGNORED 0u
 #define ATKD_EASY 1u
@@ -227,7 +232,7 @@ typedef struct {
     uint32_t clusters;   // of the launch, or teams
     uint32_t team;       // blocks of a team, up to 32; of row_stream a power of two, and 1 where there are clusters
     uint32_t slice;      // row_pipelined: chunks of a row that a block has room for
-    uint32_t wide_gradient; // row_pipelined: the gradient is float32, the student's logits are not
+    uint32_t gradient_type; // row_pipelined: the student's, float32, or any if the student's is float32
     atkd_divergence divergence;
 } atkd_rows;
 

@@ -95,7 +95,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Shared {
 
 template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer;
 template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer;
-template <class M, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f);
+template <class Q, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f);
 template <class M> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task);
 
 // region: consumers
@@ -152,7 +152,7 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
         };
         if (!ignored && p.gradient != nullptr) {
             typename D::Scales scales = shared.scales[0];
-            by_gradient_type<M>(p, [&](auto g) {
+            by_gradient_type<typename M::Student>(p, [&](auto g) {
                 by_size<D, CE_SUM>(scales, [&](auto large) {
                     consumer.template gradient<decltype(large)::value, decltype(g)>(scales, release);
                 });
@@ -273,15 +273,22 @@ template <class M> ATKD_DEVICE uint32_t student_offset(const atkd_rows &p) {
     return p.slice * CHUNK * sizeof(typename M::Teacher);
 }
 
-// Calls f with a value of the gradient's type: that of the student's logits or, beside those of half precision,
-// float32.
-template <class M, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f) {
-    using Q = typename M::Student;
+// Calls f with a value of the gradient's type: that of the student's logits, Q, or float32 beside half precision, or half
+// precision beside float32.
+template <class Q, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f) {
+    bool is_float = p.gradient_type == ATKD_GRADIENT_F32;
     if constexpr (sizeof(Q) < sizeof(float)) {
-        if (ATKD_RARELY(p.wide_gradient != 0)) {
+        if (ATKD_RARELY(is_float)) {
             f(float());
             return;
         }
+    } else if (ATKD_RARELY(!is_float)) {
+        if (p.gradient_type == ATKD_GRADIENT_F16) {
+            f(f16());
+        } else {
+            f(bf16());
+        }
+        return;
     }
     f(Q());
 }
@@ -292,7 +299,7 @@ template <class M> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &ta
     rows.first = block_index() % p.team * block_threads() + thread_index();
     rows.stride = p.team * block_threads();
     rows.is_leader = rows.first == 0;
-    by_gradient_type<M>(p, [&](auto g) { drop_row<decltype(g)>(p, rows); });
+    by_gradient_type<typename M::Student>(p, [&](auto g) { drop_row<decltype(g)>(p, rows); });
 }
 
 // region: consumers
@@ -360,42 +367,45 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
 
     // Calls f(at, further, teacher, student, full) for the thread's vectors, each at offset at + further: first those
     // that make no whole tile, of which the last may lack parts, then tile by tile. Calls release(last) when a tile has
-    // been read, so that the whole slice is released one tile's arithmetic before the end.
-    template <class F, class Release> ATKD_DEVICE void for_vectors(F f, Release release) const {
+    // been read, so that the whole slice is released one tile's arithmetic before the end. TILED is false for rare passes:
+    // their code would be in the way of the others'.
+    template <bool TILED = true, class F, class Release> ATKD_DEVICE void for_vectors(F f, Release release) const {
         constexpr uint32_t UNROLL = Tiles::UNROLL, VECTOR = Tiles::VECTOR;
-        uint32_t in_tiles = end / Tiles::TILE * Tiles::TILE;
+        uint32_t in_tiles = TILED ? end / Tiles::TILE * Tiles::TILE : 0;
         ATKD_NO_UNROLL
         for (uint32_t at = in_tiles + thread_index() * 16; at < end; at += VECTOR) {
             constexpr bool FULL = Tiles::PARTS == 1;
             f(at, 0, teacher_at(at, FULL), student_at(at, FULL), Flag<FULL>());
         }
-        ATKD_NO_UNROLL
-        for (uint32_t at = thread_index() * 16; at < in_tiles; at += Tiles::TILE) {
-            Packed<P> teacher[UNROLL];
-            Packed<Q> student[UNROLL];
-            ATKD_UNROLL
-            for (uint32_t i = 0; i < UNROLL; i++) {
-                teacher[i] = teacher_at(at + i * VECTOR, true);
-                student[i] = student_at(at + i * VECTOR, true);
-            }
-            release(at + Tiles::TILE >= in_tiles);
-            ATKD_UNROLL
-            for (uint32_t i = 0; i < UNROLL; i++) {
-                f(at, i * VECTOR, teacher[i], student[i], Flag<true>());
+        if constexpr (TILED) {
+            ATKD_NO_UNROLL
+            for (uint32_t at = thread_index() * 16; at < in_tiles; at += Tiles::TILE) {
+                Packed<P> teacher[UNROLL];
+                Packed<Q> student[UNROLL];
+                ATKD_UNROLL
+                for (uint32_t i = 0; i < UNROLL; i++) {
+                    teacher[i] = teacher_at(at + i * VECTOR, true);
+                    student[i] = student_at(at + i * VECTOR, true);
+                }
+                release(at + Tiles::TILE >= in_tiles);
+                ATKD_UNROLL
+                for (uint32_t i = 0; i < UNROLL; i++) {
+                    f(at, i * VECTOR, teacher[i], student[i], Flag<true>());
+                }
             }
         }
     }
-    // Calls f(teacher, student, full) for the thread's vectors but the target's. Only one warp tests for it.
-    template <class F> ATKD_DEVICE void for_common_vectors(F f) const {
+    // Calls f(teacher, student, full) for the thread's vectors but the target's. Where TILED, only one warp tests for it.
+    template <bool TILED = true, class F> ATKD_DEVICE void for_common_vectors(F f) const {
         auto keep = [](bool) {};
-        if (ATKD_RARELY(task.target_at != NOT_HERE && thread_index() / WARP == task.target_thread / WARP)) {
+        if (!TILED || ATKD_RARELY(task.target_at != NOT_HERE && thread_index() / WARP == task.target_thread / WARP)) {
             auto unless_target = [&](uint32_t at, uint32_t further, const Packed<P> &teacher, const Packed<Q> &student,
                                      auto full) {
                 if (!has_target || at + further != task.target_at) {
                     f(teacher, student, full);
                 }
             };
-            for_vectors(unless_target, keep);
+            for_vectors<TILED>(unless_target, keep);
         } else {
             auto any = [&](uint32_t, uint32_t, const Packed<P> &teacher, const Packed<Q> &student, auto full) {
                 f(teacher, student, full);
@@ -438,7 +448,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
         });
         if (ATKD_RARELY(!own.finite() || (CE_SUM && !(own.student_sum_at_1 < -NEG_INF)))) {
             own = own.cleared();
-            for_common_vectors(fold_guarded);
+            for_common_vectors<false>(fold_guarded);
         }
         for_special_vectors(fold_guarded);
         return merge_warp<CE_SUM>(own);
@@ -471,17 +481,25 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
             float g[CHUNK];
             gradient_chunk<D, CE_SUM, LARGE_ROW>(p.divergence, scales, exponent, teacher, student, g);
             Packed<G> packed = pack<G>(g);
+            // 16 bytes of logits become as many of gradient, half of them, or twice as many, side by side.
+            constexpr uint32_t PARTS = sizeof(G) > sizeof(T) ? Packed<G>::PARTS : Tiles::PARTS;
             ATKD_UNROLL
-            for (uint32_t i = 0; i < Packed<G>::PARTS; i++) {
-                if constexpr (sizeof(G) > sizeof(T)) {
-                    // A vector's 16 bytes of logits become 32, side by side.
-                    store16(reinterpret_cast<void *>(to + 2 * (at + further) + 16 * i), packed.part[i]);
-                } else if (decltype(full)::value || at + further + i * Tiles::STEP < end) {
-                    store16(reinterpret_cast<void *>(to + at + further + i * Tiles::STEP), packed.part[i]);
+            for (uint32_t i = 0; i < PARTS; i++) {
+                uint32_t piece = at + further + (sizeof(G) > sizeof(T) ? 0 : i * Tiles::STEP);
+                if (decltype(full)::value || piece < end) {
+                    if constexpr (sizeof(G) > sizeof(T)) {
+                        store16(reinterpret_cast<void *>(to + 2 * piece + 16 * i), packed.part[i]);
+                    } else if constexpr (sizeof(G) == sizeof(T)) {
+                        store16(reinterpret_cast<void *>(to + piece), packed.part[i]);
+                    } else {
+                        store8(reinterpret_cast<void *>(to + piece / 2), packed.part[0].word[2 * i],
+                               packed.part[0].word[2 * i + 1]);
+                    }
                 }
             }
         };
-        for_vectors(store_gradient, release);
+        // A row is rarely LARGE, but for a divergence that has no other code.
+        for_vectors<!LARGE_ROW || !D::SPECIALISED>(store_gradient, release);
         if (ATKD_RARELY(has_target)) {
             store(gradient.data + task.target, narrow<G>(scales.target));
         }

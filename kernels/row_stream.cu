@@ -107,6 +107,8 @@ template <class D, class P, class Q, class G> ATKD_DEVICE void row_stream(const 
     }
 #define ATKD_ROW_STREAM_OF(teacher, P)                                                                                 \
     ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, f32, float, f32, float)                                              \
+    ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, f32, float, f16, f16)                                                \
+    ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, f32, float, bf16, bf16)                                              \
     ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, f16, f16, f16, f16)                                                  \
     ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, f16, f16, f32, float)                                                \
     ATKD_DIVERGENCES(ATKD_ROW_STREAM, teacher, P, bf16, bf16, bf16, bf16)                                              \

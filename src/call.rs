@@ -102,8 +102,8 @@ pub struct RawCall {
     pub teacher: RawLogits,
     /// The student's logits.
     pub student: RawLogits,
-    /// The memory for the gradient, of the student's dtype or float32; may be the student's logits
-    /// themselves. `None` for the loss alone.
+    /// The memory for the gradient, of the student's dtype or float32, or of any if the student's is float32; may be the
+    /// student's logits themselves. `None` for the loss alone.
     pub gradient: Option<RawLogits>,
     /// Columns of the gradient after the first `vocab`, which become 0: where the student's vocabulary is padded.
     pub gradient_padding: usize,
@@ -204,10 +204,7 @@ impl RawCall {
             spans.push((what, logits.address, logits.end(what, self.tokens, columns)?));
         }
         let Some(gradient) = self.gradient else { return Ok(()) };
-        if gradient.dtype != self.student.dtype && gradient.dtype != Dtype::F32 {
-            let (student, actual) = (self.student.dtype, gradient.dtype);
-            return Err(Error::GradientDtype { student, actual });
-        }
+        self.student.dtype.check_gradient(gradient.dtype)?;
         let (_, start, end) = spans[2];
         for (&(what, other_start, other_end), other) in
             spans.iter().zip([self.teacher, self.student])

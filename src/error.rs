@@ -56,8 +56,7 @@ pub enum Error {
     Vocab { vocab: usize, columns: usize },
     /// The gradient has a dtype that the student's logits do not allow.
     #[error(
-        "the gradient is {actual}, but for {student} student logits it must be {}",
-        if *student == Dtype::F32 { "F32".into() } else { format!("{student} or F32") }
+        "the gradient is {actual}, but for {student} student logits it must be {student} or F32"
     )]
     GradientDtype { student: Dtype, actual: Dtype },
     /// One label per token, no more and no fewer.

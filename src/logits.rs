@@ -25,6 +25,15 @@ impl Dtype {
             Dtype::F16 | Dtype::Bf16 => 2,
         }
     }
+
+    /// Checks the dtype of a gradient with respect to logits of this one: any of float32 logits; of half precision the
+    /// same, or float32.
+    pub(crate) fn check_gradient(self, gradient: Dtype) -> Result<()> {
+        if self != gradient && self != Dtype::F32 && gradient != Dtype::F32 {
+            return Err(Error::GradientDtype { student: self, actual: gradient });
+        }
+        Ok(())
+    }
 }
 
 impl std::fmt::Display for Dtype {

@@ -5,6 +5,9 @@
 
 pub const ATKD_TARGET_LABEL: u32 = 0;
 pub const ATKD_TARGET_TEACHER: u32 = 1;
+pub const ATKD_GRADIENT_F32: u32 = 0;
+pub const ATKD_GRADIENT_F16: u32 = 1;
+pub const ATKD_GRADIENT_BF16: u32 = 2;
 pub const ATKD_IGNORED: u32 = 0;
 pub const ATKD_EASY: u32 = 1;
 pub const ATKD_HARD: u32 = 2;
@@ -386,7 +389,7 @@ pub struct atkd_rows {
     pub clusters: u32,
     pub team: u32,
     pub slice: u32,
-    pub wide_gradient: u32,
+    pub gradient_type: u32,
     pub divergence: atkd_divergence,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -428,8 +431,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_rows, clusters) - 356usize];
     ["Offset of field: atkd_rows::team"][::std::mem::offset_of!(atkd_rows, team) - 360usize];
     ["Offset of field: atkd_rows::slice"][::std::mem::offset_of!(atkd_rows, slice) - 364usize];
-    ["Offset of field: atkd_rows::wide_gradient"]
-        [::std::mem::offset_of!(atkd_rows, wide_gradient) - 368usize];
+    ["Offset of field: atkd_rows::gradient_type"]
+        [::std::mem::offset_of!(atkd_rows, gradient_type) - 368usize];
     ["Offset of field: atkd_rows::divergence"]
         [::std::mem::offset_of!(atkd_rows, divergence) - 372usize];
 };

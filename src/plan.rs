@@ -52,8 +52,8 @@ pub struct Problem {
     pub gradient: Dtype,
     /// Cross entropy needs a sum of its own: it has a weight, and the temperature is not 1, or each token's own.
     pub sum_at_1: bool,
-    /// The rows of student and teacher, and of student and gradient, start equally many elements after multiples of 16
-    /// bytes; of two types, modulo the elements that both have in as many bytes.
+    /// The rows of student, teacher and gradient start equally many elements after multiples of 16 bytes; of two types,
+    /// modulo the elements that both have in as many bytes.
     pub aligned_alike: bool,
     /// Parts within which hard tokens are selected.
     pub scopes: usize,

@@ -248,6 +248,64 @@ fn rows_of_two_types_on_chip() {
     }
 }
 
+/// A gradient in half precision of float32 logits by each kernel, of rows with gaps that start anywhere, alike or not, and
+/// of one that is ignored.
+#[test]
+fn narrow_gradients() {
+    let (tokens, vocab) = (4, 3001);
+    let input = Input::new(tokens, vocab);
+    let labels = [7, -100, 0, vocab as i64 - 1];
+    let rows = |logits: &[bf16], row: usize| -> Vec<bf16> {
+        let rows = logits.chunks(vocab);
+        rows.flat_map(|of| of.iter().copied().chain(vec![bf16::NAN; row - vocab])).collect()
+    };
+    let row = vocab + 4;
+    let [wide_teacher, student] = [&input.teacher, &input.student]
+        .map(|logits| rows(logits, row).iter().map(|z| z.to_f32()).collect::<Aligned<f32>>());
+    let narrow_teacher: Aligned<bf16> = rows(&input.teacher, row).into_iter().collect();
+    let wide_teacher = Logits::strided(&wide_teacher[..], tokens, vocab, row).unwrap();
+    let narrow_teacher = Logits::strided(&narrow_teacher[..], tokens, vocab, row).unwrap();
+    let student = Logits::strided(&student[..], tokens, vocab, row).unwrap();
+    let objective = Objective::default().with_ce_weight(0.3).unwrap();
+    for (simulation, teacher, row, kernel) in [
+        (Simulation::default(), wide_teacher, row, "row_pipelined_f32"),
+        // Modulo 4 elements as the logits, not modulo 8.
+        (Simulation::default(), wide_teacher, row + 4, "row_pipelined_f32"),
+        (
+            pipelined_by(RowKernel::PipelinedWide, 2, 1),
+            wide_teacher,
+            row + 4,
+            "row_pipelined_wide_f32",
+        ),
+        (
+            pipelined_by(RowKernel::PipelinedWide, 2, 1),
+            narrow_teacher,
+            row,
+            "row_pipelined_wide_bf16_f32",
+        ),
+        (Simulation::default(), narrow_teacher, row + 4, "row_stream_bf16_f32"),
+        (Simulation::default(), wide_teacher, row + 1, "row_stream_f32_f32"),
+    ] {
+        let batch = Batch::new(teacher, &labels).unwrap();
+        let (_, exact) = reference::forward_backward(&objective, &batch, student).unwrap();
+        let mut gradient: Aligned<bf16> = vec![bf16::NAN; tokens * row].into_iter().collect();
+        let mut to = LogitsMut::strided(&mut gradient[..], tokens, vocab, row).unwrap();
+        let run = simulation.run(&objective, &batch, student, Some(&mut to), Extra::default());
+        let (_, traffic) = run.unwrap();
+        assert!(traffic.iter().any(|(name, _)| name.starts_with(kernel)), "{kernel}");
+        for (found, exact) in gradient.chunks(row).zip(exact.chunks(vocab)) {
+            for (&found, exact) in found.iter().zip(exact) {
+                let allowed = 1e-6 + 2.0_f64.powi(-8) * exact.abs();
+                assert!(
+                    (f64::from(found) - exact).abs() <= allowed,
+                    "{found}, but exactly {exact}"
+                );
+            }
+            assert!(found[vocab..].iter().all(|z| z.is_nan()));
+        }
+    }
+}
+
 #[test]
 fn an_upstream_gradient_from_the_device() {
     let input = Input::new(5, 700);

@@ -2,9 +2,10 @@
 
 mod simulated;
 
+use atkd::battery::Aligned;
 use atkd::simt::machine::Buffer;
 use atkd::simt::{Extra, Simulation, Traffic};
-use atkd::{Batch, Divergence, Logits, LogitsMut, Objective, Output, reference};
+use atkd::{Batch, Divergence, ElementsMut, Logits, LogitsMut, Objective, Output, reference};
 use half::bf16;
 use simulated::{Input, bytes, counts, in_teams, pipelined, streamed};
 
@@ -163,17 +164,24 @@ fn rows_on_chip_are_read_once() {
     }
 }
 
-/// The traffic of a call with a float32 gradient, which must be the reference's.
-fn traffic_of(objective: &Objective, batch: &Batch, student: Logits) -> Traffic {
+/// The traffic of a call with a gradient of the type of `unset`, which must be the reference's.
+fn traffic_of<T>(objective: &Objective, batch: &Batch, student: Logits, unset: T) -> Traffic
+where
+    T: Copy + Into<f64>,
+    for<'a> &'a mut [T]: Into<ElementsMut<'a>>,
+{
     let (tokens, vocab) = (student.tokens(), student.vocab());
-    let mut gradient = vec![f32::NAN; tokens * vocab];
-    let mut to = LogitsMut::new(&mut gradient, tokens, vocab).unwrap();
+    let mut gradient = vec![unset; tokens * vocab];
+    let mut to = LogitsMut::new(&mut gradient[..], tokens, vocab).unwrap();
     let extra = Extra::default();
     let run = Simulation::default().run(objective, batch, student, Some(&mut to), extra);
     let (_, traffic) = run.unwrap();
     let (_, exact) = reference::forward_backward(objective, batch, student).unwrap();
-    for (g, exact) in gradient.iter().zip(exact) {
-        assert!((f64::from(*g) - exact).abs() <= 1e-6, "{g}, but exactly {exact}");
+    let rounding = if size_of::<T>() == 4 { 0.0 } else { 2.0_f64.powi(-8) };
+    for (&g, exact) in gradient.iter().zip(exact) {
+        let found: f64 = g.into();
+        let allowed = 1e-6 + rounding * exact.abs();
+        assert!((found - exact).abs() <= allowed, "{found}, but exactly {exact}");
     }
     traffic
 }
@@ -192,7 +200,8 @@ fn rows_on_chip_are_read_once_for_a_wide_gradient() {
         (50_257, at_1, "row_pipelined_wide_at_1_bf16", 3),
     ] {
         let input = Input::new(2, vocab);
-        let traffic = traffic_of(&objective, &input.batch(), input.view(&input.student));
+        let student = input.view(&input.student);
+        let traffic = traffic_of(&objective, &input.batch(), student, f32::NAN);
         let (volume, target) = ((input.tokens * vocab * 2) as u64, 2 * input.tokens as u64);
         for buffer in ["teacher", "student"] {
             assert_eq!(bytes(&traffic, kernel, buffer), (volume + blocks * target, 0), "{vocab}");
@@ -200,6 +209,31 @@ fn rows_on_chip_are_read_once_for_a_wide_gradient() {
         let (_, written, accesses) = counts(&traffic, kernel, "gradient");
         assert_eq!(written, 2 * (volume + target));
         assert!(accesses <= written / 16 + 14 * input.tokens as u64, "{accesses} of {written}");
+    }
+}
+
+/// So are they for a gradient in half precision of float32 logits, which is half as large.
+#[test]
+fn rows_on_chip_are_read_once_for_a_narrow_gradient() {
+    for (vocab, kernel, blocks) in [
+        (2048, "row_pipelined_f32", 1),
+        (32_000, "row_pipelined_wide_f32", 4),
+        (50_257, "row_pipelined_wide_f32", 6),
+    ] {
+        let input = Input::new(2, vocab);
+        let [teacher, student] = [&input.teacher, &input.student]
+            .map(|logits| logits.iter().map(|z| z.to_f32()).collect::<Aligned<f32>>());
+        let [teacher, student] =
+            [&teacher, &student].map(|logits| Logits::new(&logits[..], 2, vocab).unwrap());
+        let batch = Batch::new(teacher, &input.labels).unwrap();
+        let traffic = traffic_of(&Objective::default(), &batch, student, bf16::NAN);
+        for buffer in ["teacher", "student"] {
+            let expected = (4 * 2 * (vocab + blocks)) as u64;
+            assert_eq!(bytes(&traffic, kernel, buffer), (expected, 0), "{vocab}");
+        }
+        let (_, written, accesses) = counts(&traffic, kernel, "gradient");
+        assert_eq!(written, (2 * 2 * (vocab + 1)) as u64);
+        assert!(accesses <= written / 8 + 14 * 2, "{accesses} of {written}");
     }
 }
 
@@ -218,7 +252,7 @@ fn rows_on_chip_of_two_types_are_read_once() {
             ("row_pipelined_wide_bf16_f32", input.view(&input.teacher), wide_student),
         ] {
             let batch = Batch::new(teacher, &input.labels).unwrap();
-            let traffic = traffic_of(&objective, &batch, student);
+            let traffic = traffic_of(&objective, &batch, student, f32::NAN);
             for (buffer, logits) in [("teacher", teacher), ("student", student)] {
                 let size = logits.dtype().size();
                 let expected = (size * 2 * (vocab + blocks)) as u64;

@@ -189,8 +189,8 @@ pub unsafe extern "C" fn atkd_forward(
 }
 
 /// The loss, each token's terms, and the gradient with respect to the student's logits. It goes to
-/// call->gradient, of the student's dtype or float32, and over the student's logits if that names the
-/// very same matrix. On an error that is not ATKD_PANIC nothing was written.
+/// call->gradient, of the student's dtype or float32, or of any dtype if the student's is float32, and over the
+/// student's logits if that names the very same matrix. On an error that is not ATKD_PANIC nothing was written.
 ///
 /// # Safety
 /// Each pointer is null or valid for what it is described to hold; until the call returns nobody else

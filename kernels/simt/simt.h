@@ -275,6 +275,11 @@ ATKD_DEVICE void store16(void *at, const Bytes16 &value) {
     simt_access(at, 16, 16, true);
     std::memcpy(at, &value, 16);
 }
+ATKD_DEVICE void store8(void *at, uint32_t first, uint32_t second) {
+    simt_access(at, 8, 8, true);
+    uint32_t words[] = {first, second};
+    std::memcpy(at, words, 8);
+}
 
 ATKD_DEVICE void store_message(Bytes16 *at, const Bytes16 &value) {
     store16(at, value);

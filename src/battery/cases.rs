@@ -87,9 +87,13 @@ pub(super) fn shapes() -> Vec<Case> {
                 let case = random(tokens, vocab, vocab as u64);
                 let name = format!("[{tokens}, {vocab}] {teacher} teacher, {student} student");
                 cases.push(case.clone().named(&name).dtypes(teacher, student, student));
-                if student != Dtype::F32 {
-                    let name = format!("{name}, F32 gradient");
-                    cases.push(case.named(name).dtypes(teacher, student, Dtype::F32));
+                let others = match student {
+                    Dtype::F32 => vec![Dtype::F16, Dtype::Bf16],
+                    _ => vec![Dtype::F32],
+                };
+                for gradient in others {
+                    let name = format!("{name}, {gradient} gradient");
+                    cases.push(case.clone().named(name).dtypes(teacher, student, gradient));
                 }
             }
         }

@@ -75,11 +75,11 @@ pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<
 /// The loss, each token's terms, and the gradient with respect to the student's logits, times the
 /// objective's upstream gradient.
 ///
-/// `student` and `gradient` are `[tokens, vocab]`, as the batch's teacher. `gradient` is of the student's dtype, each
-/// element rounded once from float32, or float32. Rows of ignored tokens become 0.
+/// `student` and `gradient` are `[tokens, vocab]`, as the batch's teacher. `gradient` is of the student's dtype or
+/// float32, or of any if the student's is float32; each element is rounded once from float32. Rows of ignored tokens become 0.
 ///
 /// # Errors
-/// If the shapes differ, the gradient's dtype is neither, a label is out of range, or labels are
+/// If the shapes differ, the gradient's dtype is none of these, a label is out of range, or labels are
 /// needed and missing. Nothing was written then.
 pub fn forward_backward(
     objective: &Objective,
@@ -250,9 +250,7 @@ fn into_rows<'a>(
     if actual != expected {
         return Err(Error::ShapeMismatch { what: "the gradient", expected, actual });
     }
-    if shape.dtype() != student.dtype() && shape.dtype() != Dtype::F32 {
-        return Err(Error::GradientDtype { student: student.dtype(), actual: shape.dtype() });
-    }
+    student.dtype().check_gradient(shape.dtype())?;
     let non_temporal = shape.tokens() * shape.vocab() * shape.dtype().size() >= NON_TEMPORAL_FROM;
     let rows = gradient.rows().into_iter().enumerate();
     let row =

@@ -14,7 +14,7 @@ use crate::params::*;
 use crate::plan::{
     self, DeviceProperties, HardTokens, LaunchShape, Plan, Problem, Schedule, Stage,
 };
-use crate::{Coefficient, Coefficients, Error, Objective, Reduction, Result, SelectionRule};
+use crate::{Coefficient, Coefficients, Dtype, Error, Objective, Reduction, Result, SelectionRule};
 
 /// A call whose shapes, strides and addresses go together, and that kernels can do. What lies behind an address cannot
 /// be known.
@@ -46,7 +46,11 @@ pub(super) fn problem(objective: &Objective, call: &RawCall) -> Problem {
         sum_at_1: objective.ce_weight() != 0.0
             && (objective.temperature() != 1.0 || call.temperatures.is_some()),
         aligned_alike: aligned_alike(call.student, call.teacher, call.tokens)
-            && call.gradient.is_none_or(|to| aligned_alike(call.student, to, call.tokens)),
+            && call.gradient.is_none_or(|to| {
+                [call.student, call.teacher]
+                    .iter()
+                    .all(|&logits| aligned_alike(logits, to, call.tokens))
+            }),
         scopes: scopes(call),
         target: objective.target(),
         hard: match (call.hard, call.margins) {
@@ -321,7 +325,11 @@ impl Stages {
                 clusters: shape.grid / shape.blocks_per_row(),
                 team: shape.team,
                 slice: plan.slice_chunks,
-                wide_gradient: (problem.gradient != problem.student).into(),
+                gradient_type: match problem.gradient {
+                    Dtype::F32 => ATKD_GRADIENT_F32,
+                    Dtype::F16 => ATKD_GRADIENT_F16,
+                    Dtype::Bf16 => ATKD_GRADIENT_BF16,
+                },
                 divergence: self.divergence(),
             }),
         }

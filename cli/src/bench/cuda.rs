@@ -102,14 +102,28 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
     let variant = "fused, T = 2, with cross entropy";
     add(variant, 3, time(variant, &at_2, &call)?);
     if dtype != Dtype::F32 {
-        let variant = "fused, float32 gradient";
-        match stream.alloc_zeros::<f32>(tokens * vocab) {
-            Ok(mut wide) => {
-                let to = RawLogits { dtype: Dtype::F32, ..raw(wide.device_ptr_mut(stream).0) };
-                let call = RawCall { gradient: Some(to), ..call };
-                add(variant, 4, time(variant, &objective, &call)?);
+        let wide = |seed| logits(stream, size, seed, |z| z);
+        match (wide(1), wide(2), stream.alloc_zeros::<f32>(tokens * vocab)) {
+            (Ok(teacher), Ok(student), Ok(mut gradient)) => {
+                let [teacher, student, gradient] = [
+                    teacher.device_ptr(stream).0,
+                    student.device_ptr(stream).0,
+                    gradient.device_ptr_mut(stream).0,
+                ]
+                .map(|address| RawLogits { dtype: Dtype::F32, ..raw(address) });
+                for (variant, volumes, call) in [
+                    ("fused, float32 gradient", 4, RawCall { gradient: Some(gradient), ..call }),
+                    ("fused, float32 logits", 5, RawCall { teacher, student, ..call }),
+                    (
+                        "fused, float32 student",
+                        5,
+                        RawCall { student, gradient: Some(gradient), ..call },
+                    ),
+                ] {
+                    add(variant, volumes, time(variant, &objective, &call)?);
+                }
             }
-            Err(error) => skipped.push(format!("{variant} at {tokens} x {vocab}: {error}")),
+            _ => skipped.push(format!("float32 beside {dtype} at {tokens} x {vocab}: no memory")),
         }
     }
     let mut entropies = stream.alloc_zeros::<f32>(tokens)?;
