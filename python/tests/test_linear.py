@@ -8,7 +8,7 @@ import atkd
 import definitions
 import pytest
 import torch
-from atkd import _head
+from atkd import _head, _linear
 from atkd._linear import LinearKeywords
 from support import SETTINGS as SETTINGS_OF_OPERATORS
 from torch.utils.checkpoint import checkpoint
@@ -104,6 +104,13 @@ SETTINGS = [
 @on_devices
 def test_settings(settings, chunk_tokens, device):
     assert_equal_to_definitions(*layers(device=device), chunk_tokens, **settings)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@on_devices
+def test_chunks_that_are_multiplied_together(settings, device, monkeypatch):
+    monkeypatch.setattr(_linear, "_chunk_tokens", lambda *_: (7, 20))
+    assert_equal_to_definitions(*layers(device=device), **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"selection": "sequence"}, {"shift_labels": True}], ids=str)

@@ -70,8 +70,11 @@ class Linear:
         return (slice(start, min(start + rows, vocab)) for start in range(0, vocab, rows))
 
     def logits(self, at: At) -> Tensor:
+        shape = len(self.hidden[at]), len(self.weight)
+        return self.multiply_to(self.hidden.new_empty(shape, dtype=self.logits_dtype), at)
+
+    def multiply_to(self, logits: Tensor, at: At) -> Tensor:
         hidden = self.hidden[at]
-        logits = hidden.new_empty((len(hidden), len(self.weight)), dtype=self.logits_dtype)
         if self.upcasts:
             hidden = hidden.float()
             for tile in self.tiles():
@@ -81,6 +84,11 @@ class Linear:
         else:
             torch.mm(hidden, self.weight.T, out=logits)
         return logits if self.bias is None else logits.add_(self.bias)
+
+
+def gradient_dtype(weight: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
+    """That of the logits' gradient: the weight's, by which it is multiplied, where that is not made float32."""
+    return weight.dtype if multiplies_to_float32(weight.device) else logits_dtype
 
 
 # The gradients of the student's hidden states, weight and bias; those that nobody asked for have no elements.
@@ -102,63 +110,117 @@ def empty_gradients(
 
 class Student(Linear):
     """The student's last layer, which collects the gradients that are wanted. Those of weight and bias have rows for the
-    columns that are no tokens too, and start as 0.
+    columns that are no tokens too.
+
+    The gradients of the logits of up to `waiting` tokens, some chunks', wait to be multiplied at once: each product for
+    the weight's gradient reads and writes all of that.
     """
 
-    logits_are_kept = False
-
     def __init__(
-        self, *layer: Any, wanted: Tuple[bool, bool, bool], collected: Gradients
+        self, *layer: Any, wanted: Tuple[bool, bool, bool], collected: Gradients, waiting: int
     ) -> None:
         super().__init__(*layer)
         self.wanted, self.with_gradient = wanted, any(wanted)
         of_hidden, of_weight, of_bias = collected
-        self.collected = of_hidden.view(-1, self.hidden.shape[1]), of_weight.zero_(), of_bias.zero_()
+        self.collected = of_hidden.view(-1, self.hidden.shape[1]), of_weight, of_bias
         # float16 loses what is below 6e-8, and the gradient of a mean is about one over the number of tokens.
         self.scales_last = self.hidden.dtype == torch.float16 and not self.upcasts
+        # Those whose gradients are the first of the rows; False for those that only the weight's and the bias's gradients
+        # follow from.
+        self.waiting: List[Tuple[At, bool]] = []
+        self.used = 0
+        self.rows = self.weight.new_empty(
+            (waiting if self.with_gradient else 0, len(self.weight)),
+            dtype=gradient_dtype(self.weight, self.logits_dtype),
+        )
+        # Nothing has been added to the gradients of weight and bias.
+        self.is_first = True
+
+    def logits(self, at: At) -> Tensor:
+        if self.with_gradient and self.logits_dtype == self.rows.dtype:
+            return self.multiply_to(self._free_rows(at), at)
+        return super().logits(at)
+
+    def gradient_of(self, logits: Tensor, at: At) -> Tensor:
+        """Memory for the gradient of a chunk's logits: theirs, if it has their dtype."""
+        return logits if logits.dtype == self.rows.dtype else self._free_rows(at)
+
+    def _free_rows(self, at: At) -> Tensor:
+        count = len(self.hidden[at])
+        if self.used + count > len(self.rows):
+            self._multiply_waiting()
+        return self.rows[self.used : self.used + count]
+
+    def add(self, gradient: Tensor, at: At) -> None:
+        """Adds what follows from the gradient of the logits of a chunk, which has the free rows."""
+        self.waiting.append((at, True))
+        self.used += len(gradient)
+
+    def take(self, gradient: Tensor, at: At) -> None:
+        """Takes from the gradients of weight and bias what was added to them."""
+        torch.neg(gradient, out=self._free_rows(at))
+        self.waiting.append((at, False))
+        self.used += len(gradient)
 
     def gradients(self) -> List[Optional[Tensor]]:
+        self._multiply_waiting()
+        if self.is_first:
+            for each in self.collected[1:]:
+                each.zero_()
         return [*self.collected]
 
-    def add(self, gradient: Tensor, at: At, sign: float = 1.0) -> None:
-        """Adds what follows from the gradient `[n, V]` of the logits of a chunk; with sign -1 takes it from the weight's and
-        the bias's gradients alone.
-        """
+    def _multiply_waiting(self) -> None:
+        if not self.waiting:
+            return
+        gradient, hidden = self.rows[: self.used], [self.hidden[at] for at, _ in self.waiting]
         by_hidden, by_weight, by_bias = self.collected
         of_hidden, of_weight, of_bias = self.wanted
-        if of_bias:
-            by_bias[: len(self.weight)].add_(gradient.sum(0, dtype=torch.float32), alpha=sign)
-        hidden, weight = self.hidden[at], self.weight
-        if self.upcasts:
-            hidden = hidden.float()
-        else:
-            gradient = gradient.to(weight.dtype)
-        if of_hidden and sign > 0:
+        if of_hidden:
             if self.upcasts:
-                products = torch.zeros_like(hidden)
+                products = gradient.new_zeros((self.used, self.weight.shape[1]))
                 for tile in self.tiles():
-                    products.addmm_(gradient[:, tile], weight[tile].float())
+                    products.addmm_(gradient[:, tile], self.weight[tile].float())
             else:
-                products = torch.mm(gradient, weight)
-            by_hidden[at] = products.to(by_hidden.dtype)
+                products = torch.mm(gradient, self.weight)
+            end = 0
+            for (at, counts), each in zip(self.waiting, hidden):
+                start, end = end, end + len(each)
+                if counts:
+                    by_hidden[at] = products[start:end].to(by_hidden.dtype)
+        if self.is_first:
+            for each in (by_weight, by_bias):
+                each[len(self.weight) :].zero_()
+        if of_bias:
+            of_tokens = by_bias[: len(self.weight)]
+            if self.is_first:
+                torch.sum(gradient, 0, dtype=torch.float32, out=of_tokens)
+            else:
+                of_tokens.add_(gradient.sum(0, dtype=torch.float32))
         if of_weight:
+            of_all = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+            of_all = of_all.float() if self.upcasts else of_all
             for tile in self.tiles():
-                _add_product(by_weight[tile], gradient[:, tile].T, hidden, sign)
+                _add_product(by_weight[tile], gradient[:, tile].T, of_all, self.is_first)
+        self.waiting, self.used, self.is_first = [], 0, False
 
 
-def _add_product(to: Tensor, one: Tensor, other: Tensor, sign: float) -> None:
-    """`to += sign * one @ other`, `to` in float32."""
-    if one.dtype != torch.float32 and multiplies_to_float32(to.device):
-        torch.ops.aten.addmm.dtype_out(to, one, other, torch.float32, alpha=sign, out=to)
+def _add_product(to: Tensor, one: Tensor, other: Tensor, is_first: bool) -> None:
+    """`to += one @ other`, `to` in float32; the first one overwrites it."""
+    widens = one.dtype != torch.float32 and multiplies_to_float32(to.device)
+    if not widens:
+        one, other = one.float(), other.float()
+    if widens and is_first:
+        torch.ops.aten.mm.dtype_out(one, other, torch.float32, out=to)
+    elif widens:
+        torch.ops.aten.addmm.dtype_out(to, one, other, torch.float32, out=to)
+    elif is_first:
+        torch.mm(one, other, out=to)
     else:
-        to.addmm_(one.float(), other.float(), alpha=sign)
+        to.addmm_(one, other)
 
 
 class Module:
     """A student's last layer that is a module: its gradients are those of autograd."""
-
-    # Autograd may need them.
-    logits_are_kept = True
 
     def __init__(
         self,
@@ -201,10 +263,17 @@ class Module:
             self.graph = hidden, made[:, : self.vocab]
         return self.graph[1].detach()
 
+    def gradient_of(self, logits: Tensor, at: At) -> Tensor:
+        # Autograd may need the logits.
+        return torch.empty_like(logits)
+
     def gradients(self) -> List[Optional[Tensor]]:
         """Those of hidden states and parameters."""
         by_hidden = None if self.by_hidden is None else self.by_hidden.view(self.shape)
         return [by_hidden, *self.by_parameters]
+
+    def take(self, gradient: Tensor, at: At) -> None:
+        self.add(gradient, at, -1.0)
 
     def add(self, gradient: Tensor, at: At, sign: float = 1.0) -> None:
         hidden, logits = self.graph
@@ -363,8 +432,9 @@ class Call:
             self.hard = self.selection.hard()
             if matters and len(self.chunks) > 1:
                 self._repair(((hard != self.hard) & self.valid).nonzero().squeeze(1), self.hard)
+        gradients = self.student.gradients()
         if self.student.scales_last:
-            for gradient in self.student.gradients():
+            for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(self.scale.float())
         if self.unit is not None:
@@ -382,13 +452,15 @@ class Call:
             at = wrong[first : first + at_once]
             teacher = self.teacher.logits(at)
             logits = self.student.logits(at)
-            self._rows(teacher, logits.clone(), at, ~hard[at], sign=-1.0)
+            # The gradient may replace them.
+            copy = logits.clone()
             self._rows(teacher, logits, at, hard[at])
+            self._rows(teacher, copy, at, ~hard[at], taken=True)
 
     def _rows(
-        self, teacher: Tensor, student: Tensor, at: At, hard: Tensor, sign: float = 1.0
+        self, teacher: Tensor, student: Tensor, at: At, hard: Tensor, taken: bool = False
     ) -> None:
-        """The terms of a chunk, and its part of the gradients."""
+        """The terms of a chunk, and its part of the gradients; or that part alone, taken from the weight's and the bias's."""
         labels, _, weights, temperatures = self.tokens.at(at)
         terms: Optional[Tensor] = None
         losses: Any = 0.0
@@ -397,8 +469,8 @@ class Call:
         for settings, factors in parts:
             to = None
             if self.student.with_gradient:
-                overwrites = settings is parts[-1][0] and not self.student.logits_are_kept
-                to = student if overwrites else torch.empty_like(student)
+                is_last = settings is parts[-1][0]
+                to = self.student.gradient_of(student, at) if is_last else torch.empty_like(student)
             scale = None if self.student.scales_last else self.scale.float()
             given = labels, scale, hard, _native.product(weights, factors), temperatures, to
             _, stats = _native.run_loss(student, teacher, *given, False, None, settings, True)
@@ -411,11 +483,12 @@ class Call:
                 terms, gradient = found, to
             else:
                 terms[4] += found[4]
-                gradient = to if gradient is None or to is None else gradient.add_(to)
+                gradient = to if gradient is None or to is None else to.add_(gradient)
         assert terms is not None
-        self.terms[:, at], self.losses[at] = terms, losses
+        if not taken:
+            self.terms[:, at], self.losses[at] = terms, losses
         if gradient is not None:
-            self.student.add(gradient, at, sign)
+            (self.student.take if taken else self.student.add)(gradient, at)
 
     def _parts(self, hard: Tensor) -> List[Tuple[Dict[str, Any], Optional[Tensor]]]:
         """The settings of the sums that a loss is made of, with factors of their tokens."""

@@ -173,24 +173,43 @@ def _logits_dtype(hidden: Tensor, given: Optional[torch.dtype]) -> torch.dtype:
     return hidden.dtype
 
 
+# Chunks of so many tokens keep a GPU busy; the largest is taken that leaves room for so many to wait.
+_CHUNKS, _WAITING = (512, 384, 256), 2
+
+
 def _chunk_tokens(
-    memory_budget: int,
-    hidden: Tensor,
+    given: Given,
     vocab: int,
-    student_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
     settings: Dict[str, Any],
-) -> int:
-    """Tokens whose logits fit: both models', over the student's their gradient, and what half precision needs beside it
-    for the products.
+) -> Tuple[int, int]:
+    """The tokens of a chunk, whose logits fit together with the gradient; and how many may wait, their gradients kept, to be
+    multiplied at once.
     """
-    of_token = student_dtype.itemsize + teacher_dtype.itemsize
+    count, device = given.shape.numel(), given.student_hidden.device
+    of_token, of_gradient = teacher_dtype.itemsize, gradient_dtype.itemsize
+    if logits_dtype != gradient_dtype:
+        of_token += logits_dtype.itemsize
     if settings["reduction"] == "group-mean" and settings["ce_weight"] != 0:
         # Cross entropy has a gradient of its own.
-        of_token += student_dtype.itemsize
-    if student_dtype != hidden.dtype and not hidden.is_cpu:
-        of_token += hidden.dtype.itemsize
-    return max(memory_budget // (of_token * vocab), 1)
+        of_token += logits_dtype.itemsize
+    columns = given.memory_budget // vocab
+
+    def room(chunk: int) -> int:
+        """Tokens that may wait beside a chunk."""
+        return (columns - of_token * chunk) // of_gradient
+
+    chunk = given.chunk_tokens
+    if chunk is None:
+        chunk = max(columns // (of_token + of_gradient), 1)
+        if chunk < count and device.type == "cuda":
+            fitting = [each for each in _CHUNKS if room(each) >= _WAITING * each]
+            chunk = fitting[0] if fitting else chunk
+    chunk = max(min(chunk, count), 1)
+    waiting = max(room(chunk) // chunk, 1) * chunk if device.type == "cuda" else chunk
+    return chunk, min(waiting, max(count, 1))
 
 
 def _check_values(
@@ -278,10 +297,10 @@ def linear_loss(*arguments: Any) -> Results:
     settings = _settings.resolved(settings, hidden)
     vocab = _vocab(given)
     student_dtype = _logits_dtype(hidden, given.logits_dtype)
-    chunk_tokens = given.chunk_tokens
-    if chunk_tokens is None:
-        dtypes = student_dtype, _logits_dtype(given.teacher_hidden, given.logits_dtype)
-        chunk_tokens = _chunk_tokens(given.memory_budget, hidden, vocab, *dtypes, settings)
+    teacher_dtype = _logits_dtype(given.teacher_hidden, given.logits_dtype)
+    gradient_dtype = _head.gradient_dtype(weight, student_dtype)
+    dtypes = student_dtype, teacher_dtype, gradient_dtype
+    chunk_tokens, waiting = _chunk_tokens(given, vocab, *dtypes, settings)
     gradients = _head.empty_gradients(hidden, weight, bias, given.wanted)
     student = _head.Student(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -290,6 +309,7 @@ def linear_loss(*arguments: Any) -> Results:
         student_dtype,
         wanted=given.wanted,
         collected=gradients,
+        waiting=waiting,
     )
     value, terms, chosen = _call(student, given, vocab, chunk_tokens, settings)
     return value, *gradients, terms, chosen
@@ -502,7 +522,8 @@ def linear_atkd_loss(
         teacher_log_prob: float32, one per token: the teacher's log p(label) at the temperature, where it is known, such as
             from a server. The hard tokens are selected by it.
         chunk_tokens: tokens of a chunk, instead of as many as `memory_budget` allows.
-        memory_budget: bytes for the logits of a chunk and their gradient.
+        memory_budget: bytes for the logits of a chunk, and for the logits' gradients that wait to be multiplied: on a GPU
+            those of some chunks, since each product adds to all of the weight's gradient.
         logits_dtype: float32, or that of the hidden states, which is faster on a GPU and costs most of the digits. Left
             out, it is float32 wherever torch multiplies half precision to that: on the CPU (by float32 copies of a
             part of the weight at a time), and on CUDA from torch 2.8 on.
@@ -592,12 +613,9 @@ def _behind_module(
         name: value.item() if isinstance(value, Tensor) else value for name, value in settings.items()
     }
     vocab, has_padding = _vocab(given), given.vocab_size is not None
-    chunk_tokens = given.chunk_tokens
-    if chunk_tokens is None:
-        # The student's logits, what autograd keeps of them, and their gradient.
-        wide = torch.float32, torch.float32
-        of_teacher = given.memory_budget, given.teacher_hidden, 2 * vocab
-        chunk_tokens = _chunk_tokens(*of_teacher, *wide, settings)
+    # The student's logits, what autograd keeps of them, and their gradient.
+    wide = torch.float32, torch.float32, torch.float32
+    chunk_tokens, _ = _chunk_tokens(given, 2 * vocab, *wide, settings)
     hidden, autocast = given.student_hidden, _head.Autocast(given.student_hidden.device)
     without_graph = given._replace(student_hidden=hidden.detach())
 
