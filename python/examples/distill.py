@@ -1,10 +1,11 @@
 """Distils a tiny causal language model into a tinier one with Hugging Face's Trainer.
 
     pip install atkd transformers accelerate
-    python distill.py [--steps 400]
+    python distill.py [--steps 400] [--fused-head]
     torchrun --nproc-per-node 2 distill.py      # the same on several processes
 
-Both models are randomly initialised Llamas: nothing is downloaded. The text is what the teacher writes.
+Both models are randomly initialised Llamas: nothing is downloaded. The text is what the teacher writes. With --fused-head
+the loss starts from what both last layers multiply, and the logits of a batch never exist.
 Prints the loss as it falls, and how far the student is from the teacher on text that it has not seen.
 """
 
@@ -23,26 +24,39 @@ class DistillationTrainer(Trainer):
     neither accumulation nor the number of processes changes.
     """
 
-    def __init__(self, teacher, **arguments):
+    def __init__(self, teacher, fused_head=False, **arguments):
         super().__init__(**arguments)
+        self.fused_head = fused_head
         # On the device of the Trainer.
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
-        with torch.no_grad():
-            teacher_logits = self.teacher(**inputs).logits
-        outputs = model(**inputs)
-        loss = atkd.atkd_loss(
-            outputs.logits,
-            teacher_logits,
-            labels,
-            num_items_in_batch=num_items_in_batch,
-            selection="sequence",
-            shift_labels=True,
-            # Else the caller would get the gradient as logits.
-            inplace=not return_outputs,
-        )
+        settings = {
+            "num_items_in_batch": num_items_in_batch,
+            "selection": "sequence",
+            "shift_labels": True,
+        }
+        if self.fused_head and not return_outputs:
+            # The models multiply by their last layers for one position alone.
+            hidden = {"output_hidden_states": True, "logits_to_keep": 1}
+            with torch.no_grad():
+                of_teacher = self.teacher(**inputs, **hidden).hidden_states[-1]
+            outputs = model(**inputs, **hidden)
+            of_student = outputs.hidden_states[-1]
+            weights = [
+                self.accelerator.unwrap_model(each).lm_head.weight for each in (model, self.teacher)
+            ]
+            loss = atkd.linear_atkd_loss(
+                of_student, weights[0], of_teacher, weights[1], labels, **settings
+            )
+        else:
+            with torch.no_grad():
+                teacher_logits = self.teacher(**inputs).logits
+            outputs = model(**inputs)
+            # In place the caller would get the gradient as logits.
+            settings["inplace"] = not return_outputs
+            loss = atkd.atkd_loss(outputs.logits, teacher_logits, labels, **settings)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # These are the items of all processes, over which the gradients are then averaged.
             loss = loss * self.accelerator.num_processes
@@ -80,7 +94,7 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def train(steps=400, sequences=8, **arguments):
+def train(steps=400, sequences=8, fused_head=False, **arguments):
     """The Trainer when it is done, and the divergence on held-out text before and after. So many sequences
     at a time on each process; what else is given goes to TrainingArguments.
     """
@@ -93,6 +107,7 @@ def train(steps=400, sequences=8, **arguments):
     with tempfile.TemporaryDirectory() as folder:
         trainer = DistillationTrainer(
             teacher=teacher,
+            fused_head=fused_head,
             model=student,
             args=TrainingArguments(
                 **{
@@ -124,7 +139,9 @@ def train(steps=400, sequences=8, **arguments):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
-    trainer, before, after = train(parser.parse_args().steps)
+    parser.add_argument("--fused-head", action="store_true", help="never make the logits of a batch")
+    args = parser.parse_args()
+    trainer, before, after = train(args.steps, fused_head=args.fused_head)
     if trainer.is_world_process_zero():
         print("training loss:", " ".join(f"{loss:.3f}" for loss in logged(trainer, "loss")))
         print(f"held-out loss: {before:.3f} before, {after:.3f} after")

@@ -37,7 +37,8 @@ PROCESS = """
 import json, os, torch, distill
 
 trainer, before, after = distill.train(
-    2, 8 // int(os.environ.get("WORLD_SIZE", 1)), optim="sgd", learning_rate=0.1, max_grad_norm=1e9,
+    2, 8 // int(os.environ.get("WORLD_SIZE", 1)), "FUSED_HEAD" in os.environ,
+    optim="sgd", learning_rate=0.1, max_grad_norm=1e9,
     **({"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {}),
 )
 if trainer.is_world_process_zero():
@@ -50,13 +51,13 @@ if trainer.is_world_process_zero():
 """
 
 
-def start(processes):
+def start(processes, **own):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
     for rank in range(processes):
-        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1", **own}
         if processes > 1:
             environment.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
@@ -81,14 +82,15 @@ def result(children):
     not torch.distributed.is_available(),
     reason="this torch has no torch.distributed: the example on two processes was not tested",
 )
-def test_two_processes_do_what_one_does(distill):
-    one, two = map(result, [start(1), start(2)])
+def test_two_processes_and_fused_heads_do_what_one_does(distill):
+    one, *others = map(result, [start(1), start(2), start(1, FUSED_HEAD="1"), start(2, FUSED_HEAD="1")])
     assert one["norms"][0] > 1e-2
-    # The Trainer logs rounded numbers.
-    for name in ["losses", "norms", "held out"]:
-        assert two[name] == pytest.approx(one[name], rel=2e-4), (name, one[name], two[name])
-    for weights in zip(one["weights"], two["weights"]):
-        assert torch.allclose(*map(torch.tensor, weights), rtol=1e-5, atol=1e-6)
+    for other in others:
+        # The Trainer logs rounded numbers.
+        for name in ["losses", "norms", "held out"]:
+            assert other[name] == pytest.approx(one[name], rel=2e-4), (name, one[name], other[name])
+        for weights in zip(one["weights"], other["weights"]):
+            assert torch.allclose(*map(torch.tensor, weights), rtol=1e-5, atol=1e-6)
 
 
 def test_outputs_hold_logits(distill):
