@@ -2,7 +2,7 @@
 
     pip install atkd matplotlib          (and liger-kernel, fla-core and speculators, on a machine with a GPU)
     python compare.py [--tokens 64 256 --vocab 32000 128256 --dtype float32 bfloat16] [--out DIR]
-                      [--losses PART...] [--features H] [--speculators PATH] [--fast-llm PATH]
+                      [--losses PART...] [--head H [H_TEACHER]] [--speculators PATH] [--fast-llm PATH]
 
 Runs on the GPU if there is one, else on the CPU of a Linux. The others are eager PyTorch as public code writes it
 (`benches/pytorch_baseline.py`) and the fused losses of other packages (`peers.py`): installed ones, or checkouts that
@@ -18,8 +18,8 @@ Prints a Markdown table, and writes it to DIR with the same numbers as JSON and 
   of losses that have labels also for labels drawn evenly, which the teacher thinks impossible: many uncertainties are
   then 1 in float32, and a token that is taken for hard or easy against the definition has a wrong gradient.
 
-`--features H` adds a second table, of losses behind the last layers `[V, H]` of both models, since `linear_atkd_loss`
-and some packages multiply by them too. The times are of both products and of the gradients of hidden states and weights;
+`--head H` adds a second table, of losses behind the last layers `[V, H]` of both models, since `linear_atkd_loss` and some
+packages multiply by them too; `--head H H_TEACHER` if the teacher's is wider. The times are of both products and of the gradients of hidden states and weights;
 the floor is the four products alone. Errors are of the loss, and of the gradients of hidden states / weight, against
 products in float64 of the same inputs: so logits that are rounded between the product and the loss count. The student's
 logits differ there from the teacher's N(0, 3) by N(0, 0.3).
@@ -110,16 +110,16 @@ def head_variants():
         return lambda x, w, teacher_x, teacher_w: loss(linear(x, w), linear(teacher_x, teacher_w))
 
     def fused(**settings):
-        return functools.partial(atkd.linear_atkd_loss, target="teacher", **settings)
+        return lambda x, *others: atkd.linear_atkd_loss(x, *others, head_labels(len(x), len(others[0]), x.device), **settings)
 
-    def of_targets(definition):
-        return lambda z, teacher, _: definition(z, teacher, teacher.argmax(-1))
+    def with_labels(definition):
+        return lambda z, teacher, _: definition(z, teacher, head_labels(*z.shape, z.device))
 
     kl, jsd = exact.plain("forward-kl"), exact.plain("jsd", 0.5)
     own_kl, own_jsd = own("plain", "forward-kl", None), own("plain", "jsd", 0.5)
     losses = [
         ("heads, the four products alone", Products.apply, None),
-        ("heads, atkd fused", fused(), of_targets(exact.atkd())),
+        ("heads, atkd fused", fused(), with_labels(exact.atkd())),
         ("heads, atkd fused KL", fused(objective="plain"), kl),
         ("heads, atkd fused JSD", fused(objective="plain", divergence="jsd", beta=0.5), jsd),
         ("heads, atkd KL", behind_heads(functools.partial(own_kl, target="teacher")), kl),
@@ -206,6 +206,7 @@ class Memory:
         raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+@functools.cache
 def inputs(tokens, vocab, dtype, device, evenly=False):
     """Logits N(0, 3) of both, and labels that are drawn from the teacher, or evenly."""
     random = torch.Generator(device).manual_seed(0)
@@ -218,14 +219,19 @@ def inputs(tokens, vocab, dtype, device, evenly=False):
     return student, teacher, teacher.float().softmax(-1).multinomial(1, generator=random).squeeze(1)
 
 
-def head_inputs(tokens, vocab, features, dtype, device):
-    """Hidden states, which both models share, and weights: x, w, teacher_x, teacher_w."""
+def head_inputs(tokens, vocab, head, dtype, device):
+    """Hidden states, of which the student has the teacher's first, and weights: x, w, teacher_x, teacher_w."""
     random = torch.Generator(device).manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=random, device=device)
-    x = normal(tokens, features).to(dtype)
-    teacher_w = 3 / features**0.5 * normal(vocab, features)
-    w = teacher_w + 0.3 / features**0.5 * normal(vocab, features)
-    return x, w.to(dtype), x.clone(), teacher_w.to(dtype)
+    features, of_teacher = head[0], head[-1]
+    teacher_x = normal(tokens, of_teacher).to(dtype)
+    teacher_w = 3 / of_teacher**0.5 * normal(vocab, of_teacher)
+    w = teacher_w[:, :features] + 0.3 / features**0.5 * normal(vocab, features)
+    return teacher_x[:, :features].clone(), w.to(dtype), teacher_x, teacher_w.to(dtype)
+
+
+def head_labels(tokens, vocab, device):
+    return torch.arange(tokens, device=device) * 7919 % vocab
 
 
 def measure(loss, tensors, constants, runs):
@@ -315,6 +321,8 @@ def plot(results, path):
 
     # Losses behind heads have no rate: their times are the products'.
     results = [r for r in results if r["gb_per_s"]]
+    if not results:
+        return
     shapes = sorted({(r["dtype"], r["tokens"], r["vocab"]) for r in results})
     # A quarter of an inch for each bar.
     figure, rows = plt.subplots(
@@ -346,11 +354,13 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--losses", nargs="+", default=[""], help="parts of names")
-    parser.add_argument("--features", type=int, help="of the hidden states, for losses behind heads")
+    parser.add_argument("--head", type=int, nargs="+", help="hidden sizes of student and teacher, for losses behind heads")
     parser.add_argument("--speculators", type=Path, help="a checkout of vllm-project/speculators")
     parser.add_argument("--fast-llm", type=Path, help="a checkout of ServiceNow/Fast-LLM")
     parser.add_argument("--out", type=Path, default=Path("target/compare"))
     args = parser.parse_args()
+    if args.head and (len(args.head) > 2 or args.head[0] > args.head[-1]):
+        parser.error("--head takes the student's hidden size, and the teacher's, which may not be smaller")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
@@ -358,7 +368,7 @@ def main():
 
     wanted = lambda name: any(part in name for part in args.losses)
     losses, skipped = variants(args)
-    heads, skipped_heads = head_variants() if args.features else ([], {})
+    heads, skipped_heads = head_variants() if args.head else ([], {})
     skipped = {name: why for name, why in {**skipped, **skipped_heads}.items() if wanted(name)}
     lines = []
 
@@ -399,26 +409,31 @@ def main():
             f"| {name} | {tokens} | {vocab} | {dtype} | {seconds * 1e3:.2f} | "
             f"{f'{rate:.2f}' if volumes else ''} | {peak / 1e6:.1f} | {both[0]} | {both[1]} |"
         )
+        save()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def save():
+        (args.out / "compare.md").write_text("\n".join(lines) + "\n")
+        report = {"machine": machine, "results": results, "skipped": skipped}
+        (args.out / "compare.json").write_text(json.dumps(report, indent=1))
 
     for vocab in args.vocab:
         for dtype_name in args.dtype:
             dtype = getattr(torch, dtype_name)
-            accuracy = {}
             for name, loss, definition in losses:
                 if not wanted(name):
                     continue
                 try:
-                    accuracy[name] = [
+                    accuracy = [
                         errors(loss, definition, vocab, dtype, device, evenly)
                         for evenly in ([False, True] if exact.needs_labels(definition) else [False])
                     ]
                 except Exception as error:  # of other people's kernels, of any kind
                     skipped[f"{name} at V = {vocab} {dtype_name}"] = peers.reason(error)
-            for tokens in args.tokens:
-                student, *constants = inputs(tokens, vocab, dtype, device)
-                for name, loss, _ in losses:
-                    if name not in accuracy:
-                        continue
+                    continue
+                for tokens in args.tokens:
+                    student, *constants = inputs(tokens, vocab, dtype, device)
                     torch._dynamo.reset()
                     try:
                         measured = measure(loss, [student], constants, args.runs)
@@ -426,11 +441,12 @@ def main():
                         skipped[f"{name} at {tokens} x {vocab} {dtype_name}"] = peers.reason(error)
                         continue
                     volumes = 3 * student.numel() * student.element_size()
-                    report(name, tokens, vocab, dtype_name, volumes, measured, accuracy[name])
+                    report(name, tokens, vocab, dtype_name, volumes, measured, accuracy)
             exactly.cache_clear()
+            inputs.cache_clear()
 
     if heads:
-        say("", f"Behind heads of {args.features} features:", "", *lines[3:5])
+        say("", f"Behind heads of {' and '.join(map(str, args.head))} features:", "", *lines[3:5])
     for vocab in args.vocab if heads else []:
         for dtype_name in args.dtype:
             dtype = getattr(torch, dtype_name)
@@ -439,9 +455,9 @@ def main():
                     if not wanted(name):
                         continue
                     try:
-                        few = head_inputs(64, vocab, args.features, dtype, device)
+                        few = head_inputs(64, vocab, args.head, dtype, device)
                         accuracy = head_errors(loss, definition, few)
-                        given = head_inputs(tokens, vocab, args.features, dtype, device)
+                        given = head_inputs(tokens, vocab, args.head, dtype, device)
                         measured = measure(loss, given[:2], given[2:], args.runs)
                     except Exception as error:
                         skipped[f"{name} at {tokens} x {vocab} {dtype_name}"] = peers.reason(error)
@@ -453,10 +469,7 @@ def main():
     for why, names in by_reason.items():
         say(f"\nSkipped: {'; '.join(names)}. {why}.")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "compare.md").write_text("\n".join(lines) + "\n")
-    report = {"machine": machine, "results": results, "skipped": skipped}
-    (args.out / "compare.json").write_text(json.dumps(report, indent=1))
+    save()
     try:
         plot(results, args.out / "compare.svg")
     except ImportError as error:

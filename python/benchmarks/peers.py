@@ -150,8 +150,27 @@ def fla_heads():
 
 
 def liger_heads():
-    """Liger-Kernel's `LigerFusedLinearJSD`, from PyPI, which multiplies by both heads too."""
-    of, why = imported(lambda: importlib.import_module("liger_kernel.transformers"))
-    fused = of and of.LigerFusedLinearJSD(jsd_beta=0.5)
-    loss = lambda x, w, teacher_x, teacher_w: fused(x, w, teacher_x, teacher_w, None)
-    return divided([("Liger-Kernel FusedLinearJSD", loss, exact.plain("jsd", 0.5))], why)
+    """Liger-Kernel's `LigerFusedLinearJSD` and `LigerFusedLinearJSDLoss` of `chunked_loss`, from PyPI, which multiply by both
+    heads too.
+    """
+    of, why = imported(
+        lambda: (
+            importlib.import_module("liger_kernel.transformers"),
+            importlib.import_module("liger_kernel.chunked_loss"),
+        )
+    )
+    fused = of and of[0].LigerFusedLinearJSD(jsd_beta=0.5)
+    chunked = of and of[1].LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
+    jsd = exact.plain("jsd", 0.5)
+
+    def of_chunks(x, w, teacher_x, teacher_w):
+        # Labels only tell it which tokens count.
+        return chunked(x, w, teacher_x, teacher_w, torch.zeros(len(x), dtype=torch.int64, device=x.device))
+
+    return divided(
+        [
+            ("Liger-Kernel FusedLinearJSD", lambda *given: fused(*given, None), jsd),
+            ("Liger-Kernel chunked JSD", of_chunks, jsd),
+        ],
+        why,
+    )
