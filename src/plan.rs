@@ -268,8 +268,10 @@ const WARP: usize = ATKD_WARP as usize;
 const CHUNK: usize = ATKD_CHUNK as usize;
 /// Chunks of half precision in a line of the L2 cache; in two lines, of single precision.
 const CHUNKS_OF_A_LINE: usize = (ATKD_LINE / (2 * ATKD_CHUNK)) as usize;
-/// From here on `row_pipelined` beats `row_resident`, as measured (docs/performance.md).
+/// From here on `row_pipelined` is no slower than other kernels, as measured (docs/performance.md); and where only its wide
+/// blocks can do the call.
 const MIN_PIPELINED: usize = 2048;
+const MIN_PIPELINED_WIDE: usize = 4096;
 /// As many as a warp has lanes.
 const MAX_TEAM: usize = WARP;
 const MARGIN_THREADS: usize = ATKD_MARGIN_THREADS as usize;
@@ -405,7 +407,8 @@ impl Plan {
     ) -> Self {
         let mut default_order =
             [Self::default_pipelined(device, problem), RowKernel::Resident, RowKernel::Stream];
-        if problem.vocab < MIN_PIPELINED {
+        let is_wide = problem.sum_at_1 || problem.teacher != problem.student;
+        if problem.vocab < if is_wide { MIN_PIPELINED_WIDE } else { MIN_PIPELINED } {
             default_order.rotate_left(1);
         }
         let default_order = default_order.map(|row_kernel| Preference { row_kernel, team: 0 });
@@ -854,14 +857,19 @@ mod tests {
             let wide = Problem { gradient: Dtype::F32, ..plain };
             assert_eq!(Plan::new(&H200, &wide, None), Plan::new(&H200, &plain, None));
         }
-        for vocab in [2048, 32_000, 128_256] {
+        for (vocab, kernel) in [
+            (4095, RowKernel::Stream),
+            (4096, RowKernel::PipelinedWide),
+            (128_256, RowKernel::PipelinedWide),
+        ] {
             let plain = problem(8192, vocab, Dtype::F16, Dtype::F16);
-            let plan = Plan::new(&H200, &Problem { sum_at_1: true, ..plain }, None);
-            assert_eq!(plan.row_kernel, RowKernel::PipelinedWide);
-        }
-        for (teacher, student) in [(Dtype::F32, Dtype::Bf16), (Dtype::F16, Dtype::F32)] {
-            let plan = Plan::new(&H200, &problem(8192, 128_256, teacher, student), None);
-            assert_eq!(plan.row_kernel, RowKernel::PipelinedWide);
+            for other in [
+                Problem { sum_at_1: true, ..plain },
+                problem(8192, vocab, Dtype::F32, Dtype::Bf16),
+                problem(8192, vocab, Dtype::F16, Dtype::F32),
+            ] {
+                assert_eq!(Plan::new(&H200, &other, None).row_kernel, kernel, "{vocab}");
+            }
         }
         let short = problem(8192, 500, Dtype::F16, Dtype::F16);
         assert_eq!(Plan::new(&H200, &short, None).row_kernel, RowKernel::Resident);

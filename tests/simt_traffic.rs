@@ -196,7 +196,7 @@ fn rows_on_chip_are_read_once_for_a_wide_gradient() {
         (2048, kl, "row_pipelined_bf16", 1),
         (32_000, kl, "row_pipelined_wide_bf16", 2),
         (50_257, kl, "row_pipelined_wide_bf16", 3),
-        (2048, at_1, "row_pipelined_wide_at_1_bf16", 1),
+        (4096, at_1, "row_pipelined_wide_at_1_bf16", 1),
         (50_257, at_1, "row_pipelined_wide_at_1_bf16", 3),
     ] {
         let input = Input::new(2, vocab);
@@ -240,7 +240,7 @@ fn rows_on_chip_are_read_once_for_a_narrow_gradient() {
 /// So are they where one model is float32 and the other is not.
 #[test]
 fn rows_on_chip_of_two_types_are_read_once() {
-    for (vocab, blocks) in [(2048, 1), (32_000, 3), (50_257, 4)] {
+    for (vocab, blocks) in [(4096, 1), (32_000, 3), (50_257, 4)] {
         let input = Input::new(2, vocab);
         let objective = Objective::kl();
         let [teacher, student] = [&input.teacher, &input.student]

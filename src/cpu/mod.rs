@@ -45,7 +45,7 @@ use rayon::ThreadPool;
 use crate::logits::ElementsMut;
 use crate::objective::{Objective, check_temperature};
 use crate::output::Output;
-use crate::{Batch, Dtype, Elements, Error, Logits, LogitsMut, Result};
+use crate::{Batch, Elements, Error, Logits, LogitsMut, Result};
 use dispatch::Instructions;
 use rows::Destination;
 pub use session::Session;
