@@ -19,10 +19,10 @@ Prints a Markdown table, and writes it to DIR with the same numbers as JSON and 
   then 1 in float32, and a token that is taken for hard or easy against the definition has a wrong gradient.
 
 `--head H` adds a second table, of losses behind the last layers `[V, H]` of both models, since `linear_atkd_loss` and some
-packages multiply by them too; `--head H H_TEACHER` if the teacher's is wider. The times are of both products and of the gradients of hidden states and weights;
-the floor is the four products alone. Errors are of the loss, and of the gradients of hidden states / weight, against
-products in float64 of the same inputs: so logits that are rounded between the product and the loss count. The student's
-logits differ there from the teacher's N(0, 3) by N(0, 0.3).
+packages multiply by them too; `--head H H_TEACHER` if the teacher's is wider. The times are of both products and of the
+gradients of hidden states and weights; the floor is the four products alone. Errors are of the loss, and of the gradients
+of hidden states / weight, against products in float64 of the same inputs: so logits that are rounded between the product
+and the loss count. Where the hidden sizes are equal the student's logits differ from the teacher's N(0, 3) by N(0, 0.3).
 """
 
 import argparse
@@ -110,7 +110,11 @@ def head_variants():
         return lambda x, w, teacher_x, teacher_w: loss(linear(x, w), linear(teacher_x, teacher_w))
 
     def fused(**settings):
-        return lambda x, *others: atkd.linear_atkd_loss(x, *others, head_labels(len(x), len(others[0]), x.device), **settings)
+        def loss(x, w, *teacher):
+            labels = head_labels(len(x), len(w), x.device)
+            return atkd.linear_atkd_loss(x, w, *teacher, labels, **settings)
+
+        return loss
 
     def with_labels(definition):
         return lambda z, teacher, _: definition(z, teacher, head_labels(*z.shape, z.device))

@@ -76,7 +76,8 @@ pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<
 /// objective's upstream gradient.
 ///
 /// `student` and `gradient` are `[tokens, vocab]`, as the batch's teacher. `gradient` is of the student's dtype or
-/// float32, or of any if the student's is float32; each element is rounded once from float32. Rows of ignored tokens become 0.
+/// float32, or of any if the student's is float32; each element is rounded once from float32. Rows of ignored tokens
+/// become 0.
 ///
 /// # Errors
 /// If the shapes differ, the gradient's dtype is none of these, a label is out of range, or labels are

@@ -270,10 +270,12 @@ impl<'a> Session<'a> {
     }
 
     /// Computes the terms of the tokens from `first` on, and their gradient where one is wanted, in the student's dtype
-    /// or float32, or in any if the student's is float32. Rows of ignored tokens become 0. All three have one shape `[range, vocab]`.
+    /// or float32, or in any if the student's is float32. Rows of ignored tokens become 0. All three have one shape
+    /// `[range, vocab]`.
     ///
     /// # Errors
-    /// If shapes do not fit, the gradient's dtype is none of these, or a token was handed over before. Nothing was done then.
+    /// If shapes do not fit, the gradient's dtype is none of these, or a token was handed over before. Nothing was done
+    /// then.
     pub fn rows(
         &mut self,
         first: usize,

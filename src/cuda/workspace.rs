@@ -136,9 +136,9 @@ impl Workspace {
 
     /// Enqueues the loss, each token's terms and the gradient with respect to the student's logits.
     ///
-    /// `gradient` is of the student's dtype or float32, or of any if the student's is float32; each element is rounded once
-    /// from float32. Rows of ignored tokens become 0. `upstream`, one float32 on the device, multiplies the gradient beside the
-    /// objective's own upstream gradient; if it is infinite or NaN, the gradient of every valid token is NaN.
+    /// `gradient` is of the student's dtype or float32, or of any if the student's is float32; each element is rounded
+    /// once from float32. Rows of ignored tokens become 0. `upstream`, one float32 on the device, multiplies the gradient
+    /// beside the objective's own upstream gradient; if it is infinite or NaN, the gradient of every valid token is NaN.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), or if the gradient's dtype is none of these.
