@@ -273,17 +273,17 @@ template <class M> ATKD_DEVICE uint32_t student_offset(const atkd_rows &p) {
     return p.slice * CHUNK * sizeof(typename M::Teacher);
 }
 
+ATKD_DEVICE constexpr uint32_t gradient_type_of(float) { return ATKD_GRADIENT_F32; }
+ATKD_DEVICE constexpr uint32_t gradient_type_of(f16) { return ATKD_GRADIENT_F16; }
+ATKD_DEVICE constexpr uint32_t gradient_type_of(bf16) { return ATKD_GRADIENT_BF16; }
+
 // Calls f with a value of the gradient's type: that of the student's logits, Q, or float32 beside half precision, or half
 // precision beside float32.
 template <class Q, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f) {
-    bool is_float = p.gradient_type == ATKD_GRADIENT_F32;
-    if constexpr (sizeof(Q) < sizeof(float)) {
-        if (ATKD_RARELY(is_float)) {
+    if (ATKD_RARELY(p.gradient_type != gradient_type_of(Q()))) {
+        if constexpr (sizeof(Q) < sizeof(float)) {
             f(float());
-            return;
-        }
-    } else if (ATKD_RARELY(!is_float)) {
-        if (p.gradient_type == ATKD_GRADIENT_F16) {
+        } else if (p.gradient_type == ATKD_GRADIENT_F16) {
             f(f16());
         } else {
             f(bf16());
@@ -398,14 +398,16 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
     // Calls f(teacher, student, full) for the thread's vectors but the target's. Where TILED, only one warp tests for it.
     template <bool TILED = true, class F> ATKD_DEVICE void for_common_vectors(F f) const {
         auto keep = [](bool) {};
-        if (!TILED || ATKD_RARELY(task.target_at != NOT_HERE && thread_index() / WARP == task.target_thread / WARP)) {
-            auto unless_target = [&](uint32_t at, uint32_t further, const Packed<P> &teacher, const Packed<Q> &student,
-                                     auto full) {
-                if (!has_target || at + further != task.target_at) {
-                    f(teacher, student, full);
-                }
-            };
-            for_vectors<TILED>(unless_target, keep);
+        auto unless_target = [&](uint32_t at, uint32_t further, const Packed<P> &teacher, const Packed<Q> &student,
+                                 auto full) {
+            if (!has_target || at + further != task.target_at) {
+                f(teacher, student, full);
+            }
+        };
+        if constexpr (!TILED) {
+            for_vectors<false>(unless_target, keep);
+        } else if (ATKD_RARELY(task.target_at != NOT_HERE && thread_index() / WARP == task.target_thread / WARP)) {
+            for_vectors(unless_target, keep);
         } else {
             auto any = [&](uint32_t, uint32_t, const Packed<P> &teacher, const Packed<Q> &student, auto full) {
                 f(teacher, student, full);
@@ -481,20 +483,23 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
             float g[CHUNK];
             gradient_chunk<D, CE_SUM, LARGE_ROW>(p.divergence, scales, exponent, teacher, student, g);
             Packed<G> packed = pack<G>(g);
-            // 16 bytes of logits become as many of gradient, half of them, or twice as many, side by side.
-            constexpr uint32_t PARTS = sizeof(G) > sizeof(T) ? Packed<G>::PARTS : Tiles::PARTS;
             ATKD_UNROLL
-            for (uint32_t i = 0; i < PARTS; i++) {
-                uint32_t piece = at + further + (sizeof(G) > sizeof(T) ? 0 : i * Tiles::STEP);
-                if (decltype(full)::value || piece < end) {
-                    if constexpr (sizeof(G) > sizeof(T)) {
-                        store16(reinterpret_cast<void *>(to + 2 * piece + 16 * i), packed.part[i]);
-                    } else if constexpr (sizeof(G) == sizeof(T)) {
-                        store16(reinterpret_cast<void *>(to + piece), packed.part[i]);
-                    } else {
-                        store8(reinterpret_cast<void *>(to + piece / 2), packed.part[0].word[2 * i],
-                               packed.part[0].word[2 * i + 1]);
+            for (uint32_t i = 0; i < Packed<G>::PARTS; i++) {
+                if constexpr (sizeof(G) > sizeof(T)) {
+                    // A vector's 16 bytes of logits become 32, side by side.
+                    store16(reinterpret_cast<void *>(to + 2 * (at + further) + 16 * i), packed.part[i]);
+                } else if constexpr (sizeof(G) < sizeof(T)) {
+                    // A vector's two pieces of logits become 8 bytes each.
+                    ATKD_UNROLL
+                    for (uint32_t k = 0; k < 2; k++) {
+                        uint32_t piece = at + further + k * Tiles::STEP;
+                        if (decltype(full)::value || piece < end) {
+                            store8(reinterpret_cast<void *>(to + piece / 2), packed.part[i].word[2 * k],
+                                   packed.part[i].word[2 * k + 1]);
+                        }
                     }
+                } else if (decltype(full)::value || at + further + i * Tiles::STEP < end) {
+                    store16(reinterpret_cast<void *>(to + at + further + i * Tiles::STEP), packed.part[i]);
                 }
             }
         };

@@ -21,8 +21,8 @@ Prints a Markdown table, and writes it to DIR with the same numbers as JSON and 
 `--head H` adds a second table, of losses behind the last layers `[V, H]` of both models, since `linear_atkd_loss` and some
 packages multiply by them too; `--head H H_TEACHER` if the teacher's is wider. The times are of both products and of the
 gradients of hidden states and weights; the floor is the four products alone. Errors are of the loss, and of the gradients
-of hidden states / weight, against products in float64 of the same inputs: so logits that are rounded between the product
-and the loss count. Where the hidden sizes are equal the student's logits differ from the teacher's N(0, 3) by N(0, 0.3).
+of hidden states / weight, of 64 tokens, against products in float64 of the same inputs: so logits that are rounded between
+the product and the loss count. Where the hidden sizes are equal the student's logits differ from the teacher's N(0, 3) by N(0, 0.3).
 """
 
 import argparse
@@ -210,7 +210,6 @@ class Memory:
         raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-@functools.cache
 def inputs(tokens, vocab, dtype, device, evenly=False):
     """Logits N(0, 3) of both, and labels that are drawn from the teacher, or evenly."""
     random = torch.Generator(device).manual_seed(0)
@@ -425,6 +424,7 @@ def main():
     for vocab in args.vocab:
         for dtype_name in args.dtype:
             dtype = getattr(torch, dtype_name)
+            sizes = [(tokens, inputs(tokens, vocab, dtype, device)) for tokens in args.tokens]
             for name, loss, definition in losses:
                 if not wanted(name):
                     continue
@@ -436,8 +436,7 @@ def main():
                 except Exception as error:  # of other people's kernels, of any kind
                     skipped[f"{name} at V = {vocab} {dtype_name}"] = peers.reason(error)
                     continue
-                for tokens in args.tokens:
-                    student, *constants = inputs(tokens, vocab, dtype, device)
+                for tokens, (student, *constants) in sizes:
                     torch._dynamo.reset()
                     try:
                         measured = measure(loss, [student], constants, args.runs)
@@ -447,7 +446,7 @@ def main():
                     volumes = 3 * student.numel() * student.element_size()
                     report(name, tokens, vocab, dtype_name, volumes, measured, accuracy)
             exactly.cache_clear()
-            inputs.cache_clear()
+            del sizes
 
     if heads:
         say("", f"Behind heads of {' and '.join(map(str, args.head))} features:", "", *lines[3:5])

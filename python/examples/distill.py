@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 distill.py      # the same on several processes
 
 Both models are randomly initialised Llamas: nothing is downloaded. The text is what the teacher writes. With --fused-head
-the loss starts from what both last layers multiply, and the logits of a batch never exist.
+the training loss starts from what both last layers multiply, and the logits of a batch never exist.
 Prints the loss as it falls, and how far the student is from the teacher on text that it has not seen.
 """
 

@@ -313,7 +313,7 @@ impl<'a> Session<'a> {
     }
 
     /// Enqueues the terms of the tokens from `first` on, and their gradient where one is wanted, in the student's dtype or
-    /// float32. Rows of ignored tokens become 0. All three have one shape `[range, vocab]`. As long as the hard tokens
+    /// float32, or in any if the student's is float32. Rows of ignored tokens become 0. All three have one shape `[range, vocab]`. As long as the hard tokens
     /// are not known, gradients are written for predicted ones.
     ///
     /// # Errors

@@ -102,9 +102,12 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
     let variant = "fused, T = 2, with cross entropy";
     add(variant, 3, time(variant, &at_2, &call)?);
     if dtype != Dtype::F32 {
-        let wide = |seed| logits(stream, size, seed, |z| z);
-        match (wide(1), wide(2), stream.alloc_zeros::<f32>(tokens * vocab)) {
-            (Ok(teacher), Ok(student), Ok(mut gradient)) => {
+        let wide = || -> Result<_> {
+            let model = |seed| logits::<f32>(stream, size, seed, |z| z);
+            Ok((model(1)?, model(2)?, stream.alloc_zeros::<f32>(tokens * vocab)?))
+        };
+        match wide() {
+            Ok((teacher, student, mut gradient)) => {
                 let [teacher, student, gradient] = [
                     teacher.device_ptr(stream).0,
                     student.device_ptr(stream).0,
@@ -123,7 +126,9 @@ fn measure_as<T: DeviceRepr + ValidAsZeroBits + Copy>(
                     add(variant, volumes, time(variant, &objective, &call)?);
                 }
             }
-            _ => skipped.push(format!("float32 beside {dtype} at {tokens} x {vocab}: no memory")),
+            Err(error) => {
+                skipped.push(format!("float32 beside {dtype} at {tokens} x {vocab}: {error}"));
+            }
         }
     }
     let mut entropies = stream.alloc_zeros::<f32>(tokens)?;

@@ -52,6 +52,14 @@ class Autocast:
         return torch.autocast(*self.state, cache_enabled=False)
 
 
+def empty_rows(count: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for so many tokens' logits, `[count, V]`. Each row starts at a multiple of 16 bytes, by which kernels go, whatever
+    the vocabulary and wherever a chunk's rows start.
+    """
+    vocab = len(weight)
+    return weight.new_empty((count, -(-vocab // 8) * 8), dtype=dtype)[:, :vocab]
+
+
 class Linear:
     """A model's last layer, `hidden @ weight.T + bias`, of hidden states `[N, H]` and a weight `[V, H]`."""
 
@@ -70,8 +78,7 @@ class Linear:
         return (slice(start, min(start + rows, vocab)) for start in range(0, vocab, rows))
 
     def logits(self, at: At) -> Tensor:
-        shape = len(self.hidden[at]), len(self.weight)
-        return self.multiply_to(self.hidden.new_empty(shape, dtype=self.logits_dtype), at)
+        return self.multiply_to(empty_rows(len(self.hidden[at]), self.weight, self.logits_dtype), at)
 
     def multiply_to(self, logits: Tensor, at: At) -> Tensor:
         hidden = self.hidden[at]
@@ -129,9 +136,10 @@ class Student(Linear):
         # follow from.
         self.waiting: List[Tuple[At, bool]] = []
         self.used = 0
-        self.rows = self.weight.new_empty(
-            (waiting if self.with_gradient else 0, len(self.weight)),
-            dtype=gradient_dtype(self.weight, self.logits_dtype),
+        self.rows = empty_rows(
+            waiting if self.with_gradient else 0,
+            self.weight,
+            gradient_dtype(self.weight, self.logits_dtype),
         )
         # Nothing has been added to the gradients of weight and bias.
         self.is_first = True
@@ -453,7 +461,7 @@ class Call:
             teacher = self.teacher.logits(at)
             logits = self.student.logits(at)
             # The gradient may replace them.
-            copy = logits.clone()
+            copy = logits.new_empty_strided(logits.shape, logits.stride()).copy_(logits)
             self._rows(teacher, logits, at, hard[at])
             self._rows(teacher, copy, at, ~hard[at], taken=True)
 

@@ -173,7 +173,7 @@ def _logits_dtype(hidden: Tensor, given: Optional[torch.dtype]) -> torch.dtype:
     return hidden.dtype
 
 
-# Chunks of so many tokens keep a GPU busy; the largest is taken that leaves room for so many to wait.
+# Chunks of so many tokens keep a GPU busy; the largest is taken beside which so many chunks have room to wait.
 _CHUNKS, _WAITING = (512, 384, 256), 2
 
 
@@ -183,12 +183,13 @@ def _chunk_tokens(
     logits_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
     gradient_dtype: torch.dtype,
+    waits: bool,
     settings: Dict[str, Any],
 ) -> Tuple[int, int]:
     """The tokens of a chunk, whose logits fit together with the gradient; and how many may wait, their gradients kept, to be
-    multiplied at once.
+    multiplied at once: more than a chunk only if `waits`.
     """
-    count, device = given.shape.numel(), given.student_hidden.device
+    count = given.shape.numel()
     of_token, of_gradient = teacher_dtype.itemsize, gradient_dtype.itemsize
     if logits_dtype != gradient_dtype:
         of_token += logits_dtype.itemsize
@@ -204,11 +205,11 @@ def _chunk_tokens(
     chunk = given.chunk_tokens
     if chunk is None:
         chunk = max(columns // (of_token + of_gradient), 1)
-        if chunk < count and device.type == "cuda":
+        if chunk < count and waits:
             fitting = [each for each in _CHUNKS if room(each) >= _WAITING * each]
             chunk = fitting[0] if fitting else chunk
     chunk = max(min(chunk, count), 1)
-    waiting = max(room(chunk) // chunk, 1) * chunk if device.type == "cuda" else chunk
+    waiting = max(room(chunk) // chunk, 1) * chunk if waits else chunk
     return chunk, min(waiting, max(count, 1))
 
 
@@ -300,7 +301,11 @@ def linear_loss(*arguments: Any) -> Results:
     teacher_dtype = _logits_dtype(given.teacher_hidden, given.logits_dtype)
     gradient_dtype = _head.gradient_dtype(weight, student_dtype)
     dtypes = student_dtype, teacher_dtype, gradient_dtype
-    chunk_tokens, waiting = _chunk_tokens(given, vocab, *dtypes, settings)
+    # On the CPU memory is near; and a product of float32 copies would need those of all that wait.
+    waits = hidden.is_cuda and (
+        hidden.dtype == torch.float32 or _head.multiplies_to_float32(hidden.device)
+    )
+    chunk_tokens, waiting = _chunk_tokens(given, vocab, *dtypes, waits, settings)
     gradients = _head.empty_gradients(hidden, weight, bias, given.wanted)
     student = _head.Student(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -615,7 +620,7 @@ def _behind_module(
     vocab, has_padding = _vocab(given), given.vocab_size is not None
     # The student's logits, what autograd keeps of them, and their gradient.
     wide = torch.float32, torch.float32, torch.float32
-    chunk_tokens, _ = _chunk_tokens(given, 2 * vocab, *wide, settings)
+    chunk_tokens, _ = _chunk_tokens(given, 2 * vocab, *wide, False, settings)
     hidden, autocast = given.student_hidden, _head.Autocast(given.student_hidden.device)
     without_graph = given._replace(student_hidden=hidden.detach())
 
