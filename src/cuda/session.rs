@@ -313,8 +313,8 @@ impl<'a> Session<'a> {
     }
 
     /// Enqueues the terms of the tokens from `first` on, and their gradient where one is wanted, in the student's dtype or
-    /// float32, or in any if the student's is float32. Rows of ignored tokens become 0. All three have one shape `[range, vocab]`. As long as the hard tokens
-    /// are not known, gradients are written for predicted ones.
+    /// float32, or in any if the student's is float32. Rows of ignored tokens become 0. All three have one shape
+    /// `[range, vocab]`. As long as the hard tokens are not known, gradients are written for predicted ones.
     ///
     /// # Errors
     /// If shapes, contexts or dtypes do not fit, a token was handed over before, or the driver refuses.
