@@ -128,6 +128,8 @@ class Student(Linear):
     ) -> None:
         super().__init__(*layer)
         self.wanted, self.with_gradient = wanted, any(wanted)
+        # Gradients that are sums over the tokens are wanted.
+        self.adds_up = any(wanted[1:])
         of_hidden, of_weight, of_bias = collected
         self.collected = of_hidden.view(-1, self.hidden.shape[1]), of_weight, of_bias
         # float16 loses what is below 6e-8, and the gradient of a mean is about one over the number of tokens.
@@ -244,7 +246,7 @@ class Module:
         self.autocast = autocast
         self.parameters = [each for each in module.parameters() if each.requires_grad]
         self.with_gradient = any(wanted)
-        hidden_too, self.with_parameters = wanted
+        hidden_too, self.adds_up = wanted
         self.scales_last = self.hidden.dtype == torch.float16
         self.by_hidden = (
             self.hidden.new_zeros(self.hidden.shape, dtype=torch.float32) if hidden_too else None
@@ -285,7 +287,7 @@ class Module:
 
     def add(self, gradient: Tensor, at: At, sign: float = 1.0) -> None:
         hidden, logits = self.graph
-        to = [hidden, *(self.parameters if self.with_parameters else [])]
+        to = [hidden, *(self.parameters if self.adds_up else [])]
         found = torch.autograd.grad(logits, to, gradient.to(logits.dtype), retain_graph=True, allow_unused=True)
         by_hidden, *by_parameters = found
         if self.by_hidden is not None and sign > 0 and by_hidden is not None:
@@ -460,10 +462,13 @@ class Call:
             at = wrong[first : first + at_once]
             teacher = self.teacher.logits(at)
             logits = self.student.logits(at)
-            # The gradient may replace them.
-            copy = logits.new_empty_strided(logits.shape, logits.stride()).copy_(logits)
+            copy: Optional[Tensor] = None
+            if self.student.adds_up:
+                # The gradient may replace them.
+                copy = logits.new_empty_strided(logits.shape, logits.stride()).copy_(logits)
             self._rows(teacher, logits, at, hard[at])
-            self._rows(teacher, copy, at, ~hard[at], taken=True)
+            if copy is not None:
+                self._rows(teacher, copy, at, ~hard[at], taken=True)
 
     def _rows(
         self, teacher: Tensor, student: Tensor, at: At, hard: Tensor, taken: bool = False
