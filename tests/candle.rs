@@ -2,7 +2,7 @@
 //! paper's definitions.
 
 use atkd::battery::compare::{loss_within, term_within};
-use atkd::candle::{loss, loss_with_output};
+use atkd::candle::{Tokens, loss, loss_with_output, token_entropies};
 use atkd::{Batch, Logits, Objective, Output, Reduction, reference};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
@@ -30,26 +30,47 @@ fn expected(
     student: &Tensor,
     teacher: &Tensor,
     labels: &Tensor,
+    own: Option<[&Tensor; 2]>,
 ) -> (Output, Vec<f64>) {
     let vocab = *student.dims().last().unwrap();
     let (s, t) = (values(student), values(teacher));
     let labels: Vec<i64> = labels.flatten_all().unwrap().to_vec1().unwrap();
     let teacher = Logits::new(&t, labels.len(), vocab).unwrap();
     let student = Logits::new(&s, labels.len(), vocab).unwrap();
-    let batch = Batch::new(teacher, &labels).unwrap();
+    let mut batch = Batch::new(teacher, &labels).unwrap();
+    let own = own.map(|own| own.map(values));
+    if let Some([weights, temperatures]) = &own {
+        batch = batch.with_token_weights(weights).unwrap().with_temperatures(temperatures).unwrap();
+    }
     reference::forward_backward(objective, &batch, student).unwrap()
 }
 
 /// Asserts that loss and gradient are those of the reference, the gradient times `upstream`, to within
 /// float32 rounding and `ulp` of an element.
 fn check(objective: &Objective, student: &Var, teacher: &Tensor, labels: &Tensor, upstream: f64) {
+    check_with(objective, student, teacher, labels, None, upstream);
+}
+
+/// The same with weights and temperatures of tokens.
+fn check_with(
+    objective: &Objective,
+    student: &Var,
+    teacher: &Tensor,
+    labels: &Tensor,
+    own: Option<[&Tensor; 2]>,
+    upstream: f64,
+) {
     let ulp = match student.dtype() {
         DType::BF16 => 2f64.powi(-7),
         DType::F16 => 2f64.powi(-10),
         _ => 0.0,
     };
-    let (output, gradient) = expected(objective, student, teacher, labels);
-    let found = loss(objective, student, teacher, labels).unwrap();
+    let (output, gradient) = expected(objective, student, teacher, labels, own);
+    let mut tokens = Tokens::from(labels);
+    if let Some([weights, temperatures]) = own {
+        tokens = tokens.with_weights(weights).with_temperatures(temperatures);
+    }
+    let found = loss(objective, student, teacher, tokens).unwrap();
     assert_eq!((found.dtype(), found.dims()), (DType::F32, &[][..]));
     let value = f64::from(found.to_scalar::<f32>().unwrap());
     assert!((value - output.loss).abs() <= loss_within(output.loss, 1.0), "{value} {output:?}");
@@ -97,6 +118,42 @@ fn the_gradient_that_arrives_multiplies() {
 }
 
 #[test]
+fn weights_and_temperatures_of_tokens() {
+    // Rows of a larger tensor, which are not contiguous.
+    let own = random(&[3, 5, 2], DType::F32, 10);
+    let weights = own.affine(0.3, 0.0).unwrap().narrow(2, 0, 1).unwrap().squeeze(2).unwrap();
+    let temperatures = own.narrow(2, 1, 1).unwrap().squeeze(2).unwrap();
+    let temperatures = temperatures.affine(0.25, 2.0).unwrap();
+    let objective = Objective::default().with_ce_weight(0.7).unwrap();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let student = Var::from_tensor(&random(&[3, 5, 21], dtype, 7)).unwrap();
+        let teacher = random(&[3, 5, 21], dtype, 8);
+        let labels = labels(&[3, 5], 21, 9);
+        for upstream in [1.0, -2.5] {
+            let own = Some([&weights, &temperatures]);
+            check_with(&objective, &student, &teacher, &labels, own, upstream);
+        }
+    }
+}
+
+#[test]
+fn entropies_of_tokens() {
+    let logits = random(&[2, 3, 11], DType::BF16, 11);
+    let entropies = token_entropies(&logits.narrow(1, 0, 2).unwrap(), 1.5).unwrap();
+    assert_eq!((entropies.dtype(), entropies.dims()), (DType::F32, &[2, 2][..]));
+    let exact = |row: usize| {
+        let z: Vec<f64> =
+            values(&logits)[row * 11..][..11].iter().map(|&z| f64::from(z) / 1.5).collect();
+        let sum: f64 = z.iter().map(|z| z.exp()).sum();
+        z.iter().map(|z| z.exp() / sum * (sum.ln() - z)).sum::<f64>()
+    };
+    for (found, row) in values(&entropies).into_iter().zip([0, 1, 3, 4]) {
+        assert!((f64::from(found) - exact(row)).abs() <= 1e-5, "{found} {}", exact(row));
+    }
+    assert!(token_entropies(&logits, 0.0).is_err());
+}
+
+#[test]
 fn a_scaled_loss_rescues_float16_gradients() {
     let objective = Objective::kl().with_reduction(Reduction::Denominator(1e7)).unwrap();
     let student = Var::from_tensor(&random(&[5, 16], DType::F16, 4)).unwrap();
@@ -111,7 +168,7 @@ fn sequences_of_a_batch() {
     let labels = labels(&[3, 5], 21, 9);
     check(&Objective::default(), &student, &teacher, &labels, 1.0);
     let (_, output) = loss_with_output(&Objective::default(), &student, &teacher, &labels).unwrap();
-    let (reference, _) = expected(&Objective::default(), &student, &teacher, &labels);
+    let (reference, _) = expected(&Objective::default(), &student, &teacher, &labels, None);
     assert_eq!(output.tokens.len(), 15);
     for (found, expected) in output.tokens.iter().zip(&reference.tokens) {
         assert_eq!((found.hard, found.valid), (expected.hard, expected.valid));
@@ -179,7 +236,7 @@ fn gradients_flow_through_a_view() -> Result<()> {
     let view = padded.narrow(1, 0, 5)?.narrow(2, 0, 20)?;
     let gradients = loss(&Objective::default(), &view, &teacher, &labels)?.backward()?;
     let found = gradients.get(&padded).unwrap();
-    let (_, expected) = expected(&Objective::default(), &view, &teacher, &labels);
+    let (_, expected) = expected(&Objective::default(), &view, &teacher, &labels, None);
     for (found, expected) in values(&found.narrow(1, 0, 5)?.narrow(2, 0, 20)?).iter().zip(expected)
     {
         assert!((f64::from(*found) - expected).abs() <= 1e-7);
@@ -349,5 +406,25 @@ fn errors_say_what_is_wrong() {
             let error = loss(&Objective::default(), &student, &teacher, &labels).unwrap_err();
             assert!(error.to_string().contains(message), "{error} should contain {message}");
         }
+    }
+}
+
+#[test]
+fn errors_of_tokens_values() {
+    let logits = random(&[4, 16], DType::F32, 29);
+    let labels = labels(&[4], 16, 31);
+    let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, CPU).unwrap();
+    let (short, integers) = (ones(&[3], DType::F32), ones(&[4], DType::I64));
+    let cold = ones(&[4], DType::F32).affine(0.0, 0.0).unwrap();
+    let tokens = Tokens::from(&labels);
+    for (tokens, message) in [
+        (tokens.with_weights(&short), "the weights are [3]"),
+        (tokens.with_temperatures(&short), "the temperatures are [3]"),
+        (tokens.with_weights(&integers), "the weights are I64, but must be F32"),
+        (tokens.with_temperatures(&integers), "the temperatures are I64, but must be F32"),
+        (tokens.with_temperatures(&cold), "[1e-30, 1e30]"),
+    ] {
+        let error = loss(&Objective::default(), &logits, &logits, tokens).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
     }
 }

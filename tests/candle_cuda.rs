@@ -5,7 +5,7 @@
 use std::ffi::{CString, c_char};
 use std::io::Write;
 
-use atkd::candle::{loss, loss_with_output};
+use atkd::candle::{Tokens, loss, loss_with_output, token_entropies};
 use atkd::cuda::{self, Kernels};
 use atkd::{Error, Objective, Reduction};
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -145,6 +145,40 @@ fn assert_near((loss, gradient): &(f32, Tensor), (expected_loss, expected): &(f3
 }
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+#[test]
+fn weights_temperatures_and_entropies_of_tokens() -> Result<()> {
+    let Some(device) = device() else { return Ok(()) };
+    let mut random = fastrand::Rng::with_seed(12);
+    let mut values = |low: f32, high: f32| {
+        let values: Vec<f32> = (0..6).map(|_| low + (high - low) * random.f32()).collect();
+        Tensor::from_vec(values, (2, 3), CPU)
+    };
+    let (weights, temperatures) = (values(-0.5, 2.0)?, values(0.5, 4.0)?);
+    let objective = Objective::default().with_ce_weight(0.4).unwrap();
+    for dtype in DTYPES {
+        let input = Input::new(&[2, 3, 300], [dtype; 2], 13);
+        let step = |device: &Device| -> Result<(f32, Tensor)> {
+            let input = input.to(device);
+            let (weights, temperatures) =
+                (weights.to_device(device)?, temperatures.to_device(device)?);
+            let tokens = Tokens::from(&input.labels);
+            let tokens = tokens.with_weights(&weights).with_temperatures(&temperatures);
+            let student = Var::from_tensor(&input.student)?;
+            let loss = loss(&objective, &student, &input.teacher, tokens)?;
+            let gradient = loss.backward()?.remove(&student).unwrap();
+            Ok((loss.to_scalar()?, gradient))
+        };
+        assert_near(&step(&device)?, &step(CPU)?);
+        let entropies = token_entropies(&input.student.to_device(&device)?, 1.5)?;
+        let expected = token_entropies(&input.student, 1.5)?;
+        assert_eq!((entropies.dtype(), entropies.dims()), (DType::F32, expected.dims()));
+        for (found, expected) in self::values(&entropies).into_iter().zip(self::values(&expected)) {
+            assert!((found - expected).abs() <= 1e-5 * (1.0 + expected), "{found} {expected}");
+        }
+    }
+    Ok(())
+}
 
 #[test]
 fn agrees_with_the_cpu_for_every_dtype() {

@@ -67,11 +67,13 @@ fn with_workspace<T>(
     })
 }
 
-/// A batch on one device: the teacher's logits and a label per token.
+/// A batch on one device: the teacher's logits, and of each token the label and, if they have any, weight and
+/// temperature.
 #[derive(Clone)]
 pub(super) struct Batch {
     pub teacher: Tensor,
     pub labels: Tensor,
+    pub values: [Option<Tensor>; 2],
 }
 
 impl Batch {
@@ -112,7 +114,7 @@ impl Batch {
         then: impl FnOnce(&mut Workspace) -> crate::Result<T>,
     ) -> Result<T> {
         let stream = student.tensor.device().as_cuda_device()?.cuda_stream();
-        let teacher = Rows::new("teacher's", &self.teacher)?;
+        let teacher = Rows::new("teacher's ", &self.teacher)?;
         let labels = self.labels.to_dtype(DType::I64)?.contiguous()?;
         let (teacher_storage, _) = teacher.tensor.storage_and_layout();
         let (student_storage, _) = student.tensor.storage_and_layout();
@@ -120,8 +122,21 @@ impl Batch {
         let labels = cuda_storage(&labels_storage)?.as_cuda_slice::<i64>()?;
         let labels = labels.slice(labels_layout.start_offset()..).slice(..student.tokens);
 
-        let batch =
+        let mut batch =
             DeviceBatch::new(logits(&teacher, &teacher_storage)?, labels).map_err(Error::wrap)?;
+        let contiguous =
+            |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::contiguous).transpose();
+        let [weights, temperatures] = [contiguous(&self.values[0])?, contiguous(&self.values[1])?];
+        let [weights, temperatures] =
+            [&weights, &temperatures].map(|tensor| tensor.as_ref().map(Tensor::storage_and_layout));
+        if let Some((storage, layout)) = &weights {
+            let weights = floats(storage, layout, student.tokens)?;
+            batch = batch.with_token_weights(weights).map_err(Error::wrap)?;
+        }
+        if let Some((storage, layout)) = &temperatures {
+            let temperatures = floats(storage, layout, student.tokens)?;
+            batch = batch.with_temperatures(temperatures).map_err(Error::wrap)?;
+        }
         let student_logits = logits(student, &student_storage)?;
         let gradient = gradient.map(|gradient| gradient_logits(student, gradient)).transpose()?;
         with_workspace(&stream, student.tokens, |workspace| {
@@ -153,6 +168,26 @@ fn cuda_storage(storage: &Storage) -> Result<&CudaStorage> {
     }
 }
 
+/// The float32 values of so many tokens.
+fn floats<'a>(storage: &'a Storage, layout: &Layout, tokens: usize) -> Result<CudaView<'a, f32>> {
+    let values = cuda_storage(storage)?.as_cuda_slice::<f32>()?;
+    Ok(values.slice(layout.start_offset()..layout.start_offset() + tokens))
+}
+
+/// Enqueues the entropies of the tokens, to a tensor of this shape.
+pub(super) fn token_entropies(rows: &Rows, temperature: f64, shape: &[usize]) -> Result<Tensor> {
+    let device = rows.tensor.device().as_cuda_device()?;
+    let stream = device.cuda_stream();
+    let (storage, _) = rows.tensor.storage_and_layout();
+    let logits = logits(rows, &storage)?;
+    let mut entropies = stream.alloc_zeros::<f32>(rows.tokens).w()?;
+    with_workspace(&stream, rows.tokens, |workspace| {
+        workspace.token_entropies(&stream, &logits, temperature, entropies.slice_mut(..))
+    })?;
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(entropies, device.clone()));
+    Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
+}
+
 fn logits<'a>(rows: &Rows, storage: &'a Storage) -> Result<DeviceLogits<'a>> {
     let storage = cuda_storage(storage)?;
     let start = rows.tensor.layout().start_offset();
@@ -160,7 +195,7 @@ fn logits<'a>(rows: &Rows, storage: &'a Storage) -> Result<DeviceLogits<'a>> {
         DType::F32 => storage.as_cuda_slice::<f32>()?.slice(start..).into(),
         DType::F16 => storage.as_cuda_slice::<f16>()?.slice(start..).into(),
         DType::BF16 => storage.as_cuda_slice::<bf16>()?.slice(start..).into(),
-        other => bail!("the {} logits are {other:?}, but must be F32, F16 or BF16", rows.whose),
+        other => bail!("the {}logits are {other:?}, but must be F32, F16 or BF16", rows.whose),
     };
     DeviceLogits::strided(elements, rows.tokens, rows.vocab, rows.strides).map_err(Error::wrap)
 }
@@ -216,7 +251,7 @@ impl CustomOp1 for Loss {
 
     fn bwd(&self, student: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
         let stream = student.device().as_cuda_device()?.cuda_stream();
-        let rows = Rows::new("student's", student)?;
+        let rows = Rows::new("student's ", student)?;
         let (upstream_storage, layout) = upstream.storage_and_layout();
         let upstream = cuda_storage(&upstream_storage)?.as_cuda_slice::<f32>()?;
         let upstream = upstream.slice(layout.start_offset()..layout.start_offset() + 1);

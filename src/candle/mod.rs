@@ -25,13 +25,85 @@ use half::bf16;
 
 use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, Strides, cpu};
 
+/// The values that tokens have of their own, in tensors shaped as the logits without the last dimension, on their device.
+/// A tensor of labels becomes those alone.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokens<'a> {
+    labels: &'a Tensor,
+    weights: Option<&'a Tensor>,
+    temperatures: Option<&'a Tensor>,
+}
+
+impl<'a> From<&'a Tensor> for Tokens<'a> {
+    fn from(labels: &'a Tensor) -> Self {
+        Self { labels, weights: None, temperatures: None }
+    }
+}
+
+impl<'a> Tokens<'a> {
+    /// Multiplies each token's terms and gradient by a weight, float32: see
+    /// [`Batch::with_token_weights`](crate::Batch::with_token_weights). No gradient flows back to the weights.
+    pub fn with_weights(self, weights: &'a Tensor) -> Self {
+        Self { weights: Some(weights), ..self }
+    }
+
+    /// Divides each token's logits by a temperature of its own, float32: see
+    /// [`Batch::with_temperatures`](crate::Batch::with_temperatures). No gradient flows back to the temperatures.
+    pub fn with_temperatures(self, temperatures: &'a Tensor) -> Self {
+        Self { temperatures: Some(temperatures), ..self }
+    }
+
+    /// The float32 values, if there are any, by their names.
+    fn values(&self) -> [(&'static str, Option<&'a Tensor>); 2] {
+        [("weights", self.weights), ("temperatures", self.temperatures)]
+    }
+
+    /// Checks that there is one of each per token, for logits `[.., vocab]`.
+    fn check(&self, logits: &Tensor) -> Result<()> {
+        let shape = logits.dims();
+        let expected = &shape[..shape.len() - 1];
+        let values = self.values().into_iter().filter_map(|(what, tensor)| Some((what, tensor?)));
+        for (what, tensor) in std::iter::once(("labels", self.labels)).chain(values) {
+            if tensor.dims() != expected {
+                bail!(
+                    "the {what} are {:?}, but for logits {shape:?} must be {expected:?}",
+                    tensor.dims()
+                )
+            }
+            match (what, tensor.dtype()) {
+                ("labels", dtype) if !dtype.is_int() => {
+                    bail!("the labels are {dtype:?}, but must be integers")
+                }
+                ("weights" | "temperatures", dtype) if dtype != DType::F32 => {
+                    bail!("the {what} are {dtype:?}, but must be F32")
+                }
+                _ => (),
+            }
+            check_device(what, tensor, logits)?;
+        }
+        Ok(())
+    }
+}
+
+fn check_device(what: &str, tensor: &Tensor, student: &Tensor) -> Result<()> {
+    if !tensor.device().same_device(student.device()) {
+        bail!(
+            "the {what} are on {:?}, but the student's logits are on {:?}",
+            tensor.device().location(),
+            student.device().location()
+        )
+    }
+    Ok(())
+}
+
 /// The loss of the student's logits, a float32 scalar that `backward` goes through.
 ///
 /// - `student`, `teacher`: logits `[.., vocab]` of one shape, such as `[tokens, vocab]` or
 ///   `[batch, time, vocab]`, each float32, float16 or bfloat16. They are read where they lie if rows
 ///   are contiguous and at most two strides lead to them, as in `narrow(1, 0, time - 1)` of the latter,
 ///   and copied otherwise.
-/// - `labels`: their shape without the last dimension, of any integer dtype.
+/// - `tokens`: labels, their shape without the last dimension, of any integer dtype; or [`Tokens`], with weights and
+///   temperatures beside them.
 ///
 /// Where vocabularies are padded, `narrow` gives the columns that count; it copies nothing, but its own backward pass makes
 /// a gradient as wide as the logits.
@@ -49,38 +121,60 @@ use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, 
 ///
 /// # Errors
 /// If tensors are on different devices or of other dtypes, shapes differ, or a label is out of range.
-pub fn loss(
+pub fn loss<'a>(
     objective: &Objective,
     student: &Tensor,
     teacher: &Tensor,
-    labels: &Tensor,
+    tokens: impl Into<Tokens<'a>>,
 ) -> Result<Tensor> {
-    Ok(loss_and_output(objective, student, teacher, labels, false)?.0)
+    Ok(loss_and_output(objective, student, teacher, &tokens.into(), false)?.0)
 }
 
 /// [`loss`], and the terms of each token, in the order of the labels' elements.
 ///
 /// # Errors
 /// Those of [`loss`].
-pub fn loss_with_output(
+pub fn loss_with_output<'a>(
     objective: &Objective,
     student: &Tensor,
     teacher: &Tensor,
-    labels: &Tensor,
+    tokens: impl Into<Tokens<'a>>,
 ) -> Result<(Tensor, Output)> {
-    loss_and_output(objective, student, teacher, labels, true)
+    loss_and_output(objective, student, teacher, &tokens.into(), true)
         .map(|(loss, output)| (loss, output.expect("it was asked for")))
+}
+
+/// The entropy of the distribution of each of a model's tokens, in nats, float32, of logits `[.., vocab]` divided by a
+/// temperature, in one read of them: as [`cpu::token_entropies`]. It has no derivative.
+///
+/// # Errors
+/// If the logits are of other dtypes or on another device than [`loss`] takes, or the temperature is not in
+/// [1e-30, 1e30].
+pub fn token_entropies(logits: &Tensor, temperature: f64) -> Result<Tensor> {
+    let rows = Rows::new("", logits)?;
+    let shape = &logits.dims()[..logits.rank() - 1];
+    match logits.device() {
+        Device::Cpu => {
+            let (storage, _) = rows.tensor.storage_and_layout();
+            let entropies =
+                cpu::token_entropies(rows.logits(&storage)?, temperature).map_err(Error::wrap)?;
+            Tensor::from_vec(entropies, shape, &Device::Cpu)
+        }
+        #[cfg(feature = "candle-cuda")]
+        Device::Cuda(_) => cuda::token_entropies(&rows, temperature, shape),
+        other => not_here(other),
+    }
 }
 
 fn loss_and_output(
     objective: &Objective,
     student: &Tensor,
     teacher: &Tensor,
-    labels: &Tensor,
+    tokens: &Tokens,
     #[cfg_attr(not(feature = "candle-cuda"), expect(unused_variables))] want_output: bool,
 ) -> Result<(Tensor, Option<Output>)> {
     let (student_rows, teacher_rows) =
-        (Rows::new("student's", student)?, Rows::new("teacher's", teacher)?);
+        (Rows::new("student's ", student)?, Rows::new("teacher's ", teacher)?);
     if student.dims() != teacher.dims() {
         bail!(
             "the student's logits are {:?}, but the teacher's are {:?}",
@@ -88,33 +182,33 @@ fn loss_and_output(
             teacher.dims()
         )
     }
-    check_labels(labels, student.shape())?;
-    for (what, tensor) in [("teacher's logits", teacher), ("labels", labels)] {
-        if !tensor.device().same_device(student.device()) {
-            bail!(
-                "the {what} are on {:?}, but the student's logits are on {:?}",
-                tensor.device().location(),
-                student.device().location()
-            )
-        }
-    }
+    tokens.check(student)?;
+    check_device("teacher's logits", teacher, student)?;
     match student.device() {
         Device::Cpu => {
             let (loss, output) =
-                cpu_loss(objective, student, &student_rows, &teacher_rows, labels)?;
+                cpu_loss(objective, student, &student_rows, &teacher_rows, tokens)?;
             Ok((loss, Some(output)))
         }
         #[cfg(feature = "candle-cuda")]
         Device::Cuda(_) => {
-            let batch = cuda::Batch { teacher: teacher.detach(), labels: labels.clone() };
+            let batch = cuda::Batch {
+                teacher: teacher.detach(),
+                labels: tokens.labels.clone(),
+                values: tokens.values().map(|(_, tensor)| tensor.map(Tensor::detach)),
+            };
             let (op, output) = batch.forward(objective, &student_rows, want_output)?;
             Ok((student.apply_op1(op)?, output))
         }
-        other => bail!(
-            "the logits are on {:?}, but must be on the CPU, or on CUDA with the feature candle-cuda",
-            other.location()
-        ),
+        other => not_here(other),
     }
+}
+
+fn not_here<T>(device: &Device) -> Result<T> {
+    bail!(
+        "the logits are on {:?}, but must be on the CPU, or on CUDA with the feature candle-cuda",
+        device.location()
+    )
 }
 
 fn cpu_loss(
@@ -122,14 +216,25 @@ fn cpu_loss(
     student: &Tensor,
     student_rows: &Rows,
     teacher_rows: &Rows,
-    labels: &Tensor,
+    tokens: &Tokens,
 ) -> Result<(Tensor, Output)> {
-    let labels: Vec<i64> = labels.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?;
+    let labels: Vec<i64> = tokens.labels.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?;
+    let values = |tensor: Option<&Tensor>| -> Result<Option<Vec<f32>>> {
+        tensor.map(|tensor| tensor.flatten_all()?.to_vec1()).transpose()
+    };
+    let (weights, temperatures) = (values(tokens.weights)?, values(tokens.temperatures)?);
 
     let (student_storage, _) = student_rows.tensor.storage_and_layout();
     let (teacher_storage, _) = teacher_rows.tensor.storage_and_layout();
     let logits = student_rows.logits(&student_storage)?;
-    let batch = Batch::new(teacher_rows.logits(&teacher_storage)?, &labels).map_err(Error::wrap)?;
+    let mut batch =
+        Batch::new(teacher_rows.logits(&teacher_storage)?, &labels).map_err(Error::wrap)?;
+    if let Some(weights) = &weights {
+        batch = batch.with_token_weights(weights).map_err(Error::wrap)?;
+    }
+    if let Some(temperatures) = &temperatures {
+        batch = batch.with_temperatures(temperatures).map_err(Error::wrap)?;
+    }
 
     if !student.track_op() {
         let output = cpu::forward(objective, &batch, logits).map_err(Error::wrap)?;
@@ -201,7 +306,7 @@ struct Rows {
 impl Rows {
     fn new(whose: &'static str, tensor: &Tensor) -> Result<Self> {
         let Some((&vocab, leading)) = tensor.dims().split_last() else {
-            bail!("the {whose} logits are a scalar, but must be [tokens, vocab]")
+            bail!("the {whose}logits are a scalar, but must be [tokens, vocab]")
         };
         let (tensor, strides) = match strides(tensor.layout()) {
             Some(strides) => (tensor.clone(), strides),
@@ -218,7 +323,7 @@ impl Rows {
             Storage::Cpu(CpuStorage::F16(v)) => Elements::F16(v.get(start..).unwrap_or_default()),
             Storage::Cpu(CpuStorage::BF16(v)) => Elements::Bf16(v.get(start..).unwrap_or_default()),
             other => bail!(
-                "the {} logits are {:?}, but must be F32, F16 or BF16",
+                "the {}logits are {:?}, but must be F32, F16 or BF16",
                 self.whose,
                 other.dtype()
             ),
@@ -250,22 +355,6 @@ fn strides(layout: &Layout) -> Option<Strides> {
         _ => return None,
     };
     strides.span(leading.iter().product(), vocab).is_ok().then_some(strides)
-}
-
-/// Checks that there is one label per token, for logits `[.., vocab]`.
-fn check_labels(labels: &Tensor, logits: &Shape) -> Result<()> {
-    let expected = &logits.dims()[..logits.rank() - 1];
-    if labels.dims() != expected {
-        bail!(
-            "the labels are {:?}, but for logits {:?} must be {expected:?}",
-            labels.dims(),
-            logits.dims()
-        )
-    }
-    if !labels.dtype().is_int() {
-        bail!("the labels are {:?}, but must be integers", labels.dtype())
-    }
-    Ok(())
 }
 
 #[cfg(test)]
