@@ -51,7 +51,7 @@ fn check(objective: &Objective, student: &Var, teacher: &Tensor, labels: &Tensor
     check_with(objective, student, teacher, labels, None, upstream);
 }
 
-/// The same with weights and temperatures of tokens.
+/// Asserts the same with weights and temperatures of tokens.
 fn check_with(
     objective: &Objective,
     student: &Var,

@@ -177,6 +177,12 @@ fn in_place() {
     }
 }
 
+/// Rows of `vocab` logits, so far apart, with NaN between them.
+fn spread(logits: &[bf16], vocab: usize, row: usize) -> Vec<bf16> {
+    let rows = logits.chunks(vocab);
+    rows.flat_map(|of| of.iter().copied().chain(vec![bf16::NAN; row - vocab])).collect()
+}
+
 /// A float32 model beside one in half precision: rows with gaps, which start anywhere, and one that is ignored; with a
 /// gradient, without, and in place.
 #[test]
@@ -187,16 +193,12 @@ fn rows_of_two_types_on_chip() {
     // Alike in elements modulo those of 16 bytes, though not in bytes.
     let (wide_row, narrow_row) = (vocab + 4, vocab + 12);
     for wide_teacher in [true, false] {
-        let spread = |logits: &[bf16], row: usize| -> Vec<bf16> {
-            let rows = logits.chunks(vocab);
-            rows.flat_map(|of| of.iter().copied().chain(vec![bf16::NAN; row - vocab])).collect()
-        };
         let (wide, narrow) = match wide_teacher {
             true => (&input.teacher, &input.student),
             false => (&input.student, &input.teacher),
         };
-        let mut narrow: Aligned<bf16> = spread(narrow, narrow_row).into_iter().collect();
-        let wide_of = spread(wide, wide_row).into_iter().map(|z| z.to_f32());
+        let mut narrow: Aligned<bf16> = spread(narrow, vocab, narrow_row).into_iter().collect();
+        let wide_of = spread(wide, vocab, wide_row).into_iter().map(|z| z.to_f32());
         let mut wide: Aligned<f32> = wide_of.collect();
         let simulation = pipelined_by(RowKernel::PipelinedWide, 2, 1);
         let objective = Objective::default().with_ce_weight(0.3).unwrap();
@@ -255,14 +257,11 @@ fn narrow_gradients() {
     let (tokens, vocab) = (4, 3001);
     let input = Input::new(tokens, vocab);
     let labels = [7, -100, 0, vocab as i64 - 1];
-    let rows = |logits: &[bf16], row: usize| -> Vec<bf16> {
-        let rows = logits.chunks(vocab);
-        rows.flat_map(|of| of.iter().copied().chain(vec![bf16::NAN; row - vocab])).collect()
-    };
     let row = vocab + 4;
-    let [wide_teacher, student] = [&input.teacher, &input.student]
-        .map(|logits| rows(logits, row).iter().map(|z| z.to_f32()).collect::<Aligned<f32>>());
-    let narrow_teacher: Aligned<bf16> = rows(&input.teacher, row).into_iter().collect();
+    let [wide_teacher, student] = [&input.teacher, &input.student].map(|logits| {
+        spread(logits, vocab, row).iter().map(|z| z.to_f32()).collect::<Aligned<f32>>()
+    });
+    let narrow_teacher: Aligned<bf16> = spread(&input.teacher, vocab, row).into_iter().collect();
     let wide_teacher = Logits::strided(&wide_teacher[..], tokens, vocab, row).unwrap();
     let narrow_teacher = Logits::strided(&narrow_teacher[..], tokens, vocab, row).unwrap();
     let student = Logits::strided(&student[..], tokens, vocab, row).unwrap();

@@ -60,29 +60,29 @@ impl<'a> Tokens<'a> {
 
     /// Checks that there is one of each per token, for logits `[.., vocab]`.
     fn check(&self, logits: &Tensor) -> Result<()> {
-        let shape = logits.dims();
-        let expected = &shape[..shape.len() - 1];
-        let values = self.values().into_iter().filter_map(|(what, tensor)| Some((what, tensor?)));
-        for (what, tensor) in std::iter::once(("labels", self.labels)).chain(values) {
-            if tensor.dims() != expected {
-                bail!(
-                    "the {what} are {:?}, but for logits {shape:?} must be {expected:?}",
-                    tensor.dims()
-                )
+        check_tokens("labels", self.labels, logits)?;
+        if !self.labels.dtype().is_int() {
+            bail!("the labels are {:?}, but must be integers", self.labels.dtype())
+        }
+        for (what, tensor) in self.values() {
+            let Some(tensor) = tensor else { continue };
+            check_tokens(what, tensor, logits)?;
+            if tensor.dtype() != DType::F32 {
+                bail!("the {what} are {:?}, but must be F32", tensor.dtype())
             }
-            match (what, tensor.dtype()) {
-                ("labels", dtype) if !dtype.is_int() => {
-                    bail!("the labels are {dtype:?}, but must be integers")
-                }
-                ("weights" | "temperatures", dtype) if dtype != DType::F32 => {
-                    bail!("the {what} are {dtype:?}, but must be F32")
-                }
-                _ => (),
-            }
-            check_device(what, tensor, logits)?;
         }
         Ok(())
     }
+}
+
+/// Checks that there is one value per token, where the logits are.
+fn check_tokens(what: &str, tensor: &Tensor, logits: &Tensor) -> Result<()> {
+    let shape = logits.dims();
+    let expected = &shape[..shape.len() - 1];
+    if tensor.dims() != expected {
+        bail!("the {what} are {:?}, but for logits {shape:?} must be {expected:?}", tensor.dims())
+    }
+    check_device(what, tensor, logits)
 }
 
 fn check_device(what: &str, tensor: &Tensor, student: &Tensor) -> Result<()> {

@@ -141,7 +141,7 @@ impl Workspace {
     /// beside the objective's own upstream gradient; if it is infinite or NaN, the gradient of every valid token is NaN.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward), or if the gradient's dtype is none of these.
+    /// The errors are those of [`forward`](Self::forward), and one for a gradient of another dtype.
     pub fn forward_backward(
         &mut self,
         stream: &Arc<CudaStream>,

@@ -131,7 +131,8 @@ class Student(Linear):
         # Gradients that are sums over the tokens are wanted.
         self.adds_up = any(wanted[1:])
         of_hidden, of_weight, of_bias = collected
-        self.collected = of_hidden.view(-1, self.hidden.shape[1]), of_weight, of_bias
+        of_weight[len(self.weight) :].zero_()
+        self.collected = of_hidden.view(-1, self.hidden.shape[1]), of_weight, of_bias.zero_()
         # float16 loses what is below 6e-8, and the gradient of a mean is about one over the number of tokens.
         self.scales_last = self.hidden.dtype == torch.float16 and not self.upcasts
         # Those whose gradients are the first of the rows; False for those that only the weight's and the bias's gradients
@@ -143,7 +144,7 @@ class Student(Linear):
             self.weight,
             gradient_dtype(self.weight, self.logits_dtype),
         )
-        # Nothing has been added to the gradients of weight and bias.
+        # The next product is the first for the weight's gradient, and overwrites it.
         self.is_first = True
 
     def logits(self, at: At) -> Tensor:
@@ -175,8 +176,7 @@ class Student(Linear):
     def gradients(self) -> List[Optional[Tensor]]:
         self._multiply_waiting()
         if self.is_first:
-            for each in self.collected[1:]:
-                each.zero_()
+            self.collected[1].zero_()
         return [*self.collected]
 
     def _multiply_waiting(self) -> None:
@@ -197,15 +197,8 @@ class Student(Linear):
                 start, end = end, end + len(each)
                 if counts:
                     by_hidden[at] = products[start:end].to(by_hidden.dtype)
-        if self.is_first:
-            for each in (by_weight, by_bias):
-                each[len(self.weight) :].zero_()
         if of_bias:
-            of_tokens = by_bias[: len(self.weight)]
-            if self.is_first:
-                torch.sum(gradient, 0, dtype=torch.float32, out=of_tokens)
-            else:
-                of_tokens.add_(gradient.sum(0, dtype=torch.float32))
+            by_bias[: len(self.weight)].add_(gradient.sum(0, dtype=torch.float32))
         if of_weight:
             of_all = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
             of_all = of_all.float() if self.upcasts else of_all
