@@ -2,7 +2,7 @@
 //! the two classes and of the rest, or the one of the whole vocabulary, and the chain rule for the gradient. Slow,
 //! serial, and independent of the fused form, against which it is the oracle.
 
-use crate::objective::{Coefficient, Family, Mixture, Target};
+use crate::objective::{Coefficient, Family, Mixture, Target, check_temperature};
 use crate::output::TokenTerms;
 use crate::{Batch, Elements, Logits, Objective, Output, ReductionScales, Result, SelectionRule};
 
@@ -186,6 +186,25 @@ pub fn forward_backward(
     let rows = |token| widen(student.row(token));
     let output = compute(objective, batch, rows, Some(&mut gradient))?;
     Ok((output, gradient))
+}
+
+/// The entropy of one model's distribution for each token: see [`cpu::token_entropies`](crate::cpu::token_entropies).
+///
+/// # Errors
+/// If the temperature is not in [1e-30, 1e30].
+pub fn token_entropies(logits: Logits, temperature: f64) -> Result<Vec<f64>> {
+    check_temperature(temperature)?;
+    let entropy = |token| {
+        let row = widen(logits.row(token));
+        if !defined(&row) {
+            return f64::NAN;
+        }
+        let log = Softmax::new(row, temperature).log;
+        // A probability of 0 adds its limit, 0. The sum of nothing is -0.
+        let possible = log.iter().filter(|&&log| log != f64::NEG_INFINITY);
+        possible.map(|log| -log.exp() * log).sum::<f64>() + 0.0
+    };
+    Ok((0..logits.tokens()).map(entropy).collect())
 }
 
 /// The target of each token, `None` where it is ignored.

@@ -24,7 +24,7 @@ use atkd::cuda::{
 use atkd::plan::{Preference, RowKernel};
 use atkd::{
     Batch, Dtype, Error, Logits, LogitsMut, Objective, Output, Reduction, Result, Strides, Target,
-    battery, cpu, reference,
+    battery, reference,
 };
 use half::bf16;
 
@@ -615,10 +615,15 @@ fn entropies() {
     let mut to: CudaSlice<f32> = stream.alloc_zeros(11).unwrap();
     loaded.workspace.token_entropies(stream, &logits, 2.0, to.as_view_mut()).unwrap();
     let host = stream.clone_dtoh(&loaded.teacher).unwrap();
-    let exact = cpu::token_entropies(Logits::new(&host, 11, 3000).unwrap(), 2.0).unwrap();
-    for (found, exact) in stream.clone_dtoh(&to).unwrap().into_iter().zip(exact) {
-        assert!((found - exact).abs() <= 2e-6 * (1.0 + exact), "{found}, but exactly {exact}");
+    let host = Logits::new(&host, 11, 3000).unwrap();
+    let found = stream.clone_dtoh(&to).unwrap();
+    for (&found, exact) in found.iter().zip(reference::token_entropies(host, 2.0).unwrap()) {
+        let off = (f64::from(found) - exact).abs();
+        assert!(off <= 2e-6 * (1.0 + exact), "{found}, but exactly {exact}");
     }
+    assert_eq!(gpu.kernels.token_entropies(host, 2.0).unwrap(), found);
+    let none = Logits::new(&[0.0_f32; 0][..], 0, 7).unwrap();
+    assert!(gpu.kernels.token_entropies(none, 2.0).unwrap().is_empty());
     let few = to.slice_mut(..10);
     let error = loaded.workspace.token_entropies(stream, &logits, 2.0, few).unwrap_err();
     assert_eq!(error, Error::MaskCount { what: "the entropies", values: 10, tokens: 11 });

@@ -133,4 +133,20 @@ impl Backend {
             Self::Reference => battery::reference_backend(objective, batch, student, gradient),
         }
     }
+
+    /// See [`cpu::token_entropies`].
+    pub fn token_entropies(&self, logits: Logits, temperature: f64) -> atkd::Result<Vec<f32>> {
+        match self {
+            Self::Cuda(kernels) => kernels.token_entropies(logits, temperature),
+            Self::Cpu => cpu::token_entropies(logits, temperature),
+            Self::Simt => {
+                let simulation = simt::Simulation::default();
+                simulation.token_entropies(logits, temperature).map(|(entropies, _)| entropies)
+            }
+            Self::Reference => {
+                let exact = reference::token_entropies(logits, temperature)?;
+                Ok(exact.into_iter().map(|entropy| entropy as f32).collect())
+            }
+        }
+    }
 }

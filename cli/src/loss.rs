@@ -72,9 +72,19 @@ pub struct Args {
     /// `tkd`, `dkd`, `loss` (F32) and `hard` (U8) to this safetensors file
     #[arg(long, value_name = "OUT.safetensors")]
     grad: Option<PathBuf>,
+    /// Add the entropies of both models' distributions at --temperature, in nats: the means of the valid tokens and, to
+    /// the file of --grad, `teacher_entropy` and `student_entropy` (F32) per token
+    #[arg(long)]
+    entropies: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// Per token, in nats.
+struct Entropies {
+    teacher: Vec<f32>,
+    student: Vec<f32>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -223,36 +233,51 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let logits = student.logits().and_then(|logits| logits.with_vocab(vocab(&student)));
     let logits = logits.context("`student`")?;
+    let entropies = args
+        .entropies
+        .then(|| -> atkd::Result<Entropies> {
+            let of = |logits| backend.token_entropies(logits, args.temperature);
+            Ok(Entropies { teacher: of(teacher)?, student: of(logits)? })
+        })
+        .transpose()?;
     let output = match destination {
         None => backend.forward(&objective, &batch, logits)?,
         Some(destination) => {
             let mut gradient = Matrix::zeros(logits.dtype(), student.tokens, student.vocab)?;
             let view = gradient.logits_mut()?.with_vocab(vocab(&student))?;
             let output = backend.forward_backward(&objective, &batch, logits, view)?;
-            write(destination, &gradient, &output)?;
+            write(destination, &gradient, &output, entropies.as_ref())?;
             output
         }
     };
-    report(args, &backend, &output)?;
+    report(args, &backend, &output, entropies.as_ref())?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// The gradient and each token's terms, as safetensors.
-fn write(destination: Destination, gradient: &Matrix, output: &Output) -> Result<()> {
+fn write(
+    destination: Destination,
+    gradient: &Matrix,
+    output: &Output,
+    entropies: Option<&Entropies>,
+) -> Result<()> {
     let tokens = output.tokens.len();
-    let column = |term: fn(&atkd::TokenTerms) -> f64| {
-        output
-            .tokens
-            .iter()
-            .flat_map(|token| (term(token) as f32).to_le_bytes())
-            .collect::<Vec<u8>>()
+    let bytes = |column: &mut dyn Iterator<Item = f32>| {
+        column.flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>()
     };
-    let columns = [
+    let column = |term: fn(&atkd::TokenTerms) -> f64| {
+        bytes(&mut output.tokens.iter().map(|token| term(token) as f32))
+    };
+    let mut columns = vec![
         ("uncertainty", column(|token| token.uncertainty)),
         ("tkd", column(|token| token.tkd)),
         ("dkd", column(|token| token.dkd)),
         ("loss", column(|token| token.loss)),
     ];
+    if let Some(Entropies { teacher, student }) = entropies {
+        columns.push(("teacher_entropy", bytes(&mut teacher.iter().copied())));
+        columns.push(("student_entropy", bytes(&mut student.iter().copied())));
+    }
     let hard: Vec<u8> = output.tokens.iter().map(|token| token.hard.into()).collect();
     let matrix = vec![gradient.tokens, gradient.vocab];
     let mut tensors = vec![("grad", gradient.dtype(), matrix, gradient.bytes())];
@@ -291,10 +316,24 @@ fn number(value: f64) -> Value {
     }
 }
 
-fn report(args: &Args, backend: &Backend, output: &Output) -> Result<()> {
+fn report(
+    args: &Args,
+    backend: &Backend,
+    output: &Output,
+    entropies: Option<&Entropies>,
+) -> Result<()> {
     let summary = output.summary();
+    let mean_of_valid = |values: &[f32]| {
+        let valid = output.tokens.iter().zip(values).filter(|(token, _)| token.valid);
+        // The sum of nothing is -0.
+        let sum = valid.map(|(_, &value)| f64::from(value)).sum::<f64>() + 0.0;
+        sum / summary.valid_tokens.max(1) as f64
+    };
+    let mean_entropies = entropies.map(|Entropies { teacher, student }| {
+        [("teacher", mean_of_valid(teacher)), ("student", mean_of_valid(student))]
+    });
     if args.json {
-        let object = json!({
+        let mut object = json!({
             "loss": number(output.loss),
             "tokens": summary.tokens,
             "valid_tokens": summary.valid_tokens,
@@ -306,6 +345,9 @@ fn report(args: &Args, backend: &Backend, output: &Output) -> Result<()> {
             "mean_dkd": number(summary.mean_dkd),
             "backend": backend.to_string(),
         });
+        for (model, mean) in mean_entropies.iter().flatten() {
+            object[format!("mean_{model}_entropy")] = number(*mean);
+        }
         return output::print(&object.to_string());
     }
     let mut table = output::table(&[]);
@@ -322,10 +364,13 @@ fn report(args: &Args, backend: &Backend, output: &Output) -> Result<()> {
         ("mean uncertainty", format!("{:.6}", summary.mean_uncertainty)),
         ("mean TKD", format!("{:.6}", summary.mean_tkd)),
         ("mean DKD", format!("{:.6}", summary.mean_dkd)),
-        ("backend", backend.to_string()),
     ] {
         table.add_row([name, &value]);
     }
+    for (model, mean) in mean_entropies.iter().flatten() {
+        table.add_row([format!("mean entropy of the {model}"), format!("{mean:.6}")]);
+    }
+    table.add_row(["backend", &backend.to_string()]);
     output::print(&table.trim_fmt())?;
     if summary.non_finite_tokens > 0 {
         eprintln!(
@@ -387,7 +432,7 @@ mod tests {
         let all: BTreeSet<&str> = default.keys().map(String::as_str).collect();
         assert_eq!(reached, all, "settings of Rust");
 
-        let not_settings = ["file", "backend", "vocab_size", "grad", "json"];
+        let not_settings = ["file", "backend", "vocab_size", "grad", "entropies", "json"];
         let options: BTreeSet<String> = command()
             .get_arguments()
             .filter(|option| !not_settings.contains(&option.get_id().as_str()))

@@ -254,6 +254,41 @@ fn options_reach_the_objective() {
     assert_eq!(object["valid_tokens"], 4);
 }
 
+/// Of both models, at the temperature, per token and as means of the valid ones.
+#[test]
+fn entropies_of_both_models() {
+    let files = Files::new();
+    let path = files.batch("batch", &files.labels);
+    let entropies =
+        |rows| reference::token_entropies(Logits::new(rows, TOKENS, VOCAB).unwrap(), 2.0).unwrap();
+    let models = [("teacher", entropies(&files.teacher)), ("student", entropies(&files.student))];
+    for backend in ["cpu", "simt", "reference"] {
+        let out = files.path("out");
+        let options =
+            ["--backend", backend, "--temperature", "2", "--entropies", "--json", "--grad"];
+        let object = json(loss(&path, &[&options[..], &[out.to_str().unwrap()]].concat()));
+        let bytes = std::fs::read(&out).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        for (model, exact) in &models {
+            let column = file.tensor(&format!("{model}_entropy")).unwrap();
+            assert_eq!((column.dtype(), column.shape()), (Dtype::F32, &[TOKENS][..]));
+            let found = column.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+            for (found, exact) in found.zip(exact) {
+                assert!((f64::from(found) - exact).abs() <= 2e-6 * (1.0 + exact), "{backend}");
+            }
+            let valid = files.labels.iter().zip(exact).filter(|(label, _)| **label != -100);
+            let mean = valid.map(|(_, entropy)| entropy).sum::<f64>() / 5.0;
+            let printed = object[format!("mean_{model}_entropy")].as_f64().unwrap();
+            assert!((printed - mean).abs() <= 2e-6 * (1.0 + mean), "{backend} {printed} {mean}");
+        }
+    }
+    let plain = json(loss(&path, &["--json"]));
+    assert!(plain.get("mean_teacher_entropy").is_none());
+    let table = loss(&path, &["--entropies"]).output().unwrap().stdout;
+    let table = String::from_utf8(table).unwrap();
+    assert!(table.contains("mean entropy of the teacher"), "{table}");
+}
+
 #[test]
 fn numbers_that_json_lacks() {
     let mut files = Files::new();

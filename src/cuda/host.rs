@@ -92,6 +92,24 @@ impl Kernels {
         self.call(objective, batch, student, Some(gradient))
     }
 
+    /// As [`cpu::token_entropies`](crate::cpu::token_entropies); see [`forward`](Self::forward).
+    ///
+    /// # Errors
+    /// If the temperature is not in [1e-30, 1e30], or the driver reports an error.
+    pub fn token_entropies(self: &Arc<Self>, logits: Logits, temperature: f64) -> Result<Vec<f32>> {
+        let stream = &self.context().default_stream();
+        let copy = Copy::new(stream, logits.elements())?;
+        let mut entropies = vec![0.0; logits.tokens()];
+        let mut to = upload(stream, &entropies)?;
+        let workspace = Workspace::new(self, stream, 0)?;
+        let view = to.slice_mut(..entropies.len());
+        workspace.token_entropies(stream, &copy.logits(logits)?, temperature, view)?;
+        stream
+            .memcpy_dtoh(&to.slice(..entropies.len()), &mut entropies)
+            .map_err(driver("copying from the device"))?;
+        Ok(entropies)
+    }
+
     fn call(
         self: &Arc<Self>,
         objective: &Objective,
