@@ -12,8 +12,8 @@
 static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 120, "the layout is a contract");
 static_assert(sizeof(atkd_teacher_margin) == 136 && sizeof(atkd_count_valid) == 152, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 200 && sizeof(atkd_objective) == 88, "the layout is a contract");
-static_assert(sizeof(atkd_prepare_rows) == 176 && sizeof(atkd_rows) == 400, "the layout is a contract");
-static_assert(sizeof(atkd_token_terms) == 352 && sizeof(atkd_token_entropies) == 56, "the layout is a contract");
+static_assert(sizeof(atkd_prepare_rows) == 176 && sizeof(atkd_rows) == 416, "the layout is a contract");
+static_assert(sizeof(atkd_token_terms) == 368 && sizeof(atkd_token_entropies) == 56, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
 // scripts/kernel-instructions counts.
@@ -146,6 +146,10 @@ ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return __popc(bits); }
 // Returns the value, opaque to the optimiser: an expression of it is computed again, not kept in registers until then.
 ATKD_DEVICE uint32_t opaque(uint32_t value) {
     asm volatile("" : "+r"(value));
+    return value;
+}
+ATKD_DEVICE float opaque(float value) {
+    asm volatile("" : "+f"(value));
     return value;
 }
 ATKD_DEVICE double opaque(double value) {

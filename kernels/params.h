@@ -35,6 +35,8 @@
 #define ATKD_CHUNK 8u
 // Bytes of a line of the L2 cache.
 #define ATKD_LINE 128u
+// Terms of the polynomial in atkd_divergence.
+#define ATKD_TAYLOR 5u
 
 // Launch bounds of each kernel: threads per block at most, and blocks that a multiprocessor must hold at once. Those of
 // count_valid are prepare_rows' too.
@@ -198,11 +200,11 @@ typedef struct {
 typedef struct {
     float share;
     float rest;       // 1 - share
-    float of_teacher; // the weight of KL(p, m)
-    float of_student; // the weight of KL(q, m)
-    // The slope's weights of t / (1 + t) in math/mixture.cuh, where the teacher's probability is larger and where the
-    // student's is: of_teacher rest - of_student share, and that times -rest / share.
-    float teacher_excess, student_excess;
+    float of_teacher; // the weight of KL(p, m), times ln 2
+    float of_student; // the weight of KL(q, m), times ln 2
+    float of_ratio;   // the slope's weight of (p - q) / m: 0 for JSD
+    // log2(q / m) over r, as a polynomial in r = log2(p / q) near 0, the lowest power first.
+    float taylor[ATKD_TAYLOR];
     uint32_t plain; // over the whole vocabulary, by the weights of DKD; never of forward KL, whose parts are enough
 } atkd_divergence;
 

@@ -228,15 +228,11 @@ ATKD_DEVICE typename D::Scales reduce_terms(const atkd_rows &p, const Rows<P, Q>
     return scales_for_all(scales);
 }
 
-// A flag that is known when compiling.
-template <bool B> struct Flag {
-    static constexpr bool value = B;
-};
-
 // Calls f with whether a shift of the row is LARGE, as a flag that the compiler knows: common rows have code of their own.
-// A divergence that is not SPECIALISED has the code for LARGE shifts alone, which is right for any.
-template <class D, bool CE_SUM, class F> ATKD_DEVICE void by_size(const typename D::Scales &scales, F f) {
-    if constexpr (!D::SPECIALISED) {
+// What is not SPECIALISED has the code for LARGE shifts alone, which is right for any.
+template <class D, bool CE_SUM, bool SPECIALISED = D::SPECIALISED, class F>
+ATKD_DEVICE void by_size(const typename D::Scales &scales, F f) {
+    if constexpr (!SPECIALISED) {
         f(Flag<true>());
     } else if (ATKD_RARELY(scales.template large<CE_SUM>())) {
         f(Flag<true>());

@@ -123,7 +123,7 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
         if constexpr (D::SWEEPS == 2) {
             if (!ignored) {
                 typename D::Scales scales = shared.scales[0];
-                by_size<D, CE_SUM>(scales, [&](auto large) {
+                by_size<D, CE_SUM, true>(scales, [&](auto large) {
                     auto terms = consumer.template terms<decltype(large)::value>(scales);
                     if (lane == 0) {
                         shared.warp_states[warp] =
@@ -153,7 +153,7 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
         if (!ignored && p.gradient != nullptr) {
             typename D::Scales scales = shared.scales[0];
             by_gradient_type<typename M::Student>(p, [&](auto g) {
-                by_size<D, CE_SUM>(scales, [&](auto large) {
+                by_size<D, CE_SUM, true>(scales, [&](auto large) {
                     consumer.template gradient<decltype(large)::value, decltype(g)>(scales, release);
                 });
             });
@@ -468,7 +468,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
                 add(teacher, student, full);
             }
         };
-        for_vectors(unless_target, [](bool) {});
+        for_vectors<!LARGE_ROW>(unless_target, [](bool) {});
         for_special_vectors(add);
         return merge_warp<false>(own);
     }
@@ -503,8 +503,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
                 }
             }
         };
-        // A row is rarely LARGE, but for a divergence that has no other code.
-        for_vectors<!LARGE_ROW || !D::SPECIALISED>(store_gradient, release);
+        for_vectors<!LARGE_ROW>(store_gradient, release);
         if (ATKD_RARELY(has_target)) {
             store(gradient.data + task.target, narrow<G>(scales.target));
         }

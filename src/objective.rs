@@ -65,12 +65,12 @@ pub enum Divergence {
     TotalVariation,
     /// KL(p, alpha p + (1 - alpha) q).
     SkewKl {
-        /// The teacher's share in the mixture, in \[0, 1).
+        /// The teacher's share in the mixture, in \[0, 1); 0 means forward KL.
         alpha: f64,
     },
     /// KL(q, alpha q + (1 - alpha) p).
     SkewReverseKl {
-        /// The student's share in the mixture, in \[0, 1).
+        /// The student's share in the mixture, in \[0, 1); 0 means reverse KL.
         alpha: f64,
     },
 }
@@ -356,14 +356,20 @@ impl Objective {
     /// Default [`Divergence::ForwardKl`].
     ///
     /// # Errors
-    /// If beta is not in \[0, 1\], or alpha not in \[0, 1).
+    /// If beta is not in \[0, 1\], or alpha not in \[0, 1), or either is nearer than 1e-9 to 0 or 1 without being it: in a
+    /// mixture of such shares one model is lost by rounding.
     pub fn with_divergence(mut self, divergence: Divergence) -> Result<Self> {
+        const SMALLEST_SHARE: f64 = 1e-9;
+        let mixes = |share| (SMALLEST_SHARE..=1.0 - SMALLEST_SHARE).contains(&share);
         match divergence {
-            Divergence::Jsd { beta } => unit_interval("beta", beta)?,
+            Divergence::Jsd { beta } => {
+                const ALLOWED: &str = "in [0, 1], and no nearer than 1e-9 to an end that it is not";
+                check("beta", beta, ALLOWED, beta == 0.0 || beta == 1.0 || mixes(beta))?
+            }
             Divergence::SkewKl { alpha } | Divergence::SkewReverseKl { alpha } => {
-                const ALLOWED: &str =
-                    "in [0, 1): with alpha 1 the divergence is 0 whatever the student does";
-                check("alpha", alpha, ALLOWED, (0.0..1.0).contains(&alpha))?
+                const ALLOWED: &str = "in [0, 1), and no nearer than 1e-9 to an end that it is not: with alpha 1 the divergence \
+                     is 0 whatever the student does";
+                check("alpha", alpha, ALLOWED, alpha == 0.0 || mixes(alpha))?
             }
             Divergence::ForwardKl | Divergence::ReverseKl | Divergence::TotalVariation => 0.0,
         };

@@ -19,6 +19,7 @@ pub const ATKD_MEDIAN: u32 = 1;
 pub const ATKD_WARP: u32 = 32;
 pub const ATKD_CHUNK: u32 = 8;
 pub const ATKD_LINE: u32 = 128;
+pub const ATKD_TAYLOR: u32 = 5;
 pub const ATKD_MARGIN_THREADS: u32 = 256;
 pub const ATKD_MARGIN_BLOCKS: u32 = 5;
 pub const ATKD_COUNT_THREADS: u32 = 256;
@@ -342,13 +343,13 @@ pub struct atkd_divergence {
     pub rest: f32,
     pub of_teacher: f32,
     pub of_student: f32,
-    pub teacher_excess: f32,
-    pub student_excess: f32,
+    pub of_ratio: f32,
+    pub taylor: [f32; 5usize],
     pub plain: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_divergence"][::std::mem::size_of::<atkd_divergence>() - 28usize];
+    ["Size of atkd_divergence"][::std::mem::size_of::<atkd_divergence>() - 44usize];
     ["Alignment of atkd_divergence"][::std::mem::align_of::<atkd_divergence>() - 4usize];
     ["Offset of field: atkd_divergence::share"]
         [::std::mem::offset_of!(atkd_divergence, share) - 0usize];
@@ -358,12 +359,12 @@ const _: () = {
         [::std::mem::offset_of!(atkd_divergence, of_teacher) - 8usize];
     ["Offset of field: atkd_divergence::of_student"]
         [::std::mem::offset_of!(atkd_divergence, of_student) - 12usize];
-    ["Offset of field: atkd_divergence::teacher_excess"]
-        [::std::mem::offset_of!(atkd_divergence, teacher_excess) - 16usize];
-    ["Offset of field: atkd_divergence::student_excess"]
-        [::std::mem::offset_of!(atkd_divergence, student_excess) - 20usize];
+    ["Offset of field: atkd_divergence::of_ratio"]
+        [::std::mem::offset_of!(atkd_divergence, of_ratio) - 16usize];
+    ["Offset of field: atkd_divergence::taylor"]
+        [::std::mem::offset_of!(atkd_divergence, taylor) - 20usize];
     ["Offset of field: atkd_divergence::plain"]
-        [::std::mem::offset_of!(atkd_divergence, plain) - 24usize];
+        [::std::mem::offset_of!(atkd_divergence, plain) - 40usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -394,7 +395,7 @@ pub struct atkd_rows {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 400usize];
+    ["Size of atkd_rows"][::std::mem::size_of::<atkd_rows>() - 416usize];
     ["Alignment of atkd_rows"][::std::mem::align_of::<atkd_rows>() - 8usize];
     ["Offset of field: atkd_rows::batch"][::std::mem::offset_of!(atkd_rows, batch) - 0usize];
     ["Offset of field: atkd_rows::objective"]
@@ -460,7 +461,7 @@ pub struct atkd_token_terms {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 352usize];
+    ["Size of atkd_token_terms"][::std::mem::size_of::<atkd_token_terms>() - 368usize];
     ["Alignment of atkd_token_terms"][::std::mem::align_of::<atkd_token_terms>() - 8usize];
     ["Offset of field: atkd_token_terms::batch"]
         [::std::mem::offset_of!(atkd_token_terms, batch) - 0usize];

@@ -82,3 +82,30 @@ fn stages_out_of_order_are_errors() {
 fn gradients_wait_for_the_sizes_of_groups() {
     stages::gradients_wait_for_the_sizes_of_groups(&Cpu);
 }
+
+/// A setting that comes after a stage would hold for some of the tokens.
+#[test]
+fn settings_come_before_stages() {
+    let teacher = [2.0_f32, 1.0, 0.0, 0.0, 3.0, 1.0];
+    let begun = |by_margins: bool| {
+        let mut session = cpu::Session::begin(&Objective::default(), &[0_i64, 1], 3).unwrap();
+        let row = atkd::Logits::new(&teacher[3..], 1, 3).unwrap();
+        match by_margins {
+            true => session.margins(1, row).unwrap(),
+            false => session.rows(1, row, row, None).unwrap(),
+        }
+        session
+    };
+    for by_margins in [false, true] {
+        let late = [
+            begun(by_margins).with_sequences(vec![0, 2]).err(),
+            begun(by_margins).with_margins(&[0.0; 2]).err(),
+            begun(by_margins).with_hard(&[true; 2]).err(),
+            begun(by_margins).with_token_weights(&[1.0; 2]).err(),
+            begun(by_margins).with_temperatures(&[1.0; 2]).err(),
+        ];
+        for error in late {
+            assert!(matches!(error, Some(atkd::Error::Stage { token: 1, .. })), "{error:?}");
+        }
+    }
+}

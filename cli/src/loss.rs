@@ -76,7 +76,8 @@ pub struct Args {
     /// the file of --grad, `teacher_entropy` and `student_entropy` (F32) per token
     #[arg(long)]
     entropies: bool,
-    /// Print one JSON object
+    /// Print one JSON object; the numbers of a divergence's parts, tkd and dkd, are "NaN" where they are not computed: for
+    /// plain jsd, tvd, skew-kl and skew-reverse-kl
     #[arg(long)]
     json: bool,
 }

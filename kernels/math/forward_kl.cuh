@@ -9,6 +9,7 @@
 //   tkd             the divergence of the two classes, from the margins
 //   loss            both parts, weighted, or the plain divergence
 //   Scales, scales  what the gradient of an element needs of its row, from the row's state
+//   by_form         calls f with a flag that tells forms of the divergence apart, known when compiling
 //   gradient        the gradient of an element, but for cross entropy's that has a sum of its own
 //
 // With a, b the teacher's and the student's logits over the temperature, g the target, L_p, L_q = log sum_{j != g}
@@ -65,7 +66,9 @@ struct ForwardKl {
         };
     }
 
-    template <class Shifts>
+    template <class G> static ATKD_DEVICE void by_form(const atkd_divergence &, G f) { f(Flag<true>()); }
+
+    template <bool, class Shifts>
     static ATKD_DEVICE float gradient(const atkd_divergence &, const Scales &scales, const Shifts &shifts, float a,
                                       float b) {
         float teacher = exp2_fast(shifts.teacher(a)), student = exp2_fast(shifts.student(b));

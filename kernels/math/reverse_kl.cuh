@@ -96,7 +96,9 @@ struct ReverseKl {
         return scales;
     }
 
-    template <class Shifts>
+    template <class G> static ATKD_DEVICE void by_form(const atkd_divergence &, G f) { f(Flag<true>()); }
+
+    template <bool, class Shifts>
     static ATKD_DEVICE float gradient(const atkd_divergence &, const Scales &scales, const Shifts &shifts, float a,
                                       float b) {
         // An element that a model rules out has the probability 0 here.

@@ -16,6 +16,11 @@
 #include "keys.cuh"
 #include "online.cuh"
 
+// A flag that is known when compiling.
+template <bool B> struct Flag {
+    static constexpr bool value = B;
+};
+
 // The kinds of a state's fields, by how two parts of a row merge: sums relative to the same maxima add up; flags are
 // 0 or not, and set if they are in either.
 enum Field { SUM, MAX, FLAG };
@@ -150,8 +155,10 @@ struct alignas(16) GradientScales {
     float target;                         // the gradient at the target
     float teacher_max, student_max, teacher_shift, student_shift;
 
+    ATKD_DEVICE void make_gradient_nan() { teacher = student = student_at_1 = target = nanf(""); }
+    // Whatever the row is passed over for again is NaN as well.
     ATKD_DEVICE void make_nan() {
-        teacher = student = student_at_1 = target = nanf("");
+        make_gradient_nan();
         teacher_max = student_max = teacher_shift = student_shift = 0;
     }
     ATKD_DEVICE float shift_at_1() const { return shift_of(student_max, LOG2_E); }
@@ -191,13 +198,15 @@ ATKD_DEVICE void gradient_chunk(const atkd_divergence &divergence, const typenam
     unpack(teacher, a);
     unpack(student, b);
     RowShifts<LARGE_ROW> shifts(scales, exponent);
-    ATKD_UNROLL
-    for (uint32_t k = 0; k < CHUNK; k++) {
-        g[k] = D::gradient(divergence, scales, shifts, a[k], b[k]);
-        if (CE_SUM) {
-            g[k] += scales.student_at_1 * exp2_fast(shifts.student_at_1(b[k]));
+    D::by_form(divergence, [&](auto form) {
+        ATKD_UNROLL
+        for (uint32_t k = 0; k < CHUNK; k++) {
+            g[k] = D::template gradient<decltype(form)::value>(divergence, scales, shifts, a[k], b[k]);
+            if (CE_SUM) {
+                g[k] += scales.student_at_1 * exp2_fast(shifts.student_at_1(b[k]));
+            }
         }
-    }
+    });
 }
 
 // The target's logit in either model; to be read before a gradient in place overwrites it.
@@ -236,8 +245,10 @@ ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weig
     auto scales =
         D::template scales<CE_SUM>(p.divergence, state, of_token, teacher, student, student_at_1, target, exponent);
     bool finite = weight - weight == 0 && weights.ce == weights.ce;
-    if (state.has_nan() || teacher.odds != teacher.odds || student.odds != student.odds || !finite) {
+    if (state.has_nan() || teacher.odds != teacher.odds || student.odds != student.odds) {
         scales.make_nan();
+    } else if (!finite) {
+        scales.make_gradient_nan();
     }
     return scales;
 }

@@ -7,7 +7,8 @@
 // Plain, over the whole vocabulary, the sums that normalise include the target, which is one more pair of the second
 // sweep. TKD and DKD are not computed then.
 //
-// F is the f: F::of is its value at a pair of probabilities, and its slope, which is h.
+// F is the f: what a pair adds to the sums of the second sweep, the value and the mean of h that follow from these, and the
+// slope h of an element.
 #pragma once
 
 #include "row_sums.cuh"
@@ -16,42 +17,36 @@ ATKD_DEVICE float power_of_2(float x) { return exp2_fast(x); }
 ATKD_DEVICE double power_of_2(double x) { return exp2(x); }
 ATKD_DEVICE float inverse_of(float x) { return reciprocal_fast(x); }
 ATKD_DEVICE double inverse_of(double x) { return 1 / x; }
-ATKD_DEVICE float larger_of(float x, float y) { return fmaxf(x, y); }
-ATKD_DEVICE double larger_of(double x, double y) { return fmax(x, y); }
+ATKD_DEVICE float fabs_of(float x) { return fabsf(x); }
+ATKD_DEVICE double fabs_of(double x) { return fabs(x); }
 
-// log2(1 + t) for -1 < t <= 0; near 0 to a relative error of 2e-7, else to an absolute one of 3e-7.
-ATKD_DEVICE float log2_1p(float t) {
-    float slope = -4.885594845e-1f;
-    slope = fmaf(slope, t, 2.086586505e-1f);
-    slope = fmaf(slope, t, -3.717020154e-1f);
-    slope = fmaf(slope, t, 4.802303910e-1f);
-    slope = fmaf(slope, t, -7.213620543e-1f);
-    slope = fmaf(slope, t, 1.442695022f);
-    return t > -0.25f ? slope * t : log2_fast(1.0f + t);
-}
-ATKD_DEVICE double log2_1p(double t) { return log1p(t) / LN_2; }
-
-// Probabilities p and q: the larger, the smaller over it, and log2(p / q).
+// An element's probabilities, or those of a class, and log2(p / q), which is NaN if both are 0.
 template <class Real> struct Pair {
-    Real larger, ratio, log_ratio;
-
-    // The logarithm may be infinite, or NaN where both probabilities are 0.
-    static ATKD_DEVICE Pair of(Real larger, Real log_ratio) {
-        // Beyond, the smaller is 0 in float64.
-        constexpr Real MOST = 2048;
-        log_ratio = -larger_of(-larger_of(log_ratio, -MOST), -MOST);
-        return {larger, power_of_2(-larger_of(log_ratio, -log_ratio)), log_ratio};
-    }
-    ATKD_DEVICE Real teacher() const { return log_ratio > 0 ? larger : larger * ratio; }
-    ATKD_DEVICE Real student() const { return log_ratio > 0 ? larger * ratio : larger; }
+    Real teacher, student, log_ratio;
 };
 
-// Two classes, from probabilities that are not both in doubt.
-ATKD_DEVICE Pair<float> pair_of_odds(float p, float q) { return Pair<float>::of(fmaxf(p, q), log2f(quotient(p, q))); }
+// log2(p / q) of two classes, from probabilities that are not both in doubt.
+ATKD_DEVICE float log_ratio_of(float p, float q) { return log2f(quotient(p, q)); }
 
-// f(p, q), and df/dq but for a constant that is the same for all pairs.
-template <class Real> struct PairTerm {
-    Real value, slope;
+// What the second sweep sums up, by the names that MixtureTerm has for it.
+template <class Real> struct PairSums {
+    Real teacher, student, slope;
+
+    template <bool CE_SUM, class V, class... States> static ATKD_DEVICE void visit(V f, States &...states) {
+        f(FieldKind<SUM>(), states.teacher...);
+        f(FieldKind<SUM>(), states.student...);
+        f(FieldKind<SUM>(), states.slope...);
+    }
+    template <bool CE_SUM> static constexpr uint32_t FLOATS = 3;
+    static constexpr uint32_t FLAGS = 0;
+    static constexpr bool RELATIVE = false;
+    static ATKD_DEVICE PairSums empty() { return {0, 0, 0}; }
+
+    template <class Part> ATKD_DEVICE void add(const Part &part) {
+        teacher += part.teacher;
+        student += part.student;
+        slope += part.slope;
+    }
 };
 
 template <class F> struct TwoSweeps {
@@ -60,36 +55,14 @@ template <class F> struct TwoSweeps {
     static constexpr bool SPECIALISED = false;
 
     template <class Real> using State = RowSums<Real, CROSS>;
-    // The second sweep sums these up.
-    template <class Real> struct Terms {
-        Real value, slope; // sum f(p, q), sum q h
-
-        template <bool CE_SUM, class V, class... States> static ATKD_DEVICE void visit(V f, States &...states) {
-            f(FieldKind<SUM>(), states.value...);
-            f(FieldKind<SUM>(), states.slope...);
-        }
-        template <bool CE_SUM> static constexpr uint32_t FLOATS = 2;
-        static constexpr uint32_t FLAGS = 0;
-        static constexpr bool RELATIVE = false;
-        static ATKD_DEVICE Terms empty() { return {0, 0}; }
-
-        ATKD_DEVICE void add(const atkd_divergence &divergence, const Pair<Real> &pair) {
-            PairTerm<Real> term = F::of(divergence, pair);
-            value += term.value;
-            slope += pair.student() * term.slope;
-        }
-        template <class Part> ATKD_DEVICE void add(const Part &part) {
-            value += part.value;
-            slope += part.slope;
-        }
-    };
+    template <class Real> using Terms = PairSums<Real>;
 
     // The second sweep needs the first four of its own, and leaves the factors of 2^y_j h_j (teacher) and 2^y_j (student).
     struct alignas(16) Scales : GradientScales {
         float teacher_inverse, student_inverse; // p = 2^x_j teacher_inverse
         float log_ratio;                        // what log2(p / q) is less than x_j - y_j
         float dkd_weight;
-        float target_larger, target_log_ratio; // the target as a pair; 0 if it is left out
+        Pair<float> target_pair;                // 0 if the target is left out
 
         ATKD_DEVICE void make_nan() {
             GradientScales::make_nan();
@@ -100,9 +73,9 @@ template <class F> struct TwoSweeps {
     static ATKD_DEVICE double tkd(const atkd_divergence &divergence, double u, double w) {
         auto terms = Terms<double>::empty();
         // The first class is the target, the second the rest.
-        terms.add(divergence, Pair<double>::of(sigmoid(-(u < w ? u : w)), (softplus(w) - softplus(u)) / LN_2));
-        terms.add(divergence, Pair<double>::of(sigmoid(u > w ? u : w), (softplus(-w) - softplus(-u)) / LN_2));
-        return terms.value;
+        F::template add<true>(terms, divergence, {sigmoid(-u), sigmoid(-w), (softplus(w) - softplus(u)) / LN_2});
+        F::template add<true>(terms, divergence, {sigmoid(u), sigmoid(w), (softplus(-w) - softplus(-u)) / LN_2});
+        return F::value(divergence, terms);
     }
 
     static ATKD_DEVICE double loss(const atkd_divergence &divergence, double c_tkd, double c_dkd, double, double &tkd,
@@ -120,11 +93,12 @@ template <class F> struct TwoSweeps {
                                      const Odds &teacher, const Odds &student, const Odds &student_at_1,
                                      const TargetLogits &, float exponent) {
         bool plain = divergence.plain != 0, exists = plain || (state.teacher_sum != 0 && state.student_sum != 0);
-        Pair<float> rest = pair_of_odds(teacher.sigmoid, student.sigmoid);
-        Pair<float> target = pair_of_odds(teacher.rest, student.rest);
-        float slope = plain || weights.tkd == 0 ? 0
-                                                : student.sigmoid * student.rest *
-                                                      (F::of(divergence, rest).slope - F::of(divergence, target).slope);
+        float of_rest = log_ratio_of(teacher.sigmoid, student.sigmoid);
+        float of_target = log_ratio_of(teacher.rest, student.rest);
+        float slope =
+            plain || weights.tkd == 0
+                ? 0
+                : student.sigmoid * student.rest * (F::template slope<true>(divergence, of_rest) - F::template slope<true>(divergence, of_target));
         float gamma = weights.tkd * slope;
         float of_teacher = plain ? teacher.sigmoid : 1, of_student = plain ? student.sigmoid : 1;
         Scales scales;
@@ -145,8 +119,7 @@ template <class F> struct TwoSweeps {
             scales.log_ratio = t != 0 && s != 0 ? scales.log_ratio - log2f(quotient(t, s)) : t < s ? -NEG_INF : NEG_INF;
         }
         scales.dkd_weight = weights.dkd;
-        scales.target_larger = plain ? target.larger : 0;
-        scales.target_log_ratio = plain ? target.log_ratio : 0;
+        scales.target_pair = plain ? Pair<float>{teacher.rest, student.rest, of_target} : Pair<float>{0, 0, 0};
         return scales;
     }
 
@@ -159,38 +132,41 @@ template <class F> struct TwoSweeps {
         unpack(student_chunk, b);
         RowShifts<LARGE_ROW> shifts(scales, exponent);
         auto of_chunk = Terms<float>::empty();
-        ATKD_UNROLL
-        for (uint32_t k = 0; k < CHUNK; k++) {
-            float x = shifts.teacher(a[k]), y = shifts.student(b[k]), log_ratio = x - y - scales.log_ratio;
-            bool teacher_is_larger = log_ratio > 0;
-            float larger = exp2_fast(teacher_is_larger ? x : y) *
-                           (teacher_is_larger ? scales.teacher_inverse : scales.student_inverse);
-            of_chunk.add(divergence, Pair<float>::of(larger, log_ratio));
-        }
+        F::by_form(divergence, [&](auto form) {
+            ATKD_UNROLL
+            for (uint32_t k = 0; k < CHUNK; k++) {
+                float x = shifts.teacher(a[k]), y = shifts.student(b[k]);
+                Pair<float> pair = {exp2_fast(x) * scales.teacher_inverse, exp2_fast(y) * scales.student_inverse,
+                                    x - y - scales.log_ratio};
+                F::template add<decltype(form)::value>(of_chunk, divergence, pair);
+            }
+        });
         terms.add(of_chunk);
     }
 
     // Ends the second sweep: completes the scales, and returns DKD or, plain, the divergence.
     template <class Real>
     static ATKD_DEVICE Real finish(const atkd_divergence &divergence, Scales &scales, Terms<Real> terms) {
-        Pair<float> target = Pair<float>::of(scales.target_larger, scales.target_log_ratio);
-        auto of_target = Terms<float>::empty();
-        of_target.add(divergence, target);
-        terms.add(of_target);
-        float mean = float(terms.slope);
+        const Pair<float> &target = scales.target_pair;
+        F::template add<true>(terms, divergence, Pair<Real>{target.teacher, target.student, target.log_ratio});
+        float mean = float(F::mean(divergence, terms));
         bool exists = divergence.plain != 0 || (scales.teacher_inverse != 0 && scales.student_inverse != 0);
         scales.student -= scales.teacher == 0 ? 0 : scales.teacher * mean;
         if (divergence.plain != 0 && scales.dkd_weight != 0) {
-            scales.target += scales.dkd_weight * target.student() * (F::of(divergence, target).slope - mean);
+            scales.target += scales.dkd_weight * target.student * (F::template slope<true>(divergence, target.log_ratio) - mean);
         }
-        return exists ? terms.value : 0;
+        return exists ? F::value(divergence, terms) : 0;
     }
 
-    template <class Shifts>
+    template <class G> static ATKD_DEVICE void by_form(const atkd_divergence &divergence, G f) {
+        F::by_form(divergence, f);
+    }
+
+    template <bool FORM, class Shifts>
     static ATKD_DEVICE float gradient(const atkd_divergence &divergence, const Scales &scales, const Shifts &shifts,
                                       float a, float b) {
         float x = shifts.teacher(a), y = shifts.student(b);
-        float slope = F::of(divergence, Pair<float>::of(0, x - y - scales.log_ratio)).slope;
+        float slope = F::template slope<FORM>(divergence, x - y - scales.log_ratio);
         return exp2_fast(y) * fmaf(scales.teacher, slope, scales.student);
     }
 };

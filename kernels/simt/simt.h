@@ -205,6 +205,7 @@ ATKD_DEVICE int32_t warp_max(int32_t value) {
     return value;
 }
 ATKD_DEVICE uint32_t opaque(uint32_t value) { return value; }
+ATKD_DEVICE float opaque(float value) { return value; }
 ATKD_DEVICE double opaque(double value) { return value; }
 ATKD_DEVICE uint32_t count_bits(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
 

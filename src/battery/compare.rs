@@ -27,11 +27,19 @@ pub fn term_within(exact: f64, unit: f64) -> f64 {
 
 /// The error allowed to every element of a float32 gradient: 5e-7 `weight` scale / T. `weight` bounds what multiplies a
 /// token's terms, `exact` tells how many tokens a mean divides by; where that is one for each group, the scale is the
-/// larger one.
+/// larger one. It grows with the logarithm of a mixture's smaller share below 0.01, by which an element's slope does, which
+/// cancels against the mean of all slopes.
 pub fn gradient_floor(objective: &Objective, weight: f64, exact: &Output) -> f64 {
     let scales = reduction_scales(objective, exact);
     let scale = scales.easy.max(scales.hard).max(scales.ce) * objective.upstream_gradient().abs();
-    5e-7 * weight * scale / objective.temperature()
+    let slope = match objective.divergence().family() {
+        Family::Mixture(mixture) => {
+            let smaller = mixture.share.min(1.0 - mixture.share);
+            (smaller.ln() / 0.01_f64.ln()).max(1.0)
+        }
+        Family::ForwardKl | Family::ReverseKl | Family::TotalVariation => 1.0,
+    };
+    5e-7 * weight * slope * scale / objective.temperature()
 }
 
 /// The factors of the tokens' losses in a reduced one.

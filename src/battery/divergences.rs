@@ -187,6 +187,30 @@ pub(super) fn objectives() -> Vec<Case> {
     cases
 }
 
+/// Mixtures of which one model has a small share, down to the least that is allowed.
+pub(super) fn small_shares() -> Vec<Case> {
+    let (mut cases, ways) = (Vec::new(), ways());
+    let mut ways = Turns::new(&ways);
+    for share in [1e-9, 1e-6, 1e-4, 1e-3, 1.0 - 1e-4, 1.0 - 1e-9] {
+        for (name, divergence) in [
+            ("JSD", Divergence::Jsd { beta: share }),
+            ("skew KL", Divergence::SkewKl { alpha: share }),
+            ("skew reverse KL", Divergence::SkewReverseKl { alpha: share }),
+        ] {
+            for (vocab, spread) in [(7, 2.0), (97, 1.0), (4099, 0.75)] {
+                for _ in 0..2 {
+                    let (way, objective) = ways.next();
+                    let mut case = random(6, vocab, 12).with(by(divergence, objective));
+                    case.teacher.iter_mut().for_each(|z| *z *= spread);
+                    case.student.iter_mut().for_each(|z| *z *= spread);
+                    cases.push(case.named(format!("{name}({share:e}), [6, {vocab}], {way}")));
+                }
+            }
+        }
+    }
+    cases
+}
+
 /// Rows of which a divergence makes more than forward KL does.
 const MORE_EDGES: &[(&str, Edit)] = &[
     ("teacher rules out one token", |a, _| a[20] = MASK),

@@ -92,7 +92,7 @@ pub fn assert_all_pass(checks: &[Check]) {
 type Group = (&'static str, fn() -> Vec<Case>);
 
 /// The cases that a backend runs.
-const GROUPS: [Group; 19] = [
+const GROUPS: [Group; 20] = [
     ("shapes, dtypes, strides", shapes),
     ("objectives", objective_cases),
     ("selection", selections),
@@ -106,6 +106,7 @@ const GROUPS: [Group; 19] = [
     ("sure teachers", sure_teachers),
     ("divergences: shapes, dtypes", divergences::shapes),
     ("divergences: objectives", divergences::objectives),
+    ("divergences: small shares", divergences::small_shares),
     ("divergences: edge cases", divergences::edges),
     ("divergences: finite masks", divergences::finite_masks),
     ("divergences: magnitudes", divergences::magnitudes),

@@ -160,13 +160,13 @@ pub(super) fn identities(case: &Case) -> Result<Worst> {
             "skew KL(0)",
             (&forward, &forward_gradient),
             Divergence::SkewKl { alpha: 0.0 },
-            Divergence::SkewKl { alpha: 1e-12 },
+            Divergence::SkewKl { alpha: 1e-9 },
         ),
         (
             "skew reverse KL(0)",
             (&reverse, &reverse_gradient),
             Divergence::SkewReverseKl { alpha: 0.0 },
-            Divergence::SkewReverseKl { alpha: 1e-12 },
+            Divergence::SkewReverseKl { alpha: 1e-9 },
         ),
     ] {
         let (at_end, at_end_gradient) = plain(end, models)?;
@@ -176,8 +176,8 @@ pub(super) fn identities(case: &Case) -> Result<Worst> {
         // JSD(beta) is of the size of beta (1 - beta).
         let size = if let Divergence::Jsd { .. } = near { 1e-9 } else { 1.0 };
         let scaled = |values: &[f64]| values.iter().map(|x| x / size).collect::<Vec<_>>();
-        equal(&format!("near {what}"), &scaled(&losses(&nearby)), &losses(limit.0), 2e-5);
-        equal(&format!("near {what}"), &scaled(&nearby_gradient), limit.1, 2e-5);
+        equal(&format!("near {what}"), &scaled(&losses(&nearby)), &losses(limit.0), 1e-4);
+        equal(&format!("near {what}"), &scaled(&nearby_gradient), limit.1, 1e-4);
     }
 
     // Exchanging the models turns one divergence into another.

@@ -175,11 +175,21 @@ impl<'a> Session<'a> {
         })
     }
 
+    /// Settings come before stages.
+    fn check_before_stages(&self) -> Result<()> {
+        let rows = self.tokens.iter().position(|token| !matches!(token, Token::Waiting));
+        match rows.or_else(|| self.margins.iter().position(Option::is_some)) {
+            Some(token) => Err(Error::Stage { token, problem: "was handed over before a setting" }),
+            None => Ok(()),
+        }
+    }
+
     /// Selects within sequences: see [`Batch::with_sequences`].
     ///
     /// # Errors
-    /// As there.
+    /// As there, or if a token was handed over before.
     pub fn with_sequences(mut self, offsets: impl Into<Cow<'a, [usize]>>) -> Result<Self> {
+        self.check_before_stages()?;
         let offsets = offsets.into();
         check_offsets(&offsets, self.labels.len())?;
         self.sequences = Some(offsets);
@@ -189,8 +199,9 @@ impl<'a> Session<'a> {
     /// Selects by margins that the caller has: see [`Batch::with_margins`].
     ///
     /// # Errors
-    /// If there is not one margin per token.
+    /// If there is not one margin per token, or a token was handed over before.
     pub fn with_margins(mut self, margins: &'a [f32]) -> Result<Self> {
+        self.check_before_stages()?;
         let tokens = self.labels.len();
         if margins.len() != tokens {
             return Err(Error::MarginCount { margins: margins.len(), tokens });
@@ -202,8 +213,9 @@ impl<'a> Session<'a> {
     /// Takes the hard tokens from a selection made elsewhere: see [`Batch::with_hard`].
     ///
     /// # Errors
-    /// If there is not one value per token.
+    /// If there is not one value per token, or a token was handed over before.
     pub fn with_hard(mut self, hard: &[bool]) -> Result<Self> {
+        self.check_before_stages()?;
         check_count(HARD_MASK, hard.len(), self.labels.len())?;
         let valid = self.labels.iter().zip(hard).map(|(label, &hard)| hard && label.is_some());
         self.know(valid.collect());
@@ -213,8 +225,9 @@ impl<'a> Session<'a> {
     /// Multiplies the weights of each token's terms: see [`Batch::with_token_weights`].
     ///
     /// # Errors
-    /// If there is not one weight per token.
+    /// If there is not one weight per token, or a token was handed over before.
     pub fn with_token_weights(mut self, weights: &'a [f32]) -> Result<Self> {
+        self.check_before_stages()?;
         self.own = self.own.with_weights(weights, self.labels.len())?;
         Ok(self)
     }
@@ -231,8 +244,10 @@ impl<'a> Session<'a> {
     /// Gives each token a temperature of its own: see [`Batch::with_temperatures`].
     ///
     /// # Errors
-    /// If there is not one temperature per token, or that of one which is not ignored is not in [1e-30, 1e30].
+    /// If there is not one temperature per token, that of one which is not ignored is not in [1e-30, 1e30], or a token was
+    /// handed over before.
     pub fn with_temperatures(self, temperatures: &'a [f32]) -> Result<Self> {
+        self.check_before_stages()?;
         let own = self.own.with_temperatures(temperatures, self.labels.len())?;
         self.with_settings(own)
     }

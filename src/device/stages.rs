@@ -2,6 +2,7 @@
 //!
 //! A [`Schedule`] says which stages a call has, in which order; [`Stages`] makes the launch of each.
 
+use std::f64::consts::LN_2;
 use std::ffi::c_void;
 
 use super::kernel::{Launch, Parameters, of_dtype, of_rows, of_terms, strides};
@@ -373,14 +374,13 @@ impl Stages {
         };
         let Mixture { share, of_teacher, of_student } = mixture;
         let rest = 1.0 - share;
-        let excess = of_teacher * rest - of_student * share;
         atkd_divergence {
             share: share as f32,
             rest: rest as f32,
-            of_teacher: of_teacher as f32,
-            of_student: of_student as f32,
-            teacher_excess: excess as f32,
-            student_excess: if share == 0.0 { 0.0 } else { (-excess * rest / share) as f32 },
+            of_teacher: (of_teacher * LN_2) as f32,
+            of_student: (of_student * LN_2) as f32,
+            of_ratio: (rest * (of_student * share - of_teacher * rest)) as f32,
+            taylor: taylor(share),
             plain: (self.objective.is_plain() && family != Family::ForwardKl).into(),
         }
     }
@@ -495,4 +495,25 @@ pub(crate) fn token_entropies(
         }),
     };
     Ok(launch.unless_empty())
+}
+
+/// The Taylor polynomial of -log2(share 2^r + 1 - share) over r, the lowest power first: log(share e^x + 1 - share) is the
+/// generating function of the cumulants of a Bernoulli distribution.
+fn taylor(share: f64) -> [f32; ATKD_TAYLOR as usize] {
+    let variance = share * (1.0 - share);
+    let skew = 1.0 - 2.0 * share;
+    let cumulants = [
+        share,
+        variance,
+        variance * skew,
+        variance * (1.0 - 6.0 * variance),
+        variance * skew * (1.0 - 12.0 * variance),
+    ];
+    let mut power_over_factorial = 1.0 / LN_2;
+    let mut order = 0.0;
+    cumulants.map(|cumulant| {
+        order += 1.0;
+        power_over_factorial *= LN_2 / order;
+        (-cumulant * power_over_factorial) as f32
+    })
 }

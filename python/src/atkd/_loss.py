@@ -333,7 +333,8 @@ def atkd_loss(
             (1 - beta) KL(q, m) with m = beta p + (1 - beta) q; `"tvd"`, total variation, sum |p - q| / 2;
             `"skew-kl"`, KL(p, beta p + (1 - beta) q), and `"skew-reverse-kl"`, KL(q, beta q + (1 - beta) p), of
             DistiLLM. Reverse KL is infinite, and its gradient NaN, where the teacher alone has a logit of -inf.
-        beta: in [0, 1]. `"jsd"` is forward KL at 0 and reverse KL at 1; the skewed divergences need it below 1.
+        beta: in [0, 1], and no nearer than 1e-9 to an end that it is not. `"jsd"` is forward KL at 0 and reverse KL at 1;
+            the skewed divergences, whose alpha it is, need it below 1.
         selection_rule: which tokens are hard: `"top-k"`, the `ceil(hard_ratio * valid tokens)` of the largest margin; or
             `"median"`, those whose margin is at least the lower median of the valid tokens', as the code of ATKD's
             authors has it: of an even number n without equals n / 2 + 1.
