@@ -121,6 +121,26 @@ pub enum Error {
     /// One value per token, no more and no fewer.
     #[error("{values} values of {what} were given for {tokens} tokens")]
     MaskCount { what: &'static str, values: usize, tokens: usize },
+    /// A log-probability above 0 by more than rounding makes it.
+    #[error(
+        "the teacher's log-probability of token {token} is {log_prob}, but a probability is at most 1"
+    )]
+    LogProb { token: usize, log_prob: f32 },
+    /// Hidden states or a weight that are no rows of so many features.
+    #[error("{} given for {what}, but must be one or more rows of the hidden size {features}", were(*elements, "element"))]
+    HiddenSize { what: &'static str, elements: usize, features: usize },
+    /// A bias or a gradient that does not fit its layer.
+    #[error("{} given for {what}, but must be {expected}: {rule}", were(*elements, "element"))]
+    LayerLength { what: &'static str, elements: usize, expected: usize, rule: &'static str },
+    /// A layer of other tokens, or of another vocabulary, than the call.
+    #[error("{what} has {actual} {of}, but the call has {expected}{hint}")]
+    LayerMismatch {
+        what: &'static str,
+        of: &'static str,
+        actual: usize,
+        expected: usize,
+        hint: &'static str,
+    },
     /// A range that reaches beyond a call's tokens.
     #[error("{} from token {first} on reach beyond the call's {tokens}", self::count(*count, "token"))]
     TokenRange { first: usize, count: usize, tokens: usize },

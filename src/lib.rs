@@ -83,6 +83,8 @@
 //!   loads without CUDA too). The kernels are in a build only if an nvcc compiled them.
 //! - [`reference`](mod@reference) is the same in float64 straight from the definitions, for checking.
 //! - [`call`] is calls by address, for other languages and frameworks; [`cpu::raw`] runs them on the host.
+//! - [`head`], with the feature of that name, computes the loss from hidden states and the weights of both models' last
+//!   layers, a chunk of tokens at a time, so that the logits of all tokens never exist.
 //! - [`candle`], with the feature of that name, is a differentiable operation for training loops; with
 //!   `candle-cuda` on CUDA tensors too.
 //! - [`simt`], with the feature of that name, runs the CUDA kernels on the CPU, as a test.
@@ -91,7 +93,7 @@
 #![warn(missing_docs)]
 // Without its feature a module has no page to link to.
 #![cfg_attr(
-    not(all(feature = "candle", feature = "cuda", feature = "simt")),
+    not(all(feature = "candle", feature = "cuda", feature = "head", feature = "simt")),
     allow(rustdoc::broken_intra_doc_links)
 )]
 
@@ -107,6 +109,8 @@ pub mod cuda;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 mod device;
 mod error;
+#[cfg(feature = "head")]
+pub mod head;
 mod logits;
 mod objective;
 mod output;

@@ -57,7 +57,7 @@ fn memory_is_per_token_and_per_thread() {
     for in_place in [false, true] {
         for (tokens, vocab) in [(64, 4096), (512, 4096), (64, 32000), (4096, 512)] {
             let peak = peak(tokens, vocab, in_place);
-            let allowed = 280 * tokens + threads * (8 * vocab + 40_000) + 10_000;
+            let allowed = 290 * tokens + threads * (8 * vocab + 40_000) + 10_000;
             println!("{tokens} x {vocab}: {peak} bytes, allowed {allowed}");
             assert!(peak <= allowed, "{tokens} x {vocab}: {peak} bytes, allowed {allowed}");
         }

@@ -20,7 +20,7 @@
 //! margins of its own. So they are for means of groups whose sizes only the selection tells: by the median, or within
 //! sequences.
 //!
-//! Memory beyond the arguments: about 270 bytes per token, and two float32 rows per thread (three if cross
+//! Memory beyond the arguments: about 280 bytes per token, and two float32 rows per thread (three if cross
 //! entropy is wanted at a temperature other than 1).
 
 mod dispatch;
@@ -49,7 +49,7 @@ use crate::{Batch, Elements, Error, Logits, LogitsMut, Result};
 use dispatch::Instructions;
 use rows::Destination;
 pub use session::Session;
-use threads::Threads;
+pub(crate) use threads::Threads;
 
 /// Bytes from which on a gradient is too large to be found in the cache by whoever reads it next.
 const NON_TEMPORAL_FROM: usize = 16 << 20;
@@ -277,7 +277,7 @@ fn compute(
         session.margins(0, teacher)?;
         session.select()?;
     }
-    session.rows_of(0, teacher, &mut rows)?;
+    session.rows_of(&Vec::from_iter(0..rows.len()), teacher, &mut rows)?;
     let mispredicted = session.select()?.to_vec();
     let rows = rows.iter_mut().enumerate();
     let rows = rows.filter(|(token, _)| mispredicted.binary_search(token).is_ok());

@@ -208,7 +208,8 @@ pub unsafe fn rows(session: &mut Session, first: usize, rows: &RawRows) -> Resul
 pub unsafe fn repair(session: &mut Session, tokens: &[usize], rows: &RawRows) -> Result<()> {
     let call = checked_call(session, rows)?;
     let Some(gradient) = rows.gradient else {
-        let elements = rows.tokens * session.vocab();
+        let [_, vocab] = session.shape();
+        let elements = rows.tokens * vocab;
         return Err(Error::Null { what: "the gradient", elements });
     };
     // SAFETY: the caller's.
@@ -240,7 +241,8 @@ pub unsafe fn finish(session: Session, output: &RawOutput) -> Result<()> {
 
 /// The call about the rows of a stage.
 fn checked_call(session: &Session, rows: &RawRows) -> Result<RawCall> {
-    let call = rows.call(session.vocab());
+    let [_, vocab] = session.shape();
+    let call = rows.call(vocab);
     call.check_logits()?;
     Ok(call)
 }

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::math::{self, GradientScales, RowDivergence, RowState, by_family};
 use super::rows::RowPass;
+use super::threads::Threads;
 use super::{RunningSelection, StudentRow, Workers, into_rows};
 use crate::batch::{TokenSettings, check_count, valid_labels};
 use crate::call::HARD_MASK;
@@ -65,7 +66,7 @@ pub struct Session<'a> {
     labels: Vec<Option<usize>>,
     sequences: Option<Cow<'a, [usize]>>,
     /// The margins to select by that the caller has.
-    given_margins: Option<&'a [f32]>,
+    given_margins: Option<Cow<'a, [f32]>>,
     own: TokenSettings<'a>,
     /// The teacher's margins, if that stage was run; `None` for tokens that it did not have, or that are ignored.
     margins: Vec<Option<f32>>,
@@ -73,6 +74,11 @@ pub struct Session<'a> {
     arg_maxima: Vec<Option<usize>>,
     /// The hard tokens, once they are known.
     hard: Option<Vec<bool>>,
+    /// Those by the margins so far, if they are predicted so.
+    predicted: Option<Vec<bool>>,
+    /// Every prediction by margins is turned round, for tests.
+    #[cfg(test)]
+    pub(crate) mispredicts: bool,
     running: Mutex<RunningSelection>,
     tokens: Vec<Token>,
     mispredicted: Vec<usize>,
@@ -141,7 +147,7 @@ impl<'a> Session<'a> {
         let labels = batch.valid_labels(objective)?;
         let mut session = Self::new(workers, objective, labels, batch.teacher().vocab())?;
         session.sequences = batch.sequences().map(Cow::from);
-        session.given_margins = batch.margins();
+        session.given_margins = batch.margins().map(Cow::from);
         session = session.with_settings(batch.token_settings())?;
         match batch.hard() {
             Some(hard) => session.with_hard(hard),
@@ -167,6 +173,9 @@ impl<'a> Session<'a> {
             margins: Vec::new(),
             arg_maxima: Vec::new(),
             hard: None,
+            predicted: None,
+            #[cfg(test)]
+            mispredicts: false,
             running: Mutex::new(RunningSelection::new(objective)),
             tokens: labels.iter().map(|_| Token::Waiting).collect(),
             labels,
@@ -206,7 +215,24 @@ impl<'a> Session<'a> {
         if margins.len() != tokens {
             return Err(Error::MarginCount { margins: margins.len(), tokens });
         }
-        self.given_margins = Some(margins);
+        self.given_margins = Some(margins.into());
+        Ok(self)
+    }
+
+    /// Selects by the teacher's log-probability of each token's target, at the objective's temperature, where it is known
+    /// before the logits are: from a server, say. [`TokenTerms::margin`] stays that of the logits.
+    ///
+    /// # Errors
+    /// If there is not one per token, or that of a token which is not ignored is above 1e-4: rounding alone does not make
+    /// it so large.
+    pub fn with_teacher_log_probs(mut self, log_probs: &[f32]) -> Result<Self> {
+        check_count("the teacher's log-probabilities", log_probs.len(), self.labels.len())?;
+        for (token, &log_prob) in log_probs.iter().enumerate() {
+            if self.labels[token].is_some() && log_prob > 1e-4 {
+                return Err(Error::LogProb { token, log_prob });
+            }
+        }
+        self.given_margins = Some(log_probs.iter().map(|&log_prob| margin_of(log_prob)).collect());
         Ok(self)
     }
 
@@ -267,21 +293,39 @@ impl<'a> Session<'a> {
     /// If the shape does not fit.
     pub fn margins(&mut self, first: usize, teacher: Logits) -> Result<()> {
         let range = self.range("the teacher's logits", first, teacher)?;
-        let targets = self.targets(&range, teacher);
-        let margin = |_: &mut (), (row, target): (usize, Option<usize>)| {
-            let pass = self.pass_of(first + row);
-            target.map(|target| pass.margin(teacher.row(row), target) as f32)
+        self.margins_of(&Vec::from_iter(range), teacher);
+        Ok(())
+    }
+
+    /// [`margins`](Self::margins) of any tokens of the call, row `i` that of `tokens[i]`.
+    pub(crate) fn margins_of(&mut self, tokens: &[usize], teacher: Logits) {
+        let arg_maxima = self.arg_maxima_of(tokens, teacher);
+        let margin = |_: &mut (), row: usize| {
+            let (token, logits) = (tokens[row], teacher.row(row));
+            let target = self.target(token, arg_maxima.get(row));
+            target.map(|target| self.pass_of(token).margin(logits, target) as f32)
         };
-        let found =
-            self.workers.threads.map(targets.iter().copied().enumerate().collect(), || (), margin);
+        let found = self.workers.threads.map((0..tokens.len()).collect(), || (), margin);
         if self.objective.target() == Target::Teacher {
-            let targets = targets.into_owned();
             self.arg_maxima.resize(self.labels.len(), None);
-            self.arg_maxima[range.clone()].copy_from_slice(&targets);
+        }
+        for (&token, arg_max) in tokens.iter().zip(arg_maxima) {
+            self.arg_maxima[token] = arg_max;
         }
         self.margins.resize(self.labels.len(), None);
-        self.margins[range].copy_from_slice(&found);
-        Ok(())
+        for (&token, margin) in tokens.iter().zip(found) {
+            self.margins[token] = margin;
+        }
+    }
+
+    /// Predicts the hard tokens by the margins of these tokens and of all before. Unlike the prediction of
+    /// [`rows`](Self::rows) alone, this one is the same whatever the threads.
+    pub(crate) fn predict(&mut self, tokens: &[usize], teacher: Logits) {
+        self.margins_of(tokens, teacher);
+        let predicted = self.selected(|token| self.margins[token]);
+        #[cfg(test)]
+        let predicted = predicted.into_iter().map(|hard| hard ^ self.mispredicts).collect();
+        self.predicted = Some(predicted);
     }
 
     /// Computes the terms of the tokens from `first` on, and their gradient where one is wanted, in the student's dtype
@@ -298,9 +342,9 @@ impl<'a> Session<'a> {
         student: Logits,
         mut gradient: Option<LogitsMut>,
     ) -> Result<()> {
-        self.range("the student's logits", first, student)?;
+        let range = self.range("the student's logits", first, student)?;
         let mut rows = into_rows(student, gradient.as_mut())?;
-        self.rows_of(first, teacher, &mut rows)
+        self.rows_of(&Vec::from_iter(range), teacher, &mut rows)
     }
 
     /// As [`rows`](Self::rows), with the gradient written over the student's logits.
@@ -311,72 +355,98 @@ impl<'a> Session<'a> {
         &mut self,
         first: usize,
         teacher: Logits,
+        student: LogitsMut,
+    ) -> Result<()> {
+        let range = self.range("the student's logits", first, student.as_logits())?;
+        self.rows_in_place_of(&Vec::from_iter(range), teacher, student)
+    }
+
+    /// [`rows_in_place`](Self::rows_in_place) of any tokens of the call, row `i` that of `tokens[i]`.
+    pub(crate) fn rows_in_place_of(
+        &mut self,
+        tokens: &[usize],
+        teacher: Logits,
         mut student: LogitsMut,
     ) -> Result<()> {
-        self.range("the student's logits", first, student.as_logits())?;
         let mut rows: Vec<_> = student.rows().into_iter().map(StudentRow::InPlace).collect();
-        self.rows_of(first, teacher, &mut rows)
+        self.rows_of(tokens, teacher, &mut rows)
+    }
+
+    /// [`rows`](Self::rows) without a gradient of any tokens of the call, row `i` that of `tokens[i]`.
+    pub(crate) fn forward_rows_of(
+        &mut self,
+        tokens: &[usize],
+        teacher: Logits,
+        student: Logits,
+    ) -> Result<()> {
+        self.rows_of(tokens, teacher, &mut into_rows(student, None)?)
     }
 
     pub(super) fn rows_of(
         &mut self,
-        first: usize,
+        tokens: &[usize],
         teacher: Logits,
         rows: &mut [StudentRow],
     ) -> Result<()> {
-        by_family!(self.objective, divergence => self.rows_by(divergence, first, teacher, rows))
+        by_family!(self.objective, divergence => self.rows_by(divergence, tokens, teacher, rows))
     }
 
     fn rows_by<D: RowDivergence>(
         &mut self,
         divergence: D,
-        first: usize,
+        tokens: &[usize],
         teacher: Logits,
         rows: &mut [StudentRow],
     ) -> Result<()> {
-        let range = self.range("the teacher's logits", first, teacher)?;
-        if rows.len() != range.len() {
-            let (what, vocab) = ("the student's logits", self.vocab);
-            let (expected, actual) = ([range.len(), vocab], [rows.len(), vocab]);
-            return Err(Error::ShapeMismatch { what, expected, actual });
+        let expected = [teacher.tokens(), self.vocab];
+        for (what, actual) in [
+            ("the teacher's logits", [teacher.tokens(), teacher.vocab()]),
+            ("the student's logits", [rows.len(), self.vocab]),
+        ] {
+            if actual != expected {
+                return Err(Error::ShapeMismatch { what, expected, actual });
+            }
         }
-        let before = range.clone().find(|&token| !matches!(self.tokens[token], Token::Waiting));
-        if let Some(token) = before {
+        let before = tokens.iter().find(|&&token| !matches!(self.tokens[token], Token::Waiting));
+        if let Some(&token) = before {
             return Err(Error::Stage { token, problem: "was handed over before" });
         }
         self.select_by_given_margins();
-        let targets = self.targets(&range, teacher);
+        let arg_maxima = self.arg_maxima_of(tokens, teacher);
         let with_gradient = rows.iter().any(|row| !matches!(row, StudentRow::Forward(_)));
-        if with_gradient && self.selects_before_gradients() && !range.is_empty() {
-            return Err(Error::Stage { token: first, problem: NO_GROUP_SIZES });
+        if let (true, Some(&token)) =
+            (with_gradient && self.selects_before_gradients(), tokens.first())
+        {
+            return Err(Error::Stage { token, problem: NO_GROUP_SIZES });
         }
         let scratch = || self.pass.scratch(self.vocab, with_gradient);
         let mut order: Vec<(usize, &mut StudentRow)> = rows.iter_mut().enumerate().collect();
-        if self.hard.is_none() && self.objective.depends_on_selection() && with_gradient {
+        let known = self.hard.as_ref().or(self.predicted.as_ref());
+        if known.is_none() && self.objective.depends_on_selection() && with_gradient {
             // Neighbours are alike; a mixed order teaches the running selection sooner.
             fastrand::Rng::with_seed(0).shuffle(&mut order);
         }
         let found = self.workers.threads.map(order, scratch, |scratch, (row, student)| {
-            let Some(target) = targets[row] else {
+            let Some(target) = self.target(tokens[row], arg_maxima.get(row)) else {
                 if let Some(mut gradient) = student.gradient() {
                     gradient.row.fill_zero();
                 }
                 return (row, Token::Ignored);
             };
-            let teacher = teacher.row(row);
-            let pass = self.pass_of(first + row);
+            let (token, teacher) = (tokens[row], teacher.row(row));
+            let pass = self.pass_of(token);
             let state = pass.state(divergence, teacher, student.logits(), target, scratch);
             let margin = pass.margin_of(&state, teacher, target);
             let student_target = student.logits().get(target).into();
-            let hard = match &self.hard {
-                Some(hard) => hard[first + row],
+            let hard = match known {
+                Some(hard) => hard[token],
                 None => {
                     let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
                     running.add(margin as f32)
                 }
             };
             let (terms, scales) =
-                self.finished(divergence, first + row, &state, margin, student_target, hard);
+                self.finished(divergence, token, &state, margin, student_target, hard);
             let mut has_gradient = false;
             if let Some(gradient) = student.gradient() {
                 pass.gradient(divergence, &state, &scales, target, scratch, gradient);
@@ -387,7 +457,7 @@ impl<'a> Session<'a> {
             (row, Token::Done(Box::new(kept)))
         });
         for (row, token) in found {
-            self.tokens[first + row] = token;
+            self.tokens[tokens[row]] = token;
         }
         Ok(())
     }
@@ -498,8 +568,17 @@ impl<'a> Session<'a> {
         )
     }
 
-    pub(super) fn vocab(&self) -> usize {
-        self.vocab
+    /// Tokens of the call, and the size of the vocabulary.
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        [self.labels.len(), self.vocab]
+    }
+
+    pub(crate) fn objective(&self) -> &Objective {
+        &self.objective
+    }
+
+    pub(crate) fn threads(&self) -> Threads<'a> {
+        self.workers.threads
     }
 
     pub(super) fn repair_of(
@@ -521,17 +600,7 @@ impl<'a> Session<'a> {
         if let Some(token) = twice.or_else(|| tokens.iter().find(right).copied()) {
             return Err(Error::Stage { token, problem: "needs no repair" });
         }
-        let scratch = || self.pass.scratch(self.vocab, true);
-        self.workers.threads.map(rows, scratch, |scratch, (token, teacher, student)| {
-            let Token::Done(kept) = &self.tokens[token] else { return };
-            let TokenTerms { margin, hard, .. } = kept.terms;
-            let (_, scales) =
-                self.finished(divergence, token, &kept.state, margin, kept.student_target, hard);
-            let pass = self.pass_of(token);
-            let state = pass.state(divergence, teacher, student.logits(), kept.target, scratch);
-            let gradient = student.gradient().expect("a repair is of a gradient");
-            pass.gradient(divergence, &state, &scales, kept.target, scratch, gradient);
-        });
+        self.write_gradients(divergence, rows, |hard| hard);
         for &token in &tokens {
             if let Token::Done(kept) = &mut self.tokens[token] {
                 kept.mispredicted = false;
@@ -539,6 +608,41 @@ impl<'a> Session<'a> {
         }
         self.mispredicted.retain(|token| tokens.binary_search(token).is_err());
         Ok(())
+    }
+
+    /// Replaces the student's logits of mispredicted tokens, before their repair, by the gradients that were written for
+    /// the wrong group.
+    pub(crate) fn mispredicted_gradients(
+        &self,
+        tokens: &[usize],
+        teacher: Logits,
+        mut student: LogitsMut,
+    ) {
+        let mut students: Vec<_> = student.rows().into_iter().map(StudentRow::InPlace).collect();
+        let rows = students.iter_mut().enumerate();
+        let rows = rows.map(|(row, student)| (tokens[row], teacher.row(row), student)).collect();
+        by_family!(self.objective, divergence => self.write_gradients(divergence, rows, |hard| !hard));
+    }
+
+    /// Writes the gradients of tokens that were handed over, for the group that follows from their own.
+    fn write_gradients<D: RowDivergence>(
+        &self,
+        divergence: D,
+        rows: Vec<(usize, Elements, &mut StudentRow)>,
+        group: impl Fn(bool) -> bool + Sync,
+    ) {
+        let scratch = || self.pass.scratch(self.vocab, true);
+        self.workers.threads.map(rows, scratch, |scratch, (token, teacher, student)| {
+            let Token::Done(kept) = &self.tokens[token] else { return };
+            let TokenTerms { margin, hard, .. } = kept.terms;
+            let (state, student_target) = (&kept.state, kept.student_target);
+            let (_, scales) =
+                self.finished(divergence, token, state, margin, student_target, group(hard));
+            let pass = self.pass_of(token);
+            let state = pass.state(divergence, teacher, student.logits(), kept.target, scratch);
+            let gradient = student.gradient().expect("the row has a gradient");
+            pass.gradient(divergence, &state, &scales, kept.target, scratch, gradient);
+        });
     }
 
     /// Ends the call.
@@ -564,12 +668,12 @@ impl<'a> Session<'a> {
     }
 
     /// Returns whether the hard tokens are known, or will be before the first row.
-    pub(super) fn knows_hard(&self) -> bool {
+    pub(crate) fn knows_hard(&self) -> bool {
         self.hard.is_some() || self.given_margins.is_some()
     }
 
     /// Returns whether the selection must come before the first gradient.
-    pub(super) fn selects_before_gradients(&self) -> bool {
+    pub(crate) fn selects_before_gradients(&self) -> bool {
         let scopes = self.sequences.as_deref().map_or(1, |offsets| offsets.len() - 1);
         !self.knows_hard() && self.objective.selects_before_gradients(scopes)
     }
@@ -606,7 +710,7 @@ impl<'a> Session<'a> {
     }
 
     fn select_by_given_margins(&mut self) {
-        if let (None, Some(margins)) = (&self.hard, self.given_margins) {
+        if let (None, Some(margins)) = (&self.hard, &self.given_margins) {
             self.know(self.selected(|token| self.labels[token].map(|_| margins[token])));
         }
     }
@@ -631,27 +735,39 @@ impl<'a> Session<'a> {
         Ok(first..end)
     }
 
-    /// The target of each token of a range; `None` for ignored ones.
-    fn targets(&self, range: &Range<usize>, teacher: Logits) -> Cow<'_, [Option<usize>]> {
-        let labels = &self.labels[range.clone()];
-        match self.objective.target() {
-            Target::Label => labels.into(),
-            Target::Teacher => {
-                let scratch = || self.pass.scratch(self.vocab, false);
-                let rows = labels.iter().enumerate().collect();
-                let targets = self.workers.threads.map(rows, scratch, |scratch, (row, label)| {
-                    let known = self.arg_maxima.get(range.start + row).copied().flatten();
-                    label.map(|_| {
-                        known.unwrap_or_else(|| self.pass.arg_max(teacher.row(row), scratch))
-                    })
-                });
-                targets.into()
-            }
+    /// The teacher's arg max for each of these tokens, `None` for ignored ones, if these are the targets; else nothing.
+    fn arg_maxima_of(&self, tokens: &[usize], teacher: Logits) -> Vec<Option<usize>> {
+        if self.objective.target() == Target::Label {
+            return Vec::new();
         }
+        let scratch = || self.pass.scratch(self.vocab, false);
+        let rows = tokens.iter().enumerate().collect();
+        self.workers.threads.map(rows, scratch, |scratch, (row, &token)| {
+            let known = self.arg_maxima.get(token).copied().flatten();
+            self.labels[token]
+                .map(|_| known.unwrap_or_else(|| self.pass.arg_max(teacher.row(row), scratch)))
+        })
+    }
+
+    /// The target of a token; `None` for an ignored one.
+    fn target(&self, token: usize, arg_max: Option<&Option<usize>>) -> Option<usize> {
+        arg_max.copied().unwrap_or(self.labels[token])
     }
 }
 
 /// The factors of the gradients of tokens' losses.
 fn scales(objective: &Objective, valid: usize, hard: usize) -> ReductionScales {
     objective.reduction_scales(valid, hard).times(objective.upstream_gradient())
+}
+
+/// log((1 - p) / p) of log p.
+fn margin_of(log_prob: f32) -> f32 {
+    let log_prob = f64::from(log_prob).min(0.0);
+    // Each form is exact where the other cancels; `min` takes the number of a NaN and a number.
+    let rest = if log_prob > -std::f64::consts::LN_2 {
+        (-log_prob.exp_m1()).ln()
+    } else {
+        (-log_prob.exp()).ln_1p()
+    };
+    (rest - log_prob) as f32
 }

@@ -1,0 +1,615 @@
+//! The loss from hidden states and weights, against float64 of the products and the definitions.
+
+use atkd::head::{self, Chunks, Gradients, Layer};
+use atkd::{
+    Batch, Divergence, Elements, ElementsMut, Error, Logits, Objective, Output, Reduction,
+    SelectionRule, Target, cpu, reference,
+};
+use cpu::Session;
+use half::{bf16, f16};
+
+/// Tokens, vocabulary, the models' hidden sizes.
+const N: usize = 60;
+const V: usize = 50;
+const H: usize = 16;
+const TEACHER_H: usize = 24;
+
+/// The errors that are allowed: of a loss relative to it, and of a gradient relative to its largest element.
+const LOSS: f64 = 1e-5;
+const GRADIENT: f64 = 2e-5;
+
+/// Numbers of one of the three dtypes.
+#[derive(Clone)]
+enum Data {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Data {
+    fn elements(&self) -> Elements<'_> {
+        match self {
+            Data::F32(v) => v.into(),
+            Data::F16(v) => v.into(),
+            Data::Bf16(v) => v.into(),
+        }
+    }
+
+    fn wide(&self) -> Vec<f64> {
+        let elements = self.elements();
+        (0..elements.len()).map(|i| elements.get(i).into()).collect()
+    }
+
+    fn to_f16(&self) -> Self {
+        Data::F16(self.wide().into_iter().map(f16::from_f64).collect())
+    }
+
+    fn to_bf16(&self) -> Self {
+        Data::Bf16(self.wide().into_iter().map(bf16::from_f64).collect())
+    }
+}
+
+/// A model's hidden states, weight and bias.
+#[derive(Clone)]
+struct Model {
+    hidden: Data,
+    weight: Data,
+    bias: Option<Data>,
+    features: usize,
+}
+
+impl Model {
+    fn layer(&self) -> Layer<'_> {
+        let layer = Layer::new(self.hidden.elements(), self.weight.elements(), self.features);
+        let layer = layer.unwrap();
+        match &self.bias {
+            Some(bias) => layer.with_bias(bias.elements()).unwrap(),
+            None => layer,
+        }
+    }
+
+    fn map(&self, to: fn(&Data) -> Data) -> Self {
+        let Self { hidden, weight, bias, features } = self;
+        let bias = bias.as_ref().map(to);
+        Self { hidden: to(hidden), weight: to(weight), bias, features: *features }
+    }
+
+    /// The logits, whose rounding to float32 alone is an error.
+    fn logits(&self) -> Vec<f32> {
+        let (hidden, weight) = (self.hidden.wide(), self.weight.wide());
+        let bias = self.bias.as_ref().map(Data::wide);
+        let mut logits = Vec::new();
+        for hidden in hidden.chunks(self.features) {
+            for (word, weight) in weight.chunks(self.features).enumerate() {
+                let product: f64 = hidden.iter().zip(weight).map(|(h, w)| h * w).sum();
+                logits.push((product + bias.as_ref().map_or(0.0, |bias| bias[word])) as f32);
+            }
+        }
+        logits
+    }
+}
+
+/// The settings beside the objective.
+#[derive(Clone, Copy, Default)]
+struct With<'a> {
+    sequences: Option<&'a [usize]>,
+    hard: Option<&'a [bool]>,
+    weights: Option<&'a [f32]>,
+    temperatures: Option<&'a [f32]>,
+}
+
+struct Problem {
+    student: Model,
+    teacher: Model,
+    labels: Vec<i64>,
+}
+
+/// Loss and terms, and the gradients of hidden states, weight and bias.
+struct Results {
+    output: Output,
+    gradients: [Vec<f64>; 3],
+}
+
+fn normal(random: &mut fastrand::Rng, count: usize, scale: f64) -> Data {
+    let mut one = || 3f64.sqrt() * (0..4).map(|_| random.f64() - 0.5).sum::<f64>();
+    Data::F32((0..count).map(|_| (scale * one()) as f32).collect())
+}
+
+fn model(random: &mut fastrand::Rng, [tokens, vocab, features]: [usize; 3], scale: f64) -> Model {
+    let hidden = normal(random, tokens * features, 1.0);
+    let weight = normal(random, vocab * features, scale);
+    Model { hidden, weight, bias: Some(normal(random, vocab, 1.0)), features }
+}
+
+impl Problem {
+    /// A fifth of the tokens are ignored.
+    fn new() -> Self {
+        Self::of([N, V], [H, TEACHER_H], 1)
+    }
+
+    fn of(
+        [tokens, vocab]: [usize; 2],
+        [features, teacher_features]: [usize; 2],
+        seed: u64,
+    ) -> Self {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let student = model(&mut random, [tokens, vocab, features], 0.7);
+        let teacher = model(&mut random, [tokens, vocab, teacher_features], 0.6);
+        let label = |token: usize, random: &mut fastrand::Rng| match token % 5 {
+            0 => -100,
+            _ => random.i64(0..vocab as i64),
+        };
+        let labels = (0..tokens).map(|token| label(token, &mut random)).collect();
+        Self { student, teacher, labels }
+    }
+
+    fn vocab(&self) -> usize {
+        self.teacher.layer().vocab()
+    }
+
+    fn exactly(&self, objective: &Objective, with: With) -> Results {
+        let (tokens, vocab) = (self.labels.len(), self.vocab());
+        let (student, teacher) = (self.student.logits(), self.teacher.logits());
+        let mut batch =
+            Batch::new(Logits::new(&teacher, tokens, vocab).unwrap(), &self.labels).unwrap();
+        if let Some(sequences) = with.sequences {
+            batch = batch.with_sequences(sequences).unwrap();
+        }
+        if let Some(hard) = with.hard {
+            batch = batch.with_hard(hard).unwrap();
+        }
+        if let Some(weights) = with.weights {
+            batch = batch.with_token_weights(weights).unwrap();
+        }
+        if let Some(temperatures) = with.temperatures {
+            batch = batch.with_temperatures(temperatures).unwrap();
+        }
+        let student = Logits::new(&student, tokens, vocab).unwrap();
+        let (output, of_logits) = reference::forward_backward(objective, &batch, student).unwrap();
+        let features = self.student.features;
+        let (hidden, weight) = (self.student.hidden.wide(), self.student.weight.wide());
+        let mut gradients = [vec![0.0; hidden.len()], vec![0.0; weight.len()], vec![0.0; vocab]];
+        for token in 0..tokens {
+            for word in 0..vocab {
+                let gradient = of_logits[token * vocab + word];
+                gradients[2][word] += gradient;
+                for i in 0..features {
+                    let (at, of) = (token * features + i, word * features + i);
+                    gradients[0][at] += gradient * weight[of];
+                    gradients[1][of] += gradient * hidden[at];
+                }
+            }
+        }
+        Results { output, gradients }
+    }
+
+    fn session<'a>(&'a self, objective: &Objective, with: With<'a>) -> Session<'a> {
+        let mut session = Session::begin(objective, &self.labels, self.vocab()).unwrap();
+        if let Some(sequences) = with.sequences {
+            session = session.with_sequences(sequences).unwrap();
+        }
+        if let Some(hard) = with.hard {
+            session = session.with_hard(hard).unwrap();
+        }
+        if let Some(weights) = with.weights {
+            session = session.with_token_weights(weights).unwrap();
+        }
+        if let Some(temperatures) = with.temperatures {
+            session = session.with_temperatures(temperatures).unwrap();
+        }
+        session
+    }
+
+    fn found(&self, session: Session, chunks: Chunks) -> Results {
+        let layer = self.student.layer();
+        let rows = self.student.weight.elements().len() / self.student.features;
+        let mut hidden = vec![f32::NAN; self.student.hidden.elements().len()];
+        let mut weight = vec![f32::NAN; rows * self.student.features];
+        let mut bias = vec![f32::NAN; rows];
+        let gradients = Gradients {
+            hidden: Some((&mut hidden).into()),
+            weight: Some(&mut weight),
+            bias: Some(&mut bias),
+        };
+        let output = head::loss(session, &layer, &self.teacher.layer(), chunks, gradients).unwrap();
+        let gradients = [hidden, weight, bias];
+        Results { output, gradients: gradients.map(|g| g.into_iter().map(f64::from).collect()) }
+    }
+
+    #[track_caller]
+    fn check(&self, objective: &Objective, with: With, chunk: usize) {
+        let exact = self.exactly(objective, with);
+        let found = self.found(self.session(objective, with), Chunks::Tokens(chunk));
+        compare(&found, &exact);
+    }
+}
+
+#[track_caller]
+fn compare(found: &Results, exact: &Results) {
+    let (loss, of_loss) = (found.output.loss, exact.output.loss);
+    assert!((loss - of_loss).abs() <= LOSS * of_loss.abs(), "loss {loss}, but {of_loss}");
+    for (token, (found, exact)) in found.output.tokens.iter().zip(&exact.output.tokens).enumerate()
+    {
+        assert_eq!((found.hard, found.valid), (exact.hard, exact.valid), "token {token}");
+        let terms = |t: &atkd::TokenTerms| [t.tkd, t.dkd, t.uncertainty, t.loss];
+        for (found, exact) in terms(found).into_iter().zip(terms(exact)) {
+            let close = (found - exact).abs() <= LOSS * (1.0 + exact.abs());
+            assert!(close || found.is_nan() && exact.is_nan(), "token {token}: {found}, {exact}");
+        }
+    }
+    close(&found.gradients, &exact.gradients, GRADIENT);
+}
+
+#[track_caller]
+fn close(found: &[Vec<f64>; 3], exact: &[Vec<f64>; 3], allowed: f64) {
+    for ((found, exact), of) in found.iter().zip(exact).zip(["hidden states", "weight", "bias"]) {
+        let largest = exact.iter().fold(0.0, |largest: f64, g| largest.max(g.abs()));
+        let error = error(found, exact);
+        assert!(error <= allowed * largest, "{of}: off by {error}, the largest is {largest}");
+    }
+}
+
+/// The largest difference; NaN if there is one.
+fn error(found: &[f64], exact: &[f64]) -> f64 {
+    assert_eq!(found.len(), exact.len());
+    let differences = found.iter().zip(exact).map(|(found, exact)| (found - exact).abs());
+    differences.fold(0.0, |most, each| if each <= most { most } else { each })
+}
+
+fn objectives() -> Vec<Objective> {
+    let default = Objective::default;
+    let divergence = |of: Objective, divergence| of.with_divergence(divergence).unwrap();
+    let reduction = |of: Objective, reduction| of.with_reduction(reduction).unwrap();
+    let group_mean = reduction(default(), Reduction::GroupMean);
+    vec![
+        default(),
+        divergence(default(), Divergence::ReverseKl).with_hard_ratio(0.3).unwrap(),
+        divergence(default(), Divergence::Jsd { beta: 0.5 })
+            .with_ce_weight(0.3)
+            .and_then(|o| o.with_temperature(2.0))
+            .unwrap()
+            .with_temperature_squared(true),
+        divergence(Objective::plain(), Divergence::TotalVariation),
+        divergence(Objective::plain(), Divergence::SkewKl { alpha: 0.1 }),
+        Objective::kl().with_ce_weight(1.0).and_then(|o| o.with_kd_weight(0.5)).unwrap(),
+        reduction(Objective::dkd(), Reduction::Sum),
+        reduction(Objective::atkd(0.4).unwrap(), Reduction::Sum),
+        group_mean,
+        group_mean.with_ce_weight(0.4).unwrap(),
+        group_mean.with_selection_rule(SelectionRule::Median).with_ce_weight(0.4).unwrap(),
+        default().with_selection_rule(SelectionRule::Median),
+        default().with_target(Target::Teacher),
+        reduction(default(), Reduction::Denominator(17.0)).with_upstream_gradient(3.0).unwrap(),
+        default().with_hard_ratio(0.0).unwrap(),
+        default().with_hard_ratio(1.0).unwrap(),
+    ]
+}
+
+#[test]
+fn objectives_in_chunks() {
+    let problem = Problem::new();
+    for objective in objectives() {
+        for chunk in [1, 7, N, 1000] {
+            problem.check(&objective, With::default(), chunk);
+        }
+    }
+}
+
+#[test]
+fn sequences() {
+    let problem = Problem::new();
+    let with = With { sequences: Some(&[0, 12, 12, 31, N]), ..With::default() };
+    for objective in objectives() {
+        problem.check(&objective, with, 7);
+    }
+}
+
+#[test]
+fn settings_of_tokens() {
+    let problem = Problem::new();
+    let mut random = fastrand::Rng::with_seed(4);
+    let weights: Vec<f32> = (0..N).map(|_| 3.0 * random.f32() - 1.0).collect();
+    let temperatures: Vec<f32> = (0..N).map(|_| 0.5 + random.f32()).collect();
+    let hard: Vec<bool> = (0..N).map(|_| random.bool()).collect();
+    let own =
+        With { weights: Some(&weights), temperatures: Some(&temperatures), ..With::default() };
+    for objective in objectives() {
+        problem.check(&objective, own, 7);
+        problem.check(&objective, With { hard: Some(&hard), ..own }, 7);
+    }
+}
+
+/// Margins that rise, or fall, from token to token, so that half of the predictions are wrong.
+#[test]
+fn wrong_predictions_are_repaired() {
+    for falls in [false, true] {
+        let mut problem = Problem::new();
+        problem.teacher.hidden = Data::F32(vec![0.0; N * TEACHER_H]);
+        let Some(Data::F32(bias)) = &mut problem.teacher.bias else { unreachable!() };
+        // The margin of a token is the larger the smaller its label's bias is.
+        bias.iter_mut().enumerate().for_each(|(word, bias)| *bias = 0.1 * word as f32);
+        for (token, label) in problem.labels.iter_mut().enumerate().filter(|(_, l)| **l >= 0) {
+            *label = (if falls { token } else { N - 1 - token } * V / N) as i64;
+        }
+        // Tokens of one label are equal to the bit: the lower ones are hard, in any chunks.
+        for objective in objectives() {
+            for chunk in [1, 7] {
+                problem.check(&objective, With::default(), chunk);
+            }
+        }
+    }
+}
+
+#[test]
+fn known_log_probabilities_select() {
+    let problem = Problem::new();
+    let objective = Objective::default();
+    let exact = problem.exactly(&objective, With::default());
+    let log_probs: Vec<f32> =
+        exact.output.tokens.iter().map(|token| (1.0 - token.uncertainty).ln() as f32).collect();
+    let session = problem.session(&objective, With::default());
+    let session = session.with_teacher_log_probs(&log_probs).unwrap();
+    compare(&problem.found(session, Chunks::Tokens(7)), &exact);
+
+    // Where the margins tell the tokens apart that their probabilities would not.
+    let backwards: Vec<f32> = (0..N).map(|token| -1e-3 * (1.0 + token as f32)).collect();
+    let session = problem.session(&objective, With::default());
+    let session = session.with_teacher_log_probs(&backwards).unwrap();
+    let found = problem.found(session, Chunks::Tokens(7));
+    let hard: Vec<bool> = found.output.tokens.iter().map(|token| token.hard).collect();
+    let valid: Vec<bool> = found.output.tokens.iter().map(|token| token.valid).collect();
+    let margins: Vec<f32> = (0..N).map(|token| token as f32).collect();
+    assert_eq!(hard, atkd::select_hard(&margins, Some(&valid), 0.5, None).unwrap());
+
+    let mut wrong = log_probs;
+    wrong[1] = 1.0;
+    let session = problem.session(&objective, With::default());
+    let error = session.with_teacher_log_probs(&wrong).err().unwrap().to_string();
+    assert!(error.contains("token 1 is 1"), "{error}");
+}
+
+#[test]
+fn half_precision() {
+    for to in [Data::to_f16, Data::to_bf16] {
+        for teacher_too in [false, true] {
+            let mut problem = Problem::new();
+            problem.student = problem.student.map(to);
+            if teacher_too {
+                problem.teacher = problem.teacher.map(to);
+            }
+            for chunk in [7, N] {
+                problem.check(&Objective::default(), With::default(), chunk);
+            }
+        }
+    }
+}
+
+/// Weights of more than a tile, in each direction, none a multiple of one.
+#[test]
+fn more_than_a_tile() {
+    let mut problem = Problem::of([270, 600], [1030, 300], 2);
+    for to_half in [false, true] {
+        if to_half {
+            problem.student = problem.student.map(Data::to_bf16);
+            problem.teacher = problem.teacher.map(Data::to_f16);
+        }
+        // A hidden size of 1030 makes logits of 30 and more, as no model has.
+        let scale = |data: &mut Data| {
+            *data = match data {
+                Data::F32(v) => Data::F32(v.iter().map(|x| 0.1 * x).collect()),
+                Data::F16(v) => Data::F16(v.clone()),
+                Data::Bf16(v) => Data::Bf16(v.clone()),
+            }
+        };
+        scale(&mut problem.student.weight);
+        scale(&mut problem.teacher.weight);
+        problem.check(&Objective::default(), With::default(), 270);
+    }
+}
+
+#[test]
+fn gradients_in_half_precision_are_rounded_once() {
+    let mut problem = Problem::new();
+    problem.student = problem.student.map(Data::to_bf16);
+    let objective = Objective::default();
+    let exact = problem.exactly(&objective, With::default());
+    let mut hidden = vec![bf16::NAN; N * H];
+    let gradients =
+        Gradients { hidden: Some(ElementsMut::from(&mut hidden)), ..Gradients::default() };
+    let (student, teacher) = (problem.student.layer(), problem.teacher.layer());
+    let session = problem.session(&objective, With::default());
+    head::loss(session, &student, &teacher, Chunks::Tokens(7), gradients).unwrap();
+    let largest = exact.gradients[0].iter().fold(0.0, |most: f64, g| most.max(g.abs()));
+    for (found, exact) in hidden.iter().zip(&exact.gradients[0]) {
+        let error = (f64::from(*found) - exact).abs();
+        assert!(error <= 2f64.powi(-8) * exact.abs() + GRADIENT * largest, "{found}, {exact}");
+    }
+}
+
+#[test]
+fn only_what_is_wanted_is_written() {
+    let problem = Problem::new();
+    let objective = Objective::default();
+    let exact = problem.exactly(&objective, With::default());
+    let (student, teacher) = (problem.student.layer(), problem.teacher.layer());
+    for wanted in 0..8 {
+        let mut hidden = vec![f32::NAN; N * H];
+        let mut weight = vec![f32::NAN; V * H];
+        let mut bias = vec![f32::NAN; V];
+        let gradients = Gradients {
+            hidden: (wanted & 1 != 0).then(|| (&mut hidden).into()),
+            weight: (wanted & 2 != 0).then_some(&mut weight[..]),
+            bias: (wanted & 4 != 0).then_some(&mut bias[..]),
+        };
+        let session = problem.session(&objective, With::default());
+        let output = head::loss(session, &student, &teacher, Chunks::Tokens(7), gradients).unwrap();
+        assert!((output.loss - exact.output.loss).abs() <= LOSS * exact.output.loss);
+        for (i, (found, exact)) in
+            [hidden, weight, bias].into_iter().zip(&exact.gradients).enumerate()
+        {
+            let found: Vec<f64> = found.into_iter().map(f64::from).collect();
+            if wanted & 1 << i != 0 {
+                let largest = exact.iter().fold(0.0, |most: f64, g| most.max(g.abs()));
+                assert!(error(&found, exact) <= GRADIENT * largest);
+            } else {
+                assert!(found.iter().all(|g| g.is_nan()));
+            }
+        }
+    }
+}
+
+#[test]
+fn padded_vocabularies() {
+    let problem = Problem::new();
+    let objective = Objective::default();
+    let exact = problem.exactly(&objective, With::default());
+    let padded = |data: &Data, count: usize| {
+        let Data::F32(v) = data else { unreachable!() };
+        Data::F32([&v[..], &vec![9.0; count]].concat())
+    };
+    let pad = |model: &Model, rows: usize| Model {
+        weight: padded(&model.weight, rows * model.features),
+        bias: model.bias.as_ref().map(|bias| padded(bias, rows)),
+        ..model.clone()
+    };
+    let (student, teacher) = (pad(&problem.student, 3), pad(&problem.teacher, 14));
+    let mut hidden = vec![f32::NAN; N * H];
+    let mut weight = vec![f32::NAN; (V + 3) * H];
+    let mut bias = vec![f32::NAN; V + 3];
+    let gradients = Gradients {
+        hidden: Some((&mut hidden).into()),
+        weight: Some(&mut weight),
+        bias: Some(&mut bias),
+    };
+    let session = problem.session(&objective, With::default());
+    let (student, teacher) =
+        (student.layer().with_vocab(V).unwrap(), teacher.layer().with_vocab(V).unwrap());
+    let output = head::loss(session, &student, &teacher, Chunks::Tokens(7), gradients).unwrap();
+    assert!(weight.drain(V * H..).chain(bias.drain(V..)).all(|g| g == 0.0));
+    let gradients = [hidden, weight, bias].map(|g| g.into_iter().map(f64::from).collect());
+    compare(&Results { output, gradients }, &exact);
+}
+
+#[test]
+fn tokens_that_are_equal() {
+    let mut problem = Problem::new();
+    for model in [&mut problem.student, &mut problem.teacher] {
+        let features = model.features;
+        let Data::F32(hidden) = &mut model.hidden else { unreachable!() };
+        let one = hidden[41 * features..42 * features].to_vec();
+        (10..40).for_each(|token| hidden[token * features..][..features].copy_from_slice(&one));
+    }
+    let label = problem.labels[41];
+    problem.labels[10..40].fill(label);
+    let objective = Objective::default();
+    let exact = problem.exactly(&objective, With::default());
+    let found = problem.found(problem.session(&objective, With::default()), Chunks::Tokens(4));
+    // The last bits of their margins decide which of them are hard.
+    let tokens = &found.output.tokens;
+    let margins: Vec<f32> = tokens.iter().map(|token| token.margin as f32).collect();
+    let valid: Vec<bool> = tokens.iter().map(|token| token.valid).collect();
+    let hard: Vec<bool> = tokens.iter().map(|token| token.hard).collect();
+    assert_eq!(hard, atkd::select_hard(&margins, Some(&valid), 0.5, None).unwrap());
+    let number = |output: &Output| output.summary().hard_tokens;
+    assert_eq!(number(&found.output), number(&exact.output));
+    assert!((found.output.loss - exact.output.loss).abs() <= LOSS * exact.output.loss);
+    close_sums(&found, &exact);
+}
+
+/// The sums over tokens, which do not depend on which of equal tokens are hard.
+#[track_caller]
+fn close_sums(found: &Results, exact: &Results) {
+    for i in [1, 2] {
+        let largest = exact.gradients[i].iter().fold(0.0, |most: f64, g| most.max(g.abs()));
+        assert!(error(&found.gradients[i], &exact.gradients[i]) <= GRADIENT * largest);
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_threads_or_on_calls_before() {
+    let problem = Problem::of([270, 600], [70, 30], 3);
+    let objective = Objective::default();
+    let run = || {
+        let found = problem.found(problem.session(&objective, With::default()), Chunks::Tokens(50));
+        (found.output, found.gradients)
+    };
+    let first = run();
+    assert_eq!(run(), first);
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert_eq!(pool.install(run), first);
+    }
+}
+
+#[test]
+fn no_tokens() {
+    let mut problem = Problem::new();
+    problem.labels.fill(-100);
+    let objective = Objective::default();
+    let found = problem.found(problem.session(&objective, With::default()), Chunks::Tokens(7));
+    assert_eq!(found.output.loss, 0.0);
+    assert!(found.gradients.iter().flatten().all(|&g| g == 0.0));
+
+    let problem = Problem::of([0, V], [H, TEACHER_H], 1);
+    let found = problem.found(problem.session(&objective, With::default()), Chunks::default());
+    assert_eq!(found.output.loss, 0.0);
+    assert!(found.output.tokens.is_empty() && found.gradients.iter().flatten().all(|&g| g == 0.0));
+}
+
+#[test]
+fn mistakes_are_explained() {
+    let problem = Problem::new();
+    let (student, teacher) = (problem.student.layer(), problem.teacher.layer());
+    let objective = Objective::default();
+    let fails = |result: atkd::Result<Output>, words: &[&str]| {
+        let message = result.unwrap_err().to_string();
+        for word in words {
+            assert!(message.contains(word), "{word:?} is not in {message:?}");
+        }
+    };
+    let run = |student: &Layer, teacher: &Layer, chunks, gradients: Gradients| {
+        let session = problem.session(&objective, With::default());
+        head::loss(session, student, teacher, chunks, gradients)
+    };
+    fn none<'a>() -> Gradients<'a> {
+        Gradients::default()
+    }
+    fails(run(&student, &teacher, Chunks::Tokens(0), none()), &["tokens of a chunk is 0"]);
+    fails(run(&student, &teacher, Chunks::Memory(0), none()), &["memory of a chunk", "0"]);
+    let few = vec![0.0_f32; 40 * TEACHER_H];
+    let narrow = Layer::new(problem.teacher.hidden.elements(), &few, TEACHER_H).unwrap();
+    fails(
+        run(&student, &narrow, Chunks::default(), none()),
+        &["the teacher's layer has 40 entries of the vocabulary", "50", "with_vocab"],
+    );
+    let short = Layer::new(&few[..3 * H], problem.student.weight.elements(), H).unwrap();
+    fails(
+        run(&short, &teacher, Chunks::default(), none()),
+        &["the student's layer has 3 tokens", "60"],
+    );
+    let mut wrong = vec![0.0_f32; 7];
+    let gradients = Gradients { weight: Some(&mut wrong), ..none() };
+    fails(
+        run(&student, &teacher, Chunks::default(), gradients),
+        &["7 elements were given for the gradient of the weight", "800"],
+    );
+    let hidden = Some(ElementsMut::from(&mut wrong));
+    let gradients = Gradients { hidden, ..none() };
+    fails(run(&student, &teacher, Chunks::default(), gradients), &["hidden states", "960"]);
+    let gradients = Gradients { bias: Some(&mut wrong), ..none() };
+    fails(run(&student, &teacher, Chunks::default(), gradients), &["bias", "50"]);
+
+    fn layer<'a>(hidden: &'a [f32], weight: &'a [f32], features: usize) -> atkd::Result<Layer<'a>> {
+        Layer::new(hidden, weight, features)
+    }
+    assert_eq!(
+        layer(&few[..7], &few, 5).unwrap_err(),
+        Error::HiddenSize { what: "the hidden states", elements: 7, features: 5 }
+    );
+    let message = layer(&few[..5], &few[..6], 5).unwrap_err().to_string();
+    assert!(message.contains("6 elements were given for the weight"), "{message}");
+    assert!(layer(&[], &[], 5).is_err() && layer(&[], &few, 0).is_err());
+    let layer = layer(&few[..5], &few[..10], 5).unwrap();
+    assert!(layer.with_bias(&few[..3]).unwrap_err().to_string().contains("must be 2"));
+    assert!(layer.with_vocab(3).is_err() && layer.with_vocab(0).is_err());
+}
