@@ -1,27 +1,37 @@
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use atkd::head::Chunks;
 use atkd::{Batch, Divergence, Objective, Output, Reduction, SelectionRule, Target};
 use clap::ValueEnum;
+use safetensors::SafeTensors;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
 
 use crate::backend::{Backend, Choice};
 use crate::destination::Destination;
-use crate::output;
 use crate::tensors::{self, Matrix};
+use crate::{head, output};
 
-/// The loss of a file of logits, and its gradient.
+/// The loss of a file of logits or of hidden states, and its gradient.
 ///
 /// The file holds `student` and `teacher` [N, V] (F32, F16 or BF16, each its own) and `labels` [N] (I64); and, if tokens
 /// are to have their own, `token_weights` [N] (F32), which multiply their losses and gradients, and `temperatures` [N]
 /// (F32), in place of --temperature.
 ///
+/// In the place of `student` and `teacher` it may hold what their last layers multiply, and these: `student_hidden`
+/// [N, Hq] and `student_weight` [V, Hq], `teacher_hidden` [N, Hp] and `teacher_weight` [V, Hp], and `student_bias` or
+/// `teacher_bias` [V] where there is one. The logits, hidden times the transpose of weight plus bias, then exist for a chunk
+/// of tokens at a time, in float32; on the CPU.
+///
 /// Example: atkd loss batch.safetensors --grad gradient.safetensors --json
+///
+/// Example, of hidden states: atkd loss hidden.safetensors --chunk 128 --grad gradients.safetensors
 #[derive(clap::Args)]
 pub struct Args {
-    /// Logits and labels, as safetensors
+    /// Logits or hidden states, and labels, as safetensors
     file: PathBuf,
     /// The backend that computes
     #[arg(long, value_enum, default_value = "auto")]
@@ -68,8 +78,13 @@ pub struct Args {
     /// Tokens with this label are dropped
     #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i64,
+    /// Tokens whose logits exist at a time, of a file of hidden states: less memory, and more passes over the weights
+    /// [default: as many as fit into 512 MB]
+    #[arg(long, value_name = "TOKENS")]
+    chunk: Option<usize>,
     /// Write `grad` [N, V] in the student's dtype and, per token and before the reduction, `uncertainty`,
-    /// `tkd`, `dkd`, `loss` (F32) and `hard` (U8) to this safetensors file
+    /// `tkd`, `dkd`, `loss` (F32) and `hard` (U8) to this safetensors file; from hidden states, in the place of `grad`,
+    /// `grad_hidden` [N, Hq] in their dtype, `grad_weight` [V, Hq] and, with a bias, `grad_bias` [V] (F32)
     #[arg(long, value_name = "OUT.safetensors")]
     grad: Option<PathBuf>,
     /// Add the entropies of both models' distributions at --temperature, in nats: the means of the valid tokens and, to
@@ -191,32 +206,91 @@ impl Args {
     }
 }
 
+/// What a file has for each token.
+pub struct OfTokens<'a> {
+    pub labels: Option<Vec<i64>>,
+    pub weights: Option<Cow<'a, [f32]>>,
+    pub temperatures: Option<Cow<'a, [f32]>>,
+}
+
 pub fn run(args: &Args) -> Result<ExitCode> {
     let objective = args.objective()?;
+    // One that is not here is told first.
     let backend = args.backend.backend()?;
     let destination =
         args.grad.as_ref().map(|path| Destination::open(path, &args.file)).transpose()?;
     let bytes = tensors::open(&args.file)?;
     let file = tensors::parse(&args.file, &bytes)?;
-    let student = Matrix::read(&args.file, &file, "student")?;
-    let teacher = Matrix::read(&args.file, &file, "teacher")?;
-    let same_vocab = student.vocab == teacher.vocab || args.vocab_size.is_some();
-    if student.tokens != teacher.tokens || !same_vocab {
+    let required = objective.target() == Target::Label;
+    let of_tokens = || -> Result<OfTokens> {
+        Ok(OfTokens {
+            labels: tensors::labels(&args.file, &file, required)?,
+            weights: tensors::of_tokens(&file, "token_weights")?,
+            temperatures: tensors::of_tokens(&file, "temperatures")?,
+        })
+    };
+    let has = |name| file.tensor(name).is_ok();
+    if !has(head::STUDENT_HIDDEN) {
+        if args.chunk.is_some() {
+            bail!(
+                "--chunk says how many tokens' logits are made of hidden states at a time, but {} holds no \
+                 `{}`",
+                args.file.display(),
+                head::STUDENT_HIDDEN
+            );
+        }
+        let (output, entropies) =
+            of_logits(args, &objective, &backend, &file, of_tokens, destination)?;
+        report(args, &backend, &output, entropies.as_ref())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(name) = ["student", "teacher"].into_iter().find(|name| has(name)) {
+        bail!(
+            "{} holds `{}` and `{name}`: either hidden states and weights, or logits, of both models",
+            args.file.display(),
+            head::STUDENT_HIDDEN
+        );
+    }
+    if args.entropies {
+        bail!(
+            "--entropies are of logits, but {} holds hidden states: use a file with `student` and `teacher`",
+            args.file.display()
+        );
+    }
+    let backend = head::backend(args.backend)?;
+    let chunks = args.chunk.map_or(Chunks::default(), Chunks::Tokens);
+    let path = &args.file;
+    let output =
+        head::loss(path, &file, &objective, &of_tokens()?, args.vocab_size, chunks, destination)?;
+    report(args, &backend, &output, None)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The loss of a file of logits; the gradient goes to its destination.
+fn of_logits<'a>(
+    args: &Args,
+    objective: &Objective,
+    backend: &Backend,
+    file: &SafeTensors<'a>,
+    of_tokens: impl FnOnce() -> Result<OfTokens<'a>>,
+    destination: Option<Destination>,
+) -> Result<(Output, Option<Entropies>)> {
+    let student = Matrix::read(&args.file, file, "student")?;
+    let teacher = Matrix::read(&args.file, file, "teacher")?;
+    let same_vocab = student.columns == teacher.columns || args.vocab_size.is_some();
+    if student.rows != teacher.rows || !same_vocab {
         bail!(
             "`student` is [{}, {}], but `teacher` is [{}, {}]: both must have a row for each token and \
              a logit for each entry of one vocabulary{}",
-            student.tokens,
-            student.vocab,
-            teacher.tokens,
-            teacher.vocab,
+            student.rows,
+            student.columns,
+            teacher.rows,
+            teacher.columns,
             if same_vocab { "" } else { "; --vocab-size says where its padding starts" }
         );
     }
-    let vocab = |matrix: &Matrix| args.vocab_size.unwrap_or(matrix.vocab);
-    let required = objective.target() == Target::Label;
-    let labels = tensors::labels(&args.file, &file, required)?;
-    let token_weights = tensors::of_tokens(&file, "token_weights")?;
-    let temperatures = tensors::of_tokens(&file, "temperatures")?;
+    let vocab = |matrix: &Matrix| args.vocab_size.unwrap_or(matrix.columns);
+    let OfTokens { labels, weights, temperatures } = of_tokens()?;
 
     let teacher_logits = teacher.logits().and_then(|logits| logits.with_vocab(vocab(&teacher)));
     let teacher = teacher_logits.context("`teacher`")?;
@@ -224,7 +298,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         Some(labels) => Batch::new(teacher, labels).context("`labels`")?,
         None => Batch::unlabelled(teacher),
     };
-    let batch = match &token_weights {
+    let batch = match &weights {
         Some(weights) => batch.with_token_weights(weights).context("`token_weights`")?,
         None => batch,
     };
@@ -234,54 +308,52 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let logits = student.logits().and_then(|logits| logits.with_vocab(vocab(&student)));
     let logits = logits.context("`student`")?;
-    let entropies = args
-        .entropies
-        .then(|| -> atkd::Result<Entropies> {
+    let entropies = match args.entropies {
+        true => {
             let of = |logits| backend.token_entropies(logits, args.temperature);
-            Ok(Entropies { teacher: of(teacher)?, student: of(logits)? })
-        })
-        .transpose()?;
-    let output = match destination {
-        None => backend.forward(&objective, &batch, logits)?,
-        Some(destination) => {
-            let mut gradient = Matrix::zeros(logits.dtype(), student.tokens, student.vocab)?;
-            let view = gradient.logits_mut()?.with_vocab(vocab(&student))?;
-            let output = backend.forward_backward(&objective, &batch, logits, view)?;
-            write(destination, &gradient, &output, entropies.as_ref())?;
-            output
+            Some(Entropies { teacher: of(teacher)?, student: of(logits)? })
         }
+        false => None,
     };
-    report(args, &backend, &output, entropies.as_ref())?;
-    Ok(ExitCode::SUCCESS)
+    let Some(destination) = destination else {
+        return Ok((backend.forward(objective, &batch, logits)?, entropies));
+    };
+    let mut gradient = Matrix::zeros(logits.dtype(), student.rows, student.columns)?;
+    let view = gradient.logits_mut()?.with_vocab(vocab(&student))?;
+    let output = backend.forward_backward(objective, &batch, logits, view)?;
+    let shape = vec![gradient.rows, gradient.columns];
+    let mut tensors = vec![("grad", gradient.safetensors_dtype(), shape, gradient.bytes())];
+    if let Some(Entropies { teacher, student }) = &entropies {
+        for (name, values) in [("teacher_entropy", teacher), ("student_entropy", student)] {
+            let bytes = bytemuck::cast_slice(values);
+            tensors.push((name, safetensors::Dtype::F32, vec![values.len()], bytes));
+        }
+    }
+    write(destination, tensors, &output)?;
+    Ok((output, entropies))
 }
 
-/// The gradient and each token's terms, as safetensors.
-fn write(
-    destination: Destination,
-    gradient: &Matrix,
-    output: &Output,
-    entropies: Option<&Entropies>,
-) -> Result<()> {
+/// A tensor to write: its name, dtype, shape and bytes.
+pub type Written<'a> = (&'a str, safetensors::Dtype, Vec<usize>, &'a [u8]);
+
+/// These tensors and each token's terms, as safetensors.
+pub fn write(destination: Destination, tensors: Vec<Written>, output: &Output) -> Result<()> {
+    let mut tensors = tensors;
     let tokens = output.tokens.len();
-    let bytes = |column: &mut dyn Iterator<Item = f32>| {
-        column.flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>()
-    };
     let column = |term: fn(&atkd::TokenTerms) -> f64| {
-        bytes(&mut output.tokens.iter().map(|token| term(token) as f32))
+        output
+            .tokens
+            .iter()
+            .flat_map(|token| (term(token) as f32).to_le_bytes())
+            .collect::<Vec<u8>>()
     };
-    let mut columns = vec![
+    let columns = [
         ("uncertainty", column(|token| token.uncertainty)),
         ("tkd", column(|token| token.tkd)),
         ("dkd", column(|token| token.dkd)),
         ("loss", column(|token| token.loss)),
     ];
-    if let Some(Entropies { teacher, student }) = entropies {
-        columns.push(("teacher_entropy", bytes(&mut teacher.iter().copied())));
-        columns.push(("student_entropy", bytes(&mut student.iter().copied())));
-    }
     let hard: Vec<u8> = output.tokens.iter().map(|token| token.hard.into()).collect();
-    let matrix = vec![gradient.tokens, gradient.vocab];
-    let mut tensors = vec![("grad", gradient.dtype(), matrix, gradient.bytes())];
     for (name, bytes) in &columns {
         tensors.push((name, safetensors::Dtype::F32, vec![tokens], bytes));
     }

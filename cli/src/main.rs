@@ -1,9 +1,10 @@
-//! `atkd`: the ATKD knowledge-distillation loss on files of logits.
+//! `atkd`: the ATKD knowledge-distillation loss on files of logits or of hidden states.
 
 mod backend;
 mod bench;
 mod destination;
 mod gradcheck;
+mod head;
 mod info;
 mod loss;
 mod output;

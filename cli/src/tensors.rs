@@ -60,7 +60,8 @@ fn tensor<'a>(path: &Path, file: &SafeTensors<'a>, name: &str) -> Result<TensorV
             names.sort_unstable();
             bail!(
                 "{} has no tensor `{name}`; it holds {}. The loss needs `student` and `teacher` \
-                 [N, V] (F32, F16 or BF16) and `labels` [N] (I64)",
+                 [N, V] (F32, F16 or BF16), or `student_hidden`, `student_weight`, `teacher_hidden` and \
+                 `teacher_weight`; and `labels` [N] (I64)",
                 path.display(),
                 if names.is_empty() { "none".into() } else { names.join(", ") }
             )
@@ -80,76 +81,117 @@ pub enum Tensor<'a> {
     Bf16(Cow<'a, [bf16]>),
 }
 
-/// A matrix `[tokens, vocab]`.
+impl<'a> Tensor<'a> {
+    fn new(name: &str, view: &TensorView<'a>) -> Result<Self> {
+        Ok(match view.dtype() {
+            safetensors::Dtype::F32 => Tensor::F32(elements(view.data())),
+            safetensors::Dtype::F16 => Tensor::F16(elements(view.data())),
+            safetensors::Dtype::BF16 => Tensor::Bf16(elements(view.data())),
+            other => bail!("`{name}` is {other:?}, but must be F32, F16 or BF16"),
+        })
+    }
+
+    /// A tensor `[V]`, `None` if the file has none of this name.
+    pub fn read_vector(file: &SafeTensors<'a>, name: &str) -> Result<Option<Self>> {
+        let Ok(view) = file.tensor(name) else { return Ok(None) };
+        if view.shape().len() != 1 {
+            bail!("`{name}` has shape {:?}, but must be [V]", view.shape());
+        }
+        Self::new(name, &view).map(Some)
+    }
+
+    pub fn elements(&self) -> Elements<'_> {
+        match self {
+            Tensor::F32(v) => Elements::F32(v),
+            Tensor::F16(v) => Elements::F16(v),
+            Tensor::Bf16(v) => Elements::Bf16(v),
+        }
+    }
+}
+
+/// A matrix: logits `[tokens, vocab]`, hidden states `[tokens, hidden size]`, a weight `[vocab, hidden size]`.
 pub struct Matrix<'a> {
     data: Tensor<'a>,
-    pub tokens: usize,
-    pub vocab: usize,
+    pub rows: usize,
+    pub columns: usize,
 }
 
 impl<'a> Matrix<'a> {
     pub fn read(path: &Path, file: &SafeTensors<'a>, name: &str) -> Result<Self> {
         let view = tensor(path, file, name)?;
-        let &[tokens, vocab] = view.shape() else {
-            bail!(
-                "`{name}` has shape {:?}, but must be [N, V]: one row of V logits for each of N tokens",
-                view.shape()
-            );
+        let &[rows, columns] = view.shape() else {
+            let shape = match name.rsplit_once('_') {
+                None => "[N, V]: one row of V logits for each of N tokens",
+                Some((_, "weight")) => {
+                    "[V, H]: one row of H numbers for each of V entries of the vocabulary"
+                }
+                Some(_) => "[N, H]: one row of H numbers for each of N tokens",
+            };
+            bail!("`{name}` has shape {:?}, but must be {shape}", view.shape());
         };
-        let data = match view.dtype() {
-            safetensors::Dtype::F32 => Tensor::F32(elements(view.data())),
-            safetensors::Dtype::F16 => Tensor::F16(elements(view.data())),
-            safetensors::Dtype::BF16 => Tensor::Bf16(elements(view.data())),
-            other => bail!("`{name}` is {other:?}, but must be F32, F16 or BF16"),
-        };
-        Ok(Self { data, tokens, vocab })
+        Ok(Self { data: Tensor::new(name, &view)?, rows, columns })
     }
 
     /// Zeros, or an error if the system does not give the memory.
-    pub fn zeros(dtype: Dtype, tokens: usize, vocab: usize) -> Result<Self> {
-        fn filled<T: Copy>(zero: T, tokens: usize, vocab: usize) -> Result<Vec<T>> {
+    pub fn zeros(dtype: Dtype, rows: usize, columns: usize) -> Result<Self> {
+        fn filled<T: Copy>(zero: T, rows: usize, columns: usize) -> Result<Vec<T>> {
             let mut data = Vec::new();
-            let count = tokens.checked_mul(vocab);
+            let count = rows.checked_mul(columns);
             if count.is_none_or(|count| data.try_reserve_exact(count).is_err()) {
                 bail!(
-                    "{tokens} tokens of {vocab} logits do not fit into memory; use fewer tokens or a \
+                    "{rows} rows of {columns} numbers do not fit into memory; use fewer tokens or a \
                      smaller vocabulary"
                 );
             }
-            data.resize(tokens * vocab, zero);
+            data.resize(rows * columns, zero);
             Ok(data)
         }
         let data = match dtype {
-            Dtype::F32 => Tensor::F32(filled(0.0, tokens, vocab)?.into()),
-            Dtype::F16 => Tensor::F16(filled(f16::ZERO, tokens, vocab)?.into()),
-            Dtype::Bf16 => Tensor::Bf16(filled(bf16::ZERO, tokens, vocab)?.into()),
+            Dtype::F32 => Tensor::F32(filled(0.0, rows, columns)?.into()),
+            Dtype::F16 => Tensor::F16(filled(f16::ZERO, rows, columns)?.into()),
+            Dtype::Bf16 => Tensor::Bf16(filled(bf16::ZERO, rows, columns)?.into()),
         };
-        Ok(Self { data, tokens, vocab })
+        Ok(Self { data, rows, columns })
     }
 
-    pub fn logits(&self) -> atkd::Result<Logits<'_>> {
-        let elements = match &self.data {
-            Tensor::F32(v) => Elements::F32(v),
-            Tensor::F16(v) => Elements::F16(v),
-            Tensor::Bf16(v) => Elements::Bf16(v),
-        };
-        Logits::new(elements, self.tokens, self.vocab)
+    pub fn elements(&self) -> Elements<'_> {
+        self.data.elements()
     }
 
-    pub fn logits_mut(&mut self) -> atkd::Result<LogitsMut<'_>> {
-        let elements = match &mut self.data {
+    pub fn elements_mut(&mut self) -> ElementsMut<'_> {
+        match &mut self.data {
             Tensor::F32(v) => ElementsMut::F32(v.to_mut()),
             Tensor::F16(v) => ElementsMut::F16(v.to_mut()),
             Tensor::Bf16(v) => ElementsMut::Bf16(v.to_mut()),
-        };
-        LogitsMut::new(elements, self.tokens, self.vocab)
+        }
     }
 
-    pub fn dtype(&self) -> safetensors::Dtype {
-        match &self.data {
-            Tensor::F32(_) => safetensors::Dtype::F32,
-            Tensor::F16(_) => safetensors::Dtype::F16,
-            Tensor::Bf16(_) => safetensors::Dtype::BF16,
+    /// The elements, if they are float32.
+    pub fn as_f32_mut(&mut self) -> Option<&mut [f32]> {
+        match &mut self.data {
+            Tensor::F32(v) => Some(v.to_mut()),
+            _ => None,
+        }
+    }
+
+    pub fn logits(&self) -> atkd::Result<Logits<'_>> {
+        Logits::new(self.elements(), self.rows, self.columns)
+    }
+
+    pub fn logits_mut(&mut self) -> atkd::Result<LogitsMut<'_>> {
+        let (rows, columns) = (self.rows, self.columns);
+        LogitsMut::new(self.elements_mut(), rows, columns)
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.elements().dtype()
+    }
+
+    pub fn safetensors_dtype(&self) -> safetensors::Dtype {
+        match self.dtype() {
+            Dtype::F32 => safetensors::Dtype::F32,
+            Dtype::F16 => safetensors::Dtype::F16,
+            Dtype::Bf16 => safetensors::Dtype::BF16,
         }
     }
 

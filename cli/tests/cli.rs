@@ -437,6 +437,126 @@ fn padded_vocabularies_and_numbers_of_tokens() {
     }
 }
 
+/// A hidden size of each model.
+const SIZES: [usize; 2] = [3, 4];
+
+impl Files {
+    /// Hidden states and weights of random numbers: a product with these is a model's logits.
+    fn layers(&self) -> [(Vec<f32>, Vec<f32>); 2] {
+        let mut random = fastrand::Rng::with_seed(5);
+        SIZES.map(|size| {
+            let mut numbers =
+                |count: usize| (0..count).map(|_| 2.0 * random.f32() - 1.0).collect::<Vec<f32>>();
+            (numbers(TOKENS * size), numbers(VOCAB * size))
+        })
+    }
+}
+
+fn floats(written: &SafeTensors, name: &str) -> (Vec<usize>, Vec<f32>) {
+    let tensor = written.tensor(name).unwrap();
+    assert_eq!(tensor.dtype(), Dtype::F32, "{name}");
+    let numbers = tensor.data().chunks(4);
+    let numbers = numbers.map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
+    (tensor.shape().to_vec(), numbers)
+}
+
+#[test]
+fn hidden_states() {
+    let files = Files::new();
+    let labels: Vec<u8> = files.labels.iter().flat_map(|label| label.to_le_bytes()).collect();
+    let [student, teacher] = files.layers();
+    let bias: Vec<f32> = (0..VOCAB).map(|word| (word % 5) as f32 * 0.2).collect();
+    let logits = |(hidden, weight): &(Vec<f32>, Vec<f32>), size: usize, bias: Option<&[f32]>| {
+        let mut logits = Vec::new();
+        for hidden in hidden.chunks(size) {
+            for (word, weight) in weight.chunks(size).enumerate() {
+                let product: f32 = hidden.iter().zip(weight).map(|(h, w)| h * w).sum();
+                logits.push(product + bias.map_or(0.0, |bias| bias[word]));
+            }
+        }
+        logits
+    };
+    let (of_student, of_teacher) =
+        (logits(&student, SIZES[0], Some(&bias)), logits(&teacher, SIZES[1], None));
+    let view = |rows| Logits::new(rows, TOKENS, VOCAB).unwrap();
+    let batch = Batch::new(view(&of_teacher), &files.labels).unwrap();
+    let (exact, of_logits) =
+        reference::forward_backward(&Objective::default(), &batch, view(&of_student)).unwrap();
+
+    let bytes = [&student.0, &student.1, &teacher.0, &teacher.1, &bias].map(|v| little_endian(v));
+    let tensors: Vec<(&str, Dtype, &[usize], &[u8])> = vec![
+        ("student_hidden", Dtype::F32, &[TOKENS, 3], &bytes[0]),
+        ("student_weight", Dtype::F32, &[VOCAB, 3], &bytes[1]),
+        ("teacher_hidden", Dtype::F32, &[TOKENS, 4], &bytes[2]),
+        ("teacher_weight", Dtype::F32, &[VOCAB, 4], &bytes[3]),
+        ("student_bias", Dtype::F32, &[VOCAB], &bytes[4]),
+        ("labels", Dtype::I64, &[TOKENS], &labels),
+    ];
+    let path = files.save("hidden", &tensors);
+    for options in [&["--backend", "cpu"][..], &["--chunk", "1"], &["--chunk", "4"]] {
+        let out = files.path("out");
+        let more = ["--json", "--grad", out.to_str().unwrap()];
+        let printed = json(loss(&path, &[options, &more].concat()));
+        assert!((printed["loss"].as_f64().unwrap() - exact.loss).abs() < 1e-5);
+        assert_eq!(printed["backend"], "cpu");
+        assert_eq!(printed["hard_tokens"], 3);
+        let bytes = std::fs::read(&out).unwrap();
+        let written = SafeTensors::deserialize(&bytes).unwrap();
+        assert!(written.tensor("grad").is_err());
+        let (shape, hidden) = floats(&written, "grad_hidden");
+        assert_eq!(shape, [TOKENS, 3]);
+        let (shape, weight) = floats(&written, "grad_weight");
+        assert_eq!(shape, [VOCAB, 3]);
+        let (shape, of_bias) = floats(&written, "grad_bias");
+        assert_eq!(shape, [VOCAB]);
+        assert_eq!(floats(&written, "dkd").0, [TOKENS]);
+        let gradient = |token: usize, word: usize| of_logits[token * VOCAB + word];
+        let close = |found: f32, exact: f64| assert!((f64::from(found) - exact).abs() < 1e-5);
+        for i in 0..3 {
+            for token in 0..TOKENS {
+                let of = |word: usize| gradient(token, word) * f64::from(student.1[word * 3 + i]);
+                close(hidden[token * 3 + i], (0..VOCAB).map(of).sum());
+            }
+            for word in 0..VOCAB {
+                let of = |token: usize| gradient(token, word) * f64::from(student.0[token * 3 + i]);
+                close(weight[word * 3 + i], (0..TOKENS).map(of).sum());
+            }
+        }
+        for (word, &found) in of_bias.iter().enumerate() {
+            close(found, (0..TOKENS).map(|token| gradient(token, word)).sum());
+        }
+    }
+    let without_gradient = json(loss(&path, &["--json"]));
+    assert!((without_gradient["loss"].as_f64().unwrap() - exact.loss).abs() < 1e-5);
+
+    for backend in ["simt", "reference"] {
+        let words = [backend, "takes logits", "--backend cpu"];
+        fails(loss(&path, &["--backend", backend]), &words);
+    }
+    fails(loss(&path, &["--chunk", "0"]), &["tokens of a chunk is 0", "at least 1"]);
+    let of_logits = files.batch("batch", &files.labels);
+    fails(loss(&of_logits, &["--chunk", "2"]), &["--chunk", "student_hidden"]);
+    let with = |name: &str, tensor: (&'static str, Dtype, &'static [usize], &[u8])| {
+        let mut changed = tensors.clone();
+        changed.retain(|(name, ..)| *name != tensor.0);
+        changed.push(tensor);
+        files.save(name, &changed)
+    };
+    let wrong = with("wrong", ("student_weight", Dtype::F32, &[VOCAB - 10, 3], &bytes[1][..480]));
+    fails(loss(&wrong, &[]), &["`student_weight`", "40", "50", "--vocab-size"]);
+    let wrong = with("wrong", ("teacher_weight", Dtype::F32, &[4, VOCAB], &bytes[3]));
+    fails(loss(&wrong, &[]), &["`teacher_weight` is [4, 50]", "[6, 4]", "[V, 4]"]);
+    let wrong = with("wrong", ("student_bias", Dtype::F32, &[3], &bytes[4][..12]));
+    fails(loss(&wrong, &[]), &["`student_bias`", "3 elements", "50"]);
+    let wrong = with("wrong", ("labels", Dtype::I64, &[5], &labels[..40]));
+    fails(loss(&wrong, &[]), &["`labels`", "5", "6 tokens"]);
+    let both = with("both", ("student", Dtype::F32, &[TOKENS, 3], &bytes[0]));
+    fails(loss(&both, &[]), &["`student_hidden` and `student`", "either"]);
+    let mut few = tensors.clone();
+    few.retain(|(name, ..)| *name != "teacher_weight");
+    fails(loss(&files.save("few", &few), &[]), &["no tensor `teacher_weight`"]);
+}
+
 #[test]
 fn a_failed_run_leaves_no_file() {
     let files = Files::new();
