@@ -16,12 +16,14 @@
 
 #[cfg(feature = "candle-cuda")]
 mod cuda;
+mod linear;
 
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Error, Layout, Result, Shape, Storage, Tensor, WithDType,
     bail,
 };
 use half::bf16;
+pub use linear::{Layer, linear_loss, linear_loss_with_output};
 
 use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, Strides, cpu};
 
@@ -58,15 +60,15 @@ impl<'a> Tokens<'a> {
         [("weights", self.weights), ("temperatures", self.temperatures)]
     }
 
-    /// Checks that there is one of each per token, for logits `[.., vocab]`.
-    fn check(&self, logits: &Tensor) -> Result<()> {
-        check_tokens("labels", self.labels, logits)?;
+    /// Checks that there is one of each per token, for the student's logits `[.., vocab]` or hidden states.
+    fn check(&self, of: &str, rows: &Tensor) -> Result<()> {
+        check_tokens("labels", self.labels, of, rows)?;
         if !self.labels.dtype().is_int() {
             bail!("the labels are {:?}, but must be integers", self.labels.dtype())
         }
         for (what, tensor) in self.values() {
             let Some(tensor) = tensor else { continue };
-            check_tokens(what, tensor, logits)?;
+            check_tokens(what, tensor, of, rows)?;
             if tensor.dtype() != DType::F32 {
                 bail!("the {what} are {:?}, but must be F32", tensor.dtype())
             }
@@ -75,20 +77,20 @@ impl<'a> Tokens<'a> {
     }
 }
 
-/// Checks that there is one value per token, where the logits are.
-fn check_tokens(what: &str, tensor: &Tensor, logits: &Tensor) -> Result<()> {
-    let shape = logits.dims();
+/// Checks that there is one value per token, where the student's logits or hidden states are.
+fn check_tokens(what: &str, tensor: &Tensor, of: &str, rows: &Tensor) -> Result<()> {
+    let shape = rows.dims();
     let expected = &shape[..shape.len() - 1];
     if tensor.dims() != expected {
-        bail!("the {what} are {:?}, but for logits {shape:?} must be {expected:?}", tensor.dims())
+        bail!("the {what} are {:?}, but for {of} {shape:?} must be {expected:?}", tensor.dims())
     }
-    check_device(what, tensor, logits)
+    check_device(what, tensor, of, rows)
 }
 
-fn check_device(what: &str, tensor: &Tensor, student: &Tensor) -> Result<()> {
+fn check_device(what: &str, tensor: &Tensor, of: &str, student: &Tensor) -> Result<()> {
     if !tensor.device().same_device(student.device()) {
         bail!(
-            "the {what} are on {:?}, but the student's logits are on {:?}",
+            "the {what} are on {:?}, but the student's {of} are on {:?}",
             tensor.device().location(),
             student.device().location()
         )
@@ -182,8 +184,8 @@ fn loss_and_output(
             teacher.dims()
         )
     }
-    tokens.check(student)?;
-    check_device("teacher's logits", teacher, student)?;
+    tokens.check("logits", student)?;
+    check_device("teacher's logits", teacher, "logits", student)?;
     match student.device() {
         Device::Cpu => {
             let (loss, output) =
@@ -211,6 +213,26 @@ fn not_here<T>(device: &Device) -> Result<T> {
     )
 }
 
+/// [`Tokens`] in slices.
+struct HostTokens {
+    labels: Vec<i64>,
+    weights: Option<Vec<f32>>,
+    temperatures: Option<Vec<f32>>,
+}
+
+impl HostTokens {
+    fn new(tokens: &Tokens) -> Result<Self> {
+        let values = |tensor: Option<&Tensor>| -> Result<Option<Vec<f32>>> {
+            tensor.map(|tensor| tensor.flatten_all()?.to_vec1()).transpose()
+        };
+        Ok(Self {
+            labels: tokens.labels.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?,
+            weights: values(tokens.weights)?,
+            temperatures: values(tokens.temperatures)?,
+        })
+    }
+}
+
 fn cpu_loss(
     objective: &Objective,
     student: &Tensor,
@@ -218,11 +240,7 @@ fn cpu_loss(
     teacher_rows: &Rows,
     tokens: &Tokens,
 ) -> Result<(Tensor, Output)> {
-    let labels: Vec<i64> = tokens.labels.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?;
-    let values = |tensor: Option<&Tensor>| -> Result<Option<Vec<f32>>> {
-        tensor.map(|tensor| tensor.flatten_all()?.to_vec1()).transpose()
-    };
-    let (weights, temperatures) = (values(tokens.weights)?, values(tokens.temperatures)?);
+    let HostTokens { labels, weights, temperatures } = HostTokens::new(tokens)?;
 
     let (student_storage, _) = student_rows.tensor.storage_and_layout();
     let (teacher_storage, _) = teacher_rows.tensor.storage_and_layout();
@@ -283,15 +301,34 @@ impl CustomOp1 for Loss {
     }
 
     fn bwd(&self, student: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
-        let upstream = upstream.to_scalar::<f32>()?;
-        let gradient = if upstream == 1.0 {
-            self.gradient.to_dtype(student.dtype())?
-        } else {
-            let scaled = self.gradient.to_dtype(DType::F32)?.affine(upstream.into(), 0.0)?;
-            scaled.to_dtype(student.dtype())?
-        };
-        Ok(Some(gradient))
+        Ok(Some(scaled(&self.gradient, upstream, student.dtype())?))
     }
+}
+
+/// A gradient times what arrives.
+fn scaled(gradient: &Tensor, upstream: &Tensor, dtype: DType) -> Result<Tensor> {
+    match upstream.to_scalar::<f32>()? {
+        1.0 => gradient.to_dtype(dtype),
+        upstream => {
+            let scaled = gradient.to_dtype(DType::F32)?.affine(upstream.into(), 0.0)?;
+            scaled.to_dtype(dtype)
+        }
+    }
+}
+
+/// The elements of a tensor from its first on.
+fn elements<'a>(
+    what: impl std::fmt::Display,
+    layout: &Layout,
+    storage: &'a Storage,
+) -> Result<Elements<'a>> {
+    let start = layout.start_offset();
+    Ok(match storage {
+        Storage::Cpu(CpuStorage::F32(v)) => Elements::F32(v.get(start..).unwrap_or_default()),
+        Storage::Cpu(CpuStorage::F16(v)) => Elements::F16(v.get(start..).unwrap_or_default()),
+        Storage::Cpu(CpuStorage::BF16(v)) => Elements::Bf16(v.get(start..).unwrap_or_default()),
+        other => bail!("the {what} are {:?}, but must be F32, F16 or BF16", other.dtype()),
+    })
 }
 
 /// Logits `[.., vocab]` as rows with one stride or two.
@@ -317,17 +354,8 @@ impl Rows {
     }
 
     fn logits<'a>(&self, storage: &'a Storage) -> Result<Logits<'a>> {
-        let start = self.tensor.layout().start_offset();
-        let elements = match storage {
-            Storage::Cpu(CpuStorage::F32(v)) => Elements::F32(v.get(start..).unwrap_or_default()),
-            Storage::Cpu(CpuStorage::F16(v)) => Elements::F16(v.get(start..).unwrap_or_default()),
-            Storage::Cpu(CpuStorage::BF16(v)) => Elements::Bf16(v.get(start..).unwrap_or_default()),
-            other => bail!(
-                "the {}logits are {:?}, but must be F32, F16 or BF16",
-                self.whose,
-                other.dtype()
-            ),
-        };
+        let elements =
+            elements(format_args!("{}logits", self.whose), self.tensor.layout(), storage)?;
         Logits::strided(elements, self.tokens, self.vocab, self.strides).map_err(Error::wrap)
     }
 }
