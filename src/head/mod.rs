@@ -51,7 +51,7 @@
 //!
 //! Beyond the arguments: two float32 rows of logits per token of a chunk; the float32 copies of a chunk's hidden states,
 //! of both models, and of a row of the student's gradient; per token of the call about 300 bytes; and per thread some
-//! megabytes, among which is the float32 copy of 256 KB to 1 MB of a weight in half precision.
+//! megabytes, among them the float32 copy, of 1 MB at most, of a part of a weight in half precision.
 
 mod product;
 

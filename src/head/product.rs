@@ -13,8 +13,8 @@ use crate::cpu::Threads;
 
 /// Rows of a weight in a tile.
 const ROWS: usize = 256;
-/// Columns of a weight in half precision in a tile: its float32 copy takes 1 MB.
-const COLUMNS: usize = 1024;
+/// Rows, or columns, over which a tile of a weight in half precision is summed up: its float32 copy takes 1 MB.
+const DEPTH: usize = 1024;
 /// Tokens and features in a tile of the hidden states' gradient.
 const TOKENS: usize = 256;
 const FEATURES: usize = 256;
@@ -35,7 +35,7 @@ impl<'a> Weight<'a> {
     fn parts(&self, columns: Range<usize>) -> Vec<Range<usize>> {
         let part = match self.elements {
             Elements::F32(_) => columns.len().max(1),
-            _ => COLUMNS,
+            _ => DEPTH,
         };
         ranges(columns, part)
     }
@@ -211,7 +211,7 @@ pub fn hidden_gradient(threads: Threads, gradient: &[f32], weight: Weight, to: &
     assert_eq!(to.len(), tokens * features);
     let to = Shared::new(to, features);
     // A float32 tile has all rows: the product's own blocks are of fewer.
-    let depth = if let Elements::F32(_) = weight.elements { vocab } else { COLUMNS };
+    let depth = if let Elements::F32(_) = weight.elements { vocab } else { DEPTH };
     let tiles = ranges(0..features, FEATURES).into_iter().flat_map(|columns| {
         ranges(0..tokens, TOKENS).into_iter().map(move |rows| (rows, columns.clone()))
     });
