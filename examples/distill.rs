@@ -6,7 +6,7 @@
 //! ```
 //!
 //! `--divergence` puts another divergence in place of KL, or compares all of them; `--on-policy` lets the students
-//! learn from samples of their own.
+//! learn from samples of their own; with `--fused-head` the logits of a batch never exist.
 
 #[path = "distill/model.rs"]
 mod model;
@@ -19,8 +19,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use atkd::candle::{loss, loss_with_output};
-use atkd::{Divergence, Objective, TokenTerms};
+use atkd::candle::{Layer, linear_loss_with_output, loss, loss_with_output};
+use atkd::head::Chunks;
+use atkd::{Divergence, Objective, Output, TokenTerms};
 use candle_core::{Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use clap::{Parser, ValueEnum};
@@ -39,6 +40,9 @@ const STUDENT: Size = Size { layers: 2, heads: 2, width: 64 };
 /// Sequences in a step, and tokens in a sequence.
 const BATCH: usize = 8;
 const TIME: usize = 64;
+
+/// Tokens that have logits at a time, with --fused-head.
+const CHUNK: usize = 64;
 
 /// Sequences of held-out text on which models are measured.
 const HELD_OUT: usize = 128;
@@ -64,6 +68,10 @@ const STUDENT_RATE: f64 = 4e-3;
 /// Reported is the cross entropy, in nats a token, and KL(teacher, student), on text that no model was trained on:
 /// every tenth file (of fewer than ten files, the last tenth of each); and KL(student, teacher) on samples of the
 /// student after tokens of that text.
+///
+/// With --fused-head the students' losses are computed from hidden states and the weights of the last layers, with logits
+/// for a chunk of tokens at a time, and the teacher's hidden states are kept rather than its logits: the same losses
+/// to rounding, in less memory, which is reported.
 ///
 ///   cargo run --release --example distill --features candle -- --divergence all --on-policy 0.5
 #[derive(Parser)]
@@ -111,6 +119,9 @@ struct Args {
     /// The weight of the distillation term
     #[arg(long, default_value_t = 1.0)]
     kd_weight: f64,
+    /// Never make the logits of a batch
+    #[arg(long)]
+    fused_head: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -167,6 +178,73 @@ fn main() -> ExitCode {
 /// freed, which a training step would do, and undo, for every tensor. A large block raises that bound.
 fn keep_freed_memory() {
     drop(std::hint::black_box(vec![1u8; 31 << 20]));
+}
+
+/// What a model says of a batch: logits, or what its last layer multiplies.
+#[derive(Clone)]
+enum Said {
+    Logits(Tensor),
+    Hidden { hidden: Tensor, weight: Tensor },
+}
+
+impl Said {
+    fn by(model: &Model, inputs: &Tensor, fused_head: bool) -> Result<Self> {
+        Ok(if fused_head {
+            Self::Hidden { hidden: model.hidden(inputs)?, weight: model.output_weight().clone() }
+        } else {
+            Self::Logits(model.logits(inputs)?)
+        })
+    }
+
+    fn detach(&self) -> Self {
+        match self {
+            Self::Logits(logits) => Self::Logits(logits.detach()),
+            Self::Hidden { hidden, weight } => {
+                Self::Hidden { hidden: hidden.detach(), weight: weight.detach() }
+            }
+        }
+    }
+
+    /// The loss of a student that says this.
+    fn loss(
+        &self,
+        objective: &Objective,
+        teacher: &Said,
+        labels: &Tensor,
+    ) -> Result<(Tensor, Output)> {
+        Ok(match (self, teacher) {
+            (Self::Logits(student), Self::Logits(teacher)) => {
+                loss_with_output(objective, student, teacher, labels)?
+            }
+            (
+                Self::Hidden { hidden, weight },
+                Self::Hidden { hidden: of_teacher, weight: weight_of_teacher },
+            ) => {
+                let (student, teacher) =
+                    (Layer::new(hidden, weight), Layer::new(of_teacher, weight_of_teacher));
+                let chunks = Chunks::Tokens(CHUNK);
+                linear_loss_with_output(objective, student, teacher, labels, chunks)?
+            }
+            _ => return Err("one model says logits, the other hidden states".into()),
+        })
+    }
+}
+
+/// The most memory that was in use, in bytes, since it was last asked for with `restart`; none where the system does not
+/// tell.
+fn peak_memory(restart: bool) -> Option<u64> {
+    if restart {
+        // What the teacher's training has freed would hide what the students' takes.
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        // SAFETY: it may be called at any time.
+        unsafe {
+            libc::malloc_trim(0);
+        }
+        std::fs::write("/proc/self/clear_refs", "5").ok()?;
+    }
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kilobytes| kilobytes << 10)
 }
 
 struct Student {
@@ -238,13 +316,15 @@ fn run(args: &Args) -> Result<()> {
         teacher.parameters() as f64 / 1e6,
         students[0].model.parameters() as f64 / 1e6
     );
+    let before = peak_memory(true);
     let margins = train_students(&mut students, &teacher, &text, &held_out, args)?;
+    let memory = peak_memory(false).zip(before).map(|(peak, before)| peak.saturating_sub(before));
 
-    let teacher_terms = held_out.measure(&teacher, None)?;
+    let teacher_terms = held_out.measure(&teacher, None, args.fused_head)?;
     let mut rows = vec![Row::new("teacher".into(), &teacher_terms, None, 0.0, TIME)];
     let mut baseline: Option<Vec<TokenTerms>> = None;
     for student in &students {
-        let terms = held_out.measure(&student.model, Some(&teacher))?;
+        let terms = held_out.measure(&student.model, Some(&teacher), args.fused_head)?;
         let reverse_kl = held_out.reverse_kl_of_samples(&student.model, &teacher, args.seed)?;
         let name = student.training.name.clone();
         rows.push(Row::new(name, &terms, baseline.as_deref(), reverse_kl, TIME));
@@ -273,6 +353,13 @@ fn run(args: &Args) -> Result<()> {
         println!(
             "tokens of a batch that the threshold of the one before takes for hard or easy wrongly: {}",
             wrong.join(", ")
+        );
+    }
+    if let Some(memory) = memory {
+        println!(
+            "memory that the students' training took, at its peak, beside models and text: {:.0} MB{}",
+            memory as f64 / 1e6,
+            if args.fused_head { " (with --fused-head)" } else { "" }
         );
     }
     println!(
@@ -405,15 +492,19 @@ impl HeldOut {
     }
 
     /// Each token's cross entropy as its loss, and its divergence from the teacher, or from itself.
-    fn measure(&self, model: &Model, teacher: Option<&Model>) -> Result<Vec<TokenTerms>> {
+    fn measure(
+        &self,
+        model: &Model,
+        teacher: Option<&Model>,
+        fused_head: bool,
+    ) -> Result<Vec<TokenTerms>> {
         let measure = |batch: &Batch| -> Result<Vec<TokenTerms>> {
-            let logits = model.logits(&batch.inputs)?.detach();
-            let teacher_logits = match teacher {
-                Some(teacher) => teacher.logits(&batch.inputs)?.detach(),
-                None => logits.clone(),
+            let said = Said::by(model, &batch.inputs, fused_head)?.detach();
+            let by_teacher = match teacher {
+                Some(teacher) => Said::by(teacher, &batch.inputs, fused_head)?.detach(),
+                None => said.clone(),
             };
-            let (_, output) =
-                loss_with_output(&cross_entropy()?, &logits, &teacher_logits, &batch.labels)?;
+            let (_, output) = said.loss(&cross_entropy()?, &by_teacher, &batch.labels)?;
             Ok(output.tokens)
         };
         let terms = self.batches.par_iter().map(measure).collect::<Result<Vec<_>>>()?;
@@ -474,7 +565,7 @@ fn train_teacher(text: &Text, steps: usize, seed: u64) -> Result<Model> {
     Ok(model)
 }
 
-/// All students take a step on one batch of the text, with the teacher's logits of it, or on samples of their own,
+/// All students take a step on one batch of the text, with what the teacher says of it, or on samples of their own,
 /// before the next batch. Returns the teacher's margins of all batches of the text.
 fn train_students(
     students: &mut [Student],
@@ -489,19 +580,19 @@ fn train_students(
     let bar = progress("students", args.steps)?;
     for step in 1..=args.steps {
         let batch = Batch::random(&text.train, &mut rng)?;
-        let teacher_logits = teacher.logits(&batch.inputs)?.detach();
+        let by_teacher = Said::by(teacher, &batch.inputs, args.fused_head)?.detach();
         let rate = learning_rate(STUDENT_RATE, step, args.steps);
         let step_of = |student: &mut Student| -> Result<Vec<TokenTerms>> {
             let Student { training, model, rng, .. } = student;
             let (loss, output) = if training.samples_at(step) {
                 let own = batch.sampled(model, rng)?;
-                let teacher_logits = teacher.logits(&own.inputs)?.detach();
+                let by_teacher = Said::by(teacher, &own.inputs, args.fused_head)?.detach();
                 let objective = training.objective.with_ce_weight(0.0)?;
-                let logits = model.logits(&own.inputs)?;
-                loss_with_output(&objective, &logits, &teacher_logits, &own.labels)?
+                let said = Said::by(model, &own.inputs, args.fused_head)?;
+                said.loss(&objective, &by_teacher, &own.labels)?
             } else {
-                let logits = model.logits(&batch.inputs)?;
-                loss_with_output(&training.objective, &logits, &teacher_logits, &batch.labels)?
+                let said = Said::by(model, &batch.inputs, args.fused_head)?;
+                said.loss(&training.objective, &by_teacher, &batch.labels)?
             };
             student.optimizer.set_learning_rate(rate);
             student.optimizer.step(&loss.backward()?)?;
@@ -511,7 +602,7 @@ fn train_students(
         margins.extend(terms[0].iter().map(|token| token.margin));
         if step % every == 0 || step == args.steps {
             for student in &mut *students {
-                let terms = held_out.measure(&student.model, None)?;
+                let terms = held_out.measure(&student.model, None, args.fused_head)?;
                 student.curve.push((step, report::mean(terms.iter().map(|token| token.loss))));
             }
         }

@@ -87,7 +87,13 @@ impl Model {
         last.matmul(&self.tokens.t()?)
     }
 
-    fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
+    /// The weight `[vocab, width]` by whose transpose logits are hidden states multiplied.
+    pub fn output_weight(&self) -> &Tensor {
+        &self.tokens
+    }
+
+    /// Hidden states `[batch * time, width]` of the tokens of `[batch, time]`, which the last layer multiplies.
+    pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, time) = tokens.dims2()?;
         let rows = self.tokens.index_select(&tokens.flatten_all()?, 0)?;
         let rows = rows.reshape((batch, time, self.size.width))?;
