@@ -111,6 +111,24 @@ impl Contiguous {
 /// hidden states' in their dtype (float32 for float16), the weight's and the bias's in float32. `backward` multiplies them
 /// by the gradient that arrives, and returns them in the tensors' dtypes. Nothing flows back to the teacher.
 ///
+/// ```
+/// use atkd::candle::{Layer, linear_loss};
+/// use atkd::{Objective, head::Chunks};
+/// use candle_core::{DType, Device, Tensor, Var};
+///
+/// let hidden = Var::ones((4, 64), DType::F32, &Device::Cpu)?;
+/// let weight = Var::zeros((1000, 64), DType::F32, &Device::Cpu)?;
+/// let teacher_hidden = Tensor::ones((4, 128), DType::F32, &Device::Cpu)?;
+/// let teacher_weight = Tensor::zeros((1000, 128), DType::F32, &Device::Cpu)?;
+/// let labels = Tensor::new(&[7i64, 9, 11, -100], &Device::Cpu)?;
+/// let student = Layer::new(&hidden, &weight);
+/// let teacher = Layer::new(&teacher_hidden, &teacher_weight);
+/// let loss = linear_loss(&Objective::default(), student, teacher, &labels, Chunks::Tokens(2))?;
+/// let gradients = loss.backward()?;
+/// # assert!(gradients.get(&hidden).is_some() && gradients.get(&weight).is_some());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
 /// # Errors
 /// If the tensors are not on the CPU, are of other dtypes or of shapes that do not go together, a label is out of range, or
 /// a chunk would have no token.
