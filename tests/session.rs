@@ -100,6 +100,7 @@ fn settings_come_before_stages() {
         let late = [
             begun(by_margins).with_sequences(vec![0, 2]).err(),
             begun(by_margins).with_margins(&[0.0; 2]).err(),
+            begun(by_margins).with_teacher_log_probs(&[-1.0; 2]).err(),
             begun(by_margins).with_hard(&[true; 2]).err(),
             begun(by_margins).with_token_weights(&[1.0; 2]).err(),
             begun(by_margins).with_temperatures(&[1.0; 2]).err(),

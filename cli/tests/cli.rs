@@ -534,6 +534,7 @@ fn hidden_states() {
         fails(loss(&path, &["--backend", backend]), &words);
     }
     fails(loss(&path, &["--chunk", "0"]), &["tokens of a chunk is 0", "at least 1"]);
+    fails(loss(&path, &["--entropies"]), &["--entropies", "hidden states"]);
     let of_logits = files.batch("batch", &files.labels);
     fails(loss(&of_logits, &["--chunk", "2"]), &["--chunk", "student_hidden"]);
     let with = |name: &str, tensor: (&'static str, Dtype, &'static [usize], &[u8])| {

@@ -223,9 +223,10 @@ impl<'a> Session<'a> {
     /// before the logits are: from a server, say. [`TokenTerms::margin`] stays that of the logits.
     ///
     /// # Errors
-    /// If there is not one per token, or that of a token which is not ignored is above 1e-4: rounding alone does not make
-    /// it so large.
+    /// If there is not one per token, that of a token which is not ignored is above 1e-4 (rounding alone does not make it so
+    /// large), or a token was handed over before.
     pub fn with_teacher_log_probs(mut self, log_probs: &[f32]) -> Result<Self> {
+        self.check_before_stages()?;
         check_count("the teacher's log-probabilities", log_probs.len(), self.labels.len())?;
         for (token, &log_prob) in log_probs.iter().enumerate() {
             if self.labels[token].is_some() && log_prob > 1e-4 {
