@@ -95,12 +95,14 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Shared {
 
 template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer;
 template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer;
+template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Tiling;
 template <class Q, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f);
 template <class M> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task);
 
 // region: consumers
 template <class D, bool CE_SUM, class M, uint32_t CONSUMERS>
 ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_SUM, M, CONSUMERS> &shared) {
+    using Tiles = Tiling<D, CE_SUM, M, CONSUMERS>;
     uint32_t lane = thread_index() % WARP, warp = thread_index() / WARP;
     for (uint32_t stage = 0;; stage ^= 1) {
         ATKD_SYNC_NAMED(ROW_FULL, CONSUMERS + WARP);
@@ -123,7 +125,7 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
         if constexpr (D::SWEEPS == 2) {
             if (!ignored) {
                 typename D::Scales scales = shared.scales[0];
-                by_size<D, CE_SUM, true>(scales, [&](auto large) {
+                by_size<D, CE_SUM, Tiles::SPECIALISED>(scales, [&](auto large) {
                     auto terms = consumer.template terms<decltype(large)::value>(scales);
                     if (lane == 0) {
                         shared.warp_states[warp] =
@@ -153,7 +155,7 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
         if (!ignored && p.gradient != nullptr) {
             typename D::Scales scales = shared.scales[0];
             by_gradient_type<typename M::Student>(p, [&](auto g) {
-                by_size<D, CE_SUM, true>(scales, [&](auto large) {
+                by_size<D, CE_SUM, Tiles::SPECIALISED>(scales, [&](auto large) {
                     consumer.template gradient<decltype(large)::value, decltype(g)>(scales, release);
                 });
             });
@@ -266,6 +268,8 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Tiling {
     static constexpr uint32_t UNROLL =
         D::SWEEPS == 2 ? 1 : CONSUMERS / 64 / Packed<typename M::Wide>::PARTS / (CE_SUM ? 2 : 1);
     static constexpr uint32_t TILE = UNROLL * VECTOR;
+    // Whether common rows have code of their own; in the kernels of rare calls they have only for forward KL.
+    static constexpr bool SPECIALISED = D::SPECIALISED || (!CE_SUM && PARTS == Packed<typename M::Wide>::PARTS);
 };
 
 // The teacher's slice lies at 0 in the staged memory, the student's at this offset.
@@ -468,7 +472,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
                 add(teacher, student, full);
             }
         };
-        for_vectors<!LARGE_ROW>(unless_target, [](bool) {});
+        for_vectors<!LARGE_ROW || !Tiles::SPECIALISED>(unless_target, [](bool) {});
         for_special_vectors(add);
         return merge_warp<false>(own);
     }
@@ -503,7 +507,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer {
                 }
             }
         };
-        for_vectors<!LARGE_ROW>(store_gradient, release);
+        for_vectors<!LARGE_ROW || !Tiles::SPECIALISED>(store_gradient, release);
         if (ATKD_RARELY(has_target)) {
             store(gradient.data + task.target, narrow<G>(scales.target));
         }

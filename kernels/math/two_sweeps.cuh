@@ -62,7 +62,7 @@ template <class F> struct TwoSweeps {
         float teacher_inverse, student_inverse; // p = 2^x_j teacher_inverse
         float log_ratio;                        // what log2(p / q) is less than x_j - y_j
         float dkd_weight;
-        Pair<float> target_pair;                // 0 if the target is left out
+        Pair<float> target_pair; // 0 if the target is left out
 
         ATKD_DEVICE void make_nan() {
             GradientScales::make_nan();
@@ -98,7 +98,8 @@ template <class F> struct TwoSweeps {
         float slope =
             plain || weights.tkd == 0
                 ? 0
-                : student.sigmoid * student.rest * (F::template slope<true>(divergence, of_rest) - F::template slope<true>(divergence, of_target));
+                : student.sigmoid * student.rest *
+                      (F::template slope<true>(divergence, of_rest) - F::template slope<true>(divergence, of_target));
         float gamma = weights.tkd * slope;
         float of_teacher = plain ? teacher.sigmoid : 1, of_student = plain ? student.sigmoid : 1;
         Scales scales;
@@ -153,7 +154,8 @@ template <class F> struct TwoSweeps {
         bool exists = divergence.plain != 0 || (scales.teacher_inverse != 0 && scales.student_inverse != 0);
         scales.student -= scales.teacher == 0 ? 0 : scales.teacher * mean;
         if (divergence.plain != 0 && scales.dkd_weight != 0) {
-            scales.target += scales.dkd_weight * target.student * (F::template slope<true>(divergence, target.log_ratio) - mean);
+            scales.target +=
+                scales.dkd_weight * target.student * (F::template slope<true>(divergence, target.log_ratio) - mean);
         }
         return exists ? F::value(divergence, terms) : 0;
     }
