@@ -109,7 +109,7 @@ fn against_products(c: &mut Criterion) {
     }
     group.finish();
 
-    // In turn, so that what else the machine does falls on all alike.
+    // They run in turn: what else the machine does falls on all alike.
     let time = |work: &mut dyn FnMut()| {
         let start = Instant::now();
         work();
@@ -153,7 +153,7 @@ fn memory(_: &mut Criterion) {
     let labels: Vec<i64> = (0..tokens).map(|i| (i * 7919 % vocab) as i64).collect();
     let student = Layer::new(&hidden, &weight, features).unwrap();
     let teacher = Layer::new(&teacher_hidden, &teacher_weight, features).unwrap();
-    // Written, so that the system has given their memory.
+    // The system gives their memory only when they are written.
     let mut of_hidden = vec![bf16::ONE; hidden.len()];
     let mut of_weight = vec![1.0_f32; weight.len()];
     let session = Session::begin(&Objective::default(), &labels, vocab).unwrap();

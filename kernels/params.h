@@ -199,10 +199,10 @@ typedef struct {
 // The numbers of a divergence. Those of a mixture m = share p + rest q are all 0 for others.
 typedef struct {
     float share;
-    float rest;       // 1 - share
-    float of_teacher; // the weight of KL(p, m), times ln 2
-    float of_student; // the weight of KL(q, m), times ln 2
-    float of_ratio;   // the slope's weight of (p - q) / m: 0 for JSD
+    float rest;          // 1 - share
+    float of_teacher;    // the weight of KL(p, m), times ln 2
+    float of_student;    // the weight of KL(q, m), times ln 2
+    float of_difference; // the slope's weight of (p - q) / m: 0 for JSD
     // log2(q / m) over r, as a polynomial in r = log2(p / q) near 0, the lowest power first.
     float taylor[ATKD_TAYLOR];
     uint32_t plain; // over the whole vocabulary, by the weights of DKD; never of forward KL, whose parts are enough

@@ -57,7 +57,7 @@ pub enum Divergence {
     ReverseKl,
     /// The generalised Jensen-Shannon divergence.
     Jsd {
-        /// The teacher's share in the mixture, in \[0, 1\]. As limits of JSD(beta) over beta and over 1 - beta, 0 means
+        /// The teacher's share in the mixture, in \[0, 1\], and no nearer than 1e-9 to an end that it is not. As limits of JSD(beta) over beta and over 1 - beta, 0 means
         /// forward KL and 1 means reverse KL (as in GKD and TRL).
         beta: f64,
     },
@@ -65,12 +65,12 @@ pub enum Divergence {
     TotalVariation,
     /// KL(p, alpha p + (1 - alpha) q).
     SkewKl {
-        /// The teacher's share in the mixture, in \[0, 1); 0 means forward KL.
+        /// The teacher's share in the mixture, in \[0, 1), and no nearer than 1e-9 to an end that it is not; 0 means forward KL.
         alpha: f64,
     },
     /// KL(q, alpha q + (1 - alpha) p).
     SkewReverseKl {
-        /// The student's share in the mixture, in \[0, 1); 0 means reverse KL.
+        /// The student's share in the mixture, in \[0, 1), and no nearer than 1e-9 to an end that it is not; 0 means reverse KL.
         alpha: f64,
     },
 }

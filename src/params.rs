@@ -343,7 +343,7 @@ pub struct atkd_divergence {
     pub rest: f32,
     pub of_teacher: f32,
     pub of_student: f32,
-    pub of_ratio: f32,
+    pub of_difference: f32,
     pub taylor: [f32; 5usize],
     pub plain: u32,
 }
@@ -359,8 +359,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_divergence, of_teacher) - 8usize];
     ["Offset of field: atkd_divergence::of_student"]
         [::std::mem::offset_of!(atkd_divergence, of_student) - 12usize];
-    ["Offset of field: atkd_divergence::of_ratio"]
-        [::std::mem::offset_of!(atkd_divergence, of_ratio) - 16usize];
+    ["Offset of field: atkd_divergence::of_difference"]
+        [::std::mem::offset_of!(atkd_divergence, of_difference) - 16usize];
     ["Offset of field: atkd_divergence::taylor"]
         [::std::mem::offset_of!(atkd_divergence, taylor) - 20usize];
     ["Offset of field: atkd_divergence::plain"]

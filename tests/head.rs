@@ -541,6 +541,29 @@ fn bits_do_not_depend_on_threads_or_on_calls_before() {
     }
 }
 
+/// Padding behind a masked row of attention: its hidden states are NaN.
+#[test]
+fn ignored_tokens_are_left_out() {
+    let mut problem = Problem::new();
+    problem.labels[4] = -100;
+    problem.labels[31] = -100;
+    let objective = Objective::default();
+    let exact = problem.exactly(&objective, With::default());
+    let clean = [problem.student.hidden.clone(), problem.teacher.hidden.clone()];
+    for model in [&mut problem.student, &mut problem.teacher] {
+        let features = model.features;
+        let Data::F32(hidden) = &mut model.hidden else { panic!("they are float32") };
+        for token in [4, 31] {
+            hidden[token * features..][..features].fill(f32::NAN);
+        }
+    }
+    assert!(problem.student.hidden.wide() != clean[0].wide());
+    for chunk in [1, 7, N] {
+        let session = problem.session(&objective, With::default());
+        compare(&problem.found(session, Chunks::Tokens(chunk)), &exact);
+    }
+}
+
 #[test]
 fn no_tokens() {
     let mut problem = Problem::new();

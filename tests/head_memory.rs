@@ -66,6 +66,6 @@ fn memory_is_of_a_chunk() {
         println!("{chunks:?}: {peak} bytes, {of_chunk} of them logits");
         assert!(peak <= of_chunk + beside, "{chunks:?}: {peak} bytes");
     }
-    // So that the assertion would have seen them.
+    // The assertion would have seen them.
     assert!(of_chunk + beside < 2 * tokens * vocab);
 }

@@ -109,4 +109,9 @@ fn settings_come_before_stages() {
             assert!(matches!(error, Some(atkd::Error::Stage { token: 1, .. })), "{error:?}");
         }
     }
+    let session = cpu::Session::begin(&Objective::default(), &[0_i64, 1], 3).unwrap();
+    let mut session = session.with_margins(&[0.0, 1.0]).unwrap();
+    session.select().unwrap();
+    let late = session.with_sequences(vec![0, 2]).err();
+    assert!(matches!(late, Some(atkd::Error::Stage { .. })), "{late:?}");
 }

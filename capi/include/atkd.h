@@ -266,7 +266,8 @@ typedef struct AtkdSettings {
    */
   int32_t divergence;
   /*
-   In [0, 1], and below 1 for the skewed divergences; of these and of ATKD_DIVERGENCE_JSD.
+   In [0, 1], below 1 for the skewed divergences, and no nearer than 1e-9 to an end that it is not; of these and of
+   ATKD_DIVERGENCE_JSD.
    */
   double beta;
   /*

@@ -107,7 +107,8 @@ pub struct AtkdSettings {
     pub hard: AtkdCoefficients,
     /// ATKD_DIVERGENCE_*; ATKD_OBJECTIVE_KL takes the forward one alone.
     pub divergence: i32,
-    /// In [0, 1], and below 1 for the skewed divergences; of these and of ATKD_DIVERGENCE_JSD.
+    /// In [0, 1], below 1 for the skewed divergences, and no nearer than 1e-9 to an end that it is not; of these and of
+    /// ATKD_DIVERGENCE_JSD.
     pub beta: f64,
     /// ATKD_SELECTION_RULE_*.
     pub selection_rule: i32,

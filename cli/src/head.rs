@@ -61,7 +61,7 @@ impl<'a> Model<'a> {
         let [hidden_name, weight_name, bias_name] = &self.names;
         let mut layer =
             Layer::new(self.hidden.elements(), self.weight.elements(), self.hidden.columns)
-                .context(hidden_name.clone())?;
+                .with_context(|| format!("`{hidden_name}`"))?;
         if let Some(bias) = &self.bias {
             layer = layer.with_bias(bias.elements()).with_context(|| format!("`{bias_name}`"))?;
         }

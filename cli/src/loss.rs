@@ -42,7 +42,8 @@ pub struct Args {
     /// How far the student's distribution q is from the teacher's p
     #[arg(long, value_enum, default_value = "forward-kl")]
     divergence: DivergenceName,
-    /// The teacher's share in the mixture of jsd and skew-kl, the student's in that of skew-reverse-kl
+    /// The teacher's share in the mixture of jsd and skew-kl, the student's in that of skew-reverse-kl: in [0, 1], below 1
+    /// for the skewed ones, and no nearer than 1e-9 to an end that it is not
     #[arg(long, default_value_t = 0.5, allow_negative_numbers = true)]
     beta: f64,
     /// ATKD's weight of easy tokens; hard ones have 1 - lambda
@@ -72,7 +73,8 @@ pub struct Args {
     /// Weight of the distillation terms
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     kd_weight: f64,
-    /// The first columns of either model that count, where vocabularies are padded: the others have gradient 0
+    /// The first columns of either model's logits that count, or rows of its weight, where vocabularies are padded: the
+    /// others have gradient 0
     #[arg(long, value_name = "V")]
     vocab_size: Option<usize>,
     /// Tokens with this label are dropped
@@ -215,7 +217,7 @@ pub struct OfTokens<'a> {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let objective = args.objective()?;
-    // One that is not here is told first.
+    // A backend that is not here is told before a file is looked at.
     let backend = args.backend.backend()?;
     let destination =
         args.grad.as_ref().map(|path| Destination::open(path, &args.file)).transpose()?;
@@ -505,7 +507,7 @@ mod tests {
         let all: BTreeSet<&str> = default.keys().map(String::as_str).collect();
         assert_eq!(reached, all, "settings of Rust");
 
-        let not_settings = ["file", "backend", "vocab_size", "grad", "entropies", "json"];
+        let not_settings = ["file", "backend", "vocab_size", "chunk", "grad", "entropies", "json"];
         let options: BTreeSet<String> = command()
             .get_arguments()
             .filter(|option| !not_settings.contains(&option.get_id().as_str()))

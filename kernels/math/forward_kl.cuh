@@ -2,7 +2,7 @@
 // renormalised rest of the row (DKD). A divergence is one such file; a kernel over rows takes it as its parameter D:
 //
 //   SWEEPS          how often the row is read before its gradient; two_sweeps.cuh is for two
-//   SPECIALISED     row_stream has code of its own for the common calls
+//   SPECIALISED     every kernel has code of its own for common rows, and row_stream for common calls
 //   State<Real>     the sums of a row, or of a part of it, and the list of their fields (visit); the models' sums and
 //                   maxima are in every divergence's, by the names that they have in row_sums.cuh
 //   dkd             the divergence of the rest, from a whole row's state

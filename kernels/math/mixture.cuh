@@ -1,7 +1,8 @@
 // Divergences from a mixture of the models: of_teacher KL(p, m) + of_student KL(q, m), m = share p + rest q. The generalised
 // Jensen-Shannon divergence has the weights share and rest; the skewed KL divergences have one of the two.
 //
-//   h_j = of_student log(q_j / m_j) + of_ratio (p_j - q_j) / m_j      of_ratio = rest (of_student share - of_teacher rest)
+//   h_j = of_student log(q_j / m_j) + of_difference (p_j - q_j) / m_j
+//   of_difference = rest (of_student share - of_teacher rest)
 //
 // up to a constant, and so that it is 0 where p = q. For JSD it is the first term. With r = log2(p / q) the larger of p and q
 // is taken out of m: what is left, u = k 2^-|r| + 1 - k with k the share of the smaller, lies in [1 - k, 1], so that no digit
@@ -49,7 +50,7 @@ struct MixtureTerm {
 
     // Calls f with whether the divergence is a skewed one, as a flag that the compiler knows: JSD has no ratio.
     template <class G> static ATKD_DEVICE void by_form(const atkd_divergence &divergence, G f) {
-        if (divergence.of_ratio != 0) {
+        if (divergence.of_difference != 0) {
             f(Flag<true>());
         } else {
             f(Flag<false>());
@@ -70,12 +71,12 @@ struct MixtureTerm {
         return Real(divergence.of_teacher) * sums.teacher + Real(divergence.of_student) * sums.student;
     }
     template <class Real> static ATKD_DEVICE Real mean(const atkd_divergence &divergence, const PairSums<Real> &sums) {
-        return Real(divergence.of_student) * sums.student + Real(divergence.of_ratio) * sums.slope;
+        return Real(divergence.of_student) * sums.student + Real(divergence.of_difference) * sums.slope;
     }
     template <bool SKEWED> static ATKD_DEVICE float slope(const atkd_divergence &divergence, float log_ratio) {
         auto of_pair = of_ratio<SKEWED>(divergence, log_ratio);
         float of_student = divergence.of_student * of_pair.log_student;
-        return SKEWED ? fmaf(divergence.of_ratio, of_pair.difference, of_student) : of_student;
+        return SKEWED ? fmaf(divergence.of_difference, of_pair.difference, of_student) : of_student;
     }
 };
 

@@ -61,8 +61,9 @@ impl<'a> Layer<'a> {
         Ok(())
     }
 
-    fn contiguous(&self) -> Result<Contiguous> {
+    fn contiguous(&self, whose: &'static str) -> Result<Contiguous> {
         Ok(Contiguous {
+            whose,
             hidden: self.hidden.contiguous()?,
             weight: self.weight.contiguous()?,
             bias: self.bias.map(Tensor::contiguous).transpose()?,
@@ -72,6 +73,7 @@ impl<'a> Layer<'a> {
 
 /// A layer whose tensors have their elements in order.
 struct Contiguous {
+    whose: &'static str,
     hidden: Tensor,
     weight: Tensor,
     bias: Option<Tensor>,
@@ -80,18 +82,19 @@ struct Contiguous {
 impl Contiguous {
     /// Does some work with the layer.
     fn with<T>(&self, work: impl FnOnce(&head::Layer) -> Result<T>) -> Result<T> {
-        let Self { hidden, weight, bias } = self;
+        let Self { whose, hidden, weight, bias } = self;
         let (hidden_storage, hidden_layout) = hidden.storage_and_layout();
         let (weight_storage, weight_layout) = weight.storage_and_layout();
         let bias_storage = bias.as_ref().map(|bias| bias.storage_and_layout());
         let (vocab, features) = weight.dims2()?;
-        let hidden = elements("hidden states", hidden_layout, &hidden_storage)?
-            .slice(0..hidden.elem_count());
-        let weight =
-            elements("weights", weight_layout, &weight_storage)?.slice(0..vocab * features);
+        let hidden =
+            elements(format_args!("{whose} hidden states"), hidden_layout, &hidden_storage)?
+                .slice(0..hidden.elem_count());
+        let weight = elements(format_args!("{whose} weights"), weight_layout, &weight_storage)?
+            .slice(0..vocab * features);
         let mut layer = head::Layer::new(hidden, weight, features).map_err(Error::wrap)?;
         if let Some((storage, layout)) = &bias_storage {
-            let bias = elements("biases", layout, storage)?.slice(0..vocab);
+            let bias = elements(format_args!("{whose} biases"), layout, storage)?.slice(0..vocab);
             layer = layer.with_bias(bias).map_err(Error::wrap)?;
         }
         work(&layer)
@@ -183,7 +186,7 @@ pub fn linear_loss_with_output<'a>(
     if let Some(temperatures) = &host.temperatures {
         session = session.with_temperatures(temperatures).map_err(Error::wrap)?;
     }
-    let layers = (student.contiguous()?, teacher.contiguous()?);
+    let layers = (student.contiguous("student's")?, teacher.contiguous("teacher's")?);
     let (op, output) = match student.hidden.dtype() {
         DType::BF16 => forward_backward(session, &student, layers, chunks, bf16::ZERO)?,
         _ => forward_backward(session, &student, layers, chunks, 0f32)?,

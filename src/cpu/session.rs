@@ -28,8 +28,8 @@ use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Result};
 /// 5. [`finish`](Self::finish) returns the loss and every token's terms.
 ///
 /// No gradient needs a repair if the hard tokens are known before the rows: given by [`with_hard`](Self::with_hard),
-/// selected by [`with_margins`](Self::with_margins), or selected after [`margins`](Self::margins) of all tokens. They must
-/// be known there for [`Reduction::GroupMean`](crate::Reduction::GroupMean) with a selection by the median or within
+/// selected by [`with_margins`](Self::with_margins) or [`with_teacher_log_probs`](Self::with_teacher_log_probs), or selected
+/// after [`margins`](Self::margins) of all tokens. They must be known there for [`Reduction::GroupMean`](crate::Reduction::GroupMean) with a selection by the median or within
 /// sequences: how many there are is a factor of the gradients.
 ///
 /// ```
@@ -74,6 +74,8 @@ pub struct Session<'a> {
     arg_maxima: Vec<Option<usize>>,
     /// The hard tokens, once they are known.
     hard: Option<Vec<bool>>,
+    /// [`select`](Self::select) has been called.
+    is_selected: bool,
     /// Those by the margins so far, if they are predicted so.
     predicted: Option<Vec<bool>>,
     /// Every prediction by margins is turned round, for tests.
@@ -173,6 +175,7 @@ impl<'a> Session<'a> {
             margins: Vec::new(),
             arg_maxima: Vec::new(),
             hard: None,
+            is_selected: false,
             predicted: None,
             #[cfg(test)]
             mispredicts: false,
@@ -186,6 +189,12 @@ impl<'a> Session<'a> {
 
     /// Settings come before stages.
     fn check_before_stages(&self) -> Result<()> {
+        if self.is_selected {
+            return Err(Error::Stage {
+                token: 0,
+                problem: "was selected, or not, before a setting",
+            });
+        }
         let rows = self.tokens.iter().position(|token| !matches!(token, Token::Waiting));
         match rows.or_else(|| self.margins.iter().position(Option::is_some)) {
             Some(token) => Err(Error::Stage { token, problem: "was handed over before a setting" }),
@@ -219,8 +228,8 @@ impl<'a> Session<'a> {
         Ok(self)
     }
 
-    /// Selects by the teacher's log-probability of each token's target, at the objective's temperature, where it is known
-    /// before the logits are: from a server, say. [`TokenTerms::margin`] stays that of the logits.
+    /// Selects by the teacher's log-probability of each token's target, at the token's temperature, where it is known before
+    /// the logits are: from a server, say. NaN is below every number. [`TokenTerms::margin`] stays that of the logits.
     ///
     /// # Errors
     /// If there is not one per token, that of a token which is not ignored is above 1e-4 (rounding alone does not make it so
@@ -319,16 +328,6 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Predicts the hard tokens by the margins of these tokens and of all before. Unlike the prediction of
-    /// [`rows`](Self::rows) alone, this one is the same whatever the threads.
-    pub(crate) fn predict(&mut self, tokens: &[usize], teacher: Logits) {
-        self.margins_of(tokens, teacher);
-        let predicted = self.selected(|token| self.margins[token]);
-        #[cfg(test)]
-        let predicted = predicted.into_iter().map(|hard| hard ^ self.mispredicts).collect();
-        self.predicted = Some(predicted);
-    }
-
     /// Computes the terms of the tokens from `first` on, and their gradient where one is wanted, in the student's dtype
     /// or float32, or in any if the student's is float32. Rows of ignored tokens become 0. All three have one shape
     /// `[range, vocab]`.
@@ -371,16 +370,6 @@ impl<'a> Session<'a> {
     ) -> Result<()> {
         let mut rows: Vec<_> = student.rows().into_iter().map(StudentRow::InPlace).collect();
         self.rows_of(tokens, teacher, &mut rows)
-    }
-
-    /// [`rows`](Self::rows) without a gradient of any tokens of the call, row `i` that of `tokens[i]`.
-    pub(crate) fn forward_rows_of(
-        &mut self,
-        tokens: &[usize],
-        teacher: Logits,
-        student: Logits,
-    ) -> Result<()> {
-        self.rows_of(tokens, teacher, &mut into_rows(student, None)?)
     }
 
     pub(super) fn rows_of(
@@ -491,6 +480,7 @@ impl<'a> Session<'a> {
             }
         }
         self.hard = Some(hard);
+        self.is_selected = true;
         Ok(&self.mispredicted)
     }
 
@@ -574,14 +564,6 @@ impl<'a> Session<'a> {
         [self.labels.len(), self.vocab]
     }
 
-    pub(crate) fn objective(&self) -> &Objective {
-        &self.objective
-    }
-
-    pub(crate) fn threads(&self) -> Threads<'a> {
-        self.workers.threads
-    }
-
     pub(super) fn repair_of(
         &mut self,
         rows: Vec<(usize, Elements, &mut StudentRow)>,
@@ -609,20 +591,6 @@ impl<'a> Session<'a> {
         }
         self.mispredicted.retain(|token| tokens.binary_search(token).is_err());
         Ok(())
-    }
-
-    /// Replaces the student's logits of mispredicted tokens, before their repair, by the gradients that were written for
-    /// the wrong group.
-    pub(crate) fn mispredicted_gradients(
-        &self,
-        tokens: &[usize],
-        teacher: Logits,
-        mut student: LogitsMut,
-    ) {
-        let mut students: Vec<_> = student.rows().into_iter().map(StudentRow::InPlace).collect();
-        let rows = students.iter_mut().enumerate();
-        let rows = rows.map(|(row, student)| (tokens[row], teacher.row(row), student)).collect();
-        by_family!(self.objective, divergence => self.write_gradients(divergence, rows, |hard| !hard));
     }
 
     /// Writes the gradients of tokens that were handed over, for the group that follows from their own.
@@ -756,6 +724,60 @@ impl<'a> Session<'a> {
     }
 }
 
+/// What [`head`](crate::head) needs of a session besides.
+#[cfg(feature = "head")]
+impl<'a> Session<'a> {
+    pub(crate) fn objective(&self) -> &Objective {
+        &self.objective
+    }
+
+    pub(crate) fn threads(&self) -> Threads<'a> {
+        self.workers.threads
+    }
+
+    /// The tokens that are not ignored; the others are done.
+    pub(crate) fn valid_tokens(&mut self) -> Vec<usize> {
+        for (token, _) in self.tokens.iter_mut().zip(&self.labels).filter(|(_, l)| l.is_none()) {
+            *token = Token::Ignored;
+        }
+        (0..self.labels.len()).filter(|&token| self.labels[token].is_some()).collect()
+    }
+
+    /// Predicts the hard tokens by the margins of these tokens and of all before. Unlike the prediction of
+    /// [`rows`](Self::rows) alone, this one is the same whatever the threads.
+    pub(crate) fn predict(&mut self, tokens: &[usize], teacher: Logits) {
+        self.margins_of(tokens, teacher);
+        let predicted = self.selected(|token| self.margins[token]);
+        #[cfg(test)]
+        let predicted = predicted.into_iter().map(|hard| hard ^ self.mispredicts).collect();
+        self.predicted = Some(predicted);
+    }
+
+    /// [`rows`](Self::rows) without a gradient of any tokens of the call, row `i` that of `tokens[i]`.
+    pub(crate) fn forward_rows_of(
+        &mut self,
+        tokens: &[usize],
+        teacher: Logits,
+        student: Logits,
+    ) -> Result<()> {
+        self.rows_of(tokens, teacher, &mut into_rows(student, None)?)
+    }
+
+    /// Replaces the student's logits of mispredicted tokens, before their repair, by the gradients that were written for
+    /// the wrong group.
+    pub(crate) fn mispredicted_gradients(
+        &self,
+        tokens: &[usize],
+        teacher: Logits,
+        mut student: LogitsMut,
+    ) {
+        let mut students: Vec<_> = student.rows().into_iter().map(StudentRow::InPlace).collect();
+        let rows = students.iter_mut().enumerate();
+        let rows = rows.map(|(row, student)| (tokens[row], teacher.row(row), student)).collect();
+        by_family!(self.objective, divergence => self.write_gradients(divergence, rows, |hard| !hard));
+    }
+}
+
 /// The factors of the gradients of tokens' losses.
 fn scales(objective: &Objective, valid: usize, hard: usize) -> ReductionScales {
     objective.reduction_scales(valid, hard).times(objective.upstream_gradient())
@@ -763,8 +785,9 @@ fn scales(objective: &Objective, valid: usize, hard: usize) -> ReductionScales {
 
 /// log((1 - p) / p) of log p.
 fn margin_of(log_prob: f32) -> f32 {
-    let log_prob = f64::from(log_prob).min(0.0);
-    // Each form is exact where the other cancels; `min` takes the number of a NaN and a number.
+    // NaN stays, and counts as a margin below every number.
+    let log_prob = if log_prob > 0.0 { 0.0 } else { f64::from(log_prob) };
+    // Each form is exact where the other cancels.
     let rest = if log_prob > -std::f64::consts::LN_2 {
         (-log_prob.exp_m1()).ln()
     } else {

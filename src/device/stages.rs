@@ -379,7 +379,7 @@ impl Stages {
             rest: rest as f32,
             of_teacher: (of_teacher * LN_2) as f32,
             of_student: (of_student * LN_2) as f32,
-            of_ratio: (rest * (of_student * share - of_teacher * rest)) as f32,
+            of_difference: (rest * (of_student * share - of_teacher * rest)) as f32,
             taylor: taylor(share),
             plain: (self.objective.is_plain() && family != Family::ForwardKl).into(),
         }

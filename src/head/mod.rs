@@ -43,8 +43,10 @@
 //! # What is exact
 //!
 //! The selection is. Sums over the tokens are in float32: the loss is within 1e-5 relative of float64's, and gradients are
-//! within 2e-5 of their largest element. Two calls with the same arguments give the same bits, whatever the number of
-//! threads; chunks of another length give other last bits. Tokens that are equal may have margins that differ in the last
+//! within 2e-5 of their largest element, for models that differ; those of models that are nearly equal are differences of
+//! logits, which a product rounds by about 1e-6. Two calls with the same arguments give the same bits on one processor,
+//! whatever the number of threads; chunks of another length give other last bits. A token whose gradient is not finite for
+//! the group that was predicted leaves that in the gradients of weight and bias, whatever its own group. Tokens that are equal may have margins that differ in the last
 //! bit, as products of different chunks are rounded otherwise: which of them is hard is then no matter of their index.
 //!
 //! # Memory
@@ -238,16 +240,17 @@ impl Default for Chunks {
 }
 
 impl Chunks {
-    /// The tokens of each chunk: every so many-th.
-    fn of(self, [tokens, vocab]: [usize; 2]) -> Result<Vec<Vec<usize>>> {
+    /// Divides the tokens into chunks, each of every so many-th.
+    fn of(self, tokens: &[usize], vocab: usize) -> Result<Vec<Vec<usize>>> {
         let most = match self {
             Self::Tokens(tokens) => at_least_1("the number of tokens of a chunk", tokens)?,
             Self::Memory(bytes) => {
                 (at_least_1("the memory of a chunk, in bytes,", bytes)? / (8 * vocab)).max(1)
             }
         };
-        let count = tokens.div_ceil(most);
-        Ok((0..count).map(|first| (first..tokens).step_by(count).collect()).collect())
+        let count = tokens.len().div_ceil(most);
+        let chunk = |first| tokens.iter().skip(first).step_by(count).copied().collect();
+        Ok((0..count).map(chunk).collect())
     }
 }
 
@@ -274,7 +277,7 @@ fn check_length(
 /// objective, labels and settings of tokens, to whose stages it is handed in chunks.
 ///
 /// # Errors
-/// If a layer or a gradient does not fit the call, or a chunk would have no token. Nothing was written then.
+/// If a layer or a gradient does not fit the call, a chunk would have no token, or the session was handed rows before.
 pub fn loss(
     mut session: Session,
     student: &Layer,
@@ -286,7 +289,7 @@ pub fn loss(
     student.check("the student's layer", shape)?;
     teacher.check("the teacher's layer", shape)?;
     gradients.check(student)?;
-    let chunks = chunks.of(shape)?;
+    let chunks = chunks.of(&session.valid_tokens(), vocab)?;
     let longest = chunks.first().map_or(0, Vec::len);
 
     let threads = session.threads();
@@ -308,11 +311,10 @@ pub fn loss(
     for (i, tokens) in chunks.iter().enumerate() {
         let teacher = models.teacher.logits(tokens)?;
         let teacher = teacher.as_logits();
-        if predicts {
+        if predicts && i + 1 < chunks.len() {
             session.predict(tokens, teacher);
-        }
-        if predicts && i + 1 == chunks.len() {
-            // All margins are known.
+        } else if predicts {
+            session.margins_of(tokens, teacher);
             session.select()?;
         }
         let student = models.student.logits(tokens)?;
@@ -326,7 +328,7 @@ pub fn loss(
             session.forward_rows_of(tokens, teacher, student.as_logits())?;
         }
     }
-    // Two gradients beside the teacher's logits.
+    // A repair has two gradients beside the teacher's logits.
     for tokens in session.select()?.to_vec().chunks((longest / 2).max(1)) {
         models.repair(&mut session, tokens, &mut collected)?;
     }
@@ -417,6 +419,10 @@ impl<'a> Collected<'a> {
         }
         if let Some(bias) = &mut gradients.bias {
             bias.fill(0.0);
+        }
+        if let Some(hidden) = &mut gradients.hidden {
+            // The rows of ignored tokens stay so.
+            hidden.fill_zero();
         }
         Self { layer, threads, gradients, rows: Vec::new(), is_first: true }
     }

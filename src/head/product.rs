@@ -16,8 +16,8 @@ const ROWS: usize = 256;
 /// Rows, or columns, over which a tile of a weight in half precision is summed up: its float32 copy takes 1 MB.
 const DEPTH: usize = 1024;
 /// Tokens and features in a tile of the hidden states' gradient.
-const TOKENS: usize = 256;
-const FEATURES: usize = 256;
+const TOKENS: usize = 128;
+const FEATURES: usize = 128;
 
 /// A weight `[rows, columns]`, contiguous.
 #[derive(Clone, Copy)]
