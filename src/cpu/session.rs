@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::math::{self, GradientScales, RowDivergence, RowState, by_family};
 use super::rows::RowPass;
+#[cfg(feature = "head")]
 use super::threads::Threads;
 use super::{RunningSelection, StudentRow, Workers, into_rows};
 use crate::batch::{TokenSettings, check_count, valid_labels};
