@@ -268,8 +268,11 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Tiling {
     static constexpr uint32_t UNROLL =
         D::SWEEPS == 2 ? 1 : CONSUMERS / 64 / Packed<typename M::Wide>::PARTS / (CE_SUM ? 2 : 1);
     static constexpr uint32_t TILE = UNROLL * VECTOR;
-    // Whether common rows have code of their own; in the kernels of rare calls they have only for forward KL.
-    static constexpr bool SPECIALISED = D::SPECIALISED || (!CE_SUM && PARTS == Packed<typename M::Wide>::PARTS);
+    // Whether common rows have code of their own. It is a third of a kernel's: where it saves least, and in the kernels of
+    // rare calls, it is not worth what nvcc takes for it.
+    static constexpr bool IS_WIDE = CONSUMERS == ATKD_PIPELINED_WIDE_THREADS - WARP;
+    static constexpr bool SPECIALISED =
+        D::SPECIALISED || (D::SWEEPS == 2 && IS_WIDE && !CE_SUM && PARTS == Packed<typename M::Wide>::PARTS);
 };
 
 // The teacher's slice lies at 0 in the staged memory, the student's at this offset.
