@@ -180,7 +180,7 @@ fn keep_freed_memory() {
     drop(std::hint::black_box(vec![1u8; 31 << 20]));
 }
 
-/// What a model says of a batch: logits, or what its last layer multiplies.
+/// A model's answer to a batch: logits, or the hidden states that its last layer multiplies.
 #[derive(Clone)]
 enum Said {
     Logits(Tensor),
@@ -234,7 +234,7 @@ impl Said {
 /// tell.
 fn peak_memory(restart: bool) -> Option<u64> {
     if restart {
-        // What the teacher's training has freed would hide what the students' takes.
+        // Memory that the teacher's training has freed would hide what the students' takes.
         #[cfg(all(target_os = "linux", target_env = "gnu"))]
         // SAFETY: it may be called at any time.
         unsafe {

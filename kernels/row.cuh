@@ -229,7 +229,7 @@ ATKD_DEVICE typename D::Scales reduce_terms(const atkd_rows &p, const Rows<P, Q>
 }
 
 // Calls f with whether a shift of the row is LARGE, as a flag that the compiler knows: common rows have code of their own.
-// What is not SPECIALISED has the code for LARGE shifts alone, which is right for any.
+// Code that is not SPECIALISED is that for LARGE shifts alone, which is right for any.
 template <class D, bool CE_SUM, bool SPECIALISED = D::SPECIALISED, class F>
 ATKD_DEVICE void by_size(const typename D::Scales &scales, F f) {
     if constexpr (!SPECIALISED) {

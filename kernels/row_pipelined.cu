@@ -268,7 +268,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Tiling {
     static constexpr uint32_t UNROLL =
         D::SWEEPS == 2 ? 1 : CONSUMERS / 64 / Packed<typename M::Wide>::PARTS / (CE_SUM ? 2 : 1);
     static constexpr uint32_t TILE = UNROLL * VECTOR;
-    // Whether common rows have code of their own. It is a third of a kernel's: where it saves least, and in the kernels of
+    // SPECIALISED: common rows have code of their own. It is a third of a kernel's: where it saves least, and in the kernels of
     // rare calls, it is not worth what nvcc takes for it.
     static constexpr bool IS_WIDE = CONSUMERS == ATKD_PIPELINED_WIDE_THREADS - WARP;
     static constexpr bool SPECIALISED =

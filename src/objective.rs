@@ -57,8 +57,8 @@ pub enum Divergence {
     ReverseKl,
     /// The generalised Jensen-Shannon divergence.
     Jsd {
-        /// The teacher's share in the mixture, in \[0, 1\], and no nearer than 1e-9 to an end that it is not. As limits of JSD(beta) over beta and over 1 - beta, 0 means
-        /// forward KL and 1 means reverse KL (as in GKD and TRL).
+        /// The teacher's share in the mixture, in \[0, 1\], and no nearer than 1e-9 to an end that it is not.
+        /// As limits of JSD(beta) over beta and over 1 - beta, 0 means forward KL and 1 means reverse KL (as in GKD and TRL).
         beta: f64,
     },
     /// Half the sum of the absolute differences.

@@ -30,7 +30,7 @@ pub fn backend(choice: Choice) -> Result<Backend> {
     )
 }
 
-/// What a model's last layer multiplies, its weight and its bias.
+/// A model's last layer, and the hidden states that it multiplies.
 struct Model<'a> {
     hidden: Matrix<'a>,
     weight: Matrix<'a>,

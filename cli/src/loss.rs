@@ -208,7 +208,7 @@ impl Args {
     }
 }
 
-/// What a file has for each token.
+/// The values that a file has for each token.
 pub struct OfTokens<'a> {
     pub labels: Option<Vec<i64>>,
     pub weights: Option<Cow<'a, [f32]>>,

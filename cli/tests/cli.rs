@@ -254,7 +254,7 @@ fn options_reach_the_objective() {
     assert_eq!(object["valid_tokens"], 4);
 }
 
-/// Of both models, at the temperature, per token and as means of the valid ones.
+/// Entropies are at the temperature, per token and as means of the valid ones.
 #[test]
 fn entropies_of_both_models() {
     let files = Files::new();

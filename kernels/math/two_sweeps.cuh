@@ -28,7 +28,7 @@ template <class Real> struct Pair {
 // log2(p / q) of two classes, from probabilities that are not both in doubt.
 ATKD_DEVICE float log_ratio_of(float p, float q) { return log2f(quotient(p, q)); }
 
-// What the second sweep sums up, by the names that MixtureTerm has for it.
+// The sums of the second sweep, by the names that MixtureTerm has for them.
 template <class Real> struct PairSums {
     Real teacher, student, slope;
 
