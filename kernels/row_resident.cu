@@ -101,6 +101,7 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
     }
     Row<T> gradient = rows.template gradient<T>(p);
     plain = gradient.full_count == 0 ? 0 : plain;
+    held = opaque(held);
     rows.first = opaque(rows.first);
     by_size<D, false>(row_scales, [&](auto large) {
         ATKD_UNROLL
