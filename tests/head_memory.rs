@@ -1,32 +1,10 @@
 //! Nothing behind a head is as large as the logits of all tokens.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+mod counting_allocator;
 
 use atkd::head::{self, Chunks, Gradients, Layer};
 use atkd::{Objective, cpu::Session};
 use half::bf16;
-
-struct Counting;
-
-static NOW: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(NOW.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        NOW.fetch_sub(layout.size(), Relaxed);
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn memory_is_of_a_chunk() {
@@ -53,10 +31,9 @@ fn memory_is_of_a_chunk() {
     };
     let mut peak = |chunks| {
         call(chunks);
-        let before = NOW.load(Relaxed);
-        PEAK.store(before, Relaxed);
-        call(chunks);
-        PEAK.load(Relaxed) - before
+        counting_allocator::peak(|| {
+            call(chunks);
+        })
     };
     let of_chunk = 2 * 4 * chunk * vocab;
     // The float32 copies of a weight's tiles, the rows' scratch memory, and what is kept of each token.

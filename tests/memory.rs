@@ -1,30 +1,8 @@
 //! The fused call takes memory for each token and each thread, not for each logit.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+mod counting_allocator;
 
 use atkd::{Batch, Logits, LogitsMut, Objective, cpu};
-
-struct Counting;
-
-static NOW: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(NOW.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        NOW.fetch_sub(layout.size(), Relaxed);
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// Bytes at the peak of one call beyond what there was before it.
 fn peak(tokens: usize, vocab: usize, in_place: bool) -> usize {
@@ -45,10 +23,7 @@ fn peak(tokens: usize, vocab: usize, in_place: bool) -> usize {
         }
     };
     call();
-    let before = NOW.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    call();
-    PEAK.load(Relaxed) - before
+    counting_allocator::peak(call)
 }
 
 #[test]

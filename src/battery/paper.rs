@@ -176,8 +176,8 @@ pub(super) fn identities(case: &Case) -> Result<Worst> {
         // JSD(beta) is of the size of beta (1 - beta).
         let size = if let Divergence::Jsd { .. } = near { 1e-9 } else { 1.0 };
         let scaled = |values: &[f64]| values.iter().map(|x| x / size).collect::<Vec<_>>();
-        equal(&format!("near {what}"), &scaled(&losses(&nearby)), &losses(limit.0), 1e-4);
-        equal(&format!("near {what}"), &scaled(&nearby_gradient), limit.1, 1e-4);
+        equal(&format!("near {what}"), &scaled(&losses(&nearby)), &losses(limit.0), 2e-5);
+        equal(&format!("near {what}"), &scaled(&nearby_gradient), limit.1, 2e-5);
     }
 
     // Exchanging the models turns one divergence into another.
