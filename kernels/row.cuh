@@ -215,8 +215,8 @@ ATKD_DEVICE typename D::Scales reduce_terms(const atkd_rows &p, const Rows<P, Q>
         if (team_blocks(p) > 1) {
             terms = merge_team<Sweep, false>(terms, p, 0);
         }
-        typename D::Scales found = scales[0];
-        double dkd = D::finish(p.divergence, found, terms);
+        typename D::Scales found;
+        double dkd = D::finish(p.divergence, scales[0], terms, found);
         sync_warp();
         if (thread_index() == 0) {
             scales[0] = found;

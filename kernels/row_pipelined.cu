@@ -770,7 +770,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
         of_warps = merge_warp<false, CONSUMERS / WARP>(of_warps);
         exchange(of_warps, block_terms);
         typename D::Scales scales = shared.scales[0];
-        D::finish(p.divergence, scales, merge_warp<false>(block_terms.template state<float>()));
+        D::finish(p.divergence, scales, merge_warp<false>(block_terms.template state<float>()), scales);
         sync_warp();
         if (elected) {
             shared.scales[0] = scales;
@@ -813,7 +813,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
             // The scales are complete; but the divergence is wanted in double precision.
             typename D::Scales scales = shared.scales[0];
             auto terms = merge_warp<false>(block_terms.template state<double>());
-            store_dkd(p, task.token, D::finish(p.divergence, scales, terms));
+            store_dkd(p, task.token, D::finish(p.divergence, scales, terms, scales));
         }
     }
 };

@@ -34,7 +34,7 @@ struct MixtureTerm {
         double share_of_smaller = log_ratio > 0 ? divergence.rest : divergence.share;
         double near = log1p(share_of_smaller * expm1(-fabs(log_ratio) * LN_2));
         // The shares, rounded each by itself, do not add up to 1.
-        return (fabs(log_ratio) < 0.25 ? near : log(u)) / LN_2;
+        return (fabs(log_ratio) < 0.25 ? near : log(u)) * (1 / LN_2);
     }
     template <bool SKEWED, class Real>
     static ATKD_DEVICE OfRatio<Real> of_ratio(const atkd_divergence &divergence, Real log_ratio) {

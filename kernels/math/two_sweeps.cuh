@@ -73,8 +73,8 @@ template <class F> struct TwoSweeps {
     static ATKD_DEVICE double tkd(const atkd_divergence &divergence, double u, double w) {
         auto terms = Terms<double>::empty();
         // The first class is the target, the second the rest.
-        F::template add<true>(terms, divergence, {sigmoid(-u), sigmoid(-w), (softplus(w) - softplus(u)) / LN_2});
-        F::template add<true>(terms, divergence, {sigmoid(u), sigmoid(w), (softplus(-w) - softplus(-u)) / LN_2});
+        F::template add<true>(terms, divergence, {sigmoid(-u), sigmoid(-w), (softplus(w) - softplus(u)) * (1 / LN_2)});
+        F::template add<true>(terms, divergence, {sigmoid(u), sigmoid(w), (softplus(-w) - softplus(-u)) * (1 / LN_2)});
         return F::value(divergence, terms);
     }
 
@@ -145,19 +145,24 @@ template <class F> struct TwoSweeps {
         terms.add(of_chunk);
     }
 
-    // Ends the second sweep: completes the scales, and returns DKD or, plain, the divergence.
+    // Ends the second sweep: completes the scales that lie in `before`, and returns DKD or, plain, the divergence. They are
+    // read again behind the mathematics in double precision, which needs the registers.
     template <class Real>
-    static ATKD_DEVICE Real finish(const atkd_divergence &divergence, Scales &scales, Terms<Real> terms) {
-        const Pair<float> &target = scales.target_pair;
+    static ATKD_DEVICE Real finish(const atkd_divergence &divergence, const Scales &before, Terms<Real> terms,
+                                   Scales &scales) {
+        Pair<float> target = before.target_pair;
         F::template add<true>(terms, divergence, Pair<Real>{target.teacher, target.student, target.log_ratio});
-        float mean = float(F::mean(divergence, terms));
+        float mean = opaque(float(F::mean(divergence, terms)));
+        Real value = F::value(divergence, terms);
+        scales = before;
+        target = scales.target_pair;
         bool exists = divergence.plain != 0 || (scales.teacher_inverse != 0 && scales.student_inverse != 0);
         scales.student -= scales.teacher == 0 ? 0 : scales.teacher * mean;
         if (divergence.plain != 0 && scales.dkd_weight != 0) {
             scales.target +=
                 scales.dkd_weight * target.student * (F::template slope<true>(divergence, target.log_ratio) - mean);
         }
-        return exists ? F::value(divergence, terms) : 0;
+        return exists ? value : 0;
     }
 
     template <class G> static ATKD_DEVICE void by_form(const atkd_divergence &divergence, G f) {
