@@ -178,7 +178,7 @@ typedef struct {
     float *temperatures;          // [count], likewise
     void *states;                 // of row_pipelined, whose numbers become 0
     uint32_t count;
-    uint32_t reserved;
+    uint32_t other_group; // not 0: the modes are those of the group that each token is not in
 } atkd_prepare_rows;
 
 // The weight of a term: value, or the token's uncertainty times it.

@@ -14,7 +14,8 @@ ATKD_KERNEL(prepare_rows, atkd_prepare_rows, ATKD_COUNT) {
         // Read before the temperature is stored there.
         uint32_t token = load(p.mispredicted + i);
         store(p.targets + i, target_of(p.batch, token));
-        store(p.modes + i, load(p.batch.modes + token));
+        uint8_t mode = load(p.batch.modes + token);
+        store(p.modes + i, static_cast<uint8_t>(p.other_group != 0 ? ATKD_EASY + ATKD_HARD - mode : mode));
         if (p.batch.token_weights != nullptr) {
             store(p.token_weights + i, token_weight(p.batch, token));
         }

@@ -187,6 +187,18 @@ pub enum Error {
         "there is no loss to read: the driver refused a kernel of the workspace's last call, whose error said why"
     )]
     FailedCall,
+    /// The library that multiplies matrices on a GPU is not on this machine.
+    #[error(
+        "no cuBLASLt was found, which multiplies hidden states and weights: the CUDA toolkit's library libcublasLt.so is not on this machine, or not where LD_LIBRARY_PATH says"
+    )]
+    NoCublas,
+    /// The layer's hidden states, weight and bias, or the gradient of the hidden states, have dtypes that a GPU does not
+    /// multiply.
+    #[error("{what} is {actual}, but must be {expected}")]
+    LayerDtype { what: &'static str, actual: Dtype, expected: String },
+    /// cuBLASLt reports an error.
+    #[error("multiplying hidden states and weights: cuBLASLt reports error {status}, {name}")]
+    Cublas { status: u32, name: String },
     /// The driver reports an error.
     #[error("{doing}: the CUDA driver reports error {code}, {message}")]
     Driver { doing: &'static str, code: u32, message: String },

@@ -274,7 +274,7 @@ pub struct atkd_prepare_rows {
     pub temperatures: *mut f32,
     pub states: *mut ::std::os::raw::c_void,
     pub count: u32,
-    pub reserved: u32,
+    pub other_group: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -296,8 +296,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_prepare_rows, states) - 160usize];
     ["Offset of field: atkd_prepare_rows::count"]
         [::std::mem::offset_of!(atkd_prepare_rows, count) - 168usize];
-    ["Offset of field: atkd_prepare_rows::reserved"]
-        [::std::mem::offset_of!(atkd_prepare_rows, reserved) - 172usize];
+    ["Offset of field: atkd_prepare_rows::other_group"]
+        [::std::mem::offset_of!(atkd_prepare_rows, other_group) - 172usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

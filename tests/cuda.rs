@@ -2,6 +2,8 @@
 //! kernels, every test says on standard error that it was skipped. `simt-driver` runs all of them on a
 //! simulated driver.
 
+#[path = "cuda/head.rs"]
+mod head;
 #[path = "cuda/session.rs"]
 mod session;
 #[path = "stages/mod.rs"]

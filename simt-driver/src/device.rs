@@ -16,6 +16,8 @@ use atkd::simt::Simulation;
 use atkd::simt::machine::Buffer;
 use half::{bf16, f16};
 
+use crate::cublas::Product;
+
 /// Threads of a simulated block, at most.
 pub const BLOCK: u32 = 64;
 /// Blocks of a simulated cluster, at most.
@@ -54,6 +56,7 @@ pub enum Work {
         to: Range<usize>,
         from: [usize; 2],
     },
+    Product(Product),
     Free(usize),
     /// Until that stream has done so much.
     Wait(Done),
@@ -360,6 +363,13 @@ impl Driver {
                         _ => add(to.cast::<bf16>(), from, bytes, |x, y| x + y),
                     }
                 }
+            }
+            Work::Product(product) => {
+                for range in &product.ranges() {
+                    still(range).map_err(gone)?;
+                }
+                // SAFETY: the ranges are of allocations.
+                unsafe { product.run() };
             }
             Work::Free(address) => {
                 let allocation = self.memory.remove(&address).ok_or("memory is freed twice")?;

@@ -37,6 +37,7 @@ use device::{
     Stream, Work,
 };
 
+mod cublas;
 mod device;
 pub use device::{BLOCK, CLUSTER};
 

@@ -41,11 +41,16 @@
 //! and [`DeviceBatch::with_hard`] gives each call its share.
 //!
 //! Where the logits of a batch are never there all at once, [`Workspace::begin`] starts a call in stages, a [`Session`],
-//! into which ranges of tokens go one after the other.
+//! into which ranges of tokens go one after the other. With the feature `head`, `Head` is such a call behind the models' last
+//! layers, of hidden states and weights.
 
 mod by_address;
+#[cfg(feature = "head")]
+mod head;
 mod host;
 mod kernels;
+#[cfg(feature = "head")]
+mod products;
 mod session;
 mod tensor;
 #[cfg(feature = "battery")]
@@ -62,6 +67,8 @@ pub use crate::call::{
     RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher, RawTokens,
 };
 use crate::{Error, Result};
+#[cfg(feature = "head")]
+pub use head::{DeviceGradients, DeviceLayer, Head};
 pub use kernels::Kernels;
 pub use session::{RawSession, Session};
 pub use tensor::{

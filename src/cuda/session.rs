@@ -144,6 +144,21 @@ impl RawSession {
     /// # Safety
     /// As [`Kernels::begin_raw`].
     pub unsafe fn repair(&mut self, tokens: &[usize], rows: &RawRows, scratch: u64) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.again(tokens, rows, scratch, session::Session::repair) }
+    }
+
+    /// Enqueues rows of mispredicted tokens in scratch memory.
+    ///
+    /// # Safety
+    /// As [`repair`](Self::repair).
+    unsafe fn again(
+        &mut self,
+        tokens: &[usize],
+        rows: &RawRows,
+        scratch: u64,
+        stage: impl FnOnce(&mut session::Session, &[usize], &RawRows, u64) -> Result<(Launches, u64)>,
+    ) -> Result<()> {
         self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
         let status =
             self.stream.capture_status().map_err(driver("asking for the stream's state"))?;
@@ -151,7 +166,7 @@ impl RawSession {
             // A graph would read the host's numbers when it is launched, and they are gone by then.
             return Err(Error::CapturedRepair);
         }
-        let (launches, numbers) = self.stages.repair(tokens, rows, scratch)?;
+        let (launches, numbers) = stage(&mut self.stages, tokens, rows, scratch)?;
         if launches.is_empty() {
             return Ok(());
         }
@@ -460,7 +475,7 @@ impl<'a> Session<'a> {
     }
 
     /// Checks that the memory of a stage can be used on the stream, as [`Workspace::check`] does.
-    fn check<'s>(
+    pub(super) fn check<'s>(
         &'s self,
         others: impl IntoIterator<Item = (&'static str, &'s CudaContext)>,
     ) -> Result<()> {
@@ -469,7 +484,10 @@ impl<'a> Session<'a> {
     }
 
     /// Enqueues a stage, while the owners of the call's memory wait for it.
-    fn stage<T>(&mut self, enqueue: impl FnOnce(&mut RawSession) -> Result<T>) -> Result<T> {
+    pub(super) fn stage<T>(
+        &mut self,
+        enqueue: impl FnOnce(&mut RawSession) -> Result<T>,
+    ) -> Result<T> {
         let Self { workspace, tokens, upstream, raw } = self;
         let workspace = workspace.as_mut().expect(UNFINISHED);
         let stream = raw.stream.clone();
@@ -481,15 +499,39 @@ impl<'a> Session<'a> {
     }
 }
 
-fn repair(raw: &mut RawSession, tokens: &[usize], rows: &RawRows) -> Result<()> {
+pub(super) fn repair(raw: &mut RawSession, tokens: &[usize], rows: &RawRows) -> Result<()> {
+    with_scratch(raw, tokens, |raw, scratch| {
+        // SAFETY: as in `Workspace::begin`; the scratch memory is freed on this stream.
+        unsafe { raw.repair(tokens, rows, scratch) }
+    })
+}
+
+/// Enqueues the gradients that mispredicted tokens were given, before their repair.
+#[cfg(feature = "head")]
+pub(super) fn mispredicted_gradients(
+    raw: &mut RawSession,
+    tokens: &[usize],
+    rows: &RawRows,
+) -> Result<()> {
+    with_scratch(raw, tokens, |raw, scratch| {
+        let stage = session::Session::mispredicted_gradients;
+        // SAFETY: as in `repair`.
+        unsafe { raw.again(tokens, rows, scratch, stage) }
+    })
+}
+
+fn with_scratch(
+    raw: &mut RawSession,
+    tokens: &[usize],
+    enqueue: impl FnOnce(&mut RawSession, u64) -> Result<()>,
+) -> Result<()> {
     let bytes = Kernels::workspace_bytes(tokens.len());
     // SAFETY: kernels write what others read of it.
     let scratch = unsafe { raw.stream.alloc::<u8>(bytes) };
     let scratch = scratch.map_err(driver("allocating memory for a repair"))?;
     let stream = raw.stream.clone();
     let (address, _guard) = scratch.device_ptr(&stream);
-    // SAFETY: as in `Workspace::begin`; the scratch memory is freed on this stream.
-    unsafe { raw.repair(tokens, rows, address) }
+    enqueue(raw, address)
 }
 
 impl Drop for Session<'_> {

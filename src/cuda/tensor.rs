@@ -23,7 +23,7 @@ macro_rules! elements {
         }
 
         impl $name<'_> {
-            fn dtype(&self) -> Dtype {
+            pub(super) fn dtype(&self) -> Dtype {
                 match self {
                     Self::F32(_) => Dtype::F32,
                     Self::F16(_) => Dtype::F16,
@@ -31,7 +31,7 @@ macro_rules! elements {
                 }
             }
 
-            fn len(&self) -> usize {
+            pub(crate) fn len(&self) -> usize {
                 match self {
                     Self::F32(view) => view.len(),
                     Self::F16(view) => view.len(),
@@ -39,7 +39,7 @@ macro_rules! elements {
                 }
             }
 
-            fn context(&self) -> &CudaContext {
+            pub(super) fn context(&self) -> &CudaContext {
                 match self {
                     Self::F32(view) => view.stream().context(),
                     Self::F16(view) => view.stream().context(),
@@ -77,13 +77,35 @@ macro_rules! elements {
 }
 
 elements!(
-    /// Logits on the device, of one of three dtypes.
+    /// Numbers on the device, such as logits, of one of three dtypes.
     DeviceElements, CudaView, CudaSlice: &
 );
 elements!(
-    /// Logits on the device that may be written.
+    /// Numbers on the device that may be written.
     DeviceElementsMut, CudaViewMut, CudaSlice: &mut
 );
+
+impl DeviceElements<'_> {
+    /// The address for work on `stream`, and what must outlive the launches.
+    pub(super) fn address<'a>(&'a self, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
+        match self {
+            Self::F32(view) => view.device_ptr(stream),
+            Self::F16(view) => view.device_ptr(stream),
+            Self::Bf16(view) => view.device_ptr(stream),
+        }
+    }
+}
+
+impl DeviceElementsMut<'_> {
+    /// See [`DeviceElements::address`].
+    pub(super) fn address<'a>(&'a mut self, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
+        match self {
+            Self::F32(view) => view.device_ptr_mut(stream),
+            Self::F16(view) => view.device_ptr_mut(stream),
+            Self::Bf16(view) => view.device_ptr_mut(stream),
+        }
+    }
+}
 
 macro_rules! logits {
     ($(#[$doc:meta])* $name:ident, $elements:ident) => {
@@ -155,11 +177,7 @@ logits!(
 impl DeviceLogits<'_> {
     /// The address for work on `stream`, and what must outlive the launches.
     pub(super) fn raw<'a>(&'a self, stream: &'a CudaStream) -> (RawLogits, SyncOnDrop<'a>) {
-        let (address, guard) = match &self.elements {
-            DeviceElements::F32(view) => view.device_ptr(stream),
-            DeviceElements::F16(view) => view.device_ptr(stream),
-            DeviceElements::Bf16(view) => view.device_ptr(stream),
-        };
+        let (address, guard) = self.elements.address(stream);
         (RawLogits { address, dtype: self.elements.dtype(), strides: self.strides }, guard)
     }
 }
@@ -173,11 +191,7 @@ impl DeviceLogitsMut<'_> {
     /// See [`DeviceLogits::raw`].
     pub(crate) fn raw<'a>(&'a mut self, stream: &'a CudaStream) -> (RawLogits, SyncOnDrop<'a>) {
         let (dtype, strides) = (self.elements.dtype(), self.strides);
-        let (address, guard) = match &mut self.elements {
-            DeviceElementsMut::F32(view) => view.device_ptr_mut(stream),
-            DeviceElementsMut::F16(view) => view.device_ptr_mut(stream),
-            DeviceElementsMut::Bf16(view) => view.device_ptr_mut(stream),
-        };
+        let (address, guard) = self.elements.address(stream);
         (RawLogits { address, dtype, strides }, guard)
     }
 }
@@ -339,6 +353,18 @@ impl<'a> DeviceTokens<'a> {
         check_count(TEMPERATURES, temperatures.len(), self.shape[0])?;
         self.temperatures = Some(temperatures);
         Ok(self)
+    }
+
+    /// Parts within which hard tokens are selected.
+    #[cfg(feature = "head")]
+    pub(super) fn scopes(&self) -> usize {
+        self.sequences.as_ref().map_or(1, |offsets| offsets.len() - 1)
+    }
+
+    /// True if the hard tokens, or what they are selected by, are known before any logits.
+    #[cfg(feature = "head")]
+    pub(super) fn knows_hard(&self) -> bool {
+        self.hard.is_some() || self.margins.is_some()
     }
 
     /// The contexts of their memory, by what it holds.

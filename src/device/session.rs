@@ -115,7 +115,7 @@ impl Session {
             launches.push(stages.launch(Stage::Margins));
         }
         if self.states_used && stages.plan.row_kernel.needs_cleared_states() {
-            launches.push(self.of_all(Schedule::Given).prepare(0, self.memory));
+            launches.push(self.of_all(Schedule::Given).prepare(0, self.memory, false));
         }
         launches.push(stages.launch(Stage::Rows));
         self.states_used = true;
@@ -177,6 +177,32 @@ impl Session {
         rows: &RawRows,
         scratch: u64,
     ) -> Result<(Launches, u64)> {
+        let launched = self.again(tokens, rows, scratch, false)?;
+        for &token in tokens {
+            self.progress[token] = Progress::Done;
+        }
+        Ok(launched)
+    }
+
+    /// The gradients that mispredicted tokens were given, before their repair: as [`repair`](Self::repair).
+    #[cfg(all(feature = "cuda", feature = "head"))]
+    pub fn mispredicted_gradients(
+        &mut self,
+        tokens: &[usize],
+        rows: &RawRows,
+        scratch: u64,
+    ) -> Result<(Launches, u64)> {
+        self.again(tokens, rows, scratch, true)
+    }
+
+    /// The rows of mispredicted tokens, as of the group that each is in, or of the other.
+    fn again(
+        &mut self,
+        tokens: &[usize],
+        rows: &RawRows,
+        scratch: u64,
+        other_group: bool,
+    ) -> Result<(Launches, u64)> {
         let count = tokens.len();
         if rows.tokens != count {
             let (what, vocab) = ("the teacher's logits", self.tokens.vocab);
@@ -207,10 +233,7 @@ impl Session {
         if count == 0 {
             return Ok((Launches::new(), numbers));
         }
-        let prepare = self.of_all(Schedule::Given).prepare(count, memory);
-        for &token in tokens {
-            self.progress[token] = Progress::Done;
-        }
+        let prepare = self.of_all(Schedule::Given).prepare(count, memory, other_group);
         self.states_used = true;
         Ok((vec![prepare, stages.launch(Stage::Rows)], numbers))
     }

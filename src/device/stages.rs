@@ -214,8 +214,9 @@ impl Stages {
         }
     }
 
-    /// The launch between two of rows, with the targets, modes and weights of so many tokens for rows in `memory`.
-    pub fn prepare(&self, count: usize, memory: Memory) -> Launch {
+    /// The launch between two of rows, with the targets, modes and weights of so many tokens for rows in `memory`. The
+    /// modes are those of the `other_group`, if it is wanted.
+    pub fn prepare(&self, count: usize, memory: Memory, other_group: bool) -> Launch {
         Launch {
             kernel: "prepare_rows",
             shape: plan::prepare_rows(count),
@@ -228,7 +229,7 @@ impl Stages {
                 temperatures: memory.column(Column::Mispredicted) as *mut f32,
                 states: memory.states(),
                 count: count as u32,
-                reserved: 0,
+                other_group: other_group.into(),
             }),
         }
     }

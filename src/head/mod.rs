@@ -1,6 +1,6 @@
 //! The loss behind the models' last layers, a chunk of tokens at a time, on the CPU: hidden states and weights go in, the
 //! loss and the gradients of the student's hidden states, weight and bias come out, and logits of all tokens never
-//! exist.
+//! exist. With the feature `cuda` a GPU computes the same by `cuda::Head`, of layers on the device.
 //!
 //! ```
 //! use atkd::head::{self, Chunks, Gradients, Layer};
@@ -55,101 +55,25 @@
 //! of both models, and of a row of the student's gradient; per token of the call about 300 bytes; and per thread some
 //! megabytes, among them the float32 copy, of 1 MB at most, of a part of a weight in half precision.
 
+mod layer;
 mod product;
 
 use crate::cpu::{Session, Threads};
-use crate::{Elements, ElementsMut, Error, LogitsMut, Output, Result};
+use crate::{Elements, ElementsMut, LogitsMut, Output, Result};
+pub use layer::{Chunks, GradientsOf, LayerOf, Memory};
 use product::Weight;
 
-/// A model's last layer and what it multiplies: hidden states `[tokens, hidden size]`, a weight `[vocab, hidden size]` and
-/// perhaps a bias `[vocab]`, all contiguous, each of a dtype of its own.
-#[derive(Clone, Copy, Debug)]
-pub struct Layer<'a> {
-    hidden: Elements<'a>,
-    weight: Elements<'a>,
-    bias: Option<Elements<'a>>,
-    features: usize,
-    vocab: usize,
-}
+/// A layer on the host.
+pub type Layer<'a> = LayerOf<Elements<'a>>;
+
+/// The gradients of a layer on the host.
+pub type Gradients<'a> = GradientsOf<ElementsMut<'a>, &'a mut [f32]>;
 
 impl<'a> Layer<'a> {
-    /// The layer, without a bias.
-    ///
-    /// # Errors
-    /// If the hidden size is 0, or one of the slices is no whole rows of it. The weight must have at least one.
-    pub fn new(
-        hidden: impl Into<Elements<'a>>,
-        weight: impl Into<Elements<'a>>,
-        hidden_size: usize,
-    ) -> Result<Self> {
-        let (hidden, weight, features) = (hidden.into(), weight.into(), hidden_size);
-        at_least_1("the hidden size", features)?;
-        for (what, elements) in [("the hidden states", hidden.len()), ("the weight", weight.len())]
-        {
-            let is_missing = elements == 0 && what == "the weight";
-            if is_missing || !elements.is_multiple_of(features) {
-                return Err(Error::HiddenSize { what, elements, features });
-            }
-        }
-        Ok(Self { hidden, weight, bias: None, features, vocab: weight.len() / features })
-    }
-
-    /// Adds a bias, one number per row of the weight.
-    ///
-    /// # Errors
-    /// If there are more numbers, or fewer.
-    pub fn with_bias(mut self, bias: impl Into<Elements<'a>>) -> Result<Self> {
-        let bias = bias.into();
-        check_length("the bias", bias.len(), self.rows(), "one for each row of the weight")?;
-        self.bias = Some(bias);
-        Ok(self)
-    }
-
-    /// The first `vocab` rows of the weight alone, where a model's vocabulary is padded: nothing is computed of the others,
-    /// and their gradient is 0.
-    ///
-    /// # Errors
-    /// If `vocab` is 0, or more than there are.
-    pub fn with_vocab(mut self, vocab: usize) -> Result<Self> {
-        if vocab == 0 || vocab > self.rows() {
-            return Err(Error::Vocab { vocab, columns: self.rows() });
-        }
-        self.vocab = vocab;
-        Ok(self)
-    }
-
-    /// Tokens, which are the rows of the hidden states.
-    pub fn tokens(&self) -> usize {
-        self.hidden.len() / self.features
-    }
-
-    /// The size of the vocabulary, without padding.
-    pub fn vocab(&self) -> usize {
-        self.vocab
-    }
-
-    /// Rows of the weight, padding included.
-    fn rows(&self) -> usize {
-        self.weight.len() / self.features
-    }
-
     /// The weight's rows that count.
     fn weight(&self) -> Weight<'a> {
         let elements = self.weight.slice(0..self.vocab * self.features);
         Weight { elements, columns: self.features }
-    }
-
-    fn check(&self, what: &'static str, [tokens, vocab]: [usize; 2]) -> Result<()> {
-        const PADDING: &str = "; Layer::with_vocab leaves out rows of a weight that are padding";
-        for (of, actual, expected, hint) in [
-            ("tokens", self.tokens(), tokens, ""),
-            ("entries of the vocabulary", self.vocab, vocab, PADDING),
-        ] {
-            if actual != expected {
-                return Err(Error::LayerMismatch { what, of, actual, expected, hint });
-            }
-        }
-        Ok(())
     }
 
     /// Writes the hidden states of these tokens, widened.
@@ -172,107 +96,6 @@ impl<'a> Layer<'a> {
     }
 }
 
-/// The gradients of the student's layer that are wanted, times the objective's upstream gradient. What they hold is
-/// overwritten.
-#[derive(Debug, Default)]
-pub struct Gradients<'a> {
-    /// That of the hidden states, `[tokens, hidden size]`, of any dtype: each element is rounded once from float32.
-    pub hidden: Option<ElementsMut<'a>>,
-    /// That of the weight, shaped as it, the rows of padding included, which get 0.
-    pub weight: Option<&'a mut [f32]>,
-    /// That of the bias, one per row of the weight.
-    pub bias: Option<&'a mut [f32]>,
-}
-
-impl Gradients<'_> {
-    fn check(&self, layer: &Layer) -> Result<()> {
-        let Self { hidden, weight, bias } = self;
-        let lengths = [
-            (
-                "the gradient of the hidden states",
-                hidden.as_ref().map(|hidden| hidden.as_ref().len()),
-                layer.hidden.len(),
-                "as many as the student's hidden states",
-            ),
-            (
-                "the gradient of the weight",
-                weight.as_ref().map(|weight| weight.len()),
-                layer.weight.len(),
-                "as many as the student's weight",
-            ),
-            (
-                "the gradient of the bias",
-                bias.as_ref().map(|bias| bias.len()),
-                layer.rows(),
-                "one for each row of the student's weight",
-            ),
-        ];
-        for (what, elements, expected, rule) in lengths {
-            check_length(what, elements.unwrap_or(expected), expected, rule)?;
-        }
-        Ok(())
-    }
-
-    fn is_empty(&self) -> bool {
-        self.hidden.is_none() && !self.adds_up()
-    }
-
-    /// True if sums over the tokens are wanted.
-    fn adds_up(&self) -> bool {
-        self.weight.is_some() || self.bias.is_some()
-    }
-}
-
-/// How many tokens have logits at a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Chunks {
-    /// As many as have logits of both models in so many bytes, and at least one.
-    Memory(usize),
-    /// So many.
-    Tokens(usize),
-}
-
-impl Default for Chunks {
-    /// 512 MB.
-    fn default() -> Self {
-        Self::Memory(512 << 20)
-    }
-}
-
-impl Chunks {
-    /// Divides the tokens into chunks, each of every so many-th.
-    fn of(self, tokens: &[usize], vocab: usize) -> Result<Vec<Vec<usize>>> {
-        let most = match self {
-            Self::Tokens(tokens) => at_least_1("the number of tokens of a chunk", tokens)?,
-            Self::Memory(bytes) => {
-                (at_least_1("the memory of a chunk, in bytes,", bytes)? / (8 * vocab)).max(1)
-            }
-        };
-        let count = tokens.len().div_ceil(most);
-        let chunk = |first| tokens.iter().skip(first).step_by(count).copied().collect();
-        Ok((0..count).map(chunk).collect())
-    }
-}
-
-fn at_least_1(name: &'static str, value: usize) -> Result<usize> {
-    match value {
-        0 => Err(Error::Setting { name, value: 0.0, allowed: "at least 1" }),
-        _ => Ok(value),
-    }
-}
-
-fn check_length(
-    what: &'static str,
-    elements: usize,
-    expected: usize,
-    rule: &'static str,
-) -> Result<()> {
-    if elements == expected {
-        return Ok(());
-    }
-    Err(Error::LayerLength { what, elements, expected, rule })
-}
-
 /// The loss, each token's terms, and the student's gradients that are wanted: of the call that `session` has begun, with its
 /// objective, labels and settings of tokens, to whose stages it is handed in chunks.
 ///
@@ -289,7 +112,11 @@ pub fn loss(
     student.check("the student's layer", shape)?;
     teacher.check("the teacher's layer", shape)?;
     gradients.check(student)?;
-    let chunks = chunks.of(&session.valid_tokens(), vocab)?;
+    let tokens = session.valid_tokens();
+    // Every so many-th token.
+    let count = tokens.len().div_ceil(chunks.tokens(8 * vocab)?);
+    let chunk = |first| tokens.iter().skip(first).step_by(count).copied().collect();
+    let chunks: Vec<Vec<usize>> = (0..count).map(chunk).collect();
     let longest = chunks.first().map_or(0, Vec::len);
 
     let threads = session.threads();
