@@ -179,6 +179,11 @@ pub enum Error {
         "a repair copies the numbers of its tokens from the host, which a captured graph cannot do again; end the capture first, or select the hard tokens before the rows, so that none needs a repair"
     )]
     CapturedRepair,
+    /// A `cuda::Head` on a stream that is being captured into a graph.
+    #[error(
+        "a head copies from the host and allocates, which a captured graph cannot do again; end the capture first, or capture the loss of the logits"
+    )]
+    CapturedHead,
     /// A kernel did in the simulator what it must not, or the system did not give what the simulator needs.
     #[error("the simulator of the CUDA kernels: {message}")]
     Simulation { message: String },
@@ -189,15 +194,14 @@ pub enum Error {
     FailedCall,
     /// The library that multiplies matrices on a GPU is not on this machine.
     #[error(
-        "no cuBLASLt was found, which multiplies hidden states and weights: the CUDA toolkit's library libcublasLt.so is not on this machine, or not where LD_LIBRARY_PATH says"
+        "no cuBLASLt was found, which multiplies hidden states and weights: neither libcublasLt.so of a CUDA toolkit nor libcublasLt.so.12 is on this machine, or not where LD_LIBRARY_PATH says"
     )]
     NoCublas,
-    /// The layer's hidden states, weight and bias, or the gradient of the hidden states, have dtypes that a GPU does not
-    /// multiply.
-    #[error("{what} is {actual}, but must be {expected}")]
+    /// Hidden states and their weight, or their gradient, have dtypes that a GPU does not multiply.
+    #[error("the dtype of {what} is {actual}, but must be {expected}")]
     LayerDtype { what: &'static str, actual: Dtype, expected: String },
     /// cuBLASLt reports an error.
-    #[error("multiplying hidden states and weights: cuBLASLt reports error {status}, {name}")]
+    #[error("cuBLASLt, which multiplies hidden states and weights, reports error {status}, {name}")]
     Cublas { status: u32, name: String },
     /// The driver reports an error.
     #[error("{doing}: the CUDA driver reports error {code}, {message}")]

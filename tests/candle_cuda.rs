@@ -5,8 +5,11 @@
 use std::ffi::{CString, c_char};
 use std::io::Write;
 
-use atkd::candle::{Tokens, loss, loss_with_output, token_entropies};
+use atkd::candle::{
+    Layer, Tokens, linear_loss, linear_loss_with_output, loss, loss_with_output, token_entropies,
+};
 use atkd::cuda::{self, Kernels};
+use atkd::head::Chunks;
 use atkd::{Error, Objective, Reduction};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use libloading::os::unix::Library;
@@ -175,6 +178,87 @@ fn weights_temperatures_and_entropies_of_tokens() -> Result<()> {
         assert_eq!((entropies.dtype(), entropies.dims()), (DType::F32, expected.dims()));
         for (found, expected) in self::values(&entropies).into_iter().zip(self::values(&expected)) {
             assert!((found - expected).abs() <= 1e-5 * (1.0 + expected), "{found} {expected}");
+        }
+    }
+    Ok(())
+}
+
+/// Hidden states and weights, with a bias and values of tokens; what is not tracked has no gradient. The factor that arrives
+/// at `backward` is 1, as other kernels of candle's are not simulated.
+#[test]
+fn layers_agree_with_those_on_the_cpu() -> Result<()> {
+    let Some(device) = device() else { return Ok(()) };
+    const V: usize = 41;
+    let random = |shape: &[usize], seed: u64| -> Result<Tensor> {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let values = (0..shape.iter().product()).map(|_| 2.0 * random.f32() - 0.7).collect();
+        Tensor::from_vec::<_, f32>(values, shape, CPU)
+    };
+    let labels: Vec<i64> = (0..15).map(|i| if i % 4 == 1 { -100 } else { i * 7 % 41 }).collect();
+    let labels = Tensor::from_vec(labels, (3, 5), CPU)?;
+    let (weights, temperatures) = (random(&[3, 5], 1)?, random(&[3, 5], 2)?.affine(1.0, 1.0)?);
+    let group_mean = Objective::default().with_reduction(Reduction::GroupMean).unwrap();
+    for (dtype, rounding) in [(DType::F32, 2e-5), (DType::BF16, 1e-2)] {
+        let student = [random(&[3, 5, 8], 3)?, random(&[V, 8], 4)?, random(&[V], 5)?];
+        let teacher = [random(&[3, 5, 6], 6)?, random(&[V, 6], 7)?];
+        // Gradients of a dtype of their own are converted by a kernel of candle's.
+        let all = if dtype == DType::F32 { 7 } else { 1 };
+        for (objective, tracked) in [(Objective::default(), all), (group_mean, 1), (group_mean, 0)]
+        {
+            let run = |device: &Device| -> Result<_> {
+                let to = |tensor: &Tensor| tensor.to_dtype(dtype)?.to_device(device);
+                let [hidden, weight, bias] = student.each_ref().map(to);
+                let vars = [
+                    Var::from_tensor(&hidden?)?,
+                    Var::from_tensor(&weight?)?,
+                    Var::from_tensor(&bias?)?,
+                ];
+                let of: Vec<Tensor> = vars
+                    .iter()
+                    .enumerate()
+                    .map(|(i, var)| {
+                        if tracked >> i & 1 == 1 {
+                            var.as_tensor().clone()
+                        } else {
+                            var.as_detached_tensor()
+                        }
+                    })
+                    .collect();
+                let [of_teacher, teacher_weight] = teacher.each_ref().map(to);
+                let (of_teacher, teacher_weight) = (of_teacher?, teacher_weight?);
+                let [labels, weights, temperatures] =
+                    [&labels, &weights, &temperatures].map(|tensor| tensor.to_device(device));
+                let (labels, weights, temperatures) = (labels?, weights?, temperatures?);
+                let tokens =
+                    Tokens::from(&labels).with_weights(&weights).with_temperatures(&temperatures);
+                let layer = Layer::new(&of[0], &of[1]).with_bias(&of[2]);
+                let teacher = Layer::new(&of_teacher, &teacher_weight);
+                let (loss, output) =
+                    linear_loss_with_output(&objective, layer, teacher, tokens, Chunks::Tokens(4))?;
+                let alone = linear_loss(&objective, layer, teacher, tokens, Chunks::Tokens(4))?;
+                assert_eq!(loss.track_op(), tracked != 0);
+                let gradients = if tracked == 0 { None } else { Some(alone.backward()?) };
+                let gradients: Vec<Option<Tensor>> =
+                    vars.iter().map(|var| gradients.as_ref()?.get(var).cloned()).collect();
+                Ok((loss.to_scalar::<f32>()?, alone.to_scalar::<f32>()?, output, gradients))
+            };
+            let (found, expected) = (run(&device)?, run(CPU)?);
+            let near = |x: f32, y: f32| (x - y).abs() <= 1e-5 * y.abs();
+            assert!(near(found.0, expected.0) && near(found.1, expected.0));
+            for (found, expected) in found.2.tokens.iter().zip(&expected.2.tokens) {
+                assert_eq!((found.hard, found.valid), (expected.hard, expected.valid));
+            }
+            for (i, (found, expected)) in found.3.iter().zip(&expected.3).enumerate() {
+                assert_eq!(found.is_some(), tracked >> i & 1 == 1);
+                let (Some(found), Some(expected)) = (found, expected) else { continue };
+                assert_eq!((found.dtype(), found.dims()), (dtype, expected.dims()));
+                let expected = values(expected);
+                let largest = expected.iter().fold(0f32, |most, g| most.max(g.abs()));
+                for (found, expected) in values(found).into_iter().zip(expected) {
+                    let error = (found - expected).abs();
+                    assert!(error <= rounding * largest, "{i}: {found}, but {expected}: {largest}");
+                }
+            }
         }
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! The functions of `libcublasLt` that cudarc calls for atkd: products are queued on their stream, like a driver's work.
 //!
-//! As unforgiving as the driver: a product is refused whose shapes or dtypes do not go together, or whose addresses are less
-//! aligned than was promised when its algorithm was asked for.
+//! A product is refused whose shapes or dtypes do not go together, or whose addresses are less aligned than was promised
+//! when its algorithm was asked for, and so is work without a context. Sums are in float32 and in one part.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -16,8 +16,8 @@ use atkd::cuda::cudarc::cublaslt::sys::{
 };
 use half::{bf16, f16};
 
-use crate::DRIVER;
 use crate::device::Work;
+use crate::{DRIVER, count};
 
 type Answer<T = ()> = Result<T, cublasStatus_t>;
 
@@ -181,6 +181,11 @@ fn check(transposed: [bool; 2], a: &Layout, b: &Layout, c: &Layout, d: &Layout) 
     supported.then_some(()).ok_or(CUBLAS_STATUS_NOT_SUPPORTED)
 }
 
+fn in_a_context() -> Answer {
+    let driver = &mut *DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
+    driver.context().map(drop).map_err(|_| CUBLAS_STATUS_NOT_INITIALIZED)
+}
+
 macro_rules! cublas {
     ($(fn $name:ident($($argument:ident: $type:ty),*) $body:block)+) => {
         $(
@@ -193,6 +198,7 @@ macro_rules! cublas {
                     // SAFETY: the caller's objects and values are what the library's documentation asks for.
                     unsafe { $body }
                 };
+                count(stringify!($name));
                 answer().err().unwrap_or(CUBLAS_STATUS_SUCCESS)
             }
         )+
@@ -201,11 +207,13 @@ macro_rules! cublas {
 
 cublas! {
     fn cublasLtCreate(to: *mut cublasLtHandle_t) {
+        in_a_context()?;
         to.write(Box::into_raw(Box::new(0_u8)).cast());
         Ok(())
     }
 
     fn cublasLtDestroy(handle: cublasLtHandle_t) {
+        in_a_context()?;
         drop(Box::from_raw(handle.cast::<u8>()));
         Ok(())
     }
@@ -280,6 +288,9 @@ cublas! {
                 preference.scratch = take(value, bytes)?;
                 return Ok(());
             }
+            Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK => {
+                return take::<u32>(value, bytes).map(drop);
+            }
             Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES => 0,
             Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES => 1,
             Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES => 2,
@@ -347,7 +358,8 @@ cublas! {
         let promised = algorithm.as_ref().ok_or(CUBLAS_STATUS_INVALID_VALUE)?.data;
         let addresses = [a, b, c, d.cast_const()].map(|address| address as u64);
         let aligned = addresses.iter().zip(promised).all(|(address, of)| address.is_multiple_of(of));
-        let has_room = scratch_bytes as u64 >= promised[4] && !scratch.is_null();
+        let has_room = scratch_bytes as u64 >= promised[4]
+            && (scratch as usize).is_multiple_of(ALIGNMENT as usize);
         if !aligned || !has_room || !ptr::eq(c, d) || c_layout.column != d_layout.column {
             return Err(CUBLAS_STATUS_INVALID_VALUE);
         }

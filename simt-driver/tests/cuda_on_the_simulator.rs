@@ -6,8 +6,10 @@ use std::ffi::{CString, c_char};
 use atkd::cuda::cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus};
 use atkd::cuda::cudarc::driver::{CudaSlice, DevicePtr, DriverError};
 use atkd::cuda::cudarc::nvrtc::Ptx;
-use atkd::cuda::{Head, RawCall};
+use atkd::cuda::{DeviceGradients, DeviceLayer, DeviceTokens, Head, RawCall, Workspace};
+use atkd::head::Chunks;
 use atkd::{Error, Objective, Target};
+use half::bf16;
 
 use cuda::{Gpu, Input, Loaded};
 
@@ -189,6 +191,55 @@ fn teams_are_launched_together() {
     loaded.backward(&Objective::default(), None).unwrap();
     let after = names.map(count);
     assert_eq!(std::array::from_fn(|i| after[i] - before[i]), [2, 0, 5]);
+}
+
+/// A loss behind a head takes two products a chunk, and two for all gradients that wait; without gradients, or where they
+/// depend on no selection, nothing waits for the device. A stream that is being captured is refused.
+#[test]
+fn heads_multiply_no_more_than_they_must() {
+    let Some(gpu) = Gpu::new() else { return };
+    let (tokens, vocab, size) = (9, 60, 8);
+    let stream = &gpu.stream;
+    let [hidden, weight] =
+        [tokens, vocab].map(|rows| stream.alloc_zeros::<bf16>(rows * size).unwrap());
+    let labels = stream.alloc_zeros::<i64>(tokens).unwrap();
+    let mut workspace = Workspace::new(&gpu.kernels, stream, tokens).unwrap();
+    let mut head = Head::new(stream).unwrap().with_chunks(Chunks::Tokens(3));
+    let layer = || DeviceLayer::new(&hidden, &weight, size).unwrap();
+    let mut of_hidden = stream.alloc_zeros::<bf16>(tokens * size).unwrap();
+    let mut of_weight = stream.alloc_zeros::<f32>(vocab * size).unwrap();
+    for (objective, with_gradient, expected) in
+        [(Objective::default(), false, [6, 0]), (Objective::kl(), true, [8, 0])]
+    {
+        let gradients = DeviceGradients {
+            hidden: with_gradient.then(|| (&mut of_hidden).into()),
+            weight: with_gradient.then(|| of_weight.as_view_mut()),
+            bias: None,
+        };
+        let names = ["cublasLtMatmulAlgoGetHeuristic", "cuStreamSynchronize"];
+        let before = names.map(count);
+        let of_tokens = DeviceTokens::new(&labels, vocab);
+        head.loss(&mut workspace, &objective, of_tokens, &layer(), &layer(), gradients).unwrap();
+        let after = names.map(count);
+        assert_eq!(std::array::from_fn(|i| after[i] - before[i]), expected, "{with_gradient}");
+    }
+    // SAFETY: every use of memory below is on one stream or waited for.
+    unsafe { gpu.context.disable_event_tracking() };
+    let stream = gpu.context.new_stream().unwrap();
+    let mut head = Head::new(&stream).unwrap();
+    let labels = stream.alloc_zeros::<i64>(tokens).unwrap();
+    let [hidden, weight] =
+        [tokens, vocab].map(|rows| stream.alloc_zeros::<bf16>(rows * size).unwrap());
+    let layer = || DeviceLayer::new(&hidden, &weight, size).unwrap();
+    let mut workspace = Workspace::new(&gpu.kernels, &stream, tokens).unwrap();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    let of_tokens = DeviceTokens::new(&labels, vocab);
+    let (objective, none) = (Objective::default(), DeviceGradients::default());
+    let error = head.loss(&mut workspace, &objective, of_tokens, &layer(), &layer(), none);
+    assert_eq!(error.map(drop), Err(Error::CapturedHead));
+    stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap();
+    // SAFETY: as before.
+    unsafe { gpu.context.enable_event_tracking() };
 }
 
 fn code<T>(result: Result<T, DriverError>) -> CUresult {

@@ -10,14 +10,16 @@ use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Error, Layout, Result, Shape, Storage, Tensor, bail,
 };
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 use half::{bf16, f16};
 
-use super::Rows;
+use super::linear::Contiguous;
+use super::{Rows, Tokens};
 use crate::cuda::{
-    DeviceBatch, DeviceElements, DeviceElementsMut, DeviceLogits, DeviceLogitsMut, Kernels,
-    Workspace,
+    DeviceBatch, DeviceElements, DeviceElementsMut, DeviceGradients, DeviceLayer, DeviceLogits,
+    DeviceLogitsMut, DeviceTokens, Head, Kernels, Workspace,
 };
+use crate::head::Chunks;
 use crate::{Objective, Output};
 
 /// The kernels of a device, loaded once.
@@ -33,37 +35,60 @@ fn kernels(stream: &CudaStream) -> Result<Arc<Kernels>> {
     Ok(kernels)
 }
 
-/// Does some work with the workspace of a stream, which stays from step to step: the next one guesses by what the last
-/// one left there, and allocates nothing.
+/// What stays of a stream from step to step: the next one guesses by what the last one left in the workspace, and
+/// allocates no other.
+struct Kept {
+    stream: Arc<CudaStream>,
+    workspace: Workspace,
+    head: Option<Head>,
+}
+
+impl Kept {
+    /// A stream that is known here alone has no more calls.
+    fn is_in_use(&self) -> bool {
+        // By this, the workspace's memory, the head and its memory.
+        let known = if self.head.is_some() { 4 } else { 2 };
+        Arc::strong_count(&self.stream) > known
+    }
+}
+
+/// Does some work with the workspace of a stream.
 fn with_workspace<T>(
     stream: &Arc<CudaStream>,
     tokens: usize,
     work: impl FnOnce(&mut Workspace) -> crate::Result<T>,
 ) -> Result<T> {
+    with_kept(stream, tokens, |kept| work(&mut kept.workspace))
+}
+
+fn with_kept<T>(
+    stream: &Arc<CudaStream>,
+    tokens: usize,
+    work: impl FnOnce(&mut Kept) -> crate::Result<T>,
+) -> Result<T> {
     thread_local! {
         // Each thread has its own: candle's default stream is a handle that means another stream to every thread.
-        static WORKSPACES: RefCell<Vec<(Arc<CudaStream>, Workspace)>> =
-            const { RefCell::new(Vec::new()) };
+        static ALL: RefCell<Vec<Kept>> = const { RefCell::new(Vec::new()) };
     }
-    WORKSPACES.with_borrow_mut(|workspaces| {
-        let index = match workspaces.iter().position(|(other, _)| other == stream) {
+    ALL.with_borrow_mut(|all| {
+        let index = match all.iter().position(|kept| kept.stream == *stream) {
             Some(index) => index,
             None => {
                 let workspace =
                     Workspace::new(&kernels(stream)?, stream, tokens).map_err(Error::wrap)?;
-                // A stream that is known here and to the workspace's memory alone has no more calls.
-                workspaces.retain(|(stream, _)| Arc::strong_count(stream) > 2);
-                workspaces.push((stream.clone(), workspace));
-                workspaces.len() - 1
+                all.retain(Kept::is_in_use);
+                all.push(Kept { stream: stream.clone(), workspace, head: None });
+                all.len() - 1
             }
         };
-        let workspace = &mut workspaces[index].1;
+        let kept = &mut all[index];
+        let workspace = &mut kept.workspace;
         if tokens > workspace.capacity() {
             // At least twice as many, so that batches that grow by and by seldom come here.
             let capacity = tokens.max(2 * workspace.capacity());
             workspace.reserve(stream, capacity).map_err(Error::wrap)?;
         }
-        work(workspace).map_err(Error::wrap)
+        work(kept).map_err(Error::wrap)
     })
 }
 
@@ -158,6 +183,105 @@ impl Batch {
     }
 }
 
+/// Computes the loss of hidden states, the gradients that are wanted of the student's hidden states (in float32 for
+/// float16), weight and bias, and, waiting for it, the output.
+pub(super) fn linear_loss(
+    objective: &Objective,
+    student: &Contiguous,
+    teacher: &Contiguous,
+    tokens: &Tokens,
+    wanted: [bool; 3],
+    chunks: Chunks,
+    want_output: bool,
+) -> Result<(Tensor, [Option<Tensor>; 3], Option<Output>)> {
+    let device = student.hidden.device().as_cuda_device()?;
+    let stream = device.cuda_stream();
+    let count = tokens.labels.elem_count();
+    let (vocab, _) = student.weight.dims2()?;
+
+    let labels = tokens.labels.to_dtype(DType::I64)?.contiguous()?;
+    let (labels_storage, labels_layout) = labels.storage_and_layout();
+    let labels = cuda_storage(&labels_storage)?.as_cuda_slice::<i64>()?;
+    let labels = labels.slice(labels_layout.start_offset()..).slice(..count);
+    let mut of_tokens = DeviceTokens::new(labels, vocab);
+    let values = [tokens.weights, tokens.temperatures];
+    let [weights, temperatures] = values.map(|tensor| tensor.map(Tensor::contiguous).transpose());
+    let [weights, temperatures] = [weights?, temperatures?];
+    let [weights, temperatures] =
+        [&weights, &temperatures].map(|tensor| tensor.as_ref().map(Tensor::storage_and_layout));
+    if let Some((storage, layout)) = &weights {
+        let weights = floats(storage, layout, count)?;
+        of_tokens = of_tokens.with_token_weights(weights).map_err(Error::wrap)?;
+    }
+    if let Some((storage, layout)) = &temperatures {
+        let temperatures = floats(storage, layout, count)?;
+        of_tokens = of_tokens.with_temperatures(temperatures).map_err(Error::wrap)?;
+    }
+
+    let hidden_dtype = match student.hidden.dtype() {
+        DType::BF16 => DType::BF16,
+        _ => DType::F32,
+    };
+    let room = |wanted: bool, tensor: Option<&Tensor>, dtype| -> Result<Option<CudaStorage>> {
+        let Some(tensor) = tensor.filter(|_| wanted) else { return Ok(None) };
+        // SAFETY: the head writes every element.
+        unsafe { device.alloc_uninit(tensor.shape(), dtype) }.map(Some)
+    };
+    let mut hidden = room(wanted[0], Some(&student.hidden), hidden_dtype)?;
+    let mut weight = room(wanted[1], Some(&student.weight), DType::F32)?;
+    let mut bias = room(wanted[2], student.bias.as_ref(), DType::F32)?;
+    let gradients = DeviceGradients {
+        hidden: hidden.as_mut().map(elements_mut),
+        weight: weight.as_mut().map(floats_mut).transpose()?,
+        bias: bias.as_mut().map(floats_mut).transpose()?,
+    };
+    let (value, output) = with_layer(student, |student| {
+        with_layer(teacher, |teacher| {
+            with_kept(&stream, count, |Kept { workspace, head, .. }| {
+                workspace.clear_faults(&stream)?;
+                let made = match head.take() {
+                    Some(head) => head,
+                    None => Head::new(&stream)?,
+                };
+                let made = head.insert(made.with_chunks(chunks));
+                made.loss(workspace, objective, of_tokens, student, teacher, gradients)?;
+                let value = stream.clone_dtod(&workspace.loss());
+                let output = if want_output { Some(workspace.read(&stream)?) } else { None };
+                Ok((value, output))
+            })
+        })
+    })?;
+    let tensor = |storage, shape: &Shape| {
+        Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+    };
+    let value = CudaStorage::wrap_cuda_slice(value.w()?, device.clone());
+    let gradients = [
+        hidden.map(|hidden| tensor(hidden, student.hidden.shape())),
+        weight.map(|weight| tensor(weight, student.weight.shape())),
+        bias.zip(student.bias.as_ref()).map(|(bias, like)| tensor(bias, like.shape())),
+    ];
+    Ok((tensor(value, &Shape::from(())), gradients, output))
+}
+
+/// Does some work with a layer.
+fn with_layer<T>(layer: &Contiguous, work: impl FnOnce(&DeviceLayer) -> Result<T>) -> Result<T> {
+    let Contiguous { whose, hidden, weight, bias } = layer;
+    let (_, features) = weight.dims2()?;
+    let (hidden_storage, _) = hidden.storage_and_layout();
+    let (weight_storage, _) = weight.storage_and_layout();
+    let bias_storage = bias.as_ref().map(Tensor::storage_and_layout);
+    let of = |what, tensor: &Tensor, storage| {
+        elements(format_args!("{whose} {what}"), tensor, storage, tensor.elem_count())
+    };
+    let (at_hidden, at_weight) =
+        (of("hidden states", hidden, &hidden_storage)?, of("weights", weight, &weight_storage)?);
+    let mut found = DeviceLayer::new(at_hidden, at_weight, features).map_err(Error::wrap)?;
+    if let (Some(bias), Some((storage, _))) = (bias, &bias_storage) {
+        found = found.with_bias(of("biases", bias, storage)?).map_err(Error::wrap)?;
+    }
+    work(&found)
+}
+
 fn cuda_storage(storage: &Storage) -> Result<&CudaStorage> {
     match storage {
         Storage::Cuda(storage) => Ok(storage),
@@ -172,6 +296,10 @@ fn cuda_storage(storage: &Storage) -> Result<&CudaStorage> {
 fn floats<'a>(storage: &'a Storage, layout: &Layout, tokens: usize) -> Result<CudaView<'a, f32>> {
     let values = cuda_storage(storage)?.as_cuda_slice::<f32>()?;
     Ok(values.slice(layout.start_offset()..layout.start_offset() + tokens))
+}
+
+fn floats_mut(storage: &mut CudaStorage) -> Result<CudaViewMut<'_, f32>> {
+    Ok(storage.as_cuda_slice_mut::<f32>()?.as_view_mut())
 }
 
 /// Enqueues the entropies of the tokens, to a tensor of this shape.
@@ -189,15 +317,27 @@ pub(super) fn token_entropies(rows: &Rows, temperature: f64, shape: &[usize]) ->
 }
 
 fn logits<'a>(rows: &Rows, storage: &'a Storage) -> Result<DeviceLogits<'a>> {
-    let storage = cuda_storage(storage)?;
-    let start = rows.tensor.layout().start_offset();
-    let elements: DeviceElements = match rows.tensor.dtype() {
-        DType::F32 => storage.as_cuda_slice::<f32>()?.slice(start..).into(),
-        DType::F16 => storage.as_cuda_slice::<f16>()?.slice(start..).into(),
-        DType::BF16 => storage.as_cuda_slice::<bf16>()?.slice(start..).into(),
-        other => bail!("the {}logits are {other:?}, but must be F32, F16 or BF16", rows.whose),
-    };
+    let count = rows.strides.span(rows.tokens, rows.vocab).map_err(Error::msg)?;
+    let elements = elements(format_args!("{}logits", rows.whose), &rows.tensor, storage, count)?;
     DeviceLogits::strided(elements, rows.tokens, rows.vocab, rows.strides).map_err(Error::wrap)
+}
+
+/// So many elements of a tensor, from its first on.
+fn elements<'a>(
+    what: impl std::fmt::Display,
+    tensor: &Tensor,
+    storage: &'a Storage,
+    count: usize,
+) -> Result<DeviceElements<'a>> {
+    let storage = cuda_storage(storage)?;
+    let start = tensor.layout().start_offset();
+    let range = start..start + count;
+    Ok(match tensor.dtype() {
+        DType::F32 => storage.as_cuda_slice::<f32>()?.slice(range).into(),
+        DType::F16 => storage.as_cuda_slice::<f16>()?.slice(range).into(),
+        DType::BF16 => storage.as_cuda_slice::<bf16>()?.slice(range).into(),
+        other => bail!("the {what} are {other:?}, but must be F32, F16 or BF16"),
+    })
 }
 
 /// Room for a gradient in the student's dtype.
@@ -212,13 +352,16 @@ fn gradient_logits<'a>(
     student: &Rows,
     gradient: &'a mut CudaStorage,
 ) -> Result<DeviceLogitsMut<'a>> {
-    let elements: DeviceElementsMut = match &mut gradient.slice {
+    DeviceLogitsMut::new(elements_mut(gradient), student.tokens, student.vocab).map_err(Error::wrap)
+}
+
+fn elements_mut(storage: &mut CudaStorage) -> DeviceElementsMut<'_> {
+    match &mut storage.slice {
         CudaStorageSlice::F32(slice) => slice.into(),
         CudaStorageSlice::F16(slice) => slice.into(),
         CudaStorageSlice::BF16(slice) => slice.into(),
-        _ => unreachable!("logits of other dtypes are refused"),
-    };
-    DeviceLogitsMut::new(elements, student.tokens, student.vocab).map_err(Error::wrap)
+        _ => unreachable!("tensors of other dtypes are refused"),
+    }
 }
 
 /// A loss that is already enqueued.

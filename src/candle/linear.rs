@@ -3,9 +3,11 @@
 use candle_core::{
     CpuStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Tensor, WithDType, bail,
 };
+#[cfg(feature = "candle-cuda")]
+use candle_core::{CudaStorage, Storage, backend::BackendStorage};
 use half::bf16;
 
-use super::{HostTokens, Tokens, check_device, elements, scaled};
+use super::{HostTokens, Tokens, check_device, elements, not_here, scaled};
 use crate::cpu::Session;
 use crate::head::{self, Chunks, Gradients};
 use crate::{ElementsMut, Objective, Output};
@@ -72,11 +74,11 @@ impl<'a> Layer<'a> {
 }
 
 /// A layer whose tensors have their elements in order.
-struct Contiguous {
-    whose: &'static str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Option<Tensor>,
+pub(super) struct Contiguous {
+    pub whose: &'static str,
+    pub hidden: Tensor,
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
 }
 
 impl Contiguous {
@@ -132,8 +134,12 @@ impl Contiguous {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 ///
+/// On CUDA tensors (with the feature `candle-cuda`) this is [`cuda::Head`](crate::cuda::Head): a layer's tensors are of one
+/// dtype; the call waits once for the selection, and `backward` for the gradient that arrives, which it reads. A label out of
+/// range is met by a kernel, which drops its token and makes the loss NaN; [`linear_loss_with_output`] returns the error.
+///
 /// # Errors
-/// If the tensors are not on the CPU, are of other dtypes or of shapes that do not go together, a label is out of range, or
+/// If tensors are on different devices, are of other dtypes or of shapes that do not go together, a label is out of range, or
 /// a chunk would have no token.
 pub fn linear_loss<'a>(
     objective: &Objective,
@@ -142,7 +148,7 @@ pub fn linear_loss<'a>(
     tokens: impl Into<Tokens<'a>>,
     chunks: Chunks,
 ) -> Result<Tensor> {
-    Ok(linear_loss_with_output(objective, student, teacher, tokens, chunks)?.0)
+    Ok(loss_and_output(objective, student, teacher, &tokens.into(), chunks, false)?.0)
 }
 
 /// [`linear_loss`], and the terms of each token, in the order of the labels' elements.
@@ -156,16 +162,21 @@ pub fn linear_loss_with_output<'a>(
     tokens: impl Into<Tokens<'a>>,
     chunks: Chunks,
 ) -> Result<(Tensor, Output)> {
-    let tokens = tokens.into();
+    loss_and_output(objective, student, teacher, &tokens.into(), chunks, true)
+        .map(|(loss, output)| (loss, output.expect("it was asked for")))
+}
+
+fn loss_and_output(
+    objective: &Objective,
+    student: Layer,
+    teacher: Layer,
+    tokens: &Tokens,
+    chunks: Chunks,
+    #[cfg_attr(not(feature = "candle-cuda"), expect(unused_variables))] want_output: bool,
+) -> Result<(Tensor, Option<Output>)> {
     student.check("student's", student.hidden)?;
     teacher.check("teacher's", student.hidden)?;
     tokens.check("hidden states", student.hidden)?;
-    if !matches!(student.hidden.device(), Device::Cpu) {
-        bail!(
-            "the hidden states are on {:?}, but linear_loss computes on the CPU: elsewhere take loss of the logits",
-            student.hidden.device().location()
-        )
-    }
     let leading = |layer: &Layer| layer.hidden.dims()[..layer.hidden.rank() - 1].to_vec();
     let vocab = student.weight.dims()[0];
     if leading(&student) != leading(&teacher) || vocab != teacher.weight.dims()[0] {
@@ -178,7 +189,40 @@ pub fn linear_loss_with_output<'a>(
             teacher.weight.dims()
         )
     }
-    let host = HostTokens::new(&tokens)?;
+    let layers = (student.contiguous("student's")?, teacher.contiguous("teacher's")?);
+    let (op, output) = match student.hidden.device() {
+        Device::Cpu => {
+            let host = HostTokens::new(tokens)?;
+            let session = session(objective, &host, vocab)?;
+            let (op, output) = match student.hidden.dtype() {
+                DType::BF16 => forward_backward(session, &student, layers, chunks, bf16::ZERO)?,
+                _ => forward_backward(session, &student, layers, chunks, 0f32)?,
+            };
+            (op, Some(output))
+        }
+        #[cfg(feature = "candle-cuda")]
+        Device::Cuda(_) => {
+            let (value, gradients, output) = super::cuda::linear_loss(
+                objective,
+                &layers.0,
+                &layers.1,
+                tokens,
+                [Some(student.hidden), Some(student.weight), student.bias]
+                    .map(|tensor| tensor.is_some_and(Tensor::track_op)),
+                chunks,
+                want_output,
+            )?;
+            (LinearLoss { value, gradients }, output)
+        }
+        other => not_here("hidden states", other)?,
+    };
+    // What has no bias has the weight in its place, to which nothing flows from there.
+    let bias = student.bias.unwrap_or(student.weight);
+    Ok((student.hidden.apply_op3(student.weight, bias, op)?, output))
+}
+
+/// A call on the host.
+fn session<'a>(objective: &Objective, host: &'a HostTokens, vocab: usize) -> Result<Session<'a>> {
     let mut session = Session::begin(objective, &host.labels, vocab).map_err(Error::wrap)?;
     if let Some(weights) = &host.weights {
         session = session.with_token_weights(weights).map_err(Error::wrap)?;
@@ -186,15 +230,7 @@ pub fn linear_loss_with_output<'a>(
     if let Some(temperatures) = &host.temperatures {
         session = session.with_temperatures(temperatures).map_err(Error::wrap)?;
     }
-    let layers = (student.contiguous("student's")?, teacher.contiguous("teacher's")?);
-    let (op, output) = match student.hidden.dtype() {
-        DType::BF16 => forward_backward(session, &student, layers, chunks, bf16::ZERO)?,
-        _ => forward_backward(session, &student, layers, chunks, 0f32)?,
-    };
-    // What has no bias has one without elements, to which nothing flows.
-    let none = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
-    let loss = student.hidden.apply_op3(student.weight, student.bias.unwrap_or(&none), op)?;
-    Ok((loss, output))
+    Ok(session)
 }
 
 /// The loss, and the gradients of the student's tensors that are tracked, that of the hidden states of the dtype of `zero`.
@@ -236,12 +272,13 @@ where
         tensor(weight, Some(student.weight))?,
         tensor(bias, student.bias)?,
     ];
-    Ok((LinearLoss { value: output.loss as f32, gradients }, output))
+    let value = Tensor::new(output.loss as f32, &Device::Cpu)?;
+    Ok((LinearLoss { value, gradients }, output))
 }
 
 /// A loss that is already known, and the gradients of hidden states, weight and bias that are wanted.
 struct LinearLoss {
-    value: f32,
+    value: Tensor,
     gradients: [Option<Tensor>; 3],
 }
 
@@ -259,7 +296,22 @@ impl CustomOp3 for LinearLoss {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![self.value]), Shape::from(())))
+        Ok((CpuStorage::F32(vec![self.value.to_scalar()?]), Shape::from(())))
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (storage, layout) = self.value.storage_and_layout();
+        let Storage::Cuda(value) = &*storage else { bail!("the loss is not on the device") };
+        Ok((value.try_clone(layout)?, Shape::from(())))
     }
 
     fn bwd(

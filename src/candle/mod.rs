@@ -164,7 +164,7 @@ pub fn token_entropies(logits: &Tensor, temperature: f64) -> Result<Tensor> {
         }
         #[cfg(feature = "candle-cuda")]
         Device::Cuda(_) => cuda::token_entropies(&rows, temperature, shape),
-        other => not_here(other),
+        other => not_here("logits", other),
     }
 }
 
@@ -202,13 +202,13 @@ fn loss_and_output(
             let (op, output) = batch.forward(objective, &student_rows, want_output)?;
             Ok((student.apply_op1(op)?, output))
         }
-        other => not_here(other),
+        other => not_here("logits", other),
     }
 }
 
-fn not_here<T>(device: &Device) -> Result<T> {
+fn not_here<T>(what: &str, device: &Device) -> Result<T> {
     bail!(
-        "the logits are on {:?}, but must be on the CPU, or on CUDA with the feature candle-cuda",
+        "the {what} are on {:?}, but must be on the CPU, or on CUDA with the feature candle-cuda",
         device.location()
     )
 }

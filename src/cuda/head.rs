@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUstreamCaptureStatus;
 use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice,
     SyncOnDrop, result,
@@ -10,7 +11,7 @@ use cudarc::driver::{
 use half::{bf16, f16};
 
 use super::products::{Matrix, Products};
-use super::session::{Session, mispredicted_gradients, repair};
+use super::session::{Session, repair};
 use super::{
     DeviceElements, DeviceElementsMut, DeviceTokens, RawLogits, RawRows, Workspace, driver,
 };
@@ -30,12 +31,17 @@ pub type DeviceGradients<'a> = GradientsOf<DeviceElementsMut<'a>, CudaViewMut<'a
 /// The logits are float32, whatever the dtype of the layers; their gradient is of the student's dtype, by which it is
 /// multiplied, with sums in float32. A chunk is a range of tokens. The hard tokens are predicted by the threshold that the
 /// last call left in the workspace, the tokens whose prediction was wrong are computed again, and the weight's gradient gets
-/// the difference: the selection is exact. So a first call has many to compute again, and training few.
+/// the difference: the selection is exact. Where the last call left none, as before the first one, the teacher's logits are
+/// computed twice.
 ///
-/// Beyond the arguments and the workspace a call takes what [`Chunks`] says: the float32 logits of both models and,
-/// beside them, gradients that wait to be multiplied at once, in half precision those of four chunks, since each product
-/// reads and writes all of the weight's gradient. And where tokens are computed again, hidden states of a chunk. A bias
-/// costs a pass more over the logits.
+/// Beyond the arguments, the workspace and 32 MB of its own a head takes for a call what [`Chunks`] says: the float32 logits
+/// of both models and, beside them, gradients that wait to be multiplied at once, in half precision those of four chunks,
+/// since each product reads and writes all of the weight's gradient. And where tokens are computed again, hidden states of
+/// as many as a chunk has. A bias costs a pass more over the logits.
+///
+/// In float16 what is below 6e-8 is lost: the gradients of a mean, or over a denominator, are multiplied by a power of two
+/// near their number of tokens, 1024 at most, until they are float32. Weights of tokens much below 1 are the caller's to
+/// avoid.
 ///
 /// Ignored tokens are known to the device alone, so that their hidden states are multiplied too, by gradients of 0: those
 /// must be finite. As on the CPU, a gradient that is not finite for the predicted group stays in those of weight and bias.
@@ -50,7 +56,7 @@ pub type DeviceGradients<'a> = GradientsOf<DeviceElementsMut<'a>, CudaViewMut<'a
 /// let stream = context.default_stream();
 /// let (tokens, vocab, size) = (8192, 128_256, 4096);
 /// let mut workspace = Workspace::new(&Kernels::load(&context)?, &stream, tokens)?;
-/// let head = Head::new(&stream)?;
+/// let mut head = Head::new(&stream)?;
 ///
 /// let weights = [stream.alloc_zeros::<bf16>(vocab * size)?, stream.alloc_zeros(vocab * size)?];
 /// let hidden = [stream.alloc_zeros::<bf16>(tokens * size)?, stream.alloc_zeros(tokens * size)?];
@@ -73,7 +79,6 @@ pub type DeviceGradients<'a> = GradientsOf<DeviceElementsMut<'a>, CudaViewMut<'a
 /// ```
 #[derive(Debug)]
 pub struct Head {
-    stream: Arc<CudaStream>,
     products: Products,
     chunks: Chunks,
 }
@@ -84,8 +89,7 @@ impl Head {
     /// # Errors
     /// If there is no cuBLASLt, or it or the driver refuses.
     pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
-        let products = Products::new(stream)?;
-        Ok(Self { stream: stream.clone(), products, chunks: Chunks::default() })
+        Ok(Self { products: Products::new(stream)?, chunks: Chunks::default() })
     }
 
     /// With chunks of another size.
@@ -94,14 +98,13 @@ impl Head {
     }
 
     /// Computes the loss, each token's terms, and the gradients that are wanted, times the objective's upstream gradient.
-    /// Returns the workspace, which has the results. Waits once for the selection where gradients depend on it, and not
-    /// otherwise.
+    /// Returns the workspace, which has the results. Waits for the selection where gradients depend on it.
     ///
     /// # Errors
     /// If layers or gradients do not fit the tokens or each other in shape, dtype or context, a chunk would have no token,
-    /// the capacity does not suffice, or the driver or cuBLASLt refuses.
+    /// the capacity does not suffice, the stream is being captured, or the driver or cuBLASLt refuses.
     pub fn loss<'w>(
-        &self,
+        &mut self,
         workspace: &'w mut Workspace,
         objective: &Objective,
         tokens: DeviceTokens<'w>,
@@ -114,11 +117,17 @@ impl Head {
         teacher.check("the teacher's layer", shape)?;
         gradients.check(student)?;
         check_dtypes(student, teacher, gradients.hidden.as_ref())?;
-        let with_gradient = !gradients.is_empty();
-        let selects_first = with_gradient
-            && objective.selects_before_gradients(tokens.scopes())
-            && !tokens.knows_hard();
+        let stream = &self.products.stream().clone();
+        workspace.check(stream, &tokens, contexts(student, teacher, &gradients), None)?;
+        let status = stream.capture_status().map_err(driver("asking for the stream's state"))?;
+        if status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            return Err(Error::CapturedHead);
+        }
 
+        let with_gradient = !gradients.is_empty();
+        let needs_sizes = objective.selects_before_gradients(tokens.scopes());
+        let predicts = objective.depends_on_selection() && !tokens.knows_hard();
+        let selects_first = with_gradient && predicts && (needs_sizes || !workspace.can_predict());
         let dtype = student.weight.dtype();
         let waiting = match dtype {
             _ if !with_gradient => 0,
@@ -128,29 +137,31 @@ impl Head {
         // Rows that start at multiples of 128 bytes.
         let row = vocab.next_multiple_of(64);
         let chunk = self.chunks.tokens(row * (8 + waiting * dtype.size()))?.min(count);
+        let waiting = (waiting * chunk).min(count);
         let unit = gradient_unit(objective, count, dtype);
-
-        let stream = &self.stream;
         let scaled = objective.with_upstream_gradient(unit)?;
-        let session = workspace.begin(stream, &scaled, tokens, None)?;
-        session.check(contexts(student, teacher, &gradients))?;
 
+        let rows = student.rows();
         let (student, _student) = Model::new(student, stream);
         let (teacher, _teacher) = Model::new(teacher, stream);
         let (to, _gradients) = Addresses::new(&mut gradients, student, stream);
+        let student = WithLogits::new(student, stream, [chunk, vocab, row])?;
+        let teacher = WithLogits::new(teacher, stream, [chunk, vocab, row])?;
+        let gradient = Buffer::new(stream, dtype, [waiting, vocab, row])?;
+        let ones = Buffer::ones(stream, dtype, if to.bias.is_some() { waiting } else { 0 })?;
         let mut call = Call {
-            head: self,
-            session,
+            products: &mut self.products,
+            session: workspace.begin(stream, &scaled, tokens, None)?,
             factor: (objective.upstream_gradient() / unit) as f32,
-            student: WithLogits::new(student, stream, [chunk, vocab, row])?,
-            teacher: WithLogits::new(teacher, stream, [chunk, vocab, row])?,
-            gradient: Buffer::new(stream, dtype, [waiting * chunk, vocab, row])?,
-            ones: Buffer::ones(stream, dtype, if to.bias.is_some() { waiting * chunk } else { 0 })?,
+            student,
+            teacher,
+            gradient,
+            ones,
             to,
             waiting: 0..0,
             is_first: true,
         };
-        call.clear_padding()?;
+        call.clear_padding(if count == 0 { 0 } else { vocab }, rows)?;
         let chunks = (0..count).step_by(chunk.max(1)).map(|first| first..count.min(first + chunk));
         if selects_first {
             for tokens in chunks.clone() {
@@ -170,16 +181,16 @@ impl Head {
 }
 
 /// The factor by which gradients are larger between the rows and the products: float16 loses what is below 6e-8, and the
-/// gradient of a mean is about one over the number of tokens. A power of two, so that it rounds nothing, and not so large
-/// that the gradient of few valid tokens overflows.
+/// gradient of a mean is about one over the number of tokens. A power of two, so that it rounds nothing, and at most 1024, so
+/// that the gradient of one valid token of many has room up to 64.
 fn gradient_unit(objective: &Objective, tokens: usize, dtype: Dtype) -> f64 {
     let over = match objective.reduction() {
         Reduction::Sum => 1.0,
-        Reduction::Mean | Reduction::GroupMean => tokens as f64,
+        Reduction::Mean | Reduction::GroupMean => tokens.max(1) as f64,
         Reduction::Denominator(denominator) => denominator,
     };
     match dtype {
-        Dtype::F16 => over.clamp(1.0, 8192.0).log2().floor().exp2(),
+        Dtype::F16 => over.min(1024.0).log2().floor().exp2(),
         Dtype::F32 | Dtype::Bf16 => 1.0,
     }
 }
@@ -239,8 +250,6 @@ struct Model {
     hidden: Matrix,
     weight: Matrix,
     bias: Option<Matrix>,
-    /// Rows of the weight, padding included.
-    rows: usize,
 }
 
 impl Model {
@@ -263,7 +272,6 @@ impl Model {
             hidden: Matrix::new(at_hidden, hidden.dtype(), [layer.tokens(), *features]),
             weight: Matrix::new(at_weight, weight.dtype(), [*vocab, *features]),
             bias,
-            rows: layer.rows(),
         };
         (model, (of_hidden, of_weight, of_bias))
     }
@@ -353,18 +361,18 @@ impl WithLogits {
     ///
     /// # Safety
     /// As of [`Products::multiply`].
-    unsafe fn logits(&self, head: &Head, hidden: Matrix) -> Result<Matrix> {
+    unsafe fn logits(&self, products: &mut Products, hidden: Matrix) -> Result<Matrix> {
         let [count, _] = hidden.shape;
         let logits = self.logits.matrix.rows(0, count);
         let bias = self.model.bias.zip(self.ones.as_ref());
         if let Some((bias, ones)) = bias {
             let ones = Matrix::new(ones.matrix.address, bias.dtype, [count, 1]);
             // SAFETY: the caller's.
-            unsafe { head.multiply(1.0, [ones, bias], false, logits)? };
+            unsafe { products.multiply(1.0, [ones, bias], false, logits)? };
         }
         let factors = [hidden, self.model.weight.transposed()];
         // SAFETY: the caller's.
-        unsafe { head.multiply(1.0, factors, bias.is_some(), logits)? };
+        unsafe { products.multiply(1.0, factors, bias.is_some(), logits)? };
         Ok(logits)
     }
 }
@@ -420,26 +428,9 @@ impl Addresses {
     }
 }
 
-impl Head {
-    /// See [`Products::multiply`].
-    ///
-    /// # Safety
-    /// As there.
-    unsafe fn multiply(
-        &self,
-        factor: f32,
-        factors: [Matrix; 2],
-        adds: bool,
-        to: Matrix,
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        unsafe { self.products.multiply(&self.stream, factor, factors, adds, to) }
-    }
-}
-
 /// One loss. Every address in it is of memory as large as was checked, or was allocated here.
 struct Call<'a, 'w> {
-    head: &'a Head,
+    products: &'a mut Products,
     session: Session<'w>,
     /// Of the gradients, in the products.
     factor: f32,
@@ -457,21 +448,17 @@ struct Call<'a, 'w> {
 }
 
 impl Call<'_, '_> {
-    /// Makes 0 what no product writes of the gradients.
-    fn clear_padding(&self) -> Result<()> {
-        let Model { hidden, weight, rows, .. } = self.student.model;
-        let [vocab, features] = weight.shape;
-        let written = if hidden.shape[0] == 0 { 0 } else { vocab };
-        let stream = self.head.stream.cu_stream();
+    /// Makes 0 what no product writes of the gradients: their rows from `written` on.
+    fn clear_padding(&self, written: usize, rows: usize) -> Result<()> {
+        let [_, features] = self.student.model.weight.shape;
         for (to, columns) in [(self.to.weight, features), (self.to.bias, 1)] {
             let Some(to) = to.filter(|_| written < rows) else { continue };
-            let address = to.address + (written * columns * size_of::<f32>()) as u64;
+            let [start, bytes] =
+                [written, rows - written].map(|rows| rows * columns * size_of::<f32>());
+            let (address, stream) = (to.address + start as u64, self.products.stream().cu_stream());
             // SAFETY: the gradient has so many rows.
-            unsafe {
-                let bytes = (rows - written) * columns * size_of::<f32>();
-                result::memset_d8_async(address, 0, bytes, stream)
-            }
-            .map_err(driver("clearing the gradient of padding"))?;
+            unsafe { result::memset_d8_async(address, 0, bytes, stream) }
+                .map_err(driver("clearing the gradient of padding"))?;
         }
         Ok(())
     }
@@ -480,7 +467,7 @@ impl Call<'_, '_> {
         let hidden = self.teacher.model.hidden.rows(tokens.start, tokens.len());
         // SAFETY: the addresses are those of this call.
         unsafe {
-            let teacher = raw(self.teacher.logits(self.head, hidden)?);
+            let teacher = raw(self.teacher.logits(self.products, hidden)?);
             self.session.stage(|raw| raw.margins(tokens.start, tokens.len(), teacher))
         }
     }
@@ -506,11 +493,14 @@ impl Call<'_, '_> {
     }
 
     /// The logits of hidden states, teacher's and student's, and where their gradient goes.
-    fn rows_of(&self, hidden: [Matrix; 2], gradient: Option<Matrix>) -> Result<RawRows> {
+    fn rows_of(&mut self, hidden: [Matrix; 2], gradient: Option<Matrix>) -> Result<RawRows> {
         let [teacher, student] = hidden;
         // SAFETY: the addresses are those of this call.
         let [teacher, student] = unsafe {
-            [self.teacher.logits(self.head, teacher)?, self.student.logits(self.head, student)?]
+            [
+                self.teacher.logits(self.products, teacher)?,
+                self.student.logits(self.products, student)?,
+            ]
         };
         Ok(RawRows {
             tokens: teacher.shape[0],
@@ -533,24 +523,24 @@ impl Call<'_, '_> {
         self.add(self.factor, gradient, self.student.model.hidden.rows(first, count))
     }
 
-    fn write_hidden(&self, gradient: Matrix, to: Option<Matrix>) -> Result<()> {
+    fn write_hidden(&mut self, gradient: Matrix, to: Option<Matrix>) -> Result<()> {
         let Some(to) = to else { return Ok(()) };
         let factors = [gradient, self.student.model.weight];
         // SAFETY: the addresses are those of this call.
-        unsafe { self.head.multiply(self.factor, factors, false, to) }
+        unsafe { self.products.multiply(self.factor, factors, false, to) }
     }
 
     /// Adds what follows for weight and bias from the gradient of the logits of hidden states.
     fn add(&mut self, factor: f32, gradient: Matrix, hidden: Matrix) -> Result<()> {
         let adds = !std::mem::take(&mut self.is_first);
         let [count, _] = gradient.shape;
-        let ones = Matrix { shape: [1, count], ..self.ones.matrix };
+        let ones = Matrix { shape: [1, count], row: count, ..self.ones.matrix };
         let weight = ([gradient.transposed(), hidden], self.to.weight);
         let bias = ([ones, gradient], self.to.bias);
         for (factors, to) in [weight, bias] {
             if let Some(to) = to {
                 // SAFETY: the addresses are those of this call.
-                unsafe { self.head.multiply(factor, factors, adds, to)? };
+                unsafe { self.products.multiply(factor, factors, adds, to)? };
             }
         }
         Ok(())
@@ -558,15 +548,15 @@ impl Call<'_, '_> {
 
     /// Computes mispredicted tokens again, of which there are at most as many as a chunk has.
     fn repair(&mut self, tokens: &[usize]) -> Result<()> {
-        let (stream, count) = (&self.head.stream, tokens.len());
+        let (stream, count) = (&self.products.stream().clone(), tokens.len());
         let hidden = [self.teacher.gather(stream, tokens)?, self.student.gather(stream, tokens)?];
         let gradient = self.gradient.matrix.rows(0, count);
         let rows = self.rows_of(hidden, Some(gradient))?;
         if self.to.weight.is_some() || self.to.bias.is_some() {
-            self.session.stage(|raw| mispredicted_gradients(raw, tokens, &rows))?;
+            self.session.stage(|raw| repair(raw, tokens, &rows, true))?;
             self.add(-self.factor, gradient, hidden[1])?;
         }
-        self.session.stage(|raw| repair(raw, tokens, &rows))?;
+        self.session.stage(|raw| repair(raw, tokens, &rows, false))?;
         if let Some(to) = self.to.hidden {
             let [_, features] = to.shape;
             let found = Buffer::new(stream, to.dtype, [count, features, features])?;

@@ -17,17 +17,23 @@ use crate::{Dtype, Error, Result};
 /// Bytes that a product may take beside its matrices: what NVIDIA recommends for Hopper.
 const SCRATCH_BYTES: usize = 32 << 20;
 
-/// A handle of cuBLASLt, and memory that its products take beside their matrices.
+/// A handle of cuBLASLt, and memory that its products take beside their matrices. They follow each other on one stream.
 #[derive(Debug)]
 pub(super) struct Products {
     handle: Owned<cublasLtHandle_t>,
     scratch: CudaSlice<u8>,
 }
 
-// SAFETY: the library's functions may be called with one handle by several threads at once.
+// SAFETY: a handle belongs to no thread. Two threads that used one at once would share the scratch memory, so that it is
+// not Sync.
 unsafe impl Send for Products {}
-// SAFETY: as above.
-unsafe impl Sync for Products {}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        // The handle is of this context. Nothing is left to do about an error.
+        let _ = self.scratch.context().bind_to_thread();
+    }
+}
 
 /// A matrix on the device: its element (i, j) lies `i * row + j` elements behind `address`, or `j * row + i` if it is
 /// transposed.
@@ -83,6 +89,10 @@ impl Products {
         Ok(Self { handle, scratch })
     }
 
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        self.scratch.stream()
+    }
+
     /// Enqueues `to = factor * one * other`, or `to += factor * one * other`. The sums are in float32.
     ///
     /// # Errors
@@ -92,8 +102,7 @@ impl Products {
     /// The shapes fit, `one` and `other` are of one dtype, `to` is of that dtype or float32, and none is empty; the
     /// addresses are of such memory, which nobody frees or, for the first two, writes until the stream is done with it.
     pub unsafe fn multiply(
-        &self,
-        stream: &CudaStream,
+        &mut self,
         factor: f32,
         [one, other]: [Matrix; 2],
         adds: bool,
@@ -117,6 +126,7 @@ impl Products {
         let [first_layout, second_layout, to_layout] =
             [layout(first)?, layout(second)?, layout(to)?];
         let preference = self.preference(first, second, to)?;
+        let stream = self.scratch.stream();
         let (scratch, _guard) = self.scratch.device_ptr(stream);
         let (beta, at) = (f32::from(u8::from(adds)), |address: u64| address as *mut c_void);
         // SAFETY: the descriptions are there; the caller vouches for the matrices.
@@ -171,6 +181,8 @@ impl Products {
                 .map_err(cublas)
         };
         set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, as_bytes(&SCRATCH_BYTES))?;
+        // Parts of a sum are added up in float32, and in nothing narrower: CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE.
+        set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, as_bytes(&2_u32))?;
         // The library takes addresses for multiples of 256, if it is not told.
         for (attribute, matrix) in [
             (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, first),

@@ -145,19 +145,19 @@ impl RawSession {
     /// As [`Kernels::begin_raw`].
     pub unsafe fn repair(&mut self, tokens: &[usize], rows: &RawRows, scratch: u64) -> Result<()> {
         // SAFETY: the caller's.
-        unsafe { self.again(tokens, rows, scratch, session::Session::repair) }
+        unsafe { self.again(tokens, rows, scratch, false) }
     }
 
-    /// Enqueues rows of mispredicted tokens in scratch memory.
+    /// [`repair`](Self::repair), or before that the gradients of the other group, which the tokens were given.
     ///
     /// # Safety
-    /// As [`repair`](Self::repair).
+    /// As of it.
     unsafe fn again(
         &mut self,
         tokens: &[usize],
         rows: &RawRows,
         scratch: u64,
-        stage: impl FnOnce(&mut session::Session, &[usize], &RawRows, u64) -> Result<(Launches, u64)>,
+        other_group: bool,
     ) -> Result<()> {
         self.kernels.context().bind_to_thread().map_err(driver("using the context"))?;
         let status =
@@ -166,7 +166,7 @@ impl RawSession {
             // A graph would read the host's numbers when it is launched, and they are gone by then.
             return Err(Error::CapturedRepair);
         }
-        let (launches, numbers) = stage(&mut self.stages, tokens, rows, scratch)?;
+        let (launches, numbers) = self.stages.repair(tokens, rows, scratch, other_group)?;
         if launches.is_empty() {
             return Ok(());
         }
@@ -385,7 +385,9 @@ impl<'a> Session<'a> {
         student: &DeviceLogits,
         gradient: DeviceLogitsMut,
     ) -> Result<()> {
-        self.with_rows(teacher, student, Some(gradient), |raw, rows| repair(raw, tokens, rows))
+        self.with_rows(teacher, student, Some(gradient), |raw, rows| {
+            repair(raw, tokens, rows, false)
+        })
     }
 
     /// As [`repair`](Self::repair), with the gradient written over the student's logits.
@@ -398,7 +400,7 @@ impl<'a> Session<'a> {
         teacher: &DeviceLogits,
         student: DeviceLogitsMut,
     ) -> Result<()> {
-        self.with_rows_in_place(teacher, student, |raw, rows| repair(raw, tokens, rows))
+        self.with_rows_in_place(teacher, student, |raw, rows| repair(raw, tokens, rows, false))
     }
 
     /// Enqueues the end of the call, and the selection if that is missing and changes no gradient. Returns the workspace,
@@ -475,7 +477,7 @@ impl<'a> Session<'a> {
     }
 
     /// Checks that the memory of a stage can be used on the stream, as [`Workspace::check`] does.
-    pub(super) fn check<'s>(
+    fn check<'s>(
         &'s self,
         others: impl IntoIterator<Item = (&'static str, &'s CudaContext)>,
     ) -> Result<()> {
@@ -499,31 +501,12 @@ impl<'a> Session<'a> {
     }
 }
 
-pub(super) fn repair(raw: &mut RawSession, tokens: &[usize], rows: &RawRows) -> Result<()> {
-    with_scratch(raw, tokens, |raw, scratch| {
-        // SAFETY: as in `Workspace::begin`; the scratch memory is freed on this stream.
-        unsafe { raw.repair(tokens, rows, scratch) }
-    })
-}
-
-/// Enqueues the gradients that mispredicted tokens were given, before their repair.
-#[cfg(feature = "head")]
-pub(super) fn mispredicted_gradients(
+/// Enqueues the rows of mispredicted tokens again, as of the group that they are in, or of the other.
+pub(super) fn repair(
     raw: &mut RawSession,
     tokens: &[usize],
     rows: &RawRows,
-) -> Result<()> {
-    with_scratch(raw, tokens, |raw, scratch| {
-        let stage = session::Session::mispredicted_gradients;
-        // SAFETY: as in `repair`.
-        unsafe { raw.again(tokens, rows, scratch, stage) }
-    })
-}
-
-fn with_scratch(
-    raw: &mut RawSession,
-    tokens: &[usize],
-    enqueue: impl FnOnce(&mut RawSession, u64) -> Result<()>,
+    other_group: bool,
 ) -> Result<()> {
     let bytes = Kernels::workspace_bytes(tokens.len());
     // SAFETY: kernels write what others read of it.
@@ -531,7 +514,8 @@ fn with_scratch(
     let scratch = scratch.map_err(driver("allocating memory for a repair"))?;
     let stream = raw.stream.clone();
     let (address, _guard) = scratch.device_ptr(&stream);
-    enqueue(raw, address)
+    // SAFETY: as in `Workspace::begin`; the scratch memory is freed on this stream.
+    unsafe { raw.again(tokens, rows, address, other_group) }
 }
 
 impl Drop for Session<'_> {

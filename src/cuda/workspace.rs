@@ -599,6 +599,12 @@ impl Workspace {
         self.column(self.layout.offsets().modes, self.tokens())
     }
 
+    /// True if the last call has left a threshold by which the next one's hard tokens can be predicted.
+    #[cfg(feature = "head")]
+    pub(super) fn can_predict(&self) -> bool {
+        self.last.is_some_and(|last| !last.failed && last.objective.depends_on_selection())
+    }
+
     pub(super) fn memory_at(&self) -> Memory {
         Memory::new(self.layout, self.address)
     }

@@ -169,34 +169,10 @@ impl Session {
         progress.filter(|(_, p)| **p == Progress::Mispredicted).map(|(token, _)| token).collect()
     }
 
-    /// The rows of mispredicted tokens again, in memory like a workspace for so many. Also returns the address to which
+    /// The rows of mispredicted tokens again, in memory like a workspace for so many; as of the `other_group`, for which
+    /// their gradients were written, they still wait for their repair. Also returns the address to which
     /// the tokens' numbers, uint32 each, are to be written before.
     pub fn repair(
-        &mut self,
-        tokens: &[usize],
-        rows: &RawRows,
-        scratch: u64,
-    ) -> Result<(Launches, u64)> {
-        let launched = self.again(tokens, rows, scratch, false)?;
-        for &token in tokens {
-            self.progress[token] = Progress::Done;
-        }
-        Ok(launched)
-    }
-
-    /// The gradients that mispredicted tokens were given, before their repair: as [`repair`](Self::repair).
-    #[cfg(all(feature = "cuda", feature = "head"))]
-    pub fn mispredicted_gradients(
-        &mut self,
-        tokens: &[usize],
-        rows: &RawRows,
-        scratch: u64,
-    ) -> Result<(Launches, u64)> {
-        self.again(tokens, rows, scratch, true)
-    }
-
-    /// The rows of mispredicted tokens, as of the group that each is in, or of the other.
-    fn again(
         &mut self,
         tokens: &[usize],
         rows: &RawRows,
@@ -234,6 +210,11 @@ impl Session {
             return Ok((Launches::new(), numbers));
         }
         let prepare = self.of_all(Schedule::Given).prepare(count, memory, other_group);
+        if !other_group {
+            for &token in tokens {
+                self.progress[token] = Progress::Done;
+            }
+        }
         self.states_used = true;
         Ok((vec![prepare, stages.launch(Stage::Rows)], numbers))
     }

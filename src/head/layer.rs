@@ -8,9 +8,9 @@ use cudarc::driver::CudaViewMut;
 use crate::cuda::{DeviceElements, DeviceElementsMut};
 use crate::{Elements, ElementsMut, Error, Result};
 
-/// Memory of elements, on the host or on a device.
+/// Elements, on the host or on a device.
 pub trait Memory {
-    /// Elements.
+    /// How many.
     fn length(&self) -> usize;
 }
 

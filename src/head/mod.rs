@@ -60,7 +60,7 @@ mod product;
 
 use crate::cpu::{Session, Threads};
 use crate::{Elements, ElementsMut, LogitsMut, Output, Result};
-pub use layer::{Chunks, GradientsOf, LayerOf, Memory};
+pub use layer::{Chunks, GradientsOf, LayerOf};
 use product::Weight;
 
 /// A layer on the host.

@@ -125,7 +125,7 @@ impl Session<'_> {
         let layout = Layout { capacity: tokens.len() };
         let scratch = vec![0xdead_beef_dead_beef_dead_beef_dead_beef_u128; layout.bytes() / 16];
         let (rows, buffers) = self.of_rows(teacher, student, Some(&gradient))?;
-        let (launches, numbers) = self.stages.repair(tokens, &rows, address(&scratch))?;
+        let (launches, numbers) = self.stages.repair(tokens, &rows, address(&scratch), false)?;
         for (i, &token) in tokens.iter().enumerate() {
             // SAFETY: the column lies in the scratch memory, and is of so many tokens.
             unsafe { (numbers as *mut u32).add(i).write(token as u32) };
