@@ -367,9 +367,14 @@ impl Objective {
                 check("beta", beta, ALLOWED, beta == 0.0 || beta == 1.0 || mixes(beta))?
             }
             Divergence::SkewKl { alpha } | Divergence::SkewReverseKl { alpha } => {
-                const ALLOWED: &str = "in [0, 1), and no nearer than 1e-9 to an end that it is not: with alpha 1 the divergence \
+                const ALLOWED: &str = "in [0, 1), and no nearer than 1e-9 to an end that it is not: at 1 the divergence \
                      is 0 whatever the student does";
-                check("alpha", alpha, ALLOWED, alpha == 0.0 || mixes(alpha))?
+                check(
+                    "the skew (alpha in Rust, beta elsewhere)",
+                    alpha,
+                    ALLOWED,
+                    alpha == 0.0 || mixes(alpha),
+                )?
             }
             Divergence::ForwardKl | Divergence::ReverseKl | Divergence::TotalVariation => 0.0,
         };

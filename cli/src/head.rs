@@ -11,7 +11,7 @@ use safetensors::SafeTensors;
 use crate::backend::{Backend, Choice};
 use crate::destination::Destination;
 use crate::loss::{self, OfTokens};
-use crate::tensors::{Matrix, Tensor};
+use crate::tensors::{self, Matrix, Tensor};
 
 /// A file with this tensor holds hidden states in the place of logits.
 pub const STUDENT_HIDDEN: &str = "student_hidden";
@@ -111,6 +111,9 @@ pub fn loss(
     }
     if let Some(temperatures) = &of_tokens.temperatures {
         session = session.with_temperatures(temperatures).context("`temperatures`")?;
+    }
+    if let Some(log_probs) = tensors::of_tokens(file, "teacher_log_prob")? {
+        session = session.with_teacher_log_probs(&log_probs).context("`teacher_log_prob`")?;
     }
     let Some(destination) = destination else {
         return Ok(head::loss(session, &layer, &teacher, chunks, Gradients::default())?);

@@ -24,7 +24,8 @@ use crate::{head, output};
 /// In the place of `student` and `teacher` it may hold what their last layers multiply, and these: `student_hidden`
 /// [N, Hq] and `student_weight` [V, Hq], `teacher_hidden` [N, Hp] and `teacher_weight` [V, Hp], and `student_bias` or
 /// `teacher_bias` [V] where there is one. The logits, hidden times the transpose of weight plus bias, then exist for a chunk
-/// of tokens at a time, in float32; on the CPU.
+/// of tokens at a time, in float32; on the CPU. With `teacher_log_prob` [N] (F32), the teacher's log p(label) from elsewhere,
+/// the hard tokens are selected by it.
 ///
 /// Example: atkd loss batch.safetensors --grad gradient.safetensors --json
 ///

@@ -311,7 +311,10 @@ fn bad_settings() {
     fails(loss(&path, &["--lambda", "7"]), &["lambda is 7", "[0, 1]"]);
     fails(loss(&path, &["--objective", "kl", "--lambda", "7"]), &["lambda is 7"]);
     fails(loss(&path, &["--beta", "1.5"]), &["beta is 1.5", "[0, 1]"]);
-    fails(loss(&path, &["--divergence", "skew-kl", "--beta", "1"]), &["alpha is 1", "[0, 1)"]);
+    fails(
+        loss(&path, &["--divergence", "skew-kl", "--beta", "1"]),
+        &["beta elsewhere) is 1", "[0, 1)"],
+    );
     fails(
         loss(&path, &["--objective", "kl", "--divergence", "tvd"]),
         &["--objective plain", "forward KL"],
@@ -528,6 +531,24 @@ fn hidden_states() {
     }
     let without_gradient = json(loss(&path, &["--json"]));
     assert!((without_gradient["loss"].as_f64().unwrap() - exact.loss).abs() < 1e-5);
+
+    // Known log-probabilities of the labels select, whatever the logits say.
+    let log_probs = [-0.1_f32, -3.0, -0.2, -0.3, -2.0, -1.0];
+    let bytes_of_log_probs = little_endian(&log_probs);
+    let mut selected = tensors.clone();
+    selected.push(("teacher_log_prob", Dtype::F32, &[TOKENS], &bytes_of_log_probs));
+    let out = files.path("out");
+    json(loss(&files.save("selected", &selected), &["--json", "--grad", out.to_str().unwrap()]));
+    let written = std::fs::read(&out).unwrap();
+    let hard = SafeTensors::deserialize(&written).unwrap();
+    let hard = hard.tensor("hard").unwrap().data().to_vec();
+    let valid: Vec<usize> = (0..TOKENS).filter(|&token| files.labels[token] != -100).collect();
+    let mut expected = valid.clone();
+    expected.sort_by(|&a, &b| log_probs[a].total_cmp(&log_probs[b]));
+    expected.truncate(valid.len().div_ceil(2));
+    for token in 0..TOKENS {
+        assert_eq!(hard[token] == 1, expected.contains(&token), "token {token}");
+    }
 
     for backend in ["simt", "reference"] {
         let words = [backend, "takes logits", "--backend cpu"];

@@ -20,7 +20,7 @@ STUDENT, TEACHER, LABELS = batch(6, 50, ignored=False)
         ({"divergence": "kl"}, 'divergence is "kl"'),
         ({"objective": "kl", "divergence": "jsd"}, 'divergence is "jsd", .* "plain" takes all'),
         ({"beta": 1.5}, "beta is 1.5, but must be in \\[0, 1\\]"),
-        ({"divergence": "skew-kl", "beta": 1.0}, "alpha is 1, but must be in \\[0, 1\\)"),
+        ({"divergence": "skew-kl", "beta": 1.0}, "beta elsewhere\\) is 1, but must be in \\[0, 1\\)"),
         ({"target": "student"}, 'target is "student"'),
         ({"reduction": "average"}, 'reduction is "average"'),
         ({"selection_rule": "mean"}, 'selection_rule is "mean"'),
