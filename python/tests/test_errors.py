@@ -36,6 +36,23 @@ def test_settings(settings, message):
         atkd.ATKDLoss(**settings)
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"divergence": None}, "divergence is None, but must be of type str"),
+        ({"lam": "x"}, "lam is 'x', but must be of type float"),
+        ({"temperature_squared": "no"}, "temperature_squared is 'no', but must be of type bool"),
+        ({"ignore_index": None}, "ignore_index is None, but must be of type int"),
+    ],
+    ids=str,
+)
+def test_types_of_settings(settings, message):
+    with pytest.raises(TypeError, match=message):
+        atkd.atkd_loss(STUDENT, TEACHER, LABELS, **settings)
+    with pytest.raises(TypeError, match=message):
+        atkd.ATKDLoss(**settings)
+
+
 @pytest.mark.parametrize("items", [7, torch.tensor(7)])
 def test_group_means_have_no_denominator(items):
     for loss in [atkd.ATKDLoss(reduction="group-mean"), lambda *x, **y: atkd.atkd_loss(*x, reduction="group-mean", **y)]:

@@ -16,7 +16,7 @@ from typing import (
 import torch
 from torch import Tensor
 
-from . import _atkd, _autograd, _checks, _head, _loss, _native, _operator, _private, _settings
+from . import _autograd, _checks, _head, _loss, _native, _operator, _private, _settings
 from ._loss import ATKDLoss, SharedKeywords, Stats
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _call(
     settings: Dict[str, Any],
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The loss, the terms, and which tokens are hard. The gradients are the student's."""
-    _atkd.Objective(**settings)
+    _settings.native(settings)
     own = given.labels, given.hard, given.token_weights, given.temperatures, given.teacher_log_prob
     *flat, log_prob = [None if each is None else each.reshape(-1) for each in own]
     tokens = _head.Tokens(*flat)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Dict, Literal, NamedTuple, Optional, Tupl
 import torch
 from torch import Tensor
 
-from . import _atkd, _autograd, _operator, _private, _settings
+from . import _autograd, _operator, _private, _settings
 from ._settings import DEFAULTS, Number, Settings
 from ._token_losses import TokenLosses, TransformedTokenLosses
 from ._transforms import Transformed
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 class Stats(NamedTuple):
     """The terms of each token, shaped as the labels; 0 for ignored ones, but for the margin. No gradient flows
-    through.
+    through. All are at the temperature; no weight is in them, nor the temperature's square, but in `loss`.
     """
 
     uncertainty: Tensor
@@ -29,13 +29,15 @@ class Stats(NamedTuple):
     dkd: Tensor
     """The divergence of the renormalised rest, float32."""
     hard: Tensor
-    """True for hard tokens."""
+    """True for hard tokens, whatever the objective makes of them."""
     margin: Tensor
     """log((1 - p) / p) of the teacher's p(target), float32, by which hard tokens are selected; -inf for ignored
     ones.
     """
     loss: Tensor
-    """The token's loss before the reduction, float32: its terms with the objective's weights and its own."""
+    """The token's loss before the reduction, float32: its terms with the objective's weights and its own, cross entropy
+    included. What the reduction divides by is not in it.
+    """
 
 
 def check_tensor(name: str, value: object, is_or_are: str = "are") -> None:
@@ -301,7 +303,8 @@ def atkd_loss(
         student_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16. Read where they lie if
             rows are contiguous and evenly spaced, else copied; so are the teacher's.
         teacher_logits: of the same shape, of any of these dtypes; with `vocab_size` the last dimension may differ.
-        labels: `[N]` or `[B, T]`, int64 or int32. May be left out if `target="teacher"`.
+        labels: `[N]` or `[B, T]`, int64 or int32. May be left out if `target="teacher"`, for which they only tell the
+            ignored tokens.
         lam: easy tokens learn `lam * DKD`, hard ones `(1 - lam) * (TKD + DKD)`; of `"atkd"` alone.
         hard_ratio: the share of the valid tokens, those of which the teacher is least certain, that is
             hard. Not used with `hard`, nor by the median.
@@ -311,30 +314,33 @@ def atkd_loss(
         temperature_squared: multiplies the distillation terms by the temperature's square.
         objective: `"atkd"`, `"plain"` (the divergence over the whole vocabulary), `"kl"` (the plain forward
             one), `"tkd"` or `"dkd"` (one part alone).
-        target: `"label"`, or `"teacher"`: the teacher's arg max splits the distributions.
+        target: the token at which distributions are split, and cross entropy is taken: the `"label"`, or the `"teacher"`'s
+            arg max.
         selection: hard tokens are those of the `"batch"`, which is the tokens of this call, or of each
             `"sequence"` of `[B, T, V]`. A micro-batch, or a rank's part of a batch, has hard tokens of its
             own, and the parts' gradients do not add up to the whole batch's: between two small random models they
             are 16 to 25% away from it in 2 to 16 micro-batches, 16 to 26% over 2 ranks. See `hard`.
         reduction: `"mean"` over the valid tokens, or `"sum"`, or `"group-mean"`: the mean of the easy tokens plus the
             mean of the hard ones, each over its own count, and cross entropy's mean over all. The code of ATKD's
-            authors computes the last, with `selection_rule="median"`; of groups of equal size it is twice the
-            mean. It is of `"atkd"` alone, has no `num_items_in_batch`, and those of a batch's parts do not add up.
+            authors computes the last, with `selection_rule="median"`; of groups of equal size, as `"top-k"` has them
+            of an even number of tokens, it is twice the mean. It is of `"atkd"` alone, has no `num_items_in_batch`, and those of a batch's parts do not add up.
             `"none"` returns the loss of each token, shaped as the labels, 0 for ignored ones. What multiplies them is
             known in `backward` alone, which reads both models' logits again: 5 times the memory traffic of one
             model's logits instead of 3. Where it is known before, `token_weights` with a sum is the faster way.
             (PyTorch keeps no tensor of `torch.inference_mode` for that: `clone()` the teacher's logits, or run it
             under `torch.no_grad`.)
         ignore_index: tokens with this label are dropped.
-        ce_weight: of the student's cross entropy, which is added.
+        ce_weight: of the student's cross entropy at the target, which is added. (With `target="teacher"` that is not the
+            label.)
         kd_weight: of the distillation terms.
         divergence: of the student's q from the teacher's p: `"forward-kl"`, sum p log(p / q); `"reverse-kl"`,
             sum q log(q / p); `"jsd"`, the generalised Jensen-Shannon divergence of GKD, beta KL(p, m) +
             (1 - beta) KL(q, m) with m = beta p + (1 - beta) q; `"tvd"`, total variation, sum |p - q| / 2;
             `"skew-kl"`, KL(p, beta p + (1 - beta) q), and `"skew-reverse-kl"`, KL(q, beta q + (1 - beta) p), of
             DistiLLM. Reverse KL is infinite, and its gradient NaN, where the teacher alone has a logit of -inf.
-        beta: in [0, 1], and no nearer than 1e-9 to an end that it is not. `"jsd"` is forward KL at 0 and reverse KL at 1;
-            the skewed divergences, whose alpha it is, need it below 1.
+        beta: in [0, 1], and no nearer than 1e-9 to an end that it is not. At 0 `"jsd"` is forward KL and at 1 reverse KL, as
+            in GKD, where the formula above would be 0. The skewed divergences, whose alpha it is, need it below 1; DistiLLM
+            has 0.1. Other divergences have none.
         selection_rule: which tokens are hard: `"top-k"`, the `ceil(hard_ratio * valid tokens)` of the largest margin; or
             `"median"`, those whose margin is at least the lower median of the valid tokens', as the code of ATKD's
             authors has it: of an even number n without equals n / 2 + 1.
@@ -551,7 +557,9 @@ def token_entropies(
 
 
 class ATKDLoss(torch.nn.Module):
-    """`atkd_loss` with its settings, which are checked here. A schedule may change `settings`, a dict."""
+    """`atkd_loss` with its settings, which are checked here. A schedule may change `settings`, a dict. What is of the
+    tokens of one batch goes into the call: see `forward`.
+    """
 
     def __init__(
         self,
@@ -585,7 +593,7 @@ class ATKDLoss(torch.nn.Module):
         if reduction == "none":
             _check_per_token(None, inplace)
             checked["reduction"] = "sum"
-        _atkd.Objective(**checked)
+        _settings.native(checked)
         self.settings: Dict[str, Any] = settings
 
     def forward(
@@ -598,6 +606,9 @@ class ATKDLoss(torch.nn.Module):
         token_weights: Optional[Tensor] = None,
         temperature: Optional[Tensor] = None,
     ) -> Any:
+        """The loss of `atkd_loss`, which describes the arguments; with `return_stats` `(loss, Stats)`. A temperature given
+        here, a number or one a token, is in the place of the setting.
+        """
         settings = self.settings
         if temperature is not None:
             settings = {**settings, "temperature": temperature}

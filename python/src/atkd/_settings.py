@@ -88,7 +88,20 @@ def resolved(settings: Dict[str, Any], tensor: Tensor) -> Dict[str, Any]:
 
 def objective(settings: Dict[str, Any], logits: Tensor) -> _atkd.Objective:
     """The objective of a call on these logits."""
-    return _atkd.Objective(**resolved(settings, logits))
+    return native(resolved(settings, logits))
+
+
+def native(settings: Dict[str, Any]) -> _atkd.Objective:
+    """The objective of these settings, which are checked."""
+    try:
+        return _atkd.Objective(**settings)
+    except TypeError:
+        # Its message names no argument.
+        for name, default in DEFAULTS.items():
+            value, kind = settings.get(name, default), type(default)
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise TypeError(f"{name} is {value!r}, but must be of type {kind.__name__}") from None
+        raise
 
 
 # Not in every version of torch, the older of which compile each number anew.
