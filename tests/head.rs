@@ -72,10 +72,7 @@ fn sequences() {
 #[test]
 fn settings_of_tokens() {
     let problem = Problem::new();
-    let mut random = fastrand::Rng::with_seed(4);
-    let weights: Vec<f32> = (0..N).map(|_| 3.0 * random.f32() - 1.0).collect();
-    let temperatures: Vec<f32> = (0..N).map(|_| 0.5 + random.f32()).collect();
-    let hard: Vec<bool> = (0..N).map(|_| random.bool()).collect();
+    let (weights, temperatures, hard) = values_of_tokens();
     let own =
         With { weights: Some(&weights), temperatures: Some(&temperatures), ..With::default() };
     for objective in objectives() {

@@ -21,7 +21,7 @@ use crate::{DRIVER, count};
 
 type Answer<T = ()> = Result<T, cublasStatus_t>;
 
-/// What an address is a multiple of, if nothing else is promised.
+/// The library takes addresses for multiples of this, if nothing else is promised.
 const ALIGNMENT: u32 = 256;
 
 #[derive(Clone, Copy)]
@@ -36,7 +36,7 @@ struct Layout {
 #[derive(Clone, Copy)]
 struct Preference {
     scratch: usize,
-    /// Of the addresses of a, b, c and d.
+    /// The addresses of a, b, c and d are multiples of these.
     alignments: [u32; 4],
 }
 
@@ -190,7 +190,7 @@ macro_rules! cublas {
     ($(fn $name:ident($($argument:ident: $type:ty),*) $body:block)+) => {
         $(
             /// # Safety
-            /// As the library's documentation asks for.
+            /// The arguments are what the library's documentation asks for.
             #[unsafe(no_mangle)]
             #[allow(clippy::too_many_arguments, reason = "as many as the library's has")]
             unsafe extern "C" fn $name($($argument: $type),*) -> cublasStatus_t {
@@ -324,7 +324,7 @@ cublas! {
             return Err(CUBLAS_STATUS_INVALID_VALUE);
         }
         let mut found: cublasLtMatmulHeuristicResult_t = std::mem::zeroed();
-        // What was promised, for the product to hold it to.
+        // The product is held to what was promised here.
         found.algo.data[..4].copy_from_slice(&alignments.map(u64::from));
         found.algo.data[4] = scratch as u64;
         (found.workspaceSize, found.state) = (scratch, CUBLAS_STATUS_SUCCESS);

@@ -35,8 +35,8 @@ fn kernels(stream: &CudaStream) -> Result<Arc<Kernels>> {
     Ok(kernels)
 }
 
-/// What stays of a stream from step to step: the next one guesses by what the last one left in the workspace, and
-/// allocates no other.
+/// A stream's workspace and head stay from step to step: the next step guesses by what the last one left in the workspace,
+/// and allocates no other.
 struct Kept {
     stream: Arc<CudaStream>,
     workspace: Workspace,
@@ -140,47 +140,60 @@ impl Batch {
     ) -> Result<T> {
         let stream = student.tensor.device().as_cuda_device()?.cuda_stream();
         let teacher = Rows::new("teacher's ", &self.teacher)?;
-        let labels = self.labels.to_dtype(DType::I64)?.contiguous()?;
         let (teacher_storage, _) = teacher.tensor.storage_and_layout();
         let (student_storage, _) = student.tensor.storage_and_layout();
-        let (labels_storage, labels_layout) = labels.storage_and_layout();
-        let labels = cuda_storage(&labels_storage)?.as_cuda_slice::<i64>()?;
-        let labels = labels.slice(labels_layout.start_offset()..).slice(..student.tokens);
-
-        let mut batch =
-            DeviceBatch::new(logits(&teacher, &teacher_storage)?, labels).map_err(Error::wrap)?;
-        let contiguous =
-            |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::contiguous).transpose();
-        let [weights, temperatures] = [contiguous(&self.values[0])?, contiguous(&self.values[1])?];
-        let [weights, temperatures] =
-            [&weights, &temperatures].map(|tensor| tensor.as_ref().map(Tensor::storage_and_layout));
-        if let Some((storage, layout)) = &weights {
-            let weights = floats(storage, layout, student.tokens)?;
-            batch = batch.with_token_weights(weights).map_err(Error::wrap)?;
-        }
-        if let Some((storage, layout)) = &temperatures {
-            let temperatures = floats(storage, layout, student.tokens)?;
-            batch = batch.with_temperatures(temperatures).map_err(Error::wrap)?;
-        }
         let student_logits = logits(student, &student_storage)?;
         let gradient = gradient.map(|gradient| gradient_logits(student, gradient)).transpose()?;
-        with_workspace(&stream, student.tokens, |workspace| {
-            // A label that another step met, whose loss nobody read, is not this one's.
-            workspace.clear_faults(&stream)?;
-            match gradient {
-                None => workspace.forward(&stream, objective, &batch, &student_logits)?,
-                Some(gradient) => workspace.forward_backward(
-                    &stream,
-                    objective,
-                    &batch,
-                    &student_logits,
-                    gradient,
-                    upstream.as_ref(),
-                )?,
-            }
-            then(workspace)
+        let values = self.values.each_ref().map(Option::as_ref);
+        with_tokens(&self.labels, values, student.vocab, |tokens| {
+            let batch = DeviceBatch::of_tokens(logits(&teacher, &teacher_storage)?, tokens)
+                .map_err(Error::wrap)?;
+            with_workspace(&stream, student.tokens, |workspace| {
+                // A label that another step met, whose loss nobody read, is not this one's.
+                workspace.clear_faults(&stream)?;
+                match gradient {
+                    None => workspace.forward(&stream, objective, &batch, &student_logits)?,
+                    Some(gradient) => workspace.forward_backward(
+                        &stream,
+                        objective,
+                        &batch,
+                        &student_logits,
+                        gradient,
+                        upstream.as_ref(),
+                    )?,
+                }
+                then(workspace)
+            })
         })
     }
+}
+
+/// Does some work with the labels of tokens, and their weights and temperatures where they have any.
+fn with_tokens<T>(
+    labels: &Tensor,
+    values: [Option<&Tensor>; 2],
+    vocab: usize,
+    work: impl FnOnce(DeviceTokens) -> Result<T>,
+) -> Result<T> {
+    let count = labels.elem_count();
+    let labels = labels.to_dtype(DType::I64)?.contiguous()?;
+    let (labels_storage, labels_layout) = labels.storage_and_layout();
+    let labels = cuda_storage(&labels_storage)?.as_cuda_slice::<i64>()?;
+    let labels = labels.slice(labels_layout.start_offset()..).slice(..count);
+    let mut tokens = DeviceTokens::new(labels, vocab);
+    let [weights, temperatures] = values.map(|tensor| tensor.map(Tensor::contiguous).transpose());
+    let [weights, temperatures] = [weights?, temperatures?];
+    let [weights, temperatures] =
+        [&weights, &temperatures].map(|tensor| tensor.as_ref().map(Tensor::storage_and_layout));
+    if let Some((storage, layout)) = &weights {
+        let weights = floats(storage, layout, count)?;
+        tokens = tokens.with_token_weights(weights).map_err(Error::wrap)?;
+    }
+    if let Some((storage, layout)) = &temperatures {
+        let temperatures = floats(storage, layout, count)?;
+        tokens = tokens.with_temperatures(temperatures).map_err(Error::wrap)?;
+    }
+    work(tokens)
 }
 
 /// Computes the loss of hidden states, the gradients that are wanted of the student's hidden states (in float32 for
@@ -199,25 +212,6 @@ pub(super) fn linear_loss(
     let count = tokens.labels.elem_count();
     let (vocab, _) = student.weight.dims2()?;
 
-    let labels = tokens.labels.to_dtype(DType::I64)?.contiguous()?;
-    let (labels_storage, labels_layout) = labels.storage_and_layout();
-    let labels = cuda_storage(&labels_storage)?.as_cuda_slice::<i64>()?;
-    let labels = labels.slice(labels_layout.start_offset()..).slice(..count);
-    let mut of_tokens = DeviceTokens::new(labels, vocab);
-    let values = [tokens.weights, tokens.temperatures];
-    let [weights, temperatures] = values.map(|tensor| tensor.map(Tensor::contiguous).transpose());
-    let [weights, temperatures] = [weights?, temperatures?];
-    let [weights, temperatures] =
-        [&weights, &temperatures].map(|tensor| tensor.as_ref().map(Tensor::storage_and_layout));
-    if let Some((storage, layout)) = &weights {
-        let weights = floats(storage, layout, count)?;
-        of_tokens = of_tokens.with_token_weights(weights).map_err(Error::wrap)?;
-    }
-    if let Some((storage, layout)) = &temperatures {
-        let temperatures = floats(storage, layout, count)?;
-        of_tokens = of_tokens.with_temperatures(temperatures).map_err(Error::wrap)?;
-    }
-
     let hidden_dtype = match student.hidden.dtype() {
         DType::BF16 => DType::BF16,
         _ => DType::F32,
@@ -235,19 +229,22 @@ pub(super) fn linear_loss(
         weight: weight.as_mut().map(floats_mut).transpose()?,
         bias: bias.as_mut().map(floats_mut).transpose()?,
     };
-    let (value, output) = with_layer(student, |student| {
-        with_layer(teacher, |teacher| {
-            with_kept(&stream, count, |Kept { workspace, head, .. }| {
-                workspace.clear_faults(&stream)?;
-                let made = match head.take() {
-                    Some(head) => head,
-                    None => Head::new(&stream)?,
-                };
-                let made = head.insert(made.with_chunks(chunks));
-                made.loss(workspace, objective, of_tokens, student, teacher, gradients)?;
-                let value = stream.clone_dtod(&workspace.loss());
-                let output = if want_output { Some(workspace.read(&stream)?) } else { None };
-                Ok((value, output))
+    let values = [tokens.weights, tokens.temperatures];
+    let (value, output) = with_tokens(tokens.labels, values, vocab, |of_tokens| {
+        with_layer(student, |student| {
+            with_layer(teacher, |teacher| {
+                with_kept(&stream, count, |Kept { workspace, head, .. }| {
+                    workspace.clear_faults(&stream)?;
+                    let made = match head.take() {
+                        Some(head) => head,
+                        None => Head::new(&stream)?,
+                    };
+                    let made = head.insert(made.with_chunks(chunks));
+                    made.loss(workspace, objective, of_tokens, student, teacher, gradients)?;
+                    let value = stream.clone_dtod(&workspace.loss());
+                    let output = if want_output { Some(workspace.read(&stream)?) } else { None };
+                    Ok((value, output))
+                })
             })
         })
     })?;

@@ -216,7 +216,7 @@ fn loss_and_output(
         }
         other => not_here("hidden states", other)?,
     };
-    // What has no bias has the weight in its place, to which nothing flows from there.
+    // The weight takes the place of a bias that is not there; nothing flows to it from that place.
     let bias = student.bias.unwrap_or(student.weight);
     Ok((student.hidden.apply_op3(student.weight, bias, op)?, output))
 }

@@ -725,7 +725,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// What [`head`](crate::head) needs of a session besides.
+/// These parts of a session are for [`head`](crate::head) alone.
 #[cfg(feature = "head")]
 impl<'a> Session<'a> {
     pub(crate) fn objective(&self) -> &Objective {

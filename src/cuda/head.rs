@@ -360,7 +360,7 @@ impl WithLogits {
     /// The logits of hidden states.
     ///
     /// # Safety
-    /// As of [`Products::multiply`].
+    /// The conditions are those of [`Products::multiply`].
     unsafe fn logits(&self, products: &mut Products, hidden: Matrix) -> Result<Matrix> {
         let [count, _] = hidden.shape;
         let logits = self.logits.matrix.rows(0, count);

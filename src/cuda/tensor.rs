@@ -431,11 +431,18 @@ impl<'a> DeviceBatch<'a> {
     /// # Errors
     /// If there is not one label a token.
     pub fn new(teacher: DeviceLogits<'a>, labels: impl Into<DeviceLabels<'a>>) -> Result<Self> {
-        let [tokens, vocab] = teacher.shape;
-        let of_tokens = DeviceTokens::new(labels, vocab);
-        match of_tokens.shape[0] {
-            labels if labels == tokens => Ok(Self { teacher, tokens: of_tokens }),
-            labels => Err(Error::LabelCount { labels, tokens }),
+        let tokens = DeviceTokens::new(labels, teacher.shape[1]);
+        Self::of_tokens(teacher, tokens)
+    }
+
+    /// The teacher's logits of tokens that have labels.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(crate) fn of_tokens(teacher: DeviceLogits<'a>, tokens: DeviceTokens<'a>) -> Result<Self> {
+        match [tokens.shape[0], teacher.shape[0]] {
+            [labels, tokens] if labels != tokens => Err(Error::LabelCount { labels, tokens }),
+            _ => Ok(Self { teacher, tokens }),
         }
     }
 

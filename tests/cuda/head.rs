@@ -256,10 +256,7 @@ fn sequences() {
 fn settings_of_tokens() {
     let Some(mut setup) = Setup::or_skip() else { return };
     let problem = Problem::new();
-    let mut random = fastrand::Rng::with_seed(4);
-    let weights: Vec<f32> = (0..N).map(|_| 3.0 * random.f32() - 1.0).collect();
-    let temperatures: Vec<f32> = (0..N).map(|_| 0.5 + random.f32()).collect();
-    let hard: Vec<bool> = (0..N).map(|_| random.bool()).collect();
+    let (weights, temperatures, hard) = values_of_tokens();
     let own =
         With { weights: Some(&weights), temperatures: Some(&temperatures), ..With::default() };
     for objective in objectives() {

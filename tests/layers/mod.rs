@@ -236,6 +236,14 @@ pub fn error(found: &[f64], exact: &[f64]) -> f64 {
     differences.fold(0.0, |most, each| if each <= most { most } else { each })
 }
 
+/// Random weights and temperatures of the tokens, and which are hard.
+pub fn values_of_tokens() -> (Vec<f32>, Vec<f32>, Vec<bool>) {
+    let mut random = fastrand::Rng::with_seed(4);
+    let weights = (0..N).map(|_| 3.0 * random.f32() - 1.0).collect();
+    let temperatures = (0..N).map(|_| 0.5 + random.f32()).collect();
+    (weights, temperatures, (0..N).map(|_| random.bool()).collect())
+}
+
 pub fn objectives() -> Vec<Objective> {
     let default = Objective::default;
     let divergence = |of: Objective, divergence| of.with_divergence(divergence).unwrap();
