@@ -15,6 +15,13 @@ ATKD_KERNEL(count_valid, atkd_count_valid, ATKD_COUNT) {
             store(&p.batch.summary->predicted_threshold, load(p.kept_threshold));
         }
     }
+    if (p.counts != nullptr) {
+        if (block_index() == 0 && thread_index() == 0) {
+            store(&p.batch.summary->counted_valid, load(p.counts));
+            store(&p.batch.summary->counted_hard, load(p.counts + 1));
+        }
+        return;
+    }
     uint32_t votes = warp_ballot(valid);
     if (thread_index() % WARP == 0 && votes != 0) {
         add_atomic(&p.batch.summary->counted_valid, count_bits(votes));

@@ -91,6 +91,37 @@ typedef struct {
     uint32_t shift;
 } atkd_strides;
 
+// The version of the two layouts that ranks exchange: atkd_row_state and atkd_sweep_terms.
+#define ATKD_ROW_STATE_VERSION 1u
+
+// The sums of one token's row with the target left out, or of the part of the row that a shard of the vocabulary has: the
+// states of all parts merge into that of the row. With the exponents x_j = z_j log2(e) / T of the teacher's logits and y_j
+// of the student's, X is the integer nearest to the exponent of teacher_max, and Y to that of student_max; where that is
+// 2^18 or more in size, the exponent itself.
+typedef struct {
+    float teacher_sum;      // sum 2^(x_j - X)
+    float student_sum;      // sum 2^(y_j - Y)
+    float student_sum_at_1; // the same at T = 1, if cross entropy needs it beside student_sum; else 0
+    // Forward KL: sum 2^(x_j - X) (x_j - X - y_j + Y) / 2^64, or inf where the student rules out (-inf) a token that the
+    // teacher does not. Reverse KL, with r the token of student_max: sum 2^(y_j - Y) (x_j - x_r - y_j + y_r) / 2^64, or
+    // -inf where the teacher rules out what the student does not. Other divergences: 0.
+    float cross_term;
+    float teacher_max; // the largest logit, or a little less; finite
+    float student_max;
+    float teacher_reference; // reverse KL: the teacher's logit of token r; finite
+    float teacher_target;    // the logits of the target, where this part has it
+    float student_target;
+    int32_t target; // a token of the whole vocabulary, or -1: it is in another part, or the token is ignored
+} atkd_row_state;
+
+// The sums of the second sweep over a part of a row, for divergences of two sweeps. With p_j and q_j renormalised without
+// the target, or plain over the whole vocabulary, and the mixture m of the divergence:
+typedef struct {
+    float teacher; // a mixture: sum p_j log2(p_j / m_j); total variation: sum |p_j - q_j|
+    float student; // a mixture: sum q_j log2(q_j / m_j); total variation: sum q_j sign(q_j - p_j)
+    float slope;   // a mixture whose KL divergences are skewed: sum q_j (p_j - q_j) / m_j; else 0
+} atkd_sweep_terms;
+
 // One per workspace: results, and counters of the call in progress. All 0 before the first call; between calls the
 // counters are 0, but for the top bits of `arrived`.
 typedef struct {
@@ -145,7 +176,8 @@ typedef struct {
     const uint8_t *hard; // [N]: not 0 for a hard token, instead of valid_mode; hard tokens are counted then; or null
     void *states;        // of row_pipelined, whose numbers become 0
     const uint32_t *kept_threshold; // the last call's: becomes the summary's predicted one; any value is right
-    uint32_t valid_mode;            // ATKD_EASY or ATKD_HARD
+    const uint32_t *counts; // [2]: valid and hard tokens of all ranks, instead of those counted here; or null
+    uint32_t valid_mode;    // ATKD_EASY or ATKD_HARD
     uint32_t reserved;
 } atkd_count_valid;
 
@@ -237,6 +269,21 @@ typedef struct {
     uint32_t gradient_type; // row_pipelined: the student's, float32, or any if the student's is float32
     atkd_divergence divergence;
 } atkd_rows;
+
+// row_states, row_terms, row_gradient, merge_states: the stages of a call on one rank's shard of the vocabulary, which has
+// some columns of each row. The states of all ranks are merged where they are used, in rank order.
+typedef struct {
+    atkd_rows rows;                 // rows.batch.vocab: this shard's columns
+    atkd_row_state *own_states;     // [N]: row_states writes them
+    atkd_sweep_terms *own_terms;    // [N]: row_terms writes them
+    const atkd_row_state *states;   // [ranks, N]
+    const atkd_sweep_terms *terms;  // [ranks, N], for the divergences of two sweeps; null where they are not known yet
+    float *margins;                 // [N]: merge_states, the teacher's where the caller wants them; or null
+    uint32_t ranks;
+    uint32_t first_column;
+    uint32_t whole_vocab;
+    uint32_t blocks; // of the launch
+} atkd_shard;
 
 // token_terms: the terms of each token, over what they follow from, and the reduced loss; ends the call. A thread takes
 // a token in turn.

@@ -293,6 +293,112 @@ impl RawTokens {
     }
 }
 
+/// One rank's shard of the vocabulary and the tokens of its call, by address: what every stage of
+/// [`shards`](crate::shards) is about. N is `tokens`, R the ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawShard {
+    /// Rows.
+    pub tokens: usize,
+    /// Tokens of the whole vocabulary.
+    pub vocab: usize,
+    /// The token of the vocabulary that the shard's first column is about.
+    pub first_column: usize,
+    /// Columns of the shard, of those that count; may be 0.
+    pub columns: usize,
+    /// The teacher's logits `[N, columns]`.
+    pub teacher: RawLogits,
+    /// The student's logits `[N, columns]`.
+    pub student: RawLogits,
+    /// Tokens of the whole vocabulary: see [`RawCall::labels`].
+    pub labels: Option<RawLabels>,
+    /// The mask of hard tokens, a byte per token, 0 or not; needed where the terms or the gradient depend on it.
+    pub hard: Option<u64>,
+    /// See [`RawCall::token_weights`].
+    pub token_weights: Option<u64>,
+    /// See [`RawCall::temperatures`].
+    pub temperatures: Option<u64>,
+    /// See [`RawCall::upstream`].
+    pub upstream: Option<u64>,
+    /// The numbers of valid and of hard tokens of all ranks that the reduction is over, 32 bits each; `None` for those of
+    /// these tokens.
+    pub counts: Option<u64>,
+}
+
+/// What the ranks of a vocabulary have exchanged, by address: `[ranks, N]`, in the order of their columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawStates {
+    /// The [`RowState`](crate::shards::RowState)s.
+    pub states: u64,
+    /// The [`SweepTerms`](crate::shards::SweepTerms), after the second exchange of a divergence of two sweeps.
+    pub terms: Option<u64>,
+    /// R
+    pub ranks: usize,
+}
+
+impl RawShard {
+    /// The call about the shard's columns, with the labels and settings of the tokens.
+    pub(crate) fn call(&self, gradient: Option<RawLogits>, gradient_padding: usize) -> RawCall {
+        let Self { tokens, columns, teacher, student, labels, hard, .. } = *self;
+        let rows = RawRows { tokens, teacher, student, gradient, gradient_padding };
+        RawCall {
+            labels,
+            hard,
+            token_weights: self.token_weights,
+            temperatures: self.temperatures,
+            upstream: self.upstream,
+            ..rows.call(columns)
+        }
+    }
+
+    /// The labels and settings alone.
+    fn settings(&self) -> RawTokens {
+        RawTokens { vocab: self.vocab, ..self.call(None, 0).without_logits() }
+    }
+
+    /// Checks all but the logits, and what was exchanged.
+    pub(crate) fn check(&self, objective: &Objective, exchanged: Option<&RawStates>) -> Result<()> {
+        check_columns(self.first_column, self.columns, self.vocab)?;
+        self.settings().check(objective)?;
+        check_alignment("the counts", self.counts.unwrap_or(0), 4)?;
+        check_there("the counts", self.counts, 2)?;
+        let Some(&RawStates { states, terms, ranks }) = exchanged else { return Ok(()) };
+        if ranks == 0 {
+            return Err(Error::NoStates);
+        }
+        for (what, address) in [(ROW_STATES, Some(states)), (SWEEP_TERMS, terms)] {
+            check_alignment(what, address.unwrap_or(0), 4)?;
+            check_there(what, address, ranks.saturating_mul(self.tokens))?;
+        }
+        Ok(())
+    }
+
+    /// Checks the logits and the gradient.
+    pub(crate) fn check_logits(
+        &self,
+        gradient: Option<RawLogits>,
+        gradient_padding: usize,
+    ) -> Result<()> {
+        self.call(gradient, gradient_padding).check_logits()
+    }
+
+    /// Checks memory that a stage writes one value per token to.
+    pub(crate) fn check_output(&self, what: &'static str, to: u64) -> Result<()> {
+        check_alignment(what, to, 4)?;
+        check_there(what, Some(to), self.tokens)
+    }
+}
+
+/// Checks that a shard's columns are some of the vocabulary's.
+pub(crate) fn check_columns(first: usize, columns: usize, vocab: usize) -> Result<()> {
+    match first.checked_add(columns) {
+        Some(end) if end <= vocab => Ok(()),
+        _ => Err(Error::ShardColumns { first, columns, vocab }),
+    }
+}
+
+pub(crate) const ROW_STATES: &str = "the row states";
+pub(crate) const SWEEP_TERMS: &str = "the second sweep's terms";
+
 /// The inputs of the teacher's margins, by address. N is `tokens`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawTeacher {

@@ -107,6 +107,31 @@ pub enum Error {
         "the label of token {token} is out of range: it must be at least 0 and below the vocabulary size {vocab}, or ignore_index {ignore_index}; a kernel met it, and dropped the token"
     )]
     DeviceLabel { token: u64, vocab: usize, ignore_index: i64 },
+    /// A shard with columns that the vocabulary does not have.
+    #[error(
+        "the shard has {} from {first} on, but the vocabulary has {vocab} tokens",
+        count(*columns, "column")
+    )]
+    ShardColumns { first: usize, columns: usize, vocab: usize },
+    /// Nothing was exchanged.
+    #[error(
+        "there are no row states to merge: give those of each rank, in the order of the columns"
+    )]
+    NoStates,
+    /// One row state per rank and token, no more and no fewer.
+    #[error(
+        "{values} of {what} given for {}, but there must be one per rank and token",
+        count(*tokens, "token")
+    )]
+    StateCount { what: &'static str, values: usize, tokens: usize },
+    /// A token whose target no shard has left out.
+    #[error(
+        "no shard has the target of token {token}: the row states must be of all ranks, whose columns are the whole vocabulary"
+    )]
+    NoShardTarget { token: usize },
+    /// A stage of shards came before the one that it needs.
+    #[error("{what} needed first: {needed}")]
+    ShardStage { what: &'static str, needed: &'static str },
     /// Row offsets that do not partition the tokens, met by a kernel.
     #[error(
         "the row offsets of sequence {sequence} are out of order: offsets must start at 0, never fall, and end at the number of tokens; a kernel met it, and selected no hard tokens there"

@@ -114,12 +114,12 @@ pub mod head;
 mod logits;
 mod objective;
 mod output;
-#[cfg(any(feature = "cuda", feature = "simt"))]
 mod params;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod plan;
 pub mod reference;
 mod selection;
+pub mod shards;
 #[cfg(feature = "simt")]
 pub mod simt;
 mod strides;

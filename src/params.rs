@@ -52,6 +52,7 @@ pub const ATKD_TEAM_STATE: u32 = 48;
 pub const ATKD_PIPELINED_GRID: u32 = 1024;
 pub const ATKD_EXCHANGE_BYTES: u32 = 48;
 pub const ATKD_TERMS_GRID: u32 = 1024;
+pub const ATKD_ROW_STATE_VERSION: u32 = 1;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct atkd_strides {
@@ -70,6 +71,63 @@ const _: () = {
     ["Offset of field: atkd_strides::inverse"]
         [::std::mem::offset_of!(atkd_strides, inverse) - 16usize];
     ["Offset of field: atkd_strides::shift"][::std::mem::offset_of!(atkd_strides, shift) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_row_state {
+    pub teacher_sum: f32,
+    pub student_sum: f32,
+    pub student_sum_at_1: f32,
+    pub cross_term: f32,
+    pub teacher_max: f32,
+    pub student_max: f32,
+    pub teacher_reference: f32,
+    pub teacher_target: f32,
+    pub student_target: f32,
+    pub target: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_row_state"][::std::mem::size_of::<atkd_row_state>() - 40usize];
+    ["Alignment of atkd_row_state"][::std::mem::align_of::<atkd_row_state>() - 4usize];
+    ["Offset of field: atkd_row_state::teacher_sum"]
+        [::std::mem::offset_of!(atkd_row_state, teacher_sum) - 0usize];
+    ["Offset of field: atkd_row_state::student_sum"]
+        [::std::mem::offset_of!(atkd_row_state, student_sum) - 4usize];
+    ["Offset of field: atkd_row_state::student_sum_at_1"]
+        [::std::mem::offset_of!(atkd_row_state, student_sum_at_1) - 8usize];
+    ["Offset of field: atkd_row_state::cross_term"]
+        [::std::mem::offset_of!(atkd_row_state, cross_term) - 12usize];
+    ["Offset of field: atkd_row_state::teacher_max"]
+        [::std::mem::offset_of!(atkd_row_state, teacher_max) - 16usize];
+    ["Offset of field: atkd_row_state::student_max"]
+        [::std::mem::offset_of!(atkd_row_state, student_max) - 20usize];
+    ["Offset of field: atkd_row_state::teacher_reference"]
+        [::std::mem::offset_of!(atkd_row_state, teacher_reference) - 24usize];
+    ["Offset of field: atkd_row_state::teacher_target"]
+        [::std::mem::offset_of!(atkd_row_state, teacher_target) - 28usize];
+    ["Offset of field: atkd_row_state::student_target"]
+        [::std::mem::offset_of!(atkd_row_state, student_target) - 32usize];
+    ["Offset of field: atkd_row_state::target"]
+        [::std::mem::offset_of!(atkd_row_state, target) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_sweep_terms {
+    pub teacher: f32,
+    pub student: f32,
+    pub slope: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_sweep_terms"][::std::mem::size_of::<atkd_sweep_terms>() - 12usize];
+    ["Alignment of atkd_sweep_terms"][::std::mem::align_of::<atkd_sweep_terms>() - 4usize];
+    ["Offset of field: atkd_sweep_terms::teacher"]
+        [::std::mem::offset_of!(atkd_sweep_terms, teacher) - 0usize];
+    ["Offset of field: atkd_sweep_terms::student"]
+        [::std::mem::offset_of!(atkd_sweep_terms, student) - 4usize];
+    ["Offset of field: atkd_sweep_terms::slope"]
+        [::std::mem::offset_of!(atkd_sweep_terms, slope) - 8usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -195,12 +253,13 @@ pub struct atkd_count_valid {
     pub hard: *const u8,
     pub states: *mut ::std::os::raw::c_void,
     pub kept_threshold: *const u32,
+    pub counts: *const u32,
     pub valid_mode: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 152usize];
+    ["Size of atkd_count_valid"][::std::mem::size_of::<atkd_count_valid>() - 160usize];
     ["Alignment of atkd_count_valid"][::std::mem::align_of::<atkd_count_valid>() - 8usize];
     ["Offset of field: atkd_count_valid::batch"]
         [::std::mem::offset_of!(atkd_count_valid, batch) - 0usize];
@@ -210,10 +269,12 @@ const _: () = {
         [::std::mem::offset_of!(atkd_count_valid, states) - 128usize];
     ["Offset of field: atkd_count_valid::kept_threshold"]
         [::std::mem::offset_of!(atkd_count_valid, kept_threshold) - 136usize];
+    ["Offset of field: atkd_count_valid::counts"]
+        [::std::mem::offset_of!(atkd_count_valid, counts) - 144usize];
     ["Offset of field: atkd_count_valid::valid_mode"]
-        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 144usize];
+        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 152usize];
     ["Offset of field: atkd_count_valid::reserved"]
-        [::std::mem::offset_of!(atkd_count_valid, reserved) - 148usize];
+        [::std::mem::offset_of!(atkd_count_valid, reserved) - 156usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -436,6 +497,40 @@ const _: () = {
         [::std::mem::offset_of!(atkd_rows, gradient_type) - 368usize];
     ["Offset of field: atkd_rows::divergence"]
         [::std::mem::offset_of!(atkd_rows, divergence) - 372usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_shard {
+    pub rows: atkd_rows,
+    pub own_states: *mut atkd_row_state,
+    pub own_terms: *mut atkd_sweep_terms,
+    pub states: *const atkd_row_state,
+    pub terms: *const atkd_sweep_terms,
+    pub margins: *mut f32,
+    pub ranks: u32,
+    pub first_column: u32,
+    pub whole_vocab: u32,
+    pub blocks: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_shard"][::std::mem::size_of::<atkd_shard>() - 472usize];
+    ["Alignment of atkd_shard"][::std::mem::align_of::<atkd_shard>() - 8usize];
+    ["Offset of field: atkd_shard::rows"][::std::mem::offset_of!(atkd_shard, rows) - 0usize];
+    ["Offset of field: atkd_shard::own_states"]
+        [::std::mem::offset_of!(atkd_shard, own_states) - 416usize];
+    ["Offset of field: atkd_shard::own_terms"]
+        [::std::mem::offset_of!(atkd_shard, own_terms) - 424usize];
+    ["Offset of field: atkd_shard::states"][::std::mem::offset_of!(atkd_shard, states) - 432usize];
+    ["Offset of field: atkd_shard::terms"][::std::mem::offset_of!(atkd_shard, terms) - 440usize];
+    ["Offset of field: atkd_shard::margins"]
+        [::std::mem::offset_of!(atkd_shard, margins) - 448usize];
+    ["Offset of field: atkd_shard::ranks"][::std::mem::offset_of!(atkd_shard, ranks) - 456usize];
+    ["Offset of field: atkd_shard::first_column"]
+        [::std::mem::offset_of!(atkd_shard, first_column) - 460usize];
+    ["Offset of field: atkd_shard::whole_vocab"]
+        [::std::mem::offset_of!(atkd_shard, whole_vocab) - 464usize];
+    ["Offset of field: atkd_shard::blocks"][::std::mem::offset_of!(atkd_shard, blocks) - 468usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

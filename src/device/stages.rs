@@ -257,6 +257,7 @@ impl Stages {
                 hard: self.call.hard.unwrap_or(0) as *const u8,
                 states: self.memory.states(),
                 kept_threshold: self.memory.kept_threshold(),
+                counts: std::ptr::null(),
                 valid_mode: if self.objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
                 reserved: 0,
             }),
