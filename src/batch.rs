@@ -21,7 +21,7 @@ impl Labels<'_> {
         }
     }
 
-    fn get(&self, token: usize) -> i64 {
+    pub(crate) fn get(&self, token: usize) -> i64 {
         match self {
             Labels::I64(s) => s[token],
             Labels::I32(s) => s[token].into(),

@@ -1,6 +1,7 @@
 //! Views of logits: shape, strides and dtype. The only place that checks lengths.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -292,6 +293,17 @@ impl Rows {
         assert!(token < self.tokens, "token {token} of {}", self.tokens);
         self.first.wrapping_add(self.strides.start(token) * self.dtype.size())
     }
+
+    fn columns(self, range: Range<usize>) -> Result<Self> {
+        let Range { start, end } = range;
+        if start >= end || end > self.vocab {
+            return Err(Error::Columns { start, end, columns: self.vocab });
+        }
+        let first = self.first.wrapping_add(start * self.dtype.size());
+        // Without rows there are no elements to skip.
+        let length = self.length.saturating_sub(start);
+        Ok(Self { first, length, vocab: end - start, ..self })
+    }
 }
 
 /// Logits `[tokens, vocab]`, each row contiguous, rows where [`Strides`] say.
@@ -357,6 +369,15 @@ impl<'a> Logits<'a> {
     pub fn with_vocab(mut self, vocab: usize) -> Result<Self> {
         check_vocab(vocab, self.rows.vocab)?;
         self.rows.vocab = vocab;
+        Ok(self)
+    }
+
+    /// These columns alone, as a shard of the vocabulary has them: all of them if the range is `0..vocab`.
+    ///
+    /// # Errors
+    /// If the range is empty or ends after the last column.
+    pub fn columns(mut self, range: Range<usize>) -> Result<Self> {
+        self.rows = self.rows.columns(range)?;
         Ok(self)
     }
 
@@ -452,6 +473,14 @@ impl<'a> LogitsMut<'a> {
             unsafe { ElementsMut::at(dtype, padding, columns - vocab) }.fill_zero();
         }
         Ok(self)
+    }
+
+    /// These columns alone: see [`Logits::columns`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn columns(&mut self, range: Range<usize>) -> Result<LogitsMut<'_>> {
+        Ok(LogitsMut { rows: self.rows.columns(range)?, lifetime: PhantomData })
     }
 
     /// The same logits, read-only.

@@ -82,6 +82,16 @@ impl Output {
     ) -> Self {
         let valid = tokens.iter().filter(|token| token.valid).count();
         let hard = tokens.iter().filter(|token| token.hard).count();
+        Self::reduce_over(objective, tokens, own, [valid, hard])
+    }
+
+    /// The part of these tokens in a loss of so many valid and hard ones.
+    pub(crate) fn reduce_over(
+        objective: &Objective,
+        tokens: Vec<TokenTerms>,
+        own: TokenSettings,
+        [valid, hard]: [usize; 2],
+    ) -> Self {
         let scales = objective.reduction_scales(valid, hard);
         let loss = match objective.reduction() {
             _ if valid == 0 => 0.0,

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::batch::check_count;
 use crate::objective::unit_interval;
-use crate::{Error, Result, SelectionRule};
+use crate::{Error, Objective, Result, SelectionRule};
 
 /// Selects the hard tokens by [`SelectionRule::TopK`]: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly. Among equals the lower
 /// index wins; NaN ranks below every number.
@@ -38,6 +38,31 @@ pub fn select_hard(
     sequences: Option<&[usize]>,
 ) -> Result<Vec<bool>> {
     unit_interval("the hard ratio", hard_ratio)?;
+    checked(SelectionRule::TopK, hard_ratio, margins, valid, sequences)
+}
+
+impl Objective {
+    /// [`select_hard`] by this objective's rule and ratio.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn select_hard(
+        &self,
+        margins: &[f32],
+        valid: Option<&[bool]>,
+        sequences: Option<&[usize]>,
+    ) -> Result<Vec<bool>> {
+        checked(self.selection_rule(), self.hard_ratio(), margins, valid, sequences)
+    }
+}
+
+fn checked(
+    rule: SelectionRule,
+    hard_ratio: f64,
+    margins: &[f32],
+    valid: Option<&[bool]>,
+    sequences: Option<&[usize]>,
+) -> Result<Vec<bool>> {
     let tokens = margins.len();
     if let Some(valid) = valid {
         check_count("valid", valid.len(), tokens)?;
@@ -47,7 +72,7 @@ pub fn select_hard(
     }
     let is_valid = |token: usize| valid.is_none_or(|valid| valid[token]);
     let of_valid = |token| is_valid(token).then_some(margins[token]);
-    Ok(select(SelectionRule::TopK, hard_ratio, scopes(sequences, tokens), tokens, of_valid))
+    Ok(select(rule, hard_ratio, scopes(sequences, tokens), tokens, of_valid))
 }
 
 /// [`select_hard`] by either rule, for arguments that were checked: `margin` is `None` for a token that does not count.

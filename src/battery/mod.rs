@@ -20,6 +20,7 @@ mod divergences;
 mod edges;
 mod paper;
 pub mod settings;
+pub mod shards;
 
 use half::{bf16, f16};
 

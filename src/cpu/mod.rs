@@ -31,6 +31,7 @@ mod math;
 pub mod raw;
 mod rows;
 mod session;
+pub mod shards;
 #[cfg(test)]
 mod tests;
 mod threads;

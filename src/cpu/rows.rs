@@ -120,6 +120,11 @@ pub struct Scratch {
 }
 
 impl Scratch {
+    /// The memory for widened tiles, to be put back: a sweep borrows the rest beside it.
+    fn take_wide(&mut self) -> [Aligned; 2] {
+        [&mut self.wide_teacher, &mut self.wide_student].map(std::mem::take)
+    }
+
     fn exponentials(&mut self, range: Range<usize>) -> Exponentials<'_> {
         let at_1 = !self.student_at_1.is_empty();
         Exponentials {
@@ -136,7 +141,7 @@ pub struct RowPass {
     instructions: Instructions,
     /// Logits in a tile.
     tile: usize,
-    exponent: Exponent,
+    pub exponent: Exponent,
     /// That of `exponent`.
     pub inverse_temperature: f64,
     /// Cross entropy is wanted.
@@ -328,15 +333,15 @@ impl RowPass {
         math::margin(shift, total, row.get(target).into(), self.inverse_temperature)
     }
 
-    /// The teacher's margin at `target`, from the state of its row.
-    pub fn margin_of(&self, state: &RowState, row: Elements, target: usize) -> f64 {
-        self.margin_of_model(state, TEACHER, row, target)
+    /// The same for the first sweep alone, after which nothing is kept.
+    pub fn of_first_sweep(self) -> Self {
+        Self { again: false, ..self }
     }
 
-    fn margin_of_model(&self, state: &RowState, model: usize, row: Elements, target: usize) -> f64 {
+    /// A model's margin at a target of this logit, from the state of the row.
+    pub fn margin_of(&self, state: &RowState, model: usize, target: f32) -> f64 {
         let sum = [state.sums.teacher, state.sums.student][model];
-        let target = row.get(target).into();
-        math::margin(state.shifts[model], sum, target, self.inverse_temperature)
+        math::margin(state.shifts[model], sum, target.into(), self.inverse_temperature)
     }
 
     /// The state of a row, from all of its sweeps. What they keep stays in `scratch`.
@@ -348,34 +353,54 @@ impl RowPass {
         target: usize,
         scratch: &mut Scratch,
     ) -> RowState {
-        let mut wide = [&mut scratch.wide_teacher, &mut scratch.wide_student].map(std::mem::take);
-        let mut state = self.first_sweep::<D::Fold>(teacher, student, target, scratch, &mut wide);
-        if let Some(second) = divergence.second() {
-            let [u, w] = [(TEACHER, teacher), (STUDENT, student)]
-                .map(|(model, row)| self.margin_of_model(&state, model, row, target));
-            let counted = self.plain.then_some(Margins { u, w });
-            let sums =
-                self.second_sweep(second, teacher, student, &state, counted, scratch, &mut wide);
+        let mut state = self.first_sweep::<D::Fold>(teacher, student, Some(target), scratch);
+        let counted = self.counted(&state, [teacher.get(target), student.get(target)]);
+        let sums = self.sweep_again(divergence, teacher, student, &state, counted, scratch);
+        if let Some(sums) = sums {
             state.found = divergence.found(sums, counted);
-        } else if D::KEEPS_FAR && state.sums.far && scratch.kept.len() == teacher.len() {
-            for i in scratch.runs.iter().flat_map(|(run, _)| run.clone()) {
-                let logits = [teacher.get(i), student.get(i)];
-                scratch.kept[i] = divergence.far_kept(logits, &state, self.exponent);
-            }
         }
-        [scratch.wide_teacher, scratch.wide_student] = wide;
         state
     }
 
-    /// The sums of a row, with the target left out.
-    fn first_sweep<F: Fold>(
+    /// The margins of the target, which has these logits, if it counts in a second sweep.
+    pub fn counted(&self, state: &RowState, target: [f32; 2]) -> Option<Margins> {
+        let margin = |model| self.margin_of(state, model, target[model]);
+        (self.again && self.plain).then(|| Margins { u: margin(TEACHER), w: margin(STUDENT) })
+    }
+
+    /// Makes what the first sweep over a row, or a part of it, has kept what the gradient needs, given the state of the
+    /// whole row and the margins of a target that counts. Returns the sums of the second sweep, if the divergence has one.
+    pub fn sweep_again<D: RowDivergence>(
+        &self,
+        divergence: D,
+        teacher: Elements,
+        student: Elements,
+        state: &RowState,
+        counted: Option<Margins>,
+        scratch: &mut Scratch,
+    ) -> Option<math::SecondSums<f64>> {
+        if let Some(second) = divergence.second() {
+            return Some(self.second_sweep(second, teacher, student, state, counted, scratch));
+        }
+        if D::KEEPS_FAR && state.sums.far && scratch.kept.len() == teacher.len() {
+            for i in scratch.runs.iter().flat_map(|(run, _)| run.clone()) {
+                let logits = [teacher.get(i), student.get(i)];
+                scratch.kept[i] = divergence.far_kept(logits, state, self.exponent);
+            }
+        }
+        None
+    }
+
+    /// The sums of a row, or of a part of it, with the target left out if it is there.
+    pub fn first_sweep<F: Fold>(
         &self,
         teacher: Elements,
         student: Elements,
-        target: usize,
+        target: Option<usize>,
         scratch: &mut Scratch,
-        [wide_teacher, wide_student]: &mut [Aligned; 2],
     ) -> RowState {
+        let [mut wide_teacher, mut wide_student] = scratch.take_wide();
+        let target = target.unwrap_or(usize::MAX);
         let mut state = RowState::empty();
         let whole_row = scratch.kept.len() == teacher.len();
         scratch.runs.clear();
@@ -393,7 +418,7 @@ impl RowPass {
                     self.sums::<_, F>([a, b], before, out, prefetch)
                 }
                 (a, b) => {
-                    let wide = [widen(a, wide_teacher), widen(b, wide_student)];
+                    let wide = [widen(a, &mut wide_teacher), widen(b, &mut wide_student)];
                     self.sums::<_, F>(wide, before, out, prefetch)
                 }
             };
@@ -411,12 +436,12 @@ impl RowPass {
         if !self.at_1 {
             state.sums.student_at_1 = state.sums.student;
         }
+        [scratch.wide_teacher, scratch.wide_student] = [wide_teacher, wide_student];
         state
     }
 
     /// The sums of the second sweep over a row that the first one has been over, of probabilities off the target: in the
     /// whole vocabulary if the target counts, which then has the margins given.
-    #[expect(clippy::too_many_arguments)]
     fn second_sweep<S: SecondSweep>(
         &self,
         second: S,
@@ -425,8 +450,8 @@ impl RowPass {
         state: &RowState,
         counted: Option<Margins>,
         scratch: &mut Scratch,
-        [wide_teacher, wide_student]: &mut [Aligned; 2],
     ) -> math::SecondSums<f64> {
+        let [mut wide_teacher, mut wide_student] = scratch.take_wide();
         let mut totals = [0.0; 3];
         let runs = std::mem::take(&mut scratch.runs);
         for &(ref run, shifts) in &runs {
@@ -450,7 +475,7 @@ impl RowPass {
                         self.instructions.sweep_again(second, [a, b], &place, kept)
                     }
                     (a, b) => {
-                        let wide = [widen(a, wide_teacher), widen(b, wide_student)];
+                        let wide = [widen(a, &mut wide_teacher), widen(b, &mut wide_student)];
                         self.instructions.sweep_again(second, wide, &place, kept)
                     }
                 };
@@ -460,6 +485,7 @@ impl RowPass {
             }
         }
         scratch.runs = runs;
+        [scratch.wide_teacher, scratch.wide_student] = [wide_teacher, wide_student];
         totals
     }
 
@@ -468,13 +494,14 @@ impl RowPass {
         Moved::by(shifts.map(f64::from), state.shifts, self.inverse_temperature)
     }
 
-    /// Writes the gradient of the row whose exponentials `state` has left in `scratch`.
+    /// Writes the gradient of the row, or of the part of it, of which the sweeps have left what they keep in `scratch`.
+    /// `state` is that of the whole row, and `target` an index into the part that has it.
     pub fn gradient<D: RowDivergence>(
         &self,
         divergence: D,
         state: &RowState,
         scales: &GradientScales,
-        target: usize,
+        target: Option<usize>,
         scratch: &mut Scratch,
         mut to: Destination,
     ) {
@@ -497,7 +524,9 @@ impl RowPass {
             }
         }
         scratch.runs = runs;
-        to.row.set(target, scales.target as f32);
+        if let Some(target) = target {
+            to.row.set(target, scales.target as f32);
+        }
         if to.non_temporal {
             fence();
         }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use super::math::{self, GradientScales, RowDivergence, RowState, by_family};
+use super::math::{self, GradientScales, RowDivergence, RowState, TEACHER, by_family};
 use super::rows::RowPass;
 #[cfg(feature = "head")]
 use super::threads::Threads;
@@ -427,7 +427,7 @@ impl<'a> Session<'a> {
             let (token, teacher) = (tokens[row], teacher.row(row));
             let pass = self.pass_of(token);
             let state = pass.state(divergence, teacher, student.logits(), target, scratch);
-            let margin = pass.margin_of(&state, teacher, target);
+            let margin = pass.margin_of(&state, TEACHER, teacher.get(target));
             let student_target = student.logits().get(target).into();
             let hard = match known {
                 Some(hard) => hard[token],
@@ -440,7 +440,7 @@ impl<'a> Session<'a> {
                 self.finished(divergence, token, &state, margin, student_target, hard);
             let mut has_gradient = false;
             if let Some(gradient) = student.gradient() {
-                pass.gradient(divergence, &state, &scales, target, scratch, gradient);
+                pass.gradient(divergence, &state, &scales, Some(target), scratch, gradient);
                 has_gradient = true;
             }
             let mispredicted = false;
@@ -611,7 +611,7 @@ impl<'a> Session<'a> {
             let pass = self.pass_of(token);
             let state = pass.state(divergence, teacher, student.logits(), kept.target, scratch);
             let gradient = student.gradient().expect("the row has a gradient");
-            pass.gradient(divergence, &state, &scales, kept.target, scratch, gradient);
+            pass.gradient(divergence, &state, &scales, Some(kept.target), scratch, gradient);
         });
     }
 
@@ -664,19 +664,15 @@ impl<'a> Session<'a> {
         student_target: f64,
         hard: bool,
     ) -> (TokenTerms, GradientScales) {
-        let Self { objective, scales, own, .. } = self;
-        let (pass, weight) = (self.pass_of(token), own.weight(token));
-        let temperature = own.temperature(token, objective);
-        let token = math::Token {
-            inverse_temperature: pass.inverse_temperature,
-            at_1: pass.at_1,
-            distillation_scale: objective.distillation_scale_at(temperature) * weight,
-            ce_weight: objective.ce_weight() * weight,
-            margin,
-            student_target,
+        let of_token = OfToken { pass: self.pass_of(token), own: self.own, token };
+        of_token.finish(
+            divergence,
+            &self.objective,
+            state,
+            [margin, student_target],
             hard,
-        };
-        math::finish(divergence, objective, state, &token, *scales)
+            self.scales,
+        )
     }
 
     fn select_by_given_margins(&mut self) {
@@ -779,8 +775,43 @@ impl<'a> Session<'a> {
     }
 }
 
+/// What a token has of its own.
+pub(super) struct OfToken<'a> {
+    pub pass: RowPass,
+    pub own: TokenSettings<'a>,
+    pub token: usize,
+}
+
+impl OfToken<'_> {
+    /// The terms of the token, and the scales of its row's gradient, from the state of the row, the teacher's margin and
+    /// the student's logit of the target.
+    pub fn finish<D: RowDivergence>(
+        &self,
+        divergence: D,
+        objective: &Objective,
+        state: &RowState,
+        [margin, student_target]: [f64; 2],
+        hard: bool,
+        scales: ReductionScales,
+    ) -> (TokenTerms, GradientScales) {
+        let Self { pass, own, token } = self;
+        let weight = own.weight(*token);
+        let temperature = own.temperature(*token, objective);
+        let token = math::Token {
+            inverse_temperature: pass.inverse_temperature,
+            at_1: pass.at_1,
+            distillation_scale: objective.distillation_scale_at(temperature) * weight,
+            ce_weight: objective.ce_weight() * weight,
+            margin,
+            student_target,
+            hard,
+        };
+        math::finish(divergence, objective, state, &token, scales)
+    }
+}
+
 /// The factors of the gradients of tokens' losses.
-fn scales(objective: &Objective, valid: usize, hard: usize) -> ReductionScales {
+pub(super) fn scales(objective: &Objective, valid: usize, hard: usize) -> ReductionScales {
     objective.reduction_scales(valid, hard).times(objective.upstream_gradient())
 }
 

@@ -60,6 +60,10 @@ impl Fold for ForwardKl {
         let gap = moved.distances[TEACHER] - moved.distances[STUDENT];
         moved.factors[TEACHER] * (sums.cross + sums.teacher * gap)
     }
+
+    fn is_mismatch(a: f32, b: f32) -> bool {
+        a > f32::NEG_INFINITY && b == f32::NEG_INFINITY
+    }
 }
 
 impl RowDivergence for ForwardKl {

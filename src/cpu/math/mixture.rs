@@ -76,6 +76,11 @@ impl<const RATIO: bool> MixtureOf<RATIO> {
         }
     }
 
+    /// The weight of (p - q) / m in h, in bits.
+    fn of_difference(&self) -> f64 {
+        of_ratio(&self.exact) * (1.0 - self.exact.share) * LOG2_E
+    }
+
     /// log(p / m), log(q / m) and p / m - 1 of two probabilities given by their logarithms, of which at most one is -inf.
     fn of_pair(&self, log_p: f64, log_q: f64) -> [f64; 3] {
         let share = self.exact.share;
@@ -149,6 +154,23 @@ impl<const RATIO: bool> SecondSweep for MixtureOf<RATIO> {
 
     fn normalised([of_p, of_q, slopes]: SecondSums<f64>, factors: [f64; 2]) -> SecondSums<f64> {
         [of_p * factors[TEACHER], of_q * factors[STUDENT], slopes * factors[STUDENT]]
+    }
+
+    /// The slopes are sum q h, h in bits; sum q (p - q) / m is exchanged.
+    fn exchanged(self, [of_p, of_q, slopes]: SecondSums<f64>) -> SecondSums<f64> {
+        [
+            of_p,
+            of_q,
+            if RATIO {
+                (slopes - self.exact.of_student * of_q) / self.of_difference()
+            } else {
+                0.0
+            },
+        ]
+    }
+
+    fn of_exchanged(self, [of_p, of_q, difference]: SecondSums<f64>) -> SecondSums<f64> {
+        [of_p, of_q, self.exact.of_student * of_q + self.of_difference() * difference]
     }
 }
 

@@ -29,6 +29,7 @@
 //! 4. The gradient of an element is a sum of what the sweeps have kept of it and of the student's exponential, each times
 //!    a coefficient.
 
+mod exchange;
 mod forward_kl;
 mod mixture;
 mod reverse_kl;
@@ -162,6 +163,30 @@ impl RowState {
             self.shifts = shifts;
         }
     }
+
+    /// Adds the state of another part of the row.
+    pub fn merge<F: Fold>(&mut self, mut other: Self, inverse_temperature: f64) {
+        let [teacher, student] = [TEACHER, STUDENT].map(|i| self.shifts[i].max(other.shifts[i]));
+        let largest = if other.shifts[STUDENT] > self.shifts[STUDENT] { &other } else { &*self };
+        let shifts = [teacher, student, largest.shifts[REFERENCE]];
+        self.rescale::<F>(shifts, inverse_temperature);
+        other.rescale::<F>(shifts, inverse_temperature);
+        self.sums += other.sums;
+    }
+
+    /// The state of one element of the row. Relative to itself it has no cross term.
+    pub fn of_element<F: Fold>([a, b]: [f32; 2]) -> Self {
+        let shift = |z: f32| f64::from(z).max(Self::NO_SHIFT);
+        let sum = |z: f32| (f64::from(z) - shift(z)).exp();
+        let sums = Sums {
+            teacher: sum(a),
+            student: sum(b),
+            student_at_1: sum(b),
+            mismatch: F::is_mismatch(a, b),
+            ..Sums::default()
+        };
+        Self { shifts: [shift(a), shift(b), shift(a)], sums, found: Found::default() }
+    }
 }
 
 /// The way from some shifts to others.
@@ -227,6 +252,14 @@ pub(crate) trait Fold {
 
     /// The cross term relative to other shifts. `sums` are relative to the old ones.
     fn rescaled_cross(sums: &Sums, moved: &Moved) -> f64;
+
+    /// True if a pair sets [`Sums::mismatch`].
+    fn is_mismatch(_a: f32, _b: f32) -> bool {
+        false
+    }
+
+    /// The sign of the cross term as ranks exchange it: see `atkd_row_state` in kernels/params.h.
+    const EXCHANGED_SIGN: f64 = 1.0;
 }
 
 /// The factors that make normalised probabilities and their ratio from what the first sweep has kept.
@@ -288,6 +321,12 @@ pub(crate) trait SecondSweep: Copy {
 
     /// The sums of normalised probabilities, from those of exponentials with these factors.
     fn normalised(sums: SecondSums<f64>, factors: [f64; 2]) -> SecondSums<f64>;
+
+    /// The sums of [`normalised`](Self::normalised) as ranks exchange them: see `atkd_sweep_terms` in kernels/params.h.
+    fn exchanged(self, sums: SecondSums<f64>) -> SecondSums<f64>;
+
+    /// The inverse of [`exchanged`](Self::exchanged).
+    fn of_exchanged(self, terms: SecondSums<f64>) -> SecondSums<f64>;
 }
 
 /// The second sweep of divergences that have none.
@@ -303,6 +342,14 @@ impl SecondSweep for NoSweep {
 
     fn normalised(sums: SecondSums<f64>, _: [f64; 2]) -> SecondSums<f64> {
         sums
+    }
+
+    fn exchanged(self, _: SecondSums<f64>) -> SecondSums<f64> {
+        match self {}
+    }
+
+    fn of_exchanged(self, _: SecondSums<f64>) -> SecondSums<f64> {
+        match self {}
     }
 }
 

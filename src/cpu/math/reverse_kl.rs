@@ -86,6 +86,13 @@ impl Fold for ReverseKl {
     fn rescaled_cross(sums: &Sums, moved: &Moved) -> f64 {
         moved.factors[STUDENT] * (sums.cross + sums.student * gap_moved(moved))
     }
+
+    fn is_mismatch(a: f32, b: f32) -> bool {
+        a == f32::NEG_INFINITY && b > f32::NEG_INFINITY
+    }
+
+    /// There the gap is the teacher's less the student's.
+    const EXCHANGED_SIGN: f64 = -1.0;
 }
 
 /// z^q - m_q and the gap.

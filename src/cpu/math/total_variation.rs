@@ -44,6 +44,15 @@ impl SecondSweep for TotalVariation {
     fn normalised([differences, slopes, rest]: SecondSums<f64>, [_, of_q]: [f64; 2]) -> [f64; 3] {
         [differences, slopes * of_q, rest]
     }
+
+    /// Without the half of h.
+    fn exchanged(self, [differences, slopes, _]: SecondSums<f64>) -> SecondSums<f64> {
+        [differences, 2.0 * slopes, 0.0]
+    }
+
+    fn of_exchanged(self, [differences, signs, _]: SecondSums<f64>) -> SecondSums<f64> {
+        [differences, signs / 2.0, 0.0]
+    }
 }
 
 impl TwoSweeps for TotalVariation {
