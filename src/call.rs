@@ -4,7 +4,7 @@
 use crate::logits::span;
 use crate::objective::check_temperature;
 use crate::strides::ByteRows;
-use crate::{Dtype, Error, Objective, Result, Strides, Target};
+use crate::{Dtype, Error, Objective, Result, SelectionRule, Strides, Target};
 
 /// Logits or a gradient `[tokens, vocab]` at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -271,7 +271,7 @@ impl RawTokens {
         for (what, address, multiple) in [
             ("the labels", labels, label_bytes),
             ("the sequences' offsets", self.sequences.map_or(0, |(address, _)| address), 8),
-            ("the margins", self.margins.unwrap_or(0), 4),
+            (MARGINS, self.margins.unwrap_or(0), 4),
             (TOKEN_WEIGHTS, self.token_weights.unwrap_or(0), 4),
             (TEMPERATURES, self.temperatures.unwrap_or(0), 4),
             ("the upstream gradient", self.upstream.unwrap_or(0), 4),
@@ -281,7 +281,7 @@ impl RawTokens {
         for (what, address, elements) in [
             ("the labels", self.labels.map(|_| labels), self.tokens),
             ("the sequences' offsets", self.sequences.map(|(address, _)| address), self.tokens),
-            ("the margins", self.margins, self.tokens),
+            (MARGINS, self.margins, self.tokens),
             (HARD_MASK, self.hard, self.tokens),
             (TOKEN_WEIGHTS, self.token_weights, self.tokens),
             (TEMPERATURES, self.temperatures, self.tokens),
@@ -396,6 +396,7 @@ pub(crate) fn check_columns(first: usize, columns: usize, vocab: usize) -> Resul
     }
 }
 
+pub(crate) const MARGINS: &str = "the margins";
 pub(crate) const ROW_STATES: &str = "the row states";
 pub(crate) const SWEEP_TERMS: &str = "the second sweep's terms";
 
@@ -425,8 +426,8 @@ impl RawTeacher {
     /// Checks that the call can be made, and its margins written.
     pub(crate) fn check(&self, objective: &Objective, to: u64) -> Result<()> {
         self.call().check(objective)?;
-        check_alignment("the margins", to, size_of::<f32>() as u64)?;
-        check_there("the margins", Some(to), self.tokens)
+        check_alignment(MARGINS, to, size_of::<f32>() as u64)?;
+        check_there(MARGINS, Some(to), self.tokens)
     }
 }
 
@@ -441,6 +442,8 @@ pub struct RawSelection {
     pub valid: Option<u64>,
     /// As [`RawCall::sequences`].
     pub sequences: Option<(u64, usize)>,
+    /// By the median there is no ratio.
+    pub rule: SelectionRule,
     /// The memory for one byte per token: 1 for a hard token, else 0.
     pub hard: u64,
 }
@@ -451,9 +454,9 @@ impl RawSelection {
         check_sequences(self.sequences, self.tokens)?;
         let offsets = self.sequences.map_or(0, |(address, _)| address);
         check_alignment("the sequences' offsets", offsets, 8)?;
-        check_alignment("the margins", self.margins, size_of::<f32>() as u64)?;
+        check_alignment(MARGINS, self.margins, size_of::<f32>() as u64)?;
         for (what, address) in [
-            ("the margins", Some(self.margins)),
+            (MARGINS, Some(self.margins)),
             ("valid", self.valid),
             ("the sequences' offsets", self.sequences.map(|(address, _)| address)),
             (HARD_MASK, Some(self.hard)),

@@ -37,8 +37,7 @@ pub fn select_hard(
     hard_ratio: f64,
     sequences: Option<&[usize]>,
 ) -> Result<Vec<bool>> {
-    unit_interval("the hard ratio", hard_ratio)?;
-    checked(SelectionRule::TopK, hard_ratio, margins, valid, sequences)
+    select_hard_by(SelectionRule::TopK, margins, valid, hard_ratio, sequences)
 }
 
 impl Objective {
@@ -52,17 +51,19 @@ impl Objective {
         valid: Option<&[bool]>,
         sequences: Option<&[usize]>,
     ) -> Result<Vec<bool>> {
-        checked(self.selection_rule(), self.hard_ratio(), margins, valid, sequences)
+        select_hard_by(self.selection_rule(), margins, valid, self.hard_ratio(), sequences)
     }
 }
 
-fn checked(
+/// [`select_hard`] by either rule.
+pub(crate) fn select_hard_by(
     rule: SelectionRule,
-    hard_ratio: f64,
     margins: &[f32],
     valid: Option<&[bool]>,
+    hard_ratio: f64,
     sequences: Option<&[usize]>,
 ) -> Result<Vec<bool>> {
+    unit_interval("the hard ratio", hard_ratio)?;
     let tokens = margins.len();
     if let Some(valid) = valid {
         check_count("valid", valid.len(), tokens)?;

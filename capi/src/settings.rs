@@ -142,6 +142,17 @@ impl Default for AtkdSettings {
     }
 }
 
+pub(crate) fn selection_rule(rule: i32) -> Result<SelectionRule, Failure> {
+    match rule {
+        ATKD_SELECTION_RULE_TOP_K => Ok(SelectionRule::TopK),
+        ATKD_SELECTION_RULE_MEDIAN => Ok(SelectionRule::Median),
+        other => {
+            let allowed = "ATKD_SELECTION_RULE_TOP_K (0) or ATKD_SELECTION_RULE_MEDIAN (1)";
+            Err(Failure::value("the selection rule", other, allowed))
+        }
+    }
+}
+
 fn coefficient(of: Coefficient) -> AtkdCoefficient {
     match of {
         Coefficient::Constant(value) => AtkdCoefficient { kind: ATKD_COEFFICIENT_CONSTANT, value },
@@ -219,14 +230,7 @@ pub(crate) fn objective(settings: &AtkdSettings) -> Result<Objective, Failure> {
             return Err(Failure::value("the reduction", other, allowed));
         }
     };
-    let rule = match settings.selection_rule {
-        ATKD_SELECTION_RULE_TOP_K => SelectionRule::TopK,
-        ATKD_SELECTION_RULE_MEDIAN => SelectionRule::Median,
-        other => {
-            let allowed = "ATKD_SELECTION_RULE_TOP_K (0) or ATKD_SELECTION_RULE_MEDIAN (1)";
-            return Err(Failure::value("the selection rule", other, allowed));
-        }
-    };
+    let rule = selection_rule(settings.selection_rule)?;
     Ok(objective
         .with_divergence(divergence)?
         .with_selection_rule(rule)

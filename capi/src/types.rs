@@ -7,6 +7,7 @@ use atkd::call::{
 };
 use atkd::{Dtype, Strides};
 
+use crate::settings::selection_rule;
 use crate::status::Failure;
 
 /// IEEE 754 binary32.
@@ -256,6 +257,8 @@ pub struct AtkdSelection {
     pub valid: *const u8,
     /// The share of the valid tokens that is hard, in [0, 1], rounded up to whole tokens.
     pub hard_ratio: f64,
+    /// ATKD_SELECTION_RULE_TOP_K, or ATKD_SELECTION_RULE_MEDIAN, which has no ratio.
+    pub rule: i32,
     /// As AtkdCall.sequences.
     pub sequences: i64,
     /// [sequences + 1]: as AtkdCall.sequence_offsets.
@@ -273,6 +276,7 @@ impl AtkdSelection {
             margins: self.margins as u64,
             valid: address(self.valid),
             sequences: sequences(self.sequences, self.sequence_offsets)?,
+            rule: selection_rule(self.rule)?,
             hard: self.hard as u64,
         })
     }

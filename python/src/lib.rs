@@ -2,6 +2,7 @@
 
 mod device;
 mod pages;
+mod shards;
 mod threads;
 
 use atkd::call::{
@@ -22,6 +23,14 @@ fn exception(error: atkd::Error) -> PyErr {
 
 fn unknown<T>(name: &str, value: &str, allowed: &str) -> PyResult<T> {
     Err(PyValueError::new_err(format!("{name} is {value:?}, but must be {allowed}")))
+}
+
+fn rule_of(selection_rule: &str) -> PyResult<SelectionRule> {
+    match selection_rule {
+        "top-k" => Ok(SelectionRule::TopK),
+        "median" => Ok(SelectionRule::Median),
+        other => unknown("selection_rule", other, r#""top-k" or "median""#),
+    }
 }
 
 /// A checked objective.
@@ -94,11 +103,7 @@ impl Objective {
                 return unknown("reduction", other, r#""mean", "sum", "group-mean" or "none""#);
             }
         };
-        let rule = match selection_rule {
-            "top-k" => SelectionRule::TopK,
-            "median" => SelectionRule::Median,
-            other => return unknown("selection_rule", other, r#""top-k" or "median""#),
-        };
+        let rule = rule_of(selection_rule)?;
         objective
             .with_selection_rule(rule)
             .with_target(target)
@@ -118,6 +123,18 @@ impl Objective {
     #[staticmethod]
     fn default() -> Self {
         Self(atkd::Objective::default())
+    }
+
+    /// The divergence needs a second sweep over the logits.
+    #[getter]
+    fn two_sweeps(&self) -> bool {
+        self.0.has_two_sweeps()
+    }
+
+    /// Some token's loss depends on which tokens are hard.
+    #[getter]
+    fn depends_on_selection(&self) -> bool {
+        self.0.depends_on_selection()
     }
 
     fn __repr__(&self) -> String {
@@ -256,18 +273,7 @@ struct Call {
 
 impl Call {
     fn raw(self) -> (RawCall, RawOutput) {
-        let column = |index: usize| {
-            self.terms.map(|terms| terms + (index * self.tokens * size_of::<f32>()) as u64)
-        };
-        let output = RawOutput {
-            loss: Some(self.loss),
-            uncertainty: column(0),
-            tkd: column(1),
-            dkd: column(2),
-            margin: column(3),
-            token_loss: column(4),
-            modes: self.groups,
-        };
+        let output = output_at(self.tokens, self.loss, self.terms, self.groups);
         let call = RawCall {
             tokens: self.tokens,
             vocab: self.vocab,
@@ -284,6 +290,21 @@ impl Call {
             upstream: self.scale,
         };
         (call, output)
+    }
+}
+
+/// The results of a call by address: of `terms` uncertainty, TKD, DKD, margin and loss, float32 `[5, tokens]`.
+fn output_at(tokens: usize, loss: u64, terms: Option<u64>, groups: Option<u64>) -> RawOutput {
+    let column =
+        |index: usize| terms.map(|terms| terms + (index * tokens * size_of::<f32>()) as u64);
+    RawOutput {
+        loss: Some(loss),
+        uncertainty: column(0),
+        tkd: column(1),
+        dkd: column(2),
+        margin: column(3),
+        token_loss: column(4),
+        modes: groups,
     }
 }
 
@@ -320,13 +341,22 @@ fn run(py: Python, place: Place, objective: &Objective, call: Call) -> PyResult<
     py.detach(|| {
         // SAFETY: as above.
         unsafe { raw::run(Some(&pool), &objective.0, &call, &output) }.map_err(exception)?;
-        if let Some(groups) = output.modes.filter(|_| call.tokens > 0) {
-            // SAFETY: as above; every byte was just written.
-            let groups = unsafe { std::slice::from_raw_parts_mut(groups as *mut u8, call.tokens) };
-            groups.iter_mut().for_each(|group| *group = u8::from(*group == call::HARD));
-        }
+        // SAFETY: as above; every byte was just written.
+        unsafe { tell_hard(&output, call.tokens) };
         Ok(())
     })
+}
+
+/// Makes bools of the groups that a call on the host has written.
+///
+/// # Safety
+/// The groups of so many tokens are there, if any.
+unsafe fn tell_hard(output: &RawOutput, tokens: usize) {
+    if let Some(groups) = output.modes.filter(|_| tokens > 0) {
+        // SAFETY: the caller's.
+        let groups = unsafe { std::slice::from_raw_parts_mut(groups as *mut u8, tokens) };
+        groups.iter_mut().for_each(|group| *group = u8::from(*group == call::HARD));
+    }
 }
 
 /// The teacher's margins, float32 `[tokens]`, to the address `to`.
@@ -396,8 +426,10 @@ fn select_hard(
     sequences: Option<(u64, usize)>,
     hard_ratio: f64,
     hard: u64,
+    selection_rule: &str,
 ) -> PyResult<()> {
-    let selection = RawSelection { tokens, margins, valid, sequences, hard };
+    let rule = rule_of(selection_rule)?;
+    let selection = RawSelection { tokens, margins, valid, sequences, rule, hard };
     match place {
         // SAFETY: as for the loss.
         Place::Host(_) => py.detach(|| unsafe { raw::select_hard(&selection, hard_ratio) }),
@@ -427,6 +459,8 @@ mod _atkd {
     #[pymodule_export]
     use super::device::workspace_bytes;
     #[pymodule_export]
+    use super::shards::{shard_gradient, shard_loss, shard_margins, shard_states, shard_terms};
+    #[pymodule_export]
     use super::{
         LabelDtype, LogitsDtype, Objective, default_settings, run, scale_on_device, select_hard,
         teacher_margins, token_entropies,
@@ -436,6 +470,8 @@ mod _atkd {
     #[pymodule_init]
     fn init(module: &Bound<PyModule>) -> PyResult<()> {
         module.add("HARD", super::call::HARD)?;
+        module.add("ROW_STATE_BYTES", size_of::<atkd::shards::RowState>())?;
+        module.add("SWEEP_TERMS_BYTES", size_of::<atkd::shards::SweepTerms>())?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

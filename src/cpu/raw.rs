@@ -34,6 +34,8 @@
 //! # Ok::<(), atkd::Error>(())
 //! ```
 
+pub mod shards;
+
 use rayon::ThreadPool;
 
 use super::{Session, Workers};
@@ -41,7 +43,7 @@ use crate::call::{
     EASY, HARD, HARD_MASK, IGNORED, RawCall, RawEntropies, RawLabels, RawLogits, RawOutput,
     RawRows, RawSelection, RawTeacher, RawTokens, TEMPERATURES, TOKEN_WEIGHTS,
 };
-use crate::{Batch, Error, Labels, Logits, LogitsMut, Objective, Output, Result, cpu};
+use crate::{Batch, Error, Labels, Logits, LogitsMut, Objective, Output, Result, cpu, selection};
 
 /// The loss on host memory: forward alone if the call has no gradient. The calling thread works, and all but
 /// one of the threads of `pool`, or of rayon's current pool, if they are free: see [`cpu`] for that, and for forks.
@@ -317,13 +319,13 @@ pub unsafe fn token_entropies(pool: Option<&ThreadPool>, of: &RawEntropies) -> R
 /// As [`run`].
 pub unsafe fn select_hard(selection: &RawSelection, hard_ratio: f64) -> Result<()> {
     selection.check()?;
-    let RawSelection { tokens, margins, valid, sequences, hard } = *selection;
+    let RawSelection { tokens, margins, valid, sequences, rule, hard } = *selection;
     // SAFETY: the caller's, for as long as this function runs.
     let selected = unsafe {
         let margins = slice("the margins", margins, tokens)?;
         let valid = valid.map(|at| bools_at("valid", at, tokens)).transpose()?;
         let offsets = sequences.map(|sequences| offsets_at(sequences)).transpose()?;
-        crate::select_hard(margins, valid.as_deref(), hard_ratio, offsets.as_deref())?
+        selection::select_hard_by(rule, margins, valid.as_deref(), hard_ratio, offsets.as_deref())?
     };
     // SAFETY: the caller says that there is room for one byte per token.
     unsafe { write(Some(hard), &selected, |&hard| u8::from(hard)) };
@@ -783,6 +785,7 @@ mod tests {
             margins: teacher.as_ptr() as u64,
             valid: None,
             sequences: None,
+            rule: crate::SelectionRule::TopK,
             hard: 8,
         };
         let fails = |selection: RawSelection, ratio, part: &str| {

@@ -23,7 +23,7 @@ use crate::device::kernel::Launch;
 use crate::device::stages::{Checked, launches, margins, selection};
 use crate::device::workspace::{Layout, Memory, check_faults, read_summary};
 use crate::params::atkd_summary;
-use crate::{Error, Objective, Output, Result};
+use crate::{Error, Objective, Output, Result, SelectionRule};
 
 /// The results of a call, and the memory that it works in: the loss, every token's terms, its mode. 33 bytes a
 /// token and 100 KB, on the device; made once, used by one call after another.
@@ -402,6 +402,7 @@ impl Workspace {
             margins,
             valid: valid.as_ref().map(|(address, _)| *address),
             sequences: sequences.as_ref().map(|((address, _), count)| (*address, *count)),
+            rule: SelectionRule::TopK,
             hard,
         };
         // SAFETY: as for the margins.

@@ -138,7 +138,7 @@ pub(crate) fn selection(
     device: &DeviceProperties,
     memory: Memory,
 ) -> Result<Option<Launch>> {
-    let RawSelection { tokens, margins, valid, sequences, hard } = *selection;
+    let RawSelection { tokens, margins, valid, sequences, rule, hard } = *selection;
     unit_interval("the hard ratio", hard_ratio)?;
     check_sizes(tokens, 1)?;
     selection.check()?;
@@ -159,11 +159,18 @@ pub(crate) fn selection(
             hard_ratio,
             scopes: scopes as u32,
             count: 0,
-            rule: ATKD_TOP_K,
+            rule: self::rule(rule),
             reserved: 0,
         }),
     };
     Ok(if tokens > 0 { launch.unless_empty() } else { None })
+}
+
+fn rule(rule: SelectionRule) -> u32 {
+    match rule {
+        SelectionRule::TopK => ATKD_TOP_K,
+        SelectionRule::Median => ATKD_MEDIAN,
+    }
 }
 
 /// The kernels of a call, in order. Its results are in the workspace, and where `output` wants them.
@@ -282,10 +289,7 @@ impl Stages {
                 hard_ratio: self.objective.hard_ratio(),
                 scopes: self.problem.scopes as u32,
                 count: (self.plan.schedule == Schedule::SelectFirst).into(),
-                rule: match self.objective.selection_rule() {
-                    SelectionRule::TopK => ATKD_TOP_K,
-                    SelectionRule::Median => ATKD_MEDIAN,
-                },
+                rule: rule(self.objective.selection_rule()),
                 reserved: 0,
             }),
         }

@@ -20,7 +20,9 @@ use crate::device::workspace::{Layout, Memory};
 use crate::params::atkd_summary;
 use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
-use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result};
+use crate::{
+    Batch, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result, SelectionRule,
+};
 pub use session::Session;
 
 /// The inputs of a call beside the logits, as memory of kernels.
@@ -336,6 +338,7 @@ impl Simulation {
             margins: address(margins),
             valid: valid.map(address),
             sequences: sequences.as_ref().map(|offsets| (address(offsets), offsets.len() - 1)),
+            rule: SelectionRule::TopK,
             hard: address(&hard),
         };
         let layout = Layout { capacity: tokens };

@@ -1,0 +1,184 @@
+//! The stages of a call on a shard of the vocabulary.
+
+use atkd::call::{RawShard, RawStates};
+use atkd::cpu::raw;
+use pyo3::prelude::*;
+
+use super::{Labels, Matrix, Objective, Place, exception, output_at, tell_hard, threads};
+
+/// A shard by address, as `Shard` of `_native.py`, which says what each is.
+#[derive(FromPyObject)]
+pub struct Shard {
+    tokens: usize,
+    vocab: usize,
+    first_column: usize,
+    columns: usize,
+    student: Matrix,
+    teacher: Matrix,
+    labels: Option<Labels>,
+    hard: Option<u64>,
+    token_weights: Option<u64>,
+    temperatures: Option<u64>,
+    scale: Option<u64>,
+    counts: Option<u64>,
+}
+
+impl From<Shard> for RawShard {
+    fn from(shard: Shard) -> Self {
+        Self {
+            tokens: shard.tokens,
+            vocab: shard.vocab,
+            first_column: shard.first_column,
+            columns: shard.columns,
+            teacher: shard.teacher.into(),
+            student: shard.student.into(),
+            labels: shard.labels.map(Into::into),
+            hard: shard.hard,
+            token_weights: shard.token_weights,
+            temperatures: shard.temperatures,
+            upstream: shard.scale,
+            counts: shard.counts,
+        }
+    }
+}
+
+/// The states of all ranks, by address, and how many ranks there are.
+type States = (u64, usize);
+
+/// The row states of the shard, `[tokens]`, to the address `to`.
+#[pyfunction]
+pub fn shard_states(
+    py: Python,
+    place: Place,
+    objective: &Objective,
+    shard: Shard,
+    to: u64,
+) -> PyResult<()> {
+    let (objective, shard) = (&objective.0, shard.into());
+    match place {
+        Place::Host(threads) => {
+            let pool = threads::pool(py, threads)?;
+            // SAFETY: as for the loss.
+            py.detach(|| unsafe { raw::shards::states(Some(&pool), objective, &shard, to) })
+        }
+        Place::Device(..) => todo!(),
+    }
+    .map_err(exception)
+}
+
+/// The teacher's margins, float32 `[tokens]`, to the address `to`.
+#[pyfunction]
+pub fn shard_margins(
+    py: Python,
+    place: Place,
+    objective: &Objective,
+    shard: Shard,
+    states: States,
+    to: u64,
+) -> PyResult<()> {
+    let (objective, shard, exchanged) = (&objective.0, shard.into(), exchanged(states, None));
+    match place {
+        Place::Host(threads) => {
+            let pool = threads::pool(py, threads)?;
+            py.detach(|| {
+                // SAFETY: as for the loss.
+                unsafe { raw::shards::margins(Some(&pool), objective, &shard, &exchanged, to) }
+            })
+        }
+        Place::Device(..) => todo!(),
+    }
+    .map_err(exception)
+}
+
+/// The terms of the second sweep over the shard, `[tokens]`, to the address `to`.
+#[pyfunction]
+pub fn shard_terms(
+    py: Python,
+    place: Place,
+    objective: &Objective,
+    shard: Shard,
+    states: States,
+    to: u64,
+) -> PyResult<()> {
+    let (objective, shard, exchanged) = (&objective.0, shard.into(), exchanged(states, None));
+    match place {
+        Place::Host(threads) => {
+            let pool = threads::pool(py, threads)?;
+            py.detach(|| {
+                // SAFETY: as for the loss.
+                unsafe { raw::shards::terms(Some(&pool), objective, &shard, &exchanged, to) }
+            })
+        }
+        Place::Device(..) => todo!(),
+    }
+    .map_err(exception)
+}
+
+/// The gradient of the shard's columns, and zeros for as many more as `gradient_padding` says.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "they are what a gradient follows from")]
+pub fn shard_gradient(
+    py: Python,
+    place: Place,
+    objective: &Objective,
+    shard: Shard,
+    states: States,
+    terms: Option<u64>,
+    gradient: Matrix,
+    gradient_padding: usize,
+) -> PyResult<()> {
+    let (objective, shard, exchanged) = (&objective.0, shard.into(), exchanged(states, terms));
+    let to = gradient.into();
+    match place {
+        Place::Host(threads) => {
+            let pool = threads::pool(py, threads)?;
+            py.detach(|| {
+                let pool = Some(&*pool);
+                // SAFETY: as for the loss.
+                unsafe {
+                    raw::shards::gradient(pool, objective, &shard, &exchanged, to, gradient_padding)
+                }
+            })
+        }
+        Place::Device(..) => todo!(),
+    }
+    .map_err(exception)
+}
+
+/// The loss of the tokens, a float32 scalar, and their terms and groups as those of a call.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "they are what a loss follows from, and its results")]
+pub fn shard_loss(
+    py: Python,
+    place: Place,
+    objective: &Objective,
+    shard: Shard,
+    states: States,
+    terms: Option<u64>,
+    loss: u64,
+    columns: Option<u64>,
+    groups: Option<u64>,
+) -> PyResult<()> {
+    let tokens = shard.tokens;
+    let (objective, shard, exchanged) = (&objective.0, shard.into(), exchanged(states, terms));
+    let output = output_at(tokens, loss, columns, groups);
+    match place {
+        Place::Host(threads) => {
+            let pool = threads::pool(py, threads)?;
+            py.detach(|| {
+                // SAFETY: as for the loss.
+                unsafe {
+                    raw::shards::finish(Some(&pool), objective, &shard, &exchanged, &output)?;
+                    tell_hard(&output, tokens);
+                }
+                Ok(())
+            })
+        }
+        Place::Device(..) => todo!(),
+    }
+    .map_err(exception)
+}
+
+fn exchanged((states, ranks): States, terms: Option<u64>) -> RawStates {
+    RawStates { states, terms, ranks }
+}

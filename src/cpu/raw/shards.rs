@@ -1,0 +1,225 @@
+//! The stages of [`cpu::shards`](crate::cpu::shards) by address. Threads as [`run`](super::run).
+
+use rayon::ThreadPool;
+
+use super::{
+    HARD_MASK, TEMPERATURES, TOKEN_WEIGHTS, bools_at, labels_at, slice, times_upstream, write,
+    write_output,
+};
+use crate::call::{MARGINS, ROW_STATES, RawLogits, RawOutput, RawShard, RawStates, SWEEP_TERMS};
+use crate::cpu::shards::{finish_by, gradient_by, margins_by, states_by, terms_by};
+use crate::cpu::{StudentRow, Workers, into_rows};
+use crate::shards::{Exchanged, RowState, Shard, SweepTerms};
+use crate::{Error, LogitsMut, Objective, Result};
+
+/// The states of the shard's part of each row, to `to`: [`RowState`] `[N]`.
+///
+/// # Errors
+/// As [`cpu::shards::states`](crate::cpu::shards::states); and if shape, strides and addresses do not go together. Nothing
+/// was written then.
+///
+/// # Safety
+/// As [`run`](super::run).
+pub unsafe fn states(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    shard: &RawShard,
+    to: u64,
+) -> Result<()> {
+    shard.check(objective, None)?;
+    shard.check_output(ROW_STATES, to)?;
+    if shard.columns == 0 {
+        // SAFETY: the caller says that there is room for one state per token.
+        unsafe { write(Some(to), &vec![(); shard.tokens], |()| RowState::EMPTY) };
+        return Ok(());
+    }
+    shard.check_logits(None, 0)?;
+    let call = shard.call(None, 0);
+    // SAFETY: the caller's, for as long as this function runs.
+    unsafe {
+        let (teacher, student) = (call.logits(shard.teacher)?, call.logits(shard.student)?);
+        let states = states_by(Workers::of(pool), objective, &shard.view(None)?, teacher, student)?;
+        write(Some(to), &states, |&state| state);
+    }
+    Ok(())
+}
+
+/// The teacher's margins, to `to`: float32 `[N]`.
+///
+/// # Errors
+/// As [`cpu::shards::margins`](crate::cpu::shards::margins); and as [`states`].
+///
+/// # Safety
+/// As [`run`](super::run).
+pub unsafe fn margins(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    shard: &RawShard,
+    exchanged: &RawStates,
+    to: u64,
+) -> Result<()> {
+    shard.check(objective, Some(exchanged))?;
+    shard.check_output(MARGINS, to)?;
+    // SAFETY: the caller's, for as long as this function runs.
+    unsafe {
+        let exchanged = exchanged.view(shard.tokens)?;
+        let margins = margins_by(Workers::of(pool), objective, &shard.view(None)?, &exchanged)?;
+        write(Some(to), &margins, |&margin| margin);
+    }
+    Ok(())
+}
+
+/// The terms of the second sweep over the shard's part of each row, to `to`: [`SweepTerms`] `[N]`.
+///
+/// # Errors
+/// As [`cpu::shards::terms`](crate::cpu::shards::terms); and as [`states`].
+///
+/// # Safety
+/// As [`run`](super::run).
+pub unsafe fn terms(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    shard: &RawShard,
+    exchanged: &RawStates,
+    to: u64,
+) -> Result<()> {
+    shard.check(objective, Some(exchanged))?;
+    shard.check_output(SWEEP_TERMS, to)?;
+    if !objective.has_two_sweeps() {
+        return Err(Error::NoSecondSweep);
+    }
+    if shard.columns == 0 {
+        // SAFETY: the caller says that there is room for one of them per token.
+        unsafe { write(Some(to), &vec![(); shard.tokens], |()| SweepTerms::EMPTY) };
+        return Ok(());
+    }
+    shard.check_logits(None, 0)?;
+    let (call, workers) = (shard.call(None, 0), Workers::of(pool));
+    // SAFETY: the caller's, for as long as this function runs.
+    unsafe {
+        let (teacher, student) = (call.logits(shard.teacher)?, call.logits(shard.student)?);
+        let (view, exchanged) = (shard.view(None)?, exchanged.view(shard.tokens)?);
+        let terms = terms_by(workers, objective, &view, &exchanged, teacher, student)?;
+        write(Some(to), &terms, |&terms| terms);
+    }
+    Ok(())
+}
+
+/// The gradient of the shard's columns, `[N, columns]` in the dtypes and with the padding of
+/// [`RawCall::gradient`](crate::call::RawCall::gradient); over the student's logits if it has their address.
+///
+/// # Errors
+/// As [`cpu::shards::gradient`](fn@crate::cpu::shards::gradient); and as [`states`], or if the gradient overlaps what it is
+/// computed from without being the student's logits themselves.
+///
+/// # Safety
+/// As [`run`](super::run).
+pub unsafe fn gradient(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    shard: &RawShard,
+    exchanged: &RawStates,
+    gradient: RawLogits,
+    padding: usize,
+) -> Result<()> {
+    shard.check(objective, Some(exchanged))?;
+    let workers = Workers::of(pool);
+    // SAFETY: the caller's, for as long as this function runs. What is borrowed mutably overlaps nothing else: checked for
+    // the logits, and the caller's word for the rest.
+    unsafe {
+        let objective = times_upstream(objective, shard.upstream)?;
+        let hard = shard.hard.map(|at| bools_at(HARD_MASK, at, shard.tokens)).transpose()?;
+        let (view, exchanged) = (shard.view(hard.as_deref())?, exchanged.view(shard.tokens)?);
+        if shard.columns == 0 {
+            if padding > 0 {
+                let RawLogits { address, dtype, strides } = gradient;
+                gradient.end("the gradient", shard.tokens, padding)?;
+                let address = address as *mut u8;
+                let mut rows = LogitsMut::at(address, dtype, shard.tokens, padding, strides)?;
+                rows.rows().into_iter().for_each(|mut row| row.fill_zero());
+            }
+            return Ok(());
+        }
+        shard.check_logits(Some(gradient), padding)?;
+        let call = shard.call(Some(gradient), padding);
+        let teacher = call.logits(shard.teacher)?;
+        let mut to = call.logits_mut(gradient)?;
+        let rows = if call.is_in_place() {
+            to.rows().into_iter().map(StudentRow::InPlace).collect()
+        } else {
+            into_rows(call.logits(shard.student)?, Some(&mut to))?
+        };
+        gradient_by(workers, &objective, &view, &exchanged, teacher, rows)?;
+        call.clear_padding()
+    }
+}
+
+/// The loss of the tokens, and the terms of each.
+///
+/// # Errors
+/// As [`cpu::shards::finish`](crate::cpu::shards::finish); and as [`states`].
+///
+/// # Safety
+/// As [`run`](super::run).
+pub unsafe fn finish(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    shard: &RawShard,
+    exchanged: &RawStates,
+    output: &RawOutput,
+) -> Result<()> {
+    shard.check(objective, Some(exchanged))?;
+    output.check()?;
+    // SAFETY: the caller's, for as long as this function runs.
+    unsafe {
+        let hard = shard.hard.map(|at| bools_at(HARD_MASK, at, shard.tokens)).transpose()?;
+        let (view, exchanged) = (shard.view(hard.as_deref())?, exchanged.view(shard.tokens)?);
+        let result = finish_by(Workers::of(pool), objective, &view, &exchanged)?;
+        write_output(&result, output);
+    }
+    Ok(())
+}
+
+impl RawShard {
+    /// The shard, with the hard tokens given.
+    ///
+    /// # Safety
+    /// As [`run`](super::run), for `'a`, of a shard that was checked.
+    unsafe fn view<'a>(&self, hard: Option<&'a [bool]>) -> Result<Shard<'a>> {
+        let Self { tokens, vocab, first_column, labels, .. } = *self;
+        // SAFETY: the caller's.
+        unsafe {
+            let mut shard = match labels {
+                Some(labels) => Shard::new(labels_at(labels, tokens)?, vocab, first_column)?,
+                None => Shard::unlabelled(tokens, vocab, first_column)?,
+            };
+            if let Some(at) = self.token_weights {
+                shard = shard.with_token_weights(slice(TOKEN_WEIGHTS, at, tokens)?)?;
+            }
+            if let Some(at) = self.temperatures {
+                shard = shard.with_temperatures(slice(TEMPERATURES, at, tokens)?)?;
+            }
+            if let Some(at) = self.counts {
+                let counts = slice::<u32>("the counts", at, 2)?;
+                shard = shard.with_counts(counts[0] as usize, counts[1] as usize);
+            }
+            hard.map_or(Ok(shard), |hard| shard.with_hard(hard))
+        }
+    }
+}
+
+impl RawStates {
+    /// # Safety
+    /// As [`run`](super::run), for `'a`.
+    unsafe fn view<'a>(&self, tokens: usize) -> Result<Exchanged<'a>> {
+        let count = self.ranks.saturating_mul(tokens);
+        // SAFETY: the caller's.
+        unsafe {
+            let exchanged = Exchanged::new(slice(ROW_STATES, self.states, count)?);
+            match self.terms {
+                Some(at) => Ok(exchanged.with_terms(slice(SWEEP_TERMS, at, count)?)),
+                None => Ok(exchanged),
+            }
+        }
+    }
+}
