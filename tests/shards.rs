@@ -1,0 +1,369 @@
+//! Shards of the vocabulary on the CPU, beside what the battery (tests/battery.rs) goes through.
+
+use std::f64::consts::LOG2_E;
+use std::ops::Range;
+
+use atkd::battery::shards::columns;
+use atkd::cpu::shards;
+use atkd::shards::{Exchanged, RowState, Shard, SweepTerms};
+use atkd::{
+    Batch, Divergence, Error, Logits, LogitsMut, Objective, Reduction, SelectionRule, Target, cpu,
+    reference,
+};
+
+const VOCAB: usize = 37;
+
+fn random(seed: u64, tokens: usize) -> Vec<f32> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    (0..tokens * VOCAB).map(|_| 6.0 * random.f32() - 3.0).collect()
+}
+
+fn logits(elements: &[f32]) -> Logits<'_> {
+    Logits::new(elements, elements.len() / VOCAB, VOCAB).unwrap()
+}
+
+fn part(elements: &[f32], columns: Range<usize>) -> Logits<'_> {
+    logits(elements).columns(columns).unwrap()
+}
+
+/// The states of all ranks, `[ranks, tokens]`.
+fn states(
+    objective: &Objective,
+    shard: impl Fn(usize) -> Shard<'static>,
+    teacher: &[f32],
+    student: &[f32],
+    ranks: &[Range<usize>],
+) -> Vec<RowState> {
+    let of_rank = |columns: &Range<usize>| {
+        let shard = shard(columns.start);
+        if columns.is_empty() {
+            return vec![RowState::EMPTY; shard.tokens()];
+        }
+        let (teacher, student) = (part(teacher, columns.clone()), part(student, columns.clone()));
+        shards::states(objective, &shard, teacher, student).unwrap()
+    };
+    ranks.iter().flat_map(of_rank).collect()
+}
+
+#[track_caller]
+fn near(what: &str, actual: f32, expected: f64) {
+    let error = (f64::from(actual) - expected).abs();
+    assert!(error <= 2e-6 * (1.0 + expected.abs()), "{what} is {actual}, but must be {expected}");
+}
+
+/// Every field of a state, and of a second sweep's terms, in float64 from the words of kernels/params.h.
+#[test]
+fn what_is_exchanged_is_what_the_header_says() {
+    const COLUMNS: Range<usize> = 4..29;
+    let (teacher, student) = (random(1, 2), random(2, 2));
+    let (inside, outside) = (7_i64, 31);
+    static LABELS: [i64; 2] = [7, 31];
+    assert_eq!(LABELS, [inside, outside]);
+    let jsd = Divergence::Jsd { beta: 0.3 };
+    let skew = Divergence::SkewKl { alpha: 0.2 };
+    let plain =
+        [Divergence::ForwardKl, Divergence::ReverseKl, jsd, skew, Divergence::TotalVariation];
+    let two_parts = [Divergence::ForwardKl, jsd, Divergence::TotalVariation];
+    let all = plain.map(|d| (Objective::plain(), d));
+    for (objective, divergence) in
+        all.into_iter().chain(two_parts.map(|d| (Objective::default(), d)))
+    {
+        for temperature in [1.0, 2.5] {
+            let objective = objective
+                .with_divergence(divergence)
+                .and_then(|o| o.with_temperature(temperature))
+                .and_then(|o| o.with_ce_weight(0.5))
+                .unwrap();
+            let shard = |first| Shard::new(&LABELS, VOCAB, first).unwrap();
+            let all = states(&objective, shard, &teacher, &student, &[0..4, COLUMNS, 29..VOCAB]);
+            let exchanged = Exchanged::new(&all);
+            let terms = objective.has_two_sweeps().then(|| {
+                let (a, b) = (part(&teacher, COLUMNS), part(&student, COLUMNS));
+                shards::terms(&objective, &shard(COLUMNS.start), &exchanged, a, b).unwrap()
+            });
+            for token in 0..2 {
+                let row = |of: &[f32]| -> Vec<f64> {
+                    of[token * VOCAB..][..VOCAB].iter().map(|&z| z.into()).collect()
+                };
+                let (a, b) = (row(&teacher), row(&student));
+                let target = LABELS[token] as usize;
+                let state = all[2 + token];
+                check_state(&objective, &state, (&a, &b), COLUMNS, target);
+                if let Some(terms) = &terms {
+                    check_terms(&objective, terms[token], (&a, &b), COLUMNS, target);
+                }
+            }
+        }
+    }
+}
+
+fn check_state(
+    objective: &Objective,
+    state: &RowState,
+    (a, b): (&[f64], &[f64]),
+    columns: Range<usize>,
+    target: usize,
+) {
+    let temperature = objective.temperature();
+    let rest = || columns.clone().filter(|&j| j != target);
+    let octaves = |z: f64, temperature: f64| z * LOG2_E / temperature;
+    let largest = |z: &[f64]| rest().map(|j| z[j]).fold(f64::NEG_INFINITY, f64::max);
+    for (max, z) in [(state.teacher_max, a), (state.student_max, b)] {
+        let below = largest(z) - f64::from(max);
+        assert!((0.0..=2.0 * temperature).contains(&below), "{max} is {below} below");
+    }
+    let near_of = |max: f32, temperature: f64| octaves(max.into(), temperature).round();
+    let (x, y) = (near_of(state.teacher_max, temperature), near_of(state.student_max, temperature));
+    let power = |z: f64, shift: f64, temperature: f64| (octaves(z, temperature) - shift).exp2();
+    let p = |j: usize| power(a[j], x, temperature);
+    let q = |j: usize| power(b[j], y, temperature);
+    near("the teacher's sum", state.teacher_sum, rest().map(p).sum());
+    near("the student's sum", state.student_sum, rest().map(q).sum());
+    let y_at_1 = near_of(state.student_max, 1.0);
+    let at_1 = rest().map(|j| power(b[j], y_at_1, 1.0)).sum();
+    near("the sum at 1", state.student_sum_at_1, if temperature == 1.0 { 0.0 } else { at_1 });
+    let unit = 64_f64.exp2();
+    let in_octaves = |z: f64| octaves(z, temperature);
+    let cross = match objective.divergence() {
+        Divergence::ForwardKl => {
+            rest().map(|j| p(j) * (in_octaves(a[j]) - x - in_octaves(b[j]) + y)).sum::<f64>()
+        }
+        Divergence::ReverseKl => {
+            let of_reference = rest().find(|&j| b[j] as f32 == state.student_max).unwrap();
+            assert_eq!(state.teacher_reference, a[of_reference] as f32);
+            let gap = |j: usize| in_octaves(a[j] - a[of_reference] - b[j] + b[of_reference]);
+            rest().map(|j| q(j) * gap(j)).sum::<f64>()
+        }
+        _ => 0.0,
+    };
+    near("the cross term", (f64::from(state.cross_term) * unit) as f32, cross);
+    if columns.contains(&target) {
+        assert_eq!(state.target, target as i32);
+        assert_eq!(
+            (state.teacher_target, state.student_target),
+            (a[target] as f32, b[target] as f32)
+        );
+    } else {
+        assert_eq!(state.target, -1);
+    }
+}
+
+fn check_terms(
+    objective: &Objective,
+    terms: SweepTerms,
+    (a, b): (&[f64], &[f64]),
+    columns: Range<usize>,
+    target: usize,
+) {
+    let probabilities = |z: &[f64]| -> Vec<f64> {
+        let counts = |j: usize| objective.is_plain() || j != target;
+        let power = |j: usize| if counts(j) { (z[j] / objective.temperature()).exp() } else { 0.0 };
+        let sum: f64 = (0..VOCAB).map(power).sum();
+        (0..VOCAB).map(|j| power(j) / sum).collect()
+    };
+    let (p, q) = (probabilities(a), probabilities(b));
+    let rest = || columns.clone().filter(|&j| j != target);
+    let sum = |f: &dyn Fn(f64, f64) -> f64| rest().map(|j| f(p[j], q[j])).sum::<f64>();
+    let (teacher, student, slope) = match objective.divergence() {
+        Divergence::TotalVariation => {
+            (sum(&|p, q| (p - q).abs()), sum(&|p, q| q * (q - p).signum()), 0.0)
+        }
+        Divergence::Jsd { beta: share } | Divergence::SkewKl { alpha: share } => {
+            let m = |p: f64, q: f64| share * p + (1.0 - share) * q;
+            let skewed = matches!(objective.divergence(), Divergence::SkewKl { .. });
+            let slope = if skewed { sum(&|p, q| q * (p - q) / m(p, q)) } else { 0.0 };
+            (sum(&|p, q| p * (p / m(p, q)).log2()), sum(&|p, q| q * (q / m(p, q)).log2()), slope)
+        }
+        _ => unreachable!("it has one sweep"),
+    };
+    near("the teacher's terms", terms.teacher, teacher);
+    near("the student's terms", terms.student, student);
+    near("the slope's terms", terms.slope, slope);
+}
+
+/// Tokens over three ranks, one of them without any, and the vocabulary over three: losses add up to the whole batch's, and
+/// the gradients are its rows'.
+#[test]
+fn parts_of_tokens_add_up() {
+    static LABELS: [i64; 7] = [3, 36, -100, 0, 12, 20, 36];
+    let (teacher, student) = (random(3, 7), random(4, 7));
+    let median = Objective::default().with_selection_rule(SelectionRule::Median);
+    let group_mean = median.with_reduction(Reduction::GroupMean).unwrap();
+    let jsd = Objective::default().with_divergence(Divergence::Jsd { beta: 0.5 }).unwrap();
+    for objective in [Objective::default(), median, group_mean, jsd] {
+        let objective = objective.with_ce_weight(0.3).unwrap();
+        let mut whole = vec![0.0_f32; student.len()];
+        let batch = Batch::new(logits(&teacher), &LABELS).unwrap();
+        let to = LogitsMut::new(&mut whole, 7, VOCAB).unwrap();
+        let expected = cpu::forward_backward(&objective, &batch, logits(&student), to).unwrap();
+        let ranks = columns(VOCAB, 3);
+        let of_tokens = [0..2, 2..2, 2..7].map(|tokens: Range<usize>| {
+            let row = tokens.start * VOCAB..tokens.end * VOCAB;
+            (tokens, &teacher[row.clone()], &student[row])
+        });
+        let shard = |tokens: &Range<usize>, first: usize| {
+            Shard::new(&LABELS[tokens.clone()], VOCAB, first).unwrap()
+        };
+        let exchanged = of_tokens.each_ref().map(|(tokens, teacher, student)| {
+            states(&objective, |first| shard(tokens, first), teacher, student, &ranks)
+        });
+        let mut margins = Vec::new();
+        for ((tokens, ..), states) in of_tokens.iter().zip(&exchanged) {
+            let shard = shard(tokens, 0);
+            margins.extend(shards::margins(&objective, &shard, &Exchanged::new(states)).unwrap());
+        }
+        let valid = LABELS.map(|label| label >= 0);
+        let hard = objective.select_hard(&margins, Some(&valid), None).unwrap();
+        assert_eq!(hard, expected.tokens.iter().map(|token| token.hard).collect::<Vec<_>>());
+        let counts = [6, hard.iter().filter(|&&hard| hard).count()];
+
+        let (mut loss, mut gradient) = (0.0, vec![f32::NAN; student.len()]);
+        for ((tokens, teacher, student), states) in of_tokens.iter().zip(&exchanged) {
+            if tokens.is_empty() {
+                let shard = shard(tokens, 0).with_counts(counts[0], counts[1]);
+                let output =
+                    shards::finish(&objective, &shard, &Exchanged::new(states).with_terms(&[]));
+                assert!(matches!(output, Err(Error::NoHardTokens)));
+                let shard = shard.with_hard(&[]).unwrap();
+                let output =
+                    shards::finish(&objective, &shard, &Exchanged::new(states).with_terms(&[]));
+                assert_eq!(output.unwrap().loss, 0.0);
+                continue;
+            }
+            let shard = |first| {
+                let shard = shard(tokens, first).with_counts(counts[0], counts[1]);
+                shard.with_hard(&hard[tokens.clone()]).unwrap()
+            };
+            let mut terms = Vec::new();
+            for columns in &ranks {
+                if columns.is_empty() || !objective.has_two_sweeps() {
+                    terms.resize(terms.len() + tokens.len(), SweepTerms::EMPTY);
+                } else {
+                    let (a, b) = (part(teacher, columns.clone()), part(student, columns.clone()));
+                    let exchanged = Exchanged::new(states);
+                    let shard = shard(columns.start);
+                    terms.extend(shards::terms(&objective, &shard, &exchanged, a, b).unwrap());
+                }
+            }
+            let exchanged = Exchanged::new(states).with_terms(&terms);
+            for columns in ranks.iter().filter(|columns| !columns.is_empty()) {
+                // In place.
+                let mut to = student.to_vec();
+                let mut rows = LogitsMut::new(&mut to, tokens.len(), VOCAB).unwrap();
+                let over = rows.columns(columns.clone()).unwrap();
+                let a = part(teacher, columns.clone());
+                shards::gradient_in_place(&objective, &shard(columns.start), &exchanged, a, over)
+                    .unwrap();
+                for (row, token) in tokens.clone().enumerate() {
+                    let from = &to[row * VOCAB..][columns.clone()];
+                    gradient[token * VOCAB..][columns.clone()].copy_from_slice(from);
+                }
+            }
+            loss += shards::finish(&objective, &shard(0), &exchanged).unwrap().loss;
+        }
+        assert!(
+            (loss - expected.loss).abs() <= 3e-7 * expected.loss.abs() + 2e-7,
+            "{loss} {}",
+            expected.loss
+        );
+        for (one, other) in gradient.iter().zip(&whole) {
+            assert!((one - other).abs() <= 5e-7, "{one} {other}");
+        }
+    }
+}
+
+/// The teacher's arg max is the lowest token of those with the largest logit, in whatever shards they are, and the arg
+/// maxima of other shards are tokens as any.
+#[test]
+fn the_largest_of_the_shards_arg_maxima_is_the_target() {
+    let objective = Objective::default().with_target(Target::Teacher).with_ce_weight(1.0).unwrap();
+    let (mut teacher, student) = (random(5, 3), random(6, 3));
+    teacher[20] = 9.0;
+    teacher[31] = 9.0;
+    // A row without a number above the others, and one that has its largest in the last shard.
+    teacher[VOCAB..2 * VOCAB].fill(1.5);
+    teacher[2 * VOCAB + 36] = 8.0;
+    let batch = Batch::unlabelled(logits(&teacher));
+    let exact = reference::forward(&objective, &batch, logits(&student)).unwrap();
+    let shard = |first| Shard::unlabelled(3, VOCAB, first).unwrap();
+    for ranks in [2, 3, 8] {
+        let all = states(&objective, shard, &teacher, &student, &columns(VOCAB, ranks));
+        let hard: Vec<bool> = exact.tokens.iter().map(|token| token.hard).collect();
+        let shard = shard(0).with_hard(&hard).unwrap();
+        let output = shards::finish(&objective, &shard, &Exchanged::new(&all)).unwrap();
+        for (token, exact) in output.tokens.iter().zip(&exact.tokens) {
+            near("the margin", token.margin as f32, exact.margin);
+            near("the loss", token.loss as f32, exact.loss);
+        }
+    }
+}
+
+/// A NaN is that of its token, in whatever shard.
+#[test]
+fn a_nan_stays_with_its_token() {
+    static LABELS: [i64; 3] = [1, 2, 3];
+    let objective = Objective::default();
+    let (mut teacher, student) = (random(7, 3), random(8, 3));
+    teacher[VOCAB + 30] = f32::NAN;
+    let shard = |first| Shard::new(&LABELS, VOCAB, first).unwrap();
+    let all = states(&objective, shard, &teacher, &student, &columns(VOCAB, 3));
+    let exchanged = Exchanged::new(&all);
+    let margins = shards::margins(&objective, &shard(0), &exchanged).unwrap();
+    let hard = objective.select_hard(&margins, None, None).unwrap();
+    let shard = shard(0).with_hard(&hard).unwrap();
+    let output = shards::finish(&objective, &shard, &exchanged).unwrap();
+    let are_nan: Vec<bool> = output.tokens.iter().map(|token| token.loss.is_nan()).collect();
+    assert_eq!(are_nan, [false, true, false]);
+}
+
+#[test]
+fn mistakes() {
+    static LABELS: [i64; 2] = [1, 36];
+    let objective = Objective::default();
+    let (teacher, student) = (random(1, 2), random(2, 2));
+    let says = |error: Error, words: &str| {
+        assert!(error.to_string().contains(words), "{words:?} is not in {:?}", error.to_string());
+    };
+    says(
+        Shard::new(&LABELS, VOCAB, 38).unwrap_err(),
+        "0 columns from 38 on, but the vocabulary has 37",
+    );
+    let shard = |first| Shard::new(&LABELS, VOCAB, first).unwrap();
+    let (a, b) = (part(&teacher, 0..9), part(&student, 0..9));
+    let wrong = |first, a, b| shards::states(&objective, &shard(first), a, b).unwrap_err();
+    says(wrong(30, a, b), "9 columns from 30 on, but the vocabulary has 37 tokens");
+    says(wrong(0, a, part(&student, 0..8)), "the student's logits is [2, 8]");
+    let other = Shard::new(&[1_i64, 37], VOCAB, 0).unwrap();
+    says(shards::states(&objective, &other, a, b).unwrap_err(), "the label of token 1 is 37");
+    let unlabelled = Shard::unlabelled(2, VOCAB, 0).unwrap();
+    says(shards::states(&objective, &unlabelled, a, b).unwrap_err(), "no labels");
+    says(shard(0).with_hard(&[true]).unwrap_err(), "mask of hard tokens");
+
+    let all = states(&objective, shard, &teacher, &student, &columns(VOCAB, 3));
+    let margins = |states: &[RowState]| {
+        shards::margins(&objective, &shard(0), &Exchanged::new(states)).unwrap_err()
+    };
+    says(margins(&[]), "no row states");
+    says(margins(&all[..5]), "5 of the row states for 2 tokens");
+    // The second of the three has token 36.
+    let without = [&all[..2], &all[4..]].concat();
+    says(margins(&without), "no shard has the target of token 1");
+    let exchanged = Exchanged::new(&all);
+    says(
+        shards::finish(&objective, &shard(0), &exchanged).unwrap_err(),
+        "give the mask that select_hard makes",
+    );
+    says(shards::terms(&objective, &shard(0), &exchanged, a, b).unwrap_err(), "no second sweep");
+    let jsd = objective.with_divergence(Divergence::Jsd { beta: 0.5 }).unwrap();
+    let hard = shard(0).with_hard(&[true, false]).unwrap();
+    says(shards::finish(&jsd, &hard, &exchanged).unwrap_err(), "the second sweep's terms");
+    let terms = [SweepTerms::EMPTY; 3];
+    says(
+        shards::finish(&jsd, &hard, &exchanged.with_terms(&terms)).unwrap_err(),
+        "3 of the second sweep's terms for 2 tokens",
+    );
+    let mut gradient = vec![7.0_f32; 16];
+    let to = LogitsMut::new(&mut gradient, 2, 8).unwrap();
+    says(shards::gradient(&objective, &hard, &exchanged, a, b, to).unwrap_err(), "[2, 8]");
+    assert!(gradient.iter().all(|&g| g == 7.0), "nothing is written");
+}
