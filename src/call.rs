@@ -335,6 +335,22 @@ pub struct RawStates {
     pub ranks: usize,
 }
 
+/// A stage of a call on a shard, with the memory for its result: see [`shards`](crate::shards).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RawStage {
+    /// The states of the shard's part of each row, to an address: [`RowState`](crate::shards::RowState) `[N]`.
+    States(u64),
+    /// The teacher's margins, to an address: float32 `[N]`.
+    Margins(RawStates, u64),
+    /// The terms of the second sweep, to an address: [`SweepTerms`](crate::shards::SweepTerms) `[N]`.
+    Terms(RawStates, u64),
+    /// The gradient of the shard's columns, and as many more that become 0: see [`RawCall::gradient`] and
+    /// [`RawCall::gradient_padding`].
+    Gradient(RawStates, RawLogits, usize),
+    /// The loss of the tokens, and the terms of each.
+    Finish(RawStates, RawOutput),
+}
+
 impl RawShard {
     /// The call about the shard's columns, with the labels and settings of the tokens.
     pub(crate) fn call(&self, gradient: Option<RawLogits>, gradient_padding: usize) -> RawCall {

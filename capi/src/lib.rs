@@ -14,6 +14,7 @@ mod workspace;
 use std::ffi::{c_char, c_void};
 
 use atkd::Objective;
+use atkd::call::{RawCall, RawStage};
 
 use settings::objective;
 pub use settings::*;
@@ -23,7 +24,10 @@ pub use types::*;
 use workspace::Place;
 
 /// What a program was compiled against; compare it with atkd_abi_version().
-pub const ATKD_ABI_VERSION: u32 = 3;
+pub const ATKD_ABI_VERSION: u32 = 4;
+
+/// The version of the layouts that ranks exchange, AtkdRowState and AtkdSweepTerms.
+pub const ATKD_ROW_STATE_VERSION: u32 = 1;
 
 /// Threads that a workspace for host memory has at most: to start them takes time that grows with their square.
 pub const ATKD_MAX_THREADS: usize = 1024;
@@ -276,6 +280,121 @@ pub unsafe extern "C" fn atkd_select_hard(
         let AtkdSelection { hard_ratio, stream, .. } = *selection;
         // SAFETY: the caller's.
         unsafe { workspace.0.select_hard(&selection.parse()?, hard_ratio, stream) }
+    })
+}
+
+/// The states of the shard's part of each row, to `states`, [tokens]. A call on a shard of the vocabulary is: this; an exchange
+/// by the caller, to shard->states, the same on every rank; atkd_shard_margins and atkd_select_hard, over the tokens of all
+/// ranks if they are split, too; for a divergence of two sweeps atkd_shard_terms and a second exchange;
+/// atkd_shard_forward and atkd_shard_gradient. By ATKD_TARGET_TEACHER each rank leaves out its own arg max.
+///
+/// # Safety
+/// As atkd_forward_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_shard_states(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    shard: *const AtkdShard,
+    states: *mut AtkdRowState,
+) -> AtkdStatus {
+    // SAFETY: the caller's.
+    unsafe { run_shard(objective, workspace, shard, false, |_, _| Ok(RawStage::States(states as u64))) }
+}
+
+/// The teacher's margins, to `margins`, [tokens], from the states of all ranks: the same bits on each.
+///
+/// # Safety
+/// As atkd_forward_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_shard_margins(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    shard: *const AtkdShard,
+    margins: *mut f32,
+) -> AtkdStatus {
+    let stage = |shard: &AtkdShard, _: &AtkdCall| {
+        Ok(RawStage::Margins(shard.exchanged()?, margins as u64))
+    };
+    // SAFETY: the caller's.
+    unsafe { run_shard(objective, workspace, shard, false, stage) }
+}
+
+/// The terms of the second sweep over the shard's part of each row, to `terms`, [tokens]. It is an error for a divergence of
+/// one sweep.
+///
+/// # Safety
+/// As atkd_forward_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_shard_terms(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    shard: *const AtkdShard,
+    terms: *mut AtkdSweepTerms,
+) -> AtkdStatus {
+    let stage =
+        |shard: &AtkdShard, _: &AtkdCall| Ok(RawStage::Terms(shard.exchanged()?, terms as u64));
+    // SAFETY: the caller's.
+    unsafe { run_shard(objective, workspace, shard, false, stage) }
+}
+
+/// The gradient of the shard's columns, to the call's gradient; over the student's logits if it is the same.
+///
+/// # Safety
+/// As atkd_forward_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_shard_gradient(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    shard: *const AtkdShard,
+) -> AtkdStatus {
+    let stage = |shard: &AtkdShard, call: &AtkdCall| {
+        let RawCall { gradient, gradient_padding, .. } = call.parse(true)?;
+        let gradient = gradient.ok_or(Failure::null("gradient"))?;
+        Ok(RawStage::Gradient(shard.exchanged()?, gradient, gradient_padding))
+    };
+    // SAFETY: the caller's.
+    unsafe { run_shard(objective, workspace, shard, true, stage) }
+}
+
+/// The loss of the tokens and the terms of each, to the call's outputs: the same bits on every rank of the vocabulary. With
+/// counts, the losses of the ranks of tokens add up.
+///
+/// # Safety
+/// As atkd_forward_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_shard_forward(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    shard: *const AtkdShard,
+) -> AtkdStatus {
+    let stage = |shard: &AtkdShard, call: &AtkdCall| {
+        Ok(RawStage::Finish(shard.exchanged()?, call.output()))
+    };
+    // SAFETY: the caller's.
+    unsafe { run_shard(objective, workspace, shard, false, stage) }
+}
+
+/// # Safety
+/// As [`atkd_forward_backward`].
+unsafe fn run_shard(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    shard: *const AtkdShard,
+    with_gradient: bool,
+    stage: impl Fn(&AtkdShard, &AtkdCall) -> Result<RawStage, Failure>,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's; shared, since other threads may be in a call with the workspace.
+        let (objective, workspace, shard) =
+            unsafe { (objective.as_ref(), workspace.as_ref(), shard.as_ref()) };
+        let objective = objective.ok_or(Failure::null("objective"))?;
+        let workspace = workspace.ok_or(Failure::null("workspace"))?;
+        let shard = shard.ok_or(Failure::null("shard"))?;
+        // SAFETY: the caller's.
+        unsafe {
+            let (raw, call) = shard.parse(with_gradient)?;
+            workspace.0.run_shard(&objective.0, &raw, &stage(shard, &call)?, call.stream)
+        }
     })
 }
 

@@ -3,7 +3,8 @@
 use std::ffi::c_void;
 
 use atkd::call::{
-    RawCall, RawEntropies, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher,
+    RawCall, RawEntropies, RawLabels, RawLogits, RawOutput, RawSelection, RawShard, RawStates,
+    RawTeacher,
 };
 use atkd::{Dtype, Strides};
 
@@ -281,3 +282,106 @@ impl AtkdSelection {
         })
     }
 }
+
+/// One rank's shard of the vocabulary, and what the ranks have exchanged. Every pointer is to host memory, or for a CUDA
+/// workspace to its device's, but for those to this struct and to the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdShard {
+    /// The shard's columns of the tokens: `vocab` is how many, which may be 0, and the labels are tokens of the whole
+    /// vocabulary. Nothing is selected: `hard` is needed where the objective depends on it, and sequences and margins are not
+    /// used.
+    pub call: *const AtkdCall,
+    /// Tokens of the whole vocabulary.
+    pub whole_vocab: i64,
+    /// The token of the vocabulary that the first column is about.
+    pub first_column: i64,
+    /// Two numbers: the valid and the hard tokens of all ranks that the reduction is over; null for those of the call.
+    pub counts: *const u32,
+    /// [ranks, tokens]: the states of all ranks, in the order of their columns, after they were exchanged.
+    pub states: *const AtkdRowState,
+    /// [ranks, tokens]: the second sweep's terms of all ranks, after they were exchanged; null if the divergence has none:
+    /// ATKD_DIVERGENCE_FORWARD_KL and ATKD_DIVERGENCE_REVERSE_KL.
+    pub terms: *const AtkdSweepTerms,
+    /// Ranks of the vocabulary.
+    pub ranks: i64,
+}
+
+impl AtkdShard {
+    /// # Safety
+    /// The call is null, or one.
+    pub(crate) unsafe fn parse(&self, with_gradient: bool) -> Result<(RawShard, AtkdCall), Failure> {
+        // SAFETY: the caller's.
+        let call = *unsafe { self.call.as_ref() }.ok_or(Failure::null("the shard's call"))?;
+        let RawCall { tokens, vocab: columns, teacher, student, labels, .. } =
+            call.parse(with_gradient)?;
+        let shard = RawShard {
+            tokens,
+            vocab: size("whole_vocab", self.whole_vocab)?,
+            first_column: size("first_column", self.first_column)?,
+            columns,
+            teacher,
+            student,
+            labels,
+            hard: address(call.hard),
+            token_weights: address(call.token_weights),
+            temperatures: address(call.temperatures),
+            upstream: address(call.upstream),
+            counts: address(self.counts),
+        };
+        Ok((shard, call))
+    }
+
+    pub(crate) fn exchanged(&self) -> Result<RawStates, Failure> {
+        let ranks = size("ranks", self.ranks)?;
+        Ok(RawStates { states: self.states as u64, terms: address(self.terms), ranks })
+    }
+}
+
+/// A row's sums, or those of the part that a shard has, with the target left out: 40 bytes that ranks exchange. With the
+/// exponents x_j = z_j log2(e) / T of the teacher's logits and y_j of the student's, X is the integer nearest to the exponent
+/// of teacher_max, and Y to that of student_max; where that is 2^18 or more in size, the exponent itself.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdRowState {
+    /// sum 2^(x_j - X)
+    pub teacher_sum: f32,
+    /// sum 2^(y_j - Y)
+    pub student_sum: f32,
+    /// The same at T = 1, if cross entropy needs it beside student_sum; else 0.
+    pub student_sum_at_1: f32,
+    /// Forward KL: sum 2^(x_j - X) (x_j - X - y_j + Y) / 2^64, or infinity where the student rules out (-infinity) a token
+    /// that the teacher does not. Reverse KL, with r the token of student_max: sum 2^(y_j - Y) (x_j - x_r - y_j + y_r) / 2^64,
+    /// or -infinity where the teacher rules out what the student does not. Other divergences: 0.
+    pub cross_term: f32,
+    /// The largest logit, or a little less; finite.
+    pub teacher_max: f32,
+    /// Likewise.
+    pub student_max: f32,
+    /// Reverse KL: the teacher's logit of token r; finite.
+    pub teacher_reference: f32,
+    /// The logits of the target, where this part has it.
+    pub teacher_target: f32,
+    /// Likewise.
+    pub student_target: f32,
+    /// A token of the whole vocabulary, or -1: it is in another part, or the token is ignored.
+    pub target: i32,
+}
+
+/// The sums of the second sweep over a part of a row. With p_j and q_j renormalised without the target, or plain over the
+/// whole vocabulary, and the mixture m of the divergence:
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdSweepTerms {
+    /// A mixture: sum p_j log2(p_j / m_j). Total variation: sum |p_j - q_j|.
+    pub teacher: f32,
+    /// A mixture: sum q_j log2(q_j / m_j). Total variation: sum q_j sign(q_j - p_j).
+    pub student: f32,
+    /// A mixture whose KL divergences are skewed: sum q_j (p_j - q_j) / m_j; else 0.
+    pub slope: f32,
+}
+
+const _: () = {
+    assert!(size_of::<AtkdRowState>() == size_of::<atkd::shards::RowState>());
+    assert!(size_of::<AtkdSweepTerms>() == size_of::<atkd::shards::SweepTerms>());
+};

@@ -5,7 +5,9 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::Objective;
-use atkd::call::{RawCall, RawEntropies, RawOutput, RawSelection, RawTeacher};
+use atkd::call::{
+    RawCall, RawEntropies, RawOutput, RawSelection, RawShard, RawStage, RawTeacher,
+};
 use atkd::cpu::raw;
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels, Workspace};
@@ -158,6 +160,33 @@ impl Place {
                 unsafe {
                     let stream = wrap(&workspace, stream);
                     workspace.launch_selection(&stream, selection, hard_ratio)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`raw::shards::run`] or [`Workspace::launch_shard`].
+    pub(crate) unsafe fn run_shard(
+        &self,
+        objective: &Objective,
+        shard: &RawShard,
+        stage: &RawStage,
+        stream: *mut c_void,
+    ) -> Result<(), Failure> {
+        match self {
+            Self::Host(threads) => {
+                let pool = threads.as_ref().map(|threads| &*threads.pool);
+                // SAFETY: the caller's.
+                unsafe { raw::shards::run(pool, objective, shard, stage) }?;
+            }
+            Self::Cuda(workspace) => {
+                let mut workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
+                // SAFETY: the caller's.
+                unsafe {
+                    let stream = wrap(&workspace, stream);
+                    workspace.launch_shard(&stream, objective, shard, stage)?;
                 }
             }
         }

@@ -1,10 +1,10 @@
 //! The stages of a call on a shard of the vocabulary.
 
-use atkd::call::{RawShard, RawStates};
+use atkd::call::{RawShard, RawStage, RawStates};
 use atkd::cpu::raw;
 use pyo3::prelude::*;
 
-use super::{Labels, Matrix, Objective, Place, exception, output_at, tell_hard, threads};
+use super::{Labels, Matrix, Objective, Place, device, exception, output_at, tell_hard, threads};
 
 /// A shard by address, as `Shard` of `_native.py`, which says what each is.
 #[derive(FromPyObject)]
@@ -42,8 +42,34 @@ impl From<Shard> for RawShard {
     }
 }
 
-/// The states of all ranks, by address, and how many ranks there are.
+/// The address of the states of all ranks, and how many ranks there are.
 type States = (u64, usize);
+
+fn exchanged((states, ranks): States, terms: Option<u64>) -> RawStates {
+    RawStates { states, terms, ranks }
+}
+
+fn run(
+    py: Python,
+    place: Place,
+    objective: &Objective,
+    shard: Shard,
+    stage: RawStage,
+) -> PyResult<()> {
+    let (objective, shard) = (&objective.0, shard.into());
+    match place {
+        Place::Host(threads) => {
+            let pool = threads::pool(py, threads)?;
+            // SAFETY: as for the loss.
+            py.detach(|| unsafe { raw::shards::run(Some(&pool), objective, &shard, &stage) })
+        }
+        // SAFETY: as for the loss.
+        Place::Device(queue, workspace) => {
+            py.detach(|| unsafe { device::run_shard(queue, workspace, objective, &shard, &stage) })
+        }
+    }
+    .map_err(exception)
+}
 
 /// The row states of the shard, `[tokens]`, to the address `to`.
 #[pyfunction]
@@ -54,16 +80,7 @@ pub fn shard_states(
     shard: Shard,
     to: u64,
 ) -> PyResult<()> {
-    let (objective, shard) = (&objective.0, shard.into());
-    match place {
-        Place::Host(threads) => {
-            let pool = threads::pool(py, threads)?;
-            // SAFETY: as for the loss.
-            py.detach(|| unsafe { raw::shards::states(Some(&pool), objective, &shard, to) })
-        }
-        Place::Device(..) => todo!(),
-    }
-    .map_err(exception)
+    run(py, place, objective, shard, RawStage::States(to))
 }
 
 /// The teacher's margins, float32 `[tokens]`, to the address `to`.
@@ -76,18 +93,7 @@ pub fn shard_margins(
     states: States,
     to: u64,
 ) -> PyResult<()> {
-    let (objective, shard, exchanged) = (&objective.0, shard.into(), exchanged(states, None));
-    match place {
-        Place::Host(threads) => {
-            let pool = threads::pool(py, threads)?;
-            py.detach(|| {
-                // SAFETY: as for the loss.
-                unsafe { raw::shards::margins(Some(&pool), objective, &shard, &exchanged, to) }
-            })
-        }
-        Place::Device(..) => todo!(),
-    }
-    .map_err(exception)
+    run(py, place, objective, shard, RawStage::Margins(exchanged(states, None), to))
 }
 
 /// The terms of the second sweep over the shard, `[tokens]`, to the address `to`.
@@ -100,18 +106,7 @@ pub fn shard_terms(
     states: States,
     to: u64,
 ) -> PyResult<()> {
-    let (objective, shard, exchanged) = (&objective.0, shard.into(), exchanged(states, None));
-    match place {
-        Place::Host(threads) => {
-            let pool = threads::pool(py, threads)?;
-            py.detach(|| {
-                // SAFETY: as for the loss.
-                unsafe { raw::shards::terms(Some(&pool), objective, &shard, &exchanged, to) }
-            })
-        }
-        Place::Device(..) => todo!(),
-    }
-    .map_err(exception)
+    run(py, place, objective, shard, RawStage::Terms(exchanged(states, None), to))
 }
 
 /// The gradient of the shard's columns, and zeros for as many more as `gradient_padding` says.
@@ -127,22 +122,8 @@ pub fn shard_gradient(
     gradient: Matrix,
     gradient_padding: usize,
 ) -> PyResult<()> {
-    let (objective, shard, exchanged) = (&objective.0, shard.into(), exchanged(states, terms));
-    let to = gradient.into();
-    match place {
-        Place::Host(threads) => {
-            let pool = threads::pool(py, threads)?;
-            py.detach(|| {
-                let pool = Some(&*pool);
-                // SAFETY: as for the loss.
-                unsafe {
-                    raw::shards::gradient(pool, objective, &shard, &exchanged, to, gradient_padding)
-                }
-            })
-        }
-        Place::Device(..) => todo!(),
-    }
-    .map_err(exception)
+    let stage = RawStage::Gradient(exchanged(states, terms), gradient.into(), gradient_padding);
+    run(py, place, objective, shard, stage)
 }
 
 /// The loss of the tokens, a float32 scalar, and their terms and groups as those of a call.
@@ -159,26 +140,12 @@ pub fn shard_loss(
     columns: Option<u64>,
     groups: Option<u64>,
 ) -> PyResult<()> {
-    let tokens = shard.tokens;
-    let (objective, shard, exchanged) = (&objective.0, shard.into(), exchanged(states, terms));
+    let (tokens, on_host) = (shard.tokens, matches!(place, Place::Host(_)));
     let output = output_at(tokens, loss, columns, groups);
-    match place {
-        Place::Host(threads) => {
-            let pool = threads::pool(py, threads)?;
-            py.detach(|| {
-                // SAFETY: as for the loss.
-                unsafe {
-                    raw::shards::finish(Some(&pool), objective, &shard, &exchanged, &output)?;
-                    tell_hard(&output, tokens);
-                }
-                Ok(())
-            })
-        }
-        Place::Device(..) => todo!(),
+    run(py, place, objective, shard, RawStage::Finish(exchanged(states, terms), output))?;
+    if on_host {
+        // SAFETY: as for the loss; every byte was just written.
+        unsafe { tell_hard(&output, tokens) };
     }
-    .map_err(exception)
-}
-
-fn exchanged((states, ranks): States, terms: Option<u64>) -> RawStates {
-    RawStates { states, terms, ranks }
+    Ok(())
 }

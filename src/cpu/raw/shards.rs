@@ -1,4 +1,4 @@
-//! The stages of [`cpu::shards`](crate::cpu::shards) by address. Threads as [`run`](super::run).
+//! The stages of [`cpu::shards`](crate::cpu::shards) by address. Threads as [`raw::run`](super::run).
 
 use rayon::ThreadPool;
 
@@ -6,21 +6,44 @@ use super::{
     HARD_MASK, TEMPERATURES, TOKEN_WEIGHTS, bools_at, labels_at, slice, times_upstream, write,
     write_output,
 };
-use crate::call::{MARGINS, ROW_STATES, RawLogits, RawOutput, RawShard, RawStates, SWEEP_TERMS};
+use crate::call::{MARGINS, ROW_STATES, RawLogits, RawOutput, RawShard, RawStage, RawStates, SWEEP_TERMS};
 use crate::cpu::shards::{finish_by, gradient_by, margins_by, states_by, terms_by};
 use crate::cpu::{StudentRow, Workers, into_rows};
 use crate::shards::{Exchanged, RowState, Shard, SweepTerms};
 use crate::{Error, LogitsMut, Objective, Result};
 
-/// The states of the shard's part of each row, to `to`: [`RowState`] `[N]`.
+/// A stage. Nothing but the gradient depends on the shard's upstream gradient.
 ///
 /// # Errors
-/// As [`cpu::shards::states`](crate::cpu::shards::states); and if shape, strides and addresses do not go together. Nothing
-/// was written then.
+/// As the function of [`cpu::shards`](crate::cpu::shards) that the stage is; and if shape, strides and addresses do not go
+/// together, or the gradient overlaps what it is computed from without being the student's logits themselves. Nothing was
+/// written then.
 ///
 /// # Safety
-/// As [`run`](super::run).
-pub unsafe fn states(
+/// The contract of [`raw::run`](super::run) holds for the shard, what was exchanged and the result.
+pub unsafe fn run(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    shard: &RawShard,
+    stage: &RawStage,
+) -> Result<()> {
+    // SAFETY: the caller's.
+    unsafe {
+        match stage {
+            RawStage::States(to) => states(pool, objective, shard, *to),
+            RawStage::Margins(exchanged, to) => margins(pool, objective, shard, exchanged, *to),
+            RawStage::Terms(exchanged, to) => terms(pool, objective, shard, exchanged, *to),
+            RawStage::Gradient(exchanged, to, padding) => {
+                gradient(pool, objective, shard, exchanged, *to, *padding)
+            }
+            RawStage::Finish(exchanged, output) => finish(pool, objective, shard, exchanged, output),
+        }
+    }
+}
+
+/// # Safety
+/// As [`run`].
+unsafe fn states(
     pool: Option<&ThreadPool>,
     objective: &Objective,
     shard: &RawShard,
@@ -44,14 +67,9 @@ pub unsafe fn states(
     Ok(())
 }
 
-/// The teacher's margins, to `to`: float32 `[N]`.
-///
-/// # Errors
-/// As [`cpu::shards::margins`](crate::cpu::shards::margins); and as [`states`].
-///
 /// # Safety
-/// As [`run`](super::run).
-pub unsafe fn margins(
+/// As [`run`].
+unsafe fn margins(
     pool: Option<&ThreadPool>,
     objective: &Objective,
     shard: &RawShard,
@@ -69,14 +87,9 @@ pub unsafe fn margins(
     Ok(())
 }
 
-/// The terms of the second sweep over the shard's part of each row, to `to`: [`SweepTerms`] `[N]`.
-///
-/// # Errors
-/// As [`cpu::shards::terms`](crate::cpu::shards::terms); and as [`states`].
-///
 /// # Safety
-/// As [`run`](super::run).
-pub unsafe fn terms(
+/// As [`run`].
+unsafe fn terms(
     pool: Option<&ThreadPool>,
     objective: &Objective,
     shard: &RawShard,
@@ -105,16 +118,9 @@ pub unsafe fn terms(
     Ok(())
 }
 
-/// The gradient of the shard's columns, `[N, columns]` in the dtypes and with the padding of
-/// [`RawCall::gradient`](crate::call::RawCall::gradient); over the student's logits if it has their address.
-///
-/// # Errors
-/// As [`cpu::shards::gradient`](fn@crate::cpu::shards::gradient); and as [`states`], or if the gradient overlaps what it is
-/// computed from without being the student's logits themselves.
-///
 /// # Safety
-/// As [`run`](super::run).
-pub unsafe fn gradient(
+/// As [`run`].
+unsafe fn gradient(
     pool: Option<&ThreadPool>,
     objective: &Objective,
     shard: &RawShard,
@@ -154,14 +160,9 @@ pub unsafe fn gradient(
     }
 }
 
-/// The loss of the tokens, and the terms of each.
-///
-/// # Errors
-/// As [`cpu::shards::finish`](crate::cpu::shards::finish); and as [`states`].
-///
 /// # Safety
-/// As [`run`](super::run).
-pub unsafe fn finish(
+/// As [`run`].
+unsafe fn finish(
     pool: Option<&ThreadPool>,
     objective: &Objective,
     shard: &RawShard,
@@ -184,7 +185,7 @@ impl RawShard {
     /// The shard, with the hard tokens given.
     ///
     /// # Safety
-    /// As [`run`](super::run), for `'a`, of a shard that was checked.
+    /// As [`run`], for `'a`, of a shard that was checked.
     unsafe fn view<'a>(&self, hard: Option<&'a [bool]>) -> Result<Shard<'a>> {
         let Self { tokens, vocab, first_column, labels, .. } = *self;
         // SAFETY: the caller's.
@@ -210,7 +211,7 @@ impl RawShard {
 
 impl RawStates {
     /// # Safety
-    /// As [`run`](super::run), for `'a`.
+    /// As [`run`], for `'a`.
     unsafe fn view<'a>(&self, tokens: usize) -> Result<Exchanged<'a>> {
         let count = self.ranks.saturating_mul(tokens);
         // SAFETY: the caller's.
