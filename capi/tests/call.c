@@ -539,6 +539,96 @@ static void errors(AtkdWorkspace *workspace) {
     atkd_workspace_destroy(NULL);
 }
 
+/* Two ranks with 300 and 700 of the columns, by JSD, which is exchanged twice, and by the default: the loss and the gradient
+   of whole rows. */
+static void shards_of_the_vocabulary(AtkdWorkspace *workspace) {
+    for (int twice = 0; twice < 2; twice++) {
+        AtkdSettings settings = atkd_default_settings();
+        settings.divergence = twice ? ATKD_DIVERGENCE_JSD : ATKD_DIVERGENCE_FORWARD_KL;
+        AtkdObjective *objective;
+        check(atkd_objective_create(&settings, &objective));
+        float expected;
+        AtkdCall whole = new_call();
+        whole.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+        whole.loss = &expected;
+        check(atkd_forward_backward(objective, workspace, &whole));
+
+        enum { RANKS = 2 };
+        const int first[RANKS + 1] = {0, 300, VOCAB};
+        AtkdRowState states[RANKS * TOKENS];
+        AtkdSweepTerms terms[RANKS * TOKENS];
+        uint8_t hard[TOKENS];
+        float margins[TOKENS], losses[RANKS], *gradients = malloc(sizeof gradient);
+        AtkdCall calls[RANKS];
+        AtkdShard shards[RANKS];
+        for (int rank = 0; rank < RANKS; rank++) {
+            calls[rank] = new_call();
+            calls[rank].vocab = first[rank + 1] - first[rank];
+            calls[rank].teacher.data = &teacher[first[rank]];
+            calls[rank].student.data = &student[first[rank]];
+            calls[rank].gradient =
+                (AtkdMatrix){.data = &gradients[first[rank]], .row_stride = VOCAB, .dtype = ATKD_F32};
+            calls[rank].loss = &losses[rank];
+            calls[rank].hard = hard;
+            shards[rank] = (AtkdShard){0};
+            shards[rank].call = &calls[rank];
+            shards[rank].whole_vocab = VOCAB;
+            shards[rank].first_column = first[rank];
+            shards[rank].states = states;
+            shards[rank].terms = twice ? terms : NULL;
+            shards[rank].ranks = RANKS;
+            check(atkd_shard_states(objective, workspace, &shards[rank], &states[rank * TOKENS]));
+        }
+        check(atkd_shard_margins(objective, workspace, &shards[0], margins));
+        uint8_t valid[TOKENS];
+        for (int i = 0; i < TOKENS; i++) {
+            valid[i] = labels[i] != -100;
+        }
+        AtkdSelection selection = {0};
+        selection.tokens = TOKENS;
+        selection.margins = margins;
+        selection.valid = valid;
+        selection.hard_ratio = settings.hard_ratio;
+        selection.hard = hard;
+        check(atkd_select_hard(workspace, &selection));
+        for (int rank = 0; rank < RANKS && twice; rank++) {
+            check(atkd_shard_terms(objective, workspace, &shards[rank], &terms[rank * TOKENS]));
+        }
+        for (int rank = 0; rank < RANKS; rank++) {
+            check(atkd_shard_gradient(objective, workspace, &shards[rank]));
+            check(atkd_shard_forward(objective, workspace, &shards[rank]));
+            assert(losses[rank] == losses[0]);
+        }
+        assert(fabsf(losses[0] - expected) < 1e-6f * expected);
+        for (int i = 0; i < TOKENS * VOCAB; i++) {
+            assert(fabsf(gradients[i] - gradient[i]) < 1e-7f);
+        }
+        /* As a part of 3 tokens in 100. */
+        uint32_t counts[2] = {100, 50};
+        shards[0].counts = counts;
+        check(atkd_shard_forward(objective, workspace, &shards[0]));
+        assert(losses[0] < 0.5f * expected && losses[0] > 0);
+
+        calls[0].hard = NULL;
+        expect_error(atkd_shard_forward(objective, workspace, &shards[0]), ATKD_INVALID_ARGUMENT, "hard");
+        calls[0].hard = hard;
+        shards[0].ranks = 0;
+        expect_error(atkd_shard_margins(objective, workspace, &shards[0], margins), ATKD_INVALID_ARGUMENT, "row states");
+        shards[0].ranks = RANKS;
+        shards[0].first_column = VOCAB;
+        expect_error(atkd_shard_states(objective, workspace, &shards[0], states), ATKD_INVALID_ARGUMENT,
+                     "300 columns from 1000 on");
+        shards[0].call = NULL;
+        expect_error(atkd_shard_gradient(objective, workspace, &shards[0]), ATKD_INVALID_ARGUMENT, "call");
+        if (!twice) {
+            expect_error(atkd_shard_terms(objective, workspace, &shards[1], terms), ATKD_INVALID_ARGUMENT,
+                         "no second sweep");
+        }
+        free(gradients);
+        atkd_objective_destroy(objective);
+    }
+}
+
 int main(void) {
     assert(atkd_abi_version() == ATKD_ABI_VERSION);
     assert(strlen(atkd_version()) > 0 && strlen(atkd_error_message()) == 0);
@@ -556,6 +646,7 @@ int main(void) {
         counts_that_cannot_be(workspace);
         a_selection_over_two_calls(workspace);
         temperatures_of_tokens(workspace);
+        shards_of_the_vocabulary(workspace);
         entropies_against_the_definition(workspace);
         errors(workspace);
         atkd_workspace_destroy(workspace);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use atkd::cuda::{self, Kernels};
+use atkd::battery::shards::{self, in_shards};
 use atkd::plan::{Preference, RowKernel};
 use atkd::{Batch, Logits, LogitsMut, Objective, Output, battery, cpu, reference, simt};
 use clap::ValueEnum;
@@ -132,6 +133,31 @@ impl Backend {
             Self::Simt => simt::forward_backward(objective, batch, student, gradient),
             Self::Reference => battery::reference_backend(objective, batch, student, gradient),
         }
+    }
+
+    /// The same by so many ranks, of which each has some columns of the vocabulary.
+    pub fn in_shards(
+        &self,
+        ranks: usize,
+        objective: &Objective,
+        batch: &Batch,
+        student: Logits,
+        gradient: Option<LogitsMut>,
+    ) -> Result<Output> {
+        let output = match self {
+            Self::Cuda(kernels) => {
+                in_shards(kernels, ranks, objective, batch, student, gradient)
+            }
+            Self::Cpu => in_shards(&shards::Cpu, ranks, objective, batch, student, gradient),
+            Self::Simt => {
+                let simulation = simt::Simulation::default();
+                in_shards(&simulation, ranks, objective, batch, student, gradient)
+            }
+            Self::Reference => bail!(
+                "the reference backend has no shards: use --backend cpu, simt or cuda, or leave --shards out"
+            ),
+        };
+        Ok(output?)
     }
 
     /// See [`cpu::token_entropies`].

@@ -29,6 +29,8 @@ use crate::{head, output};
 ///
 /// Example: atkd loss batch.safetensors --grad gradient.safetensors --json
 ///
+/// Example, as eight ranks would: atkd loss batch.safetensors --shards 8
+///
 /// Example, of hidden states: atkd loss hidden.safetensors --chunk 128 --grad gradients.safetensors
 #[derive(clap::Args)]
 pub struct Args {
@@ -85,6 +87,10 @@ pub struct Args {
     /// [default: as many as fit into 512 MB]
     #[arg(long, value_name = "TOKENS")]
     chunk: Option<usize>,
+    /// Cut the vocabulary into so many uneven shards, one of which is empty if there are more than two, and compute as
+    /// ranks would: each its own columns, with what they exchange merged
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    shards: Option<u16>,
     /// Write `grad` [N, V] in the student's dtype and, per token and before the reduction, `uncertainty`,
     /// `tkd`, `dkd`, `loss` (F32) and `hard` (U8) to this safetensors file; from hidden states, in the place of `grad`,
     /// `grad_hidden` [N, Hq] in their dtype, `grad_weight` [V, Hq] and, with a bias, `grad_bias` [V] (F32)
@@ -254,6 +260,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             head::STUDENT_HIDDEN
         );
     }
+    if args.shards.is_some() {
+        bail!(
+            "--shards are of logits, but {} holds hidden states: use a file with `student` and `teacher`",
+            args.file.display()
+        );
+    }
     if args.entropies {
         bail!(
             "--entropies are of logits, but {} holds hidden states: use a file with `student` and `teacher`",
@@ -318,12 +330,20 @@ fn of_logits<'a>(
         }
         false => None,
     };
+    let ranks = args.shards.map(usize::from);
     let Some(destination) = destination else {
-        return Ok((backend.forward(objective, &batch, logits)?, entropies));
+        let output = match ranks {
+            Some(ranks) => backend.in_shards(ranks, objective, &batch, logits, None)?,
+            None => backend.forward(objective, &batch, logits)?,
+        };
+        return Ok((output, entropies));
     };
     let mut gradient = Matrix::zeros(logits.dtype(), student.rows, student.columns)?;
     let view = gradient.logits_mut()?.with_vocab(vocab(&student))?;
-    let output = backend.forward_backward(objective, &batch, logits, view)?;
+    let output = match ranks {
+        Some(ranks) => backend.in_shards(ranks, objective, &batch, logits, Some(view))?,
+        None => backend.forward_backward(objective, &batch, logits, view)?,
+    };
     let shape = vec![gradient.rows, gradient.columns];
     let mut tensors = vec![("grad", gradient.safetensors_dtype(), shape, gradient.bytes())];
     if let Some(Entropies { teacher, student }) = &entropies {
@@ -508,7 +528,8 @@ mod tests {
         let all: BTreeSet<&str> = default.keys().map(String::as_str).collect();
         assert_eq!(reached, all, "settings of Rust");
 
-        let not_settings = ["file", "backend", "vocab_size", "chunk", "grad", "entropies", "json"];
+        let not_settings =
+            ["file", "backend", "vocab_size", "chunk", "shards", "grad", "entropies", "json"];
         let options: BTreeSet<String> = command()
             .get_arguments()
             .filter(|option| !not_settings.contains(&option.get_id().as_str()))
