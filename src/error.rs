@@ -54,6 +54,11 @@ pub enum Error {
         "the vocabulary size is {vocab}, but must be from 1 to {columns}, the columns of the logits"
     )]
     Vocab { vocab: usize, columns: usize },
+    /// Columns that logits do not have, or none.
+    #[error(
+        "columns {start}..{end} were asked for, but the logits have {columns}, and at least one must be taken"
+    )]
+    Columns { start: usize, end: usize, columns: usize },
     /// The gradient has a dtype that the student's logits do not allow.
     #[error(
         "the gradient is {actual}, but for {student} student logits it must be {student} or F32"
@@ -118,20 +123,28 @@ pub enum Error {
         "there are no row states to merge: give those of each rank, in the order of the columns"
     )]
     NoStates,
-    /// One row state per rank and token, no more and no fewer.
+    /// One row state per rank and token, and as many of the second sweep's terms.
     #[error(
-        "{values} of {what} given for {}, but there must be one per rank and token",
+        "there are {values} of {what} for {}, but there must be one per rank and token, such as {expected}",
         count(*tokens, "token")
     )]
-    StateCount { what: &'static str, values: usize, tokens: usize },
+    StateCount { what: &'static str, values: usize, expected: usize, tokens: usize },
     /// A token whose target no shard has left out.
     #[error(
         "no shard has the target of token {token}: the row states must be of all ranks, whose columns are the whole vocabulary"
     )]
     NoShardTarget { token: usize },
-    /// A stage of shards came before the one that it needs.
-    #[error("{what} needed first: {needed}")]
-    ShardStage { what: &'static str, needed: &'static str },
+    /// The gradients or the terms of shards depend on hard tokens that are not given.
+    #[error(
+        "the objective depends on which tokens are hard, and shards have no selection: give the mask that select_hard makes of the margins of all ranks' tokens"
+    )]
+    NoHardTokens,
+    /// A divergence of two sweeps whose second sweep was not exchanged.
+    #[error("the divergence needs the second sweep's terms of all ranks beside their row states")]
+    NoSweepTerms,
+    /// A divergence of one sweep has no second one.
+    #[error("the divergence has no second sweep, whose terms were asked for")]
+    NoSecondSweep,
     /// Row offsets that do not partition the tokens, met by a kernel.
     #[error(
         "the row offsets of sequence {sequence} are out of order: offsets must start at 0, never fall, and end at the number of tokens; a kernel met it, and selected no hard tokens there"

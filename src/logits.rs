@@ -1,6 +1,7 @@
 //! Views of logits: shape, strides and dtype. The only place that checks lengths.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -360,6 +361,19 @@ impl<'a> Logits<'a> {
         Ok(self)
     }
 
+    /// Some of the columns alone, such as a shard of the vocabulary has.
+    ///
+    /// # Errors
+    /// If there are none, or they are not all there.
+    pub fn columns(mut self, columns: Range<usize>) -> Result<Self> {
+        check_vocab(columns.len(), self.rows.vocab.saturating_sub(columns.start))?;
+        let Rows { first, length, dtype, .. } = self.rows;
+        let length = length.saturating_sub(columns.start);
+        let first = first.wrapping_add(columns.start * dtype.size());
+        self.rows = Rows { first, length, vocab: columns.len(), ..self.rows };
+        Ok(self)
+    }
+
     /// Number of tokens (rows).
     pub fn tokens(&self) -> usize {
         self.rows.tokens
@@ -452,6 +466,15 @@ impl<'a> LogitsMut<'a> {
             unsafe { ElementsMut::at(dtype, padding, columns - vocab) }.fill_zero();
         }
         Ok(self)
+    }
+
+    /// Some of the columns alone: see [`Logits::columns`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn columns(&mut self, columns: Range<usize>) -> Result<LogitsMut<'_>> {
+        let Logits { rows, .. } = self.as_logits().columns(columns)?;
+        Ok(LogitsMut { rows, lifetime: PhantomData })
     }
 
     /// The same logits, read-only.

@@ -572,6 +572,14 @@ impl Objective {
         self.easy != self.hard && !self.has_one_group()
     }
 
+    /// True if the divergence needs a second sweep over the logits: all but forward and reverse KL.
+    pub fn has_two_sweeps(&self) -> bool {
+        match self.divergence.family() {
+            Family::ForwardKl | Family::ReverseKl => false,
+            Family::Mixture(_) | Family::TotalVariation => true,
+        }
+    }
+
     /// True if all valid tokens are hard, or none is, whatever the margins.
     fn has_one_group(&self) -> bool {
         match self.selection_rule {

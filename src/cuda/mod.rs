@@ -52,6 +52,7 @@ mod kernels;
 #[cfg(feature = "head")]
 mod products;
 mod session;
+mod shards;
 mod tensor;
 #[cfg(feature = "battery")]
 pub mod unfused;

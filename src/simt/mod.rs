@@ -3,6 +3,7 @@
 
 pub mod machine;
 mod session;
+mod shards;
 mod table;
 
 use std::ffi::c_void;
@@ -22,6 +23,7 @@ use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
 use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result};
 pub use session::Session;
+pub use shards::{Exchanged, Shard};
 
 /// The inputs of a call beside the logits, as memory of kernels.
 struct Inputs<'a> {
