@@ -114,11 +114,16 @@ template <class D> ATKD_DEVICE WholeRow<D> merge_ranks(const atkd_shard &p, uint
     auto state_of = [&](uint32_t rank) { return load(p.states + uint64_t(rank) * batch.tokens + token); };
     auto part = RowState<D, double>::empty();
     LeftOut target = {{nanf(""), nanf("")}, IGNORED_TARGET};
+    auto add = [&](const RowState<D, double> &other) {
+        // Without mass of the student the reference is none; it must not win where that mass is at LOWEST, too.
+        part.teacher_reference = part.student_sum == 0 ? other.teacher_reference : part.teacher_reference;
+        merge<true>(part, other, exponent);
+    };
     auto elect = [&](const LeftOut &other) { target = other.comes_before(target) ? other : target; };
     ATKD_NO_UNROLL
     for (uint32_t rank = lane; rank < p.ranks; rank += WARP) {
         atkd_row_state state = state_of(rank);
-        merge<true>(part, from_exchange<D>(state, has_sum_at_1(p.rows)), exponent);
+        add(from_exchange<D>(state, has_sum_at_1(p.rows)));
         elect({{state.teacher_target, state.student_target}, state.target});
     }
     ATKD_NO_UNROLL
@@ -132,7 +137,7 @@ template <class D> ATKD_DEVICE WholeRow<D> merge_ranks(const atkd_shard &p, uint
         for (uint32_t rank = lane; rank < p.ranks; rank += WARP) {
             atkd_row_state state = state_of(rank);
             if (state.target >= 0 && state.target != target.token) {
-                merge<true>(part, state_of_token<D>({state.teacher_target, state.student_target}, exponent), exponent);
+                add(state_of_token<D>({state.teacher_target, state.student_target}, exponent));
             }
         }
     }

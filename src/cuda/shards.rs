@@ -138,8 +138,9 @@ impl Kernels {
         output: &RawOutput,
         workspace: u64,
     ) -> Result<()> {
-        let launches =
-            |device: &_, memory| shards::finish(objective, shard, exchanged, output, device, memory);
+        let launches = |device: &_, memory| {
+            shards::finish(objective, shard, exchanged, output, device, memory)
+        };
         // SAFETY: the caller's.
         unsafe { self.stage(stream, shard, workspace, launches) }
     }

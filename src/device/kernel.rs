@@ -299,7 +299,11 @@ pub enum ShardKernel {
 }
 
 /// The name of a kernel of shards, for logits of these types where it reads any.
-pub fn of_shard(kernel: ShardKernel, family: Family, [teacher, student]: [Dtype; 2]) -> &'static str {
+pub fn of_shard(
+    kernel: ShardKernel,
+    family: Family,
+    [teacher, student]: [Dtype; 2],
+) -> &'static str {
     let two_sweeps = matches!(family, Family::Mixture(_) | Family::TotalVariation);
     let divergence = of_terms(family).strip_prefix("token_terms").unwrap_or_default();
     let [teacher, student] = [teacher, student].map(|dtype| of_dtype!("", dtype));

@@ -90,7 +90,8 @@ pub(crate) fn gradient(
     device: &DeviceProperties,
     memory: Memory,
 ) -> Result<Launches> {
-    let of = Shard::with_gradient(objective, shard, Some(exchanged), Some(gradient), device, memory)?;
+    let of =
+        Shard::with_gradient(objective, shard, Some(exchanged), Some(gradient), device, memory)?;
     of.check_logits(Some(gradient), gradient_padding)?;
     let terms = of.terms_and_groups()?;
     if shard.columns == 0 {

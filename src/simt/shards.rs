@@ -55,9 +55,8 @@ impl Simulation {
         let to_buffer = Buffer::output("own states", &mut to);
         let run = Run::new(self, shard, None, logits(shard).chain([to_buffer]));
         let of = &run.raw;
-        let traffic = run.launch(|device, memory| {
-            shards::states(objective, of, address(&to), device, memory)
-        })?;
+        let traffic = run
+            .launch(|device, memory| shards::states(objective, of, address(&to), device, memory))?;
         Ok((to, traffic))
     }
 

@@ -63,7 +63,8 @@ impl<'a> Shards<'a> {
     pub fn shard(&self, rank: usize, hard: Option<&'a [bool]>) -> Result<Shard<'a>> {
         let range = self.columns[rank].clone();
         let (empty, first_column) = (range.is_empty(), range.start);
-        let of = |logits: Logits<'a>| if empty { Ok(logits) } else { logits.columns(range.clone()) };
+        let of =
+            |logits: Logits<'a>| if empty { Ok(logits) } else { logits.columns(range.clone()) };
         let mut batch = match self.batch.labels() {
             Some(labels) => Batch::new(of(self.batch.teacher())?, labels)?,
             None => Batch::unlabelled(of(self.batch.teacher())?),
@@ -96,7 +97,8 @@ impl<'a> Shards<'a> {
     pub fn exchange(&self) -> Result<Exchange> {
         let mut all = Exchange { ranks: self.columns.len(), ..Exchange::default() };
         for rank in self.ranks() {
-            let (own, traffic) = self.simulation.shard_states(self.objective, &self.shard(rank, None)?)?;
+            let (own, traffic) =
+                self.simulation.shard_states(self.objective, &self.shard(rank, None)?)?;
             all.states.extend(own);
             all.traffic.push(traffic);
         }
