@@ -379,7 +379,7 @@ fn check_state(
                     && rows[0][j].max(f32::MIN.into()) as f32 == state.teacher_reference
             };
             assert!(
-                student == 0.0 || others.iter().any(|j| is_reference(j)),
+                student == 0.0 || others.iter().any(is_reference),
                 "{}",
                 state.teacher_reference
             );

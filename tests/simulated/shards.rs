@@ -1,5 +1,7 @@
 //! Calls whose vocabulary is in shards, of ranks that are simulated one after the other.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 use std::ops::Range;
 
 use atkd::shards::{RowState, SweepTerms};
