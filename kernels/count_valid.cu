@@ -26,8 +26,7 @@ ATKD_KERNEL(count_valid, atkd_count_valid, ATKD_COUNT) {
     if (thread_index() % WARP == 0 && votes != 0) {
         add_atomic(&p.batch.summary->counted_valid, count_bits(votes));
     }
-    // Else select_hard counts them.
-    if (p.hard != nullptr) {
+    if (p.count_hard != 0) {
         uint32_t hard_votes = warp_ballot(hard);
         if (thread_index() % WARP == 0 && hard_votes != 0) {
             add_atomic(&p.batch.summary->counted_hard, count_bits(hard_votes));

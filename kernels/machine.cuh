@@ -10,9 +10,11 @@
 
 // Rust's side asserts the same sizes (src/params.rs).
 static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 120, "the layout is a contract");
-static_assert(sizeof(atkd_teacher_margin) == 136 && sizeof(atkd_count_valid) == 152, "the layout is a contract");
+static_assert(sizeof(atkd_teacher_margin) == 136 && sizeof(atkd_count_valid) == 160, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 200 && sizeof(atkd_objective) == 88, "the layout is a contract");
 static_assert(sizeof(atkd_prepare_rows) == 176 && sizeof(atkd_rows) == 416, "the layout is a contract");
+static_assert(sizeof(atkd_shard) == 472 && sizeof(atkd_row_state) == 40 && sizeof(atkd_sweep_terms) == 12,
+              "the layout is a contract");
 static_assert(sizeof(atkd_token_terms) == 368 && sizeof(atkd_token_entropies) == 56, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what

@@ -39,7 +39,7 @@
 #define ATKD_TAYLOR 5u
 
 // Launch bounds of each kernel: threads per block at most, and blocks that a multiprocessor must hold at once. Those of
-// count_valid are prepare_rows' too.
+// count_valid are prepare_rows' too, and those of row_stream row_states', row_terms' and row_gradient's.
 #define ATKD_MARGIN_THREADS 256u
 #define ATKD_MARGIN_BLOCKS 5u
 #define ATKD_COUNT_THREADS 256u
@@ -50,6 +50,8 @@
 #define ATKD_RESIDENT_BLOCKS 2u
 #define ATKD_STREAM_THREADS 384u
 #define ATKD_STREAM_BLOCKS 2u
+#define ATKD_MERGE_THREADS 256u
+#define ATKD_MERGE_BLOCKS 2u
 // row_pipelined's consumer warps, and the producer warp.
 #define ATKD_PIPELINED_THREADS (128u + ATKD_WARP)
 #define ATKD_PIPELINED_BLOCKS 6u
@@ -173,12 +175,12 @@ typedef struct {
 // made it.
 typedef struct {
     atkd_batch batch;
-    const uint8_t *hard; // [N]: not 0 for a hard token, instead of valid_mode; hard tokens are counted then; or null
+    const uint8_t *hard; // [N]: not 0 for a hard token, instead of valid_mode; or null
     void *states;        // of row_pipelined, whose numbers become 0
     const uint32_t *kept_threshold; // the last call's: becomes the summary's predicted one; any value is right
     const uint32_t *counts; // [2]: valid and hard tokens of all ranks, instead of those counted here; or null
     uint32_t valid_mode;    // ATKD_EASY or ATKD_HARD
-    uint32_t reserved;
+    uint32_t count_hard;    // not 0: no select_hard comes after, which would count the hard tokens
 } atkd_count_valid;
 
 // select_hard: which tokens are hard. One cluster a scope.

@@ -149,6 +149,44 @@ ATKD_DEVICE void accumulate(RowState<D, float> &state, Shifts &shifts, const Pac
     }
 }
 
+// Makes the target -inf in the chunk that has it.
+template <class P, class Q>
+ATKD_DEVICE void leave_out(const Rows<P, Q> &rows, uint32_t target, uint32_t target_chunk, uint32_t chunk,
+                           Packed<P> &teacher, Packed<Q> &student) {
+    if (ATKD_RARELY(chunk == target_chunk)) {
+        mask_out(rows.teacher.within(target, chunk), teacher);
+        mask_out(rows.teacher.within(target, chunk), student);
+    }
+}
+
+// The registers have room for a chunk ahead, but not for two of single precision beside the heavier divergences.
+template <class D, class P, class Q> constexpr bool READS_AHEAD = D::SPECIALISED || sizeof(P) + sizeof(Q) < 8;
+
+// The first sweep over a row, without the target, which is in target_chunk: the state of the thread's part, relative to its
+// warp's maxima.
+template <class D, bool CE_SUM, class P, class Q>
+ATKD_DEVICE RowState<D, float> first_sweep(const Rows<P, Q> &rows, uint32_t target, uint32_t target_chunk,
+                                           float exponent) {
+    RowState<D, float> own;
+    Shifts shifts;
+    for_chunks<false, READS_AHEAD<D, P, Q>>(
+        rows,
+        // The first chunk's maxima are a good estimate of the row's, so that few chunks exceed them.
+        [&](uint32_t chunk, Packed<P> teacher, Packed<Q> student) {
+            leave_out(rows, target, target_chunk, chunk, teacher, student);
+            Maxima<D::CROSS, P, Q> maxima;
+            maxima.add(teacher, student);
+            own = maxima.template state<RowState<D, float>>();
+            shifts = own.shifts(exponent);
+        },
+        [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
+            leave_out(rows, target, target_chunk, chunk, teacher, student);
+            accumulate<D, CE_SUM>(own, shifts, teacher, student, exponent);
+        });
+    share_maxima<CE_SUM>(own, exponent);
+    return own;
+}
+
 // The scales that the cluster's first block has found, in all threads of the cluster.
 template <class Scales> ATKD_DEVICE auto scales_for_all(Scales &scales) {
     ATKD_SYNC_CLUSTER();
@@ -241,9 +279,67 @@ ATKD_DEVICE void by_size(const typename D::Scales &scales, F f) {
     }
 }
 
+// The second sweep over a row, likewise: the terms of the thread's part.
+template <class D, bool CE_SUM, class P, class Q>
+ATKD_DEVICE typename D::template Terms<float>
+second_sweep(const atkd_divergence &divergence, const Rows<P, Q> &rows, uint32_t target, uint32_t target_chunk,
+             const typename D::Scales &scales, float exponent) {
+    auto terms = D::template Terms<float>::empty();
+    by_size<D, CE_SUM>(scales, [&](auto large) {
+        for_chunks<false, READS_AHEAD<D, P, Q>>(
+            rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
+            [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
+                leave_out(rows, target, target_chunk, chunk, teacher, student);
+                D::template add<decltype(large)::value>(terms, divergence, scales, exponent, teacher, student);
+            });
+    });
+    return terms;
+}
+
+// Writes the gradient of a row, whose target has its own. SPECIALISED as by_size has it.
+template <class D, bool CE_SUM, class G, bool SPECIALISED = D::SPECIALISED, class P, class Q>
+ATKD_DEVICE void write_gradient(const atkd_rows &p, const Rows<P, Q> &rows, uint32_t target, uint32_t target_chunk,
+                                const typename D::Scales &scales, float exponent) {
+    Row<G> gradient = rows.template gradient<G>(p);
+    bool has_target = false;
+    by_size<D, CE_SUM, SPECIALISED>(scales, [&](auto large) {
+        for_chunks<true, D::SPECIALISED>(
+            rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
+            [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
+                float g[CHUNK];
+                gradient_chunk<D, CE_SUM, decltype(large)::value>(p.divergence, scales, exponent, teacher, student, g);
+                store_chunk(gradient, chunk, g);
+                has_target |= chunk == target_chunk;
+            });
+    });
+    if (ATKD_RARELY(has_target)) {
+        store(gradient.data + target, narrow<G>(scales.target));
+    }
+}
+
 ATKD_DEVICE void insert_target(uint32_t within, float value, float (&g)[CHUNK]) {
     ATKD_UNROLL
     for (uint32_t k = 0; k < CHUNK; k++) {
         g[k] = within == k ? value : g[k];
     }
+}
+
+ATKD_DEVICE constexpr uint32_t gradient_type_of(float) { return ATKD_GRADIENT_F32; }
+ATKD_DEVICE constexpr uint32_t gradient_type_of(f16) { return ATKD_GRADIENT_F16; }
+ATKD_DEVICE constexpr uint32_t gradient_type_of(bf16) { return ATKD_GRADIENT_BF16; }
+
+// Calls f with a value of the gradient's type: that of the student's logits, Q, or float32 beside half precision, or half
+// precision beside float32.
+template <class Q, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f) {
+    if (ATKD_RARELY(p.gradient_type != gradient_type_of(Q()))) {
+        if constexpr (sizeof(Q) < sizeof(float)) {
+            f(float());
+        } else if (p.gradient_type == ATKD_GRADIENT_F16) {
+            f(f16());
+        } else {
+            f(bf16());
+        }
+        return;
+    }
+    f(Q());
 }

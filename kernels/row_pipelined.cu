@@ -96,7 +96,6 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Shared {
 template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Consumer;
 template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer;
 template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Tiling;
-template <class Q, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f);
 template <class M> ATKD_DEVICE void drop_task(const atkd_rows &p, const Task &task);
 
 // region: consumers
@@ -278,26 +277,6 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Tiling {
 // The teacher's slice lies at 0 in the staged memory, the student's at this offset.
 template <class M> ATKD_DEVICE uint32_t student_offset(const atkd_rows &p) {
     return p.slice * CHUNK * sizeof(typename M::Teacher);
-}
-
-ATKD_DEVICE constexpr uint32_t gradient_type_of(float) { return ATKD_GRADIENT_F32; }
-ATKD_DEVICE constexpr uint32_t gradient_type_of(f16) { return ATKD_GRADIENT_F16; }
-ATKD_DEVICE constexpr uint32_t gradient_type_of(bf16) { return ATKD_GRADIENT_BF16; }
-
-// Calls f with a value of the gradient's type: that of the student's logits, Q, or float32 beside half precision, or half
-// precision beside float32.
-template <class Q, class F> ATKD_DEVICE void by_gradient_type(const atkd_rows &p, F f) {
-    if (ATKD_RARELY(p.gradient_type != gradient_type_of(Q()))) {
-        if constexpr (sizeof(Q) < sizeof(float)) {
-            f(float());
-        } else if (p.gradient_type == ATKD_GRADIENT_F16) {
-            f(f16());
-        } else {
-            f(bf16());
-        }
-        return;
-    }
-    f(Q());
 }
 
 // All threads of the block, for an ignored token: a gradient of zeros.

@@ -19,71 +19,23 @@ ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
         return;
     }
     uint32_t target = uint32_t(signed_target), target_chunk = rows.teacher.chunk_of(target);
-    auto without_target = [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
-        if (ATKD_RARELY(chunk == target_chunk)) {
-            mask_out(rows.teacher.within(target, chunk), teacher);
-            mask_out(rows.teacher.within(target, chunk), student);
-        }
-    };
-    // There are registers for a chunk ahead, but not for two of single precision beside the heavier divergences.
-    constexpr bool AHEAD = D::SPECIALISED || sizeof(P) + sizeof(Q) < 8;
-    RowState<D, float> own;
-    Shifts shifts;
     float exponent = inverse_temperature_of(p.batch, rows.token) * LOG2_E;
-    for_chunks<false, AHEAD>(
-        rows,
-        // The first chunk's maxima are a good estimate of the row's, so that few chunks exceed them.
-        [&](uint32_t chunk, Packed<P> teacher, Packed<Q> student) {
-            without_target(chunk, teacher, student);
-            Maxima<D::CROSS, P, Q> maxima;
-            maxima.add(teacher, student);
-            own = maxima.template state<RowState<D, float>>();
-            shifts = own.shifts(exponent);
-        },
-        [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
-            without_target(chunk, teacher, student);
-            accumulate<D, CE_SUM>(own, shifts, teacher, student, exponent);
-        });
-    share_maxima<CE_SUM>(own, exponent);
+    auto own = first_sweep<D, CE_SUM>(rows, target, target_chunk, exponent);
     auto row_scales = reduce_row<D, CE_SUM>(p, rows, mode, target, own, warps, scales);
     // Computed again: kept, it would take a register that the reduction needs.
     exponent = inverse_temperature_of(p.batch, opaque(rows.token)) * LOG2_E;
     if constexpr (D::SWEEPS == 2) {
         ATKD_SECOND_SWEEP_SHARED(D, ATKD_STREAM_THREADS);
-        auto terms = D::template Terms<float>::empty();
-        by_size<D, CE_SUM>(row_scales, [&](auto large) {
-            for_chunks<false, AHEAD>(
-                rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
-                [&](uint32_t chunk, Packed<P> &teacher, Packed<Q> &student) {
-                    without_target(chunk, teacher, student);
-                    D::template add<decltype(large)::value>(terms, p.divergence, row_scales, exponent, teacher,
-                                                            student);
-                });
-        });
+        auto terms = second_sweep<D, CE_SUM>(p.divergence, rows, target, target_chunk, row_scales, exponent);
         row_scales = reduce_terms<D>(p, rows, terms, warp_terms, scales);
     }
     if (p.gradient == nullptr) {
         return;
     }
-    Row<G> gradient = rows.template gradient<G>(p);
     // Expressions of these would otherwise be kept in registers, which the warp that reduces the row needs.
     rows.first = opaque(rows.first);
     rows.full_count = opaque(rows.full_count);
-    bool has_target = false;
-    by_size<D, CE_SUM>(row_scales, [&](auto large) {
-        for_chunks<true, D::SPECIALISED>(
-            rows, [](uint32_t, const Packed<P> &, const Packed<Q> &) {},
-            [&](uint32_t chunk, const Packed<P> &teacher, const Packed<Q> &student) {
-                float g[CHUNK];
-                gradient_chunk<D, CE_SUM, decltype(large)::value>(p.divergence, row_scales, exponent, teacher, student,
-                                                                  g);
-                store_chunk(gradient, chunk, g);
-                has_target |= chunk == target_chunk;
-            });
-    });
-    if (ATKD_RARELY(has_target)) {
-        store(gradient.data + target, narrow<G>(row_scales.target));
-    }
+    write_gradient<D, CE_SUM, G>(p, rows, target, target_chunk, row_scales, exponent);
 }
 
 template <class D, class P, class Q, class G> ATKD_DEVICE void row_stream(const atkd_rows &p) {

@@ -30,6 +30,8 @@ pub const ATKD_RESIDENT_THREADS: u32 = 256;
 pub const ATKD_RESIDENT_BLOCKS: u32 = 2;
 pub const ATKD_STREAM_THREADS: u32 = 384;
 pub const ATKD_STREAM_BLOCKS: u32 = 2;
+pub const ATKD_MERGE_THREADS: u32 = 256;
+pub const ATKD_MERGE_BLOCKS: u32 = 2;
 pub const ATKD_PIPELINED_THREADS: u32 = 160;
 pub const ATKD_PIPELINED_BLOCKS: u32 = 6;
 pub const ATKD_PIPELINED_WIDE_THREADS: u32 = 288;
@@ -255,7 +257,7 @@ pub struct atkd_count_valid {
     pub kept_threshold: *const u32,
     pub counts: *const u32,
     pub valid_mode: u32,
-    pub reserved: u32,
+    pub count_hard: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -273,8 +275,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_count_valid, counts) - 144usize];
     ["Offset of field: atkd_count_valid::valid_mode"]
         [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 152usize];
-    ["Offset of field: atkd_count_valid::reserved"]
-        [::std::mem::offset_of!(atkd_count_valid, reserved) - 156usize];
+    ["Offset of field: atkd_count_valid::count_hard"]
+        [::std::mem::offset_of!(atkd_count_valid, count_hard) - 156usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -284,6 +284,8 @@ const SCALE_THREADS: usize = ATKD_SCALE_THREADS as usize;
 const SCALE_BLOCKS: usize = ATKD_SCALE_BLOCKS as usize;
 const ENTROPY_THREADS: usize = ATKD_ENTROPY_THREADS as usize;
 const ENTROPY_BLOCKS: usize = ATKD_ENTROPY_BLOCKS as usize;
+const MERGE_THREADS: usize = ATKD_MERGE_THREADS as usize;
+const MERGE_BLOCKS: usize = ATKD_MERGE_BLOCKS as usize;
 const COUNT_THREADS: usize = ATKD_COUNT_THREADS as usize;
 const TERMS_THREADS: usize = ATKD_TERMS_THREADS as usize;
 const SELECT_THREADS: usize = ATKD_SELECT_THREADS as usize;
@@ -395,6 +397,28 @@ pub(crate) fn select_hard(device: &DeviceProperties, tokens: usize, scopes: usiz
     let blocks = (largest_scope.div_ceil(SELECT_THREADS).next_power_of_two() as u32)
         .clamp(1, device.portable_cluster());
     shape(scopes * blocks as usize, threads(largest_scope, 1, SELECT_THREADS), blocks)
+}
+
+/// The launch of a kernel for a shard's rows: a block takes a row, or a cluster where there are fewer rows than blocks that
+/// run at once. The blocks are small where the shard is, so that others read while one merges states.
+pub(crate) fn shard_rows(device: &DeviceProperties, tokens: usize, columns: usize) -> LaunchShape {
+    let chunks = chunks(columns);
+    let resident = device.multiprocessors as usize * STREAM_BLOCKS;
+    let mut blocks = 1;
+    while 2 * blocks <= device.portable_cluster() as usize
+        && tokens.saturating_mul(2 * blocks) <= resident
+        && chunks >= 2 * blocks * STREAM_THREADS
+    {
+        blocks *= 2;
+    }
+    let block = threads(chunks, 16 * blocks, STREAM_THREADS);
+    shape(tokens.saturating_mul(blocks), block, blocks as u32)
+}
+
+/// The launch of `merge_states`: a warp takes a token in turn.
+pub(crate) fn merge_states(device: &DeviceProperties, tokens: usize) -> LaunchShape {
+    let resident = device.multiprocessors as usize * MERGE_BLOCKS;
+    shape(tokens.div_ceil(MERGE_THREADS / WARP).min(resident), MERGE_THREADS as u32, 1)
 }
 
 impl Plan {
@@ -723,6 +747,10 @@ mod tests {
                         ("select_hard", plan.select),
                         ("token_terms", plan.terms),
                         ("prepare_rows", prepare_rows(tokens)),
+                        ("row_states", shard_rows(&H200, tokens, vocab)),
+                        ("row_terms", shard_rows(&H200, tokens, vocab)),
+                        ("row_gradient", shard_rows(&H200, tokens, vocab)),
+                        ("merge_states", merge_states(&H200, tokens)),
                     ];
                     for (name, shape) in rows.chain(others) {
                         assert!((32..=threads(name)).contains(&shape.block), "{name}: {shape}");

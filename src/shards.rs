@@ -132,6 +132,22 @@ impl<'a> Shard<'a> {
         self.first_column
     }
 
+    pub(crate) fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    pub(crate) fn labels(&self) -> Option<Labels<'a>> {
+        self.labels
+    }
+
+    pub(crate) fn hard(&self) -> Option<&'a [bool]> {
+        self.hard
+    }
+
+    pub(crate) fn given_counts(&self) -> Option<[usize; 2]> {
+        self.counts
+    }
+
     pub(crate) fn settings(&self) -> TokenSettings<'a> {
         self.own
     }
@@ -202,6 +218,14 @@ impl<'a> Exchanged<'a> {
             }
         }
         Ok(())
+    }
+
+    pub(crate) fn states(&self) -> &'a [RowState] {
+        self.states
+    }
+
+    pub(crate) fn terms(&self) -> Option<&'a [SweepTerms]> {
+        self.terms
     }
 
     /// The states of a token, in the order of the ranks.

@@ -6,6 +6,8 @@
 mod head;
 #[path = "cuda/session.rs"]
 mod session;
+#[path = "cuda/shards.rs"]
+mod shards;
 #[path = "stages/mod.rs"]
 mod stages;
 

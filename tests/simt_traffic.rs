@@ -1,6 +1,8 @@
 //! The CUDA kernels within their budgets of memory traffic, counted by the simulator.
 
 mod simulated;
+#[path = "simulated/shards.rs"]
+mod stages;
 
 use atkd::battery::Aligned;
 use atkd::simt::machine::Buffer;
@@ -8,6 +10,7 @@ use atkd::simt::{Extra, Simulation, Traffic};
 use atkd::{Batch, Divergence, ElementsMut, Logits, LogitsMut, Objective, Output, reference};
 use half::bf16;
 use simulated::{Input, bytes, counts, in_teams, pipelined, streamed};
+use stages::Shards;
 
 /// The budget: rows read two volumes twice and write one, selection O(N). The hard tokens are predicted;
 /// mispredicted rows are done once more.
@@ -302,6 +305,73 @@ fn every_divergence_reads_rows_on_chip_once() {
                 let again = if kernel == "row_resident_bf16" { 0 } else { target };
                 assert_eq!(written, volume + again, "{name}");
             }
+        }
+    }
+}
+
+/// States and terms read both models once and write 40 and 12 bytes per token; the gradient reads them once more and is
+/// written once. Margins and the last stage read no logits.
+#[test]
+fn shards_are_read_once_per_stage() {
+    let input = Input::new(7, 4099);
+    let (batch, student) = (input.batch(), input.view(&input.student));
+    let tokens = input.tokens as u64;
+    for (divergence, states_suffix, suffix) in [
+        (Divergence::ForwardKl, "", ""),
+        (Divergence::ReverseKl, "_reverse_kl", "_reverse_kl"),
+        (Divergence::Jsd { beta: 0.3 }, "_two_sweeps", "_mixture"),
+        (Divergence::TotalVariation, "_two_sweeps", "_total_variation"),
+    ] {
+        let objective = Objective::plain().with_divergence(divergence).unwrap();
+        let simulation = Simulation::default();
+        let shards = Shards::new(simulation, &objective, &batch, student, &[1, 0, 2]);
+        let exchange = shards.exchange().unwrap();
+        for (rank, columns) in shards.columns.iter().enumerate().filter(|(_, c)| !c.is_empty()) {
+            let targets = input.labels.iter().filter(|&&label| columns.contains(&(label as usize)));
+            let target = 2 * targets.count() as u64;
+            let volume = 2 * tokens * columns.len() as u64;
+            // Fewer than a chunk's at either end, and the target.
+            let single = (2 * 7 + 1) * tokens;
+            let of_states = format!("row_states_bf16_bf16{states_suffix}");
+            let reads = |traffic: &Traffic, kernel: &str, more: u64| {
+                for buffer in ["teacher", "student"] {
+                    let (read, written, accesses) = counts(traffic, kernel, buffer);
+                    assert_eq!((read, written), (volume + more, 0), "{kernel} of {buffer}");
+                    assert!(accesses <= read / 16 + single, "{kernel}: {accesses} accesses");
+                }
+            };
+            reads(&exchange.traffic[rank], &of_states, target);
+            let own = bytes(&exchange.traffic[rank], &of_states, "own states");
+            assert_eq!(own, (0, 40 * tokens));
+            let all_states = 3 * 40 * tokens;
+            if exchange.terms.is_some() {
+                let of_terms = format!("row_terms_bf16_bf16{suffix}");
+                let traffic = &exchange.traffic[3 + rank];
+                reads(traffic, &of_terms, 0);
+                assert_eq!(bytes(traffic, &of_terms, "own terms"), (0, 12 * tokens));
+                assert_eq!(bytes(traffic, &of_terms, "states"), (all_states, 0));
+            }
+            let shard = shards.shard(rank, None).unwrap();
+            let mut gradient = vec![bf16::NAN; input.student.len()];
+            let mut to = LogitsMut::new(&mut gradient, input.tokens, input.vocab).unwrap();
+            let mut to = to.columns(columns.clone()).unwrap();
+            let (exchanged, kernel) = (exchange.view(), format!("row_gradient_bf16_bf16{suffix}"));
+            let traffic =
+                simulation.shard_gradient(&objective, &shard, &exchanged, &mut to).unwrap();
+            let names: Vec<_> = traffic.iter().map(|(name, _)| *name).collect();
+            assert_eq!(names, ["count_valid", &kernel]);
+            reads(&traffic, &kernel, 0);
+            let (_, written, accesses) = counts(&traffic, &kernel, "gradient");
+            assert_eq!(written, volume + target);
+            assert!(accesses <= written / 16 + single, "{accesses} of {written}");
+            assert_eq!(bytes(&traffic, &kernel, "states"), (all_states, 0));
+            // Neither stage is given logits.
+            simulation.shard_margins(&objective, &shard, &exchanged).unwrap();
+            let (_, traffic) = simulation.shard_finish(&objective, &shard, &exchanged).unwrap();
+            let merge = format!("merge_states{suffix}");
+            let terms = format!("token_terms{suffix}");
+            let names: Vec<_> = traffic.iter().map(|(name, _)| *name).collect();
+            assert_eq!(names, ["count_valid", &merge, &terms]);
         }
     }
 }

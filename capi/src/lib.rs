@@ -298,7 +298,9 @@ pub unsafe extern "C" fn atkd_shard_states(
     states: *mut AtkdRowState,
 ) -> AtkdStatus {
     // SAFETY: the caller's.
-    unsafe { run_shard(objective, workspace, shard, false, |_, _| Ok(RawStage::States(states as u64))) }
+    unsafe {
+        run_shard(objective, workspace, shard, false, |_, _| Ok(RawStage::States(states as u64)))
+    }
 }
 
 /// The teacher's margins, to `margins`, [tokens], from the states of all ranks: the same bits on each.
@@ -312,9 +314,8 @@ pub unsafe extern "C" fn atkd_shard_margins(
     shard: *const AtkdShard,
     margins: *mut f32,
 ) -> AtkdStatus {
-    let stage = |shard: &AtkdShard, _: &AtkdCall| {
-        Ok(RawStage::Margins(shard.exchanged()?, margins as u64))
-    };
+    let stage =
+        |shard: &AtkdShard, _: &AtkdCall| Ok(RawStage::Margins(shard.exchanged()?, margins as u64));
     // SAFETY: the caller's.
     unsafe { run_shard(objective, workspace, shard, false, stage) }
 }

@@ -310,7 +310,10 @@ pub struct AtkdShard {
 impl AtkdShard {
     /// # Safety
     /// The call is null, or one.
-    pub(crate) unsafe fn parse(&self, with_gradient: bool) -> Result<(RawShard, AtkdCall), Failure> {
+    pub(crate) unsafe fn parse(
+        &self,
+        with_gradient: bool,
+    ) -> Result<(RawShard, AtkdCall), Failure> {
         // SAFETY: the caller's.
         let call = *unsafe { self.call.as_ref() }.ok_or(Failure::null("the shard's call"))?;
         let RawCall { tokens, vocab: columns, teacher, student, labels, .. } =

@@ -5,9 +5,7 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::Objective;
-use atkd::call::{
-    RawCall, RawEntropies, RawOutput, RawSelection, RawShard, RawStage, RawTeacher,
-};
+use atkd::call::{RawCall, RawEntropies, RawOutput, RawSelection, RawShard, RawStage, RawTeacher};
 use atkd::cpu::raw;
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels, Workspace};

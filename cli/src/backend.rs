@@ -4,8 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use atkd::cuda::{self, Kernels};
 use atkd::battery::shards::{self, in_shards};
+use atkd::cuda::{self, Kernels};
 use atkd::plan::{Preference, RowKernel};
 use atkd::{Batch, Logits, LogitsMut, Objective, Output, battery, cpu, reference, simt};
 use clap::ValueEnum;
@@ -145,9 +145,7 @@ impl Backend {
         gradient: Option<LogitsMut>,
     ) -> Result<Output> {
         let output = match self {
-            Self::Cuda(kernels) => {
-                in_shards(kernels, ranks, objective, batch, student, gradient)
-            }
+            Self::Cuda(kernels) => in_shards(kernels, ranks, objective, batch, student, gradient),
             Self::Cpu => in_shards(&shards::Cpu, ranks, objective, batch, student, gradient),
             Self::Simt => {
                 let simulation = simt::Simulation::default();

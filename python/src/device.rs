@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use atkd::call::{RawCall, RawEntropies, RawLogits, RawOutput, RawSelection, RawTeacher};
+use atkd::call::{
+    RawCall, RawEntropies, RawLogits, RawOutput, RawSelection, RawShard, RawStage, RawTeacher,
+};
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels};
 use atkd::{Objective, Result};
@@ -55,6 +57,22 @@ pub unsafe fn run(
     unsafe {
         let (kernels, stream) = open(queue)?;
         kernels.launch_raw(&stream, objective, call, workspace, output)
+    }
+}
+
+/// # Safety
+/// As [`Kernels::launch_shard_raw`].
+pub unsafe fn run_shard(
+    queue: Queue,
+    workspace: u64,
+    objective: &Objective,
+    shard: &RawShard,
+    stage: &RawStage,
+) -> Result<()> {
+    // SAFETY: the caller's.
+    unsafe {
+        let (kernels, stream) = open(queue)?;
+        kernels.launch_shard_raw(&stream, objective, shard, stage, workspace)
     }
 }
 

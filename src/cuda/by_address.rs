@@ -126,7 +126,7 @@ impl Kernels {
     ///
     /// # Safety
     /// As [`launch_raw`](Self::launch_raw).
-    unsafe fn enqueue_in(
+    pub(super) unsafe fn enqueue_in(
         &self,
         stream: &Arc<CudaStream>,
         launches: impl IntoIterator<Item = Launch>,

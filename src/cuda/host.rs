@@ -5,6 +5,9 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, Workspace, driver};
 use crate::{Batch, Elements, ElementsMut, Labels, Logits, LogitsMut, Objective, Output, Result};
 
+#[cfg(feature = "battery")]
+mod shards;
+
 /// A copy on the device of logits of any dtype.
 enum Copy {
     F32(CudaSlice<f32>),

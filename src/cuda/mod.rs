@@ -43,6 +43,9 @@
 //! Where the logits of a batch are never there all at once, [`Workspace::begin`] starts a call in stages, a [`Session`],
 //! into which ranges of tokens go one after the other. With the feature `head`, `Head` is such a call behind the models' last
 //! layers, of hidden states and weights.
+//!
+//! Where each rank has some columns of the logits, [`Kernels::shard_states_raw`] and the stages after it, of
+//! [`shards`](crate::shards), agree on the loss and write the gradient of each rank's columns.
 
 mod by_address;
 #[cfg(feature = "head")]
@@ -52,6 +55,7 @@ mod kernels;
 #[cfg(feature = "head")]
 mod products;
 mod session;
+mod shards;
 mod tensor;
 #[cfg(feature = "battery")]
 pub mod unfused;
@@ -64,7 +68,8 @@ use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, DriverError};
 
 pub use crate::call::{
-    RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawTeacher, RawTokens,
+    RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawShard, RawStates,
+    RawTeacher, RawTokens,
 };
 use crate::{Error, Result};
 #[cfg(feature = "head")]

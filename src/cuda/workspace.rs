@@ -10,6 +10,7 @@ use cudarc::driver::{
 
 use super::by_address::{clear_hard, clear_padding};
 use super::kernels::Clock;
+use super::shards::clear_shard_padding;
 use super::tensor::context_of;
 use super::{
     DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, DeviceTokens, Kernels, driver,
@@ -17,9 +18,10 @@ use super::{
 use crate::batch::check_count;
 use crate::call::{
     ENTROPIES, HARD_MASK, RawCall, RawEntropies, RawLogits, RawOutput, RawRows, RawSelection,
-    RawTeacher, TEMPERATURES,
+    RawShard, RawStage, RawTeacher, TEMPERATURES,
 };
 use crate::device::kernel::Launch;
+use crate::device::shards;
 use crate::device::stages::{Checked, launches, margins, selection};
 use crate::device::workspace::{Layout, Memory, check_faults, read_summary};
 use crate::params::atkd_summary;
@@ -477,6 +479,45 @@ impl Workspace {
         let last = Last { tokens: 0, ..self.last.unwrap_or(first) };
         // SAFETY: the caller's.
         unsafe { self.launch_alone(stream, launch, last) }
+    }
+
+    /// Enqueues a stage of a call on a shard, by address: see [`Kernels::launch_shard_raw`]. The last stage leaves results
+    /// for [`read`](Self::read); what other calls have left there is gone after any.
+    ///
+    /// # Errors
+    /// As there, or if the tokens exceed the workspace's capacity.
+    ///
+    /// # Safety
+    /// As there, but for the workspace.
+    pub unsafe fn launch_shard(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        shard: &RawShard,
+        stage: &RawStage,
+    ) -> Result<()> {
+        self.check_context("the stream", stream.context())?;
+        let context = self.kernels.context();
+        context.bind_to_thread().map_err(driver("using the context"))?;
+        let device = self.kernels.device();
+        let launches = shards::launches(objective, shard, stage, &device, self.memory_at())?;
+        self.in_stages = false;
+        let ordered = !tracked_capture(stream, self.memory.context())?;
+        let guard = ordered.then(|| self.memory.device_ptr_mut(stream));
+        // Not every stage that counts tokens ends a call, which would make the counters 0 again.
+        clear_counters(stream, self.address);
+        // SAFETY: the caller vouches for the addresses, the layout for the workspace's.
+        let launched = unsafe {
+            clear_shard_padding(stream, shard, stage)
+                .and_then(|()| self.kernels.enqueue(stream, launches, self.clock.as_mut()))
+        };
+        drop(guard);
+        self.in_stages = true;
+        let failed = launched.is_err();
+        let ended = matches!(stage, RawStage::Finish(..)) && !failed;
+        let tokens = if ended { shard.tokens } else { 0 };
+        self.last = Some(Last { objective: *objective, tokens, vocab: shard.vocab, failed });
+        launched
     }
 
     /// A kernel that is no part of a call, and overwrites what the last one left for its tokens.

@@ -121,6 +121,40 @@ macro_rules! with_kernels {
                     row_stream_bf16_f16_f16_total_variation row_stream_bf16_f16_f32_total_variation
                     row_stream_bf16_bf16_bf16_total_variation row_stream_bf16_bf16_f32_total_variation;
             }
+            Shard(atkd_shard) {
+                ATKD_STREAM_THREADS ATKD_STREAM_BLOCKS BlocksAndClusters:
+                    row_states_f32_f32 row_states_f32_f16 row_states_f32_bf16 row_states_f16_f32 row_states_f16_f16
+                    row_states_f16_bf16 row_states_bf16_f32 row_states_bf16_f16 row_states_bf16_bf16
+                    row_states_f32_f32_reverse_kl row_states_f32_f16_reverse_kl row_states_f32_bf16_reverse_kl
+                    row_states_f16_f32_reverse_kl row_states_f16_f16_reverse_kl row_states_f16_bf16_reverse_kl
+                    row_states_bf16_f32_reverse_kl row_states_bf16_f16_reverse_kl row_states_bf16_bf16_reverse_kl
+                    row_states_f32_f32_two_sweeps row_states_f32_f16_two_sweeps row_states_f32_bf16_two_sweeps
+                    row_states_f16_f32_two_sweeps row_states_f16_f16_two_sweeps row_states_f16_bf16_two_sweeps
+                    row_states_bf16_f32_two_sweeps row_states_bf16_f16_two_sweeps row_states_bf16_bf16_two_sweeps
+                    row_terms_f32_f32_mixture row_terms_f32_f16_mixture row_terms_f32_bf16_mixture
+                    row_terms_f16_f32_mixture row_terms_f16_f16_mixture row_terms_f16_bf16_mixture
+                    row_terms_bf16_f32_mixture row_terms_bf16_f16_mixture row_terms_bf16_bf16_mixture
+                    row_terms_f32_f32_total_variation row_terms_f32_f16_total_variation
+                    row_terms_f32_bf16_total_variation row_terms_f16_f32_total_variation
+                    row_terms_f16_f16_total_variation row_terms_f16_bf16_total_variation
+                    row_terms_bf16_f32_total_variation row_terms_bf16_f16_total_variation
+                    row_terms_bf16_bf16_total_variation row_gradient_f32_f32 row_gradient_f32_f16
+                    row_gradient_f32_bf16 row_gradient_f16_f32 row_gradient_f16_f16 row_gradient_f16_bf16
+                    row_gradient_bf16_f32 row_gradient_bf16_f16 row_gradient_bf16_bf16
+                    row_gradient_f32_f32_reverse_kl row_gradient_f32_f16_reverse_kl row_gradient_f32_bf16_reverse_kl
+                    row_gradient_f16_f32_reverse_kl row_gradient_f16_f16_reverse_kl row_gradient_f16_bf16_reverse_kl
+                    row_gradient_bf16_f32_reverse_kl row_gradient_bf16_f16_reverse_kl
+                    row_gradient_bf16_bf16_reverse_kl row_gradient_f32_f32_mixture row_gradient_f32_f16_mixture
+                    row_gradient_f32_bf16_mixture row_gradient_f16_f32_mixture row_gradient_f16_f16_mixture
+                    row_gradient_f16_bf16_mixture row_gradient_bf16_f32_mixture row_gradient_bf16_f16_mixture
+                    row_gradient_bf16_bf16_mixture row_gradient_f32_f32_total_variation
+                    row_gradient_f32_f16_total_variation row_gradient_f32_bf16_total_variation
+                    row_gradient_f16_f32_total_variation row_gradient_f16_f16_total_variation
+                    row_gradient_f16_bf16_total_variation row_gradient_bf16_f32_total_variation
+                    row_gradient_bf16_f16_total_variation row_gradient_bf16_bf16_total_variation;
+                ATKD_MERGE_THREADS ATKD_MERGE_BLOCKS BlocksAndClusters:
+                    merge_states merge_states_reverse_kl merge_states_mixture merge_states_total_variation;
+            }
             TokenTerms(atkd_token_terms) {
                 ATKD_TERMS_THREADS ATKD_TERMS_BLOCKS BlocksAndClusters:
                     token_terms token_terms_reverse_kl token_terms_mixture token_terms_total_variation;
@@ -251,6 +285,39 @@ pub fn of_rows(
     kernel.expect("a plan chooses a kernel only for the types that it is there for").name
 }
 
+/// The kernels of shards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShardKernel {
+    /// `row_states`
+    States,
+    /// `row_terms`, of divergences of two sweeps
+    Terms,
+    /// `row_gradient`
+    Gradient,
+    /// `merge_states`
+    Merge,
+}
+
+/// The name of a kernel of shards, for logits of these types where it reads any.
+pub fn of_shard(
+    kernel: ShardKernel,
+    family: Family,
+    [teacher, student]: [Dtype; 2],
+) -> &'static str {
+    let two_sweeps = matches!(family, Family::Mixture(_) | Family::TotalVariation);
+    let divergence = of_terms(family).strip_prefix("token_terms").unwrap_or_default();
+    let [teacher, student] = [teacher, student].map(|dtype| of_dtype!("", dtype));
+    let name = match kernel {
+        ShardKernel::States if two_sweeps => format!("row_states{teacher}{student}_two_sweeps"),
+        ShardKernel::States => format!("row_states{teacher}{student}{divergence}"),
+        ShardKernel::Terms => format!("row_terms{teacher}{student}{divergence}"),
+        ShardKernel::Gradient => format!("row_gradient{teacher}{student}{divergence}"),
+        ShardKernel::Merge => format!("merge_states{divergence}"),
+    };
+    let kernel = KERNELS.iter().find(|kernel| kernel.name == name);
+    kernel.expect("shards have kernels for all types").name
+}
+
 /// The starts of rows, in the form in which kernels find them.
 pub fn strides(logits: RawLogits, tokens: usize) -> atkd_strides {
     let strides = logits.strides.of(tokens);
@@ -316,6 +383,23 @@ mod tests {
                         of_rows(RowKernel::PipelinedWide, family, [F32, teacher, gradient], false);
                     }
                     of_rows(RowKernel::PipelinedWide, family, [teacher, F32, F32], false);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn kernels_of_shards_by_divergence_and_types() {
+        let mixture = Divergence::Jsd { beta: 0.5 }.family();
+        for family in [Family::ForwardKl, Family::ReverseKl, mixture, Family::TotalVariation] {
+            for teacher in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+                for student in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+                    for kernel in [ShardKernel::States, ShardKernel::Gradient, ShardKernel::Merge] {
+                        of_shard(kernel, family, [teacher, student]);
+                    }
+                    if family == mixture || family == Family::TotalVariation {
+                        of_shard(ShardKernel::Terms, family, [teacher, student]);
+                    }
                 }
             }
         }

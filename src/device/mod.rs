@@ -2,5 +2,6 @@
 
 pub(crate) mod kernel;
 pub(crate) mod session;
+pub(crate) mod shards;
 pub(crate) mod stages;
 pub(crate) mod workspace;

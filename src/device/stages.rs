@@ -96,7 +96,7 @@ pub(super) fn check_sizes(tokens: usize, vocab: usize) -> Result<()> {
 }
 
 /// The pass over the teacher's logits, which leaves margins at `to` if that is not 0.
-fn margin_pass(call: &RawCall, batch: atkd_batch, plan: &Plan, to: u64) -> Launch {
+pub(super) fn margin_pass(call: &RawCall, batch: atkd_batch, plan: &Plan, to: u64) -> Launch {
     Launch {
         kernel: of_dtype!("teacher_margin", call.teacher.dtype),
         shape: plan.margin,
@@ -256,6 +256,12 @@ impl Stages {
     }
 
     fn count(&self) -> Launch {
+        self.count_by(0, self.call.hard.is_some())
+    }
+
+    /// With the numbers of valid and hard tokens at `counts`, if that is not 0; else with that of hard ones only if they are
+    /// counted here.
+    pub fn count_by(&self, counts: u64, count_hard: bool) -> Launch {
         Launch {
             kernel: "count_valid",
             shape: self.plan.count,
@@ -264,9 +270,9 @@ impl Stages {
                 hard: self.call.hard.unwrap_or(0) as *const u8,
                 states: self.memory.states(),
                 kept_threshold: self.memory.kept_threshold(),
-                counts: std::ptr::null(),
+                counts: counts as *const u32,
                 valid_mode: if self.objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
-                reserved: 0,
+                count_hard: count_hard.into(),
             }),
         }
     }
@@ -297,8 +303,7 @@ impl Stages {
 
     /// The rows' kernel: for all tokens, or for the mispredicted ones again.
     fn rows(&self, shape: LaunchShape, again: bool) -> Launch {
-        let Self { call, problem, plan, memory, .. } = self;
-        let predicts = self.predicts() && !again;
+        let Self { problem, plan, memory, .. } = self;
         let mispredicted = if again { memory.column(Column::Mispredicted) } else { 0 };
         // Rows leave the keys unless a pass over the teacher's logits has, or a prediction that had them.
         let write_keys = !again && (!plan.margin_pass || self.margins_given().is_some());
@@ -311,34 +316,45 @@ impl Stages {
             ),
             shape,
             parameters: Parameters::Rows(atkd_rows {
-                batch: self.batch,
-                objective: self.weights(),
-                student: call.student.address as *const c_void,
-                gradient: call.gradient.map_or(0, |gradient| gradient.address) as *mut c_void,
-                upstream: call.upstream.unwrap_or(0) as *const f32,
-                teacher_margin: memory.column(Column::Uncertainty) as *mut f32,
-                student_margin: memory.column(Column::Tkd) as *mut f32,
-                dkd: memory.column(Column::Dkd) as *mut f32,
-                student_margin_at_1: memory.column(Column::Loss) as *mut f64,
-                states: memory.states(),
                 mispredicted: mispredicted as *const u32,
-                student_strides: strides(call.student, call.tokens),
-                gradient_strides: strides(call.gradient.unwrap_or(call.student), call.tokens),
-                scale: self.scale() * self.objective.upstream_gradient(),
-                hard_ratio: self.ratio_for_group_sizes(),
-                reduction: self.reduction(),
                 write_keys: write_keys.into(),
-                predicts: predicts.into(),
-                clusters: shape.grid / shape.blocks_per_row(),
-                team: shape.team,
-                slice: plan.slice_chunks,
-                gradient_type: match problem.gradient {
-                    Dtype::F32 => ATKD_GRADIENT_F32,
-                    Dtype::F16 => ATKD_GRADIENT_F16,
-                    Dtype::Bf16 => ATKD_GRADIENT_BF16,
-                },
-                divergence: self.divergence(),
+                predicts: (self.predicts() && !again).into(),
+                ..self.parameters_of_rows(shape)
             }),
+        }
+    }
+
+    /// The parameters of a kernel for rows that does all tokens, predicts nothing and leaves no keys.
+    pub fn parameters_of_rows(&self, shape: LaunchShape) -> atkd_rows {
+        let Self { call, problem, plan, memory, .. } = self;
+        atkd_rows {
+            batch: self.batch,
+            objective: self.weights(),
+            student: call.student.address as *const c_void,
+            gradient: call.gradient.map_or(0, |gradient| gradient.address) as *mut c_void,
+            upstream: call.upstream.unwrap_or(0) as *const f32,
+            teacher_margin: memory.column(Column::Uncertainty) as *mut f32,
+            student_margin: memory.column(Column::Tkd) as *mut f32,
+            dkd: memory.column(Column::Dkd) as *mut f32,
+            student_margin_at_1: memory.column(Column::Loss) as *mut f64,
+            states: memory.states(),
+            mispredicted: std::ptr::null(),
+            student_strides: strides(call.student, call.tokens),
+            gradient_strides: strides(call.gradient.unwrap_or(call.student), call.tokens),
+            scale: self.scale() * self.objective.upstream_gradient(),
+            hard_ratio: self.ratio_for_group_sizes(),
+            reduction: self.reduction(),
+            write_keys: 0,
+            predicts: 0,
+            clusters: shape.grid / shape.blocks_per_row(),
+            team: shape.team,
+            slice: plan.slice_chunks,
+            gradient_type: match problem.gradient {
+                Dtype::F32 => ATKD_GRADIENT_F32,
+                Dtype::F16 => ATKD_GRADIENT_F16,
+                Dtype::Bf16 => ATKD_GRADIENT_BF16,
+            },
+            divergence: self.divergence(),
         }
     }
 

@@ -3,6 +3,7 @@
 
 pub mod machine;
 mod session;
+mod shards;
 mod table;
 
 use std::ffi::c_void;
@@ -24,6 +25,7 @@ use crate::{
     Batch, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result, SelectionRule,
 };
 pub use session::Session;
+pub use shards::{Exchanged, Shard};
 
 /// The inputs of a call beside the logits, as memory of kernels.
 struct Inputs<'a> {

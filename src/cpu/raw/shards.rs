@@ -6,7 +6,9 @@ use super::{
     HARD_MASK, TEMPERATURES, TOKEN_WEIGHTS, bools_at, labels_at, slice, times_upstream, write,
     write_output,
 };
-use crate::call::{MARGINS, ROW_STATES, RawLogits, RawOutput, RawShard, RawStage, RawStates, SWEEP_TERMS};
+use crate::call::{
+    MARGINS, ROW_STATES, RawLogits, RawOutput, RawShard, RawStage, RawStates, SWEEP_TERMS,
+};
 use crate::cpu::shards::{finish_by, gradient_by, margins_by, states_by, terms_by};
 use crate::cpu::{StudentRow, Workers, into_rows};
 use crate::shards::{Exchanged, RowState, Shard, SweepTerms};
@@ -36,7 +38,9 @@ pub unsafe fn run(
             RawStage::Gradient(exchanged, to, padding) => {
                 gradient(pool, objective, shard, exchanged, *to, *padding)
             }
-            RawStage::Finish(exchanged, output) => finish(pool, objective, shard, exchanged, output),
+            RawStage::Finish(exchanged, output) => {
+                finish(pool, objective, shard, exchanged, output)
+            }
         }
     }
 }
