@@ -1,9 +1,10 @@
 //! Shards of the vocabulary on the CPU, beside what the battery (tests/battery.rs) goes through.
 
-use std::f64::consts::LOG2_E;
+mod exchanged;
+
 use std::ops::Range;
 
-use atkd::battery::shards::columns;
+use atkd::battery::shards::{Cpu, columns};
 use atkd::cpu::shards;
 use atkd::shards::{Exchanged, RowState, Shard, SweepTerms};
 use atkd::{
@@ -51,134 +52,10 @@ fn near(what: &str, actual: f32, expected: f64) {
     assert!(error <= 2e-6 * (1.0 + expected.abs()), "{what} is {actual}, but must be {expected}");
 }
 
-/// Every field of a state, and of a second sweep's terms, in float64 from the words of kernels/params.h.
 #[test]
 fn what_is_exchanged_is_what_the_header_says() {
-    const COLUMNS: Range<usize> = 4..29;
-    let (teacher, student) = (random(1, 2), random(2, 2));
-    let (inside, outside) = (7_i64, 31);
-    static LABELS: [i64; 2] = [7, 31];
-    assert_eq!(LABELS, [inside, outside]);
-    let jsd = Divergence::Jsd { beta: 0.3 };
-    let skew = Divergence::SkewKl { alpha: 0.2 };
-    let plain =
-        [Divergence::ForwardKl, Divergence::ReverseKl, jsd, skew, Divergence::TotalVariation];
-    let two_parts = [Divergence::ForwardKl, jsd, Divergence::TotalVariation];
-    let all = plain.map(|d| (Objective::plain(), d));
-    for (objective, divergence) in
-        all.into_iter().chain(two_parts.map(|d| (Objective::default(), d)))
-    {
-        for temperature in [1.0, 2.5] {
-            let objective = objective
-                .with_divergence(divergence)
-                .and_then(|o| o.with_temperature(temperature))
-                .and_then(|o| o.with_ce_weight(0.5))
-                .unwrap();
-            let shard = |first| Shard::new(&LABELS, VOCAB, first).unwrap();
-            let all = states(&objective, shard, &teacher, &student, &[0..4, COLUMNS, 29..VOCAB]);
-            let exchanged = Exchanged::new(&all);
-            let terms = objective.has_two_sweeps().then(|| {
-                let (a, b) = (part(&teacher, COLUMNS), part(&student, COLUMNS));
-                shards::terms(&objective, &shard(COLUMNS.start), &exchanged, a, b).unwrap()
-            });
-            for token in 0..2 {
-                let row = |of: &[f32]| -> Vec<f64> {
-                    of[token * VOCAB..][..VOCAB].iter().map(|&z| z.into()).collect()
-                };
-                let (a, b) = (row(&teacher), row(&student));
-                let target = LABELS[token] as usize;
-                let state = all[2 + token];
-                check_state(&objective, &state, (&a, &b), COLUMNS, target);
-                if let Some(terms) = &terms {
-                    check_terms(&objective, terms[token], (&a, &b), COLUMNS, target);
-                }
-            }
-        }
-    }
-}
-
-fn check_state(
-    objective: &Objective,
-    state: &RowState,
-    (a, b): (&[f64], &[f64]),
-    columns: Range<usize>,
-    target: usize,
-) {
-    let temperature = objective.temperature();
-    let rest = || columns.clone().filter(|&j| j != target);
-    let octaves = |z: f64, temperature: f64| z * LOG2_E / temperature;
-    let largest = |z: &[f64]| rest().map(|j| z[j]).fold(f64::NEG_INFINITY, f64::max);
-    for (max, z) in [(state.teacher_max, a), (state.student_max, b)] {
-        let below = largest(z) - f64::from(max);
-        assert!((0.0..=2.0 * temperature).contains(&below), "{max} is {below} below");
-    }
-    let near_of = |max: f32, temperature: f64| octaves(max.into(), temperature).round();
-    let (x, y) = (near_of(state.teacher_max, temperature), near_of(state.student_max, temperature));
-    let power = |z: f64, shift: f64, temperature: f64| (octaves(z, temperature) - shift).exp2();
-    let p = |j: usize| power(a[j], x, temperature);
-    let q = |j: usize| power(b[j], y, temperature);
-    near("the teacher's sum", state.teacher_sum, rest().map(p).sum());
-    near("the student's sum", state.student_sum, rest().map(q).sum());
-    let y_at_1 = near_of(state.student_max, 1.0);
-    let at_1 = rest().map(|j| power(b[j], y_at_1, 1.0)).sum();
-    near("the sum at 1", state.student_sum_at_1, if temperature == 1.0 { 0.0 } else { at_1 });
-    let unit = 64_f64.exp2();
-    let in_octaves = |z: f64| octaves(z, temperature);
-    let cross = match objective.divergence() {
-        Divergence::ForwardKl => {
-            rest().map(|j| p(j) * (in_octaves(a[j]) - x - in_octaves(b[j]) + y)).sum::<f64>()
-        }
-        Divergence::ReverseKl => {
-            let of_reference = rest().find(|&j| b[j] as f32 == state.student_max).unwrap();
-            assert_eq!(state.teacher_reference, a[of_reference] as f32);
-            let gap = |j: usize| in_octaves(a[j] - a[of_reference] - b[j] + b[of_reference]);
-            rest().map(|j| q(j) * gap(j)).sum::<f64>()
-        }
-        _ => 0.0,
-    };
-    near("the cross term", (f64::from(state.cross_term) * unit) as f32, cross);
-    if columns.contains(&target) {
-        assert_eq!(state.target, target as i32);
-        assert_eq!(
-            (state.teacher_target, state.student_target),
-            (a[target] as f32, b[target] as f32)
-        );
-    } else {
-        assert_eq!(state.target, -1);
-    }
-}
-
-fn check_terms(
-    objective: &Objective,
-    terms: SweepTerms,
-    (a, b): (&[f64], &[f64]),
-    columns: Range<usize>,
-    target: usize,
-) {
-    let probabilities = |z: &[f64]| -> Vec<f64> {
-        let counts = |j: usize| objective.is_plain() || j != target;
-        let power = |j: usize| if counts(j) { (z[j] / objective.temperature()).exp() } else { 0.0 };
-        let sum: f64 = (0..VOCAB).map(power).sum();
-        (0..VOCAB).map(|j| power(j) / sum).collect()
-    };
-    let (p, q) = (probabilities(a), probabilities(b));
-    let rest = || columns.clone().filter(|&j| j != target);
-    let sum = |f: &dyn Fn(f64, f64) -> f64| rest().map(|j| f(p[j], q[j])).sum::<f64>();
-    let (teacher, student, slope) = match objective.divergence() {
-        Divergence::TotalVariation => {
-            (sum(&|p, q| (p - q).abs()), sum(&|p, q| q * (q - p).signum()), 0.0)
-        }
-        Divergence::Jsd { beta: share } | Divergence::SkewKl { alpha: share } => {
-            let m = |p: f64, q: f64| share * p + (1.0 - share) * q;
-            let skewed = matches!(objective.divergence(), Divergence::SkewKl { .. });
-            let slope = if skewed { sum(&|p, q| q * (p - q) / m(p, q)) } else { 0.0 };
-            (sum(&|p, q| p * (p / m(p, q)).log2()), sum(&|p, q| q * (q / m(p, q)).log2()), slope)
-        }
-        _ => unreachable!("it has one sweep"),
-    };
-    near("the teacher's terms", terms.teacher, teacher);
-    near("the student's terms", terms.student, student);
-    near("the slope's terms", terms.slope, slope);
+    exchanged::states_are_what_they_say(&Cpu);
+    exchanged::terms_are_what_they_say(&Cpu);
 }
 
 /// Tokens over three ranks, one of them without any, and the vocabulary over three: losses add up to the whole batch's, and

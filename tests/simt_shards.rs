@@ -1,33 +1,26 @@
 //! The CUDA kernels for shards of the vocabulary, run by the simulator: against float64, and rank against rank.
 
+mod exchanged;
 mod simulated;
 #[path = "simulated/shards.rs"]
 mod stages;
 
 use std::cell::Cell;
 
-use atkd::shards::RowState;
-use atkd::simt::{Exchanged, Extra, Simulation};
+use atkd::shards::Shard;
+use atkd::simt::{Extra, Simulation};
 use atkd::{
     Batch, Divergence, Error, Logits, LogitsMut, Objective, Output, Reduction, Target, battery,
     reference,
 };
+use exchanged::DIVERGENCES;
 use half::bf16;
 use simulated::Input;
-use stages::Shards;
+use stages::{Exchange, Shards};
 
 /// Shards of uneven widths, some of them empty; so many in turn that types and settings, which repeat by threes and fives, meet
 /// them all.
 const WIDTHS: [&[usize]; 4] = [&[3, 1], &[2, 0, 5], &[3, 1, 0, 5, 2, 1, 4, 7], &[1]];
-
-const DIVERGENCES: [Divergence; 6] = [
-    Divergence::ForwardKl,
-    Divergence::ReverseKl,
-    Divergence::Jsd { beta: 0.3 },
-    Divergence::SkewKl { alpha: 0.1 },
-    Divergence::SkewReverseKl { alpha: 0.2 },
-    Divergence::TotalVariation,
-];
 
 fn small(seed: u64) -> Simulation {
     Simulation { seed, block: 32, ..Simulation::default() }
@@ -121,18 +114,15 @@ fn in_place() {
         let mut in_place = input.student.clone();
         let mut gradient = vec![bf16::NAN; in_place.len()];
         for rank in shards.ranks() {
-            let (shard, range) = (shards.shard(rank, None).unwrap(), shards.columns[rank].clone());
-            if shard.empty {
-                continue;
-            }
+            let range = shards.columns[rank].clone();
+            let Some([teacher, _]) = shards.logits(rank) else { continue };
             let before = (gradient.clone(), in_place.clone());
             let mut view = LogitsMut::new(&mut gradient, input.tokens, input.vocab).unwrap();
-            let mut of = view.columns(range.clone()).unwrap();
-            let view = exchange.view();
-            small(4).shard_gradient(&objective, &shard, &view, &mut of).unwrap();
+            shards.gradient(rank, &exchange, None, &mut view).unwrap();
             let mut of = LogitsMut::new(&mut in_place, input.tokens, input.vocab).unwrap();
             let mut of = of.columns(range.clone()).unwrap();
-            small(5).shard_gradient_in_place(&objective, &shard, &view, &mut of).unwrap();
+            let (shard, view) = (shards.shard(rank, None).unwrap(), exchange.view());
+            small(5).shard_gradient_in_place(&objective, &shard, &view, teacher, &mut of).unwrap();
             for i in 0..gradient.len() {
                 if range.contains(&(i % input.vocab)) {
                     assert_eq!(gradient[i], in_place[i]);
@@ -248,15 +238,13 @@ fn a_target_that_no_rank_has() {
         let (batch, student) = (input.batch(), input.view(&input.student));
         let shards = Shards::new(small(0), &objective, &batch, student, &[1, 1, 1]);
         let exchange = shards.exchange().unwrap();
-        let view = exchange.view();
-        let terms = view.terms.map(|terms| &terms[..6]);
-        let two = Exchanged { ranks: 2, states: &view.states[..6], terms };
+        let terms = exchange.terms.map(|terms| terms[..6].to_vec());
+        let two = Exchange { states: exchange.states[..6].to_vec(), terms, ..Exchange::default() };
         let shard = shards.shard(1, None).unwrap();
-        let (output, _) = small(1).shard_finish(&objective, &shard, &two).unwrap();
+        let (output, _) = small(1).shard_finish(&objective, &shard, &two.view()).unwrap();
         let mut gradient = vec![0_f32; 3 * 90];
         let mut whole = LogitsMut::new(&mut gradient, 3, 90).unwrap();
-        let mut to = whole.columns(30..60).unwrap();
-        small(2).shard_gradient(&objective, &shard, &two, &mut to).unwrap();
+        shards.gradient(1, &two, None, &mut whole).unwrap();
         for (token, row) in gradient.chunks(90).enumerate() {
             assert_eq!(output.tokens[token].loss.is_nan(), token == 0);
             assert!(row[30..60].iter().all(|g| g.is_nan() == (token == 0)));
@@ -269,13 +257,13 @@ fn stages_without_what_they_need() {
     let input = Input::new(2, 90);
     let (batch, student) = (input.batch(), input.view(&input.student));
     let jsd = Objective::plain().with_divergence(Divergence::Jsd { beta: 0.5 }).unwrap();
-    let run = |objective: &Objective, ranks, terms: bool| {
+    let run = |objective: &Objective, ranks: usize, terms: bool| {
         let shards = Shards::new(small(0), objective, &batch, student, &[1, 1]);
-        let exchange = shards.exchange().unwrap();
-        let view = exchange.view();
-        let exchanged = Exchanged { ranks, terms: view.terms.filter(|_| terms), ..view };
+        let Exchange { mut states, terms: own, traffic } = shards.exchange().unwrap();
+        states.truncate(2 * ranks);
+        let exchange = Exchange { states, terms: own.filter(|_| terms), traffic };
         let shard = shards.shard(0, None).unwrap();
-        small(0).shard_finish(objective, &shard, &exchanged).map(|_| ())
+        small(0).shard_finish(objective, &shard, &exchange.view()).map(|_| ())
     };
     assert_eq!(run(&jsd, 2, true), Ok(()));
     assert_eq!(run(&jsd, 2, false), Err(Error::NoSweepTerms));
@@ -284,227 +272,16 @@ fn stages_without_what_they_need() {
     let kl = Objective::kl();
     let shards = Shards::new(small(0), &kl, &batch, student, &[1, 1]);
     let (exchange, shard) = (shards.exchange().unwrap(), shards.shard(0, None).unwrap());
-    let terms = small(0).shard_terms(&kl, &shard, &exchange.view()).map(|_| ());
+    let [teacher, student] = shards.logits(0).unwrap();
+    let terms = small(0).shard_terms(&kl, &shard, &exchange.view(), teacher, student).map(|_| ());
     assert_eq!(terms, Err(Error::NoSecondSweep));
-    let shard = atkd::simt::Shard { first_column: 46, ..shard };
-    let states = small(0).shard_states(&kl, &shard).map(|_| ());
+    let shard = Shard::new(&input.labels, 90, 46).unwrap();
+    let states = small(0).shard_states(&kl, &shard, teacher, student).map(|_| ());
     assert_eq!(states, Err(Error::ShardColumns { first: 46, columns: 45, vocab: 90 }));
 }
 
-/// log2(e) / T, in float32, in which all that exchange states have it.
-fn octaves(temperature: f64) -> f64 {
-    ((1.0 / temperature) as f32 * std::f32::consts::LOG2_E).into()
-}
-
-const GAP_UNIT: f64 = 18_446_744_073_709_551_616.0;
-
-/// What the exponents of a model are relative to, by kernels/params.h.
-fn relative_to(max: f32, temperature: f64) -> f64 {
-    let exact = f64::from(max) * octaves(temperature);
-    let nearest = (max.mul_add(octaves(temperature) as f32, 12_582_912.0) - 12_582_912.0).into();
-    if exact.abs() >= 262_144.0 {
-        return exact;
-    }
-    assert!(f64::abs(nearest - exact) <= 0.5, "{nearest} is not the integer nearest to {exact}");
-    nearest
-}
-
-/// Compares a state with what kernels/params.h says that it is.
-fn check_state(
-    state: &RowState,
-    rows: [&[f64]; 2],
-    target: usize,
-    objective: &Objective,
-    at_1: bool,
-) {
-    let t = objective.temperature();
-    let others: Vec<usize> = (0..rows[0].len()).filter(|&j| j != target).collect();
-    let near = |found: f32, exact: f64, unit: f64, what: &str| {
-        let error = (f64::from(found) - exact).abs();
-        assert!(
-            found == exact as f32 || error <= 3e-6 * unit,
-            "{what}: {found}, but exactly {exact}"
-        );
-    };
-    let sum = |row: &[f64], max: f32, t: f64| -> f64 {
-        let shift = relative_to(max, t);
-        others.iter().map(|&j| (row[j] * octaves(t) - shift).exp2()).sum()
-    };
-    let maxima = [state.teacher_max, state.student_max];
-    for (row, max) in rows.iter().zip(maxima) {
-        let largest = others.iter().map(|&j| row[j]).fold(f64::from(f32::MIN), f64::max);
-        let below = (largest - f64::from(max)) * octaves(t);
-        assert!((0.0..5.0).contains(&below), "{max} of {largest}");
-    }
-    let [teacher, student] = [0, 1].map(|model| sum(rows[model], maxima[model], t));
-    near(state.teacher_sum, teacher, teacher, "the teacher's sum");
-    near(state.student_sum, student, student, "the student's sum");
-    let exact_at_1 = if at_1 { sum(rows[1], state.student_max, 1.0) } else { 0.0 };
-    near(state.student_sum_at_1, exact_at_1, exact_at_1, "the student's sum at temperature 1");
-
-    let [x_of, y_of] = [0, 1].map(|model| {
-        let shift = relative_to(maxima[model], t);
-        move |j: usize| rows[model][j] * octaves(t) - shift
-    });
-    let mut cross = (0.0, 0.0);
-    let mut add = |weight: f64, gap: f64| {
-        if weight > 0.0 {
-            cross = (cross.0 + weight * gap, cross.1 + weight * (1.0 + gap.abs()));
-        }
-    };
-    match objective.divergence() {
-        Divergence::ForwardKl => {
-            for &j in &others {
-                let ruled_out = rows[0][j] > f64::NEG_INFINITY && rows[1][j] == f64::NEG_INFINITY;
-                let gap = x_of(j) - y_of(j);
-                add(
-                    if ruled_out { 1.0 } else { x_of(j).exp2() },
-                    if ruled_out { f64::INFINITY } else { gap },
-                );
-            }
-        }
-        Divergence::ReverseKl => {
-            let [reference, max] = [state.teacher_reference, state.student_max].map(f64::from);
-            for &j in &others {
-                let ruled_out = rows[1][j] > f64::NEG_INFINITY && rows[0][j] == f64::NEG_INFINITY;
-                // In this order no logit is lost beside a finite mask.
-                let gap = ((rows[0][j] - reference) - (rows[1][j] - max)) * octaves(t);
-                add(
-                    if ruled_out { 1.0 } else { y_of(j).exp2() },
-                    if ruled_out { f64::NEG_INFINITY } else { gap },
-                );
-            }
-            let is_reference = |&j: &usize| {
-                rows[1][j] as f32 == state.student_max
-                    && rows[0][j].max(f32::MIN.into()) as f32 == state.teacher_reference
-            };
-            assert!(
-                student == 0.0 || others.iter().any(is_reference),
-                "{}",
-                state.teacher_reference
-            );
-        }
-        _ => {}
-    }
-    near(state.cross_term, cross.0 / GAP_UNIT, cross.1 / GAP_UNIT, "the cross term");
-}
-
 #[test]
-fn states_are_what_they_say() {
-    let (tokens, vocab) = (12, 613);
-    let mut random = fastrand::Rng::with_seed(3);
-    let mut teacher: Vec<f32> = (0..tokens * vocab).map(|_| 20.0 * random.f32() - 10.0).collect();
-    let mut student: Vec<f32> = teacher.iter().map(|z| z + 3.0 * random.f32()).collect();
-    let row = |token: usize| token * vocab..(token + 1) * vocab;
-    // Of sizes whose exponents have no digits to spare.
-    for logits in [&mut teacher, &mut student] {
-        logits[row(1)].iter_mut().for_each(|z| *z += 3e6);
-        logits[row(2)].iter_mut().for_each(|z| *z *= 1e5);
-    }
-    // The largest logits are last, so that every estimate of them is exceeded; and first.
-    (teacher[row(3).end - 1], student[row(3).end - 1]) = (60.0, 50.0);
-    (teacher[row(4).start], student[row(4).start]) = (60.0, 50.0);
-    // Tokens that a model rules out, or both do; all of a shard.
-    let [out, lowest] = [f32::NEG_INFINITY, f32::MIN];
-    student[row(5).start + 300] = out;
-    teacher[row(6).start + 300] = out;
-    (teacher[row(7).start + 300], student[row(7).start + 300]) = (out, out);
-    teacher[row(8)][..300].fill(out);
-    student[row(8)][..300].fill(out);
-    student[row(9)][300..].fill(lowest);
-    teacher[row(10)][..500].fill(-1e4);
-    let labels: Vec<i64> = (0..tokens).map(|token| (token * 97 % vocab) as i64).collect();
-    let [of_teacher, of_student] =
-        [&teacher, &student].map(|l| Logits::new(l, tokens, vocab).unwrap());
-    let batch = Batch::new(of_teacher, &labels).unwrap();
-    for divergence in DIVERGENCES {
-        for (temperature, ce_weight) in [(1.0, 0.5), (2.0, 0.0), (2.5, 1.0)] {
-            let objective = Objective::default()
-                .with_divergence(divergence)
-                .and_then(|o| o.with_temperature(temperature))
-                .and_then(|o| o.with_ce_weight(ce_weight))
-                .unwrap();
-            let shards = Shards::new(small(7), &objective, &batch, of_student, &[2, 0, 1, 3]);
-            let exchange = shards.exchange().unwrap();
-            for (rank, columns) in shards.columns.iter().enumerate() {
-                for token in 0..tokens {
-                    let state = &exchange.states[rank * tokens + token];
-                    let of = |logits: &[f32]| -> Vec<f64> {
-                        logits[row(token)][columns.clone()].iter().map(|&z| z.into()).collect()
-                    };
-                    let (teacher, student) = (of(&teacher), of(&student));
-                    let target = labels[token] as usize;
-                    if columns.contains(&target) {
-                        let within = target - columns.start;
-                        assert_eq!(state.target, target as i32);
-                        assert_eq!(f64::from(state.teacher_target), teacher[within]);
-                        assert_eq!(f64::from(state.student_target), student[within]);
-                    } else {
-                        assert_eq!(state.target, -1);
-                    }
-                    let at_1 = temperature != 1.0 && ce_weight != 0.0;
-                    let target = target.wrapping_sub(columns.start);
-                    check_state(state, [&teacher, &student], target, &objective, at_1);
-                }
-            }
-        }
-    }
-}
-
-/// The terms of the second sweep against their meaning in float64.
-#[test]
-fn terms_are_what_they_say() {
-    let input = Input::new(3, 419);
-    let (batch, student) = (input.batch(), input.view(&input.student));
-    for divergence in &DIVERGENCES[2..] {
-        for objective in [Objective::plain(), Objective::dkd()] {
-            let objective = objective.with_divergence(*divergence).unwrap();
-            let objective = objective.with_temperature(1.7).unwrap();
-            let shards = Shards::new(small(7), &objective, &batch, student, &[2, 0, 1, 3]);
-            let terms = shards.exchange().unwrap().terms.unwrap();
-            for token in 0..3 {
-                let target = input.labels[token] as usize;
-                let counts = |j: usize| objective.is_plain() || j != target;
-                let [p, q] = [&input.teacher, &input.student].map(|logits| {
-                    let row = &logits[419 * token..][..419];
-                    let powers: Vec<f64> = row.iter().map(|z| (z.to_f64() / 1.7).exp()).collect();
-                    let sum: f64 =
-                        powers.iter().enumerate().filter(|(j, _)| counts(*j)).map(|(_, e)| e).sum();
-                    powers.into_iter().map(|power| power / sum).collect::<Vec<_>>()
-                });
-                for (rank, columns) in shards.columns.iter().enumerate() {
-                    let mut exact = [0.0; 3];
-                    for j in columns.clone().filter(|&j| j != target) {
-                        let (p, q) = (p[j], q[j]);
-                        let share = match *divergence {
-                            Divergence::Jsd { beta } => beta,
-                            Divergence::SkewKl { alpha } => alpha,
-                            Divergence::SkewReverseKl { alpha } => 1.0 - alpha,
-                            _ => {
-                                exact[0] += (p - q).abs();
-                                exact[1] += if p == q { 0.0 } else { q * (q - p).signum() };
-                                continue;
-                            }
-                        };
-                        let m = share * p + (1.0 - share) * q;
-                        exact[0] += p * (p / m).log2();
-                        exact[1] += q * (q / m).log2();
-                        if !matches!(divergence, Divergence::Jsd { .. }) {
-                            exact[2] += q * (p - q) / m;
-                        }
-                    }
-                    let found = &terms[3 * rank + token];
-                    for (found, exact) in
-                        [found.teacher, found.student, found.slope].into_iter().zip(exact)
-                    {
-                        let error = (f64::from(found) - exact).abs();
-                        assert!(
-                            error < 1e-6,
-                            "{divergence:?} rank {rank}: {found}, but exactly {exact}"
-                        );
-                    }
-                }
-            }
-        }
-    }
+fn what_is_exchanged_is_what_the_header_says() {
+    exchanged::states_are_what_they_say(&small(7));
+    exchanged::terms_are_what_they_say(&small(7));
 }

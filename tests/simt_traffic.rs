@@ -351,13 +351,10 @@ fn shards_are_read_once_per_stage() {
                 assert_eq!(bytes(traffic, &of_terms, "own terms"), (0, 12 * tokens));
                 assert_eq!(bytes(traffic, &of_terms, "states"), (all_states, 0));
             }
-            let shard = shards.shard(rank, None).unwrap();
             let mut gradient = vec![bf16::NAN; input.student.len()];
             let mut to = LogitsMut::new(&mut gradient, input.tokens, input.vocab).unwrap();
-            let mut to = to.columns(columns.clone()).unwrap();
-            let (exchanged, kernel) = (exchange.view(), format!("row_gradient_bf16_bf16{suffix}"));
-            let traffic =
-                simulation.shard_gradient(&objective, &shard, &exchanged, &mut to).unwrap();
+            let kernel = format!("row_gradient_bf16_bf16{suffix}");
+            let traffic = shards.gradient(rank, &exchange, None, &mut to).unwrap();
             let names: Vec<_> = traffic.iter().map(|(name, _)| *name).collect();
             assert_eq!(names, ["count_valid", &kernel]);
             reads(&traffic, &kernel, 0);
@@ -366,6 +363,7 @@ fn shards_are_read_once_per_stage() {
             assert!(accesses <= written / 16 + single, "{accesses} of {written}");
             assert_eq!(bytes(&traffic, &kernel, "states"), (all_states, 0));
             // Neither stage is given logits.
+            let (shard, exchanged) = (shards.shard(rank, None).unwrap(), exchange.view());
             simulation.shard_margins(&objective, &shard, &exchanged).unwrap();
             let (_, traffic) = simulation.shard_finish(&objective, &shard, &exchanged).unwrap();
             let merge = format!("merge_states{suffix}");

@@ -825,6 +825,7 @@ mod tests {
         let [mut hard, mut modes] = [[9_u8; TOKENS]; 2];
         let valid = [1_u8, 0, 255];
         let selection = RawSelection {
+            rule: crate::SelectionRule::TopK,
             tokens,
             margins: margins.as_mut_ptr() as u64,
             valid: Some(valid.as_ptr() as u64),

@@ -44,7 +44,7 @@
 //! into which ranges of tokens go one after the other. With the feature `head`, `Head` is such a call behind the models' last
 //! layers, of hidden states and weights.
 //!
-//! Where each rank has some columns of the logits, [`Kernels::shard_states_raw`] and the stages after it, of
+//! Where each rank has some columns of the logits, the stages of [`Kernels::launch_shard_raw`], those of
 //! [`shards`](crate::shards), agree on the loss and write the gradient of each rank's columns.
 
 mod by_address;
@@ -68,7 +68,7 @@ use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, DriverError};
 
 pub use crate::call::{
-    RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawShard, RawStates,
+    RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawShard, RawStage, RawStates,
     RawTeacher, RawTokens,
 };
 use crate::{Error, Result};

@@ -25,7 +25,6 @@ use crate::{
     Batch, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result, SelectionRule,
 };
 pub use session::Session;
-pub use shards::{Exchanged, Shard};
 
 /// The inputs of a call beside the logits, as memory of kernels.
 struct Inputs<'a> {

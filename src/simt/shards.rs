@@ -1,66 +1,31 @@
 //! The stages of [`shards`](crate::shards), through the CUDA kernels.
 
 use super::machine::Buffer;
-use super::{Extra, Inputs, Simulation, Traffic, address, input, raw};
-use crate::call::{RawLogits, RawOutput, RawShard, RawStates};
-use crate::device::session::Launches;
-use crate::device::shards;
+use super::{Extra, Simulation, Traffic, address, input, labels, raw, raw_labels};
+use crate::call::{RawLogits, RawOutput, RawShard, RawStage, RawStates};
+use crate::device::shards::launches;
 use crate::device::workspace::{Layout, Memory};
-use crate::shards::{RowState, SweepTerms};
-use crate::{Batch, Logits, LogitsMut, Objective, Output, Result};
+use crate::shards::{Exchanged, RowState, Shard, SweepTerms};
+use crate::{Dtype, Logits, LogitsMut, Objective, Output, Result};
 
-/// One rank's shard of the vocabulary.
-#[derive(Clone, Copy, Debug)]
-pub struct Shard<'a> {
-    /// The teacher's logits of its columns, and the tokens' labels in the whole vocabulary. Sequences and margins are not
-    /// used.
-    pub batch: Batch<'a>,
-    /// The student's logits of its columns.
-    pub student: Logits<'a>,
-    /// The shard has no columns: of the logits, the shape alone counts.
-    pub empty: bool,
-    /// The token of the vocabulary that the first column is about.
-    pub first_column: usize,
-    /// Tokens of the whole vocabulary.
-    pub vocab: usize,
-    /// The numbers of valid and of hard tokens that the reduction is over.
-    pub counts: Option<[u32; 2]>,
-    /// The inputs beside the batch.
-    pub extra: Extra,
-}
-
-/// What all ranks have exchanged, `[ranks, N]`.
-#[derive(Clone, Copy, Debug)]
-pub struct Exchanged<'a> {
-    /// The ranks.
-    pub ranks: usize,
-    /// The states.
-    pub states: &'a [RowState],
-    /// The terms of the second sweep, if there is one.
-    pub terms: Option<&'a [SweepTerms]>,
-}
-
+/// Each stage also returns what was read and written.
 impl Simulation {
-    /// The first stage: the states of the shard's rows, and what was read and written. So do the other stages.
+    /// See [`cpu::shards::states`](crate::cpu::shards::states). Labels are checked by the kernels alone, as on a GPU.
     ///
     /// # Errors
-    /// As [`Kernels::shard_states_raw`](crate::cuda::Kernels::shard_states_raw), or if a kernel does what it must not. So do
-    /// the other stages.
+    /// As there, or if a kernel does what it must not. So do the other stages.
     pub fn shard_states(
         self,
         objective: &Objective,
         shard: &Shard,
+        teacher: Logits,
+        student: Logits,
     ) -> Result<(Vec<RowState>, Traffic)> {
-        let mut to = poisoned(shard);
-        let to_buffer = Buffer::output("own states", &mut to);
-        let run = Run::new(self, shard, None, logits(shard).chain([to_buffer]));
-        let of = &run.raw;
-        let traffic = run
-            .launch(|device, memory| shards::states(objective, of, address(&to), device, memory))?;
-        Ok((to, traffic))
+        let run = Run::new(self, shard, None).with_logits(teacher, student);
+        run.values(objective, "own states", |_, to| RawStage::States(to))
     }
 
-    /// The teacher's margins.
+    /// See [`cpu::shards::margins`](crate::cpu::shards::margins).
     ///
     /// # Errors
     /// As [`shard_states`](Self::shard_states).
@@ -70,17 +35,10 @@ impl Simulation {
         shard: &Shard,
         exchanged: &Exchanged,
     ) -> Result<(Vec<f32>, Traffic)> {
-        let mut to: Vec<f32> = poisoned(shard);
-        let to_buffer = Buffer::output("margins to", &mut to);
-        let run = Run::new(self, shard, Some(exchanged), [to_buffer]);
-        let (of, states) = (&run.raw, run.states());
-        let traffic = run.launch(|device, memory| {
-            shards::margins(objective, of, &states, address(&to), device, memory)
-        })?;
-        Ok((to, traffic))
+        Run::new(self, shard, Some(exchanged)).values(objective, "margins to", RawStage::Margins)
     }
 
-    /// The terms of the second sweep.
+    /// See [`cpu::shards::terms`](crate::cpu::shards::terms).
     ///
     /// # Errors
     /// As [`shard_states`](Self::shard_states).
@@ -89,35 +47,36 @@ impl Simulation {
         objective: &Objective,
         shard: &Shard,
         exchanged: &Exchanged,
+        teacher: Logits,
+        student: Logits,
     ) -> Result<(Vec<SweepTerms>, Traffic)> {
-        let mut to = poisoned(shard);
-        let to_buffer = Buffer::output("own terms", &mut to);
-        let run = Run::new(self, shard, Some(exchanged), logits(shard).chain([to_buffer]));
-        let (of, states) = (&run.raw, run.states());
-        let traffic = run.launch(|device, memory| {
-            shards::terms(objective, of, &states, address(&to), device, memory)
-        })?;
-        Ok((to, traffic))
+        let run = Run::new(self, shard, Some(exchanged)).with_logits(teacher, student);
+        run.values(objective, "own terms", RawStage::Terms)
     }
 
-    /// The gradient of the shard's columns.
+    /// See [`cpu::shards::gradient`](fn@crate::cpu::shards::gradient).
     ///
     /// # Errors
     /// As [`shard_states`](Self::shard_states).
+    #[expect(clippy::too_many_arguments, reason = "each is another thing of the stage")]
     pub fn shard_gradient(
         self,
         objective: &Objective,
         shard: &Shard,
         exchanged: &Exchanged,
+        teacher: Logits,
+        student: Logits,
         gradient: &mut LogitsMut,
+        extra: Extra,
     ) -> Result<Traffic> {
-        let view = gradient.as_logits();
-        let to = Buffer { writable: true, ..input("gradient", view.elements()) };
-        let run = Run::new(self, shard, Some(exchanged), logits(shard).chain([to]));
-        run.gradient(objective, raw(view))
+        let mut run = Run::new(self, shard, Some(exchanged)).with_logits(teacher, student);
+        let upstream = extra.upstream.map(|upstream| vec![upstream]);
+        run.raw.upstream = upstream.as_ref().map(|upstream| address(upstream));
+        run.buffers.extend(upstream.iter().map(|upstream| Buffer::input("upstream", upstream)));
+        run.gradient(objective, gradient)
     }
 
-    /// The same over the student's logits, instead of the shard's.
+    /// See [`cpu::shards::gradient_in_place`](crate::cpu::shards::gradient_in_place).
     ///
     /// # Errors
     /// As [`shard_states`](Self::shard_states).
@@ -126,19 +85,16 @@ impl Simulation {
         objective: &Objective,
         shard: &Shard,
         exchanged: &Exchanged,
+        teacher: Logits,
         student: &mut LogitsMut,
     ) -> Result<Traffic> {
-        let view = student.as_logits();
-        let both = [
-            input("teacher", shard.batch.teacher().elements()),
-            Buffer { writable: true, ..input("student", view.elements()) },
-        ];
-        let mut run = Run::new(self, shard, Some(exchanged), both);
-        run.raw.student = raw(view);
-        run.gradient(objective, raw(view))
+        let mut run =
+            Run::new(self, shard, Some(exchanged)).with_logits(teacher, student.as_logits());
+        run.buffers.retain(|buffer| buffer.name != "student");
+        run.gradient(objective, student)
     }
 
-    /// The last stage: the loss and the terms of all tokens.
+    /// See [`cpu::shards::finish`](crate::cpu::shards::finish).
     ///
     /// # Errors
     /// As [`shard_states`](Self::shard_states), or if a label is out of range.
@@ -148,120 +104,179 @@ impl Simulation {
         shard: &Shard,
         exchanged: &Exchanged,
     ) -> Result<(Output, Traffic)> {
-        let run = Run::new(self, shard, Some(exchanged), []);
-        let (of, states) = (&run.raw, run.states());
-        let traffic = run.launch(|device, memory| {
-            shards::finish(objective, of, &states, &RawOutput::default(), device, memory)
-        })?;
+        let mut run = Run::new(self, shard, Some(exchanged));
+        let layout = run.layout;
+        let traffic =
+            run.launch(objective, |exchanged| RawStage::Finish(exchanged, RawOutput::default()))?;
         // SAFETY: so many bytes are there, all of them written.
         let bytes = unsafe {
-            std::slice::from_raw_parts(run.workspace.as_ptr().cast::<u8>(), run.layout.bytes())
+            std::slice::from_raw_parts(run.workspace.as_ptr().cast::<u8>(), layout.bytes())
         };
-        let output = run.layout.read(bytes, of.tokens, shard.vocab, objective)?;
-        Ok((output, traffic))
+        Ok((layout.read(bytes, shard.tokens(), shard.vocab(), objective)?, traffic))
     }
-}
-
-/// Memory for one value per token, which the kernels write.
-fn poisoned<T: Copy>(shard: &Shard) -> Vec<T> {
-    // SAFETY: they are plain numbers.
-    let value = unsafe {
-        let mut value = std::mem::MaybeUninit::<T>::uninit();
-        value.as_mut_ptr().cast::<u8>().write_bytes(0xee, size_of::<T>());
-        value.assume_init()
-    };
-    vec![value; shard.batch.teacher().tokens()]
-}
-
-fn logits(shard: &Shard) -> impl Iterator<Item = Buffer> + use<> {
-    let of = [("teacher", shard.batch.teacher()), ("student", shard.student)];
-    // Not one element of an empty shard may be read.
-    let of = of.map(|(name, logits)| input(name, logits.elements()));
-    of.into_iter().take(if shard.empty { 0 } else { 2 })
 }
 
 /// A stage with its memory.
-struct Run<'a> {
+struct Run {
     simulation: Simulation,
     raw: RawShard,
-    exchanged: Option<Exchanged<'a>>,
+    exchanged: RawStates,
     buffers: Vec<Buffer>,
     layout: Layout,
     workspace: Vec<u128>,
-    /// The owners of what the addresses are of.
-    _inputs: Inputs<'a>,
+    /// The memory that the shard's own address is of.
     _counts: Option<Box<[u32; 2]>>,
 }
 
-impl<'a> Run<'a> {
-    fn new(
-        simulation: Simulation,
-        shard: &Shard<'a>,
-        exchanged: Option<&Exchanged<'a>>,
-        buffers: impl IntoIterator<Item = Buffer>,
-    ) -> Self {
-        let inputs = Inputs::new(&shard.batch, shard.extra);
-        let counts = shard.counts.map(Box::new);
-        let mut buffers: Vec<Buffer> = buffers.into_iter().collect();
-        buffers.extend(inputs.buffers());
-        buffers.extend(counts.iter().map(|counts| Buffer::input("counts", &counts[..])));
-        if let Some(Exchanged { states, terms, .. }) = exchanged {
-            buffers.push(Buffer::input("states", states));
-            buffers.extend(terms.map(|terms| Buffer::input("terms", terms)));
-        }
-        let tokens = shard.batch.teacher().tokens();
-        let layout = Layout { capacity: tokens };
-        let workspace = simulation.workspace(layout, &mut buffers);
-        let of = &inputs.tokens;
+impl Run {
+    fn new(simulation: Simulation, shard: &Shard, exchanged: Option<&Exchanged>) -> Self {
+        let (tokens, own) = (shard.tokens(), shard.settings());
+        let counts = shard.given_counts().map(|counts| Box::new(counts.map(|count| count as u32)));
+        let nothing = RawLogits { address: 0, dtype: Dtype::F32, strides: 0.into() };
         let raw = RawShard {
             tokens,
-            vocab: shard.vocab,
-            first_column: shard.first_column,
-            columns: if shard.empty { 0 } else { shard.student.vocab() },
-            teacher: raw(shard.batch.teacher()),
-            student: raw(shard.student),
-            labels: of.labels,
-            hard: of.hard,
-            token_weights: of.token_weights,
-            temperatures: of.temperatures,
-            upstream: of.upstream,
+            vocab: shard.vocab(),
+            first_column: shard.first_column(),
+            columns: 0,
+            teacher: nothing,
+            student: nothing,
+            labels: shard.labels().map(raw_labels),
+            hard: shard.hard().map(address),
+            token_weights: own.weights.map(address),
+            temperatures: own.temperatures.map(address),
+            upstream: None,
             counts: counts.as_ref().map(|counts| address(&counts[..])),
         };
-        Self {
-            simulation,
-            raw,
-            exchanged: exchanged.copied(),
-            buffers,
-            layout,
-            workspace,
-            _inputs: inputs,
-            _counts: counts,
+        let mut buffers: Vec<Buffer> = [
+            shard.labels().map(labels),
+            shard.hard().map(|hard| Buffer::input("hard", hard)),
+            own.weights.map(|weights| Buffer::input("token weights", weights)),
+            own.temperatures.map(|own| Buffer::input("temperatures", own)),
+            counts.as_ref().map(|counts| Buffer::input("counts", &counts[..])),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        let mut states = RawStates { states: 0, terms: None, ranks: 0 };
+        if let Some(exchanged) = exchanged {
+            states = RawStates {
+                states: address(exchanged.states()),
+                terms: exchanged.terms().map(address),
+                ranks: exchanged.states().len() / tokens.max(1),
+            };
+            buffers.push(Buffer::input("states", exchanged.states()));
+            buffers.extend(exchanged.terms().map(|terms| Buffer::input("terms", terms)));
         }
+        let layout = Layout { capacity: tokens };
+        let workspace = simulation.workspace(layout, &mut buffers);
+        Self { simulation, raw, exchanged: states, buffers, layout, workspace, _counts: counts }
     }
 
-    fn states(&self) -> RawStates {
-        let Exchanged { ranks, states, terms } = self.exchanged.expect("the stage is given them");
-        RawStates { states: address(states), terms: terms.map(address), ranks }
+    fn with_logits(mut self, teacher: Logits, student: Logits) -> Self {
+        self.raw.columns = teacher.vocab();
+        (self.raw.teacher, self.raw.student) = (raw(teacher), raw(student));
+        self.buffers.push(input("teacher", teacher.elements()));
+        self.buffers.push(input("student", student.elements()));
+        self
     }
 
-    fn gradient(&self, objective: &Objective, gradient: RawLogits) -> Result<Traffic> {
-        let (of, states) = (&self.raw, self.states());
-        self.launch(|device, memory| {
-            shards::gradient(objective, of, &states, gradient, 0, device, memory)
-        })
+    /// A stage that makes one value per token, all of whose memory it writes.
+    fn values<T: Copy>(
+        mut self,
+        objective: &Objective,
+        name: &'static str,
+        stage: impl FnOnce(RawStates, u64) -> RawStage,
+    ) -> Result<(Vec<T>, Traffic)> {
+        // SAFETY: they are plain numbers, which may have any bits.
+        let poison = unsafe {
+            let mut value = std::mem::MaybeUninit::<T>::uninit();
+            value.as_mut_ptr().cast::<u8>().write_bytes(0xee, size_of::<T>());
+            value.assume_init()
+        };
+        let mut values = vec![poison; self.raw.tokens];
+        self.buffers.push(Buffer::output(name, &mut values));
+        let to = address(&values);
+        let traffic = self.launch(objective, |exchanged| stage(exchanged, to))?;
+        Ok((values, traffic))
+    }
+
+    fn gradient(mut self, objective: &Objective, to: &mut LogitsMut) -> Result<Traffic> {
+        let view = to.as_logits();
+        let name =
+            if raw(view).address == self.raw.student.address { "student" } else { "gradient" };
+        self.buffers.push(Buffer { writable: true, ..input(name, view.elements()) });
+        let to = raw(view);
+        self.launch(objective, |exchanged| RawStage::Gradient(exchanged, to, 0))
     }
 
     fn launch(
-        &self,
-        launches: impl FnOnce(&crate::plan::DeviceProperties, Memory) -> Result<Launches>,
+        &mut self,
+        objective: &Objective,
+        stage: impl FnOnce(RawStates) -> RawStage,
     ) -> Result<Traffic> {
         let memory = Memory::new(self.layout, address(&self.workspace));
+        let (simulation, stage) = (self.simulation, stage(self.exchanged));
         let mut traffic = Traffic::new();
-        for launch in launches(&self.simulation.device, memory)? {
+        for launch in launches(objective, &self.raw, &stage, &simulation.device, memory)? {
             let mut buffers = self.buffers.clone();
-            self.simulation.launch(&launch, &mut buffers)?;
+            simulation.launch(&launch, &mut buffers)?;
             traffic.push((launch.kernel, buffers));
         }
         Ok(traffic)
+    }
+}
+
+impl crate::battery::shards::Stages for Simulation {
+    fn states(
+        &self,
+        objective: &Objective,
+        shard: &Shard,
+        teacher: Logits,
+        student: Logits,
+    ) -> Result<Vec<RowState>> {
+        Ok(self.shard_states(objective, shard, teacher, student)?.0)
+    }
+
+    fn margins(
+        &self,
+        objective: &Objective,
+        shard: &Shard,
+        exchanged: &Exchanged,
+    ) -> Result<Vec<f32>> {
+        Ok(self.shard_margins(objective, shard, exchanged)?.0)
+    }
+
+    fn terms(
+        &self,
+        objective: &Objective,
+        shard: &Shard,
+        exchanged: &Exchanged,
+        teacher: Logits,
+        student: Logits,
+    ) -> Result<Vec<SweepTerms>> {
+        Ok(self.shard_terms(objective, shard, exchanged, teacher, student)?.0)
+    }
+
+    fn gradient(
+        &self,
+        objective: &Objective,
+        shard: &Shard,
+        exchanged: &Exchanged,
+        teacher: Logits,
+        student: Logits,
+        mut gradient: LogitsMut,
+    ) -> Result<()> {
+        let extra = Extra::default();
+        self.shard_gradient(objective, shard, exchanged, teacher, student, &mut gradient, extra)?;
+        Ok(())
+    }
+
+    fn finish(
+        &self,
+        objective: &Objective,
+        shard: &Shard,
+        exchanged: &Exchanged,
+    ) -> Result<Output> {
+        Ok(self.shard_finish(objective, shard, exchanged)?.0)
     }
 }

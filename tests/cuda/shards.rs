@@ -1,7 +1,7 @@
 //! Shards of the vocabulary on a device, of ranks one after the other.
 
 use atkd::Divergence;
-use atkd::cuda::{RawShard, RawStates};
+use atkd::cuda::{RawShard, RawStage, RawStates};
 
 use super::*;
 
@@ -74,25 +74,24 @@ fn check(gpu: &Gpu, objective: &Objective, in_place: bool) {
     let [states, terms, workspace] =
         [states.device_ptr(stream).0, terms.device_ptr(stream).0, workspace.device_ptr(stream).0];
     let exchanged = RawStates { states, terms: Some(terms), ranks: 3 };
-    let kernels = &gpu.kernels;
+    let run = |shard: &RawShard, stage: &RawStage| {
+        // SAFETY: the addresses are of memory of this function, used on one stream.
+        unsafe { gpu.kernels.launch_shard_raw(stream, objective, shard, stage, workspace) }
+            .unwrap();
+    };
     for (rank, shard) in shards.iter().enumerate() {
         let to = states + (rank * 5 * 40) as u64;
-        // SAFETY: the addresses are of memory of this function, used on one stream.
-        unsafe { kernels.shard_states_raw(stream, objective, shard, to, workspace) }.unwrap();
+        run(shard, &RawStage::States(to));
     }
     if objective.has_two_sweeps() {
         for (rank, shard) in shards.iter().enumerate() {
             let to = terms + (rank * 5 * 12) as u64;
-            // SAFETY: as above.
-            unsafe { kernels.shard_terms_raw(stream, objective, shard, &exchanged, to, workspace) }
-                .unwrap();
+            run(shard, &RawStage::Terms(exchanged, to));
         }
     }
     let margins = gpu.upload(&[0_f32; 5]);
     let to = margins.device_ptr(stream).0;
-    // SAFETY: as above.
-    unsafe { kernels.shard_margins_raw(stream, objective, &shards[1], &exchanged, to, workspace) }
-        .unwrap();
+    run(&shards[1], &RawStage::Margins(exchanged, to));
     for (margin, token) in stream.clone_dtoh(&margins).unwrap().iter().zip(&exact.0.tokens) {
         let (margin, exact) = (f64::from(*margin), token.margin);
         assert!(margin == exact || (margin - exact).abs() < 1e-5, "{margin}, but exactly {exact}");
@@ -101,11 +100,7 @@ fn check(gpu: &Gpu, objective: &Objective, in_place: bool) {
     for (shard, (columns, _, student, beside)) in shards.iter().zip(&local) {
         let slice = if in_place { student } else { beside };
         let to = raw(slice, columns.len());
-        // SAFETY: as above.
-        unsafe {
-            kernels.shard_gradient_raw(stream, objective, shard, &exchanged, to, PADDING, workspace)
-        }
-        .unwrap();
+        run(shard, &RawStage::Gradient(exchanged, to, PADDING));
         let rows = stream.clone_dtoh(slice).unwrap();
         for (token, row) in rows.chunks(columns.len() + PADDING).enumerate() {
             let (row, padding) = row.split_at(columns.len());
@@ -117,11 +112,7 @@ fn check(gpu: &Gpu, objective: &Objective, in_place: bool) {
     for shard in &shards {
         let loss = gpu.upload(&[0_f32]);
         let output = RawOutput { loss: Some(loss.device_ptr(stream).0), ..RawOutput::default() };
-        // SAFETY: as above.
-        unsafe {
-            kernels.shard_finish_raw(stream, objective, shard, &exchanged, &output, workspace)
-        }
-        .unwrap();
+        run(shard, &RawStage::Finish(exchanged, output));
         let loss = f64::from(stream.clone_dtoh(&loss).unwrap()[0]);
         assert!((loss - exact.0.loss).abs() <= 1e-6 * (1.0 + exact.0.loss), "{loss}");
     }

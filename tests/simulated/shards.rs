@@ -4,11 +4,9 @@
 
 use std::ops::Range;
 
-use atkd::shards::{RowState, SweepTerms};
-use atkd::simt::{Exchanged, Extra, Shard, Simulation, Traffic};
-use atkd::{
-    Batch, Labels, Logits, LogitsMut, Objective, Output, Result, SelectionRule, select_hard,
-};
+use atkd::shards::{Exchanged, RowState, Shard, SweepTerms};
+use atkd::simt::{Extra, Simulation, Traffic};
+use atkd::{Batch, Logits, LogitsMut, Objective, Output, Result};
 
 /// The columns of each rank, in proportion to these widths.
 pub fn columns(vocab: usize, widths: &[usize]) -> Vec<Range<usize>> {
@@ -29,14 +27,13 @@ pub struct Shards<'a> {
     pub batch: Batch<'a>,
     pub student: Logits<'a>,
     pub columns: Vec<Range<usize>>,
-    pub counts: Option<[u32; 2]>,
+    pub counts: Option<[usize; 2]>,
     pub extra: Extra,
 }
 
 /// What the ranks have exchanged, and the traffic of each on the way.
 #[derive(Default)]
 pub struct Exchange {
-    pub ranks: usize,
     pub states: Vec<RowState>,
     pub terms: Option<Vec<SweepTerms>>,
     pub traffic: Vec<Traffic>,
@@ -44,7 +41,8 @@ pub struct Exchange {
 
 impl Exchange {
     pub fn view(&self) -> Exchanged<'_> {
-        Exchanged { ranks: self.ranks, states: &self.states, terms: self.terms.as_deref() }
+        let states = Exchanged::new(&self.states);
+        self.terms.as_ref().map_or(states, |terms| states.with_terms(terms))
     }
 }
 
@@ -63,32 +61,30 @@ impl<'a> Shards<'a> {
 
     /// A rank's shard, with hard tokens or without.
     pub fn shard(&self, rank: usize, hard: Option<&'a [bool]>) -> Result<Shard<'a>> {
-        let range = self.columns[rank].clone();
-        let (empty, first_column) = (range.is_empty(), range.start);
-        let of =
-            |logits: Logits<'a>| if empty { Ok(logits) } else { logits.columns(range.clone()) };
-        let mut batch = match self.batch.labels() {
-            Some(labels) => Batch::new(of(self.batch.teacher())?, labels)?,
-            None => Batch::unlabelled(of(self.batch.teacher())?),
+        let (batch, vocab, first) = (self.batch, self.student.vocab(), self.columns[rank].start);
+        let mut shard = match batch.labels() {
+            Some(labels) => Shard::new(labels, vocab, first)?,
+            None => Shard::unlabelled(self.student.tokens(), vocab, first)?,
         };
-        if let Some(weights) = self.batch.token_weights() {
-            batch = batch.with_token_weights(weights)?;
+        if let Some(weights) = batch.token_weights() {
+            shard = shard.with_token_weights(weights)?;
         }
-        if let Some(temperatures) = self.batch.temperatures() {
-            batch = batch.with_temperatures(temperatures)?;
+        if let Some(temperatures) = batch.temperatures() {
+            shard = shard.with_temperatures(temperatures)?;
         }
         if let Some(hard) = hard {
-            batch = batch.with_hard(hard)?;
+            shard = shard.with_hard(hard)?;
         }
-        Ok(Shard {
-            batch,
-            student: of(self.student)?,
-            empty,
-            first_column,
-            vocab: self.student.vocab(),
-            counts: self.counts,
-            extra: self.extra,
-        })
+        if let Some([valid, hard]) = self.counts {
+            shard = shard.with_counts(valid, hard);
+        }
+        Ok(shard)
+    }
+
+    /// Both models' logits of a rank's columns, if it has any.
+    pub fn logits(&self, rank: usize) -> Option<[Logits<'a>; 2]> {
+        let of = |logits: Logits<'a>| logits.columns(self.columns[rank].clone()).ok();
+        Some([of(self.batch.teacher())?, of(self.student)?])
     }
 
     pub fn ranks(&self) -> Range<usize> {
@@ -97,19 +93,34 @@ impl<'a> Shards<'a> {
 
     /// Both exchanges.
     pub fn exchange(&self) -> Result<Exchange> {
-        let mut all = Exchange { ranks: self.columns.len(), ..Exchange::default() };
+        let (mut all, tokens) = (Exchange::default(), self.student.tokens());
         for rank in self.ranks() {
-            let (own, traffic) =
-                self.simulation.shard_states(self.objective, &self.shard(rank, None)?)?;
+            let (own, traffic) = match self.logits(rank) {
+                None => (vec![RowState::EMPTY; tokens], Traffic::new()),
+                Some([teacher, student]) => {
+                    let shard = self.shard(rank, None)?;
+                    self.simulation.shard_states(self.objective, &shard, teacher, student)?
+                }
+            };
             all.states.extend(own);
             all.traffic.push(traffic);
         }
         if self.objective.has_two_sweeps() {
             let mut terms = Vec::new();
             for rank in self.ranks() {
-                let shard = self.shard(rank, None)?;
-                let (own, traffic) =
-                    self.simulation.shard_terms(self.objective, &shard, &all.view())?;
+                let (own, traffic) = match self.logits(rank) {
+                    None => (vec![SweepTerms::EMPTY; tokens], Traffic::new()),
+                    Some([teacher, student]) => {
+                        let (shard, view) = (self.shard(rank, None)?, all.view());
+                        self.simulation.shard_terms(
+                            self.objective,
+                            &shard,
+                            &view,
+                            teacher,
+                            student,
+                        )?
+                    }
+                };
                 terms.extend(own);
                 all.traffic.push(traffic);
             }
@@ -129,6 +140,22 @@ impl<'a> Shards<'a> {
         })
     }
 
+    /// The gradient of a rank's columns, to its part of the whole one.
+    pub fn gradient(
+        &self,
+        rank: usize,
+        exchange: &Exchange,
+        hard: Option<&'a [bool]>,
+        gradient: &mut LogitsMut,
+    ) -> Result<Traffic> {
+        let Some([teacher, student]) = self.logits(rank) else { return Ok(Traffic::new()) };
+        let (shard, objective) = (self.shard(rank, hard)?, self.objective);
+        let mut to = gradient.columns(self.columns[rank].clone())?;
+        let view = exchange.view();
+        self.simulation
+            .shard_gradient(objective, &shard, &view, teacher, student, &mut to, self.extra)
+    }
+
     /// The outcome, which is every rank's to the bit.
     pub fn finish(&self, exchange: &Exchange, hard: Option<&'a [bool]>) -> Result<Output> {
         let of = |rank| {
@@ -145,22 +172,15 @@ impl<'a> Shards<'a> {
         if let Some(hard) = batch.hard() {
             return Ok(hard.to_vec());
         }
-        let valid: Vec<bool> = (0..margins.len())
-            .map(|token| {
-                let label = batch.labels().map(|labels| match labels {
-                    Labels::I64(labels) => labels[token],
-                    Labels::I32(labels) => labels[token].into(),
-                });
-                label != Some(objective.ignore_index())
-            })
-            .collect();
-        let margins = batch.margins().unwrap_or(margins);
-        match objective.selection_rule() {
-            SelectionRule::TopK => {
-                select_hard(margins, Some(&valid), objective.hard_ratio(), batch.sequences())
+        let ignored = objective.ignore_index();
+        let valid: Vec<bool> = match batch.labels() {
+            None => vec![true; margins.len()],
+            Some(atkd::Labels::I64(labels)) => labels.iter().map(|&l| l != ignored).collect(),
+            Some(atkd::Labels::I32(labels)) => {
+                labels.iter().map(|&l| i64::from(l) != ignored).collect()
             }
-            SelectionRule::Median => Ok(by_median(margins, &valid, batch.sequences())),
-        }
+        };
+        objective.select_hard(batch.margins().unwrap_or(margins), Some(&valid), batch.sequences())
     }
 
     /// The whole call.
@@ -170,12 +190,7 @@ impl<'a> Shards<'a> {
         // It lives as long as the shards' other inputs.
         let hard: &'static [bool] = hard.leak();
         for rank in self.ranks() {
-            let (shard, range) = (self.shard(rank, Some(hard))?, self.columns[rank].clone());
-            if !shard.empty {
-                let mut gradient = gradient.columns(range)?;
-                let (objective, exchanged) = (self.objective, exchange.view());
-                self.simulation.shard_gradient(objective, &shard, &exchanged, &mut gradient)?;
-            }
+            self.gradient(rank, &exchange, Some(hard), gradient)?;
         }
         self.finish(&exchange, Some(hard))
     }
@@ -190,28 +205,4 @@ fn same<T, B: PartialEq + std::fmt::Debug>(
     let first = bits(&all[0]);
     assert!(all.iter().all(|one| bits(one) == first), "ranks differ");
     Ok(all.swap_remove(0))
-}
-
-fn by_median(margins: &[f32], valid: &[bool], sequences: Option<&[usize]>) -> Vec<bool> {
-    let all = [0, margins.len()];
-    let mut hard = vec![false; margins.len()];
-    for scope in sequences.unwrap_or(&all).windows(2) {
-        // NaN is below every number.
-        let rank = |token: usize| match margins[token] {
-            margin if margin.is_nan() => (false, 0.0),
-            margin => (true, margin + 0.0),
-        };
-        let compare = |a: usize, b: usize| {
-            let (a, b) = (rank(a), rank(b));
-            b.0.cmp(&a.0).then(b.1.total_cmp(&a.1))
-        };
-        let mut tokens: Vec<usize> = (scope[0]..scope[1]).filter(|&token| valid[token]).collect();
-        tokens.sort_by(|&a, &b| compare(a, b));
-        if let Some(&median) = tokens.get(tokens.len() / 2) {
-            for token in tokens {
-                hard[token] = compare(token, median).is_le();
-            }
-        }
-    }
-    hard
 }
