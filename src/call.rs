@@ -378,7 +378,7 @@ impl RawShard {
         check_alignment("the counts", self.counts.unwrap_or(0), 4)?;
         check_there("the counts", self.counts, 2)?;
         let Some(&RawStates { states, terms, ranks }) = exchanged else { return Ok(()) };
-        if ranks == 0 {
+        if ranks == 0 && self.tokens > 0 {
             return Err(Error::NoStates);
         }
         for (what, address) in [(ROW_STATES, Some(states)), (SWEEP_TERMS, terms)] {

@@ -160,7 +160,12 @@
 /*
  What a program was compiled against; compare it with atkd_abi_version().
  */
-#define ATKD_ABI_VERSION 3
+#define ATKD_ABI_VERSION 4
+
+/*
+ The version of the layouts that ranks exchange, AtkdRowState and AtkdSweepTerms.
+ */
+#define ATKD_ROW_STATE_VERSION 1
 
 /*
  Threads that a workspace for host memory has at most: to start them takes time that grows with their square.
@@ -480,6 +485,10 @@ typedef struct AtkdSelection {
    */
   double hard_ratio;
   /*
+   ATKD_SELECTION_RULE_TOP_K, or ATKD_SELECTION_RULE_MEDIAN, which has no ratio.
+   */
+  int32_t rule;
+  /*
    As AtkdCall.sequences.
    */
   int64_t sequences;
@@ -496,6 +505,113 @@ typedef struct AtkdSelection {
    */
   void *stream;
 } AtkdSelection;
+
+/*
+ A row's sums, or those of the part that a shard has, with the target left out: 40 bytes that ranks exchange. With the
+ exponents x_j = z_j log2(e) / T of the teacher's logits and y_j of the student's, X is the integer nearest to the exponent
+ of teacher_max, and Y to that of student_max; where that is 2^18 or more in size, the exponent itself.
+ */
+typedef struct AtkdRowState {
+  /*
+   sum 2^(x_j - X)
+   */
+  float teacher_sum;
+  /*
+   sum 2^(y_j - Y)
+   */
+  float student_sum;
+  /*
+   The same at T = 1, if cross entropy needs it beside student_sum; else 0.
+   */
+  float student_sum_at_1;
+  /*
+   Forward KL: sum 2^(x_j - X) (x_j - X - y_j + Y) / 2^64, or infinity where the student rules out (-infinity) a token
+   that the teacher does not. Reverse KL, with r the token of student_max: sum 2^(y_j - Y) (x_j - x_r - y_j + y_r) / 2^64,
+   or -infinity where the teacher rules out what the student does not. Other divergences: 0.
+   */
+  float cross_term;
+  /*
+   The largest logit, or a little less; finite.
+   */
+  float teacher_max;
+  /*
+   Likewise.
+   */
+  float student_max;
+  /*
+   Reverse KL: the teacher's logit of token r; finite.
+   */
+  float teacher_reference;
+  /*
+   The logits of the target, where this part has it.
+   */
+  float teacher_target;
+  /*
+   Likewise.
+   */
+  float student_target;
+  /*
+   A token of the whole vocabulary, or -1: it is in another part, or the token is ignored.
+   */
+  int32_t target;
+} AtkdRowState;
+
+/*
+ The sums of the second sweep over a part of a row. With p_j and q_j renormalised without the target, or plain over the
+ whole vocabulary, and the mixture m of the divergence:
+ */
+typedef struct AtkdSweepTerms {
+  /*
+   A mixture: sum p_j log2(p_j / m_j). Total variation: sum |p_j - q_j|.
+   */
+  float teacher;
+  /*
+   A mixture: sum q_j log2(q_j / m_j). Total variation: sum q_j sign(q_j - p_j).
+   */
+  float student;
+  /*
+   A mixture whose KL divergences are skewed: sum q_j (p_j - q_j) / m_j; else 0.
+   */
+  float slope;
+} AtkdSweepTerms;
+
+/*
+ One rank's shard of the vocabulary, and what the ranks have exchanged. Every pointer is to host memory, or for a CUDA
+ workspace to its device's, but for those to this struct and to the call.
+ */
+typedef struct AtkdShard {
+  /*
+   The shard's columns of the tokens: `vocab` is how many, which may be 0, and the labels are tokens of the whole
+   vocabulary. Nothing is selected: `hard` is needed where the objective depends on it, and sequences and margins are not
+   used.
+   */
+  const struct AtkdCall *call;
+  /*
+   Tokens of the whole vocabulary.
+   */
+  int64_t whole_vocab;
+  /*
+   The token of the vocabulary that the first column is about.
+   */
+  int64_t first_column;
+  /*
+   Two numbers: the valid and the hard tokens of all ranks that the reduction is over; null for those of the call.
+   */
+  const uint32_t *counts;
+  /*
+   [ranks, tokens]: the states of all ranks, in the order of their columns, after they were exchanged.
+   */
+  const struct AtkdRowState *states;
+  /*
+   [ranks, tokens]: the second sweep's terms of all ranks, after they were exchanged; null if the divergence has none:
+   ATKD_DIVERGENCE_FORWARD_KL and ATKD_DIVERGENCE_REVERSE_KL.
+   */
+  const struct AtkdSweepTerms *terms;
+  /*
+   Ranks of the vocabulary.
+   */
+  int64_t ranks;
+} AtkdShard;
 
 /*
  Done.
@@ -673,6 +789,64 @@ AtkdStatus atkd_token_entropies(struct AtkdWorkspace *workspace,
  */
 AtkdStatus atkd_select_hard(struct AtkdWorkspace *workspace,
                             const struct AtkdSelection *selection);
+
+/*
+ The states of the shard's part of each row, to `states`, [tokens]. A call on a shard of the vocabulary is: this; an exchange
+ by the caller, to shard->states, the same on every rank; atkd_shard_margins and atkd_select_hard, over the tokens of all
+ ranks if they are split, too; for a divergence of two sweeps atkd_shard_terms and a second exchange;
+ atkd_shard_forward and atkd_shard_gradient. By ATKD_TARGET_TEACHER each rank leaves out its own arg max.
+
+ # Safety
+ As atkd_forward_backward.
+ */
+AtkdStatus atkd_shard_states(const struct AtkdObjective *objective,
+                             struct AtkdWorkspace *workspace,
+                             const struct AtkdShard *shard,
+                             struct AtkdRowState *states);
+
+/*
+ The teacher's margins, to `margins`, [tokens], from the states of all ranks: the same bits on each.
+
+ # Safety
+ As atkd_forward_backward.
+ */
+AtkdStatus atkd_shard_margins(const struct AtkdObjective *objective,
+                              struct AtkdWorkspace *workspace,
+                              const struct AtkdShard *shard,
+                              float *margins);
+
+/*
+ The terms of the second sweep over the shard's part of each row, to `terms`, [tokens]. It is an error for a divergence of
+ one sweep.
+
+ # Safety
+ As atkd_forward_backward.
+ */
+AtkdStatus atkd_shard_terms(const struct AtkdObjective *objective,
+                            struct AtkdWorkspace *workspace,
+                            const struct AtkdShard *shard,
+                            struct AtkdSweepTerms *terms);
+
+/*
+ The gradient of the shard's columns, to the call's gradient; over the student's logits if it is the same.
+
+ # Safety
+ As atkd_forward_backward.
+ */
+AtkdStatus atkd_shard_gradient(const struct AtkdObjective *objective,
+                               struct AtkdWorkspace *workspace,
+                               const struct AtkdShard *shard);
+
+/*
+ The loss of the tokens and the terms of each, to the call's outputs: the same bits on every rank of the vocabulary. With
+ counts, the losses of the ranks of tokens add up.
+
+ # Safety
+ As atkd_forward_backward.
+ */
+AtkdStatus atkd_shard_forward(const struct AtkdObjective *objective,
+                              struct AtkdWorkspace *workspace,
+                              const struct AtkdShard *shard);
 
 #ifdef __cplusplus
 }  /* extern "C" */
