@@ -91,6 +91,9 @@ fn tokens_that_a_model_rules_out() {
     input.student[40] = bf16::NEG_INFINITY;
     input.teacher[300 + 140] = bf16::NEG_INFINITY;
     input.student[600 + 240] = bf16::NAN;
+    // Its mass is none beside that of the other shards.
+    input.student[900 + 40] = bf16::NEG_INFINITY;
+    input.teacher[900 + 100..].iter_mut().for_each(|z| *z += bf16::from_f32(200.0));
     for divergence in DIVERGENCES {
         let objective = Objective::dkd().with_divergence(divergence).unwrap();
         let (batch, student) = (input.batch(), input.view(&input.student));
