@@ -1,5 +1,5 @@
 // row_states, row_terms, row_gradient, merge_states: the stages of a call of which each rank has a shard of the vocabulary,
-// some columns of each row. A cluster takes one token at a time, a warp in merge_states. The passes over a row are those of
+// some columns of each row. A cluster takes one token, in merge_states a warp one at a time. The passes over a row are those of
 // row_stream, over the shard's columns alone; what one launch of row_stream hands from pass to pass goes through the ranks:
 //
 //   row_states     | first sweep                         | own state   -> exchanged
@@ -198,19 +198,20 @@ template <class D, bool CE_SUM, class P, class Q> ATKD_DEVICE void row_states(co
             store(p.own_states + token, to_exchange<D>(state, logits, target));
         }
     }
-    // The next row's states may now be written.
+    // No block ends while another may read what it shares.
     ATKD_SYNC_CLUSTER();
 }
 
 template <class D, class P, class Q> ATKD_DEVICE void row_states(const atkd_shard &p) {
     if (ATKD_RARELY(has_sum_at_1(p.rows))) {
-        for_tokens(p.rows, [&](uint32_t token) { row_states<D, true, P, Q>(p, token); });
+        row_states<D, true, P, Q>(p, cluster_index());
     } else {
-        for_tokens(p.rows, [&](uint32_t token) { row_states<D, false, P, Q>(p, token); });
+        row_states<D, false, P, Q>(p, cluster_index());
     }
 }
 
-template <class D, class P, class Q> ATKD_DEVICE void row_terms(const atkd_shard &p, uint32_t token) {
+template <class D, class P, class Q> ATKD_DEVICE void row_terms(const atkd_shard &p) {
+    uint32_t token = cluster_index();
     using RowScales = typename D::Scales;
     ATKD_SHARED(RowScales, scales, 1);
     ATKD_SHARED(uint32_t, target_column, 1);
@@ -240,6 +241,7 @@ template <class D, class P, class Q> ATKD_DEVICE void row_terms(const atkd_shard
             store(p.own_terms + token, {float(terms.teacher), float(terms.student), float(terms.slope)});
         }
     }
+    // As in row_states.
     ATKD_SYNC_CLUSTER();
 }
 
@@ -273,15 +275,13 @@ template <class D, bool CE_SUM, class P, class Q> ATKD_DEVICE void row_gradient(
         write_gradient<D, CE_SUM, decltype(g), false>(p.rows, rows, column, chunk_of_column(rows, column), row_scales,
                                                       exponent);
     });
-    // The next row's scales may now be written.
-    ATKD_SYNC_BLOCK();
 }
 
 template <class D, class P, class Q> ATKD_DEVICE void row_gradient(const atkd_shard &p) {
     if (!D::SPECIALISED || ATKD_RARELY(has_sum_at_1(p.rows))) {
-        for_tokens(p.rows, [&](uint32_t token) { row_gradient<D, true, P, Q>(p, token); });
+        row_gradient<D, true, P, Q>(p, cluster_index());
     } else if constexpr (D::SPECIALISED) {
-        for_tokens(p.rows, [&](uint32_t token) { row_gradient<D, false, P, Q>(p, token); });
+        row_gradient<D, false, P, Q>(p, cluster_index());
     }
 }
 
@@ -323,9 +323,7 @@ template <class D> ATKD_DEVICE void merge_states(const atkd_shard &p) {
     ATKD_KERNEL(row_states_##teacher##_##student##suffix, atkd_shard, ATKD_STREAM) { row_states<D, P, Q>(p); }
 // row_terms_<teacher>_<student><divergence>
 #define ATKD_ROW_TERMS(D, suffix, teacher, P, student, Q)                                                              \
-    ATKD_KERNEL(row_terms_##teacher##_##student##suffix, atkd_shard, ATKD_STREAM) {                                    \
-        for_tokens(p.rows, [&](uint32_t token) { row_terms<D, P, Q>(p, token); });                                     \
-    }
+    ATKD_KERNEL(row_terms_##teacher##_##student##suffix, atkd_shard, ATKD_STREAM) { row_terms<D, P, Q>(p); }
 // row_gradient_<teacher>_<student><divergence>
 #define ATKD_ROW_GRADIENT(D, suffix, teacher, P, student, Q)                                                           \
     ATKD_KERNEL(row_gradient_##teacher##_##student##suffix, atkd_shard, ATKD_STREAM) { row_gradient<D, P, Q>(p); }

@@ -399,8 +399,8 @@ pub(crate) fn select_hard(device: &DeviceProperties, tokens: usize, scopes: usiz
     shape(scopes * blocks as usize, threads(largest_scope, 1, SELECT_THREADS), blocks)
 }
 
-/// The launch of a kernel for a shard's rows: a block takes a row, or a cluster where there are fewer rows than blocks that
-/// run at once. The blocks are small where the shard is, so that others read while one merges states.
+/// The launch of a kernel for a shard's rows: a block for each, or a cluster where there are fewer rows than blocks that run
+/// at once. The blocks are small where the shard is, so that others read while one merges states.
 pub(crate) fn shard_rows(device: &DeviceProperties, tokens: usize, columns: usize) -> LaunchShape {
     let chunks = chunks(columns);
     let resident = device.multiprocessors as usize * STREAM_BLOCKS;
