@@ -213,29 +213,6 @@ def _chunk_tokens(
     return chunk, min(waiting, max(count, 1))
 
 
-def _check_values(
-    tokens: _head.Tokens, log_prob: Optional[Tensor], vocab: int, ignore_index: int
-) -> None:
-    """Raises for values on the CPU that are wrong: there to find out is not to wait."""
-    labels, _, _, temperatures = tokens
-    checks: List[Tuple[str, Tensor, Any, str]] = []
-    valid: Any = True
-    if labels is not None:
-        valid = labels != ignore_index
-        allowed = f"from 0 to {vocab - 1}, or the ignore_index {ignore_index}"
-        checks.append(("labels", labels, (labels >= 0) & (labels < vocab), allowed))
-    if log_prob is not None:
-        checks.append(("teacher_log_prob", log_prob, log_prob <= 1e-4, "the logarithm of a probability"))
-    if temperatures is not None:
-        within = (temperatures >= 1e-30) & (temperatures <= 1e30)
-        checks.append(("temperature", temperatures, within, "in [1e-30, 1e30]"))
-    for name, values, right, allowed in checks:
-        wrong = ~right & valid
-        if values.is_cpu and wrong.any():
-            at = int(wrong.nonzero()[0])
-            raise ValueError(f"{name}[{at}] is {values[at]}, but must be {allowed}")
-
-
 def _call(
     student: Union[_head.Student, _head.Module],
     given: Given,
@@ -248,7 +225,8 @@ def _call(
     own = given.labels, given.hard, given.token_weights, given.temperatures, given.teacher_log_prob
     *flat, log_prob = [None if each is None else each.reshape(-1) for each in own]
     tokens = _head.Tokens(*flat)
-    _check_values(tokens, log_prob, vocab, settings["ignore_index"])
+    of_values = tokens.labels, tokens.temperatures, log_prob
+    _checks.check_values(*of_values, vocab, settings["ignore_index"])
     hidden, bias = given.teacher_hidden, given.teacher_bias
     teacher = _head.Linear(
         hidden.reshape(-1, hidden.shape[-1]),

@@ -1,0 +1,138 @@
+"""What the ranks of test_shards.py do. Every function takes `Here` and returns something that pickles."""
+
+import contextlib
+
+import atkd
+import torch
+import torch.distributed as dist
+from support import batch
+
+
+class Case:
+    """A loss of random logits, and how it is split. `columns` and `tokens` are the parts of the ranks; for logits
+    `[B, T, V]` the tokens are sequences.
+    """
+
+    def __init__(self, columns, tokens, length=None, dtype="float32", seed=0, spread=3.0, **others):
+        self.columns, self.tokens, self.length = list(columns), list(tokens), length
+        self.dtype, self.seed, self.spread = getattr(torch, dtype), seed, spread
+        self.padding = others.pop("padding", 0)
+        self.masks, self.ties = others.pop("masks", False), others.pop("ties", False)
+        self.weights, self.temperatures = others.pop("weights", False), others.pop("temperatures", False)
+        self.hard, self.told = others.pop("hard", False), others.pop("told", False)
+        self.inplace = others.pop("inplace", False)
+        self.settings = others
+
+    @property
+    def layout(self):
+        return len(self.columns), len(self.tokens)
+
+    def whole(self):
+        """All that a single process is given."""
+        shape = (sum(self.tokens), *([self.length] if self.length else []), sum(self.columns))
+        student, teacher, labels = batch(*shape, dtype=self.dtype, seed=self.seed, spread=self.spread)
+        random = torch.Generator().manual_seed(self.seed + 1)
+        if self.padding:
+            labels = labels.clamp(max=shape[-1] - self.padding - 1)
+            student[..., -self.padding :] = 50.0
+            teacher[..., -self.padding :] = 60.0
+        if self.ties:
+            # Equal rows, and the largest logit of the teacher in several shards.
+            student[2:], teacher[2:] = student[:1], teacher[:1]
+            labels[2:] = labels[0] = 1
+            teacher[..., [1, shape[-1] // 2, -1]] = 20.0
+        if self.masks:
+            allowed = torch.rand(shape, generator=random) < 0.7
+            allowed.scatter_(-1, labels.clamp(min=0).unsqueeze(-1), True)
+            allowed[..., :2] = True
+            student, teacher = (x.masked_fill(~allowed, -torch.inf) for x in (student, teacher))
+        given = dict(self.settings)
+        tokens = labels.shape
+        if self.weights:
+            given["token_weights"] = torch.rand(tokens, generator=random) * 2
+        if self.temperatures:
+            given["temperature"] = torch.rand(tokens, generator=random) + 0.5
+        if self.hard:
+            given["hard"] = torch.rand(tokens, generator=random) < 0.4
+        if self.padding:
+            given["vocab_size"] = shape[-1] - self.padding
+        return student, teacher, labels, given
+
+    def part(self, group):
+        """A rank's columns and tokens."""
+        student, teacher, labels, given = self.whole()
+        rows = [sum(self.tokens[:at]) for at in (group.tokens_at, group.tokens_at + 1)]
+        columns = [sum(self.columns[:at]) for at in (group.columns_at, group.columns_at + 1)]
+        rows, columns = slice(*rows), slice(*columns)
+        given = {
+            name: value[rows] if isinstance(value, torch.Tensor) and value.dim() else value
+            for name, value in given.items()
+        }
+        given.update(vocab_group=group.vocabulary, token_group=group.tokens)
+        if self.told:
+            tokens = [each * (self.length or 1) for each in self.tokens]
+            given.update(vocab_start=columns.start if group.vocabulary else None, token_counts=tokens if group.tokens else None)
+            given.setdefault("vocab_size", sum(self.columns))
+        return student[rows, ..., columns].contiguous(), teacher[rows, ..., columns], labels[rows], given
+
+
+def upstream_of(labels):
+    """What arrives in backward for the losses of tokens."""
+    return torch.arange(labels.numel(), dtype=torch.float32).view(labels.shape) / 4
+
+
+def losses(here, cases):
+    """Per case the loss, the gradient of this rank's part, and the statistics; None where it has no part."""
+    results = []
+    for given in cases:
+        case = Case(**given)
+        group = here.groups.get(case.layout)
+        if group is None:
+            results.append(None)
+            continue
+        student, teacher, labels, settings = case.part(group)
+        leaf = student.requires_grad_()
+        logits = leaf * 1 if case.inplace else leaf
+        loss, stats = atkd.atkd_loss(logits, teacher, labels, inplace=case.inplace, return_stats=True, **settings)
+        loss.backward(upstream_of(labels) if loss.dim() else None)
+        overwritten = case.inplace and torch.equal(logits.detach(), leaf.grad)
+        results.append((loss.detach(), leaf.grad, tuple(stats), overwritten))
+    return results
+
+
+@contextlib.contextmanager
+def collectives():
+    """The bytes that each all-gather and all-reduce brings, in order."""
+    found, kept = [], (dist.all_gather_into_tensor, dist.all_reduce)
+
+    def gather(to, tensor, group=None, **others):
+        found.append(("gather", dist.get_world_size(group), to.numel() * to.element_size()))
+        return kept[0](to, tensor, group=group, **others)
+
+    def reduce(tensor, *arguments, group=None, **others):
+        found.append(("reduce", dist.get_world_size(group), tensor.numel() * tensor.element_size()))
+        return kept[1](tensor, *arguments, group=group, **others)
+
+    dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
+    try:
+        yield found
+    finally:
+        dist.all_gather_into_tensor, dist.all_reduce = kept
+
+
+def messages(here, cases):
+    """Per case what is sent."""
+    results = []
+    for given in cases:
+        case = Case(**given)
+        group = here.groups.get(case.layout)
+        if group is None:
+            results.append(None)
+            continue
+        student, teacher, labels, settings = case.part(group)
+        student.requires_grad_()
+        with collectives() as found:
+            loss = atkd.atkd_loss(student, teacher, labels, **settings)
+            loss.backward(upstream_of(labels) if loss.dim() else None)
+        results.append(found)
+    return results

@@ -1,0 +1,174 @@
+"""Losses over groups of ranks, in real processes, against float64 of the whole."""
+
+import definitions
+import pytest
+import ranks as processes
+import torch
+from shard_tasks import Case, upstream_of
+from support import EPS, TINY
+
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this torch has no gloo: groups of ranks were not tested", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    pool = processes.Ranks(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()
+
+
+def definition(case):
+    """Loss, gradient and hard tokens of the whole in float64, token by token where these have settings of their own."""
+    student, teacher, labels, given = case.whole()
+    vocab = given.pop("vocab_size", student.shape[-1])
+    weights, hard = given.pop("token_weights", None), given.pop("hard", None)
+    wide = student.double().requires_grad_()
+    if case.masks:
+        # The limit, which float64 has no NaN for.
+        wide = student.double().clamp(min=-300.0).requires_grad_()
+        teacher = teacher.clamp(min=-300.0)
+    logits = wide[..., :vocab], teacher.double()[..., :vocab], labels
+    per_token = given.get("reduction") == "none" or weights is not None or hard is not None
+    temperatures = given.get("temperature")
+    if not per_token and not isinstance(temperatures, torch.Tensor):
+        loss, stats = definitions.atkd_loss(*logits, **given)
+        return loss.detach(), torch.autograd.grad(loss, wide)[0], stats[3]
+    flat = [each.flatten(0, labels.dim() - 1) for each in logits]
+    found, margins = [], []
+    own = torch.ones(labels.shape) * (1.0 if temperatures is None else temperatures)
+    for i, temperature in enumerate(own.flatten().tolist()):
+        token = [each[i : i + 1] for each in flat]
+        settings = {**given, "temperature": temperature, "reduction": "sum"}
+        each = [
+            definitions.atkd_loss(*token, **{**settings, "hard_ratio": float(of_hard)})[0]
+            for of_hard in (False, True)
+        ]
+        found.append(torch.stack(each))
+        p, rest, _ = definitions.split(token[1] / temperature, token[2].clamp(min=0).long())
+        margins.append(rest - p)
+    valid = labels.flatten() != -100
+    if hard is None:
+        chosen = torch.zeros_like(valid)
+        chosen[valid] = definitions.select(torch.cat(margins)[valid], given.get("hard_ratio", 0.5))
+    else:
+        chosen = hard.flatten() & valid
+    losses = torch.stack(found).gather(1, chosen[:, None].long()).squeeze(1)
+    losses = losses * (1.0 if weights is None else weights.flatten().double())
+    if given.get("reduction") == "none":
+        loss = losses.view(labels.shape)
+        (gradient,) = torch.autograd.grad(loss, wide, upstream_of_parts(case, labels).double())
+    else:
+        loss = losses.sum() / (1 if given.get("reduction") == "sum" else valid.sum().clamp(min=1))
+        (gradient,) = torch.autograd.grad(loss, wide)
+    return loss.detach(), gradient, chosen.view(labels.shape)
+
+
+def upstream_of_parts(case, labels):
+    return torch.cat([upstream_of(each) for each in labels.split(case.tokens)])
+
+
+def put_together(case, results):
+    """The loss, the gradient and the hard tokens of all ranks; the columns' ranks must have the same bits."""
+    tp, dp = case.layout
+    losses, gradients, hard = [], [], []
+    for d in range(dp):
+        of_columns = [results[d * tp + t] for t in range(tp)]
+        first = of_columns[0]
+        for loss, _, stats, _ in of_columns:
+            assert torch.equal(loss.view(torch.int32), first[0].view(torch.int32))
+            for one, other in zip(stats, first[2]):
+                assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        losses.append(first[0])
+        gradients.append(torch.cat([gradient for _, gradient, _, _ in of_columns], -1))
+        hard.append(first[2][3])
+    loss = torch.cat(losses) if losses[0].dim() else torch.stack(losses).double().sum()
+    return loss, torch.cat(gradients), torch.cat(hard)
+
+
+def check(given, results):
+    case = Case(**given)
+    loss, gradient, hard = put_together(case, results)
+    exact_loss, exact, exact_hard = definition(case)
+    assert torch.equal(hard, exact_hard), given
+    error = (loss.double() - exact_loss).abs()
+    assert (error <= 3e-6 * exact_loss.abs() + 6e-7).all(), (given, loss, exact_loss)
+    largest = exact.abs().amax(-1, keepdim=True)
+    rounding = (exact.abs() * EPS[gradient.dtype]).clamp(min=TINY[gradient.dtype])
+    upstream = case.settings.get("ce_weight", 0.0) + 1
+    if case.settings.get("reduction") == "none":
+        upstream = upstream * upstream_of_parts(case, hard)[..., None]
+    if case.weights:
+        upstream = upstream * 2
+    elif case.settings.get("reduction") == "mean":
+        upstream = upstream / max(int(hard.numel()), 1)
+    worst = ((gradient.double() - exact).abs() / (3e-6 * largest + 1.5e-6 * upstream + rounding + 1e-30)).max()
+    assert worst <= 1, (given, worst)
+    assert exact.abs().max() > 0
+    if case.inplace:
+        assert all(overwritten for *_, overwritten in filter(None, results)), given
+
+
+def run(ranks, cases):
+    results = ranks("losses", cases=cases)
+    for i, given in enumerate(cases):
+        check(given, [result[i] for result in results])
+
+
+SPLITS = {
+    "TP 2": {"columns": [17, 33], "tokens": [12]},
+    "TP 4": {"columns": [20, 0, 7, 23], "tokens": [12]},
+    "DP 2": {"columns": [50], "tokens": [9, 4]},
+    "DP 4, one empty": {"columns": [50], "tokens": [5, 0, 3, 6]},
+    "TP 2 x DP 2": {"columns": [31, 19], "tokens": [3, 8]},
+}
+
+OBJECTIVES = {
+    "atkd": {},
+    "jsd": {"objective": "plain", "divergence": "jsd", "beta": 0.3},
+    "tvd": {"objective": "plain", "divergence": "tvd"},
+    "reverse kl": {"divergence": "reverse-kl"},
+    "cross entropy": {"temperature": 2.0, "ce_weight": 0.7, "temperature_squared": True},
+    "teacher's target": {"target": "teacher"},
+    "median": {"selection_rule": "median"},
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_losses_and_gradients(ranks, split):
+    run(ranks, [{**SPLITS[split], **settings, "seed": i} for i, settings in enumerate(OBJECTIVES.values())])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_reductions(ranks, split):
+    reductions = [
+        {"reduction": "sum"},
+        {"reduction": "group-mean", "ce_weight": 0.5},
+        {"reduction": "none"},
+        {"reduction": "none", "ce_weight": 0.5, "weights": True},
+        {"num_items_in_batch": 7},
+        {"hard": True},
+    ]
+    run(ranks, [{**SPLITS[split], **settings} for settings in reductions])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_inputs(ranks, split):
+    inputs = [
+        {"masks": True},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"padding": 5},
+        {"weights": True, "reduction": "sum"},
+        {"temperatures": True},
+        {"ties": True},
+        {"ties": True, "target": "teacher"},
+        {"inplace": True},
+        {"inplace": True, "padding": 25, "dtype": "bfloat16"},
+        {"told": True},
+        {"told": True, "reduction": "sum", "padding": 5},
+        {"length": 3},
+        {"length": 3, "selection": "sequence", "hard_ratio": 0.3},
+        {"length": 4, "selection": "sequence", "selection_rule": "median", "reduction": "group-mean"},
+    ]
+    run(ranks, [{**SPLITS[split], **settings} for settings in inputs])
