@@ -136,3 +136,72 @@ def messages(here, cases):
             loss.backward(upstream_of(labels) if loss.dim() else None)
         results.append(found)
     return results
+
+
+class Head:
+    """A loss of hidden states, and how their last layers are split."""
+
+    def __init__(self, columns, tokens, bias=False, dtype="float32", padding=0, known=None, **others):
+        self.columns, self.tokens = list(columns), list(tokens)
+        self.bias, self.padding, self.known = bias, padding, known
+        self.dtype = getattr(torch, dtype)
+        self.settings = others
+
+    layout = Case.layout
+
+    def whole(self):
+        """The layers of student and teacher, the labels, and the settings."""
+        random = torch.Generator().manual_seed(3)
+        count, vocab = sum(self.tokens), sum(self.columns)
+        layers = []
+        for width in (6, 9):
+            hidden = torch.randn(count, width, generator=random).to(self.dtype)
+            weight = torch.randn(vocab, width, generator=random).to(self.dtype)
+            bias = torch.randn(vocab, generator=random).to(self.dtype) if self.bias else None
+            layers.append((hidden, weight, bias))
+        labels = torch.randint(vocab - self.padding, (count,), generator=random)
+        labels[torch.rand(count, generator=random) < 0.2] = -100
+        given = dict(self.settings)
+        if self.padding:
+            given["vocab_size"] = vocab - self.padding
+        return *layers, labels, given
+
+
+def heads(here, cases):
+    """Per case the loss, the gradients of hidden states, weight and bias, which tokens are hard, and what is sent."""
+    results = []
+    for given in cases:
+        case = Head(**given)
+        group = here.groups.get(case.layout)
+        if group is None:
+            results.append(None)
+            continue
+        *layers, labels, settings = case.whole()
+        rows = [sum(case.tokens[:at]) for at in (group.tokens_at, group.tokens_at + 1)]
+        columns = [sum(case.columns[:at]) for at in (group.columns_at, group.columns_at + 1)]
+        rows, columns = slice(*rows), slice(*columns)
+        if case.known == "log_prob":
+            hidden, weight, bias = (None if each is None else each.double() for each in layers[1])
+            log_p = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
+            log_p = log_p.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).float()
+            settings["teacher_log_prob"] = log_p[rows]
+        parts = [
+            [hidden[rows].clone(), weight[columns].clone(), None if bias is None else bias[columns].clone()]
+            for hidden, weight, bias in layers
+        ]
+        leaves = [each.requires_grad_() for each in parts[0] if each is not None]
+        with collectives() as found:
+            loss, stats = atkd.linear_atkd_loss(
+                *parts[0][:2],
+                *parts[1][:2],
+                labels[rows],
+                student_bias=parts[0][2],
+                teacher_bias=parts[1][2],
+                vocab_group=group.vocabulary,
+                token_group=group.tokens,
+                return_stats=True,
+                **settings,
+            )
+            loss.backward(upstream_of(loss) if loss.dim() else None)
+        results.append((loss.detach(), [each.grad for each in leaves], stats.hard, found))
+    return results

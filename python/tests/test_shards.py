@@ -4,7 +4,7 @@ import definitions
 import pytest
 import ranks as processes
 import torch
-from shard_tasks import Case, upstream_of
+from shard_tasks import Case, Head, upstream_of
 from support import EPS, TINY
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -35,25 +35,26 @@ def definition(case):
         loss, stats = definitions.atkd_loss(*logits, **given)
         return loss.detach(), torch.autograd.grad(loss, wide)[0], stats[3]
     flat = [each.flatten(0, labels.dim() - 1) for each in logits]
-    found, margins = [], []
-    own = torch.ones(labels.shape) * (1.0 if temperatures is None else temperatures)
-    for i, temperature in enumerate(own.flatten().tolist()):
-        token = [each[i : i + 1] for each in flat]
-        settings = {**given, "temperature": temperature, "reduction": "sum"}
-        each = [
-            definitions.atkd_loss(*token, **{**settings, "hard_ratio": float(of_hard)})[0]
-            for of_hard in (False, True)
-        ]
-        found.append(torch.stack(each))
-        p, rest, _ = definitions.split(token[1] / temperature, token[2].clamp(min=0).long())
-        margins.append(rest - p)
     valid = labels.flatten() != -100
+    own = (torch.ones(labels.shape) * (1.0 if temperatures is None else temperatures)).flatten()
+    chosen = torch.zeros_like(valid)
     if hard is None:
-        chosen = torch.zeros_like(valid)
-        chosen[valid] = definitions.select(torch.cat(margins)[valid], given.get("hard_ratio", 0.5))
+        margins = []
+        for i in valid.nonzero().flatten():
+            p, rest, _ = definitions.split(flat[1][i, None] / own[i], flat[2][i, None])
+            margins.append(rest - p)
+        chosen[valid] = definitions.select(torch.cat(margins), given.get("hard_ratio", 0.5))
     else:
         chosen = hard.flatten() & valid
-    losses = torch.stack(found).gather(1, chosen[:, None].long()).squeeze(1)
+    found = []
+    for i in range(len(valid)):
+        if valid[i]:
+            token = [each[i, None] for each in flat]
+            settings = {**given, "temperature": own[i].item(), "reduction": "sum", "hard_ratio": float(chosen[i])}
+            found.append(definitions.atkd_loss(*token, **settings)[0])
+        else:
+            found.append(0 * flat[0][i].sum())
+    losses = torch.stack(found)
     losses = losses * (1.0 if weights is None else weights.flatten().double())
     if given.get("reduction") == "none":
         loss = losses.view(labels.shape)
@@ -172,3 +173,90 @@ def test_inputs(ranks, split):
         {"length": 4, "selection": "sequence", "selection_rule": "median", "reduction": "group-mean"},
     ]
     run(ranks, [{**SPLITS[split], **settings} for settings in inputs])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_heads(ranks, split):
+    cases = [
+        {"chunk_tokens": 3},
+        {"chunk_tokens": 3, "reduction": "group-mean", "ce_weight": 0.5, "bias": True},
+        {"chunk_tokens": 5, "reduction": "sum", "selection_rule": "median", "padding": 4},
+        {"chunk_tokens": 4, "reduction": "none", "bias": True},
+        {"chunk_tokens": 4, "objective": "plain", "divergence": "jsd"},
+        {"chunk_tokens": 2, "known": "log_prob", "num_items_in_batch": 9},
+        {"dtype": "bfloat16"},
+        {},
+    ]
+    cases = [{**SPLITS[split], **each} for each in cases]
+    for i, (given, results) in enumerate(zip(cases, zip(*ranks("heads", cases=cases)))):
+        case = Head(**given)
+        tp, dp = case.layout
+        student, teacher, labels, settings = case.whole()
+        settings.pop("chunk_tokens", None)
+        vocab = settings.pop("vocab_size", sum(case.columns))
+        leaves = [None if each is None else each.double().requires_grad_() for each in student]
+        logits = torch.nn.functional.linear(*leaves)[:, :vocab]
+        of_teacher = torch.nn.functional.linear(*[None if each is None else each.double() for each in teacher])[:, :vocab]
+        if case.settings.get("reduction") == "none":
+            upstream = torch.cat([upstream_of(each) for each in labels.split(case.tokens)]).double()
+            _, stats = definitions.atkd_loss(logits, of_teacher, labels, **{**settings, "reduction": "sum"})
+            exact = 0.0
+            for row in (labels != -100).nonzero().flatten():
+                token = logits[row, None], of_teacher[row, None], labels[row, None]
+                ratio = float(stats[3][row])
+                exact += upstream[row] * definitions.atkd_loss(*token, **{**settings, "reduction": "sum", "hard_ratio": ratio})[0]
+            parts = [(result[0] * upstream_of(result[0])).double().sum() for result in results[: tp * dp : tp]]
+        else:
+            exact, stats = definitions.atkd_loss(logits, of_teacher, labels, **settings)
+            parts = [result[0].double() for result in results[: tp * dp : tp]]
+        assert torch.equal(torch.cat([result[2] for result in results[: tp * dp : tp]]), stats[3]), given
+        assert abs(sum(parts) - exact.item()) <= 1e-5 * abs(exact.item()), given
+        leaves = [each for each in leaves if each is not None]
+        found = []
+        for d in range(dp):
+            of_columns = results[d * tp : d * tp + tp]
+            for each in of_columns[1:]:
+                assert torch.equal(each[0], of_columns[0][0])
+                assert torch.equal(each[1][0], of_columns[0][1][0])
+            found.append([of_columns[0][1][0], *[torch.cat(each) for each in list(zip(*[each[1] for each in of_columns]))[1:]]])
+        found = [torch.cat([each[0] for each in found]), *[sum(each) for each in list(zip(*found))[1:]]]
+        for leaf, gradient in zip(torch.autograd.grad(exact, leaves), found):
+            allowed = 2e-5 if case.dtype == torch.float32 else 2.0**-8
+            assert (gradient.double() - leaf).abs().max() <= allowed * leaf.abs().max() * (dp if allowed > 1e-3 else 1), given
+
+
+def test_what_a_call_sends(ranks):
+    from atkd._groups import HEADER_BYTES
+
+    splits = {
+        (4, 1): {"columns": [20, 0, 7, 23], "tokens": [12]},
+        (1, 4): {"columns": [50], "tokens": [5, 0, 3, 6]},
+        (2, 2): {"columns": [31, 19], "tokens": [3, 8]},
+    }
+    settings = [
+        {},
+        {"objective": "plain", "divergence": "jsd", "weights": True},
+        {"told": True},
+        {"reduction": "none", "divergence": "tvd"},
+    ]
+    for (tp, dp), split in splits.items():
+        cases = [{**split, **each} for each in settings]
+        for rank, results in enumerate(ranks("messages", cases=cases)):
+            for given, found in zip(cases, results):
+                expected = []
+                headers = not given.get("told")
+                count = split["tokens"][rank // tp]
+                if tp > 1:
+                    expected += [("gather", tp, HEADER_BYTES * tp)] if headers else []
+                if dp > 1:
+                    expected += [("gather", dp, HEADER_BYTES * dp)] if headers else []
+                if tp > 1:
+                    expected.append(("gather", tp, 40 * count * tp))
+                    if given.get("divergence") in ("jsd", "tvd"):
+                        expected.append(("gather", tp, 12 * count * tp))
+                if dp > 1 and given.get("objective") == "plain":
+                    # The tokens that count, for the mean.
+                    expected.append(("gather", dp, 8 * dp))
+                elif dp > 1:
+                    expected.append(("gather", dp, 5 * max(split["tokens"]) * dp))
+                assert found == expected, (given, rank)

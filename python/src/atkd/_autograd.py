@@ -27,6 +27,8 @@ def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     # While torch.compile traces, it is of another type.
     if type(upstream) is not Tensor or _private.is_traced_or_transformed():
         return gradient * upstream
+    if gradient.numel() == 0:
+        return gradient
     if _private.graph_is_kept():
         gradient = gradient.clone()
     if upstream.is_cpu:

@@ -75,7 +75,7 @@ class Linear:
         """The rows of the weight that are multiplied at once."""
         vocab, features = self.weight.shape
         rows = max(_TILE_BYTES // (4 * max(features, 1)), 1) if self.upcasts else vocab
-        return (slice(start, min(start + rows, vocab)) for start in range(0, vocab, rows))
+        return (slice(start, min(start + rows, vocab)) for start in range(0, vocab, max(rows, 1)))
 
     def logits(self, at: At) -> Tensor:
         return self.multiply_to(empty_rows(len(self.hidden[at]), self.weight, self.logits_dtype), at)

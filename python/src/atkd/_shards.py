@@ -7,6 +7,7 @@ same bits: margins, selection, loss. Divergences whose sums need both log-sum-ex
 bytes more. The gradient of a rank's columns then follows from its logits and the states.
 """
 
+import math
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -55,10 +56,16 @@ def plain(name: str, tensor: Tensor) -> Tensor:
 
 
 def check_scale(scale: Optional[Tensor]) -> Optional[float]:
-    """The number on the CPU, which the ranks then compare."""
+    """The number on the CPU, which the ranks then compare. Raises where it is none."""
     if scale is None or not scale.is_cpu:
         return None
-    return float(scale.item())
+    number = float(scale.item())
+    if not math.isfinite(number):
+        raise ValueError(
+            f"the reciprocal of num_items_in_batch is {number}, but must be finite: num_items_in_batch must be positive and "
+            "finite, or 0 in a batch without valid tokens"
+        )
+    return number
 
 
 def valid_of(labels: Optional[Tensor], like: Tensor, ignore_index: int) -> Tensor:
@@ -210,13 +217,13 @@ class Selection:
             hard = self._select(margins, self.valid, offsets)
         if self.tokens.group is None:
             return hard, None
-        return hard, self.tokens.gather(_counts(self.valid, hard)).sum(0, dtype=torch.int32)
+        return hard, self.tokens.gather(counts_of(self.valid, hard)).sum(0, dtype=torch.int32)
 
     def _among_all(self, margins: Tensor) -> Tuple[Tensor, Tensor]:
         counts = self.part.token_counts
         all_margins, all_valid, own = selection_of(self.tokens, counts, margins, self.valid)
         hard = self._select(all_margins, all_valid, None)
-        return hard[own].view(margins.shape), _counts(all_valid, hard)
+        return hard[own].view(margins.shape), counts_of(all_valid, hard)
 
     def _select(self, margins: Tensor, valid: Tensor, offsets: Optional[Tensor]) -> Tensor:
         hard = torch.empty_like(valid)
@@ -225,7 +232,8 @@ class Selection:
         return hard
 
 
-def _counts(valid: Tensor, hard: Tensor) -> Tensor:
+def counts_of(valid: Tensor, hard: Tensor) -> Tensor:
+    """int32 `[2]`: how many tokens count, and are hard."""
     return torch.stack([valid.sum(), hard.sum()]).to(torch.int32)
 
 
@@ -246,12 +254,15 @@ class Call(NamedTuple):
         of_tokens = self.labels, token_weights, self.temperatures
         return _native.Stages(student, self.teacher, *of_tokens, *columns, self.objective)
 
-    def exchange(self, stages: _native.Stages) -> Tuple[Tensor, Optional[Tensor]]:
-        """The states of all ranks, and what they make in a second sweep, if the divergence has one."""
-        states = self.vocabulary.gather(stages.states())
-        if not self.objective.two_sweeps:
-            return states, None
-        return states, self.vocabulary.gather(stages.terms(states))
+
+def exchange(
+    vocabulary: Ranks, objective: Objective, stages: _native.Stages
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """The states of all ranks, and what they make in a second sweep, if the divergence has one."""
+    states = vocabulary.gather(stages.states())
+    if not objective.two_sweeps:
+        return states, None
+    return states, vocabulary.gather(stages.terms(states))
 
 
 class _Loss(torch.autograd.Function):
@@ -268,7 +279,7 @@ class _Loss(torch.autograd.Function):
     ) -> Tuple[Tensor, Any]:
         place = _native.rows(student.detach()) if inplace else student.detach()
         stages = call.stages(place, token_weights)
-        states, terms = call.exchange(stages)
+        states, terms = exchange(call.vocabulary, call.objective, stages)
         hard, counts = call.selection.hard(stages.margins(states))
         loss, stats = stages.loss(states, terms, hard, counts)
         if call.scale is not None:
@@ -285,11 +296,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
-        (gradient,) = ctx.saved_tensors
-        others = len(ctx.needs_input_grad) - 1
-        if gradient.numel() == 0 and not torch.is_grad_enabled():
-            return for_student(gradient, others)
-        return _autograd.first_derivative(ctx, upstream, others)
+        return _autograd.first_derivative(ctx, upstream, len(ctx.needs_input_grad) - 1)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -302,7 +309,7 @@ class _TokenLosses(torch.autograd.Function):
         ctx: Any, student: Tensor, token_weights: Optional[Tensor], call: Call
     ) -> Tuple[Tensor, Any]:
         stages = call.stages(student.detach(), token_weights)
-        states, terms = call.exchange(stages)
+        states, terms = exchange(call.vocabulary, call.objective, stages)
         hard, counts = call.selection.hard(stages.margins(states))
         _, stats = stages.loss(states, terms, hard, counts)
         # Without the tensors that autograd keeps.
@@ -396,7 +403,7 @@ def _prepare(
         if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"vocab_size is {vocab_size}, but must be at least 1")
     objective = _settings.native(settings)
-    _checks.check_values(None, temperatures, None, None, settings["ignore_index"])
+    _checks.check_values(labels, temperatures, None, None, settings["ignore_index"])
     number = check_scale(scale)
     flags = prepared.per_sequence, prepared.per_token, given["return_stats"], number, scale is None
     agreed = Agreed("atkd_loss", settings, objective, flags, vocab_size)
