@@ -55,7 +55,7 @@ def _work(rank, store, connection):
     while True:
         try:
             name, arguments = torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             result = True, getattr(shard_tasks, name)(here, **arguments)

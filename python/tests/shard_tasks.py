@@ -205,3 +205,185 @@ def heads(here, cases):
             loss.backward(upstream_of(loss) if loss.dim() else None)
         results.append((loss.detach(), [each.grad for each in leaves], stats.hard, found))
     return results
+
+
+def margins_and_selections(here):
+    """Of a case over four ranks of columns and over four ranks of tokens: margins, and hard tokens."""
+    by_columns = Case([20, 0, 7, 23], [12], masks=True)
+    group = here.groups[4, 1]
+    _, teacher, labels, settings = by_columns.part(group)
+    margins = atkd.teacher_margins(teacher, labels, vocab_group=settings["vocab_group"], temperature=2.0)
+    by_tokens = Case([50], [5, 0, 3, 4], masks=True)
+    _, teacher, labels, settings = by_tokens.part(here.groups[1, 4])
+    of_part = atkd.teacher_margins(teacher, labels, temperature=2.0)
+    hard = atkd.select_hard(of_part, 0.3, valid=labels != -100, group=settings["token_group"])
+    without = atkd.select_hard(of_part, 0.3, group=settings["token_group"])
+    ends = torch.tensor([0, labels.numel()])
+    alone = atkd.select_hard(of_part, 0.3, cu_seqlens=ends, group=settings["token_group"])
+    return margins, hard, without, alone
+
+
+def raised(function, *arguments, **given):
+    """The error of a call that must raise, as its type's name and its message."""
+    try:
+        function(*arguments, **given)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def change(group, case, fault):
+    """The arguments of a rank that `fault` has changed."""
+    student, teacher, labels, given = case.part(group)
+    return fault(student, teacher, labels, given) if fault else (student, teacher, labels, given)
+
+
+def _wrong_label(student, teacher, labels, given):
+    labels[0] = 99
+    return student, teacher, labels, given
+
+
+def _negative_label(student, teacher, labels, given):
+    labels[0] = -5
+    return student, teacher, labels, given
+
+
+def _fewer_tokens(student, teacher, labels, given):
+    return student[1:], teacher[1:], labels[1:], given
+
+
+def _other_settings(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "lam": 0.3}
+
+
+def _other_dtype(student, teacher, labels, given):
+    return student.bfloat16(), teacher, labels, given
+
+
+def _bad_setting(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "hard_ratio": 2.0}
+
+
+def _bad_shape(student, teacher, labels, given):
+    return student, teacher, labels[1:], given
+
+
+def _no_tensor(student, teacher, labels, given):
+    return None, teacher, labels, given
+
+
+def _unknown_keyword(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "lambda_": 1.0}
+
+
+def _given_weights(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "token_weights": torch.ones(labels.shape)}
+
+
+def _bad_temperature(student, teacher, labels, given):
+    labels[0] = 7
+    return student, teacher, labels, {**given, "temperature": torch.zeros(labels.shape)}
+
+
+def _other_start(student, teacher, labels, given):
+    return student, teacher[:, :-1], labels, given
+
+
+def _other_items(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "num_items_in_batch": 5}
+
+
+def _wrong_counts(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "token_counts": [1, 1]}
+
+
+def _leaf_in_place(student, teacher, labels, given):
+    return student.requires_grad_(), teacher, labels, {**given, "inplace": True}
+
+
+def _wrong_vocab_start(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "vocab_start": 3}
+
+
+def _too_large_vocabulary(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "vocab_size": 60}
+
+
+def faults(here, layout, columns, tokens, names, at):
+    """The error of each fault, which rank `at` has alone (all ranks if None)."""
+    group = here.groups.get(layout)
+    if group is None:
+        return None
+    found = []
+    for name in names:
+        fault = globals()["_" + name] if at in (here.rank, None) else None
+        case = Case(columns, tokens)
+        student, teacher, labels, given = change(group, case, fault)
+        found.append(raised(atkd.atkd_loss, student, teacher, labels, **given))
+    # The ranks have not lost each other.
+    student, teacher, labels, given = change(group, Case(columns, tokens), None)
+    return found, atkd.atkd_loss(student, teacher, labels, **given)
+
+
+def other_faults(here):
+    """Errors of the other functions, which one rank causes."""
+    group = here.groups.get((2, 1))
+    if group is None:
+        return None
+    vocabulary = group.vocabulary
+    student, teacher, labels, _ = Case([20, 30], [5]).part(group)
+    hidden, weight = torch.ones(5, 3), torch.ones([20, 30][here.rank], 3)
+    is_wrong = here.rank == 1
+    head = torch.nn.Linear(3, 50)
+    return [
+        raised(atkd.teacher_margins, teacher, labels, vocab_group=vocabulary, target="x" if is_wrong else "label"),
+        raised(atkd.select_hard, labels if is_wrong else teacher[:, 0].contiguous(), 0.5, group=vocabulary),
+        raised(
+            atkd.linear_atkd_loss, hidden[is_wrong:], weight, hidden[is_wrong:], weight, labels[is_wrong:],
+            vocab_group=vocabulary,
+        ),
+        raised(
+            atkd.linear_atkd_loss, hidden, weight, hidden, weight, labels,
+            vocab_group=vocabulary, chunk_tokens=2 + is_wrong,
+        ),
+        raised(
+            atkd.linear_atkd_loss, hidden, None, hidden, weight, labels, vocab_group=vocabulary, student_head=head
+        ),
+        raised(torch.func.grad(lambda x: atkd.atkd_loss(x, teacher, labels, vocab_group=vocabulary)), student),
+        raised(atkd.atkd_loss, student, teacher, labels, vocab_group=3),
+    ]  # fmt: skip
+
+
+def not_a_number(here):
+    """Losses and gradients where one number on rank 1 is NaN, over ranks of tokens and of columns."""
+    results = []
+    for layout in [(1, 2), (2, 1)]:
+        group = here.groups.get(layout)
+        if group is None:
+            results.append(None)
+            continue
+        case = Case([50], [6, 5]) if layout == (1, 2) else Case([20, 30], [11])
+        student, teacher, labels, given = case.part(group)
+        labels[labels == -100] = 7
+        if here.rank == 1:
+            student[2, 3] = torch.nan
+        student.requires_grad_()
+        loss = atkd.atkd_loss(student, teacher, labels, **given)
+        loss.backward()
+        results.append((loss.detach(), student.grad))
+    return results
+
+
+def compiled(here):
+    """The loss of a call that torch.compile meets, which breaks the graph."""
+    group = here.groups.get((2, 1))
+    if group is None:
+        return None
+    student, teacher, labels, given = Case([20, 30], [5]).part(group)
+
+    @torch.compile(backend="eager")
+    def loss(scale):
+        return 2 * atkd.atkd_loss(student * scale, teacher, labels, **given)
+
+    module = atkd.ATKDLoss(vocab_group=given["vocab_group"])
+    return loss(1.0), 2 * module(student, teacher, labels)

@@ -260,3 +260,112 @@ def test_what_a_call_sends(ranks):
                 elif dp > 1:
                     expected.append(("gather", dp, 5 * max(split["tokens"]) * dp))
                 assert found == expected, (given, rank)
+
+
+def test_margins_and_selections(ranks):
+    import atkd
+
+    results = ranks("margins_and_selections")
+    case = Case([50], [12], masks=True)
+    _, teacher, labels, _ = case.whole()
+    margins = atkd.teacher_margins(teacher, labels, temperature=2.0)
+    for of_rank, *_ in results:
+        assert torch.equal(of_rank, results[0][0])
+        assert ((of_rank - margins).abs() <= 2e-6 * (1 + margins.abs())).logical_or(of_rank == margins).all()
+    hard, without, alone = (torch.cat(each) for each in list(zip(*results))[1:])
+    assert torch.equal(hard, atkd.select_hard(margins, 0.3, valid=labels != -100))
+    assert torch.equal(without, atkd.select_hard(margins, 0.3))
+    assert torch.equal(alone, atkd.select_hard(margins, 0.3, cu_seqlens=torch.tensor([0, 5, 5, 8, 12])))
+
+
+# By fault: what the rank at fault says, and what the others do.
+GIVEN_UP = "RuntimeError", "rank 1 has raised an error in this call"
+FAULTS = {
+    "wrong_label": [("ValueError", "rank 1 has the label 99, but labels must be from 0 to 49")] * 2,
+    "negative_label": [("ValueError", "rank 1 has the label -5, but labels must be from 0 to 49")] * 2,
+    "other_settings": [("ValueError", "rank 1 has other settings than rank 0")] * 2,
+    "other_dtype": [("TypeError", "rank 1 has a student of torch.bfloat16, but rank 0 of torch.float32")] * 2,
+    "given_weights": [("ValueError", "rank 1 was given labels, token_weights, but rank 0 was given labels")] * 2,
+    "other_items": [("ValueError", "rank 1 has other settings than rank 0")] * 2,
+    "bad_setting": [("ValueError", "2"), GIVEN_UP],
+    "bad_shape": [("ValueError", "labels are"), GIVEN_UP],
+    "no_tensor": [("TypeError", "student_logits are a NoneType"), GIVEN_UP],
+    "unknown_keyword": [("TypeError", "unexpected keyword argument 'lambda_'"), GIVEN_UP],
+    "bad_temperature": [("ValueError", "temperature[0] is 0.0"), GIVEN_UP],
+    "leaf_in_place": [("ValueError", "inplace=True would overwrite a leaf"), GIVEN_UP],
+}
+OF_COLUMNS = {
+    "fewer_tokens": [("ValueError", "rank 1 has 5 tokens, but rank 0 has 6")] * 2,
+    "other_start": [("ValueError", "the ranks have 50 columns of the student in all, but 49 of the teacher")] * 2,
+    "wrong_vocab_start": [("ValueError", "rank 1 was given vocab_start 3, but the ranks before it have 20 columns")] * 2,
+}
+OF_BOTH = {"wrong_counts": [("ValueError", "token_counts[1] is 1, but this rank has"), GIVEN_UP]}
+
+
+@pytest.mark.parametrize(
+    "layout, columns, tokens, others",
+    [((2, 1), [20, 30], [6], OF_COLUMNS), ((1, 2), [50], [6, 5], {}), ((2, 2), [20, 30], [6, 5], OF_BOTH)],
+)
+def test_all_ranks_raise_where_one_does(ranks, layout, columns, tokens, others):
+    expected = {**FAULTS, **others}
+    given = {"layout": layout, "columns": columns, "tokens": tokens, "names": list(expected), "at": 1}
+    for rank, (found, loss) in enumerate(filter(None, ranks("faults", **given))):
+        for (name, messages), (kind, message) in zip(expected.items(), found):
+            of_kind, beginning = messages[0 if rank == 1 else 1]
+            assert kind == of_kind and beginning in message, (rank, name, kind, message)
+        assert loss.isfinite()
+
+
+def test_what_no_rank_can_have(ranks):
+    given = {"layout": (2, 1), "columns": [20, 30], "tokens": [6], "names": ["too_large_vocabulary"], "at": None}
+    for (error,), _ in filter(None, ranks("faults", **given)):
+        assert error == (
+            "ValueError", "vocab_size is 60, but must be from 1 to 50, the columns that the ranks have in all of one model"
+        )  # fmt: skip
+
+
+def test_all_ranks_raise_in_other_functions(ranks):
+    results = list(filter(None, ranks("other_faults")))
+    of_first = [
+        GIVEN_UP,
+        GIVEN_UP,
+        ("ValueError", "rank 1 has 4 tokens, but rank 0 has 5"),
+        ("ValueError", "rank 1 has other settings than rank 0"),
+        ("ValueError", "student_head makes logits of the whole vocabulary"),
+        ("RuntimeError", "atkd_loss over groups of ranks has no rule for torch.func"),
+        ("TypeError", "vocab_group is a int, but must be a torch.distributed.ProcessGroup"),
+    ]
+    of_second = [("ValueError", "target is"), ("TypeError", "margins are torch.int64"), *of_first[2:]]
+    for found, expected in zip(results, [of_first, of_second]):
+        for (kind, message), (of_kind, part) in zip(found, expected):
+            assert kind == of_kind and part in message, (kind, message)
+
+
+def test_a_nan_stays_where_it_is(ranks):
+    results = ranks("not_a_number")
+    whole = Case([50], [6, 5])
+    student, teacher, labels, _ = whole.whole()
+    labels[labels == -100] = 7
+    student[8, 3] = torch.nan
+    import atkd
+
+    leaf = student.requires_grad_()
+    atkd.atkd_loss(leaf, teacher, labels).backward()
+    (first, of_first), (second, of_second) = [result[0] for result in results[:2]]
+    assert first.isfinite() and second.isnan()
+    found = torch.cat([of_first, of_second])
+    others = torch.arange(11) != 8
+    assert found[8].isnan().any() and found[others].isfinite().all()
+    assert torch.allclose(found[others], leaf.grad[others], rtol=1e-5, atol=1e-7)
+    # The vocabulary's ranks have all tokens.
+    columns = [result[1] for result in results[:2]]
+    assert all(loss.isnan() for loss, _ in columns)
+    found = torch.cat([gradient for _, gradient in columns], -1)
+    wrong = found.isnan().any(-1)
+    assert wrong.sum() == 1 and wrong.nonzero().item() == 2
+
+
+def test_compiled(ranks):
+    results = [result for result in ranks("compiled") if result is not None]
+    for loss, expected in results:
+        assert torch.equal(loss, expected) and torch.equal(loss, results[0][0])

@@ -562,6 +562,8 @@ def teacher_margins(
     ignore_index: int = DEFAULTS["ignore_index"],
     vocab_size: Optional[int] = None,
     shift_labels: bool = False,
+    vocab_group: "Optional[ProcessGroup]" = None,
+    vocab_start: Optional[int] = None,
 ) -> Tensor:
     """The teacher's margin of each token, log((1 - p) / p) of its p(target): what hard tokens are selected by.
 
@@ -570,7 +572,7 @@ def teacher_margins(
 
     Args:
         teacher_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16.
-        labels: as `atkd_loss` takes them, and so are the others.
+        labels: as `atkd_loss` takes them, and so are the others. With a `vocab_group` every rank of it gets the same bits.
 
     Returns:
         float32, shaped as the labels; -inf for ignored tokens, of which `select_hard` must be told by `valid`. On a
@@ -581,10 +583,17 @@ def teacher_margins(
         ValueError: for shapes or devices that differ, a setting outside its domain, a label that names no token of
             the vocabulary.
     """
+    given: Dict[str, Any] = {"temperature": temperature, "target": target}
+    if vocab_group is not None:
+        from . import _shards
+
+        given["ignore_index"] = ignore_index
+        of_group = vocab_group, vocab_start, vocab_size, shift_labels, given
+        found: Tensor = _shards.teacher_margins(teacher_logits, labels, *of_group)
+        return found
     check_tensor("teacher_logits", teacher_logits)
     if labels is not None:
         check_tensor("labels", labels)
-    given: Dict[str, Any] = {"temperature": temperature, "target": target}
     temperatures = _own_temperatures(given, teacher_logits)
     _check_number("temperature", given["temperature"])
     _check_shift_labels(shift_labels)
@@ -596,12 +605,25 @@ def teacher_margins(
     return margins
 
 
+def check_selection(
+    margins: Tensor, valid: Optional[Tensor], cu_seqlens: Optional[Tensor], hard_ratio: Number
+) -> None:
+    """Raises unless these are tensors and a number."""
+    check_tensor("margins", margins)
+    if valid is not None:
+        check_tensor("valid", valid, "is")
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
+    _check_number("hard_ratio", hard_ratio)
+
+
 def select_hard(
     margins: Tensor,
     hard_ratio: Number,
     *,
     valid: Optional[Tensor] = None,
     cu_seqlens: Optional[Tensor] = None,
+    group: "Optional[ProcessGroup]" = None,
 ) -> Tensor:
     """Selects the hard tokens by `"top-k"`: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly.
 
@@ -616,20 +638,23 @@ def select_hard(
         cu_seqlens: `[sequences + 1]`, int32 or int64: selects within sequence `i` of the flattened margins,
             `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. The first is 0, the last the number of margins. On a GPU,
             where raising would wait, sequences whose offsets are out of order get no hard tokens.
+        group: the group over whose ranks the tokens are split, each of which has margins of its own, any number of them:
+            the tokens of all are selected from, equals in the order of ranks. Each call begins with a header, as one of
+            `atkd_loss` does. A rank's sequences are its own, so that with `cu_seqlens` nothing is sent.
 
     Returns:
-        bool, shaped as the margins.
+        bool, shaped as the margins; with a group for this rank's tokens.
 
     Raises:
         TypeError: for other dtypes.
         ValueError: for shapes or devices that differ, a ratio outside [0, 1], offsets out of order.
     """
-    check_tensor("margins", margins)
-    if valid is not None:
-        check_tensor("valid", valid, "is")
-    if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens)
-    _check_number("hard_ratio", hard_ratio)
+    if group is not None and cu_seqlens is None:
+        from . import _shards
+
+        found: Tensor = _shards.select_hard(margins, valid, hard_ratio, group)
+        return found
+    check_selection(margins, valid, cu_seqlens, hard_ratio)
     ratio, number = _settings.number_or_tensor(hard_ratio)
     hard: Tensor = _operator.select_hard(margins.detach(), valid, cu_seqlens, ratio, number)
     return hard

@@ -357,6 +357,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(
+    function: str,
     vocabulary: Ranks,
     tokens: Ranks,
     student: Tensor,
@@ -365,7 +366,7 @@ def _prepare(
     given: Dict[str, Any],
 ) -> _Prepared:
     """Raises for whatever can be found wrong here."""
-    refuse_transforms("atkd_loss")
+    refuse_transforms(function)
     for name, tensor in [("student_logits", student), ("teacher_logits", teacher)]:
         _loss.check_tensor(name, tensor)
         for ranks in (vocabulary, tokens):
@@ -373,7 +374,7 @@ def _prepare(
     hard, token_weights = given["hard"], given["token_weights"]
     inplace, vocab_size = given["inplace"], given["vocab_size"]
     prepared = _loss.prepare(
-        "atkd_loss",
+        function,
         student,
         labels,
         hard,
@@ -406,7 +407,7 @@ def _prepare(
     _checks.check_values(labels, temperatures, None, None, settings["ignore_index"])
     number = check_scale(scale)
     flags = prepared.per_sequence, prepared.per_token, given["return_stats"], number, scale is None
-    agreed = Agreed("atkd_loss", settings, objective, flags, vocab_size)
+    agreed = Agreed(function, settings, objective, flags, vocab_size)
     with_gradient = student.requires_grad and torch.is_grad_enabled()
     inplace = inplace and with_gradient and _autograd.may_be_overwritten(student)
     count = student.shape[:-1].numel()
@@ -454,7 +455,7 @@ def _atkd_loss(
     known, part = agree(
         vocabulary,
         tokens,
-        lambda: _prepare(vocabulary, tokens, *parts()),
+        lambda: _prepare("atkd_loss", vocabulary, tokens, *parts()),
         device,
         given["vocab_start"],
         given["vocab_size"],
@@ -546,6 +547,81 @@ def _local_or_distributed(
     return loss, stats
 
 
+def _teacher_margins(
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    vocab_group: Any,
+    vocab_start: Optional[int],
+    vocab_size: Optional[int],
+    shift_labels: bool,
+    settings: Dict[str, Any],
+) -> Tensor:
+    vocabulary, tokens = Ranks("vocab_group", vocab_group), Ranks("token_group", None)
+    given = {
+        "settings": settings,
+        "vocab_size": vocab_size,
+        "vocab_start": vocab_start,
+        "shift_labels": shift_labels,
+        "selection": "batch",
+        **dict.fromkeys(["inplace", "return_stats"], False),
+        **dict.fromkeys(["hard", "token_weights", "num_items_in_batch", "token_counts"]),
+    }
+    known, part = agree(
+        vocabulary,
+        tokens,
+        lambda: _prepare("teacher_margins", vocabulary, tokens, teacher, teacher, labels, given),
+        device_of(teacher, labels),
+        vocab_start,
+        vocab_size,
+        None,
+    )
+    # The teacher is the student too: margins are the teacher's alone.
+    logits, of_tokens = known.teacher, (known.prepared.labels, None, known.prepared.temperatures)
+    columns = part.first_column, part.columns, part.vocab
+    stages = _native.Stages(logits, logits, *of_tokens, *columns, known.agreed.objective)
+    return stages.margins(vocabulary.gather(stages.states()))
+
+
+def _select_hard(
+    margins: Tensor, valid: Optional[Tensor], hard_ratio: _settings.Number, group: Any
+) -> Tensor:
+    tokens = Ranks("group", group)
+
+    def prepare() -> Tuple[Header, Tensor, Tensor, float]:
+        refuse_transforms("select_hard")
+        _loss.check_selection(margins, valid, None, hard_ratio)
+        tokens.check_device("margins", margins)
+        own = plain("margins", margins.detach())
+        counting = torch.ones_like(own, dtype=torch.bool) if valid is None else plain("valid", valid)
+        _checks.check_selection(own, counting, None, None)
+        ratio = float(hard_ratio)
+        # Checked there.
+        _settings.native({**_settings.DEFAULTS, "hard_ratio": ratio})
+        settings = hash_of(__version__, "select_hard", ratio)
+        header = Header(
+            rank=torch.distributed.get_rank(),
+            tokens=own.numel(),
+            student_columns=1,
+            teacher_columns=1,
+            settings=settings,
+        )
+        return header, own, counting, ratio
+
+    vocabulary = Ranks("vocab_group", None)
+    try:
+        header, own, counting, ratio = prepare()
+    except Exception:
+        meet(vocabulary, tokens, None, device_of(margins, valid))
+        raise
+    part = meet(vocabulary, tokens, header, own.device)
+    settings = {**_settings.DEFAULTS, "hard_ratio": ratio}
+    selection = Selection(tokens, part, counting, None, False, True, settings)
+    hard, _ = selection.hard(own)
+    return hard
+
+
 # The host reads headers, which a graph cannot.
 _disable: Any = torch.compiler.disable
 _outside_graphs = _disable(_local_or_distributed)
+teacher_margins = _disable(_teacher_margins)
+select_hard = _disable(_select_hard)
