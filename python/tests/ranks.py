@@ -3,16 +3,20 @@
 A task is a function of `shard_tasks.py`, which each rank calls with `Here`, what it is told of the groups, and arguments.
 """
 
+import contextlib
 import datetime
 import io
 import multiprocessing
 import os
+import sys
 import traceback
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 WORLD = 4
+EXAMPLES = Path(__file__).parents[1] / "examples"
 # (ranks that split the vocabulary, ranks that split the tokens). Rank `tp * d + t` has columns t and tokens d.
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2)]
 
@@ -44,6 +48,7 @@ def _groups(rank):
 
 
 def _work(rank, store, connection):
+    sys.path.append(str(EXAMPLES))
     import shard_tasks
     import torch.distributed as dist
 
@@ -54,9 +59,12 @@ def _work(rank, store, connection):
     here = Here(rank, _groups(rank))
     while True:
         try:
-            name, arguments = torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
+            task = connection.recv_bytes()
         except (EOFError, OSError):
+            task = b""
+        if not task:
             return
+        name, arguments = torch.load(io.BytesIO(task), weights_only=False)
         try:
             result = True, getattr(shard_tasks, name)(here, **arguments)
         except BaseException:
@@ -87,6 +95,8 @@ class Ranks:
 
     def stop(self):
         for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.send_bytes(b"")
             connection.close()
         for child in self.children:
             child.join(5)

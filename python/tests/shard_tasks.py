@@ -387,3 +387,119 @@ def compiled(here):
 
     module = atkd.ATKDLoss(vocab_group=given["vocab_group"])
     return loss(1.0), 2 * module(student, teacher, labels)
+
+
+# Of DTensors by name: the mesh, the placements as letters (R, V: over the vocabulary, 0, 1), the shape of the logits, settings.
+PLACED = {
+    "columns": ((4,), "V", (7, 50), {}),
+    "columns, none on one rank": ((4,), "V", (7, 9), {"divergence": "reverse-kl"}),
+    "tokens": ((4,), "0", (11, 50), {}),
+    "tokens, none on one rank": ((4,), "0", (5, 50), {"reduction": "group-mean"}),
+    "both": ((2, 2), "0V", (7, 50), {"objective": "plain", "divergence": "jsd"}),
+    "both, the other way": ((2, 2), "V1", (3, 5, 50), {}),
+    "two of tokens": ((2, 2), "01", (3, 5, 50), {"reduction": "sum"}),
+    "tokens twice": ((2, 2), "00", (7, 50), {}),
+    "columns twice": ((2, 2), "VV", (7, 50), {}),
+    "one replicated": ((2, 2), "RV", (7, 50), {"vocab_size": 44}),
+    "all replicated": ((2, 2), "RR", (7, 50), {}),
+    "sequences": ((2, 2), "0V", (5, 4, 50), {"selection": "sequence"}),
+    "losses of tokens": ((2, 2), "0V", (7, 50), {"reduction": "none"}),
+}
+
+
+def _placements(letters, dimensions):
+    from torch.distributed.tensor import Replicate, Shard
+
+    places = {"R": Replicate(), "V": Shard(dimensions - 1), "0": Shard(0), "1": Shard(1)}
+    return [places[letter] for letter in letters]
+
+
+def _mesh(shape):
+    return dist.init_device_mesh("cpu", shape, mesh_dim_names=("one", "other")[: len(shape)])
+
+
+def distributed(here):
+    """Per entry of PLACED the whole loss, the placements of loss and gradient, the whole gradient, and this rank's loss."""
+    from torch.distributed.tensor import distribute_tensor
+
+    results = {}
+    for name, (shape, letters, of_logits, settings) in PLACED.items():
+        mesh, placements = _mesh(shape), _placements(letters, len(of_logits))
+        of_tokens = _placements(letters.replace("V", "R"), len(of_logits))
+        student, teacher, labels = batch(*of_logits)
+        labels = labels.clamp(max=43)
+        student = distribute_tensor(student, mesh, placements).requires_grad_()
+        teacher = distribute_tensor(teacher, mesh, placements)
+        labels = distribute_tensor(labels, mesh, of_tokens)
+        if "R" in letters:
+            # A part as a plain tensor does too.
+            labels = labels.to_local()
+        loss, stats = atkd.atkd_loss(student, teacher, labels, return_stats=True, **settings)
+        assert type(stats.hard) is torch.Tensor and stats.hard.shape == student.to_local().shape[:-1]
+        (loss.sum() if loss.dim() else loss).backward()
+        results[name] = (
+            loss.detach().full_tensor(),
+            [str(each) for each in loss.placements],
+            student.grad.placements == student.placements,
+            student.grad.full_tensor(),
+            loss.detach().to_local(),
+        )
+    return results
+
+
+def distributed_and_tokens(here):
+    """DTensors of columns on two ranks, beside a group of tokens that they do not know."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = _mesh((2, 2))
+    student, teacher, labels = (each.tensor_split(2)[mesh.get_local_rank("one")] for each in batch(7, 50))
+    columns = mesh["other"]
+    student, teacher = (distribute_tensor(x, columns, _placements("V", 2)) for x in (student, teacher))
+    student.requires_grad_()
+    loss = atkd.atkd_loss(student, teacher, labels, token_group=mesh["one"].get_group())
+    loss.backward()
+    return loss.detach().full_tensor(), student.grad.full_tensor()
+
+
+def wrong_placements(here):
+    """The errors of DTensors that do not go together."""
+    from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+
+    mesh = _mesh((4,))
+    student, teacher, labels = batch(4, 6, 50)
+
+    def placed(tensor, letters):
+        return distribute_tensor(tensor, mesh, _placements(letters, 3))
+
+    partial = DTensor.from_local(student, mesh, [Partial()])
+    columns = placed(student, "V"), placed(teacher, "V")
+    tokens = placed(student, "1"), placed(teacher, "1")
+    of_tokens = placed(labels, "1")
+    return [
+        raised(atkd.atkd_loss, partial, partial, labels),
+        raised(atkd.atkd_loss, columns[0], teacher, labels),
+        raised(atkd.atkd_loss, columns[0], tokens[1], labels),
+        raised(atkd.atkd_loss, *columns, of_tokens),
+        raised(atkd.atkd_loss, *columns, labels, vocab_group=dist.group.WORLD),
+        raised(atkd.atkd_loss, *tokens, of_tokens, token_group=dist.group.WORLD),
+        raised(atkd.atkd_loss, *tokens, of_tokens, selection="sequence"),
+        raised(atkd.atkd_loss, *tokens, of_tokens, shift_labels=True),
+        raised(atkd.atkd_loss, *tokens, labels),
+        raised(atkd.atkd_loss, student, columns[1], labels),
+    ]
+
+
+def training(here, fsdp):
+    """The losses of the example's steps by layout, on the ranks that have a part of it."""
+    import shards
+
+    results = {}
+    mesh = _mesh((2, 2))
+    for of_tokens, of_columns in [(1, 1), (2, 1), (1, 2), (2, 2)]:
+        found = shards.train(
+            mesh["one"] if of_tokens > 1 else None,
+            mesh["other"].get_group() if of_columns > 1 else None,
+            fsdp,
+        )
+        results[of_tokens, of_columns] = found
+    return results

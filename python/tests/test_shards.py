@@ -1,5 +1,10 @@
 """Losses over groups of ranks, in real processes, against float64 of the whole."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import definitions
 import pytest
 import ranks as processes
@@ -299,7 +304,7 @@ OF_COLUMNS = {
     "other_start": [("ValueError", "the ranks have 50 columns of the student in all, but 49 of the teacher")] * 2,
     "wrong_vocab_start": [("ValueError", "rank 1 was given vocab_start 3, but the ranks before it have 20 columns")] * 2,
 }
-OF_BOTH = {"wrong_counts": [("ValueError", "token_counts[1] is 1, but this rank has"), GIVEN_UP]}
+OF_BOTH = {"wrong_counts": [("ValueError", "token_counts[0] is 1, but this rank has 6 tokens"), GIVEN_UP]}
 
 
 @pytest.mark.parametrize(
@@ -369,3 +374,89 @@ def test_compiled(ranks):
     results = [result for result in ranks("compiled") if result is not None]
     for loss, expected in results:
         assert torch.equal(loss, expected) and torch.equal(loss, results[0][0])
+
+
+@pytest.fixture
+def with_dtensors():
+    pytest.importorskip("torch.distributed.tensor", reason="this torch is older than 2.5: DTensors were not tested")
+
+
+def test_dtensors(ranks, with_dtensors):
+    import atkd
+    from shard_tasks import PLACED
+    from support import batch
+
+    everyone = ranks("distributed")
+    for name, (_, letters, shape, settings) in PLACED.items():
+        student, teacher, labels = batch(*shape)
+        labels = labels.clamp(max=43)
+        leaf = student.requires_grad_()
+        exact = atkd.atkd_loss(leaf, teacher, labels, **settings)
+        if settings.get("reduction") == "none":
+            # That of all tokens; each rank selects among all.
+            assert exact.dim() == 1
+        exact.sum().backward()
+        for whole, placements, is_placed_alike, gradient, local in (results[name] for results in everyone):
+            assert torch.allclose(whole, exact, rtol=3e-6, atol=1e-7), name
+            assert torch.allclose(gradient, leaf.grad, rtol=1e-5, atol=1e-7), name
+            assert is_placed_alike
+            tokens = "S" if whole.dim() else "P"
+            assert [each[0] for each in placements] == [tokens if x in "01" else "R" for x in letters], placements
+            assert torch.equal(whole, everyone[0][name][0])
+            if not set(letters) & set("01"):
+                assert torch.equal(local, everyone[0][name][4])
+
+
+def test_dtensors_beside_a_group_of_tokens(ranks, with_dtensors):
+    import atkd
+    from support import batch
+
+    results = ranks("distributed_and_tokens")
+    student, teacher, labels = batch(7, 50)
+    leaf = student.requires_grad_()
+    exact = atkd.atkd_loss(leaf, teacher, labels)
+    exact.backward()
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[2][0], results[3][0])
+    assert abs(results[0][0] + results[2][0] - exact) <= 3e-6 * exact
+    assert torch.allclose(torch.cat([results[0][1], results[2][1]]), leaf.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_wrong_placements(ranks, with_dtensors):
+    expected = [
+        ("TypeError", r"placed as \(Partial\(.*\),\), but each of these must be Shard\(dim\) or Replicate\(\)"),
+        ("TypeError", "teacher_logits are a Tensor, but must be a DTensor"),
+        ("ValueError", r"teacher_logits are placed as \(Shard\(dim=1\),\), but .* must be placed as \(Shard\(dim=2\),\)"),
+        ("ValueError", r"labels are placed as \(Shard\(dim=1\),\), but .* must be placed as \(Replicate\(\),\)"),
+        ("ValueError", "which tells their groups: leave out vocab_group"),
+        ("ValueError", "which tells their groups: leave out token_group"),
+        ("ValueError", 'selection="sequence" needs whole sequences on a rank'),
+        ("ValueError", "shift_labels=True needs the next position's label on the rank"),
+        ("ValueError", r"labels are \[4, 6\], but for student_logits \[4, 2, 50\] must be \[4, 2\]"),
+        ("TypeError", "teacher_logits are a DTensor, which is taken only beside student_logits that are one"),
+    ]
+    for rank, found in enumerate(ranks("wrong_placements")):
+        for (kind, message), (of_kind, pattern) in zip(found, expected):
+            if kind == "RuntimeError":
+                # Others' shapes are wrong too, but they have not said so first.
+                assert "has raised an error" in message and rank > 0
+                continue
+            assert kind == of_kind and re.search(pattern, message) or "[4, 0, 50]" in message, (kind, message)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
+def test_training_is_the_same_on_many_processes(ranks, fsdp, with_dtensors):
+    for results in ranks("training", fsdp=fsdp):
+        alone = results.pop((1, 1))
+        assert len(alone) == 20 and alone[-1] < alone[1]
+        for layout, losses in results.items():
+            assert losses == pytest.approx(alone, rel=1e-5), layout
+
+
+def test_the_example():
+    example = Path(__file__).parents[1] / "examples" / "shards.py"
+    shown = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0, shown.stderr
+    lines = [line.split() for line in shown.stdout.splitlines()[2:]]
+    assert len(lines) == 20
+    for _, alone, *others in lines:
+        assert [float(each) for each in others] == pytest.approx([float(alone)] * 3, rel=1e-5)

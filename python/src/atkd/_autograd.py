@@ -133,7 +133,7 @@ def may_be_overwritten(student: Tensor) -> bool:
     """True if autograd allows that. It is an error for a leaf."""
     base = _private.base(student)
     leaf = student if base is None else base
-    if leaf.is_leaf and leaf.requires_grad:
+    if any(each.is_leaf and each.requires_grad for each in (student, leaf)):
         raise ValueError(
             "inplace=True would overwrite a leaf that requires a gradient (a parameter or an input) with "
             "that gradient: leave inplace out"
