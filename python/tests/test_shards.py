@@ -127,6 +127,7 @@ SPLITS = {
     "DP 2": {"columns": [50], "tokens": [9, 4]},
     "DP 4, one empty": {"columns": [50], "tokens": [5, 0, 3, 6]},
     "TP 2 x DP 2": {"columns": [31, 19], "tokens": [3, 8]},
+    "TP 2 x DP 2, one row empty": {"columns": [31, 19], "tokens": [9, 0]},
 }
 
 OBJECTIVES = {

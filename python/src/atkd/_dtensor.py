@@ -2,9 +2,9 @@
 
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+import torch.distributed as dist
 from torch import Tensor
 
-from . import _private
 from ._groups import Ranks
 
 
@@ -15,6 +15,35 @@ class Parts(NamedTuple):
     teacher: Tensor
     labels: Optional[Tensor]
     given: Dict[str, Any]
+
+
+# The groups over more than one dimension of a mesh by their ranks, as long as the processes' group of all is this one.
+_world: Any = None
+_groups: Dict[Tuple[int, ...], Any] = {}
+
+
+def group_of(mesh: Any, dimensions: List[int]) -> Any:
+    """The process group over some dimensions of a device mesh, whose ranks are in the order of a DTensor's shards: the last
+    dimension runs fastest. One over several dimensions is made once. (A mesh that is flattened for it would be used by
+    DTensor's own collectives, which then mix up uneven shards.)
+    """
+    global _world, _groups
+    at = tuple(
+        slice(None) if each in dimensions else here
+        for each, here in enumerate(mesh.get_coordinate())
+    )
+    ranks = tuple(mesh.mesh[at].flatten().tolist())
+    if list(ranks) != sorted(ranks):
+        raise ValueError(
+            f"the ranks {list(ranks)}, over which {mesh} splits the logits, are in no ascending order, which groups have"
+        )
+    if len(dimensions) == 1:
+        return mesh.get_group(dimensions[0])
+    if _world is not dist.group.WORLD:
+        _world, _groups = dist.group.WORLD, {}
+    if ranks not in _groups:
+        _groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return _groups[ranks]
 
 
 class Placed:
@@ -73,9 +102,7 @@ class Placed:
         )
 
     def _group(self, dimensions: List[int]) -> Any:
-        if not dimensions:
-            return None
-        return _private.group_of_mesh(self.mesh, dimensions)
+        return group_of(self.mesh, dimensions) if dimensions else None
 
     def local(
         self, student: Any, teacher: Any, labels: Optional[Tensor], given: Dict[str, Any]

@@ -5,7 +5,7 @@ attribute of a tensor is behind a function too, so that this list is whole.
 where it is missing.
 """
 
-from typing import Any, ContextManager, List, Optional
+from typing import ContextManager, Optional
 
 import torch
 from torch import Tensor
@@ -76,19 +76,3 @@ def view_may_be_overwritten(view: Tensor) -> bool:
     """
     how = torch._C._autograd._get_creation_meta(view)
     return bool(how == torch._C._autograd.CreationMeta.DEFAULT)
-
-
-def group_of_mesh(mesh: Any, dimensions: List[int]) -> Any:
-    """The process group over some dimensions of a device mesh, the last of which runs fastest, as a DTensor orders its
-    shards. Of more than one dimension only a private method makes it, which torch's own documentation calls; it keeps the
-    group for the next time.
-    """
-    if len(dimensions) == 1:
-        return mesh.get_group(dimensions[0])
-    if mesh.mesh_dim_names is None:
-        raise ValueError(
-            f"the logits are split over dimensions {dimensions} of {mesh}, which must then have names (mesh_dim_names)"
-        )
-    names = tuple(mesh.mesh_dim_names[each] for each in dimensions)
-    part = mesh if len(names) == mesh.ndim else mesh[names]
-    return part._flatten().get_group()
