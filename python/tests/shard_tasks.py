@@ -20,7 +20,7 @@ class Case:
         self.masks, self.ties = others.pop("masks", False), others.pop("ties", False)
         self.weights, self.temperatures = others.pop("weights", False), others.pop("temperatures", False)
         self.hard, self.told = others.pop("hard", False), others.pop("told", False)
-        self.inplace = others.pop("inplace", False)
+        self.inplace, self.transposed = others.pop("inplace", False), others.pop("transposed", False)
         self.settings = others
 
     @property
@@ -73,7 +73,10 @@ class Case:
             tokens = [each * (self.length or 1) for each in self.tokens]
             given.update(vocab_start=columns.start if group.vocabulary else None, token_counts=tokens if group.tokens else None)
             given.setdefault("vocab_size", sum(self.columns))
-        return student[rows, ..., columns].contiguous(), teacher[rows, ..., columns], labels[rows], given
+        student = student[rows, ..., columns].contiguous()
+        if self.transposed:
+            student, labels = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (student, labels))
+        return student, teacher[rows, ..., columns], labels[rows], given
 
 
 def upstream_of(labels):

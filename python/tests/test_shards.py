@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import atkd
 import definitions
 import pytest
 import ranks as processes
 import torch
-from shard_tasks import Case, Head, upstream_of
-from support import EPS, TINY
+from shard_tasks import PLACED, Case, Head, upstream_of
+from support import EPS, TINY, batch
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo: groups of ranks were not tested", allow_module_level=True)
@@ -174,7 +175,8 @@ def test_inputs(ranks, split):
         {"inplace": True, "padding": 25, "dtype": "bfloat16"},
         {"told": True},
         {"told": True, "reduction": "sum", "padding": 5},
-        {"length": 3},
+        {"length": 3, "transposed": True},
+        {"length": 3, "transposed": True, "inplace": True, "selection": "sequence"},
         {"length": 3, "selection": "sequence", "hard_ratio": 0.3},
         {"length": 4, "selection": "sequence", "selection_rule": "median", "reduction": "group-mean"},
     ]
@@ -194,7 +196,7 @@ def test_heads(ranks, split):
         {},
     ]
     cases = [{**SPLITS[split], **each} for each in cases]
-    for i, (given, results) in enumerate(zip(cases, zip(*ranks("heads", cases=cases)))):
+    for given, results in zip(cases, zip(*ranks("heads", cases=cases))):
         case = Head(**given)
         tp, dp = case.layout
         student, teacher, labels, settings = case.whole()
@@ -269,8 +271,6 @@ def test_what_a_call_sends(ranks):
 
 
 def test_margins_and_selections(ranks):
-    import atkd
-
     results = ranks("margins_and_selections")
     case = Case([50], [12], masks=True)
     _, teacher, labels, _ = case.whole()
@@ -353,8 +353,6 @@ def test_a_nan_stays_where_it_is(ranks):
     student, teacher, labels, _ = whole.whole()
     labels[labels == -100] = 7
     student[8, 3] = torch.nan
-    import atkd
-
     leaf = student.requires_grad_()
     atkd.atkd_loss(leaf, teacher, labels).backward()
     (first, of_first), (second, of_second) = [result[0] for result in results[:2]]
@@ -383,10 +381,6 @@ def with_dtensors():
 
 
 def test_dtensors(ranks, with_dtensors):
-    import atkd
-    from shard_tasks import PLACED
-    from support import batch
-
     everyone = ranks("distributed")
     for name, (_, letters, shape, settings) in PLACED.items():
         student, teacher, labels = batch(*shape)
@@ -409,9 +403,6 @@ def test_dtensors(ranks, with_dtensors):
 
 
 def test_dtensors_beside_a_group_of_tokens(ranks, with_dtensors):
-    import atkd
-    from support import batch
-
     results = ranks("distributed_and_tokens")
     student, teacher, labels = batch(7, 50)
     leaf = student.requires_grad_()

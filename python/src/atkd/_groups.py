@@ -218,7 +218,7 @@ class Part(NamedTuple):
     """The tokens of each rank of the token group."""
 
 
-def _counting(columns: List[int], vocab: int) -> List[Tuple[int, int]]:
+def counting_columns(columns: List[int], vocab: int) -> List[Tuple[int, int]]:
     """The first column of each rank, and how many of its columns count."""
     parts = []
     start = 0
@@ -254,7 +254,7 @@ def _of_columns(headers: List[Header]) -> Verdict:
     if vocab_size > columns:
         return _judge("vocab_size", 0, vocab_size, columns)
     vocab = vocab_size or columns
-    starts = (_counting(each, vocab) for each in (student, teacher))
+    starts = (counting_columns(each, vocab) for each in (student, teacher))
     for header, (of_student, _), (of_teacher, _) in zip(headers, *starts):
         if of_student != of_teacher:
             return _judge("start", header.rank, of_student, of_teacher)
@@ -308,7 +308,7 @@ def meet(
         found = _differs(headers, *_SHARED, "vocab")
     if found.kind and own is not None:
         _tell(found)
-    first, counting = _counting(columns, vocab)[vocabulary.rank if len(columns) > 1 else 0]
+    first, counting = counting_columns(columns, vocab)[vocabulary.rank if len(columns) > 1 else 0]
     return Part(first, counting, vocab, widest, [each.tokens for each in headers])
 
 

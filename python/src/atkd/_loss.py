@@ -339,7 +339,8 @@ def atkd_loss(
         selection: hard tokens are those of the `"batch"`, which is the tokens of this call, or of each
             `"sequence"` of `[B, T, V]`. A micro-batch, or a rank's part of a batch, has hard tokens of its
             own, and the parts' gradients do not add up to the whole batch's: between two small random models they
-            are 16 to 25% away from it in 2 to 16 micro-batches, 16 to 26% over 2 ranks. See `hard`.
+            are 16 to 25% away from it in 2 to 16 micro-batches, 16 to 26% over 2 ranks. See `hard`, and for ranks
+            `token_group`.
         reduction: `"mean"` over the valid tokens, or `"sum"`, or `"group-mean"`: the mean of the easy tokens plus the
             mean of the hard ones, each over its own count, and cross entropy's mean over all. The code of ATKD's
             authors computes the last, with `selection_rule="median"`; of groups of equal size, as `"top-k"` has them
@@ -567,7 +568,7 @@ def teacher_margins(
 ) -> Tensor:
     """The teacher's margin of each token, log((1 - p) / p) of its p(target): what hard tokens are selected by.
 
-    For `select_hard` over the tokens of several calls, micro-batches or ranks. On the CPU they are the `margin` of
+    For `select_hard` over the tokens of several calls, as micro-batches are. On the CPU they are the `margin` of
     `atkd_loss(return_stats=True)`, bit for bit; on a GPU the last bit may differ. No gradient flows through.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _head, _linear, _loss, _native, _settings
+from . import _checks, _head, _linear, _loss, _native, _settings
 from ._groups import Part, Ranks
 from ._loss import Stats
 from ._shards import (
@@ -122,7 +122,13 @@ def _prepare(
         teacher[0],
         count,
         columns,
-        (labels, hard, token_weights, temperatures, log_prob),
+        {
+            "labels": labels,
+            "hard": hard,
+            "token_weights": token_weights,
+            "temperature": temperatures,
+            "teacher_log_prob": log_prob,
+        },
         given["vocab_start"],
     )
     return _Prepared(call, agreed, prepared.per_token, header)

@@ -17,7 +17,7 @@ from . import _autograd, _checks, _dtensor, _loss, _native, _private, _settings
 from ._atkd import Objective, __version__
 from ._autograd import NO_SECOND_DERIVATIVE, for_student
 from ._checks import DTYPES
-from ._groups import ARGUMENTS, Header, Part, Ranks, _counting, hash_of, meet, selection_of
+from ._groups import ARGUMENTS, Header, Part, Ranks, counting_columns, hash_of, meet, selection_of
 from ._loss import Stats
 
 
@@ -69,10 +69,10 @@ def check_scale(scale: Optional[Tensor]) -> Optional[float]:
 
 
 def valid_of(labels: Optional[Tensor], like: Tensor, ignore_index: int) -> Tensor:
-    """Which tokens count; `like` are logits or hidden states."""
+    """Which tokens count, contiguous; `like` are logits or hidden states."""
     if labels is None:
         return torch.ones(like.shape[:-1], dtype=torch.bool, device=like.device)
-    return labels != ignore_index
+    return (labels != ignore_index).contiguous()
 
 
 def header_of(
@@ -81,11 +81,11 @@ def header_of(
     teacher: Tensor,
     tokens: int,
     columns: Tuple[int, int],
-    of_tokens: Sequence[Optional[Tensor]],
+    of_tokens: Dict[str, Optional[Tensor]],
     vocab_start: Optional[int],
 ) -> Header:
-    """What this rank says. `of_tokens` are the tensors of `ARGUMENTS`."""
-    labels = of_tokens[0]
+    """What this rank says. `of_tokens` are optional arguments by the names in `ARGUMENTS`."""
+    labels = of_tokens["labels"]
     least = largest = 0
     # With another target labels only tell which tokens are ignored.
     if labels is not None and labels.is_cpu and agreed.settings["target"] == "label":
@@ -103,15 +103,12 @@ def header_of(
         settings=hash_of(
             __version__, agreed.function, agreed.settings, agreed.vocab_size, agreed.flags
         ),
-        given=sum(1 << i for i, each in enumerate(of_tokens) if each is not None),
+        given=sum(1 << i for i, name in enumerate(ARGUMENTS) if of_tokens.get(name) is not None),
         vocab_start=-1 if vocab_start is None else vocab_start,
         vocab=agreed.vocab_size or 0,
         least_label=least,
         largest_label=largest,
     )
-
-
-assert len(ARGUMENTS) == 5, "header_of takes these"
 
 
 def needs_header(
@@ -163,7 +160,7 @@ def told(
     columns = header.student_columns, header.teacher_columns
     vocab = agreed.vocab_size or columns[0]
     start = max(header.vocab_start, 0)
-    parts = [_counting([start, each], vocab)[1] for each in columns]
+    parts = [counting_columns([start, each], vocab)[1] for each in columns]
     if parts[0] != parts[1]:
         raise ValueError(
             f"of columns {start} to {vocab} the student's logits have {parts[0][1]}, but the teacher's {parts[1][1]}"
@@ -413,7 +410,12 @@ def _prepare(
     count = student.shape[:-1].numel()
     check_told(vocabulary, tokens, given["vocab_start"], given["token_counts"], count)
     columns = student.shape[-1], teacher.shape[-1]
-    optional = labels, hard, token_weights, temperatures, None
+    optional = {
+        "labels": labels,
+        "hard": hard,
+        "token_weights": token_weights,
+        "temperature": temperatures,
+    }
     of_rank = count, columns, optional, given["vocab_start"]
     header = header_of(agreed, student, teacher, *of_rank)
     known = hard, token_weights, prepared, agreed, with_gradient, inplace
@@ -593,6 +595,8 @@ def _select_hard(
         tokens.check_device("margins", margins)
         own = plain("margins", margins.detach())
         counting = torch.ones_like(own, dtype=torch.bool) if valid is None else plain("valid", valid)
+        # The hard tokens' memory follows theirs.
+        own, counting = own.contiguous(), counting.contiguous()
         _checks.check_selection(own, counting, None, None)
         ratio = float(hard_ratio)
         # Checked there.
