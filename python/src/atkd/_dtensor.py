@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -52,13 +53,15 @@ class Placed:
     def __init__(
         self, student: Any, vocab_group: Any, token_group: Any, given: Dict[str, Any]
     ) -> None:
-        try:
-            from torch.distributed import tensor as dtensor
-        except ImportError:
+        from torch.distributed import tensor
+
+        dtensor: Any = tensor
+        if not hasattr(dtensor, "DTensor"):
             raise TypeError(
-                "student_logits are a DTensor, which needs a torch with torch.distributed.tensor, 2.5 or later"
-            ) from None
-        self.dtensor: Any = dtensor
+                f"student_logits are a DTensor, which needs torch 2.5 or later, but this is {torch.__version__}: give "
+                "student_logits.to_local() and the groups"
+            )
+        self.dtensor = dtensor
         self.mesh, self.shape = student.device_mesh, student.shape
         self.placements = self._normalised(student)
         last = len(self.shape) - 1
