@@ -44,7 +44,6 @@ def _prepare(
     vocabulary: Ranks, tokens: Ranks, layers: Dict[str, Any], labels: Any, given: Dict[str, Any]
 ) -> _Prepared:
     """Raises for whatever can be found wrong here."""
-    refuse_transforms("linear_atkd_loss")
     if given["student_head"] is not None:
         raise ValueError(
             "student_head makes logits of the whole vocabulary on one rank: with groups of ranks give student_weight"
@@ -321,6 +320,7 @@ class _Call:
 def _linear_atkd_loss(
     layers: Dict[str, Any], labels: Any, vocab_group: Any, token_group: Any, given: Dict[str, Any]
 ) -> Union[Tensor, Tuple[Tensor, Stats]]:
+    refuse_transforms("linear_atkd_loss")
     vocabulary, tokens = Ranks("vocab_group", vocab_group), Ranks("token_group", token_group)
     known, part = agree(
         vocabulary,

@@ -333,6 +333,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def refuse_transforms(function: str) -> None:
+    """Raises within transforms, which the header's tensors would be of too. No other rank hears of it."""
     if _private.derivatives_are_transformed() or _private.is_traced_or_transformed():
         raise RuntimeError(
             f"{function} over groups of ranks has no rule for torch.func, forward mode and tracers: call it outside"
@@ -363,7 +364,6 @@ def _prepare(
     given: Dict[str, Any],
 ) -> _Prepared:
     """Raises for whatever can be found wrong here."""
-    refuse_transforms(function)
     for name, tensor in [("student_logits", student), ("teacher_logits", teacher)]:
         _loss.check_tensor(name, tensor)
         for ranks in (vocabulary, tokens):
@@ -533,6 +533,7 @@ def _local_or_distributed(
     token_group: Any,
     given: Dict[str, Any],
 ) -> Union[Tensor, Tuple[Tensor, Stats]]:
+    refuse_transforms("atkd_loss")
     parts = _dtensor.Parts(student, teacher, labels, given)
     device = device_of(student, teacher, labels)
     if not _loss.is_dtensor(student):
@@ -558,6 +559,7 @@ def _teacher_margins(
     shift_labels: bool,
     settings: Dict[str, Any],
 ) -> Tensor:
+    refuse_transforms("teacher_margins")
     vocabulary, tokens = Ranks("vocab_group", vocab_group), Ranks("token_group", None)
     given = {
         "settings": settings,
@@ -587,10 +589,10 @@ def _teacher_margins(
 def _select_hard(
     margins: Tensor, valid: Optional[Tensor], hard_ratio: _settings.Number, group: Any
 ) -> Tensor:
+    refuse_transforms("select_hard")
     tokens = Ranks("group", group)
 
     def prepare() -> Tuple[Header, Tensor, Tensor, float]:
-        refuse_transforms("select_hard")
         _loss.check_selection(margins, valid, None, hard_ratio)
         tokens.check_device("margins", margins)
         own = plain("margins", margins.detach())
