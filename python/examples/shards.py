@@ -17,6 +17,7 @@ import tempfile
 import atkd
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 import torch.multiprocessing as multiprocessing
 
 VOCAB, WIDTH, SEQUENCES, LENGTH, STEPS = 101, 24, 8, 12, 20
@@ -44,12 +45,9 @@ class Model(torch.nn.Module):
 
     def __init__(self, spread, columns=slice(None), vocab_group=None):
         super().__init__()
-        self.body = torch.nn.Sequential(
-            torch.nn.Embedding(VOCAB, WIDTH), torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh()
-        )
-        whole = spread * torch.randn(VOCAB, WIDTH)
-        self.head = torch.nn.Parameter(whole[columns].clone())
-        self.vocab_group = vocab_group
+        layers = torch.nn.Embedding(VOCAB, WIDTH), torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh()
+        self.body, self.vocab_group = torch.nn.Sequential(*layers), vocab_group
+        self.head = torch.nn.Parameter(spread * torch.randn(VOCAB, WIDTH)[columns])
 
     def forward(self, tokens):
         hidden = self.body(tokens)
@@ -75,15 +73,6 @@ def part(length, group):
     return slice(cuts[rank], cuts[rank + 1])
 
 
-def wrapped(model, token_mesh, fsdp):
-    """The model under DDP or FSDP2 over the ranks that split the tokens."""
-    if fsdp:
-        from torch.distributed.fsdp import fully_shard
-
-        return fully_shard(model, mesh=token_mesh)
-    return torch.nn.parallel.DistributedDataParallel(model, process_group=token_mesh.get_group())
-
-
 def train(token_mesh=None, vocab_group=None, fsdp=False):
     """The loss of each step, summed up over the ranks that split the tokens."""
     token_group = token_mesh.get_group() if token_mesh else None
@@ -91,16 +80,18 @@ def train(token_mesh=None, vocab_group=None, fsdp=False):
     columns, rows = part(VOCAB, vocab_group), part(SEQUENCES, token_group)
     torch.manual_seed(0)
     teacher, student = Model(1.0, columns), Model(0.1, columns, vocab_group)
-    student = wrapped(student, token_mesh, fsdp) if token_mesh else student
+    if token_mesh and fsdp:
+        torch.distributed.fsdp.fully_shard(student, mesh=token_mesh)
+    elif token_mesh:
+        student = torch.nn.parallel.DistributedDataParallel(student, process_group=token_group)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     losses = []
     for step in range(STEPS):
         tokens, labels = (each[rows] for each in batch(step))
         with torch.no_grad():
             teacher_logits = teacher(tokens)
-        loss = atkd.atkd_loss(
-            student(tokens), teacher_logits, labels, vocab_group=vocab_group, token_group=token_group
-        )
+        groups = {"vocab_group": vocab_group, "token_group": token_group}
+        loss = atkd.atkd_loss(student(tokens), teacher_logits, labels, **groups)
         # What averages gradients divides by the number of ranks.
         (loss * ranks).backward()
         optimizer.step()
@@ -115,16 +106,13 @@ def train(token_mesh=None, vocab_group=None, fsdp=False):
 def process(rank, layout, fsdp, directory):
     """One of the processes: those of one row of the mesh split the vocabulary."""
     of_tokens, of_vocabulary = layout
-    torch.set_num_threads(1)
     ranks = of_tokens * of_vocabulary
+    torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(directory, f"store{layout}"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     mesh = dist.init_device_mesh("cpu", layout, mesh_dim_names=("tokens", "vocabulary"))
-    losses = train(
-        mesh["tokens"] if of_tokens > 1 else None,
-        mesh["vocabulary"].get_group() if of_vocabulary > 1 else None,
-        fsdp,
-    )
+    vocab_group = mesh["vocabulary"].get_group() if of_vocabulary > 1 else None
+    losses = train(mesh["tokens"] if of_tokens > 1 else None, vocab_group, fsdp)
     if rank == 0:
         torch.save(losses, os.path.join(directory, str(layout)))
     dist.destroy_process_group()
