@@ -551,7 +551,8 @@ def linear_atkd_loss(
         "teacher_weight": teacher_weight,
         "teacher_bias": teacher_bias,
     }
-    if vocab_group is not None or token_group is not None:
+    of_ranks = vocab_group, token_group, vocab_start, token_counts
+    if any(each is not None for each in of_ranks):
         from . import _sharded_head
 
         result: Union[Tensor, Tuple[Tensor, Stats]] = _sharded_head.linear_atkd_loss(

@@ -422,7 +422,13 @@ def atkd_loss(
         RuntimeError: on the other ranks, where one has raised.
     """
     # Its module is not imported, for that takes time.
-    if vocab_group is not None or token_group is not None or is_dtensor(student_logits):
+    if (
+        vocab_group is not None
+        or token_group is not None
+        or vocab_start is not None
+        or token_counts is not None
+        or is_dtensor(student_logits)
+    ):
         from . import _shards
 
         return _shards.atkd_loss(
@@ -585,7 +591,7 @@ def teacher_margins(
             the vocabulary.
     """
     given: Dict[str, Any] = {"temperature": temperature, "target": target}
-    if vocab_group is not None:
+    if vocab_group is not None or vocab_start is not None:
         from . import _shards
 
         given["ignore_index"] = ignore_index
