@@ -52,25 +52,6 @@ def margins_of(teacher, tokens, labels):
     return atkd.teacher_margins(teacher(tokens), labels), labels != -100
 
 
-def select_over_ranks(margins, valid, hard_ratio, group=None):
-    """Which tokens of this rank are hard among those of all ranks, however many each has."""
-    if not dist.is_initialized():
-        return atkd.select_hard(margins, hard_ratio, valid=valid)
-    count = torch.tensor(margins.numel(), device=margins.device)
-    counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, count, group=group)
-    most = int(max(counts))
-    # Margin and validity of a token in one message; the end of a shorter rank's does not count.
-    own = torch.zeros(most, 2, device=margins.device)
-    own[: margins.numel()] = torch.stack([margins.flatten(), valid.flatten().float()], -1)
-    gathered = [torch.empty_like(own) for _ in counts]
-    dist.all_gather(gathered, own, group=group)
-    all_margins, all_valid = torch.cat(gathered).unbind(-1)
-    hard = atkd.select_hard(all_margins.contiguous(), hard_ratio, valid=all_valid > 0)
-    start = most * dist.get_rank(group)
-    return hard[start : start + margins.numel()].view(margins.shape)
-
-
 def within_parts(student, teacher, parts, num_items):
     """The usual loop: hard tokens are those of each part."""
     for tokens, labels in parts:
@@ -82,7 +63,9 @@ def within_parts(student, teacher, parts, num_items):
 def over_all_parts(student, teacher, parts, num_items, hard_ratio=0.5):
     """Hard tokens are those of all parts, and of all ranks."""
     margins, valid = (torch.cat(each) for each in zip(*[margins_of(teacher, *part) for part in parts]))
-    hard = select_over_ranks(margins, valid, hard_ratio)
+    # Among the tokens of all ranks, however many each has.
+    group = dist.group.WORLD if dist.is_initialized() else None
+    hard = atkd.select_hard(margins, hard_ratio, valid=valid, group=group)
     for (tokens, labels), of_part in zip(parts, hard.split([len(tokens) for tokens, _ in parts])):
         with torch.no_grad():
             teacher_logits = teacher(tokens)

@@ -165,3 +165,16 @@ def test_scale():
     ]:
         with pytest.raises(error, match=message):
             torch.ops.atkd.loss(STUDENT, TEACHER, LABELS, scale, None, None, None, False, False, None, *SETTINGS)
+
+
+@pytest.mark.parametrize("name, value, of", [("vocab_start", 3, "vocab_group"), ("token_counts", [6], "token_group")])
+def test_what_is_told_without_ranks(name, value, of):
+    message = rf"{name} is .*, but without a {of} there is nothing to tell"
+    with pytest.raises(ValueError, match=message):
+        atkd.atkd_loss(STUDENT, TEACHER, LABELS, **{name: value})
+    layers = torch.ones(6, 3), torch.ones(50, 3)
+    with pytest.raises(ValueError, match=message):
+        atkd.linear_atkd_loss(*layers, *layers, LABELS, **{name: value})
+    if name == "vocab_start":
+        with pytest.raises(ValueError, match=message):
+            atkd.teacher_margins(TEACHER, LABELS, vocab_start=value)

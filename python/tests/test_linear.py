@@ -109,7 +109,7 @@ def test_settings(settings, chunk_tokens, device):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @on_devices
 def test_chunks_that_are_multiplied_together(settings, device, monkeypatch):
-    monkeypatch.setattr(_linear, "_chunk_tokens", lambda *_: (7, 20))
+    monkeypatch.setattr(_linear, "chunk_tokens_of", lambda *_: (7, 20))
     assert_equal_to_definitions(*layers(device=device), **settings)
 
 

@@ -124,9 +124,9 @@ def test_results_of_collectives_are_waited_for(process_group, which):
 
 
 @pytest.mark.parametrize(
-    "name", ["student_logits", "teacher_logits", "labels", "temperature", "num_items_in_batch"]
+    "name", ["teacher_logits", "labels", "temperature", "num_items_in_batch"]
 )
-def test_dtensors_are_refused(process_group, name):
+def test_dtensors_beside_plain_logits_are_refused(process_group, name):
     try:
         from torch.distributed.tensor import DTensor, Replicate
     except ImportError:

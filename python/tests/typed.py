@@ -1,10 +1,11 @@
 """Uses that mypy must understand: checked, not run."""
 
-from typing import Any, Dict, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import atkd
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from typing_extensions import assert_type
 
 
@@ -43,3 +44,24 @@ def uses(student: Tensor, teacher: Tensor, labels: Tensor, flag: bool, name: str
     atkd.ATKDLoss(**settings)
     atkd.ATKDLoss(objective=name, return_stats=flag)
     assert_type(atkd.__version__, str)
+
+
+def over_ranks(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    columns: Optional[ProcessGroup] = None,
+    tokens: Optional[ProcessGroup] = None,
+) -> None:
+    loss = atkd.atkd_loss(student, teacher, labels, vocab_group=columns, token_group=tokens)
+    assert_type(loss, Tensor)
+    told = atkd.atkd_loss(
+        student, teacher, vocab_group=columns, vocab_start=0, vocab_size=8, token_counts=[2, 3]
+    )
+    assert_type(told, Tensor)
+    margins = atkd.teacher_margins(teacher, labels, vocab_group=columns, vocab_start=0)
+    assert_type(atkd.select_hard(margins, 0.5, group=tokens), Tensor)
+    layers = student, student, teacher, teacher, labels
+    assert_type(atkd.linear_atkd_loss(*layers, vocab_group=columns, token_group=tokens), Tensor)
+    atkd.ATKDLoss(vocab_group=columns, token_group=tokens, vocab_start=0)
+    atkd.LinearATKDLoss(vocab_group=columns, token_group=tokens)

@@ -27,6 +27,8 @@ def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     # While torch.compile traces, it is of another type.
     if type(upstream) is not Tensor or _private.is_traced_or_transformed():
         return gradient * upstream
+    if gradient.numel() == 0:
+        return gradient
     if _private.graph_is_kept():
         gradient = gradient.clone()
     if upstream.is_cpu:
@@ -34,7 +36,7 @@ def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     return _native.scale_on_device(gradient, upstream)
 
 
-def _first_derivative(ctx: Any, upstream: Tensor, others: int) -> Tuple[Optional[Tensor], ...]:
+def first_derivative(ctx: Any, upstream: Tensor, others: int) -> Tuple[Optional[Tensor], ...]:
     """The saved gradient times `upstream`, for a function of the student and `others`."""
     if torch.is_grad_enabled():
         raise RuntimeError(NO_SECOND_DERIVATIVE)
@@ -56,7 +58,7 @@ def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results)
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
     if not ctx.with_gradient:
         raise RuntimeError("atkd::loss was called with with_gradient=False, and has no gradient")
-    return _first_derivative(ctx, upstream, ctx.others)
+    return first_derivative(ctx, upstream, ctx.others)
 
 
 _operator.loss.register_autograd(_backward, setup_context=_setup_context)
@@ -104,7 +106,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
-        return _first_derivative(ctx, upstream, len(ctx.needs_input_grad) - 1)
+        return first_derivative(ctx, upstream, len(ctx.needs_input_grad) - 1)
 
 
 class _Overwritten(torch.autograd.Function):
@@ -127,11 +129,11 @@ class _Overwritten(torch.autograd.Function):
         return upstream
 
 
-def _may_be_overwritten(student: Tensor) -> bool:
+def may_be_overwritten(student: Tensor) -> bool:
     """True if autograd allows that. It is an error for a leaf."""
     base = _private.base(student)
     leaf = student if base is None else base
-    if leaf.is_leaf and leaf.requires_grad:
+    if any(each.is_leaf and each.requires_grad for each in (student, leaf)):
         raise ValueError(
             "inplace=True would overwrite a leaf that requires a gradient (a parameter or an input) with "
             "that gradient: leave inplace out"
@@ -155,18 +157,24 @@ def run_directly(
     with_stats: bool,
 ) -> Tuple[Tensor, Optional[Stats]]:
     """`Loss`, after which autograd knows of logits that are gone."""
-    inplace = inplace and with_gradient and _may_be_overwritten(student)
+    inplace = inplace and with_gradient and may_be_overwritten(student)
     before = _private.version(student) if inplace else 0
     tensors = student, teacher, labels, scale, hard, token_weights, temperatures
     flags = with_gradient, inplace, per_sequence, vocab_size
     result: Tuple[Tensor, Optional[Stats]] = Loss.apply(
         *tensors, *flags, {"numbers": None, **settings}, with_stats
     )
-    if inplace and _private.version(student) != before:
-        # The gradient that `Loss` has saved lies in the same memory, and must not seem modified.
+    if inplace:
+        tell_overwritten(student, before)
+    return result
+
+
+def tell_overwritten(student: Tensor, before: int) -> None:
+    """Lets autograd know if a function has written the gradient over the logits, whose version was `before`."""
+    if _private.version(student) != before:
+        # The gradient that the function has saved lies in the same memory, and must not seem modified.
         with _private.preserve_version(student):
             _Overwritten.apply(student)
-    return result
 
 
 def runs_directly(*tensors: Optional[Tensor]) -> bool:
@@ -176,11 +184,12 @@ def runs_directly(*tensors: Optional[Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not _private.is_traced_or_transformed()
-        and all(tensor is None or _is_plain(tensor) for tensor in tensors)
+        and all(tensor is None or is_plain(tensor) for tensor in tensors)
     )
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """True if its memory on the CPU or a CUDA device holds its values."""
     return (
         type(tensor) in _PLAIN
         and (tensor.is_cpu or tensor.is_cuda)

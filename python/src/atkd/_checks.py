@@ -1,6 +1,6 @@
 """Checks that tensors fit together. Settings are checked natively."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ def check_device(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} are on {tensor.device}, but must be on the CPU or a CUDA device")
 
 
-def _check_logits(name: str, logits: Tensor) -> None:
+def _check_logits(name: str, logits: Tensor, may_be_empty: bool = False) -> None:
     if logits.dtype not in DTYPES:
         raise TypeError(f"{name} are {logits.dtype}, but must be float32, float16 or bfloat16")
-    if len(logits.shape) < 2 or logits.shape[-1] == 0:
+    if len(logits.shape) < 2 or (logits.shape[-1] == 0 and not may_be_empty):
         raise ValueError(f"{name} are {list(logits.shape)}, but must be [N, V] or [B, T, V]")
 
 
@@ -105,12 +105,55 @@ def check_loss(
                 f"{vocab} or fewer"
             )
         raise ValueError(message)
+    _check_rows(
+        student, teacher, labels, scale, hard, token_weights, temperatures, per_sequence, settings
+    )
+
+
+def check_shard(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    per_sequence: bool,
+    settings: Dict[str, Any],
+) -> None:
+    """Raises unless these are a rank's part of what a loss follows from: some columns of each row, maybe none."""
+    _check_logits("student_logits", student, may_be_empty=True)
+    _check_logits("teacher_logits", teacher, may_be_empty=True)
+    if teacher.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"student_logits are {list(student.shape)}, but teacher_logits are {list(teacher.shape)}: they must be of the "
+            "same tokens"
+        )
+    _check_rows(
+        student, teacher, labels, scale, hard, token_weights, temperatures, per_sequence, settings
+    )
+
+
+def _check_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    per_sequence: bool,
+    settings: Dict[str, Any],
+) -> None:
+    """Raises unless what is not the logits' shapes fits them."""
     if are_apart(teacher, student):
         raise ValueError(
             f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
         )
-    if per_sequence and len(shape) != 3:
-        raise ValueError(f'selection="sequence" needs logits [B, T, V], but they are {list(shape)}')
+    if per_sequence and len(student.shape) != 3:
+        raise ValueError(
+            f'selection="sequence" needs logits [B, T, V], but they are {list(student.shape)}'
+        )
     check_tokens(
         "student_logits", student, labels, scale, hard, token_weights, temperatures, settings
     )
@@ -144,6 +187,33 @@ def check_tokens(
         if values is not None:
             check_mask(values_name, values, name, states, shape, torch.float32)
     _check_labels(labels, name, states, settings["target"])
+
+
+def check_values(
+    labels: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    log_prob: Optional[Tensor],
+    vocab: Optional[int],
+    ignore_index: int,
+) -> None:
+    """Raises for values on the CPU that are wrong: there to find out is not to wait. Labels are looked at if the size of the
+    vocabulary is known.
+    """
+    checks: List[Tuple[str, Tensor, Any, str]] = []
+    valid: Any = True if labels is None else labels != ignore_index
+    if labels is not None and vocab is not None:
+        allowed = f"from 0 to {vocab - 1}, or the ignore_index {ignore_index}"
+        checks.append(("labels", labels, (labels >= 0) & (labels < vocab), allowed))
+    if log_prob is not None:
+        checks.append(("teacher_log_prob", log_prob, log_prob <= 1e-4, "the logarithm of a probability"))
+    if temperatures is not None:
+        within = (temperatures >= 1e-30) & (temperatures <= 1e30)
+        checks.append(("temperature", temperatures, within, "in [1e-30, 1e30]"))
+    for name, values, right, allowed in checks:
+        wrong = (~right & valid).flatten()
+        if values.is_cpu and wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"{name}[{at}] is {values.flatten()[at]}, but must be {allowed}")
 
 
 def check_margins(

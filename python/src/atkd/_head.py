@@ -75,7 +75,7 @@ class Linear:
         """The rows of the weight that are multiplied at once."""
         vocab, features = self.weight.shape
         rows = max(_TILE_BYTES // (4 * max(features, 1)), 1) if self.upcasts else vocab
-        return (slice(start, min(start + rows, vocab)) for start in range(0, vocab, rows))
+        return (slice(start, min(start + rows, vocab)) for start in range(0, vocab, max(rows, 1)))
 
     def logits(self, at: At) -> Tensor:
         return self.multiply_to(empty_rows(len(self.hidden[at]), self.weight, self.logits_dtype), at)
@@ -310,7 +310,7 @@ class Selection:
 
     def __init__(self, valid: Tensor, sequences: int, settings: Dict[str, Any]) -> None:
         self.valid, self.sequences = valid, sequences
-        self.by_median = settings["selection_rule"] == "median"
+        self.rule: str = settings["selection_rule"]
         self.ratio: float = settings["hard_ratio"]
         self.margins = torch.full(valid.shape, -math.inf, dtype=torch.float32, device=valid.device)
         self.known = torch.zeros_like(valid)
@@ -326,16 +326,9 @@ class Selection:
         """bool `[N]`."""
         if len(self.valid) == 0:
             return self.known.clone()
-        if self.by_median:
-            shape = self.sequences, -1
-            known = self.known.view(shape)
-            # NaN ranks below every number.
-            margins = self.margins.where(self.margins == self.margins, -math.inf).view(shape)
-            ascending = margins.where(known, math.inf).sort(-1).values
-            at = (known.sum(-1, keepdim=True) - 1).div(2, rounding_mode="floor").clamp_(min=0)
-            return ((margins >= ascending.gather(-1, at)) & known).view(-1)
         hard = torch.empty_like(self.known)
-        _native.run_selection(self.margins, self.known, self.offsets, self.ratio, hard)
+        how = self.ratio, hard, self.rule
+        _native.run_selection(self.margins, self.known, self.offsets, *how)
         return hard
 
 
@@ -398,7 +391,7 @@ class Call:
 
     def _group_factors(self, number: Tensor) -> Tuple[Tensor, Tensor]:
         """One over how many tokens are easy, and hard, times the number of all."""
-        top_k = not self.selection.by_median and self.selection.sequences == 1
+        top_k = self.selection.rule == "top-k" and self.selection.sequences == 1
         if self.hard is None and not top_k:
             # How many are hard only their selection tells.
             for at in self.chunks:

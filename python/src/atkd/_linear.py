@@ -8,6 +8,7 @@ from typing import (
     Literal,
     NamedTuple,
     Optional,
+    Sequence,
     Tuple,
     Union,
     overload,
@@ -20,6 +21,7 @@ from . import _autograd, _checks, _head, _loss, _native, _operator, _private, _s
 from ._loss import ATKDLoss, SharedKeywords, Stats
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 MEMORY_BUDGET = 512 << 20
@@ -73,7 +75,7 @@ def _split(arguments: Tuple[Any, ...]) -> Tuple[Given, Dict[str, Any]]:
 
 
 def _check_layer(
-    model: str, hidden: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+    model: str, hidden: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], is_shard: bool
 ) -> None:
     name, shape = f"{model}_hidden", list(hidden.shape)
     if hidden.dtype not in _checks.DTYPES:
@@ -89,7 +91,7 @@ def _check_layer(
             )
     if weight is None:
         return
-    if weight.dim() != 2 or weight.shape[1] != shape[-1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != shape[-1] or (weight.shape[0] == 0 and not is_shard):
         raise ValueError(
             f"{model}_weight is {list(weight.shape)}, but for {name} {shape} must be [V, {shape[-1]}]"
         )
@@ -120,12 +122,15 @@ def _vocab(given: Given) -> int:
     return vocab_size
 
 
-def _check(given: Given, settings: Dict[str, Any]) -> None:
-    """Raises unless these are what a loss follows from."""
+def check(given: Given, settings: Dict[str, Any], is_shard: bool = False) -> None:
+    """Raises unless these are what a loss follows from, or a rank's part of that: some rows of the weights, maybe none."""
     student, teacher, log_prob = given.student_hidden, given.teacher_hidden, given.teacher_log_prob
-    _check_layer("student", student, given.student_weight, given.student_bias)
-    _check_layer("teacher", teacher, given.teacher_weight, given.teacher_bias)
-    _vocab(given)
+    _check_layer("student", student, given.student_weight, given.student_bias, is_shard)
+    _check_layer("teacher", teacher, given.teacher_weight, given.teacher_bias, is_shard)
+    if not is_shard:
+        _vocab(given)
+    elif given.vocab_size is not None and given.vocab_size < 1:
+        raise ValueError(f"vocab_size is {given.vocab_size}, but must be at least 1")
     if teacher.shape[:-1] != given.shape:
         raise ValueError(
             f"student_hidden are {list(student.shape)}, but teacher_hidden are {list(teacher.shape)}: "
@@ -144,14 +149,14 @@ def _check(given: Given, settings: Dict[str, Any]) -> None:
         raise ValueError(
             f'selection="sequence" needs hidden states [B, T, H], but they are {list(student.shape)}'
         )
-    _check_sizes(given.chunk_tokens, given.memory_budget, given.logits_dtype)
+    check_sizes(given.chunk_tokens, given.memory_budget, given.logits_dtype)
     if given.logits_dtype not in (None, torch.float32, student.dtype):
         raise TypeError(
             f"logits_dtype is {given.logits_dtype}, but must be float32 or the {student.dtype} of the hidden states"
         )
 
 
-def _check_sizes(
+def check_sizes(
     chunk_tokens: Optional[int], memory_budget: int, logits_dtype: Optional[torch.dtype]
 ) -> None:
     for name, number in [("chunk_tokens", chunk_tokens), ("memory_budget", memory_budget)]:
@@ -165,7 +170,7 @@ def _check_sizes(
         raise TypeError(f"logits_dtype is {logits_dtype}, but must be float32, float16 or bfloat16")
 
 
-def _logits_dtype(hidden: Tensor, given: Optional[torch.dtype]) -> torch.dtype:
+def logits_dtype_of(hidden: Tensor, given: Optional[torch.dtype]) -> torch.dtype:
     if given is not None:
         return given if given == torch.float32 else hidden.dtype
     if hidden.is_cpu or _head.multiplies_to_float32(hidden.device):
@@ -177,7 +182,7 @@ def _logits_dtype(hidden: Tensor, given: Optional[torch.dtype]) -> torch.dtype:
 _CHUNKS, _WAITING = (512, 384, 256), 2
 
 
-def _chunk_tokens(
+def chunk_tokens_of(
     given: Given,
     vocab: int,
     logits_dtype: torch.dtype,
@@ -213,29 +218,6 @@ def _chunk_tokens(
     return chunk, min(waiting, max(count, 1))
 
 
-def _check_values(
-    tokens: _head.Tokens, log_prob: Optional[Tensor], vocab: int, ignore_index: int
-) -> None:
-    """Raises for values on the CPU that are wrong: there to find out is not to wait."""
-    labels, _, _, temperatures = tokens
-    checks: List[Tuple[str, Tensor, Any, str]] = []
-    valid: Any = True
-    if labels is not None:
-        valid = labels != ignore_index
-        allowed = f"from 0 to {vocab - 1}, or the ignore_index {ignore_index}"
-        checks.append(("labels", labels, (labels >= 0) & (labels < vocab), allowed))
-    if log_prob is not None:
-        checks.append(("teacher_log_prob", log_prob, log_prob <= 1e-4, "the logarithm of a probability"))
-    if temperatures is not None:
-        within = (temperatures >= 1e-30) & (temperatures <= 1e30)
-        checks.append(("temperature", temperatures, within, "in [1e-30, 1e30]"))
-    for name, values, right, allowed in checks:
-        wrong = ~right & valid
-        if values.is_cpu and wrong.any():
-            at = int(wrong.nonzero()[0])
-            raise ValueError(f"{name}[{at}] is {values[at]}, but must be {allowed}")
-
-
 def _call(
     student: Union[_head.Student, _head.Module],
     given: Given,
@@ -248,13 +230,14 @@ def _call(
     own = given.labels, given.hard, given.token_weights, given.temperatures, given.teacher_log_prob
     *flat, log_prob = [None if each is None else each.reshape(-1) for each in own]
     tokens = _head.Tokens(*flat)
-    _check_values(tokens, log_prob, vocab, settings["ignore_index"])
+    of_values = tokens.labels, tokens.temperatures, log_prob
+    _checks.check_values(*of_values, vocab, settings["ignore_index"])
     hidden, bias = given.teacher_hidden, given.teacher_bias
     teacher = _head.Linear(
         hidden.reshape(-1, hidden.shape[-1]),
         given.teacher_weight[:vocab],
         None if bias is None else bias[:vocab],
-        _logits_dtype(hidden, given.logits_dtype),
+        logits_dtype_of(hidden, given.logits_dtype),
     )
     sequences = given.shape[0] if given.per_sequence else 1
     # Autocast would round what was chosen not to be rounded.
@@ -268,7 +251,7 @@ def _call(
 
 def _fake_linear_loss(*arguments: Any) -> Results:
     given, settings = _split(arguments)
-    _check(given, settings)
+    check(given, settings)
     hidden = given.student_hidden
     layer = hidden, given.student_weight, given.student_bias
     return (
@@ -292,20 +275,20 @@ def linear_loss(*arguments: Any) -> Results:
     uncertainty, TKD, DKD, margin, loss as `[5, *tokens]`; which tokens are hard.
     """
     given, settings = _split(arguments)
-    _check(given, settings)
+    check(given, settings)
     hidden, weight, bias = given.student_hidden, given.student_weight, given.student_bias
     _checks.check_device("student_hidden", hidden)
     settings = _settings.resolved(settings, hidden)
     vocab = _vocab(given)
-    student_dtype = _logits_dtype(hidden, given.logits_dtype)
-    teacher_dtype = _logits_dtype(given.teacher_hidden, given.logits_dtype)
+    student_dtype = logits_dtype_of(hidden, given.logits_dtype)
+    teacher_dtype = logits_dtype_of(given.teacher_hidden, given.logits_dtype)
     gradient_dtype = _head.gradient_dtype(weight, student_dtype)
     dtypes = student_dtype, teacher_dtype, gradient_dtype
     # On the CPU memory is near; and a product of float32 copies would need those of all that wait.
     waits = hidden.is_cuda and (
         hidden.dtype == torch.float32 or _head.multiplies_to_float32(hidden.device)
     )
-    chunk_tokens, waiting = _chunk_tokens(given, vocab, *dtypes, waits, settings)
+    chunk_tokens, waiting = chunk_tokens_of(given, vocab, *dtypes, waits, settings)
     gradients = _head.empty_gradients(hidden, weight, bias, given.wanted)
     student = _head.Student(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -380,17 +363,22 @@ class _TokenLosses(torch.autograd.Function):
         return (*[g if wanted else None for g, wanted in zip(gradients, given.wanted)], *others)
 
 
-class _ByModule(torch.autograd.Function):
-    """The loss, or the losses of the tokens, behind a student's last layer that is a module, of whose parameters those that
-    require a gradient come after the hidden states. `run` computes it, with `(hidden states, parameters)` those whose
-    gradients are wanted, and with weights and hard tokens in the places of the caller's if they are given.
+class ByModule(torch.autograd.Function):
+    """The loss, or the losses of the tokens, of which `run` computes all: behind a student's last layer that is a module, of
+    whose parameters those that require a gradient come after the hidden states; or that is split over ranks. `wanted` says
+    of which gradients are, and weights and hard tokens take the places of the caller's if they are given.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, run: Any, per_token: bool, wanted: Tuple[bool, bool], *tensors: Tensor
+        ctx: Any,
+        run: Any,
+        per_token: bool,
+        wanted: Tuple[bool, ...],
+        *tensors: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        student, value, terms, chosen = run((False, False) if per_token else wanted, None, None)
+        now = (False,) * len(wanted) if per_token else wanted
+        student, value, terms, chosen = run(now, None, None)
         ctx.mark_non_differentiable(terms, chosen)
         ctx.set_materialize_grads(False)
         ctx.run, ctx.wanted, ctx.per_token, ctx.count = run, wanted, per_token, len(tensors)
@@ -409,11 +397,14 @@ class _ByModule(torch.autograd.Function):
             student, *_ = ctx.run(ctx.wanted, upstream, chosen)
             gradients = student.gradients()
         elif upstream is not None:
-            gradients = [None if each is None else each * upstream for each in ctx.saved_tensors]
+            gradients = [
+                None if each is None else _autograd.scaled(each, upstream)
+                for each in ctx.saved_tensors
+            ]
         return (None, None, None, *gradients)
 
 
-def _cast_for_autocast(hidden: Tensor, *others: Optional[Tensor]) -> List[Optional[Tensor]]:
+def cast_for_autocast(hidden: Tensor, *others: Optional[Tensor]) -> List[Optional[Tensor]]:
     """The tensors as `torch.nn.functional.linear` would take them."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device):
@@ -494,6 +485,10 @@ def linear_atkd_loss(
     shift_labels: bool = False,
     hard: Optional[Tensor] = None,
     return_stats: bool = False,
+    vocab_group: "Optional[ProcessGroup]" = None,
+    token_group: "Optional[ProcessGroup]" = None,
+    vocab_start: Optional[int] = None,
+    token_counts: Optional[Sequence[int]] = None,
     **settings: Any,
 ) -> Union[Tensor, Tuple[Tensor, Stats]]:
     """`atkd_loss` of `student_hidden @ student_weight.T + student_bias` and the same of the teacher, whose logits exist for
@@ -534,6 +529,12 @@ def linear_atkd_loss(
             part of the weight at a time), and on CUDA from torch 2.8 on.
         vocab_size: the tokens of the vocabulary, where weights have more rows, which are padding. They may then be padded
             to numbers of rows of their own; nothing is computed there, and the gradient is 0.
+        vocab_group: the group over whose ranks both weights are split by rows, and biases with them. Hidden states are
+            the same on all of its ranks, and the gradient of the student's is the whole one, summed up over the ranks;
+            those of weight and bias are of this rank's rows. (So what makes the hidden states must not sum it up again.)
+        token_group: the group over whose ranks the tokens are split. With either group the margins of all chunks come
+            first, from one product of the teacher's more, unless the hard tokens are known or one chunk has all
+            tokens; nothing is guessed. Then `backward` of `reduction="none"` has messages too.
 
     Under autocast hidden states, weights and biases are converted first, as those of `torch.nn.functional.linear` are.
 
@@ -549,8 +550,36 @@ def linear_atkd_loss(
         "teacher_hidden": teacher_hidden,
         "teacher_weight": teacher_weight,
         "teacher_bias": teacher_bias,
-        "teacher_log_prob": teacher_log_prob,
     }
+    of_ranks = vocab_group, token_group, vocab_start, token_counts
+    if any(each is not None for each in of_ranks):
+        from . import _sharded_head
+
+        result: Union[Tensor, Tuple[Tensor, Stats]] = _sharded_head.linear_atkd_loss(
+            tensors,
+            labels,
+            vocab_group,
+            token_group,
+            {
+                "student_head": student_head,
+                "teacher_log_prob": teacher_log_prob,
+                "chunk_tokens": chunk_tokens,
+                "memory_budget": memory_budget,
+                "logits_dtype": logits_dtype,
+                "selection": selection,
+                "vocab_size": vocab_size,
+                "token_weights": token_weights,
+                "num_items_in_batch": num_items_in_batch,
+                "shift_labels": shift_labels,
+                "hard": hard,
+                "return_stats": return_stats,
+                "vocab_start": vocab_start,
+                "token_counts": token_counts,
+                "settings": settings,
+            },
+        )
+        return result
+    tensors["teacher_log_prob"] = teacher_log_prob
     optional = {"student_bias", "teacher_bias", "teacher_log_prob"}
     if student_head is not None:
         optional.add("student_weight")
@@ -572,7 +601,7 @@ def linear_atkd_loss(
             _loss.check_tensor(name, tensor, "are" if name.endswith("hidden") else "is")
     if teacher_log_prob is not None:
         _loss.check_constant("teacher_log_prob", teacher_log_prob, "requires")
-    _check_sizes(chunk_tokens, memory_budget, logits_dtype)
+    check_sizes(chunk_tokens, memory_budget, logits_dtype)
     prepared = _loss.prepare(
         "linear_atkd_loss",
         student_hidden,
@@ -586,11 +615,11 @@ def linear_atkd_loss(
         settings,
     )
     labels, scale, temperatures, per_sequence, per_token, settings = prepared
-    teacher: Any = _cast_for_autocast(teacher_hidden, teacher_weight, teacher_bias)
+    teacher: Any = cast_for_autocast(teacher_hidden, teacher_weight, teacher_bias)
     teacher = [None if each is None else each.detach() for each in teacher]
     student: Any = [student_hidden, None, None]
     if student_head is None:
-        student = _cast_for_autocast(student_hidden, student_weight, student_bias)
+        student = cast_for_autocast(student_hidden, student_weight, student_bias)
     wanted = [
         each is not None and each.requires_grad and torch.is_grad_enabled() for each in student
     ]
@@ -613,14 +642,14 @@ def _behind_module(
     module: torch.nn.Module, given: Given, settings: Dict[str, Any], per_token: bool
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The loss or the losses, the terms, and which tokens are hard."""
-    _check(given, {"numbers": None, **settings})
+    check(given, {"numbers": None, **settings})
     settings = {
         name: value.item() if isinstance(value, Tensor) else value for name, value in settings.items()
     }
     vocab, has_padding = _vocab(given), given.vocab_size is not None
     # The student's logits, what autograd keeps of them, and their gradient.
     wide = torch.float32, torch.float32, torch.float32
-    chunk_tokens, _ = _chunk_tokens(given, 2 * vocab, *wide, False, settings)
+    chunk_tokens, _ = chunk_tokens_of(given, 2 * vocab, *wide, False, settings)
     hidden, autocast = given.student_hidden, _head.Autocast(given.student_hidden.device)
     without_graph = given._replace(student_hidden=hidden.detach())
 
@@ -636,7 +665,7 @@ def _behind_module(
 
     parameters = [each for each in module.parameters() if each.requires_grad]
     wanted = given.with_hidden, torch.is_grad_enabled() and bool(parameters)
-    result: Tuple[Tensor, Tensor, Tensor] = _ByModule.apply(
+    result: Tuple[Tensor, Tensor, Tensor] = ByModule.apply(
         run, per_token, wanted, hidden, *parameters
     )
     return result
@@ -663,7 +692,7 @@ class LinearATKDLoss(torch.nn.Module):
         if "inplace" in settings:
             raise TypeError("LinearATKDLoss() has no logits that inplace could overwrite")
         super().__init__()
-        _check_sizes(chunk_tokens, memory_budget, logits_dtype)
+        check_sizes(chunk_tokens, memory_budget, logits_dtype)
         self.settings = ATKDLoss(*arguments, **settings).settings
         del self.settings["inplace"]
         self.settings.update(

@@ -1,7 +1,18 @@
 """The loss as a function and as a module."""
 
 import inspect
-from typing import TYPE_CHECKING, Any, Dict, Literal, NamedTuple, Optional, Tuple, Union, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    Literal,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+    overload,
+)
 
 import torch
 from torch import Tensor
@@ -12,6 +23,7 @@ from ._token_losses import TokenLosses, TransformedTokenLosses
 from ._transforms import Transformed
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 
@@ -43,10 +55,10 @@ class Stats(NamedTuple):
 def check_tensor(name: str, value: object, is_or_are: str = "are") -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} {is_or_are} a {type(value).__name__}, but must be a torch.Tensor")
-    if type(value).__name__ == "DTensor":
+    if is_dtensor(value):
         raise TypeError(
-            f"{name} {is_or_are} a DTensor, which atkd_loss does not take: give "
-            f"{name}.full_tensor(), or {name}.to_local() if each rank holds whole rows"
+            f"{name} {is_or_are} a DTensor, which is taken only beside student_logits that are one: give "
+            f"{name}.full_tensor(), or {name}.to_local() if that is this rank's part"
         )
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
@@ -236,6 +248,10 @@ class SharedKeywords(Settings, total=False):
     num_items_in_batch: Union[None, int, float, Tensor]
     shift_labels: bool
     hard: Optional[Tensor]
+    vocab_group: "Optional[ProcessGroup]"
+    token_group: "Optional[ProcessGroup]"
+    vocab_start: Optional[int]
+    token_counts: Optional[Sequence[int]]
 
 
 class Keywords(SharedKeywords, total=False):
@@ -290,6 +306,10 @@ def atkd_loss(
     hard: Optional[Tensor] = None,
     inplace: bool = False,
     return_stats: bool = False,
+    vocab_group: "Optional[ProcessGroup]" = None,
+    token_group: "Optional[ProcessGroup]" = None,
+    vocab_start: Optional[int] = None,
+    token_counts: Optional[Sequence[int]] = None,
     **settings: Any,
 ) -> Union[Tensor, Tuple[Tensor, Stats]]:
     """The distillation loss of a batch of tokens, a float32 scalar that `backward` goes through.
@@ -319,7 +339,8 @@ def atkd_loss(
         selection: hard tokens are those of the `"batch"`, which is the tokens of this call, or of each
             `"sequence"` of `[B, T, V]`. A micro-batch, or a rank's part of a batch, has hard tokens of its
             own, and the parts' gradients do not add up to the whole batch's: between two small random models they
-            are 16 to 25% away from it in 2 to 16 micro-batches, 16 to 26% over 2 ranks. See `hard`.
+            are 16 to 25% away from it in 2 to 16 micro-batches, 16 to 26% over 2 ranks. See `hard`, and for ranks
+            `token_group`.
         reduction: `"mean"` over the valid tokens, or `"sum"`, or `"group-mean"`: the mean of the easy tokens plus the
             mean of the hard ones, each over its own count, and cross entropy's mean over all. The code of ATKD's
             authors computes the last, with `selection_rule="median"`; of groups of equal size, as `"top-k"` has them
@@ -368,12 +389,66 @@ def atkd_loss(
             views that `chunk`, `split` or `unbind` make, for tensor subclasses, in a transform of
             torch.func, or under torch.compile, which plans memory itself.
         return_stats: returns `(loss, Stats)`.
+        vocab_group: the `torch.distributed` group over whose ranks the vocabulary is split: both models' logits are this
+            rank's columns, which follow those of the ranks before; the ranks may have unequal numbers of them, or none.
+            Labels name tokens of the whole vocabulary, and `vocab_size` is a number of the whole vocabulary, beyond which
+            the last columns are padding. Everything else is the same on all ranks of the group. Each of them returns the
+            whole loss, with the same bits, and gets the gradient of its own columns.
+        token_group: the group over whose ranks the tokens are split, as data and sequence parallelism do, unequally
+            too. The hard tokens are selected among the tokens of all ranks (`selection="sequence"`: of each sequence,
+            which one rank holds), and a mean divides by the number of all their valid tokens, or by
+            `num_items_in_batch`. A rank returns its part: losses and gradients of the ranks add up to those of one
+            process. Where gradients are averaged over ranks, as DDP and FSDP do, multiply the loss by their number.
+        vocab_start: the first of this rank's columns. Where the caller gives it, with `vocab_size` and, if there is a
+            `token_group`, with `token_counts`, the ranks exchange no header, the host waits for nothing, and a rank
+            that raises leaves the others waiting.
+        token_counts: the number of tokens, ignored ones too, that each rank of the `token_group` has.
+
+    With a group, or a DTensor of logits, each call begins with an exchange of headers, so that all ranks raise where one
+    does, or where they do not go together; the README says what is sent. Under torch.compile such a call breaks the graph;
+    the transforms of torch.func raise.
+
+    Logits that are DTensors have found their groups: `Shard(-1)` splits the vocabulary, and a shard of another
+    dimension the tokens. The loss is then a DTensor, replicated where the vocabulary is split and a partial sum where
+    tokens are. Labels and all other tensors of tokens are DTensors placed likewise, but replicated where the vocabulary is
+    split, or this rank's part as a plain tensor. `Stats` are this rank's, as plain tensors.
 
     Raises:
-        TypeError: for a dtype that is none of these, a DTensor, a setting that requires a gradient.
+        TypeError: for a dtype that is none of these, a DTensor whose placements are none of these, a setting that
+            requires a gradient.
         ValueError: for shapes or devices that differ, a setting outside its domain, a label that names
-            no token of the vocabulary; with `inplace`, for a leaf that requires a gradient.
+            no token of the vocabulary; with `inplace`, for a leaf that requires a gradient; for ranks that do not go
+            together.
+        RuntimeError: on the other ranks, where one has raised.
     """
+    # Its module is not imported, for that takes time.
+    if (
+        vocab_group is not None
+        or token_group is not None
+        or vocab_start is not None
+        or token_counts is not None
+        or is_dtensor(student_logits)
+    ):
+        from . import _shards
+
+        return _shards.atkd_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            selection=selection,
+            vocab_size=vocab_size,
+            token_weights=token_weights,
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels,
+            hard=hard,
+            inplace=inplace,
+            return_stats=return_stats,
+            vocab_group=vocab_group,
+            token_group=token_group,
+            vocab_start=vocab_start,
+            token_counts=token_counts,
+            settings=settings,
+        )
     check_tensor("student_logits", student_logits)
     check_tensor("teacher_logits", teacher_logits)
     labels, scale, temperatures, per_sequence, per_token, settings = prepare(
@@ -390,15 +465,53 @@ def atkd_loss(
     )
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
+    loss, *stats = of_whole_rows(
+        student_logits,
+        teacher_logits,
+        labels,
+        scale,
+        hard,
+        token_weights,
+        temperatures,
+        inplace,
+        per_sequence,
+        per_token,
+        vocab_size,
+        settings,
+        return_stats,
+    )
+    return (loss, stats_of(*stats)) if return_stats else loss
+
+
+def is_dtensor(value: object) -> bool:
+    return type(value).__name__ == "DTensor"
+
+
+def of_whole_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    scale: Optional[Tensor],
+    hard: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    temperatures: Optional[Tensor],
+    inplace: bool,
+    per_sequence: bool,
+    per_token: bool,
+    vocab_size: Optional[int],
+    settings: Dict[str, Any],
+    with_stats: bool,
+) -> Any:
+    """The loss or the losses of the tokens, and what `stats_of` takes."""
     loss: Tensor
-    with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    tensors = student_logits, teacher_logits, labels, scale, hard, token_weights, temperatures
+    with_gradient = student.requires_grad and torch.is_grad_enabled()
+    tensors = student, teacher, labels, scale, hard, token_weights, temperatures
     transformed = _private.derivatives_are_transformed()
     if per_token:
         losses = TransformedTokenLosses if transformed else TokenLosses
         loss, *stats = losses.apply(
-            student_logits,
-            teacher_logits,
+            student,
+            teacher,
             labels,
             hard,
             token_weights,
@@ -413,13 +526,13 @@ def atkd_loss(
         )
     elif _autograd.runs_directly(*tensors):
         loss, stats = _autograd.run_directly(
-            *tensors, with_gradient, inplace, per_sequence, vocab_size, settings, return_stats
+            *tensors, with_gradient, inplace, per_sequence, vocab_size, settings, with_stats
         )
     else:
         loss, _, *stats = _operator.loss(
             *tensors, with_gradient, per_sequence, vocab_size, *_settings.for_operator(settings)
         )
-    return (loss, stats_of(*stats)) if return_stats else loss
+    return (loss, *(stats or ()))
 
 
 def stats_of(terms: Tensor, chosen: Tensor) -> Stats:
@@ -456,15 +569,17 @@ def teacher_margins(
     ignore_index: int = DEFAULTS["ignore_index"],
     vocab_size: Optional[int] = None,
     shift_labels: bool = False,
+    vocab_group: "Optional[ProcessGroup]" = None,
+    vocab_start: Optional[int] = None,
 ) -> Tensor:
     """The teacher's margin of each token, log((1 - p) / p) of its p(target): what hard tokens are selected by.
 
-    For `select_hard` over the tokens of several calls, micro-batches or ranks. On the CPU they are the `margin` of
+    For `select_hard` over the tokens of several calls, as micro-batches are. On the CPU they are the `margin` of
     `atkd_loss(return_stats=True)`, bit for bit; on a GPU the last bit may differ. No gradient flows through.
 
     Args:
         teacher_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16.
-        labels: as `atkd_loss` takes them, and so are the others.
+        labels: as `atkd_loss` takes them, and so are the others. With a `vocab_group` every rank of it gets the same bits.
 
     Returns:
         float32, shaped as the labels; -inf for ignored tokens, of which `select_hard` must be told by `valid`. On a
@@ -475,10 +590,17 @@ def teacher_margins(
         ValueError: for shapes or devices that differ, a setting outside its domain, a label that names no token of
             the vocabulary.
     """
+    given: Dict[str, Any] = {"temperature": temperature, "target": target}
+    if vocab_group is not None or vocab_start is not None:
+        from . import _shards
+
+        given["ignore_index"] = ignore_index
+        of_group = vocab_group, vocab_start, vocab_size, shift_labels, given
+        found: Tensor = _shards.teacher_margins(teacher_logits, labels, *of_group)
+        return found
     check_tensor("teacher_logits", teacher_logits)
     if labels is not None:
         check_tensor("labels", labels)
-    given: Dict[str, Any] = {"temperature": temperature, "target": target}
     temperatures = _own_temperatures(given, teacher_logits)
     _check_number("temperature", given["temperature"])
     _check_shift_labels(shift_labels)
@@ -490,12 +612,25 @@ def teacher_margins(
     return margins
 
 
+def check_selection(
+    margins: Tensor, valid: Optional[Tensor], cu_seqlens: Optional[Tensor], hard_ratio: Number
+) -> None:
+    """Raises unless these are tensors and a number."""
+    check_tensor("margins", margins)
+    if valid is not None:
+        check_tensor("valid", valid, "is")
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
+    _check_number("hard_ratio", hard_ratio)
+
+
 def select_hard(
     margins: Tensor,
     hard_ratio: Number,
     *,
     valid: Optional[Tensor] = None,
     cu_seqlens: Optional[Tensor] = None,
+    group: "Optional[ProcessGroup]" = None,
 ) -> Tensor:
     """Selects the hard tokens by `"top-k"`: the `ceil(hard_ratio * valid tokens)` of the largest margin, exactly.
 
@@ -510,20 +645,23 @@ def select_hard(
         cu_seqlens: `[sequences + 1]`, int32 or int64: selects within sequence `i` of the flattened margins,
             `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. The first is 0, the last the number of margins. On a GPU,
             where raising would wait, sequences whose offsets are out of order get no hard tokens.
+        group: the group over whose ranks the tokens are split, each of which has margins of its own, any number of them:
+            the tokens of all are selected from, equals in the order of ranks. Each call begins with a header, as one of
+            `atkd_loss` does. A rank's sequences are its own, so that with `cu_seqlens` nothing is sent.
 
     Returns:
-        bool, shaped as the margins.
+        bool, shaped as the margins; with a group for this rank's tokens.
 
     Raises:
         TypeError: for other dtypes.
         ValueError: for shapes or devices that differ, a ratio outside [0, 1], offsets out of order.
     """
-    check_tensor("margins", margins)
-    if valid is not None:
-        check_tensor("valid", valid, "is")
-    if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens)
-    _check_number("hard_ratio", hard_ratio)
+    if group is not None and cu_seqlens is None:
+        from . import _shards
+
+        found: Tensor = _shards.select_hard(margins, valid, hard_ratio, group)
+        return found
+    check_selection(margins, valid, cu_seqlens, hard_ratio)
     ratio, number = _settings.number_or_tensor(hard_ratio)
     hard: Tensor = _operator.select_hard(margins.detach(), valid, cu_seqlens, ratio, number)
     return hard
@@ -582,6 +720,9 @@ class ATKDLoss(torch.nn.Module):
         shift_labels: bool = False,
         inplace: bool = False,
         return_stats: bool = False,
+        vocab_group: "Optional[ProcessGroup]" = None,
+        token_group: "Optional[ProcessGroup]" = None,
+        vocab_start: Optional[int] = None,
     ) -> None:
         settings = dict(locals())
         del settings["self"], settings["__class__"]
@@ -605,6 +746,7 @@ class ATKDLoss(torch.nn.Module):
         hard: Optional[Tensor] = None,
         token_weights: Optional[Tensor] = None,
         temperature: Optional[Tensor] = None,
+        token_counts: Optional[Sequence[int]] = None,
     ) -> Any:
         """The loss of `atkd_loss`, which describes the arguments; with `return_stats` `(loss, Stats)`. A temperature given
         here, a number or one a token, is in the place of the setting.
@@ -619,6 +761,7 @@ class ATKDLoss(torch.nn.Module):
             num_items_in_batch=num_items_in_batch,
             hard=hard,
             token_weights=token_weights,
+            token_counts=token_counts,
             **settings,
         )
 

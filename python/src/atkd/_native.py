@@ -72,6 +72,29 @@ class Call(NamedTuple):
     """A byte per token: on the CPU whether it is hard, on a device its group."""
 
 
+class Shard(NamedTuple):
+    """A rank's columns of both models' rows, by address."""
+
+    tokens: int
+    vocab: int
+    """The columns of all ranks that count."""
+    first_column: int
+    columns: int
+    """This rank's columns that count, maybe none."""
+    student: Matrix
+    teacher: Matrix
+    labels: Optional[Labels]
+    """Of the whole vocabulary."""
+    hard: Optional[int]
+    """Bool `[tokens]`."""
+    token_weights: Optional[int]
+    temperatures: Optional[int]
+    scale: Optional[int]
+    """A float32 scalar that the gradient is multiplied by."""
+    counts: Optional[int]
+    """int32 `[2]`, the tokens of all ranks that count and those that are hard; or those of this rank."""
+
+
 def _strides(logits: Tensor) -> Optional[Strides]:
     """None unless rows are contiguous, apart, and a grid of two dimensions at most."""
     vocab = logits.shape[-1]
@@ -294,6 +317,7 @@ def run_selection(
     cu_seqlens: Optional[Tensor],
     hard_ratio: float,
     hard: Tensor,
+    selection_rule: str = "top-k",
 ) -> None:
     """Selects the hard tokens into the tensor `hard`."""
     check_device("margins", margins)
@@ -311,7 +335,128 @@ def run_selection(
         sequences,
         hard_ratio,
         hard.data_ptr(),
+        selection_rule,
     )
+
+
+class Stages:
+    """A loss of rows that are split over ranks, stage by stage. Between the stages each rank gathers the states that all
+    of them have made, in the order of their columns, `[ranks, ..]`.
+    """
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Optional[Tensor],
+        token_weights: Optional[Tensor],
+        temperatures: Optional[Tensor],
+        first_column: int,
+        columns: int,
+        vocab: int,
+        objective: _atkd.Objective,
+    ) -> None:
+        self.objective = objective
+        self.student, self.tokens = student, student.shape[:-1]
+        self.count = self.tokens.numel()
+        # They live as long as their addresses.
+        self.rows = rows(student), rows(teacher)
+        self.of_tokens = [_contiguous(each) for each in (labels, token_weights, temperatures)]
+        flat_labels, flat_weights, flat_temperatures = self.of_tokens
+        self.shard = Shard(
+            tokens=self.count,
+            vocab=vocab,
+            first_column=first_column,
+            columns=columns,
+            student=_matrix(self.rows[0]),
+            teacher=_matrix(self.rows[1]),
+            labels=_labels(flat_labels),
+            hard=None,
+            token_weights=_address(flat_weights),
+            temperatures=_address(flat_temperatures),
+            scale=None,
+            counts=None,
+        )
+
+    def states(self) -> Tensor:
+        """uint8 `[tokens, ROW_STATE_BYTES]`."""
+        states = self._empty((self.count, _atkd.ROW_STATE_BYTES), torch.uint8)
+        self._run(_atkd.shard_states, self.shard, states.data_ptr())
+        return states
+
+    def margins(self, states: Tensor) -> Tensor:
+        """float32, shaped as the tokens; -inf for ignored ones."""
+        margins = self._empty(self.tokens, torch.float32)
+        self._run(_atkd.shard_margins, self.shard, _of_ranks(states), margins.data_ptr())
+        return margins
+
+    def terms(self, states: Tensor) -> Tensor:
+        """uint8 `[tokens, SWEEP_TERMS_BYTES]`, of divergences that need two sweeps."""
+        terms = self._empty((self.count, _atkd.SWEEP_TERMS_BYTES), torch.uint8)
+        self._run(_atkd.shard_terms, self.shard, _of_ranks(states), terms.data_ptr())
+        return terms
+
+    def gradient(
+        self,
+        states: Tensor,
+        terms: Optional[Tensor],
+        hard: Tensor,
+        scale: Optional[Tensor],
+        counts: Optional[Tensor],
+        to: Tensor,
+    ) -> None:
+        """This rank's columns of the gradient; in place if `to` is the student."""
+        gradient = rows(to)
+        shard, kept = self._with(hard, scale, counts)
+        padding = to.shape[-1] - shard.columns
+        of_gradient = _matrix(gradient), padding
+        self._run(
+            _atkd.shard_gradient, shard, _of_ranks(states), _address(terms), *of_gradient
+        )
+        del kept
+
+    def loss(
+        self,
+        states: Tensor,
+        terms: Optional[Tensor],
+        hard: Tensor,
+        counts: Optional[Tensor],
+    ) -> Tuple[Tensor, Stats]:
+        """These tokens' part of the loss, and their statistics."""
+        loss = self._empty((), torch.float32)
+        columns, groups = empty_stats(self.student)
+        if self.count == 0:
+            loss.zero_()
+        shard, kept = self._with(hard, None, counts)
+        to = loss.data_ptr(), columns.data_ptr(), groups.data_ptr()
+        self._run(_atkd.shard_loss, shard, _of_ranks(states), _address(terms), *to)
+        del kept
+        if not self.student.is_cpu:
+            groups = groups.view(torch.uint8) == _atkd.HARD
+        return loss, (columns, groups)
+
+    def _empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        return self.student.new_empty(shape, dtype=dtype)
+
+    def _with(
+        self, hard: Tensor, scale: Optional[Tensor], counts: Optional[Tensor]
+    ) -> Tuple[Shard, Tensor]:
+        """What is known after the selection, and what must live as long as its address."""
+        hard = hard.contiguous()
+        return (
+            self.shard._replace(
+                hard=_address(hard), scale=_address(scale), counts=_address(counts)
+            ),
+            hard,
+        )
+
+    def _run(self, stage: Any, *arguments: Any) -> None:
+        if self.count > 0:
+            _run(stage, self.student, self.count, self.objective, *arguments)
+
+
+def _of_ranks(states: Tensor) -> Tuple[int, int]:
+    return states.data_ptr(), len(states)
 
 
 def scale_on_device(gradient: Tensor, upstream: Tensor) -> Tensor:
