@@ -87,8 +87,7 @@ def header_of(
     """What this rank says. `of_tokens` are optional arguments by the names in `ARGUMENTS`."""
     labels = of_tokens["labels"]
     least = largest = 0
-    # With another target labels only tell which tokens are ignored.
-    if labels is not None and labels.is_cpu and agreed.settings["target"] == "label":
+    if labels is not None and labels.is_cpu:
         counting = labels[labels != agreed.settings["ignore_index"]]
         if counting.numel() > 0:
             least, largest = int(counting.min()), int(counting.max())
