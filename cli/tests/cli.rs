@@ -116,10 +116,15 @@ fn loss_and_gradient_are_the_reference_s() {
     let (exact, gradient) =
         reference::forward_backward(&Objective::default(), &batch, student).unwrap();
 
-    for backend in ["auto", "cpu", "simt", "reference"] {
+    // Ranks of which some have columns, be they more than the vocabulary.
+    let shards = [("cpu", "1"), ("cpu", "3"), ("cpu", "64"), ("simt", "8")];
+    let whole = ["auto", "cpu", "simt", "reference"].map(|backend| (backend, None));
+    for (backend, shards) in whole.into_iter().chain(shards.map(|(b, ranks)| (b, Some(ranks)))) {
         let out = files.path("out");
         let grad = out.to_str().unwrap();
-        let object = json(loss(&path, &["--backend", backend, "--json", "--grad", grad]));
+        let mut options = vec!["--backend", backend, "--json", "--grad", grad];
+        options.extend(shards.iter().flat_map(|ranks| ["--shards", ranks]));
+        let object = json(loss(&path, &options));
         let expected = exact.summary();
         let number = |key: &str| object[key].as_f64().unwrap_or_else(|| panic!("no {key}"));
         for (key, value) in [
@@ -340,6 +345,7 @@ fn bad_settings() {
     fails(atkd(&["bench", "--tokens", "2000000000000000000", "--vocab", "2"]), &["memory"]);
     fails(atkd(&["bench", "--tokens", "1000000000", "--vocab", "1000000"]), &["do not fit"]);
     fails(loss(&path, &["--lambda", "-1"]), &["lambda is -1"]);
+    fails(loss(&path, &["--shards", "2", "--backend", "reference"]), &["reference", "no shards"]);
     fails(loss(&path, &["--ce-weight", "-0.5"]), &["cross-entropy weight is -0.5"]);
 }
 
@@ -556,6 +562,7 @@ fn hidden_states() {
     }
     fails(loss(&path, &["--chunk", "0"]), &["tokens of a chunk is 0", "at least 1"]);
     fails(loss(&path, &["--entropies"]), &["--entropies", "hidden states"]);
+    fails(loss(&path, &["--shards", "2"]), &["--shards", "hidden states"]);
     let of_logits = files.batch("batch", &files.labels);
     fails(loss(&of_logits, &["--chunk", "2"]), &["--chunk", "student_hidden"]);
     let with = |name: &str, tensor: (&'static str, Dtype, &'static [usize], &[u8])| {
