@@ -69,8 +69,8 @@ fn check(gpu: &Gpu, objective: &Objective, in_place: bool) {
         upstream: None,
         counts: None,
     });
-    let states = gpu.upload(&vec![0_u32; 3 * 5 * 10]);
-    let terms = gpu.upload(&vec![0_u32; 3 * 5 * 3]);
+    let states = gpu.upload(&[0_u32; 3 * 5 * 10]);
+    let terms = gpu.upload(&[0_u32; 3 * 5 * 3]);
     let [states, terms, workspace] =
         [states.device_ptr(stream).0, terms.device_ptr(stream).0, workspace.device_ptr(stream).0];
     let exchanged = RawStates { states, terms: Some(terms), ranks: 3 };
