@@ -175,12 +175,12 @@ typedef struct {
 // made it.
 typedef struct {
     atkd_batch batch;
-    const uint8_t *hard; // [N]: not 0 for a hard token, instead of valid_mode; or null
-    void *states;        // of row_pipelined, whose numbers become 0
+    const uint8_t *hard;            // [N]: not 0 for a hard token, instead of valid_mode; or null
+    void *states;                   // of row_pipelined, whose numbers become 0
     const uint32_t *kept_threshold; // the last call's: becomes the summary's predicted one; any value is right
-    const uint32_t *counts; // [2]: valid and hard tokens of all ranks, instead of those counted here; or null
-    uint32_t valid_mode;    // ATKD_EASY or ATKD_HARD
-    uint32_t count_hard;    // not 0: no select_hard comes after, which would count the hard tokens
+    const uint32_t *counts;         // [2]: valid and hard tokens of all ranks, instead of those counted here; or null
+    uint32_t valid_mode;            // ATKD_EASY or ATKD_HARD
+    uint32_t count_hard;            // not 0: no select_hard comes after, which would count the hard tokens
 } atkd_count_valid;
 
 // select_hard: which tokens are hard. One cluster a scope.
@@ -275,12 +275,12 @@ typedef struct {
 // row_states, row_terms, row_gradient, merge_states: the stages of a call on one rank's shard of the vocabulary, which has
 // some columns of each row. The states of all ranks are merged where they are used, in rank order.
 typedef struct {
-    atkd_rows rows;                 // rows.batch.vocab: this shard's columns
-    atkd_row_state *own_states;     // [N]: row_states writes them
-    atkd_sweep_terms *own_terms;    // [N]: row_terms writes them
-    const atkd_row_state *states;   // [ranks, N]
-    const atkd_sweep_terms *terms;  // [ranks, N], for the divergences of two sweeps; null where they are not known yet
-    float *margins;                 // [N]: merge_states, the teacher's where the caller wants them; or null
+    atkd_rows rows;                // rows.batch.vocab: this shard's columns
+    atkd_row_state *own_states;    // [N]: row_states writes them
+    atkd_sweep_terms *own_terms;   // [N]: row_terms writes them
+    const atkd_row_state *states;  // [ranks, N]
+    const atkd_sweep_terms *terms; // [ranks, N], for the divergences of two sweeps; null where they are not known yet
+    float *margins;                // [N]: merge_states, the teacher's where the caller wants them; or null
     uint32_t ranks;
     uint32_t first_column;
     uint32_t whole_vocab;

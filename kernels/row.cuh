@@ -281,9 +281,9 @@ ATKD_DEVICE void by_size(const typename D::Scales &scales, F f) {
 
 // The second sweep over a row, likewise: the terms of the thread's part.
 template <class D, bool CE_SUM, class P, class Q>
-ATKD_DEVICE typename D::template Terms<float>
-second_sweep(const atkd_divergence &divergence, const Rows<P, Q> &rows, uint32_t target, uint32_t target_chunk,
-             const typename D::Scales &scales, float exponent) {
+ATKD_DEVICE typename D::template Terms<float> second_sweep(const atkd_divergence &divergence, const Rows<P, Q> &rows,
+                                                           uint32_t target, uint32_t target_chunk,
+                                                           const typename D::Scales &scales, float exponent) {
     auto terms = D::template Terms<float>::empty();
     by_size<D, CE_SUM>(scales, [&](auto large) {
         for_chunks<false, READS_AHEAD<D, P, Q>>(

@@ -66,14 +66,10 @@ ATKD_DEVICE atkd_row_state to_exchange(const RowState<D, Real> &state, const Tar
 // The state that was exchanged. Without a sum of its own, the student's sum at temperature 1 is the other one.
 template <class D> ATKD_DEVICE RowState<D, double> from_exchange(const atkd_row_state &from, bool sum_at_1) {
     bool mismatch = D::CROSS == BY_TEACHER && from.cross_term == -NEG_INF;
-    return {from.teacher_sum,
-            mismatch ? 0.0 : from.cross_term,
-            from.student_sum,
-            sum_at_1 ? from.student_sum_at_1 : from.student_sum,
-            from.teacher_max,
-            from.student_max,
-            from.teacher_reference,
-            mismatch ? 1u : 0u};
+    return {from.teacher_sum,       mismatch ? 0.0 : from.cross_term,
+            from.student_sum,       sum_at_1 ? from.student_sum_at_1 : from.student_sum,
+            from.teacher_max,       from.student_max,
+            from.teacher_reference, mismatch ? 1u : 0u};
 }
 
 // A token that shards have left out, and its logits; -1 where there is none.
@@ -231,8 +227,8 @@ template <class D, class P, class Q> ATKD_DEVICE void row_terms(const atkd_shard
     RowScales row_scales = scales[0];
     uint32_t column = target_column[0];
     float exponent = inverse_temperature_of(p.rows.batch, opaque(token)) * LOG2_E;
-    auto own = second_sweep<D, true>(p.rows.divergence, rows, column, chunk_of_column(rows, column), row_scales,
-                                     exponent);
+    auto own =
+        second_sweep<D, true>(p.rows.divergence, rows, column, chunk_of_column(rows, column), row_scales, exponent);
     store_warp_state<false>(own, warp_terms);
     ATKD_SYNC_CLUSTER();
     if (thread_index() < WARP && cluster_rank() == 0) {
@@ -308,8 +304,8 @@ template <class D> ATKD_DEVICE void merge_states(const atkd_shard &p) {
         }
         if constexpr (D::SWEEPS == 2) {
             if (p.terms != nullptr) {
-                typename D::Scales scales = scales_of<D, true>(p.rows, Weights(), token, ATKD_EASY, row.state,
-                                                               row.target.logits, false);
+                typename D::Scales scales =
+                    scales_of<D, true>(p.rows, Weights(), token, ATKD_EASY, row.state, row.target.logits, false);
                 store_dkd(p.rows, token, D::finish(p.rows.divergence, scales, merge_terms<D>(p, token), scales));
             }
         }
