@@ -254,8 +254,9 @@ template <class D, bool CE_SUM, class P, class Q> ATKD_DEVICE void row_gradient(
     if (thread_index() < WARP) {
         find_scales<D, CE_SUM>(p, Weights::of(p.rows), token, mode, scales, target_column);
         if constexpr (D::SWEEPS == 2) {
-            RowScales found;
-            D::finish(p.rows.divergence, scales[0], merge_terms<D>(p, token), found);
+            // Not read from shared memory within: for sm_100 the compiler would leave a part of them in local memory.
+            RowScales found = scales[0];
+            D::finish(p.rows.divergence, found, merge_terms<D>(p, token), found);
             sync_warp();
             if (thread_index() == 0) {
                 scales[0] = found;
