@@ -132,22 +132,6 @@ impl<'a> Shard<'a> {
         self.first_column
     }
 
-    pub(crate) fn vocab(&self) -> usize {
-        self.vocab
-    }
-
-    pub(crate) fn labels(&self) -> Option<Labels<'a>> {
-        self.labels
-    }
-
-    pub(crate) fn hard(&self) -> Option<&'a [bool]> {
-        self.hard
-    }
-
-    pub(crate) fn given_counts(&self) -> Option<[usize; 2]> {
-        self.counts
-    }
-
     pub(crate) fn settings(&self) -> TokenSettings<'a> {
         self.own
     }
@@ -220,14 +204,6 @@ impl<'a> Exchanged<'a> {
         Ok(())
     }
 
-    pub(crate) fn states(&self) -> &'a [RowState] {
-        self.states
-    }
-
-    pub(crate) fn terms(&self) -> Option<&'a [SweepTerms]> {
-        self.terms
-    }
-
     /// The states of a token, in the order of the ranks.
     pub(crate) fn states_of(
         &self,
@@ -244,5 +220,36 @@ impl<'a> Exchanged<'a> {
         tokens: usize,
     ) -> Option<impl Iterator<Item = &'a SweepTerms>> {
         self.terms.map(|terms| terms.iter().skip(token).step_by(tokens))
+    }
+}
+
+/// What the stages by view on a device, or in the simulator, copy.
+#[cfg(all(feature = "battery", any(feature = "cuda", feature = "simt")))]
+impl<'a> Shard<'a> {
+    pub(crate) fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    pub(crate) fn labels(&self) -> Option<Labels<'a>> {
+        self.labels
+    }
+
+    pub(crate) fn hard(&self) -> Option<&'a [bool]> {
+        self.hard
+    }
+
+    pub(crate) fn given_counts(&self) -> Option<[usize; 2]> {
+        self.counts
+    }
+}
+
+#[cfg(all(feature = "battery", any(feature = "cuda", feature = "simt")))]
+impl<'a> Exchanged<'a> {
+    pub(crate) fn states(&self) -> &'a [RowState] {
+        self.states
+    }
+
+    pub(crate) fn terms(&self) -> Option<&'a [SweepTerms]> {
+        self.terms
     }
 }

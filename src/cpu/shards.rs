@@ -1,4 +1,4 @@
-//! The stages of a call on a shard of the vocabulary: see [`shards`](crate::shards).
+//! The stages of a call on a shard of the vocabulary: see [`crate::shards`].
 //!
 //! Two ranks of which one has tokens 0 and 1 of the vocabulary, and the other token 2:
 //!
