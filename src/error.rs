@@ -139,6 +139,23 @@ pub enum Error {
         "the objective depends on which tokens are hard, and shards have no selection: give the mask that select_hard makes of the margins of all ranks' tokens"
     )]
     NoHardTokens,
+    /// A communicator that works on another stream than the call.
+    #[error("a communicator of the call has another stream than the call: make both with one")]
+    OtherStream,
+    /// The numbers of tokens of all ranks, of which this one has another.
+    #[error(
+        "rank {rank} of {size} has {}, but the counts, {given} of them, say {told}: there must be one for each rank, and this rank's its own",
+        count(*tokens, "token")
+    )]
+    RankTokens { rank: usize, tokens: usize, told: usize, given: usize, size: usize },
+    /// Hard tokens that were selected elsewhere, among the tokens of several ranks.
+    #[error(
+        "the hard tokens of one of {size} ranks are given, but not how many tokens of all count and are hard: give both as the shard's counts"
+    )]
+    NoCounts { size: usize },
+    /// NCCL refused.
+    #[error("{what}: NCCL reports status {status}")]
+    Nccl { what: &'static str, status: u32 },
     /// A divergence of two sweeps whose second sweep was not exchanged.
     #[error("the divergence needs the second sweep's terms of all ranks beside their row states")]
     NoSweepTerms,

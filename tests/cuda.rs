@@ -4,6 +4,9 @@
 
 #[path = "cuda/head.rs"]
 mod head;
+#[cfg(feature = "nccl")]
+#[path = "cuda/nccl.rs"]
+mod nccl;
 #[path = "cuda/session.rs"]
 mod session;
 #[path = "cuda/shards.rs"]

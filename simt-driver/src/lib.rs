@@ -39,6 +39,7 @@ use device::{
 
 mod cublas;
 mod device;
+mod nccl;
 pub use device::{BLOCK, CLUSTER};
 
 /// Device 2 is for tests that end its context, device 3 a small one without clusters.

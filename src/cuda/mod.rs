@@ -52,6 +52,8 @@ mod by_address;
 mod head;
 mod host;
 mod kernels;
+#[cfg(feature = "nccl")]
+mod nccl;
 #[cfg(feature = "head")]
 mod products;
 mod session;
@@ -75,6 +77,8 @@ use crate::{Error, Result};
 #[cfg(feature = "head")]
 pub use head::{DeviceGradients, DeviceLayer, Head};
 pub use kernels::Kernels;
+#[cfg(feature = "nccl")]
+pub use nccl::Ranks;
 pub use session::{RawSession, Session};
 pub use tensor::{
     DeviceBatch, DeviceElements, DeviceElementsMut, DeviceLabels, DeviceLogits, DeviceLogitsMut,

@@ -2,6 +2,8 @@
 
 use super::kernel::{Launch, Parameters, ShardKernel, of_shard};
 use super::session::Launches;
+#[cfg(feature = "nccl")]
+use super::stages::rule;
 use super::stages::{Checked, Stages, check_sizes, margin_pass, problem};
 use super::workspace::Memory;
 use crate::call::{ROW_STATES, RawLogits, RawOutput, RawShard, RawStage, RawStates, SWEEP_TERMS};
@@ -146,6 +148,50 @@ pub(crate) fn finish(
     of.stages.output = *output;
     let launches = [of.count(), of.merge(0, Some(terms)), of.stages.launch(Stage::Finish)];
     Ok(launches.into_iter().filter_map(Launch::unless_empty).collect())
+}
+
+/// The kernel that leaves groups in the workspace's column of modes, of which the ignored tokens' alone is 0.
+#[cfg(feature = "nccl")]
+pub(crate) fn valid_tokens(
+    objective: &Objective,
+    shard: &RawShard,
+    device: &DeviceProperties,
+    memory: Memory,
+) -> Result<Option<Launch>> {
+    let of = Shard::new(objective, shard, None, device, memory)?;
+    Ok(of.count().unless_empty())
+}
+
+/// The selection among the tokens of all ranks, at the addresses of margins, of which of them count, and of the mask. The
+/// numbers of those that count and of hard ones are left in the summary of the workspace, which is 0 before.
+#[cfg(feature = "nccl")]
+pub(crate) fn select_among_ranks(
+    objective: &Objective,
+    tokens: usize,
+    [margins, valid, hard]: [u64; 3],
+    device: &DeviceProperties,
+    memory: Memory,
+) -> Option<Launch> {
+    let launch = Launch {
+        kernel: "select_hard",
+        shape: plan::select_hard(device, tokens, 1),
+        parameters: Parameters::SelectHard(atkd_select_hard {
+            batch: memory.batch(tokens),
+            margins: margins as *const f32,
+            valid: valid as *const u8,
+            offsets: std::ptr::null(),
+            mispredicted: std::ptr::null_mut(),
+            states: memory.states(),
+            kept_threshold: memory.kept_threshold(),
+            hard_to: hard as *mut u8,
+            hard_ratio: objective.hard_ratio(),
+            scopes: 1,
+            count: 1,
+            rule: rule(objective.selection_rule()),
+            reserved: 0,
+        }),
+    };
+    launch.unless_empty()
 }
 
 impl<'a> Shard<'a> {

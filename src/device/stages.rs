@@ -166,7 +166,7 @@ pub(crate) fn selection(
     Ok(if tokens > 0 { launch.unless_empty() } else { None })
 }
 
-fn rule(rule: SelectionRule) -> u32 {
+pub(super) fn rule(rule: SelectionRule) -> u32 {
     match rule {
         SelectionRule::TopK => ATKD_TOP_K,
         SelectionRule::Median => ATKD_MEDIAN,

@@ -17,11 +17,13 @@ pub extern "C" fn load_driver() {
     let loaded = unsafe { Library::new(&driver) };
     let loaded = loaded.unwrap_or_else(|error| panic!("{}: {error}", driver.display()));
     DRIVER.get_or_init(|| loaded);
-    // Its functions of cuBLASLt are looked for under that name, in a folder where only these tests do: see build.rs.
-    let link = concat!(env!("OUT_DIR"), "/simulated/libcublasLt.so");
-    match std::os::unix::fs::symlink(&driver, link) {
-        // By another test's process.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-        linked => linked.unwrap_or_else(|error| panic!("{link}: {error}")),
+    // Its functions of cuBLASLt and NCCL are looked for under these names, in a folder where only these tests do: see build.rs.
+    for name in ["cublasLt", "nccl"] {
+        let link = format!("{}/simulated/lib{name}.so", env!("OUT_DIR"));
+        match std::os::unix::fs::symlink(&driver, &link) {
+            // By another test's process.
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            linked => linked.unwrap_or_else(|error| panic!("{link}: {error}")),
+        }
     }
 }
