@@ -83,6 +83,7 @@
 //!   loads without CUDA too). The kernels are in a build only if an nvcc compiled them.
 //! - [`reference`](mod@reference) is the same in float64 straight from the definitions, for checking.
 //! - [`call`] is calls by address, for other languages and frameworks; [`cpu::raw`] runs them on the host.
+//! - [`shards`] is a call over ranks of which each has some columns of the logits.
 //! - [`head`], with the feature of that name, computes the loss from hidden states and the weights of both models' last
 //!   layers, a chunk of tokens at a time, so that the logits of all tokens never exist.
 //! - [`candle`], with the feature of that name, is a differentiable operation for training loops; with

@@ -25,7 +25,7 @@
 //!
 //! Where the tokens are split over ranks, too, the hard ones are selected by the margins of all ranks' tokens
 //! ([`select_hard`](crate::select_hard)), and [`with_counts`](Shard::with_counts) makes a mean that of all. The losses of the
-//! ranks of tokens then add up.
+//! ranks of tokens then add up. On GPUs `cuda::Workspace::launch_over_ranks`, with the feature `nccl`, does all of it.
 
 use crate::batch::{TokenSettings, check_count, valid_labels};
 use crate::call::{HARD_MASK, ROW_STATES, SWEEP_TERMS, check_columns};

@@ -45,7 +45,8 @@
 //! layers, of hidden states and weights.
 //!
 //! Where each rank has some columns of the logits, the stages of [`Kernels::launch_shard_raw`], those of
-//! [`shards`](crate::shards), agree on the loss and write the gradient of each rank's columns.
+//! [`shards`](crate::shards), agree on the loss and write the gradient of each rank's columns. With the feature `nccl`,
+//! `Workspace::launch_over_ranks` is a whole call over ranks of columns, of tokens, or of both.
 
 mod by_address;
 #[cfg(feature = "head")]
