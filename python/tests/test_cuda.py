@@ -236,3 +236,63 @@ def test_errors_name_the_devices():
         atkd.atkd_loss(student, teacher.cpu(), labels)
     with pytest.raises(ValueError, match="cuda:0.*cpu"):
         atkd.atkd_loss(student, teacher, labels.cpu())
+
+
+@pytest.fixture(scope="module")
+def world():
+    """NCCL's group of this process alone, in the place of both groups."""
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_nccl_available():
+        pytest.skip("needs NCCL: no collective was tested on a device")
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("groups", [["vocab_group"], ["token_group"], ["vocab_group", "token_group"]], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"divergence": "jsd", "ce_weight": 0.5, "temperature": 2.0},
+        {"divergence": "reverse-kl", "target": "teacher"},
+        {"reduction": "group-mean", "selection_rule": "median"},
+    ],
+    ids=str,
+)
+def test_a_world_of_one(world, groups, settings):
+    student, teacher, labels = on_device(24, 5001, dtype=torch.bfloat16)
+    loss, gradient, _ = exactly(student, teacher, labels, **settings)
+    given = dict.fromkeys(groups, world)
+    told = {}
+    if "vocab_group" in groups:
+        told.update(vocab_start=0, vocab_size=5001)
+    if "token_group" in groups:
+        told.update(token_counts=[24])
+    for more in ({}, told):
+        logits = student.clone().requires_grad_()
+        if more:
+            # Without a header nothing is waited for.
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            actual = atkd.atkd_loss(logits, teacher, labels, **given, **more, **settings)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        actual.backward()
+        assert abs(actual.item() - loss) <= 1e-6 * abs(loss) + 2e-7
+        assert_gradient(logits.grad, gradient, weight(student, labels, **settings))
+
+
+def test_a_sharded_head_in_a_world_of_one(world):
+    random = torch.Generator(device="cuda").manual_seed(0)
+    hidden, weights = (torch.randn(shape, device="cuda", generator=random) for shape in [(24, 32), (701, 32)])
+    labels = torch.randint(701, (24,), device="cuda", generator=random)
+    results = []
+    for given in ({}, {"vocab_group": world, "token_group": world}):
+        leaves = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+        loss = atkd.linear_atkd_loss(*leaves, hidden.flip(0), weights, labels, chunk_tokens=8, **given)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
