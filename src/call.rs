@@ -406,6 +406,11 @@ impl RawShard {
 
 /// Checks that a shard's columns are some of the vocabulary's.
 pub(crate) fn check_columns(first: usize, columns: usize, vocab: usize) -> Result<()> {
+    // A row state has 32 bits for a token of the vocabulary.
+    if vocab > i32::MAX as usize {
+        let (what, most) = ("the vocabulary size", i32::MAX as usize);
+        return Err(Error::TooLarge { what, value: vocab, most });
+    }
     match first.checked_add(columns) {
         Some(end) if end <= vocab => Ok(()),
         _ => Err(Error::ShardColumns { first, columns, vocab }),

@@ -18,6 +18,9 @@
 //! ([`has_two_sweeps`](crate::Objective::has_two_sweeps)). What is exchanged takes 40 bytes per token and rank, and 12 for the
 //! terms.
 //!
+//! States are rounded to float32. So margins, losses and gradients are not the bits of whole rows, from which they differ by a
+//! rounding more, and of rows that are as uncertain as each other without being the same, others may be hard than there.
+//!
 //! Labels are tokens of the whole vocabulary, and the target may be in any shard. The columns of the ranks, in their order,
 //! are those of the vocabulary; a shard without columns has [`RowState::EMPTY`] for each token. By
 //! [`Target::Teacher`](crate::Target::Teacher) each rank leaves out its own arg max, of which the largest is the target, the

@@ -205,6 +205,8 @@ fn mistakes() {
         Shard::new(&LABELS, VOCAB, 38).unwrap_err(),
         "0 columns from 38 on, but the vocabulary has 37",
     );
+    let huge = Shard::unlabelled(1, 1 << 31, 0).unwrap_err();
+    says(huge, "the vocabulary size is 2147483648, but must be at most 2147483647");
     let shard = |first| Shard::new(&LABELS, VOCAB, first).unwrap();
     let (a, b) = (part(&teacher, 0..9), part(&student, 0..9));
     let wrong = |first, a, b| shards::states(&objective, &shard(first), a, b).unwrap_err();

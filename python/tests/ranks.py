@@ -43,7 +43,11 @@ def _groups(rank):
         of_tokens = [dist.new_group([d * tp + t for d in range(dp)]) for t in range(tp)]
         if rank < tp * dp:
             d, t = divmod(rank, tp)
-            groups[tp, dp] = Group(of_columns[d] if tp > 1 else None, of_tokens[t] if dp > 1 else None, t, d)
+            # One rank has groups of its own alone.
+            alone = tp == dp == 1
+            groups[tp, dp] = Group(
+                of_columns[d] if tp > 1 or alone else None, of_tokens[t] if dp > 1 or alone else None, t, d
+            )
     return groups
 
 

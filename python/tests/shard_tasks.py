@@ -308,6 +308,20 @@ def _wrong_vocab_start(student, teacher, labels, given):
     return student, teacher, labels, {**given, "vocab_start": 3}
 
 
+def _huge_vocab_size(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "vocab_size": 2**70}
+
+
+def _half_a_column(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "vocab_size": 49.5}
+
+
+def _same_groups(student, teacher, labels, given):
+    groups = [given.get("vocab_group"), given.get("token_group")]
+    group = next(each for each in groups if each is not None)
+    return student, teacher, labels, {**given, "vocab_group": group, "token_group": group}
+
+
 def _too_large_vocabulary(student, teacher, labels, given):
     return student, teacher, labels, {**given, "vocab_size": 60}
 

@@ -108,7 +108,7 @@ def check(given, results):
         upstream = upstream * upstream_of_parts(case, hard)[..., None]
     if case.weights:
         upstream = upstream * 2
-    elif case.settings.get("reduction") == "mean":
+    elif case.settings.get("reduction", "mean") == "mean" and "num_items_in_batch" not in case.settings:
         upstream = upstream / max(int(hard.numel()), 1)
     worst = ((gradient.double() - exact).abs() / (3e-6 * largest + 1.5e-6 * upstream + rounding + 1e-30)).max()
     assert worst <= 1, (given, worst)
@@ -146,6 +146,19 @@ OBJECTIVES = {
 @pytest.mark.parametrize("split", SPLITS)
 def test_losses_and_gradients(ranks, split):
     run(ranks, [{**SPLITS[split], **settings, "seed": i} for i, settings in enumerate(OBJECTIVES.values())])
+
+
+def test_a_world_of_one(ranks):
+    numbers = [{"columns": [50], "tokens": [tokens]} for tokens in range(2, 9)]
+    run(ranks, [{**each, **settings} for each in numbers for settings in ({}, {"told": True, "reduction": "group-mean"})])
+
+
+@pytest.mark.parametrize("tokens", [[0], [0, 0], [0, 0, 0, 0]])
+def test_ranks_without_tokens(ranks, tokens):
+    cases = [{"columns": [50], "tokens": tokens, **settings} for settings in OBJECTIVES.values()]
+    for of_rank in filter(None, ranks("losses", cases=cases)):
+        for loss, gradient, stats, _ in filter(None, of_rank):
+            assert loss == 0 and gradient.shape == (0, 50) and stats[3].shape == (0,)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -300,6 +313,8 @@ FAULTS = {
     "unknown_keyword": [("TypeError", "unexpected keyword argument 'lambda_'"), GIVEN_UP],
     "bad_temperature": [("ValueError", "temperature[0] is 0.0"), GIVEN_UP],
     "leaf_in_place": [("ValueError", "inplace=True would overwrite a leaf"), GIVEN_UP],
+    "huge_vocab_size": [("ValueError", "vocab_size is 1180591620717411303424, but must be from 0"), GIVEN_UP],
+    "half_a_column": [("TypeError", "vocab_size is 49.5, but must be an integer"), GIVEN_UP],
 }
 OF_COLUMNS = {
     "fewer_tokens": [("ValueError", "rank 1 has 5 tokens, but rank 0 has 6")] * 2,
@@ -324,11 +339,14 @@ def test_all_ranks_raise_where_one_does(ranks, layout, columns, tokens, others):
 
 
 def test_what_no_rank_can_have(ranks):
-    given = {"layout": (2, 1), "columns": [20, 30], "tokens": [6], "names": ["too_large_vocabulary"], "at": None}
-    for (error,), _ in filter(None, ranks("faults", **given)):
-        assert error == (
+    names = ["too_large_vocabulary", "same_groups"]
+    given = {"layout": (2, 1), "columns": [20, 30], "tokens": [6], "names": names, "at": None}
+    for (too_large, same_groups), _ in filter(None, ranks("faults", **given)):
+        assert too_large == (
             "ValueError", "vocab_size is 60, but must be from 1 to 50, the columns that the ranks have in all of one model"
         )  # fmt: skip
+        kind, message = same_groups
+        assert kind == "ValueError" and "the ranks [0, 1] are both in the vocab_group and in the token_group" in message
 
 
 def test_all_ranks_raise_in_other_functions(ranks):
@@ -431,12 +449,13 @@ def test_wrong_placements(ranks, with_dtensors):
         ("TypeError", "teacher_logits are a DTensor, which is taken only beside student_logits that are one"),
     ]
     for rank, found in enumerate(ranks("wrong_placements")):
+        assert len(found) == len(expected)
         for (kind, message), (of_kind, pattern) in zip(found, expected):
-            if kind == "RuntimeError":
-                # Others' shapes are wrong too, but they have not said so first.
-                assert "has raised an error" in message and rank > 0
-                continue
-            assert kind == of_kind and re.search(pattern, message) or "[4, 0, 50]" in message, (kind, message)
+            if "but for student_logits" in pattern:
+                # Each rank has another part of the logits, for which the labels are wrong, or others have said so first.
+                pattern = r"labels are \[4, 6\], but for student_logits|has raised an error"
+                of_kind = kind
+            assert kind == of_kind and re.search(pattern, message), (rank, kind, message)
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])

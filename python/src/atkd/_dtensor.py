@@ -29,6 +29,8 @@ def group_of(mesh: Any, dimensions: List[int]) -> Any:
     DTensor's own collectives, which then mix up uneven shards.)
     """
     global _world, _groups
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} is not in {mesh}, over which the logits are split")
     at = tuple(
         slice(None) if each in dimensions else here
         for each, here in enumerate(mesh.get_coordinate())

@@ -8,6 +8,7 @@ the ranks that have not seen the first one. So everybody raises, and nobody wait
 """
 
 import hashlib
+import operator
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple
 
 import torch
@@ -92,6 +93,8 @@ class Header(NamedTuple):
     rank: int = 0
     """Its rank among all processes, by which messages name it."""
     tokens: int = 0
+    length: int = 0
+    """That of the sequences within which hard tokens are selected, or 0."""
     student_columns: int = 0
     teacher_columns: int = 0
     student_dtype: int = 0
@@ -142,6 +145,9 @@ _RULES: Dict[str, _Rule] = {
     ),
     "tokens": _Rule(
         "rank {rank} has {number} tokens, but rank {first} has {other}: the ranks of a vocab_group share their tokens"
+    ),
+    "length": _Rule(
+        "rank {rank} has sequences of {number} tokens, but rank {first} of {other}: the ranks of a vocab_group share their tokens"
     ),
     "student_dtype": _Rule(
         "rank {rank} has a student of {number}, but rank {first} of {other}", _dtype_name, TypeError
@@ -204,6 +210,30 @@ def hash_of(*settings: Any) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def integer(name: str, number: object) -> int:
+    """The number, which counts columns or tokens, or an error that names it."""
+    try:
+        found = operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {number!r}, but must be an integer") from None
+    if not 0 <= found < 1 << 31:
+        raise ValueError(f"{name} is {found}, but must be from 0 to {(1 << 31) - 1}")
+    return found
+
+
+def check_apart(vocabulary: Ranks, tokens: Ranks) -> None:
+    """Raises for two groups that have more in common than this rank."""
+    if vocabulary.group is None or tokens.group is None:
+        return
+    both = [set(dist.get_process_group_ranks(each.group)) for each in (vocabulary, tokens)]
+    shared = sorted(both[0] & both[1])
+    if len(shared) != 1:
+        raise ValueError(
+            f"the ranks {shared} are both in the vocab_group and in the token_group of rank {dist.get_rank()}, but no other rank "
+            "can have other columns of the same tokens and tokens of its own"
+        )
+
+
 class Part(NamedTuple):
     """What this rank has of the whole."""
 
@@ -225,7 +255,7 @@ def counting_columns(columns: List[int], vocab: int) -> List[Tuple[int, int]]:
     for each in columns:
         first = min(start, vocab)
         parts.append((first, min(start + each, vocab) - first))
-        start += each
+        start = start + each
     return parts
 
 
@@ -292,7 +322,7 @@ def meet(
     headers = _exchange(vocabulary, header, device)
     found = _failed(headers)
     if not found.kind:
-        found = _differs(headers, "tokens", *_SHARED)
+        found = _differs(headers, "tokens", "length", *_SHARED)
     if not found.kind:
         found = _of_columns(headers)
     if not found.kind:
@@ -316,12 +346,11 @@ def _exchange(ranks: Ranks, header: Header, device: Optional[torch.device]) -> L
     """The headers of all ranks. The host waits for them."""
     if ranks.group is None:
         return [header]
-    kind = ranks.device
-    if device is None or kind not in (None, device.type):
-        # A rank whose tensors are elsewhere joins nevertheless.
-        where = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    else:
-        where = device
+    # The same on all ranks, also on one whose tensors are elsewhere; a group with a backend for each kind has one for the CPU.
+    where = torch.device("cpu")
+    if ranks.device == "cuda":
+        here = torch.device("cuda", torch.cuda.current_device())
+        where = here if device is None or device.type != "cuda" else device
     own = torch.tensor(header, dtype=torch.int64).to(where)
     return [Header(*each) for each in ranks.gather(own).tolist()]
 
@@ -337,8 +366,8 @@ def selection_of(
     message[: 4 * count] = margins.reshape(-1).view(torch.uint8)
     message[4 * most : 4 * most + count] = valid.reshape(-1)
     everyone = tokens.gather(message)
-    # The copies are aligned to their elements.
-    all_margins = everyone[:, : 4 * most].contiguous().view(torch.float32).view(-1)
-    all_valid = everyone[:, 4 * most :].contiguous().view(torch.bool).view(-1)
+    # Of one dimension, whose elements follow each other also where there is one rank, or none has tokens.
+    all_margins = everyone[:, : 4 * most].reshape(-1).view(torch.float32)
+    all_valid = everyone[:, 4 * most :].reshape(-1).view(torch.bool)
     start = tokens.rank * most
     return all_margins, all_valid, slice(start, start + count)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _head, _linear, _loss, _native, _settings
-from ._groups import Part, Ranks
+from ._groups import Part, Ranks, check_apart
 from ._loss import Stats
 from ._shards import (
     Agreed,
@@ -27,6 +27,7 @@ from ._shards import (
     plain,
     refuse_transforms,
     resolved,
+    told_integers,
     valid_of,
 )
 
@@ -48,6 +49,8 @@ def _prepare(
         raise ValueError(
             "student_head makes logits of the whole vocabulary on one rank: with groups of ranks give student_weight"
         )
+    check_apart(vocabulary, tokens)
+    vocab_size, vocab_start, token_counts = told_integers(given)
     log_prob = given["teacher_log_prob"]
     for name, tensor in {**layers, "teacher_log_prob": log_prob}.items():
         if tensor is not None or name.endswith(("hidden", "weight")):
@@ -94,14 +97,14 @@ def _prepare(
         *of_tokens,
         *wanted,
         prepared.per_sequence,
-        given["vocab_size"],
+        vocab_size,
         *sizes,
     )
     call = _linear.Given(*arguments)
     _linear.check(call, {"numbers": None, **settings}, is_shard=vocabulary.group is not None)
     _checks.check_values(labels, temperatures, log_prob, None, settings["ignore_index"])
     count, columns = call.shape.numel(), (len(student[1]), len(teacher[1]))
-    check_told(vocabulary, tokens, given["vocab_start"], given["token_counts"], count)
+    check_told(vocabulary, tokens, vocab_start, token_counts, count)
     flags = (
         prepared.per_sequence,
         prepared.per_token,
@@ -114,12 +117,13 @@ def _prepare(
         student[0].shape[-1],
     )
     objective = _settings.native(settings)
-    agreed = Agreed("linear_atkd_loss", settings, objective, flags, given["vocab_size"])
+    agreed = Agreed("linear_atkd_loss", settings, objective, flags, vocab_size)
     header = header_of(
         agreed,
         student[0],
         teacher[0],
         count,
+        call.shape[1] if prepared.per_sequence else 0,
         columns,
         {
             "labels": labels,
@@ -128,7 +132,7 @@ def _prepare(
             "temperature": temperatures,
             "teacher_log_prob": log_prob,
         },
-        given["vocab_start"],
+        vocab_start,
     )
     return _Prepared(call, agreed, prepared.per_token, header)
 

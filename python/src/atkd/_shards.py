@@ -8,7 +8,7 @@ bytes more. The gradient of a rank's columns then follows from its logits and th
 """
 
 import math
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -17,7 +17,18 @@ from . import _autograd, _checks, _dtensor, _loss, _native, _private, _settings
 from ._atkd import Objective, __version__
 from ._autograd import NO_SECOND_DERIVATIVE, for_student
 from ._checks import DTYPES
-from ._groups import ARGUMENTS, Header, Part, Ranks, counting_columns, hash_of, meet, selection_of
+from ._groups import (
+    ARGUMENTS,
+    Header,
+    Part,
+    Ranks,
+    check_apart,
+    counting_columns,
+    hash_of,
+    integer,
+    meet,
+    selection_of,
+)
 from ._loss import Stats
 
 
@@ -80,11 +91,14 @@ def header_of(
     student: Tensor,
     teacher: Tensor,
     tokens: int,
+    length: int,
     columns: Tuple[int, int],
     of_tokens: Dict[str, Optional[Tensor]],
     vocab_start: Optional[int],
 ) -> Header:
-    """What this rank says. `of_tokens` are optional arguments by the names in `ARGUMENTS`."""
+    """What this rank says. `length` is that of sequences that select by themselves, and `of_tokens` are optional arguments by
+    the names in `ARGUMENTS`.
+    """
     labels = of_tokens["labels"]
     least = largest = 0
     if labels is not None and labels.is_cpu:
@@ -95,6 +109,7 @@ def header_of(
     return Header(
         rank=torch.distributed.get_rank(),
         tokens=tokens,
+        length=length,
         student_columns=columns[0],
         teacher_columns=columns[1],
         student_dtype=1 + dtypes.index(student.dtype),
@@ -122,6 +137,20 @@ def needs_header(
     return by_vocabulary or (tokens.group is not None and token_counts is None)
 
 
+def told_integers(
+    given: Dict[str, Any],
+) -> Tuple[Optional[int], Optional[int], Optional[List[int]]]:
+    """`vocab_size`, `vocab_start` and `token_counts`, each None or of integers."""
+    size, start = (
+        None if given[name] is None else integer(name, given[name])
+        for name in ("vocab_size", "vocab_start")
+    )
+    counts = given["token_counts"]
+    if counts is not None:
+        counts = [integer(f"token_counts[{i}]", each) for i, each in enumerate(counts)]
+    return size, start, counts
+
+
 def check_told(
     vocabulary: Ranks,
     tokens: Ranks,
@@ -136,8 +165,6 @@ def check_told(
     ]:
         if given is not None and ranks.group is None:
             raise ValueError(f"{name} is {given}, but without a {of} there is nothing to tell")
-    if vocab_start is not None and vocab_start < 0:
-        raise ValueError(f"vocab_start is {vocab_start}, but must be at least 0")
     if token_counts is not None and len(token_counts) != tokens.size:
         raise ValueError(
             f"token_counts are {len(token_counts)} numbers, but the token_group has {tokens.size} ranks"
@@ -367,8 +394,9 @@ def _prepare(
         _loss.check_tensor(name, tensor)
         for ranks in (vocabulary, tokens):
             ranks.check_device(name, tensor)
-    hard, token_weights = given["hard"], given["token_weights"]
-    inplace, vocab_size = given["inplace"], given["vocab_size"]
+    check_apart(vocabulary, tokens)
+    hard, token_weights, inplace = given["hard"], given["token_weights"], given["inplace"]
+    vocab_size, vocab_start, token_counts = told_integers(given)
     prepared = _loss.prepare(
         function,
         student,
@@ -397,8 +425,8 @@ def _prepare(
         _checks.check_loss(student, teacher, *rows, vocab_size, numbered)
     else:
         _checks.check_shard(student, teacher, *rows, numbered)
-        if vocab_size is not None and vocab_size < 1:
-            raise ValueError(f"vocab_size is {vocab_size}, but must be at least 1")
+        if vocab_size == 0:
+            raise ValueError("vocab_size is 0, but must be at least 1")
     objective = _settings.native(settings)
     _checks.check_values(labels, temperatures, None, None, settings["ignore_index"])
     number = check_scale(scale)
@@ -407,7 +435,7 @@ def _prepare(
     with_gradient = student.requires_grad and torch.is_grad_enabled()
     inplace = inplace and with_gradient and _autograd.may_be_overwritten(student)
     count = student.shape[:-1].numel()
-    check_told(vocabulary, tokens, given["vocab_start"], given["token_counts"], count)
+    check_told(vocabulary, tokens, vocab_start, token_counts, count)
     columns = student.shape[-1], teacher.shape[-1]
     optional = {
         "labels": labels,
@@ -415,7 +443,8 @@ def _prepare(
         "token_weights": token_weights,
         "temperature": temperatures,
     }
-    of_rank = count, columns, optional, given["vocab_start"]
+    length = student.shape[1] if prepared.per_sequence else 0
+    of_rank = count, length, columns, optional, vocab_start
     header = header_of(agreed, student, teacher, *of_rank)
     known = hard, token_weights, prepared, agreed, with_gradient, inplace
     return _Prepared(student, teacher, *known, header)
