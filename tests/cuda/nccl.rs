@@ -97,14 +97,12 @@ fn ranks_have_the_loss_and_gradient_of_one() {
     }
     // The simulated driver says so.
     let simulated = std::env::var_os("ATKD_SIMT_L2_BYTES").is_some();
-    let [of_tokens, of_columns] = match simulated {
-        true => [vec![0..3, 3..TOKENS], vec![0..200, 200..VOCAB]],
-        false => [vec![0..TOKENS], vec![0..VOCAB]],
-    };
-    let without_tokens = [vec![0..0, 0..TOKENS], of_columns.clone()];
-    let mut worlds = vec![[of_tokens, of_columns]];
+    let cut = |at: &[usize]| at.windows(2).map(|ends| ends[0]..ends[1]).collect::<Vec<_>>();
+    let mut worlds = vec![[cut(&[0, TOKENS]), cut(&[0, VOCAB])]];
     if simulated {
-        worlds.push(without_tokens);
+        worlds.push([cut(&[0, 3, TOKENS]), cut(&[0, 200, VOCAB])]);
+        // A rank without tokens.
+        worlds.push([cut(&[0, 0, TOKENS]), cut(&[0, 200, VOCAB])]);
     }
     let mut input = Input::new(TOKENS, VOCAB, 3);
     input.labels[2] = -100;
