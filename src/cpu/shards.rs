@@ -31,7 +31,7 @@
 //!     let to = LogitsMut::new(&mut gradient, 2, columns)?;
 //!     shards::gradient(&objective, &shard, &exchanged, teacher, student, to)?;
 //!     let output = shards::finish(&objective, &shard, &exchanged)?;
-//!     assert!(output.loss > 0.0 && hard == [true, false]);
+//!     assert!(output.loss > 0.0 && hard == [false, true]);
 //! }
 //! # Ok::<(), atkd::Error>(())
 //! ```
