@@ -521,7 +521,7 @@ typedef struct AtkdRowState {
    */
   float student_sum;
   /*
-   The same at T = 1, if cross entropy needs it beside student_sum; else 0.
+   This is student_sum at T = 1, if cross entropy needs it beside the other; else 0.
    */
   float student_sum_at_1;
   /*
@@ -739,7 +739,7 @@ void atkd_workspace_destroy(struct AtkdWorkspace *workspace);
  The loss and each token's terms, without a gradient: call->gradient.data must be null.
 
  # Safety
- As atkd_forward_backward.
+ The contract of atkd_forward_backward holds.
  */
 AtkdStatus atkd_forward(const struct AtkdObjective *objective,
                         struct AtkdWorkspace *workspace,
@@ -764,7 +764,7 @@ AtkdStatus atkd_forward_backward(const struct AtkdObjective *objective,
  of range gets NaN, beside the error of atkd_workspace_synchronize, and so does one whose temperature is.
 
  # Safety
- As atkd_forward_backward.
+ The contract of atkd_forward_backward holds.
  */
 AtkdStatus atkd_teacher_margins(const struct AtkdObjective *objective,
                                 struct AtkdWorkspace *workspace,
@@ -775,7 +775,7 @@ AtkdStatus atkd_teacher_margins(const struct AtkdObjective *objective,
  a model is. The workspace says where.
 
  # Safety
- As atkd_forward_backward.
+ The contract of atkd_forward_backward holds.
  */
 AtkdStatus atkd_token_entropies(struct AtkdWorkspace *workspace,
                                 const struct AtkdEntropies *entropies);
@@ -785,7 +785,7 @@ AtkdStatus atkd_token_entropies(struct AtkdWorkspace *workspace,
  offsets are out of order get no hard tokens, beside the error of atkd_workspace_synchronize.
 
  # Safety
- As atkd_forward_backward.
+ The contract of atkd_forward_backward holds.
  */
 AtkdStatus atkd_select_hard(struct AtkdWorkspace *workspace,
                             const struct AtkdSelection *selection);
@@ -797,7 +797,7 @@ AtkdStatus atkd_select_hard(struct AtkdWorkspace *workspace,
  atkd_shard_forward and atkd_shard_gradient. By ATKD_TARGET_TEACHER each rank leaves out its own arg max.
 
  # Safety
- As atkd_forward_backward.
+ The contract of atkd_forward_backward holds.
  */
 AtkdStatus atkd_shard_states(const struct AtkdObjective *objective,
                              struct AtkdWorkspace *workspace,
@@ -808,7 +808,7 @@ AtkdStatus atkd_shard_states(const struct AtkdObjective *objective,
  The teacher's margins, to `margins`, [tokens], from the states of all ranks: the same bits on each.
 
  # Safety
- As atkd_forward_backward.
+ The contract of atkd_forward_backward holds.
  */
 AtkdStatus atkd_shard_margins(const struct AtkdObjective *objective,
                               struct AtkdWorkspace *workspace,
@@ -820,7 +820,7 @@ AtkdStatus atkd_shard_margins(const struct AtkdObjective *objective,
  one sweep.
 
  # Safety
- As atkd_forward_backward.
+ The contract of atkd_forward_backward holds.
  */
 AtkdStatus atkd_shard_terms(const struct AtkdObjective *objective,
                             struct AtkdWorkspace *workspace,
@@ -831,7 +831,7 @@ AtkdStatus atkd_shard_terms(const struct AtkdObjective *objective,
  The gradient of the shard's columns, to the call's gradient; over the student's logits if it is the same.
 
  # Safety
- As atkd_forward_backward.
+ The contract of atkd_forward_backward holds.
  */
 AtkdStatus atkd_shard_gradient(const struct AtkdObjective *objective,
                                struct AtkdWorkspace *workspace,
@@ -842,7 +842,7 @@ AtkdStatus atkd_shard_gradient(const struct AtkdObjective *objective,
  counts, the losses of the ranks of tokens add up.
 
  # Safety
- As atkd_forward_backward.
+ The contract of atkd_forward_backward holds.
  */
 AtkdStatus atkd_shard_forward(const struct AtkdObjective *objective,
                               struct AtkdWorkspace *workspace,

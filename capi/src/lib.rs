@@ -167,7 +167,7 @@ pub unsafe extern "C" fn atkd_workspace_destroy(workspace: *mut AtkdWorkspace) {
 /// The loss and each token's terms, without a gradient: call->gradient.data must be null.
 ///
 /// # Safety
-/// As atkd_forward_backward.
+/// The contract of atkd_forward_backward holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_forward(
     objective: *const AtkdObjective,
@@ -218,7 +218,7 @@ pub unsafe extern "C" fn atkd_forward_backward(
 /// of range gets NaN, beside the error of atkd_workspace_synchronize, and so does one whose temperature is.
 ///
 /// # Safety
-/// As atkd_forward_backward.
+/// The contract of atkd_forward_backward holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_teacher_margins(
     objective: *const AtkdObjective,
@@ -246,7 +246,7 @@ pub unsafe extern "C" fn atkd_teacher_margins(
 /// a model is. The workspace says where.
 ///
 /// # Safety
-/// As atkd_forward_backward.
+/// The contract of atkd_forward_backward holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_token_entropies(
     workspace: *mut AtkdWorkspace,
@@ -266,7 +266,7 @@ pub unsafe extern "C" fn atkd_token_entropies(
 /// offsets are out of order get no hard tokens, beside the error of atkd_workspace_synchronize.
 ///
 /// # Safety
-/// As atkd_forward_backward.
+/// The contract of atkd_forward_backward holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_select_hard(
     workspace: *mut AtkdWorkspace,
@@ -289,7 +289,7 @@ pub unsafe extern "C" fn atkd_select_hard(
 /// atkd_shard_forward and atkd_shard_gradient. By ATKD_TARGET_TEACHER each rank leaves out its own arg max.
 ///
 /// # Safety
-/// As atkd_forward_backward.
+/// The contract of atkd_forward_backward holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_shard_states(
     objective: *const AtkdObjective,
@@ -306,7 +306,7 @@ pub unsafe extern "C" fn atkd_shard_states(
 /// The teacher's margins, to `margins`, [tokens], from the states of all ranks: the same bits on each.
 ///
 /// # Safety
-/// As atkd_forward_backward.
+/// The contract of atkd_forward_backward holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_shard_margins(
     objective: *const AtkdObjective,
@@ -324,7 +324,7 @@ pub unsafe extern "C" fn atkd_shard_margins(
 /// one sweep.
 ///
 /// # Safety
-/// As atkd_forward_backward.
+/// The contract of atkd_forward_backward holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_shard_terms(
     objective: *const AtkdObjective,
@@ -341,7 +341,7 @@ pub unsafe extern "C" fn atkd_shard_terms(
 /// The gradient of the shard's columns, to the call's gradient; over the student's logits if it is the same.
 ///
 /// # Safety
-/// As atkd_forward_backward.
+/// The contract of atkd_forward_backward holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_shard_gradient(
     objective: *const AtkdObjective,
@@ -361,7 +361,7 @@ pub unsafe extern "C" fn atkd_shard_gradient(
 /// counts, the losses of the ranks of tokens add up.
 ///
 /// # Safety
-/// As atkd_forward_backward.
+/// The contract of atkd_forward_backward holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn atkd_shard_forward(
     objective: *const AtkdObjective,
@@ -376,7 +376,7 @@ pub unsafe extern "C" fn atkd_shard_forward(
 }
 
 /// # Safety
-/// As [`atkd_forward_backward`].
+/// The contract of [`atkd_forward_backward`] holds.
 unsafe fn run_shard(
     objective: *const AtkdObjective,
     workspace: *mut AtkdWorkspace,
@@ -400,7 +400,7 @@ unsafe fn run_shard(
 }
 
 /// # Safety
-/// As [`atkd_forward_backward`].
+/// The contract of [`atkd_forward_backward`] holds.
 unsafe fn run(
     objective: *const AtkdObjective,
     workspace: *mut AtkdWorkspace,

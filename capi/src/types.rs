@@ -351,7 +351,7 @@ pub struct AtkdRowState {
     pub teacher_sum: f32,
     /// sum 2^(y_j - Y)
     pub student_sum: f32,
-    /// The same at T = 1, if cross entropy needs it beside student_sum; else 0.
+    /// This is student_sum at T = 1, if cross entropy needs it beside the other; else 0.
     pub student_sum_at_1: f32,
     /// Forward KL: sum 2^(x_j - X) (x_j - X - y_j + Y) / 2^64, or infinity where the student rules out (-infinity) a token
     /// that the teacher does not. Reverse KL, with r the token of student_max: sum 2^(y_j - Y) (x_j - x_r - y_j + y_r) / 2^64,

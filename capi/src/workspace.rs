@@ -65,7 +65,7 @@ impl Place {
     }
 
     /// # Safety
-    /// As [`raw::run`] or [`Workspace::launch`].
+    /// The contract of [`raw::run`] holds, or that of [`Workspace::launch`].
     pub(crate) unsafe fn run(
         &self,
         objective: &Objective,
@@ -91,7 +91,7 @@ impl Place {
     }
 
     /// # Safety
-    /// As [`raw::teacher_margins`] or [`Workspace::launch_margins`].
+    /// The contract of [`raw::teacher_margins`] holds, or that of [`Workspace::launch_margins`].
     pub(crate) unsafe fn teacher_margins(
         &self,
         objective: &Objective,
@@ -142,7 +142,7 @@ impl Place {
     }
 
     /// # Safety
-    /// As [`raw::select_hard`] or [`Workspace::launch_selection`].
+    /// The contract of [`raw::select_hard`] holds, or that of [`Workspace::launch_selection`].
     pub(crate) unsafe fn select_hard(
         &self,
         selection: &RawSelection,
@@ -165,7 +165,7 @@ impl Place {
     }
 
     /// # Safety
-    /// As [`raw::shards::run`] or [`Workspace::launch_shard`].
+    /// The contract of [`raw::shards::run`] holds, or that of [`Workspace::launch_shard`].
     pub(crate) unsafe fn run_shard(
         &self,
         objective: &Objective,

@@ -8,6 +8,23 @@ import torch.distributed as dist
 from support import batch
 
 
+def slices_of(case, group):
+    """The rows and the columns that a rank has of a case."""
+    rows = [sum(case.tokens[:at]) for at in (group.tokens_at, group.tokens_at + 1)]
+    columns = [sum(case.columns[:at]) for at in (group.columns_at, group.columns_at + 1)]
+    return slice(*rows), slice(*columns)
+
+
+def per_case(here, kind, cases, run):
+    """Per case what `run` returns for it and its groups; None where this rank has no part."""
+    results = []
+    for given in cases:
+        case = kind(**given)
+        group = here.groups.get(case.layout)
+        results.append(None if group is None else run(case, group))
+    return results
+
+
 class Case:
     """A loss of random logits, and how it is split. `columns` and `tokens` are the parts of the ranks; for logits
     `[B, T, V]` the tokens are sequences.
@@ -61,9 +78,7 @@ class Case:
     def part(self, group):
         """A rank's columns and tokens."""
         student, teacher, labels, given = self.whole()
-        rows = [sum(self.tokens[:at]) for at in (group.tokens_at, group.tokens_at + 1)]
-        columns = [sum(self.columns[:at]) for at in (group.columns_at, group.columns_at + 1)]
-        rows, columns = slice(*rows), slice(*columns)
+        rows, columns = slices_of(self, group)
         given = {
             name: value[rows] if isinstance(value, torch.Tensor) and value.dim() else value
             for name, value in given.items()
@@ -86,21 +101,17 @@ def upstream_of(labels):
 
 def losses(here, cases):
     """Per case the loss, the gradient of this rank's part, and the statistics; None where it has no part."""
-    results = []
-    for given in cases:
-        case = Case(**given)
-        group = here.groups.get(case.layout)
-        if group is None:
-            results.append(None)
-            continue
+
+    def run(case, group):
         student, teacher, labels, settings = case.part(group)
         leaf = student.requires_grad_()
         logits = leaf * 1 if case.inplace else leaf
         loss, stats = atkd.atkd_loss(logits, teacher, labels, inplace=case.inplace, return_stats=True, **settings)
         loss.backward(upstream_of(labels) if loss.dim() else None)
         overwritten = case.inplace and torch.equal(logits.detach(), leaf.grad)
-        results.append((loss.detach(), leaf.grad, tuple(stats), overwritten))
-    return results
+        return loss.detach(), leaf.grad, tuple(stats), overwritten
+
+    return per_case(here, Case, cases, run)
 
 
 @contextlib.contextmanager
@@ -125,20 +136,16 @@ def collectives():
 
 def messages(here, cases):
     """Per case what is sent."""
-    results = []
-    for given in cases:
-        case = Case(**given)
-        group = here.groups.get(case.layout)
-        if group is None:
-            results.append(None)
-            continue
+
+    def run(case, group):
         student, teacher, labels, settings = case.part(group)
         student.requires_grad_()
         with collectives() as found:
             loss = atkd.atkd_loss(student, teacher, labels, **settings)
             loss.backward(upstream_of(labels) if loss.dim() else None)
-        results.append(found)
-    return results
+        return found
+
+    return per_case(here, Case, cases, run)
 
 
 class Head:
@@ -172,17 +179,10 @@ class Head:
 
 def heads(here, cases):
     """Per case the loss, the gradients of hidden states, weight and bias, which tokens are hard, and what is sent."""
-    results = []
-    for given in cases:
-        case = Head(**given)
-        group = here.groups.get(case.layout)
-        if group is None:
-            results.append(None)
-            continue
+
+    def run(case, group):
         *layers, labels, settings = case.whole()
-        rows = [sum(case.tokens[:at]) for at in (group.tokens_at, group.tokens_at + 1)]
-        columns = [sum(case.columns[:at]) for at in (group.columns_at, group.columns_at + 1)]
-        rows, columns = slice(*rows), slice(*columns)
+        rows, columns = slices_of(case, group)
         if case.known == "log_prob":
             hidden, weight, bias = (None if each is None else each.double() for each in layers[1])
             log_p = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
@@ -206,8 +206,9 @@ def heads(here, cases):
                 **settings,
             )
             loss.backward(upstream_of(loss) if loss.dim() else None)
-        results.append((loss.detach(), [each.grad for each in leaves], stats.hard, found))
-    return results
+        return loss.detach(), [each.grad for each in leaves], stats.hard, found
+
+    return per_case(here, Head, cases, run)
 
 
 def margins_and_selections(here):

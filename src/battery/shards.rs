@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::cpu::shards as cpu;
 use crate::shards::{Exchanged, RowState, Shard, SweepTerms};
-use crate::{Batch, Labels, Logits, LogitsMut, Objective, Output, Result};
+use crate::{Batch, Logits, LogitsMut, Objective, Output, Result};
 
 /// The stages of a backend: see [`shards`](crate::shards).
 pub trait Stages {
@@ -149,34 +149,25 @@ pub fn in_shards(
     let teacher = batch.teacher();
     let (tokens, vocab) = (teacher.tokens(), teacher.vocab());
     batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
-    let shards = columns(vocab, ranks).into_iter().map(|columns| {
-        let shard = match batch.labels() {
-            Some(labels) => Shard::new(labels, vocab, columns.start),
-            None => Shard::unlabelled(tokens, vocab, columns.start),
-        }?;
-        let shard = batch.token_weights().map_or(Ok(shard), |w| shard.with_token_weights(w))?;
-        let shard = batch.temperatures().map_or(Ok(shard), |t| shard.with_temperatures(t))?;
-        Ok((shard, columns))
-    });
+    let part = |columns: &Range<usize>| {
+        Ok((teacher.columns(columns.clone())?, student.columns(columns.clone())?))
+    };
+    let shards = columns(vocab, ranks)
+        .into_iter()
+        .map(|columns| Ok((shard_of(batch, columns.start)?, columns)));
     let mut shards = shards.collect::<Result<Vec<(Shard, Range<usize>)>>>()?;
     let mut states = Vec::with_capacity(ranks * tokens);
     for (shard, columns) in &shards {
         if columns.is_empty() {
             states.resize(states.len() + tokens, RowState::EMPTY);
         } else {
-            let (teacher, student) =
-                (teacher.columns(columns.clone())?, student.columns(columns.clone())?);
+            let (teacher, student) = part(columns)?;
             states.extend(stages.states(objective, shard, teacher, student)?);
         }
     }
     let mut exchanged = Exchanged::new(&states);
     let margins = stages.margins(objective, &shards[0].0, &exchanged)?;
-    let of_batch = batch.margins().unwrap_or(&margins);
-    let valid = valid(objective, batch.labels(), tokens);
-    let selected = match batch.hard() {
-        Some(hard) => hard.to_vec(),
-        None => objective.select_hard(of_batch, Some(&valid), batch.sequences())?,
-    };
+    let selected = select(objective, batch, &margins)?;
     for (shard, _) in &mut shards {
         *shard = shard.with_hard(&selected)?;
     }
@@ -186,8 +177,7 @@ pub fn in_shards(
             if columns.is_empty() {
                 terms.resize(terms.len() + tokens, SweepTerms::EMPTY);
             } else {
-                let (teacher, student) =
-                    (teacher.columns(columns.clone())?, student.columns(columns.clone())?);
+                let (teacher, student) = part(columns)?;
                 terms.extend(stages.terms(objective, shard, &exchanged, teacher, student)?);
             }
         }
@@ -195,8 +185,7 @@ pub fn in_shards(
     }
     if let Some(gradient) = &mut gradient {
         for (shard, columns) in shards.iter().filter(|(_, columns)| !columns.is_empty()) {
-            let (teacher, student) =
-                (teacher.columns(columns.clone())?, student.columns(columns.clone())?);
+            let (teacher, student) = part(columns)?;
             let to = gradient.columns(columns.clone())?;
             stages.gradient(objective, shard, &exchanged, teacher, student, to)?;
         }
@@ -210,8 +199,35 @@ pub fn in_shards(
     Ok(output)
 }
 
-/// The tokens that are not ignored.
-fn valid(objective: &Objective, labels: Option<Labels>, tokens: usize) -> Vec<bool> {
-    let ignored = objective.ignore_index();
-    (0..tokens).map(|token| labels.is_none_or(|labels| labels.get(token) != ignored)).collect()
+/// The shard of a batch from this column on, without hard tokens.
+///
+/// # Errors
+/// As [`Shard::new`].
+pub fn shard_of<'a>(batch: &Batch<'a>, first_column: usize) -> Result<Shard<'a>> {
+    let (tokens, vocab) = (batch.teacher().tokens(), batch.teacher().vocab());
+    let mut shard = match batch.labels() {
+        Some(labels) => Shard::new(labels, vocab, first_column)?,
+        None => Shard::unlabelled(tokens, vocab, first_column)?,
+    };
+    if let Some(weights) = batch.token_weights() {
+        shard = shard.with_token_weights(weights)?;
+    }
+    if let Some(temperatures) = batch.temperatures() {
+        shard = shard.with_temperatures(temperatures)?;
+    }
+    Ok(shard)
+}
+
+/// The hard tokens, by the batch's own mask or margins, else by those given.
+///
+/// # Errors
+/// As [`Objective::select_hard`].
+pub fn select(objective: &Objective, batch: &Batch, margins: &[f32]) -> Result<Vec<bool>> {
+    if let Some(hard) = batch.hard() {
+        return Ok(hard.to_vec());
+    }
+    let (labels, ignored) = (batch.labels(), objective.ignore_index());
+    let is_valid = |token| labels.is_none_or(|labels| labels.get(token) != ignored);
+    let valid: Vec<bool> = (0..margins.len()).map(is_valid).collect();
+    objective.select_hard(batch.margins().unwrap_or(margins), Some(&valid), batch.sequences())
 }

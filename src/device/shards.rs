@@ -6,7 +6,9 @@ use super::session::Launches;
 use super::stages::rule;
 use super::stages::{Checked, Stages, check_sizes, margin_pass, problem};
 use super::workspace::Memory;
-use crate::call::{ROW_STATES, RawLogits, RawOutput, RawShard, RawStage, RawStates, SWEEP_TERMS};
+use crate::call::{
+    MARGINS, ROW_STATES, RawLogits, RawOutput, RawShard, RawStage, RawStates, SWEEP_TERMS,
+};
 use crate::params::*;
 use crate::plan::{self, DeviceProperties, LaunchShape, Plan, Stage};
 use crate::{Error, Objective, Result, Target};
@@ -52,7 +54,7 @@ pub(crate) fn launches(
 ///
 /// # Errors
 /// If sizes and addresses do not go together, or the tokens exceed the workspace. So do the other stages.
-pub(crate) fn states(
+fn states(
     objective: &Objective,
     shard: &RawShard,
     to: u64,
@@ -60,7 +62,7 @@ pub(crate) fn states(
     memory: Memory,
 ) -> Result<Launches> {
     let of = Shard::new(objective, shard, None, device, memory)?;
-    of.check_logits(None, 0)?;
+    shard.check_logits(None, 0)?;
     shard.check_output(ROW_STATES, to)?;
     let arg_max = objective.target() == Target::Teacher && shard.columns > 0;
     let launches = [
@@ -71,7 +73,7 @@ pub(crate) fn states(
 }
 
 /// The teacher's margins, from the states of all ranks.
-pub(crate) fn margins(
+fn margins(
     objective: &Objective,
     shard: &RawShard,
     exchanged: &RawStates,
@@ -80,7 +82,7 @@ pub(crate) fn margins(
     memory: Memory,
 ) -> Result<Launches> {
     let of = Shard::new(objective, shard, Some(exchanged), device, memory)?;
-    shard.check_output("the margins", to)?;
+    shard.check_output(MARGINS, to)?;
     Ok(of.merge(to, None).unless_empty().into_iter().collect())
 }
 
@@ -88,7 +90,7 @@ pub(crate) fn margins(
 ///
 /// # Errors
 /// If the divergence has one sweep alone.
-pub(crate) fn terms(
+fn terms(
     objective: &Objective,
     shard: &RawShard,
     exchanged: &RawStates,
@@ -100,7 +102,7 @@ pub(crate) fn terms(
         return Err(Error::NoSecondSweep);
     }
     let of = Shard::new(objective, shard, Some(exchanged), device, memory)?;
-    of.check_logits(None, 0)?;
+    shard.check_logits(None, 0)?;
     shard.check_output(SWEEP_TERMS, to)?;
     let launch = of.rows(ShardKernel::Terms, |p| p.own_terms = to as *mut atkd_sweep_terms);
     Ok(launch.unless_empty().into_iter().collect())
@@ -110,7 +112,7 @@ pub(crate) fn terms(
 ///
 /// # Errors
 /// If terms, or hard tokens, are needed and missing.
-pub(crate) fn gradient(
+fn gradient(
     objective: &Objective,
     shard: &RawShard,
     exchanged: &RawStates,
@@ -121,7 +123,7 @@ pub(crate) fn gradient(
 ) -> Result<Launches> {
     let of =
         Shard::with_gradient(objective, shard, Some(exchanged), Some(gradient), device, memory)?;
-    of.check_logits(Some(gradient), gradient_padding)?;
+    shard.check_logits(Some(gradient), gradient_padding)?;
     let terms = of.terms_and_groups()?;
     if shard.columns == 0 {
         return Ok(Launches::new());
@@ -134,7 +136,7 @@ pub(crate) fn gradient(
 ///
 /// # Errors
 /// If terms, or hard tokens, are needed and missing.
-pub(crate) fn finish(
+fn finish(
     objective: &Objective,
     shard: &RawShard,
     exchanged: &RawStates,
@@ -223,17 +225,6 @@ impl<'a> Shard<'a> {
         let mut stages = Stages::new(&checked, &RawOutput::default(), &plan, memory);
         stages.batch.vocab = shard.vocab as u32;
         Ok(Self { objective, shard, exchanged, device, stages })
-    }
-
-    /// Checks the logits, of which a shard without columns has none.
-    fn check_logits(&self, gradient: Option<RawLogits>, padding: usize) -> Result<()> {
-        match (self.shard.columns, gradient) {
-            (0, Some(gradient)) if padding > 0 => {
-                gradient.end("the gradient", self.shard.tokens, padding).map(drop)
-            }
-            (0, _) => Ok(()),
-            _ => self.shard.check_logits(gradient, padding),
-        }
     }
 
     /// The terms that a divergence of two sweeps needs, null for others; checks that hard tokens are told where they matter.

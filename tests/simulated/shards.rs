@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use atkd::battery::shards::{select, shard_of};
 use atkd::shards::{Exchanged, RowState, Shard, SweepTerms};
 use atkd::simt::{Extra, Simulation, Traffic};
 use atkd::{Batch, Logits, LogitsMut, Objective, Output, Result};
@@ -61,17 +62,7 @@ impl<'a> Shards<'a> {
 
     /// A rank's shard, with hard tokens or without.
     pub fn shard(&self, rank: usize, hard: Option<&'a [bool]>) -> Result<Shard<'a>> {
-        let (batch, vocab, first) = (self.batch, self.student.vocab(), self.columns[rank].start);
-        let mut shard = match batch.labels() {
-            Some(labels) => Shard::new(labels, vocab, first)?,
-            None => Shard::unlabelled(self.student.tokens(), vocab, first)?,
-        };
-        if let Some(weights) = batch.token_weights() {
-            shard = shard.with_token_weights(weights)?;
-        }
-        if let Some(temperatures) = batch.temperatures() {
-            shard = shard.with_temperatures(temperatures)?;
-        }
+        let mut shard = shard_of(&self.batch, self.columns[rank].start)?;
         if let Some(hard) = hard {
             shard = shard.with_hard(hard)?;
         }
@@ -166,27 +157,10 @@ impl<'a> Shards<'a> {
         same(self.ranks().map(of), |output: &Output| format!("{output:?}"))
     }
 
-    /// The hard tokens, by the batch's own mask or margins, else by those given.
-    pub fn select(&self, margins: &[f32]) -> Result<Vec<bool>> {
-        let (batch, objective) = (&self.batch, self.objective);
-        if let Some(hard) = batch.hard() {
-            return Ok(hard.to_vec());
-        }
-        let ignored = objective.ignore_index();
-        let valid: Vec<bool> = match batch.labels() {
-            None => vec![true; margins.len()],
-            Some(atkd::Labels::I64(labels)) => labels.iter().map(|&l| l != ignored).collect(),
-            Some(atkd::Labels::I32(labels)) => {
-                labels.iter().map(|&l| i64::from(l) != ignored).collect()
-            }
-        };
-        objective.select_hard(batch.margins().unwrap_or(margins), Some(&valid), batch.sequences())
-    }
-
     /// The whole call.
     pub fn run(&self, gradient: &mut LogitsMut) -> Result<Output> {
         let exchange = self.exchange()?;
-        let hard = self.select(&self.margins(&exchange)?)?;
+        let hard = select(self.objective, &self.batch, &self.margins(&exchange)?)?;
         // It lives as long as the shards' other inputs.
         let hard: &'static [bool] = hard.leak();
         for rank in self.ranks() {

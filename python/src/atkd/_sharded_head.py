@@ -201,10 +201,8 @@ class _Call:
         waits = hidden.is_cuda and (
             hidden.dtype == torch.float32 or _head.multiplies_to_float32(hidden.device)
         )
-        result = _linear.chunk_tokens_of(
-            self.given, max(self.part.widest, 1), *dtypes, waits, self.settings
-        )
-        return result
+        widest = max(self.part.widest, 1)
+        return _linear.chunk_tokens_of(self.given, widest, *dtypes, waits, self.settings)
 
     def run(
         self, wanted: Tuple[bool, ...], upstream: Optional[Tensor], known: Optional[Tensor]
@@ -212,10 +210,12 @@ class _Call:
         """The gradients, the loss, the terms, and which tokens are hard. `upstream` multiplies the tokens' weights; `known`
         are the hard ones.
         """
-        given, shape = self.given, self.given.shape
+        given = self.given
+        chunk_tokens, waiting = self._chunks()
         with torch.no_grad(), torch.autocast(given.student_hidden.device.type, enabled=False):
             return self._run(
-                self._student(wanted, *self._chunks()),
+                chunk_tokens,
+                self._student(wanted, chunk_tokens, waiting),
                 _head.Tokens(
                     *[
                         None if each is None else each.reshape(-1)
@@ -236,18 +236,16 @@ class _Call:
                     self.wants_hard,
                     self.settings,
                 ),
-                shape,
             )
 
     def _run(
         self,
+        chunk_tokens: int,
         student: _head.Student,
         tokens: _head.Tokens,
         selection: Selection,
-        shape: torch.Size,
     ) -> Tuple[_Found, Tensor, Tensor, Tensor]:
-        count = len(student.hidden)
-        chunk_tokens, _ = self._chunks()
+        count, shape = len(student.hidden), self.given.shape
         number = -(-count // chunk_tokens)
         chunks = [slice(first, None, number) for first in range(number)]
         terms = torch.zeros((5, count), dtype=torch.float32, device=self.valid.device)

@@ -55,12 +55,12 @@ unsafe fn states(
 ) -> Result<()> {
     shard.check(objective, None)?;
     shard.check_output(ROW_STATES, to)?;
+    shard.check_logits(None, 0)?;
     if shard.columns == 0 {
         // SAFETY: the caller says that there is room for one state per token.
         unsafe { write(Some(to), &vec![(); shard.tokens], |()| RowState::EMPTY) };
         return Ok(());
     }
-    shard.check_logits(None, 0)?;
     let call = shard.call(None, 0);
     // SAFETY: the caller's, for as long as this function runs.
     unsafe {
@@ -105,12 +105,12 @@ unsafe fn terms(
     if !objective.has_two_sweeps() {
         return Err(Error::NoSecondSweep);
     }
+    shard.check_logits(None, 0)?;
     if shard.columns == 0 {
         // SAFETY: the caller says that there is room for one of them per token.
         unsafe { write(Some(to), &vec![(); shard.tokens], |()| SweepTerms::EMPTY) };
         return Ok(());
     }
-    shard.check_logits(None, 0)?;
     let (call, workers) = (shard.call(None, 0), Workers::of(pool));
     // SAFETY: the caller's, for as long as this function runs.
     unsafe {
@@ -140,17 +140,16 @@ unsafe fn gradient(
         let objective = times_upstream(objective, shard.upstream)?;
         let hard = shard.hard.map(|at| bools_at(HARD_MASK, at, shard.tokens)).transpose()?;
         let (view, exchanged) = (shard.view(hard.as_deref())?, exchanged.view(shard.tokens)?);
+        shard.check_logits(Some(gradient), padding)?;
         if shard.columns == 0 {
             if padding > 0 {
                 let RawLogits { address, dtype, strides } = gradient;
-                gradient.end("the gradient", shard.tokens, padding)?;
                 let address = address as *mut u8;
                 let mut rows = LogitsMut::at(address, dtype, shard.tokens, padding, strides)?;
                 rows.rows().into_iter().for_each(|mut row| row.fill_zero());
             }
             return Ok(());
         }
-        shard.check_logits(Some(gradient), padding)?;
         let call = shard.call(Some(gradient), padding);
         let teacher = call.logits(shard.teacher)?;
         let mut to = call.logits_mut(gradient)?;
