@@ -52,7 +52,9 @@ def _groups(rank):
 
 
 def _work(rank, store, connection):
-    sys.path.append(str(EXAMPLES))
+    # First, because the parent's path, which a spawned process inherits, may hold the benchmarks, where another
+    # `shards` lies.
+    sys.path.insert(0, str(EXAMPLES))
     import shard_tasks
     import torch.distributed as dist
 
