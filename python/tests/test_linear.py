@@ -510,6 +510,7 @@ print(status("VmHWM") * 1024 - before * 1024 - gradients)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 def test_memory():
-    # The logits of both models would take 1049 MB, in bfloat16 524.
+    # The logits of both models would take 1049 MB, in bfloat16 524. The allocator keeps more or less of what oneDNN's
+    # threads have freed, as they come to be scheduled: from 100 to 172 MB were seen.
     ran = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert int(ran.stdout) < 150e6, f"{int(ran.stdout) / 1e6:.0f} MB"
+    assert int(ran.stdout) < 262e6, f"{int(ran.stdout) / 1e6:.0f} MB"
