@@ -1,8 +1,8 @@
-//! The batch that a student learns from: the teacher's logits, the labels, the sequences.
+//! The batch that a student learns from: the teacher, the labels, the sequences.
 
 use crate::call::{HARD_MASK, TEMPERATURES, TOKEN_WEIGHTS};
 use crate::selection::{check_offsets, scopes};
-use crate::{Error, Logits, Objective, Result};
+use crate::{Error, Logits, Objective, Result, Teacher};
 
 /// One label per token.
 #[derive(Clone, Copy, Debug)]
@@ -50,11 +50,12 @@ macro_rules! from_slice {
 }
 from_slice!(i64 => I64, i32 => I32);
 
-/// A batch of tokens as the student sees it: the teacher's logits `[tokens, vocab]`, a label per token,
-/// and the scope within which tokens compete for being hard.
+/// A batch of tokens as the student sees it: the teacher's logits `[tokens, vocab]`, or what is known of its
+/// probabilities ([`SparseTeacher`](crate::SparseTeacher)), a label per token, and the scope within which tokens compete for
+/// being hard.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
-    teacher: Logits<'a>,
+    teacher: Teacher<'a>,
     labels: Option<Labels<'a>>,
     sequences: Option<&'a [usize]>,
     margins: Option<&'a [f32]>,
@@ -112,8 +113,8 @@ impl<'a> Batch<'a> {
     ///
     /// # Errors
     /// If there are more labels than tokens, or fewer.
-    pub fn new(teacher: Logits<'a>, labels: impl Into<Labels<'a>>) -> Result<Self> {
-        let labels = labels.into();
+    pub fn new(teacher: impl Into<Teacher<'a>>, labels: impl Into<Labels<'a>>) -> Result<Self> {
+        let (teacher, labels) = (teacher.into(), labels.into());
         if labels.len() != teacher.tokens() {
             return Err(Error::LabelCount { labels: labels.len(), tokens: teacher.tokens() });
         }
@@ -121,9 +122,9 @@ impl<'a> Batch<'a> {
     }
 
     /// A batch without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
-    pub fn unlabelled(teacher: Logits<'a>) -> Self {
+    pub fn unlabelled(teacher: impl Into<Teacher<'a>>) -> Self {
         Self {
-            teacher,
+            teacher: teacher.into(),
             labels: None,
             sequences: None,
             margins: None,
@@ -190,9 +191,20 @@ impl<'a> Batch<'a> {
         Ok(self)
     }
 
-    /// The teacher's logits.
-    pub fn teacher(&self) -> Logits<'a> {
+    /// The teacher.
+    pub fn teacher(&self) -> Teacher<'a> {
         self.teacher
+    }
+
+    /// The teacher's logits.
+    ///
+    /// # Errors
+    /// If the teacher is sparse, which has none.
+    pub fn teacher_logits(&self) -> Result<Logits<'a>> {
+        match self.teacher {
+            Teacher::Dense(logits) => Ok(logits),
+            Teacher::Sparse(_) => Err(Error::NoTeacherLogits),
+        }
     }
 
     /// The labels, if there are any.

@@ -4,7 +4,7 @@
 use crate::logits::span;
 use crate::objective::check_temperature;
 use crate::strides::ByteRows;
-use crate::{Dtype, Error, Objective, Result, SelectionRule, Strides, Target};
+use crate::{Dtype, Error, Objective, Result, SelectionRule, SparseTeacher, Strides, Tail, Target};
 
 /// Logits or a gradient `[tokens, vocab]` at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,35 +193,123 @@ impl RawCall {
 
     /// Checks the logits and the gradient.
     pub(crate) fn check_logits(&self) -> Result<()> {
+        let (teacher, student) = (self.teacher, self.student);
+        self.check_inputs(&[("the teacher's logits", teacher), (STUDENT_LOGITS, student)])
+    }
+
+    /// Checks logits that are read, and the gradient beside them.
+    fn check_inputs(&self, inputs: &[(&'static str, RawLogits)]) -> Result<()> {
         let padded = self.vocab.saturating_add(self.gradient_padding);
-        let mut spans = Vec::with_capacity(3);
-        for (what, logits, columns) in [
-            ("the teacher's logits", Some(self.teacher), self.vocab),
-            ("the student's logits", Some(self.student), self.vocab),
-            ("the gradient", self.gradient, padded),
-        ] {
-            let Some(logits) = logits else { continue };
-            spans.push((what, logits.address, logits.end(what, self.tokens, columns)?));
+        let mut ends = Vec::with_capacity(inputs.len());
+        for &(what, logits) in inputs {
+            ends.push(logits.end(what, self.tokens, self.vocab)?);
         }
         let Some(gradient) = self.gradient else { return Ok(()) };
+        let start = gradient.address;
+        let end = gradient.end("the gradient", self.tokens, padded)?;
         self.student.dtype.check_gradient(gradient.dtype)?;
-        let (_, start, end) = spans[2];
-        for (&(what, other_start, other_end), other) in
-            spans.iter().zip([self.teacher, self.student])
-        {
-            let in_place = what == "the student's logits" && self.is_in_place();
+        for (&(what, other), other_end) in inputs.iter().zip(ends) {
+            let in_place = what == STUDENT_LOGITS && self.is_in_place();
             // Rows may lie between the other's.
             if start < other_end
-                && other_start < end
+                && other.address < end
                 && !in_place
                 && gradient.overlaps(other, self.tokens, [padded, self.vocab])
             {
                 return Err(Error::Overlap {
                     what,
                     gradient: [start, end],
-                    other: [other_start, other_end],
+                    other: [other.address, other_end],
                 });
             }
+        }
+        Ok(())
+    }
+}
+
+/// A teacher of which some log-probabilities per token are known: see [`SparseTeacher`](crate::SparseTeacher). N is the call's
+/// tokens, K `top_k`; all three are without gaps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawSparseTeacher {
+    /// K
+    pub top_k: usize,
+    /// `[N, K]`
+    pub indices: RawLabels,
+    /// The address of the log-probabilities `[N, K]`.
+    pub log_probs: u64,
+    /// Their type.
+    pub dtype: Dtype,
+    /// The log-probabilities of the targets, float32 `[N]`.
+    pub target_log_probs: Option<u64>,
+    /// The distribution outside of the known tokens.
+    pub tail: Tail,
+}
+
+/// A call with a sparse teacher, by address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawSparseCall {
+    /// Everything but the logits.
+    pub tokens: RawTokens,
+    /// The teacher.
+    pub teacher: RawSparseTeacher,
+    /// The student's logits `[N, V]`.
+    pub student: RawLogits,
+    /// See [`RawCall::gradient`].
+    pub gradient: Option<RawLogits>,
+    /// See [`RawCall::gradient_padding`].
+    pub gradient_padding: usize,
+}
+
+impl RawSparseCall {
+    /// The call about the student's logits, as its own teacher.
+    pub(crate) fn of_student(&self) -> RawCall {
+        let Self { tokens, student, gradient, gradient_padding, .. } = *self;
+        let RawTokens { sequences, margins, hard, .. } = tokens;
+        let count = tokens.tokens;
+        let rows = RawRows { tokens: count, teacher: student, student, gradient, gradient_padding };
+        let RawTokens { labels, token_weights, temperatures, upstream, .. } = tokens;
+        RawCall {
+            sequences,
+            margins,
+            hard,
+            labels,
+            token_weights,
+            temperatures,
+            upstream,
+            ..rows.call(tokens.vocab)
+        }
+    }
+
+    /// Checks that the shapes, strides and addresses go together.
+    pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
+        self.tokens.check(objective)?;
+        self.teacher.check(self.tokens.tokens)?;
+        self.of_student().check_inputs(&[(STUDENT_LOGITS, self.student)])
+    }
+}
+
+impl RawSparseTeacher {
+    fn check(&self, tokens: usize) -> Result<()> {
+        let (most, top_k) = (SparseTeacher::MAX_TOP_K, self.top_k);
+        if !(1..=most).contains(&top_k) {
+            return Err(Error::TopK { top_k, most });
+        }
+        let (indices, index_bytes) = match self.indices {
+            RawLabels::I64(address) => (address, 8),
+            RawLabels::I32(address) => (address, 4),
+        };
+        for (what, address, multiple, elements) in [
+            (INDICES, Some(indices), index_bytes, tokens.saturating_mul(top_k)),
+            (
+                LOG_PROBS,
+                Some(self.log_probs),
+                self.dtype.size() as u64,
+                tokens.saturating_mul(top_k),
+            ),
+            (TARGET_LOG_PROBS, self.target_log_probs, 4, tokens),
+        ] {
+            check_alignment(what, address.unwrap_or(0), multiple)?;
+            check_there(what, address, elements)?;
         }
         Ok(())
     }
@@ -524,6 +612,10 @@ pub(crate) const ENTROPIES: &str = "the entropies";
 pub(crate) const HARD_MASK: &str = "the mask of hard tokens";
 pub(crate) const TOKEN_WEIGHTS: &str = "the token weights";
 pub(crate) const TEMPERATURES: &str = "the temperatures";
+pub(crate) const TARGET_LOG_PROBS: &str = "the target's log-probabilities";
+pub(crate) const INDICES: &str = "the indices";
+pub(crate) const LOG_PROBS: &str = "the log-probabilities";
+const STUDENT_LOGITS: &str = "the student's logits";
 
 /// That there is an address where values are to be.
 fn check_there(what: &'static str, address: Option<u64>, elements: usize) -> Result<()> {

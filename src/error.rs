@@ -181,6 +181,51 @@ pub enum Error {
         "the teacher's log-probability of token {token} is {log_prob}, but a probability is at most 1"
     )]
     LogProb { token: usize, log_prob: f32 },
+    /// A sparse teacher where logits are needed.
+    #[error(
+        "the batch has a sparse teacher, log-probabilities of some tokens, where the logits of all tokens are needed: a sparse teacher is computed with by the cpu module alone"
+    )]
+    NoTeacherLogits,
+    /// More of a teacher's tokens than a row may have, or none.
+    #[error("a sparse teacher has {top_k} tokens in a row, but must have from 1 to {most}")]
+    TopK { top_k: usize, most: usize },
+    /// A sparse teacher's values are not as many as its shape says.
+    #[error(
+        "{actual} of {what} were given for {} of {top_k}: there must be {expected}",
+        count(*tokens, "token")
+    )]
+    SparseLength { what: &'static str, actual: usize, expected: usize, tokens: usize, top_k: usize },
+    /// An index of a sparse teacher that names no token of the vocabulary.
+    #[error(
+        "index {place} of the teacher's token {token} is {index}, but must be at least 0 and below the vocabulary size {vocab}, or -1 for none"
+    )]
+    SparseIndex { token: usize, place: usize, index: i64, vocab: usize },
+    /// An index that a sparse teacher has twice.
+    #[error("the teacher's token {token} has index {index} twice, at {} and at {}", .places[0], .places[1])]
+    SparseDuplicate { token: usize, index: usize, places: [usize; 2] },
+    /// A log-probability that is NaN or +inf.
+    #[error("log-probability {place} of the teacher's token {token} is {log_prob}")]
+    SparseLogProb { token: usize, place: usize, log_prob: f32 },
+    /// Probabilities whose sum is more than rounding makes of 1.
+    #[error(
+        "the teacher's probabilities of token {token} add up to {mass}, which is more than 1 by more than the {tolerance} that rounding to {dtype} allows: give log-probabilities (natural logarithms, at the temperature of the call), not logits"
+    )]
+    SparseMass { token: usize, mass: f64, tolerance: f64, dtype: Dtype },
+    /// A target of which a sparse teacher knows nothing.
+    #[error(
+        "the teacher's token {token} has no probability for its target {target}, which is not among its {top_k} indices: give the target's log-probabilities"
+    )]
+    SparseTarget { token: usize, target: usize, top_k: usize },
+    /// A row without any index, whose arg max was wanted.
+    #[error(
+        "the teacher's token {token} has no likeliest token: all of its {top_k} indices are -1"
+    )]
+    SparseEmpty { token: usize, top_k: usize },
+    /// Reverse KL from a teacher that has no probability outside of the tokens it knows.
+    #[error(
+        "reverse KL is infinite where the teacher has no probability, which by tail zero is everywhere outside of the tokens it knows: take tail bucket or uniform, or another divergence"
+    )]
+    ReverseKlOfZeroTail,
     /// Hidden states or a weight that are no rows of so many features.
     #[error("{} given for {what}, but must be one or more rows of the hidden size {features}", were(*elements, "element"))]
     HiddenSize { what: &'static str, elements: usize, features: usize },

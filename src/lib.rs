@@ -123,6 +123,7 @@ mod selection;
 pub mod shards;
 #[cfg(feature = "simt")]
 pub mod simt;
+mod sparse;
 mod strides;
 #[cfg(feature = "battery")]
 pub mod unfused;
@@ -136,4 +137,5 @@ pub use objective::{
 };
 pub use output::{Output, Summary, TokenTerms};
 pub use selection::select_hard;
+pub use sparse::{SparseTeacher, Tail, Teacher};
 pub use strides::Strides;

@@ -580,6 +580,11 @@ impl Objective {
         }
     }
 
+    /// True if the divergence is infinite where the teacher has no probability and the student has one.
+    pub(crate) fn is_infinite_by_zero_tail(&self) -> bool {
+        self.divergence.family() == Family::ReverseKl
+    }
+
     /// True if all valid tokens are hard, or none is, whatever the margins.
     fn has_one_group(&self) -> bool {
         match self.selection_rule {

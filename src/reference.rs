@@ -1,10 +1,16 @@
 //! The loss in float64, straight from its definitions: softmax, mask out the target, renormalise, the divergences of
 //! the two classes and of the rest, or the one of the whole vocabulary, and the chain rule for the gradient. Slow,
-//! serial, and independent of the fused form, against which it is the oracle.
+//! serial, and independent of the fused form, against which it is the oracle. A sparse teacher becomes the distribution that
+//! its tail models.
+
+pub(crate) mod sparse;
 
 use crate::objective::{Coefficient, Family, Mixture, Target, check_temperature};
 use crate::output::TokenTerms;
-use crate::{Batch, Elements, Logits, Objective, Output, ReductionScales, Result, SelectionRule};
+use crate::{
+    Batch, Elements, Logits, Objective, Output, ReductionScales, Result, SelectionRule, Teacher,
+};
+use sparse::SparseRow;
 
 /// A distribution as logarithms: probabilities that underflow still have one. Everything is relative to the largest
 /// logit, before the temperature divides it, so that logits of any finite size cancel nothing.
@@ -209,7 +215,7 @@ pub fn token_entropies(logits: Logits, temperature: f64) -> Result<Vec<f64>> {
 
 /// The target of each token, `None` where it is ignored.
 pub(crate) fn targets(objective: &Objective, batch: &Batch) -> Result<Vec<Option<usize>>> {
-    let teacher = batch.teacher();
+    let teacher = batch.teacher_logits()?;
     let arg_max = |token| {
         let row = teacher.row(token);
         (1..row.len()).fold(0, |best, j| if row.get(j) > row.get(best) { j } else { best })
@@ -275,48 +281,67 @@ pub(crate) fn compute(
     student: impl Fn(usize) -> Vec<f64>,
     mut gradient: Option<&mut [f64]>,
 ) -> Result<Output> {
-    let teacher = batch.teacher();
-    let (vocab, own) = (teacher.vocab(), batch.token_settings());
-
-    let targets = targets(objective, batch)?;
-    own.check(&targets)?;
-    let margins: Vec<Option<f64>> = targets
+    let (vocab, own) = (batch.teacher().vocab(), batch.token_settings());
+    let rows = match batch.teacher() {
+        Teacher::Dense(logits) => {
+            let row = |(token, target)| TeacherRow::Dense(widen(logits.row(token)), target);
+            let targets = targets(objective, batch)?.into_iter().enumerate();
+            targets.map(|(token, target)| target.map(|target| row((token, target)))).collect()
+        }
+        Teacher::Sparse(sparse) => {
+            sparse.check(objective)?;
+            let row = |(token, label)| SparseRow::new(&sparse, objective, token, label, vocab);
+            let labels = batch.valid_labels(objective)?.into_iter().enumerate();
+            labels
+                .map(|(token, label)| label.map(|label| row((token, label))).transpose())
+                .map(|row| Ok(row?.map(TeacherRow::Sparse)))
+                .collect::<Result<Vec<_>>>()?
+        }
+    };
+    own.check(&batch.valid_labels(objective)?)?;
+    let margins: Vec<Option<f64>> = rows
         .iter()
         .enumerate()
-        .map(|(token, target)| {
-            target.map(|target| {
-                let row = widen(teacher.row(token));
-                match defined(&row) {
-                    true => Split::new(&row, own.temperature(token, objective), target).margin,
-                    false => f64::NAN,
+        .map(|(token, row)| {
+            row.as_ref().map(|row| match row {
+                TeacherRow::Sparse(row) => row.margin,
+                TeacherRow::Dense(row, target) if defined(row) => {
+                    Split::new(row, own.temperature(token, objective), *target).margin
                 }
+                TeacherRow::Dense(..) => f64::NAN,
             })
         })
         .collect();
     let hard = select(objective, batch, &margins);
 
-    let valid = targets.iter().flatten().count();
+    let valid = rows.iter().flatten().count();
     let hard_count = hard.iter().filter(|&&hard| hard).count();
     let scales = objective.reduction_scales(valid, hard_count).times(objective.upstream_gradient());
-    let mut tokens = vec![TokenTerms::IGNORED; targets.len()];
-    for (token, target) in targets.iter().enumerate() {
-        let Some(target) = *target else { continue };
-        let (a, b) = (widen(teacher.row(token)), student(token));
-        let row = gradient.as_deref_mut().map(|g| &mut g[token * vocab..][..vocab]);
+    let mut tokens = vec![TokenTerms::IGNORED; rows.len()];
+    for (token, row) in rows.iter().enumerate() {
+        let Some(row) = row else { continue };
+        let b = student(token);
+        let to = gradient.as_deref_mut().map(|g| &mut g[token * vocab..][..vocab]);
         let margin = margins[token].expect("a token with a target has a margin");
         let (weight, temperature) = (own.weight(token), own.temperature(token, objective));
-        tokens[token] = one_token(
-            objective,
-            &a,
-            &b,
-            target,
-            margin,
-            hard[token],
-            weight,
-            temperature,
-            scales,
-            row,
-        );
+        let hard = hard[token];
+        tokens[token] = match row {
+            TeacherRow::Dense(a, target) => divergence_of_token(
+                objective,
+                a,
+                &b,
+                *target,
+                margin,
+                hard,
+                weight,
+                temperature,
+                scales,
+                to,
+            ),
+            TeacherRow::Sparse(row) => {
+                row.terms(objective, &b, hard, weight, temperature, scales, to)?
+            }
+        };
     }
     Ok(Output::reduce(objective, tokens, own))
 }
@@ -355,8 +380,15 @@ fn select(objective: &Objective, batch: &Batch, margins: &[Option<f64>]) -> Vec<
     hard
 }
 
+/// A teacher's row that is not ignored, the dense one with its target.
+enum TeacherRow {
+    Dense(Vec<f64>, usize),
+    Sparse(SparseRow),
+}
+
+/// The terms of a token with these logits, and its gradient.
 #[expect(clippy::too_many_arguments)]
-fn one_token(
+fn divergence_of_token(
     objective: &Objective,
     a: &[f64],
     b: &[f64],

@@ -2,8 +2,11 @@
 //! battery use it too.
 
 use crate::objective::Family;
+use crate::reference::sparse::SparseRow;
 use crate::reference::{self, Softmax, Split, Weights, defined, widen};
-use crate::{Batch, Dtype, Logits, Objective, Output, ReductionScales, Result, TokenTerms};
+use crate::{
+    Batch, Dtype, Logits, Objective, Output, ReductionScales, Result, Teacher, TokenTerms,
+};
 
 /// The error allowed to a loss of ordinary logits, those up to 50 in size: 1e-6 relative + 2e-7 `unit`, where `unit` is
 /// T^2 if that multiplies the distillation terms and is above 1, else 1.
@@ -73,35 +76,60 @@ pub fn ties(
     }
     let own = batch.token_settings();
     let scales = reduction_scales(objective, exact).times(objective.upstream_gradient().abs());
-    for (token, target) in reference::targets(objective, batch)?.into_iter().enumerate() {
-        let Some(target) = target else { continue };
-        let (a, b) = (widen(batch.teacher().row(token)), widen(student.row(token)));
-        if a == b || !defined(&a) || !defined(&b) {
-            continue;
-        }
+    for (token, label) in batch.valid_labels(objective)?.into_iter().enumerate() {
+        let Some(label) = label else { continue };
         let temperature = own.temperature(token, objective);
         let TokenTerms { uncertainty, hard, .. } = exact.tokens[token];
         let weights =
             Weights::new(objective, temperature, uncertainty, hard).times(own.weight(token));
         let scale = scales.distillation(hard) / temperature;
-        let row = &mut allowed[token * vocab..][..vocab];
-        let [p, q] = [&a, &b].map(|row| Split::new(row, temperature, target));
-        let classes = reach(p.log_rest, q.log_rest).max(reach(p.log_target, q.log_target));
-        let of_margin = 2.0 * weights.tkd.abs() * classes * (q.log_rest + q.log_target).exp();
-        for (j, (allowed, log_q)) in row.iter_mut().zip(&q.rest.log).enumerate() {
-            *allowed += scale * of_margin * if j == target { 1.0 } else { log_q.exp() };
-        }
-        let [whole_p, whole_q] = [a, b].map(|row| Softmax::new(row, temperature));
-        for (weight, p, q) in [(weights.dkd, &p.rest, &q.rest), (weights.plain, &whole_p, &whole_q)]
-        {
-            let both = || p.log.iter().zip(&q.log);
-            let band: f64 = both().map(|(&p, &q)| reach(p, q) * q.exp()).sum();
-            for (allowed, (&p, &q)) in row.iter_mut().zip(both()) {
-                *allowed += scale * weight.abs() * q.exp() * (reach(p, q) + band);
+        let (row, b) = (&mut allowed[token * vocab..][..vocab], widen(student.row(token)));
+        match batch.teacher() {
+            Teacher::Dense(teacher) => {
+                let target = reference::targets(objective, batch)?[token].unwrap_or(label);
+                row_ties(&widen(teacher.row(token)), &b, target, temperature, &weights, scale, row);
+            }
+            Teacher::Sparse(teacher) => {
+                let of_classes = SparseRow::new(&teacher, objective, token, label, vocab)?;
+                let (a, b) = of_classes.logits(&b, temperature);
+                let mut ties = vec![0.0; a.len()];
+                row_ties(&a, &b, of_classes.target, temperature, &weights, scale, &mut ties);
+                for (class, tie) in of_classes.classes.iter().zip(ties) {
+                    class.iter().for_each(|&j| row[j] = tie);
+                }
             }
         }
     }
     Ok(allowed)
+}
+
+/// [`ties`] of one row.
+fn row_ties(
+    a: &[f64],
+    b: &[f64],
+    target: usize,
+    temperature: f64,
+    weights: &Weights,
+    scale: f64,
+    row: &mut [f64],
+) {
+    if a == b || !defined(a) || !defined(b) {
+        return;
+    }
+    let [p, q] = [a, b].map(|row| Split::new(row, temperature, target));
+    let classes = reach(p.log_rest, q.log_rest).max(reach(p.log_target, q.log_target));
+    let of_margin = 2.0 * weights.tkd.abs() * classes * (q.log_rest + q.log_target).exp();
+    for (j, (allowed, log_q)) in row.iter_mut().zip(&q.rest.log).enumerate() {
+        *allowed += scale * of_margin * if j == target { 1.0 } else { log_q.exp() };
+    }
+    let [whole_p, whole_q] = [a, b].map(|row| Softmax::new(row.to_vec(), temperature));
+    for (weight, p, q) in [(weights.dkd, &p.rest, &q.rest), (weights.plain, &whole_p, &whole_q)] {
+        let both = || p.log.iter().zip(&q.log);
+        let band: f64 = both().map(|(&p, &q)| reach(p, q) * q.exp()).sum();
+        for (allowed, (&p, &q)) in row.iter_mut().zip(both()) {
+            *allowed += scale * weight.abs() * q.exp() * (reach(p, q) + band);
+        }
+    }
 }
 
 /// The size of the change from the exact slope of |p - q| / 2 to any other that is allowed.

@@ -21,6 +21,7 @@ mod edges;
 mod paper;
 pub mod settings;
 pub mod shards;
+pub mod sparse;
 
 use half::{bf16, f16};
 
@@ -138,8 +139,6 @@ pub fn run(
         report(&check);
         checks.push(check);
     };
-    let caught =
-        |worst: Result<Worst>| worst.unwrap_or_else(|e| Worst::fail(format!("error: {e}")));
     for (name, objective) in differentiated() {
         // Differences cannot see the teacher's arg max in place of labels; identities need labels.
         let case = random(4, 7, 31).with(objective.map(|o| o.with_target(Target::Label)));
@@ -166,6 +165,10 @@ pub fn run(
         }
     }
     checks
+}
+
+fn caught(worst: Result<Worst>) -> Worst {
+    worst.unwrap_or_else(|error| Worst::fail(format!("error: {error}")))
 }
 
 /// Seeds of the cases by which the reference is compared with textbook formulas.

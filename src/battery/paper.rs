@@ -3,13 +3,17 @@
 use super::case::{Case, random};
 use super::cases::decoupled;
 use super::compare::Worst;
+use super::sparse::{Kept, Values};
 use crate::{
-    Batch, Divergence, Logits, Objective, Output, Reduction, Result, SelectionRule, reference,
+    Batch, Divergence, Logits, Objective, Output, Reduction, Result, SelectionRule, Tail, Teacher,
+    reference,
 };
 
 /// The divergences by their definitions.
 fn defined(divergence: Divergence, p: &[f64], q: &[f64]) -> f64 {
-    let kl = |p: &[f64], q: &[f64]| -> f64 { p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum() };
+    let kl = |p: &[f64], q: &[f64]| -> f64 {
+        p.iter().zip(q).filter(|(p, _)| **p > 0.0).map(|(p, q)| p * (p / q).ln()).sum()
+    };
     let mixed = |share: f64, p: &[f64], q: &[f64]| -> Vec<f64> {
         p.iter().zip(q).map(|(p, q)| share * p + (1.0 - share) * q).collect()
     };
@@ -48,7 +52,12 @@ fn textbook(divergence: Divergence, a: &[f64], b: &[f64], target: usize) -> [f64
 /// The reference's gradient against central differences of its loss.
 pub(super) fn differences(case: &Case) -> Result<Worst> {
     const STEP: f64 = 1e-4;
-    let batch = Batch::new(Logits::new(&case.teacher, case.tokens(), case.vocab)?, &case.labels)?;
+    let sparse = case.sparse.map(|kept| Values::of(case, kept));
+    let teacher = match &sparse {
+        Some(values) => Teacher::Sparse(values.teacher(case.tokens(), case.vocab)?),
+        None => Teacher::Dense(Logits::new(&case.teacher, case.tokens(), case.vocab)?),
+    };
+    let batch = Batch::new(teacher, &case.labels)?;
     let student = Logits::new(&case.student, case.tokens(), case.vocab)?;
     let (output, gradient) = reference::forward_backward(&case.objective, &batch, student)?;
     let upstream = case.objective.upstream_gradient();
@@ -69,6 +78,75 @@ pub(super) fn differences(case: &Case) -> Result<Worst> {
         // The step's square times a third derivative, and the loss's rounding over the step.
         let allowed = 2e-9 * (1.0 + output.loss.abs()) * (1.0 + upstream.abs());
         worst.add(|| format!("d loss / d student[{index}]"), analytic, slope, allowed);
+    }
+    Ok(worst)
+}
+
+/// The reference's terms by a sparse teacher against the words of [`Tail`] and textbook formulas, in probabilities.
+pub(super) fn textbook_tails(case: &Case, divergence: Divergence, kept: Kept) -> Result<Worst> {
+    let (tokens, vocab) = (case.tokens(), case.vocab);
+    let values = Values::of(case, kept);
+    let batch = Batch::new(values.teacher(tokens, vocab)?, &case.labels)?;
+    let student = Logits::new(&case.student, tokens, vocab)?;
+    let objective = Objective::default().with_divergence(divergence)?;
+    let output = reference::forward(&objective, &batch, student)?;
+    let plain = Objective::plain().with_divergence(divergence)?;
+    let plain = reference::forward(&plain, &batch, student)?;
+    let mut worst = Worst::none();
+    for (i, token) in output.tokens.iter().enumerate() {
+        let target = case.labels[i] as usize;
+        let mut known = values.entries(i);
+        known.insert(target, values.target_probability(i));
+        let mass: f64 = known.values().sum();
+        let left = vocab - known.len();
+        let total: f64 =
+            case.student[i * vocab..][..vocab].iter().map(|&z| f64::from(z).exp()).sum();
+        let q = |j: usize| f64::from(case.student[i * vocab + j]).exp() / total;
+        let (mut p, mut of_student, mut of_target) = (Vec::new(), Vec::new(), 0);
+        let mut rest = 0.0;
+        for j in 0..vocab {
+            let probability = match (known.get(&j), kept.tail) {
+                (Some(p), Tail::Zero) => p / mass,
+                (Some(p), _) => *p,
+                (None, Tail::Zero) => 0.0,
+                (None, Tail::Uniform) => (1.0 - mass) / left as f64,
+                (None, Tail::Bucket) => {
+                    rest += q(j);
+                    continue;
+                }
+            };
+            of_target = if j == target { p.len() } else { of_target };
+            p.push(probability);
+            of_student.push(q(j));
+        }
+        if kept.tail == Tail::Bucket && left > 0 {
+            p.push(1.0 - mass);
+            of_student.push(rest);
+        }
+        let [uncertainty, of_others] = [&p, &of_student].map(|of| 1.0 - of[of_target]);
+        let two = |of: &[f64]| [of[of_target], 1.0 - of[of_target]];
+        let renormalised = |of: &[f64], rest: f64| -> Vec<f64> {
+            let others = of.iter().enumerate().filter(|&(k, _)| k != of_target);
+            others.map(|(_, p)| p / rest).collect()
+        };
+        let tkd = defined(divergence, &two(&p), &two(&of_student));
+        // A teacher without mass off the target has no rest.
+        let dkd = match uncertainty {
+            0.0 => 0.0,
+            _ => defined(
+                divergence,
+                &renormalised(&p, uncertainty),
+                &renormalised(&of_student, of_others),
+            ),
+        };
+        for (what, actual, expected) in [
+            ("UNC", token.uncertainty, uncertainty),
+            ("TKD", token.tkd, tkd),
+            ("DKD", token.dkd, dkd),
+            ("plain divergence", plain.tokens[i].loss, defined(divergence, &p, &of_student)),
+        ] {
+            worst.add(|| format!("{what} of token {i}"), actual, expected, 1e-9 * (1.0 + expected));
+        }
     }
     Ok(worst)
 }

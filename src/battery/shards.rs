@@ -146,7 +146,7 @@ pub fn in_shards(
     student: Logits,
     mut gradient: Option<LogitsMut>,
 ) -> Result<Output> {
-    let teacher = batch.teacher();
+    let teacher = batch.teacher_logits()?;
     let (tokens, vocab) = (teacher.tokens(), teacher.vocab());
     batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
     let part = |columns: &Range<usize>| {
@@ -204,7 +204,7 @@ pub fn in_shards(
 /// # Errors
 /// As [`Shard::new`].
 pub fn shard_of<'a>(batch: &Batch<'a>, first_column: usize) -> Result<Shard<'a>> {
-    let (tokens, vocab) = (batch.teacher().tokens(), batch.teacher().vocab());
+    let (tokens, vocab) = (batch.teacher_logits()?.tokens(), batch.teacher_logits()?.vocab());
     let mut shard = match batch.labels() {
         Some(labels) => Shard::new(labels, vocab, first_column)?,
         None => Shard::unlabelled(tokens, vocab, first_column)?,

@@ -48,6 +48,26 @@ macro_rules! compile {
             }
 
             $(#[$features])*
+            pub fn exponentials<L: Element>(
+                x: &[L],
+                shift: Shift,
+                exponent: Exponent,
+                out: &mut [f32],
+                prefetch: Prefetch,
+            ) -> bool {
+                let value = shift.value;
+                match shift.guarded {
+                    false => tile::exponentials::<L, V, false>(x, value, exponent, out, prefetch),
+                    true => tile::exponentials::<L, V, true>(x, value, exponent, out, prefetch),
+                }
+            }
+
+            $(#[$features])*
+            pub fn sum(x: &[f32]) -> f64 {
+                tile::sum::<V>(x)
+            }
+
+            $(#[$features])*
             pub fn accumulate<L: Element, F: Fold>(
                 logits: [&[L]; 2],
                 shifts: &Shifts,
@@ -232,6 +252,23 @@ impl Instructions {
         prefetch: Prefetch,
     ) -> (f64, bool) {
         dispatch!(self, sum_exp(x, shift, exponent, prefetch))
+    }
+
+    /// See [`tile::exponentials`].
+    pub fn exponentials<L: Element>(
+        self,
+        x: &[L],
+        shift: Shift,
+        exponent: Exponent,
+        out: &mut [f32],
+        prefetch: Prefetch,
+    ) -> bool {
+        dispatch!(self, exponentials(x, shift, exponent, out, prefetch))
+    }
+
+    /// See [`tile::sum`].
+    pub fn sum(self, x: &[f32]) -> f64 {
+        dispatch!(self, sum(x))
     }
 
     /// See [`tile::accumulate`].

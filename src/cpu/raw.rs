@@ -40,10 +40,14 @@ use rayon::ThreadPool;
 
 use super::{Session, Workers};
 use crate::call::{
-    EASY, HARD, HARD_MASK, IGNORED, RawCall, RawEntropies, RawLabels, RawLogits, RawOutput,
-    RawRows, RawSelection, RawTeacher, RawTokens, TEMPERATURES, TOKEN_WEIGHTS,
+    EASY, HARD, HARD_MASK, IGNORED, LOG_PROBS, RawCall, RawEntropies, RawLabels, RawLogits,
+    RawOutput, RawRows, RawSelection, RawSparseCall, RawSparseTeacher, RawTeacher, RawTokens,
+    TARGET_LOG_PROBS, TEMPERATURES, TOKEN_WEIGHTS,
 };
-use crate::{Batch, Error, Labels, Logits, LogitsMut, Objective, Output, Result, cpu, selection};
+use crate::{
+    Batch, Dtype, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result,
+    SparseTeacher, Teacher, cpu, selection,
+};
 
 /// The loss on host memory: forward alone if the call has no gradient. The calling thread works, and all but
 /// one of the threads of `pool`, or of rayon's current pool, if they are free: see [`cpu`] for that, and for forks.
@@ -63,6 +67,41 @@ pub unsafe fn run(
     output: &RawOutput,
 ) -> Result<()> {
     call.check(objective)?;
+    // SAFETY: the caller's.
+    unsafe { run_checked(pool, objective, call, call.logits(call.teacher)?.into(), output) }
+}
+
+/// The loss with a sparse teacher, as [`run`].
+///
+/// # Errors
+/// As there; and if a value of the teacher's is none that it may be. Nothing was written then.
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn run_sparse(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    call: &RawSparseCall,
+    output: &RawOutput,
+) -> Result<()> {
+    call.check(objective)?;
+    let of_student = call.of_student();
+    // SAFETY: the caller's.
+    unsafe {
+        let teacher = call.sparse_teacher()?;
+        run_checked(pool, objective, &of_student, teacher.into(), output)
+    }
+}
+
+/// # Safety
+/// As [`run`], of a call that is valid but for its teacher's logits.
+unsafe fn run_checked(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    call: &RawCall,
+    teacher: Teacher,
+    output: &RawOutput,
+) -> Result<()> {
     output.check()?;
     // SAFETY: the caller's.
     let objective = unsafe { times_upstream(objective, call.upstream)? };
@@ -71,7 +110,7 @@ pub unsafe fn run(
     // SAFETY: the caller's, for as long as this function runs. What is borrowed mutably overlaps nothing
     // else: checked for the logits, and the caller's word for the rest.
     let result = unsafe {
-        let mut batch = call.batch()?;
+        let mut batch = call.batch(teacher)?;
         if let Some(sequences) = call.sequences {
             offsets = offsets_at(sequences)?;
             batch = batch.with_sequences(&offsets)?;
@@ -284,8 +323,9 @@ pub unsafe fn teacher_margins(
     to: u64,
 ) -> Result<()> {
     teacher.check(objective, to)?;
+    let call = teacher.call();
     // SAFETY: the caller's, for as long as this function runs.
-    let batch = unsafe { teacher.call().batch()? };
+    let batch = unsafe { call.batch(call.logits(call.teacher)?.into())? };
     let margins = cpu::teacher_margins_by(Workers::of(pool), objective, &batch)?;
     // SAFETY: the caller says that there is room for one number per token.
     unsafe { write(Some(to), &margins, |&margin| margin) };
@@ -351,15 +391,40 @@ unsafe fn bools_at(what: &'static str, address: u64, length: usize) -> Result<Ve
     Ok(bytes.iter().map(|&byte| byte != 0).collect())
 }
 
+impl RawSparseCall {
+    /// # Safety
+    /// As [`run`], for `'a`, of a call that is valid.
+    unsafe fn sparse_teacher<'a>(&self) -> Result<SparseTeacher<'a>> {
+        let RawSparseTeacher { top_k, indices, log_probs, dtype, target_log_probs, tail } =
+            self.teacher;
+        let (tokens, vocab) = (self.tokens.tokens, self.tokens.vocab);
+        let entries = tokens * top_k;
+        // SAFETY: the caller's.
+        unsafe {
+            let log_probs = match dtype {
+                Dtype::F32 => Elements::F32(slice(LOG_PROBS, log_probs, entries)?),
+                Dtype::F16 => Elements::F16(slice(LOG_PROBS, log_probs, entries)?),
+                Dtype::Bf16 => Elements::Bf16(slice(LOG_PROBS, log_probs, entries)?),
+            };
+            let indices = labels_at(indices, entries)?;
+            let teacher = SparseTeacher::new(indices, log_probs, tokens, top_k, vocab)?;
+            let teacher = teacher.with_tail(tail);
+            match target_log_probs {
+                Some(at) => teacher.with_target_log_probs(slice(TARGET_LOG_PROBS, at, tokens)?),
+                None => Ok(teacher),
+            }
+        }
+    }
+}
+
 impl RawCall {
-    /// The teacher and the labels.
+    /// The batch of this teacher and the labels.
     ///
     /// # Safety
     /// As [`run`], for `'a`, of a call that is valid.
-    unsafe fn batch<'a>(&self) -> Result<Batch<'a>> {
+    unsafe fn batch<'a>(&self, teacher: Teacher<'a>) -> Result<Batch<'a>> {
         // SAFETY: the caller's.
         unsafe {
-            let teacher = self.logits(self.teacher)?;
             let batch = match self.labels {
                 Some(labels) => Batch::new(teacher, labels_at(labels, self.tokens)?)?,
                 None => Batch::unlabelled(teacher),

@@ -5,6 +5,8 @@
 //! state is rescaled to the tile's shifts before its sums are added. Exponentials stay as they were written, relative to
 //! their own tile's shifts; neighbouring tiles of equal shifts form a *run*, and the gradient takes scales per run.
 
+mod rest;
+
 use std::ops::{Deref, DerefMut, Range};
 
 use half::slice::HalfFloatSliceExt;
@@ -127,8 +129,9 @@ impl Scratch {
 
     fn exponentials(&mut self, range: Range<usize>) -> Exponentials<'_> {
         let at_1 = !self.student_at_1.is_empty();
+        let kept = if self.kept.is_empty() { 0..0 } else { range.clone() };
         Exponentials {
-            kept: &mut self.kept[range.clone()],
+            kept: &mut self.kept[kept],
             student: &mut self.student[range.clone()],
             student_at_1: if at_1 { &mut self.student_at_1[range] } else { &mut [] },
         }
@@ -177,6 +180,11 @@ impl RowPass {
     /// The same for rows that have temperatures of their own.
     pub fn of_any_temperature(self) -> Self {
         Self { at_1: self.cross_entropy, ..self }
+    }
+
+    /// The same for rows of which cross entropy at temperature 1 is taken apart.
+    pub fn without_cross_entropy(self) -> Self {
+        Self { at_1: false, ..self }
     }
 
     /// The same for rows of another temperature.
@@ -353,8 +361,23 @@ impl RowPass {
         target: usize,
         scratch: &mut Scratch,
     ) -> RowState {
+        let of_target = [teacher.get(target), student.get(target)];
+        let margins = |state: &RowState| self.margins_of(state, of_target);
+        self.state_by(divergence, teacher, student, target, margins, scratch)
+    }
+
+    /// [`state`](Self::state) where the margins of the target are not those that its logits here have.
+    pub fn state_by<D: RowDivergence>(
+        &self,
+        divergence: D,
+        teacher: Elements,
+        student: Elements,
+        target: usize,
+        margins: impl Fn(&RowState) -> Margins,
+        scratch: &mut Scratch,
+    ) -> RowState {
         let mut state = self.first_sweep::<D::Fold>(teacher, student, Some(target), scratch);
-        let counted = self.counted(&state, [teacher.get(target), student.get(target)]);
+        let counted = (self.again && self.plain).then(|| margins(&state));
         let sums = self.sweep_again(divergence, teacher, student, &state, counted, scratch);
         if let Some(sums) = sums {
             state.found = divergence.found(sums, counted);
@@ -362,10 +385,15 @@ impl RowPass {
         state
     }
 
+    /// Both models' margins at a target of these logits.
+    fn margins_of(&self, state: &RowState, [teacher, student]: [f32; 2]) -> Margins {
+        let margin = |model, target| self.margin_of(state, model, target);
+        Margins { u: margin(TEACHER, teacher), w: margin(STUDENT, student) }
+    }
+
     /// The margins of the target, which has these logits, if it counts in a second sweep.
     pub fn counted(&self, state: &RowState, target: [f32; 2]) -> Option<Margins> {
-        let margin = |model| self.margin_of(state, model, target[model]);
-        (self.again && self.plain).then(|| Margins { u: margin(TEACHER), w: margin(STUDENT) })
+        (self.again && self.plain).then(|| self.margins_of(state, target))
     }
 
     /// Makes what the first sweep over a row, or a part of it, has kept what the gradient needs, given the state of the
@@ -382,7 +410,7 @@ impl RowPass {
         if let Some(second) = divergence.second() {
             return Some(self.second_sweep(second, teacher, student, state, counted, scratch));
         }
-        if D::KEEPS_FAR && state.sums.far && scratch.kept.len() == teacher.len() {
+        if D::KEEPS_FAR && state.sums.far && scratch.kept.len() >= teacher.len() {
             for i in scratch.runs.iter().flat_map(|(run, _)| run.clone()) {
                 let logits = [teacher.get(i), student.get(i)];
                 scratch.kept[i] = divergence.far_kept(logits, state, self.exponent);
@@ -402,7 +430,7 @@ impl RowPass {
         let [mut wide_teacher, mut wide_student] = scratch.take_wide();
         let target = target.unwrap_or(usize::MAX);
         let mut state = RowState::empty();
-        let whole_row = scratch.kept.len() == teacher.len();
+        let whole_row = scratch.kept.len() >= teacher.len();
         scratch.runs.clear();
         let mut before = None;
         for range in tiles(teacher.len(), target, self.tile) {

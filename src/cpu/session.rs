@@ -1,5 +1,7 @@
 //! A call in stages.
 
+mod sparse;
+
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -815,15 +817,19 @@ pub(super) fn scales(objective: &Objective, valid: usize, hard: usize) -> Reduct
     objective.reduction_scales(valid, hard).times(objective.upstream_gradient())
 }
 
-/// log((1 - p) / p) of log p.
+/// [`margin_of_log_prob`] in single precision, as a margin to select by: 0 for what rounding makes more of, and NaN stays,
+/// which counts as a margin below every number.
 fn margin_of(log_prob: f32) -> f32 {
-    // NaN stays, and counts as a margin below every number.
-    let log_prob = if log_prob > 0.0 { 0.0 } else { f64::from(log_prob) };
+    margin_of_log_prob(if log_prob > 0.0 { 0.0 } else { log_prob.into() }) as f32
+}
+
+/// log((1 - p) / p) of log p.
+fn margin_of_log_prob(log_prob: f64) -> f64 {
     // Each form is exact where the other cancels.
     let rest = if log_prob > -std::f64::consts::LN_2 {
         (-log_prob.exp_m1()).ln()
     } else {
         (-log_prob.exp()).ln_1p()
     };
-    (rest - log_prob) as f32
+    rest - log_prob
 }

@@ -1,10 +1,12 @@
 //! The arithmetic on one tile of a row, in float32, written once over a [`Vector`].
 //!
-//! A tile is a stretch of a row that stays in the first-level cache. Five loops work on it:
+//! A tile is a stretch of a row that stays in the first-level cache. Seven loops work on it:
 //!
 //! ```text
 //! extent          smallest and largest logit
 //! sum_exp         one model's sum of exponentials, for margins
+//! exponentials    one model's exponentials, which are kept, for rows of which only some tokens have a teacher
+//! sum             their sum
 //! accumulate      both models' sums and the divergence's cross term; the exponentials are kept
 //! sweep_again     sums of normalised probabilities, for divergences that need a second sweep
 //! write_gradient  the gradient, from what the sweeps have kept and the row's scales
@@ -71,9 +73,9 @@ pub struct Extent {
     pub high: f32,
 }
 
-/// The exponentials of a tile, written by [`accumulate`] and read by [`write_gradient`].
+/// The exponentials of a tile, written by [`accumulate`] or [`exponentials`] and read by [`write_gradient`].
 pub struct Exponentials<'a> {
-    /// The values that [`Fold::fold`] has returned, or [`SecondSweep::add`] thereafter.
+    /// The values that [`Fold::fold`] has returned, or [`SecondSweep::add`] thereafter; empty for a gradient without.
     pub kept: &'a mut [f32],
     pub student: &'a mut [f32],
     /// The student's at temperature 1; empty unless they are wanted.
@@ -225,6 +227,53 @@ pub fn sum_exp<L: Element, V: Vector, const GUARDED: bool>(
     sum = sum.add(guarded_exp(rest.sub(shifts), exponent, &mut range_bits));
     total.take(&mut sum);
     (total.fold(), in_range)
+}
+
+/// Writes e^{(x_j - shift) / T} to `out`, and returns whether the tile is in range as in [`TileSums::in_range`].
+#[inline(always)]
+pub fn exponentials<L: Element, V: Vector, const GUARDED: bool>(
+    x: &[L],
+    shift: f32,
+    exponent: Exponent,
+    out: &mut [f32],
+    prefetch: Prefetch,
+) -> bool {
+    let (whole, rest) = tail::<L, V>(x);
+    let shifts = V::splat(shift);
+    let mut range_bits = V::splat(0.0);
+    let mut i = 0;
+    while i < whole {
+        prefetch.request::<V>(i);
+        let lanes = i..i + V::LANES;
+        let x: V = L::load(&x[lanes.clone()]);
+        let exponential = exp_by::<V, GUARDED>(x.sub(shifts), exponent, &mut range_bits);
+        exponential.store::<false>(&mut out[lanes]);
+        i += V::LANES;
+    }
+    let in_range = in_range(range_bits) && tail_in_range(&x[whole..], shift, exponent);
+    let mut padded = [0.0; MAX_LANES];
+    guarded_exp(rest.sub(shifts), exponent, &mut range_bits).store::<false>(&mut padded);
+    out[whole..x.len()].copy_from_slice(&padded[..x.len() - whole]);
+    in_range
+}
+
+/// The sum, added as in [`accumulate`].
+#[inline(always)]
+pub fn sum<V: Vector>(x: &[f32]) -> f64 {
+    let (mut sum, mut total) = (V::splat(0.0), Compensated::zero());
+    let whole = x.len() - x.len() % V::LANES;
+    let mut i = 0;
+    while i < whole {
+        let end = whole.min(i + PARTIAL * V::LANES);
+        while i < end {
+            sum = sum.add(V::load(&x[i..i + V::LANES]));
+            i += V::LANES;
+        }
+        total.take(&mut sum);
+    }
+    sum = padded(&x[whole..], 0.0);
+    total.take(&mut sum);
+    total.fold()
 }
 
 /// Partial sums by lane, and what they are relative to.
@@ -453,9 +502,10 @@ fn gradient<V: Vector>(from: [&[f32]; 3], scales: Scales, at: usize) -> V {
     let [kept, q, q_at_1] = from;
     let lanes = at..at + V::LANES;
     let student = V::load(&q[lanes.clone()]);
-    let sum = student.mul(V::splat(scales.student));
-    let kept = V::load(&kept[lanes.clone()]);
-    let sum = kept.mul_add(V::splat(scales.divergence), sum);
+    let mut sum = student.mul(V::splat(scales.student));
+    if !kept.is_empty() {
+        sum = V::load(&kept[lanes.clone()]).mul_add(V::splat(scales.divergence), sum);
+    }
     if q_at_1.is_empty() {
         return sum;
     }
@@ -480,6 +530,7 @@ fn write_partial_vector<G: Element, V: Vector>(
         }
     }
     let [kept, q, q_at_1] = &padded;
+    let kept: &[f32] = if from[0].is_empty() { &[] } else { kept };
     let q_at_1: &[f32] = if from[2].is_empty() { &[] } else { q_at_1 };
     let sum = gradient::<V>([kept, q, q_at_1], scales, 0);
     let mut out = [G::default(); MAX_LANES];

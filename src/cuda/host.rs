@@ -123,8 +123,8 @@ impl Kernels {
         // Here an error can name the label.
         batch.valid_labels(objective)?;
         let stream = &self.context().default_stream();
-        let teacher = Copy::new(stream, batch.teacher().elements())?;
-        let teacher = teacher.logits(batch.teacher())?;
+        let teacher = Copy::new(stream, batch.teacher_logits()?.elements())?;
+        let teacher = teacher.logits(batch.teacher_logits()?)?;
         let (labels_i64, labels_i32);
         let device_batch = match batch.labels() {
             None => DeviceBatch::unlabelled(teacher),
@@ -179,7 +179,7 @@ impl Kernels {
                 device_batch.with_temperatures(temperatures.slice(..given.len()))?
             }
         };
-        let capacity = batch.teacher().tokens();
+        let capacity = batch.teacher_logits()?.tokens();
         let mut workspace = Workspace::new(self, stream, capacity)?;
         let student_copy = Copy::new(stream, student.elements())?;
         let student = student_copy.logits(student)?;

@@ -187,7 +187,7 @@ impl Simulation {
     ) -> Result<(Output, Traffic)> {
         batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
         let mut buffers = vec![
-            input("teacher", batch.teacher().elements()),
+            input("teacher", batch.teacher_logits()?.elements()),
             input("student", student.elements()),
         ];
         if let Some(gradient) = &gradient {
@@ -219,7 +219,7 @@ impl Simulation {
         let view = student.as_logits();
         batch.check_shape("the student's logits", [view.tokens(), view.vocab()])?;
         let buffers = vec![
-            input("teacher", batch.teacher().elements()),
+            input("teacher", batch.teacher_logits()?.elements()),
             Buffer { writable: true, ..input("student", view.elements()) },
         ];
         self.call(objective, batch, raw(view), Some(raw(view)), extra, buffers)
@@ -236,10 +236,10 @@ impl Simulation {
     ) -> Result<(Output, Traffic)> {
         let inputs = Inputs::new(batch, extra);
         buffers.extend(inputs.buffers());
-        let (tokens, vocab) = (batch.teacher().tokens(), batch.teacher().vocab());
+        let (tokens, vocab) = (batch.teacher_logits()?.tokens(), batch.teacher_logits()?.vocab());
         let rows = RawRows {
             tokens,
-            teacher: raw(batch.teacher()),
+            teacher: raw(batch.teacher_logits()?),
             student,
             gradient,
             gradient_padding: 0,
@@ -291,7 +291,7 @@ impl Simulation {
         objective: &Objective,
         batch: &Batch,
     ) -> Result<(Vec<f32>, Traffic)> {
-        let teacher = batch.teacher();
+        let teacher = batch.teacher_logits()?;
         let mut to = vec![f32::from_bits(0xdead_beef); teacher.tokens()];
         let mut buffers =
             vec![input("teacher", teacher.elements()), Buffer::output("margins", &mut to)];
@@ -416,7 +416,7 @@ impl Simulation {
         let call = RawCall {
             tokens,
             vocab,
-            teacher: raw(batch.teacher()),
+            teacher: raw(batch.teacher_logits()?),
             student: raw(student),
             gradient: Some(raw(gradient.as_logits())),
             gradient_padding: 0,
@@ -429,7 +429,7 @@ impl Simulation {
             upstream: None,
         };
         let mut buffers = [
-            input("teacher", batch.teacher().elements()),
+            input("teacher", batch.teacher_logits()?.elements()),
             input("student", student.elements()),
             Buffer::input("labels", labels),
             Buffer { writable: true, ..input("gradient", gradient.as_logits().elements()) },

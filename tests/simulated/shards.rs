@@ -75,7 +75,7 @@ impl<'a> Shards<'a> {
     /// Both models' logits of a rank's columns, if it has any.
     pub fn logits(&self, rank: usize) -> Option<[Logits<'a>; 2]> {
         let of = |logits: Logits<'a>| logits.columns(self.columns[rank].clone()).ok();
-        Some([of(self.batch.teacher())?, of(self.student)?])
+        Some([of(self.batch.teacher_logits().ok()?)?, of(self.student)?])
     }
 
     pub fn ranks(&self) -> Range<usize> {

@@ -1,0 +1,250 @@
+//! A teacher of which a few log-probabilities per token are known, from disk or from a server.
+
+use crate::call::{INDICES, LOG_PROBS, TARGET_LOG_PROBS};
+use crate::{Dtype, Elements, Error, Labels, Logits, Objective, Result, Target};
+
+/// The teacher of a batch.
+#[derive(Clone, Copy, Debug)]
+pub enum Teacher<'a> {
+    /// The logits of the whole vocabulary.
+    Dense(Logits<'a>),
+    /// The log-probabilities of some tokens of the vocabulary.
+    Sparse(SparseTeacher<'a>),
+}
+
+impl Teacher<'_> {
+    /// Rows.
+    pub fn tokens(&self) -> usize {
+        match self {
+            Teacher::Dense(logits) => logits.tokens(),
+            Teacher::Sparse(sparse) => sparse.tokens,
+        }
+    }
+
+    /// Tokens of the vocabulary.
+    pub fn vocab(&self) -> usize {
+        match self {
+            Teacher::Dense(logits) => logits.vocab(),
+            Teacher::Sparse(sparse) => sparse.vocab,
+        }
+    }
+}
+
+impl<'a> From<Logits<'a>> for Teacher<'a> {
+    fn from(logits: Logits<'a>) -> Self {
+        Teacher::Dense(logits)
+    }
+}
+
+impl<'a> From<SparseTeacher<'a>> for Teacher<'a> {
+    fn from(sparse: SparseTeacher<'a>) -> Self {
+        Teacher::Sparse(sparse)
+    }
+}
+
+/// The distribution that a sparse teacher is taken for, outside of the tokens whose log-probabilities are known: those of its
+/// indices, and the target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Tail {
+    /// No other token has a probability. The known ones are renormalised.
+    Zero,
+    /// What is left of the mass is spread evenly over the other tokens.
+    Uniform,
+    /// The other tokens are one class of the divergences: what is left of the mass, against the student's mass on the same
+    /// tokens. Nothing is assumed of how the teacher spreads it.
+    #[default]
+    Bucket,
+}
+
+/// The teacher's log-probabilities of up to K tokens of the vocabulary in each row, and of the target: all that is known where
+/// its logits are not in memory.
+///
+/// Log-probabilities are natural logarithms at the temperature of the call: a temperature divides the student's logits alone.
+/// The student's distribution is over the whole vocabulary. What the teacher gives the tokens that it does not know is a
+/// matter of [`Tail`]. The uncertainty, by which tokens are selected, is 1 - e^(the target's log-probability), but by
+/// [`Tail::Zero`] that of the renormalised probabilities.
+///
+/// ```
+/// use atkd::{Batch, Logits, Objective, SparseTeacher, Tail, cpu};
+///
+/// // Two tokens, of whose teacher two probabilities each are known, and that of the target.
+/// let indices = [3_i32, 0, 2, -1];
+/// let log_probs = [-0.5_f32, -2.0, -0.1, 0.0];
+/// let teacher = SparseTeacher::new(&indices, &log_probs[..], 2, 2, 5)?
+///     .with_target_log_probs(&[-2.5, -0.1])?
+///     .with_tail(Tail::Bucket);
+/// let student = Logits::new(&[0.0_f32; 10][..], 2, 5)?;
+/// let output = cpu::forward(&Objective::default(), &Batch::new(teacher, &[1_i64, 2])?, student)?;
+/// assert!(output.tokens[0].hard && !output.tokens[1].hard);
+/// # Ok::<(), atkd::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct SparseTeacher<'a> {
+    tokens: usize,
+    top_k: usize,
+    vocab: usize,
+    indices: Labels<'a>,
+    log_probs: Elements<'a>,
+    target_log_probs: Option<&'a [f32]>,
+    tail: Tail,
+}
+
+impl<'a> SparseTeacher<'a> {
+    /// The most that K may be.
+    pub const MAX_TOP_K: usize = 1024;
+
+    /// A teacher of a vocabulary of `vocab` tokens, with tail [`Tail::Bucket`]. `indices` and `log_probs` are
+    /// `[tokens, top_k]` without gaps, in any order within a row. An index of -1 says that a row has fewer; its
+    /// log-probability is not used.
+    ///
+    /// What is wrong with single values is told by the call that uses them, which knows what tokens are ignored.
+    ///
+    /// # Errors
+    /// If there are more or fewer of either, or `top_k` is 0 or above [`MAX_TOP_K`](Self::MAX_TOP_K).
+    pub fn new(
+        indices: impl Into<Labels<'a>>,
+        log_probs: impl Into<Elements<'a>>,
+        tokens: usize,
+        top_k: usize,
+        vocab: usize,
+    ) -> Result<Self> {
+        let (indices, log_probs) = (indices.into(), log_probs.into());
+        if !(1..=Self::MAX_TOP_K).contains(&top_k) {
+            return Err(Error::TopK { top_k, most: Self::MAX_TOP_K });
+        }
+        let expected = tokens.saturating_mul(top_k);
+        for (what, actual) in [(INDICES, indices.len()), (LOG_PROBS, log_probs.len())] {
+            if actual != expected {
+                return Err(Error::SparseLength { what, actual, expected, tokens, top_k });
+            }
+        }
+        let (target_log_probs, tail) = (None, Tail::default());
+        Ok(Self { tokens, top_k, vocab, indices, log_probs, target_log_probs, tail })
+    }
+
+    /// With the log-probability of each token's target, which then need not be among the K, and counts instead of that one if
+    /// it is. Not used with [`Target::Teacher`](crate::Target::Teacher), whose target is the likeliest of the K.
+    ///
+    /// # Errors
+    /// If there is not one per token.
+    pub fn with_target_log_probs(mut self, log_probs: &'a [f32]) -> Result<Self> {
+        crate::batch::check_count(TARGET_LOG_PROBS, log_probs.len(), self.tokens)?;
+        self.target_log_probs = Some(log_probs);
+        Ok(self)
+    }
+
+    /// With another tail.
+    #[must_use]
+    pub fn with_tail(mut self, tail: Tail) -> Self {
+        self.tail = tail;
+        self
+    }
+
+    /// The tail.
+    pub fn tail(&self) -> Tail {
+        self.tail
+    }
+
+    /// K.
+    pub fn top_k(&self) -> usize {
+        self.top_k
+    }
+
+    /// Checks that the objective is finite with this tail.
+    pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
+        match self.tail {
+            Tail::Zero if objective.is_infinite_by_zero_tail() => Err(Error::ReverseKlOfZeroTail),
+            _ => Ok(()),
+        }
+    }
+
+    /// The tokens of a row of which something is known. `label` is the row's.
+    ///
+    /// # Errors
+    /// If a value is none that it may be, or the target has no probability.
+    pub(crate) fn known(
+        &self,
+        objective: &Objective,
+        token: usize,
+        label: usize,
+    ) -> Result<KnownTokens> {
+        let Self { top_k, vocab, .. } = *self;
+        let mut entries = Vec::with_capacity(top_k + 1);
+        for place in 0..top_k {
+            let at = token * top_k + place;
+            let index = self.indices.get(at);
+            if index == -1 {
+                continue;
+            }
+            let column = usize::try_from(index).ok().filter(|&column| column < vocab);
+            let column = column.ok_or(Error::SparseIndex { token, place, index, vocab })?;
+            let log_prob = self.log_probs.get(at);
+            if log_prob.is_nan() || log_prob == f32::INFINITY {
+                return Err(Error::SparseLogProb { token, place, log_prob });
+            }
+            entries.push((column, place, f64::from(log_prob)));
+        }
+        entries.sort_unstable_by_key(|&(column, ..)| column);
+        if let Some(pair) = entries.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            let mut places = [pair[0].1, pair[1].1];
+            places.sort_unstable();
+            return Err(Error::SparseDuplicate { token, index: pair[0].0, places });
+        }
+
+        let target = match objective.target() {
+            Target::Label => label,
+            // The likeliest, and the lowest token among equals.
+            Target::Teacher => {
+                let likeliest =
+                    entries.iter().reduce(|best, one| if one.2 > best.2 { one } else { best });
+                likeliest.ok_or(Error::SparseEmpty { token, top_k })?.0
+            }
+        };
+        let place = entries.binary_search_by_key(&target, |&(column, ..)| column);
+        let own = self.target_log_probs.filter(|_| objective.target() == Target::Label);
+        match (place, own) {
+            (Err(_), None) => return Err(Error::SparseTarget { token, target, top_k }),
+            (Ok(_), None) => {}
+            (place, Some(own)) => {
+                let log_prob = own[token];
+                if log_prob.is_nan() || f64::from(log_prob) > tolerance(Dtype::F32) {
+                    return Err(Error::LogProb { token, log_prob });
+                }
+                let entry = (target, top_k, f64::from(log_prob));
+                match place {
+                    Ok(at) => entries[at] = entry,
+                    Err(at) => entries.insert(at, entry),
+                }
+            }
+        }
+
+        let (dtype, mass) =
+            (self.log_probs.dtype(), entries.iter().map(|entry| entry.2.exp()).sum::<f64>());
+        if mass > 1.0 + tolerance(dtype) {
+            let tolerance = tolerance(dtype);
+            return Err(Error::SparseMass { token, mass, tolerance, dtype });
+        }
+        let target = place.unwrap_or_else(|at| at);
+        let (columns, log_probs) = entries.into_iter().map(|(column, _, p)| (column, p)).unzip();
+        Ok(KnownTokens { columns, log_probs, target })
+    }
+}
+
+/// How far rounding log-probabilities to this dtype may raise their probabilities' sum above 1.
+fn tolerance(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => 1e-4,
+        Dtype::F16 => 1e-2,
+        Dtype::Bf16 => 3e-2,
+    }
+}
+
+/// What a sparse teacher knows of a row: its K tokens and the target.
+pub(crate) struct KnownTokens {
+    /// Tokens of the vocabulary, ascending.
+    pub columns: Vec<usize>,
+    /// The log-probability of each, as given.
+    pub log_probs: Vec<f64>,
+    /// The place of the target among them.
+    pub target: usize,
+}

@@ -1,0 +1,388 @@
+//! Sparse teachers on the CPU, beside what the battery goes through.
+
+use atkd::battery::{self, Bounds};
+use atkd::call::{RawLabels, RawLogits, RawOutput, RawSparseCall, RawSparseTeacher, RawTokens};
+use atkd::{
+    Batch, Divergence, Dtype, Error, Logits, LogitsMut, Objective, Reduction, Result,
+    SelectionRule, SparseTeacher, Tail, Target, cpu, select_hard,
+};
+use half::bf16;
+
+const TAILS: [Tail; 3] = [Tail::Zero, Tail::Uniform, Tail::Bucket];
+
+#[test]
+fn cpu_battery() {
+    let checks = battery::sparse::run(Bounds::Cpu, cpu::forward_backward, |_| {});
+    battery::assert_all_pass(&checks);
+}
+
+#[test]
+fn reference_battery() {
+    let checks = battery::sparse::run(Bounds::Cpu, battery::reference_backend, |_| {});
+    battery::assert_all_pass(&checks);
+}
+
+fn random(seed: u64, count: usize) -> Vec<f32> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    (0..count).map(|_| 8.0 * random.f32() - 4.0).collect()
+}
+
+/// The likeliest `top_k` tokens of each row of logits, with the log-probability of the target.
+struct Known {
+    indices: Vec<i64>,
+    log_probs: Vec<f32>,
+    of_targets: Vec<f32>,
+}
+
+fn known(logits: &[f32], vocab: usize, top_k: usize, labels: &[i64]) -> Known {
+    let mut known = Known { indices: Vec::new(), log_probs: Vec::new(), of_targets: Vec::new() };
+    for (row, &label) in logits.chunks(vocab).zip(labels) {
+        let log_sum = row.iter().map(|&z| f64::from(z).exp()).sum::<f64>().ln();
+        let log_prob = |j: usize| (f64::from(row[j]) - log_sum) as f32;
+        let mut order: Vec<usize> = (0..vocab).collect();
+        order.sort_by(|&i, &j| row[j].total_cmp(&row[i]));
+        known.indices.extend(order[..top_k].iter().map(|&j| j as i64));
+        known.log_probs.extend(order[..top_k].iter().map(|&j| log_prob(j)));
+        known.of_targets.push(usize::try_from(label).map_or(f32::NAN, log_prob));
+    }
+    known
+}
+
+impl Known {
+    fn teacher(&self, vocab: usize) -> SparseTeacher<'_> {
+        let tokens = self.of_targets.len();
+        let top_k = self.indices.len() / tokens;
+        SparseTeacher::new(&self.indices, &self.log_probs, tokens, top_k, vocab)
+            .and_then(|teacher| teacher.with_target_log_probs(&self.of_targets))
+            .unwrap()
+    }
+}
+
+fn objectives() -> Vec<Objective> {
+    let atkd = Objective::default();
+    let jsd = Divergence::Jsd { beta: 0.3 };
+    vec![
+        atkd,
+        Objective::kl(),
+        atkd.with_divergence(Divergence::ReverseKl).unwrap(),
+        atkd.with_divergence(jsd).and_then(|o| o.with_ce_weight(0.4)).unwrap(),
+        Objective::plain().with_divergence(jsd).unwrap(),
+        atkd.with_divergence(Divergence::TotalVariation).unwrap(),
+        Objective::plain().with_divergence(Divergence::SkewKl { alpha: 0.1 }).unwrap(),
+        atkd.with_reduction(Reduction::GroupMean)
+            .unwrap()
+            .with_selection_rule(SelectionRule::Median),
+    ]
+}
+
+/// With all of the vocabulary known, every tail is the dense teacher.
+#[test]
+fn of_the_whole_vocabulary_it_is_the_dense_teacher() -> Result<()> {
+    let (tokens, vocab) = (9, 57);
+    let (teacher, student) = (random(1, tokens * vocab), random(2, tokens * vocab));
+    let labels = [3_i64, 56, -100, 0, 12, 20, 56, 7, 8];
+    let known = known(&teacher, vocab, vocab, &labels);
+    let student = Logits::new(&student, tokens, vocab)?;
+    for objective in objectives() {
+        let batch = Batch::new(Logits::new(&teacher, tokens, vocab)?, &labels)?;
+        let mut expected = vec![0.0_f32; tokens * vocab];
+        let to = LogitsMut::new(&mut expected, tokens, vocab)?;
+        let dense = cpu::forward_backward(&objective, &batch, student, to)?;
+        for tail in TAILS {
+            let batch = Batch::new(known.teacher(vocab).with_tail(tail), &labels)?;
+            let reverse = objective.divergence() == Divergence::ReverseKl;
+            let mut gradient = vec![f32::NAN; tokens * vocab];
+            let to = LogitsMut::new(&mut gradient, tokens, vocab)?;
+            let output = match cpu::forward_backward(&objective, &batch, student, to) {
+                Err(Error::ReverseKlOfZeroTail) if reverse && tail == Tail::Zero => continue,
+                output => output?,
+            };
+            assert!(
+                (output.loss - dense.loss).abs() <= 2e-6 * dense.loss,
+                "{objective:?} {tail:?}"
+            );
+            for (token, dense) in output.tokens.iter().zip(&dense.tokens) {
+                assert_eq!((token.hard, token.valid), (dense.hard, dense.valid));
+            }
+            let largest = expected.iter().fold(0.0_f32, |largest, g| largest.max(g.abs()));
+            for (actual, expected) in gradient.iter().zip(&expected) {
+                assert!((actual - expected).abs() <= 2e-6 * largest, "{objective:?} {tail:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The selection is that of the margins, which are known without a student; the median of an even number included.
+#[test]
+fn margins_are_those_of_the_selection() -> Result<()> {
+    let (tokens, vocab) = (40, 31);
+    let (teacher, student) = (random(3, tokens * vocab), random(4, tokens * vocab));
+    let labels: Vec<i64> = (0..tokens as i64).map(|i| if i == 5 { -100 } else { i % 31 }).collect();
+    let known = known(&teacher, vocab, 4, &labels);
+    for tail in TAILS {
+        let batch = Batch::new(known.teacher(vocab).with_tail(tail), &labels)?;
+        let objective = Objective::default();
+        let margins = cpu::teacher_margins(&objective, &batch)?;
+        let valid: Vec<bool> = labels.iter().map(|&label| label >= 0).collect();
+        let hard = select_hard(&margins, Some(&valid), 0.5, None)?;
+        let output = cpu::forward(&objective, &batch, Logits::new(&student, tokens, vocab)?)?;
+        assert_eq!(hard, output.tokens.iter().map(|token| token.hard).collect::<Vec<_>>());
+        assert_eq!(hard.iter().filter(|&&hard| hard).count(), 20);
+        for (token, &log_prob) in known.of_targets.iter().enumerate() {
+            // By tail zero the known probabilities are renormalised.
+            if tail != Tail::Zero && valid[token] {
+                let log_prob = f64::from(log_prob);
+                let margin = (-log_prob.exp_m1()).ln() - log_prob;
+                assert!((f64::from(margins[token]) - margin).abs() <= 1e-6 * (1.0 + margin.abs()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The target's own log-probability counts instead of the one among the K.
+#[test]
+fn the_targets_log_probability_wins() -> Result<()> {
+    let (indices, log_probs) = ([2_i32, 0], [-0.5_f32, -2.0]);
+    let teacher = SparseTeacher::new(&indices, &log_probs[..], 1, 2, 4)?;
+    let zeros = [0.0_f32; 4];
+    let student = Logits::new(&zeros[..], 1, 4)?;
+    let uncertainty = |teacher: SparseTeacher| -> Result<f64> {
+        let batch = Batch::new(teacher, &[2_i64])?;
+        Ok(cpu::forward(&Objective::default(), &batch, student)?.tokens[0].uncertainty)
+    };
+    assert!((uncertainty(teacher)? - (1.0 - (-0.5_f64).exp())).abs() < 1e-6);
+    let known = teacher.with_target_log_probs(&[-0.7])?;
+    assert!((uncertainty(known)? - (1.0 - (-0.7_f64).exp())).abs() < 1e-6);
+    // p = e^-0.7, e^-2.
+    let expected = (-2.0_f64).exp() / ((-2.0_f64).exp() + (-0.7_f64).exp());
+    assert!((uncertainty(known.with_tail(Tail::Zero))? - expected).abs() < 1e-6);
+
+    // The teacher's likeliest token is that of the K, whatever is given for the targets.
+    let objective = Objective::default().with_target(Target::Teacher);
+    let output = cpu::forward(&objective, &Batch::unlabelled(known), student)?;
+    assert!((output.tokens[0].uncertainty - (1.0 - (-0.5_f64).exp())).abs() < 1e-6);
+    Ok(())
+}
+
+/// A gradient over the logits, in bfloat16 and with cross entropy, is the one beside them.
+#[test]
+fn in_place_is_beside() -> Result<()> {
+    let (tokens, vocab) = (5, 700);
+    let (teacher, student) = (random(5, tokens * vocab), random(6, tokens * vocab));
+    let student: Vec<bf16> = student.into_iter().map(bf16::from_f32).collect();
+    let labels = [1_i64, 699, -100, 5, 6];
+    let known = known(&teacher, vocab, 64, &labels);
+    for tail in TAILS {
+        for objective in [
+            Objective::default(),
+            Objective::kl().with_temperature(2.0).and_then(|o| o.with_ce_weight(0.5))?,
+        ] {
+            let batch = Batch::new(known.teacher(vocab).with_tail(tail), &labels)?;
+            let (mut beside, mut over) = (vec![bf16::NAN; tokens * vocab], student.clone());
+            let to = LogitsMut::new(&mut beside, tokens, vocab)?;
+            let from = Logits::new(&student, tokens, vocab)?;
+            let loss = cpu::forward_backward(&objective, &batch, from, to)?.loss;
+            let to = LogitsMut::new(&mut over, tokens, vocab)?;
+            assert_eq!(cpu::forward_backward_in_place(&objective, &batch, to)?.loss, loss);
+            assert_eq!(cpu::forward(&objective, &batch, from)?.loss, loss);
+            assert!(beside == over, "{tail:?}");
+            assert!(beside[2 * vocab..3 * vocab].iter().all(|g| g.to_f32() == 0.0));
+        }
+    }
+    Ok(())
+}
+
+/// Both calls by address are those by view, and bad addresses are refused.
+#[test]
+fn by_address() -> Result<()> {
+    let (tokens, vocab, top_k) = (4, 50, 8);
+    let (teacher, student) = (random(7, tokens * vocab), random(8, tokens * vocab));
+    let labels = [1_i64, 49, -100, 5];
+    let known = known(&teacher, vocab, top_k, &labels);
+    let objective = Objective::default();
+    let batch = Batch::new(known.teacher(vocab), &labels)?;
+    let mut expected = vec![0.0_f32; tokens * vocab];
+    let to = LogitsMut::new(&mut expected, tokens, vocab)?;
+    let student_logits = Logits::new(&student, tokens, vocab)?;
+    let output = cpu::forward_backward(&objective, &batch, student_logits, to)?;
+
+    let (mut loss, mut gradient) = (f32::NAN, vec![f32::NAN; tokens * (vocab + 2)]);
+    let logits =
+        |address: u64, row: usize| RawLogits { address, dtype: Dtype::F32, strides: row.into() };
+    let call = RawSparseCall {
+        tokens: RawTokens {
+            tokens,
+            vocab,
+            labels: Some(RawLabels::I64(labels.as_ptr() as u64)),
+            sequences: None,
+            margins: None,
+            hard: None,
+            token_weights: None,
+            temperatures: None,
+            upstream: None,
+        },
+        teacher: RawSparseTeacher {
+            top_k,
+            indices: RawLabels::I64(known.indices.as_ptr() as u64),
+            log_probs: known.log_probs.as_ptr() as u64,
+            dtype: Dtype::F32,
+            target_log_probs: Some(known.of_targets.as_ptr() as u64),
+            tail: Tail::Bucket,
+        },
+        student: logits(student.as_ptr() as u64, vocab),
+        gradient: Some(logits(gradient.as_mut_ptr() as u64, vocab + 2)),
+        gradient_padding: 2,
+    };
+    let to = RawOutput { loss: Some(&raw mut loss as u64), ..RawOutput::default() };
+    // SAFETY: the addresses are of arrays of the shapes given.
+    let run = |call: &RawSparseCall| unsafe { cpu::raw::run_sparse(None, &objective, call, &to) };
+    run(&call)?;
+    assert_eq!(loss, output.loss as f32);
+    for (padded, row) in gradient.chunks(vocab + 2).zip(expected.chunks(vocab)) {
+        assert!(padded[..vocab] == *row && padded[vocab..] == [0.0, 0.0]);
+    }
+
+    let with = |teacher: RawSparseTeacher| RawSparseCall { teacher, ..call };
+    for (call, expected) in [
+        (
+            with(RawSparseTeacher { top_k: 0, ..call.teacher }),
+            "a sparse teacher has 0 tokens in a row, but must have from 1 to 1024",
+        ),
+        (
+            with(RawSparseTeacher { log_probs: 0, ..call.teacher }),
+            "the address of the log-probabilities is null, but 32 elements were announced",
+        ),
+        (
+            with(RawSparseTeacher { indices: RawLabels::I64(4), ..call.teacher }),
+            "the address of the indices is 0x4, which is no multiple of an element's 8 bytes",
+        ),
+    ] {
+        assert_eq!(run(&call).unwrap_err().to_string(), expected);
+    }
+    let overlapping = RawLogits { address: call.student.address + 4, ..call.student };
+    let overlapping = RawSparseCall { gradient: Some(overlapping), gradient_padding: 0, ..call };
+    assert!(matches!(run(&overlapping), Err(Error::Overlap { what: "the student's logits", .. })));
+    Ok(())
+}
+
+/// What is wrong is told with its token and numbers, before anything is written.
+#[test]
+fn mistakes() -> Result<()> {
+    let (tokens, vocab) = (3, 10);
+    let student = random(9, tokens * vocab);
+    let fails = |indices: [i64; 6], log_probs: [f32; 6], of_targets: Option<[f32; 3]>| {
+        let teacher = SparseTeacher::new(&indices, &log_probs[..], tokens, 2, vocab).unwrap();
+        let of_targets = of_targets.unwrap_or([-0.7; 3]);
+        let teacher = teacher.with_target_log_probs(&of_targets).unwrap();
+        let batch = Batch::new(teacher, &[1_i64, -100, 4]).unwrap();
+        let mut gradient = vec![7.0_f32; tokens * vocab];
+        let to = LogitsMut::new(&mut gradient, tokens, vocab).unwrap();
+        let logits = Logits::new(&student, tokens, vocab).unwrap();
+        let error = cpu::forward_backward(&Objective::default(), &batch, logits, to).unwrap_err();
+        assert!(gradient.iter().all(|&g| g == 7.0));
+        let of_margins = cpu::teacher_margins(&Objective::default(), &batch).unwrap_err();
+        // NaN is no equal of itself.
+        assert_eq!(of_margins.to_string(), error.to_string());
+        error.to_string()
+    };
+    let (indices, log_probs) = ([1, 2, -9, 99, 5, 6], [-1.0, -2.0, f32::NAN, 9.0, -2.0, -3.0]);
+    let replaced = |at: usize, index: i64| {
+        let mut indices = indices;
+        indices[at] = index;
+        indices
+    };
+    let changed = |at: usize, log_prob: f32| {
+        let mut log_probs = log_probs;
+        log_probs[at] = log_prob;
+        log_probs
+    };
+    for (error, expected) in [
+        (
+            fails(replaced(5, 10), log_probs, None),
+            "index 1 of the teacher's token 2 is 10, but must be at least 0 and below the vocabulary size 10, or -1 for none",
+        ),
+        (
+            fails(replaced(0, -2), log_probs, None),
+            "index 0 of the teacher's token 0 is -2, but must be at least 0 and below the vocabulary size 10, or -1 for none",
+        ),
+        (
+            fails(replaced(5, 5), log_probs, None),
+            "the teacher's token 2 has index 5 twice, at 0 and at 1",
+        ),
+        (
+            fails(indices, changed(4, f32::NAN), None),
+            "log-probability 0 of the teacher's token 2 is NaN",
+        ),
+        (
+            fails(indices, log_probs, Some([-0.7, 0.0, 0.001])),
+            "the teacher's log-probability of token 2 is 0.001, but a probability is at most 1",
+        ),
+        (
+            fails(indices, log_probs, Some([-0.7, 0.0, f32::NAN])),
+            "the teacher's log-probability of token 2 is NaN, but a probability is at most 1",
+        ),
+    ] {
+        assert_eq!(error, expected);
+    }
+    let error = fails(indices, changed(5, -0.5), None);
+    assert!(
+        error.starts_with("the teacher's probabilities of token 2 add up to 1.2384"),
+        "{error}"
+    );
+
+    let student = Logits::new(&student, tokens, vocab)?;
+    let teacher =
+        SparseTeacher::new(&[1_i32, 2, 1, 2, 1, -1], &[-2.0_f32; 6][..], tokens, 2, vocab)?;
+    let batch = Batch::new(teacher, &[1_i64, 2, 7])?;
+    let error = cpu::forward(&Objective::default(), &batch, student).unwrap_err();
+    assert_eq!(error, Error::SparseTarget { token: 2, target: 7, top_k: 2 });
+    let zero = Batch::new(teacher.with_tail(Tail::Zero), &[1_i64, 2, 1])?;
+    let reverse = Objective::default().with_divergence(Divergence::ReverseKl)?;
+    assert_eq!(cpu::forward(&reverse, &zero, student).unwrap_err(), Error::ReverseKlOfZeroTail);
+    let none = SparseTeacher::new(&[-1_i32; 3], &[0.0_f32; 3][..], tokens, 1, vocab)?;
+    let by_teacher = Objective::default().with_target(Target::Teacher);
+    let error = cpu::forward(&by_teacher, &Batch::unlabelled(none), student).unwrap_err();
+    assert_eq!(error, Error::SparseEmpty { token: 0, top_k: 1 });
+
+    // Rounding is no mistake: what is above 1 by as much as the dtype may make it is taken for 1.
+    let above = [bf16::from_f32(-0.69), bf16::from_f32(-0.69)];
+    let teacher = SparseTeacher::new(&[1_i32, 2], &above[..], 1, 2, vocab)?;
+    let batch = Batch::new(teacher.with_target_log_probs(&[-0.69])?, &[1_i64])?;
+    let one = Logits::new(&[0.0_f32; 10][..], 1, vocab)?;
+    assert!(matches!(
+        SparseTeacher::new(&[1_i32], &[0.0_f32; 2][..], 1, 1, vocab),
+        Err(Error::SparseLength { .. })
+    ));
+    let error = cpu::forward(&Objective::default(), &batch, one);
+    assert!(error.is_ok(), "{error:?}");
+    for top_k in [0, 1025] {
+        let entries = vec![0_i32; top_k];
+        let log_probs = vec![-9.0_f32; top_k];
+        let teacher = SparseTeacher::new(&entries, &log_probs, 1, top_k, vocab);
+        assert!(matches!(teacher, Err(Error::TopK { .. })));
+    }
+    Ok(())
+}
+
+/// Where a student's tail is far below all known tokens, its mass is still told apart from none.
+#[test]
+fn a_minute_tail_keeps_its_digits() -> Result<()> {
+    let vocab = 5000;
+    let mut student = vec![-60.0_f32; vocab];
+    (student[17], student[4000]) = (30.0, 29.5);
+    let (indices, log_probs) = ([17_i32, 4000], [-0.8_f32, -0.9]);
+    let teacher = SparseTeacher::new(&indices, &log_probs[..], 1, 2, vocab)?;
+    let batch = Batch::new(teacher, &[17_i64])?;
+    let output = cpu::forward(&Objective::kl(), &batch, Logits::new(&student, 1, vocab)?)?;
+    let p = log_probs.map(|p| f64::from(p).exp());
+    let rest = 1.0 - p[0] - p[1];
+    let log_sum = 30.0 + (-0.5_f64).exp().ln_1p();
+    let of_rest = -60.0 + 4998_f64.ln() - log_sum;
+    let expected = p[0] * (p[0].ln() - (30.0 - log_sum))
+        + p[1] * (p[1].ln() - (29.5 - log_sum))
+        + rest * (rest.ln() - of_rest);
+    assert!((output.loss - expected).abs() <= 1e-6 * expected, "{} {expected}", output.loss);
+    Ok(())
+}
