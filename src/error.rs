@@ -131,7 +131,7 @@ pub enum Error {
     StateCount { what: &'static str, values: usize, expected: usize, tokens: usize },
     /// A token whose target no shard has left out.
     #[error(
-        "no shard has the target of token {token}: the row states must be of all ranks, whose columns are the whole vocabulary"
+        "no shard has the target of token {token}: the row states must be of all ranks, whose columns are the whole vocabulary, and each rank's labels the same, tokens of that vocabulary"
     )]
     NoShardTarget { token: usize },
     /// The gradients or the terms of shards depend on hard tokens that are not given.
