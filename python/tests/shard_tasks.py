@@ -297,6 +297,31 @@ def _other_items(student, teacher, labels, given):
     return student, teacher, labels, {**given, "num_items_in_batch": 5}
 
 
+def _shifted(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "shift_labels": True}
+
+
+def _shifted_by_text(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "shift_labels": "yes"}
+
+
+def _other_reduction(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "reduction": "none"}
+
+
+def _other_labels(student, teacher, labels, given):
+    # As those of a column's rank are, in another convention.
+    return student, teacher, labels.where(labels < 10, -100), given
+
+
+def _rolled_labels(student, teacher, labels, given):
+    return student, teacher, labels.roll(1), given
+
+
+def _one_count(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "token_counts": 6}
+
+
 def _wrong_counts(student, teacher, labels, given):
     return student, teacher, labels, {**given, "token_counts": [1, 1]}
 
@@ -343,6 +368,172 @@ def faults(here, layout, columns, tokens, names, at):
     return found, atkd.atkd_loss(student, teacher, labels, **given)
 
 
+def of_one_group(here):
+    """How far losses and gradients of calls where all tokens are hard, or none is, are from one process, without statistics."""
+    results = {}
+    for layout in [(2, 1), (1, 2), (2, 2)]:
+        group = here.groups.get(layout)
+        if group is None:
+            continue
+        case = Head([20, 30] if layout[0] == 2 else [50], [6, 5] if layout[1] == 2 else [11])
+        student, teacher, labels, _ = case.whole()
+        rows, columns = slices_of(case, group)
+        of_groups = {"vocab_group": group.vocabulary, "token_group": group.tokens}
+        for reduction in ("mean", "sum", "none", "group-mean"):
+            for ratio in (0.0, 1.0):
+                given = {"reduction": reduction, "hard_ratio": ratio}
+
+                def whole_and_part(loss_of, tensors, parts):
+                    """Losses and gradients by the first tensor, of all and of this rank's part."""
+                    found = []
+                    for arguments, of_ranks in [(tensors, {}), (parts, of_groups)]:
+                        leaf, *others = (each.clone() for each in arguments)
+                        loss = loss_of(leaf.requires_grad_(), *others, **given, **of_ranks)
+                        loss.sum().backward()
+                        found.append((loss.detach().sum(), leaf.grad))
+                    (whole, gradient), (part, of_part) = found
+                    if group.tokens is not None:
+                        dist.all_reduce(part, group=group.tokens)
+                    return whole, gradient, part, of_part
+
+                logits = [hidden @ weight.T for hidden, weight, _ in (student, teacher)]
+                parts = [each[rows, columns] for each in logits]
+                whole, gradient, part, of_part = whole_and_part(
+                    atkd.atkd_loss, (*logits, labels), (*parts, labels[rows])
+                )
+                difference = (of_part - gradient[rows, columns]).abs().max() / gradient.abs().max()
+                results["logits", layout, reduction, ratio] = abs(part / whole - 1).item(), difference.item(), whole.item()
+                layers = student[0], student[1], teacher[0], teacher[1], labels
+                of_rank = student[0][rows], student[1][columns], teacher[0][rows], teacher[1][columns], labels[rows]
+                whole, gradient, part, of_part = whole_and_part(atkd.linear_atkd_loss, layers, of_rank)
+                difference = (of_part - gradient[rows]).abs().max() / gradient.abs().max()
+                results["hidden states", layout, reduction, ratio] = abs(part / whole - 1).item(), difference.item(), whole.item()
+    return results
+
+
+def distributed_of_one_group(here):
+    """The same of DTensors, of tokens on two ranks and columns on two."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = _mesh((2, 2))
+    results = {}
+    for reduction in ("mean", "sum", "none", "group-mean"):
+        for ratio in (0.0, 1.0):
+            given = {"reduction": reduction, "hard_ratio": ratio}
+            logits = batch(7, 50)
+            leaf = logits[0].clone().requires_grad_()
+            whole = atkd.atkd_loss(leaf, *logits[1:], **given).sum()
+            whole.backward()
+            placed = [distribute_tensor(x, mesh, _placements("0V", 2)) for x in logits[:2]]
+            labels = distribute_tensor(logits[2], mesh, _placements("0R", 2))
+            loss = atkd.atkd_loss(placed[0].requires_grad_(), placed[1], labels, **given).sum()
+            loss.backward()
+            difference = (placed[0].grad.full_tensor() - leaf.grad).abs().max() / leaf.grad.abs().max()
+            loss = loss.detach().full_tensor()
+            results[reduction, ratio] = abs(loss / whole.detach() - 1).item(), difference.item(), whole.item()
+    return results
+
+
+def numbers_of_numpy(here):
+    """The loss where one rank's settings are NumPy's, or tensors, and equal."""
+    group = here.groups.get((1, 2))
+    if group is None:
+        return None
+    import numpy
+
+    student, teacher, labels, given = Case([50], [6, 5]).part(group)
+    settings = {"temperature": 2.0, "ignore_index": -100, "lam": 0.25, "num_items_in_batch": 7, "divergence": "jsd"}
+    if here.rank == 1:
+        settings = {
+            "temperature": numpy.float32(2.0), "ignore_index": numpy.int64(-100), "divergence": numpy.str_("jsd"),
+            "lam": torch.tensor(0.25, dtype=torch.float64), "num_items_in_batch": numpy.int32(7),
+            "shift_labels": numpy.bool_(False), "temperature_squared": numpy.bool_(False),
+        }  # fmt: skip
+    return atkd.atkd_loss(student, teacher, labels, **settings, **given)
+
+
+def different_values(here, layout, columns, tokens):
+    """The errors where rank 1 has one argument of its tokens with other values."""
+    group = here.groups.get(layout)
+    if group is None:
+        return None
+    student, teacher, labels, given = Case(columns, tokens, weights=True, temperatures=True, hard=True).part(group)
+    labels[:2] = torch.tensor([3, 4])
+
+    def swapped(values):
+        """Two values the other way round, so that their sum is the same."""
+        found = values.clone()
+        if here.rank == 1:
+            found[:2] = values[:2].flip(0)
+        return found
+
+    given["hard"][:2] = torch.tensor([True, False])
+    random = torch.Generator().manual_seed(1)
+    hidden = torch.randn(*labels.shape, 3, generator=random)
+    weight = torch.ones(student.shape[-1], 3)
+    log_p = -torch.rand(labels.shape, generator=random)
+    groups = {name: given[name] for name in ("vocab_group", "token_group")}
+    layers = hidden, weight, hidden, weight
+    return [
+        raised(atkd.atkd_loss, student, teacher, swapped(labels), **given),
+        *[
+            raised(atkd.atkd_loss, student, teacher, labels, **{**given, name: swapped(given[name])})
+            for name in ("hard", "token_weights", "temperature")
+        ],
+        raised(atkd.linear_atkd_loss, *layers, swapped(labels), **groups),
+        raised(atkd.linear_atkd_loss, *layers, labels, teacher_log_prob=swapped(log_p), **groups),
+        raised(atkd.teacher_margins, teacher, swapped(labels), vocab_group=groups["vocab_group"]),
+        # What is the same has the same digest, whatever its dtype and wherever it lies.
+        raised(
+            atkd.atkd_loss, student, teacher, labels.int() if here.rank == 1 else labels,
+            **{**given, "token_weights": torch.stack([given["token_weights"]] * 2, -1)[:, 0]},
+        ),
+    ]  # fmt: skip
+
+
+def accumulated(here):
+    """The loss and the gradient of two calls on each of two ranks, averaged over the ranks as DDP does."""
+    group = here.groups.get((1, 2))
+    if group is None:
+        return None
+    (hidden, weight, _), (of_teacher, to_teacher, _), labels, _ = Head([50], [6, 5]).whole()
+    weight.requires_grad_()
+    first = 6 * group.tokens_at
+    parts = [slice(first, first + 2), slice(first + 2, 6 + 5 * group.tokens_at)]
+    teacher = [of_teacher[part] @ to_teacher.T for part in parts]
+    margins = torch.cat([atkd.teacher_margins(logits, labels[part]) for logits, part in zip(teacher, parts)])
+    valid = torch.cat([labels[part] != -100 for part in parts])
+    hard = atkd.select_hard(margins, 0.5, valid=valid, group=group.tokens)
+    items = valid.sum()
+    dist.all_reduce(items, group=group.tokens)
+    total = torch.zeros(())
+    for logits, part, of_part in zip(teacher, parts, hard.split([2, len(hard) - 2])):
+        loss = atkd.atkd_loss(hidden[part] @ weight.T, logits, labels[part], hard=of_part, num_items_in_batch=items)
+        (loss * dist.get_world_size(group.tokens)).backward()
+        total += loss.detach()
+    dist.all_reduce(weight.grad, group=group.tokens)
+    dist.all_reduce(total, group=group.tokens)
+    return total, weight.grad / dist.get_world_size(group.tokens)
+
+
+def backward_on_one_rank(here):
+    """The losses of tokens, and the weight's gradient, where one rank alone calls `backward`."""
+    group = here.groups.get((1, 2))
+    if group is None:
+        return None
+    case = Head([50], [6, 5])
+    (hidden, weight, _), (of_teacher, to_teacher, _), labels, _ = case.whole()
+    rows, _ = slices_of(case, group)
+    weight.requires_grad_()
+    layers = hidden[rows], weight, of_teacher[rows], to_teacher
+    losses = atkd.linear_atkd_loss(
+        *layers, labels[rows], chunk_tokens=2, reduction="none", token_group=group.tokens
+    )
+    if here.rank == 1:
+        losses.sum().backward()
+    return losses.detach(), weight.grad
+
+
 def other_faults(here):
     """Errors of the other functions, which one rank causes."""
     group = here.groups.get((2, 1))
@@ -369,6 +560,11 @@ def other_faults(here):
         ),
         raised(torch.func.grad(lambda x: atkd.atkd_loss(x, teacher, labels, vocab_group=vocabulary)), student),
         raised(atkd.atkd_loss, student, teacher, labels, vocab_group=3),
+        raised(atkd.atkd_loss, student, teacher, labels, vocab_group="tp"),
+        raised(atkd.atkd_loss, student, teacher, labels, token_group=-100),
+        raised(atkd.teacher_margins, teacher.double(), labels, vocab_group=vocabulary),
+        raised(atkd.atkd_loss, student, teacher, labels, vocab_start=3, token_group=vocabulary),
+        raised(atkd.atkd_loss, student[:, :0], teacher[:, :0], labels * 0 - 100, vocab_group=vocabulary),
     ]  # fmt: skip
 
 
@@ -505,6 +701,97 @@ def wrong_placements(here):
         raised(atkd.atkd_loss, *tokens, labels),
         raised(atkd.atkd_loss, student, columns[1], labels),
     ]
+
+
+def placed_faults(here):
+    """The errors where one rank alone gives DTensors other arguments."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = _mesh((4,))
+    found = []
+    for letters, wrong in [
+        ("1", {"selection": "sequence"}),
+        ("1", {"shift_labels": True}),
+        ("0", {"shift_labels": "yes"}),
+        ("0", {"token_group": dist.group.WORLD}),
+        ("V", {"vocab_group": dist.group.WORLD}),
+        ("V", {"shift_labels": True}),
+    ]:
+        student, teacher, labels = batch(4, 8, 50)
+        student, teacher = (distribute_tensor(x, mesh, _placements(letters, 3)) for x in (student, teacher))
+        labels = distribute_tensor(labels, mesh, _placements(letters.replace("V", "R"), 3))
+        found.append(raised(atkd.atkd_loss, student, teacher, labels, **(wrong if here.rank == 1 else {})))
+    return found
+
+
+def refused_dtensors(here):
+    """The errors of arguments that must be no DTensors."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = _mesh((4,))
+    student, teacher, labels = batch(8, 12)
+    placed = [distribute_tensor(x, mesh, _placements(letter, 2)) for x, letter in [(student, "0"), (teacher, "0"), (labels, "0")]]
+    hidden, weight = torch.ones(8, 3), torch.ones(12, 3)
+    split = distribute_tensor(weight, mesh, _placements("0", 2))
+    return [
+        raised(atkd.teacher_margins, placed[1], labels),
+        raised(atkd.linear_atkd_loss, hidden, split, hidden, weight, labels),
+        raised(atkd.linear_atkd_loss, hidden, split, hidden, weight, labels, token_group=dist.group.WORLD),
+        raised(atkd.linear_atkd_loss, hidden, weight, hidden, split, labels),
+        raised(atkd.atkd_loss, *placed, num_items_in_batch=(placed[2] != -100).sum()),
+        raised(atkd.atkd_loss, student, teacher, labels, token_group=mesh),
+    ]
+
+
+def fused_heads_of_fsdp(here, reshards):
+    """How far the gradients of head and body are from one process, relative to their largest, by each way to the whole weight."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Partial
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.body = torch.nn.Embedding(30, 6), torch.nn.Linear(6, 6)
+            self.head = torch.nn.Linear(6, 30, bias=False)
+
+        def forward(self, tokens, *of_loss):
+            hidden = torch.tanh(self.body(self.embedding(tokens)))
+            return loss_of(hidden, self.head.weight, *of_loss) if of_loss else hidden
+
+    def loss_of(hidden, weight, of_teacher, labels, group):
+        head = torch.randn(30, 4, generator=torch.Generator().manual_seed(2))
+        return atkd.linear_atkd_loss(hidden, weight, of_teacher, head, labels, token_group=group)
+
+    random = torch.Generator().manual_seed(1)
+    tokens, labels = (torch.randint(30, (9, 5), generator=random) for _ in range(2))
+    labels[:, -1] = -100
+    of_teacher = torch.randn(9, 5, 4, generator=random)
+    alone = Model()
+    alone(tokens, of_teacher, labels, None).backward()
+    own = slice(*[(0, 1, 1, 5, 9)[at] for at in (here.rank, here.rank + 1)])
+    given = of_teacher[own], labels[own], dist.group.WORLD
+    found = {}
+    for way in ("in the forward", "after the root's", "by full_tensor"):
+        if way == "after the root's" and reshards:
+            continue
+        model = fully_shard(Model(), mesh=_mesh((4,)), reshard_after_forward=reshards)
+        if way == "in the forward":
+            loss = model(tokens[own], *given)
+        else:
+            hidden = model(tokens[own])
+            if way == "by full_tensor":
+                model.reshard()
+                weight = model.head.weight.full_tensor(grad_placements=[Partial("avg")])
+            else:
+                weight = model.head.weight
+            loss = loss_of(hidden, weight, *given)
+        (loss * dist.get_world_size()).backward()
+        found[way] = [
+            ((one.weight.grad.full_tensor() - other.weight.grad).abs().max() / other.weight.grad.abs().max()).item()
+            for one, other in [(model.head, alone.head), (model.body, alone.body)]
+        ]
+    return found
 
 
 def training(here, fsdp):

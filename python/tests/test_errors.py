@@ -140,6 +140,20 @@ def test_numbers_that_would_learn(name, number):
         atkd.atkd_loss(STUDENT, TEACHER, LABELS, num_items_in_batch=items)
 
 
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_shift_labels_is_a_bool(value):
+    calls = [
+        lambda: atkd.atkd_loss(STUDENT, TEACHER, LABELS, shift_labels=value),
+        lambda: atkd.ATKDLoss(shift_labels=value),
+        lambda: atkd.teacher_margins(TEACHER, LABELS, shift_labels=value),
+        lambda: atkd.linear_atkd_loss(STUDENT, STUDENT, TEACHER, TEACHER, LABELS, shift_labels=value),
+        lambda: atkd.LinearATKDLoss(shift_labels=value),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=f"shift_labels is {value!r}, but must be True or False"):
+            call()
+
+
 def test_labels_as_shift_labels():
     for call in [
         lambda: atkd.atkd_loss(STUDENT, TEACHER, LABELS, shift_labels=LABELS),
@@ -169,7 +183,7 @@ def test_scale():
 
 @pytest.mark.parametrize("name, value, of", [("vocab_start", 3, "vocab_group"), ("token_counts", [6], "token_group")])
 def test_what_is_told_without_ranks(name, value, of):
-    message = rf"{name} is .*, but without a {of} there is nothing to tell"
+    message = rf"{name} is .*, but tells of a {of}, and none is given: leave it out, or give the {of}"
     with pytest.raises(ValueError, match=message):
         atkd.atkd_loss(STUDENT, TEACHER, LABELS, **{name: value})
     layers = torch.ones(6, 3), torch.ones(50, 3)

@@ -247,8 +247,44 @@ def test_heads(ranks, split):
             assert (gradient.double() - leaf).abs().max() <= allowed * leaf.abs().max() * (dp if allowed > 1e-3 else 1), given
 
 
+def check_of_one_group(results):
+    for found in filter(None, results):
+        for call, (of_loss, of_gradient, loss) in found.items():
+            assert of_loss <= 2e-6 and of_gradient <= 1e-5, (call, of_loss, of_gradient)
+            if call[-1] == 1.0:
+                # So that one cannot be taken for the other.
+                assert loss >= 1.5 * found[(*call[:-1], 0.0)][2], call
+
+
+def test_all_tokens_hard_or_none(ranks):
+    check_of_one_group(ranks("of_one_group"))
+
+
+def test_gradient_accumulation(ranks):
+    (hidden, weight, _), (of_teacher, to_teacher, _), labels, _ = Head([50], [6, 5]).whole()
+    exact = atkd.linear_atkd_loss(hidden, weight.requires_grad_(), of_teacher, to_teacher, labels)
+    exact.backward()
+    for loss, gradient in filter(None, ranks("accumulated")):
+        assert torch.allclose(loss, exact, rtol=1e-5)
+        assert torch.allclose(gradient, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_one_rank_alone_calls_backward(ranks):
+    results = list(filter(None, ranks("backward_on_one_rank")))
+    (hidden, weight, _), (of_teacher, to_teacher, _), labels, _ = Head([50], [6, 5]).whole()
+    weight.requires_grad_()
+    losses = atkd.linear_atkd_loss(hidden, weight, of_teacher, to_teacher, labels, reduction="none")
+    losses[6:].sum().backward()
+    assert torch.allclose(torch.cat([found for found, _ in results]), losses.detach(), rtol=1e-5, atol=1e-6)
+    assert results[0][1] is None
+    assert torch.allclose(results[1][1], weight.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_what_a_call_sends(ranks):
     from atkd._groups import HEADER_BYTES
+
+    # As the README and docs/scale.md say.
+    assert HEADER_BYTES == 184
 
     splits = {
         (4, 1): {"columns": [20, 0, 7, 23], "tokens": [12]},
@@ -303,10 +339,13 @@ GIVEN_UP = "RuntimeError", "rank 1 has raised an error in this call"
 FAULTS = {
     "wrong_label": [("ValueError", "rank 1 has the label 99, but labels must be from 0 to 49")] * 2,
     "negative_label": [("ValueError", "rank 1 has the label -5, but labels must be from 0 to 49")] * 2,
-    "other_settings": [("ValueError", "rank 1 has other settings than rank 0")] * 2,
+    "other_settings": [("ValueError", "rank 1 has other settings than rank 0: lam is 0.3, but there 0.2")] * 2,
+    "other_reduction": [("ValueError", "other settings than rank 0: reduction is 'none', but there 'mean'")] * 2,
+    "shifted": [("ValueError", "other settings than rank 0: shift_labels is True, but there False")] * 2,
+    "shifted_by_text": [("TypeError", "shift_labels is 'yes', but must be True or False"), GIVEN_UP],
     "other_dtype": [("TypeError", "rank 1 has a student of torch.bfloat16, but rank 0 of torch.float32")] * 2,
     "given_weights": [("ValueError", "rank 1 was given labels, token_weights, but rank 0 was given labels")] * 2,
-    "other_items": [("ValueError", "rank 1 has other settings than rank 0")] * 2,
+    "other_items": [("ValueError", "other settings than rank 0: num_items_in_batch is 5.0, but there None")] * 2,
     "bad_setting": [("ValueError", "2"), GIVEN_UP],
     "bad_shape": [("ValueError", "labels are"), GIVEN_UP],
     "no_tensor": [("TypeError", "student_logits are a NoneType"), GIVEN_UP],
@@ -316,12 +355,19 @@ FAULTS = {
     "huge_vocab_size": [("ValueError", "vocab_size is 1180591620717411303424, but must be from 0"), GIVEN_UP],
     "half_a_column": [("TypeError", "vocab_size is 49.5, but must be an integer"), GIVEN_UP],
 }
+LABELS = "rank 1 has other labels than rank 0: labels must be tokens of the whole vocabulary, the same on all ranks"
+DIFFERENT_LABELS = {"other_labels": [("ValueError", LABELS)] * 2, "rolled_labels": [("ValueError", LABELS)] * 2}
 OF_COLUMNS = {
+    **DIFFERENT_LABELS,
     "fewer_tokens": [("ValueError", "rank 1 has 5 tokens, but rank 0 has 6")] * 2,
     "other_start": [("ValueError", "the ranks have 50 columns of the student in all, but 49 of the teacher")] * 2,
     "wrong_vocab_start": [("ValueError", "rank 1 was given vocab_start 3, but the ranks before it have 20 columns")] * 2,
 }
-OF_BOTH = {"wrong_counts": [("ValueError", "token_counts[0] is 1, but this rank has 6 tokens"), GIVEN_UP]}
+OF_BOTH = {
+    **DIFFERENT_LABELS,
+    "wrong_counts": [("ValueError", "token_counts[0] is 1, but this rank has 6 tokens"), GIVEN_UP],
+    "one_count": [("TypeError", "token_counts is 6, but must be a sequence of integers"), GIVEN_UP],
+}
 
 
 @pytest.mark.parametrize(
@@ -336,6 +382,46 @@ def test_all_ranks_raise_where_one_does(ranks, layout, columns, tokens, others):
             of_kind, beginning = messages[0 if rank == 1 else 1]
             assert kind == of_kind and beginning in message, (rank, name, kind, message)
         assert loss.isfinite()
+
+
+@pytest.mark.parametrize("layout, columns, tokens", [((2, 1), [20, 30], [6]), ((2, 2), [20, 30], [6, 5])])
+def test_values_that_differ_over_columns(ranks, layout, columns, tokens):
+    everyone = ranks("different_values", layout=layout, columns=columns, tokens=tokens)
+    of_labels = "rank 1 has other labels than rank 0"
+    others = [f"rank 1 has other values of {name} than rank 0" for name in ("hard", "token_weights", "temperature")]
+    others += [of_labels, "rank 1 has other values of teacher_log_prob than rank 0", of_labels]
+    for rank, found in enumerate(everyone):
+        if found is None:
+            continue
+        *found, same = found
+        assert same is None
+        # `teacher_margins` knows no token_group, whose other ranks go on.
+        expected = [of_labels, *others] if rank < 2 else [of_labels, *others[:-1], None]
+        for error, beginning in zip(found, expected):
+            assert error is None if beginning is None else error[0] == "ValueError" and error[1].startswith(beginning)
+
+
+def test_digests_of_small_values_differ():
+    from atkd._groups import digest_of
+
+    count = 7
+    factors = torch.stack([digest_of(row) for row in torch.eye(count, dtype=torch.int64)])
+    values = torch.cartesian_prod(*[torch.arange(6)] * count)
+    digests = (values * factors).sum(1)
+    assert digest_of(values[12345]) == digests[12345]
+    assert digests.unique().numel() == len(values)
+    weights = torch.rand(3, 4)
+    assert digest_of(weights) == digest_of(weights.t().contiguous().t())
+    assert digest_of(torch.arange(5)) == digest_of(torch.arange(5, dtype=torch.int32))
+
+
+def test_numbers_of_numpy(ranks):
+    pytest.importorskip("numpy")
+    results = list(filter(None, ranks("numbers_of_numpy")))
+    student, teacher, labels, _ = Case([50], [6, 5]).whole()
+    settings = {"temperature": 2.0, "lam": 0.25, "num_items_in_batch": 7, "divergence": "jsd"}
+    exact = atkd.atkd_loss(student, teacher, labels, **settings)
+    assert torch.allclose(sum(results), exact, rtol=1e-5)
 
 
 def test_what_no_rank_can_have(ranks):
@@ -355,10 +441,15 @@ def test_all_ranks_raise_in_other_functions(ranks):
         GIVEN_UP,
         GIVEN_UP,
         ("ValueError", "rank 1 has 4 tokens, but rank 0 has 5"),
-        ("ValueError", "rank 1 has other settings than rank 0"),
+        ("ValueError", "rank 1 has other settings than rank 0: chunk_tokens is 3, but there 2"),
         ("ValueError", "student_head makes logits of the whole vocabulary"),
         ("RuntimeError", "atkd_loss over groups of ranks has no rule for torch.func"),
-        ("TypeError", "vocab_group is a int, but must be a torch.distributed.ProcessGroup"),
+        ("TypeError", "vocab_group is 3, but must be a torch.distributed.ProcessGroup"),
+        ("TypeError", "ProcessGroup: give the group itself, or mesh.get_group('tp') of a device mesh"),
+        ("TypeError", "token_group is -100, but must be a torch.distributed.ProcessGroup. (new_group returns it on ranks"),
+        ("TypeError", "teacher_logits are torch.float64"),
+        ("ValueError", "vocab_start is 3, but tells of a vocab_group, and none is given"),
+        ("ValueError", "the logits of the ranks of the vocab_group have no columns in all"),
     ]
     of_second = [("ValueError", "target is"), ("TypeError", "margins are torch.int64"), *of_first[2:]]
     for found, expected in zip(results, [of_first, of_second]):
@@ -456,6 +547,59 @@ def test_wrong_placements(ranks, with_dtensors):
                 pattern = r"labels are \[4, 6\], but for student_logits|has raised an error"
                 of_kind = kind
             assert kind == of_kind and re.search(pattern, message), (rank, kind, message)
+
+
+def test_dtensors_all_hard_or_none(ranks, with_dtensors):
+    check_of_one_group(ranks("distributed_of_one_group"))
+
+
+def test_all_ranks_raise_where_one_does_with_dtensors(ranks, with_dtensors):
+    settings = ("ValueError", "rank 1 has other settings than rank 0: shift_labels is True, but there False")
+    expected = [
+        ("ValueError", 'selection="sequence" needs whole sequences on a rank'),
+        ("ValueError", "shift_labels=True needs the next position's label on the rank"),
+        ("TypeError", "shift_labels is 'yes', but must be True or False"),
+        ("ValueError", "which tells their groups: leave out token_group"),
+        ("ValueError", "which tells their groups: leave out vocab_group"),
+        settings,
+    ]
+    for rank, found in enumerate(ranks("placed_faults")):
+        for (kind, message), of_rank in zip(found, expected):
+            of_kind, part = of_rank if rank == 1 or of_rank is settings else GIVEN_UP
+            assert kind == of_kind and part in message, (rank, kind, message)
+
+
+def test_arguments_that_must_be_no_dtensors(ranks, with_dtensors):
+    of_weight = (
+        "student_weight is a DTensor, which linear_atkd_loss does not take: where rows are split by tensor parallelism, give "
+        "student_weight.to_local() and the vocab_group; where FSDP2 has split it, "
+        'student_weight.full_tensor(grad_placements=[Partial("avg")])'
+    )
+    expected = [
+        "teacher_logits are a DTensor, which teacher_margins does not take: give teacher_logits.full_tensor()",
+        of_weight,
+        of_weight,
+        "teacher_weight is a DTensor, which linear_atkd_loss does not take: give teacher_weight.full_tensor()",
+        "num_items_in_batch is a DTensor, but must be a number: give num_items_in_batch.full_tensor()",
+        "token_group is a DeviceMesh, but must be a torch.distributed.ProcessGroup: give mesh.get_group()",
+    ]
+    for found in ranks("refused_dtensors"):
+        for (kind, message), beginning in zip(found, expected):
+            assert kind == "TypeError" and message.startswith(beginning), message
+
+
+@pytest.fixture
+def with_fsdp():
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip(f"torch {torch.__version__} has no public fully_shard: FSDP2 was not tested")
+
+
+@pytest.mark.parametrize("reshards", [False, True])
+def test_fused_heads_of_fsdp(ranks, with_fsdp, reshards):
+    for found in ranks("fused_heads_of_fsdp", reshards=reshards):
+        assert len(found) == (2 if reshards else 3)
+        for way, errors in found.items():
+            assert max(errors) <= 1e-5, (way, errors)
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])

@@ -120,18 +120,20 @@ def check_shard(
     temperatures: Optional[Tensor],
     per_sequence: bool,
     settings: Dict[str, Any],
+    name: str = "student_logits",
 ) -> None:
-    """Raises unless these are a rank's part of what a loss follows from: some columns of each row, maybe none."""
-    _check_logits("student_logits", student, may_be_empty=True)
+    """Raises unless these are a rank's part of what a loss follows from: some columns of each row, maybe none. The student's
+    logits are called `name`.
+    """
+    _check_logits(name, student, may_be_empty=True)
     _check_logits("teacher_logits", teacher, may_be_empty=True)
     if teacher.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             f"student_logits are {list(student.shape)}, but teacher_logits are {list(teacher.shape)}: they must be of the "
             "same tokens"
         )
-    _check_rows(
-        student, teacher, labels, scale, hard, token_weights, temperatures, per_sequence, settings
-    )
+    of_tokens = labels, scale, hard, token_weights, temperatures
+    _check_rows(student, teacher, *of_tokens, per_sequence, settings, name)
 
 
 def _check_rows(
@@ -144,8 +146,9 @@ def _check_rows(
     temperatures: Optional[Tensor],
     per_sequence: bool,
     settings: Dict[str, Any],
+    name: str = "student_logits",
 ) -> None:
-    """Raises unless what is not the logits' shapes fits them."""
+    """Raises unless what is not the logits' shapes fits them. The student's are called `name`."""
     if are_apart(teacher, student):
         raise ValueError(
             f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
@@ -154,9 +157,7 @@ def _check_rows(
         raise ValueError(
             f'selection="sequence" needs logits [B, T, V], but they are {list(student.shape)}'
         )
-    check_tokens(
-        "student_logits", student, labels, scale, hard, token_weights, temperatures, settings
-    )
+    check_tokens(name, student, labels, scale, hard, token_weights, temperatures, settings)
 
 
 def check_tokens(

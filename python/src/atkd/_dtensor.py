@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import _loss
 from ._groups import Ranks
 
 
@@ -52,9 +53,8 @@ def group_of(mesh: Any, dimensions: List[int]) -> Any:
 class Placed:
     """How a DTensor of the student's logits is split over its mesh."""
 
-    def __init__(
-        self, student: Any, vocab_group: Any, token_group: Any, given: Dict[str, Any]
-    ) -> None:
+    def __init__(self, student: Any, vocab_group: Any, token_group: Any) -> None:
+        """Raises for what leaves the groups unknown alone, since no other rank hears of it. `local` raises for the rest."""
         from torch.distributed import tensor
 
         dtensor: Any = tensor
@@ -69,34 +69,42 @@ class Placed:
         last = len(self.shape) - 1
         self.of_tokens: List[int] = []
         of_vocabulary: List[int] = []
-        split = set()
         for at, placement in enumerate(self.placements):
             if type(placement) is dtensor.Shard:
                 (of_vocabulary if placement.dim == last else self.of_tokens).append(at)
-                split.add(placement.dim)
             elif not placement.is_replicate():
                 raise TypeError(
                     f"student_logits are placed as {self.placements}, but each of these must be Shard(dim) or Replicate(): "
                     "redistribute them"
                 )
-        if vocab_group is not None or (token_group is not None and self.of_tokens):
-            raise ValueError(
-                f"student_logits are a DTensor, placed as {self.placements}, which tells their groups: leave out "
-                + ("vocab_group" if vocab_group is not None else "token_group")
-            )
-        if given["selection"] == "sequence" and 1 in split and last == 2:
-            raise ValueError(
-                f'selection="sequence" needs whole sequences on a rank, but student_logits are placed as {self.placements}'
-            )
-        if given["shift_labels"] is True and last - 1 in split:
-            raise ValueError(
-                "shift_labels=True needs the next position's label on the rank, but student_logits are placed as "
-                f"{self.placements}: shift the labels before they are split"
-            )
+        # Groups that are given beside those that the placements tell.
+        self.superfluous = [
+            name
+            for name, group in [("vocab_group", vocab_group), ("token_group", token_group)]
+            if group is not None and (name == "vocab_group" or self.of_tokens)
+        ]
         self.vocabulary = Ranks("vocab_group", self._group(of_vocabulary))
         if self.of_tokens:
             token_group = self._group(self.of_tokens)
         self.tokens = Ranks("token_group", token_group)
+
+    def _check_arguments(self, given: Dict[str, Any]) -> None:
+        """Raises for groups that the placements tell already, and for settings that they do not go with."""
+        for name in self.superfluous:
+            raise ValueError(
+                f"student_logits are a DTensor, placed as {self.placements}, which tells their groups: leave out {name}"
+            )
+        last = len(self.shape) - 1
+        split = {self.placements[at].dim for at in self.of_tokens}
+        if given["selection"] == "sequence" and 1 in split and last == 2:
+            raise ValueError(
+                f'selection="sequence" needs whole sequences on a rank, but student_logits are placed as {self.placements}'
+            )
+        if given["shift_labels"] and last - 1 in split:
+            raise ValueError(
+                "shift_labels=True needs the next position's label on the rank, but student_logits are placed as "
+                f"{self.placements}: shift the labels before they are split"
+            )
 
     def _normalised(self, tensor: Any) -> Tuple[Any, ...]:
         """Its placements, with dimensions counted from the first."""
@@ -113,6 +121,8 @@ class Placed:
         self, student: Any, teacher: Any, labels: Optional[Tensor], given: Dict[str, Any]
     ) -> Parts:
         """This rank's part. The gradient of the student's becomes a DTensor placed as the logits are."""
+        _loss.check_shift_labels(given["shift_labels"])
+        self._check_arguments(given)
         if not isinstance(teacher, self.dtensor.DTensor):
             raise TypeError(
                 f"teacher_logits are a {type(teacher).__name__}, but must be a DTensor, as student_logits are"

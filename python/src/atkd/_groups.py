@@ -3,13 +3,14 @@
 A rank is one process of a `torch.distributed` group. The ranks of a *vocabulary group* hold columns of the same tokens'
 logits, those of a *token group* hold tokens of their own. Each call of theirs begins with an all-gather of a header over
 the vocabulary group, and then one over the token group. A rank that has raised until then says so there; a rank that does
-not fit the others is found by all who read its header. What was found is a `Verdict`, which the second header carries to
-the ranks that have not seen the first one. So everybody raises, and nobody waits for a message that never comes.
+not fit the others is found by all who read its header. (Where that is by its settings, all who read it send theirs as text,
+to name the first that differs.) What was found is a `Verdict`, which the second header carries to the ranks that have not
+seen the first one. So everybody raises, and nobody waits for a message that never comes.
 """
 
 import hashlib
 import operator
-from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple, Type, Union
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ from ._checks import DTYPES
 
 _DTYPES = [None, *DTYPES]
 
-# The optional arguments of which the ranks must agree whether they are given, as bits of a header's `given`.
+# The optional arguments of which the ranks must agree whether they are given, as bits of a header's `given`. Each has a field
+# of the header by its name, for a digest of its values.
 ARGUMENTS = "labels", "hard", "token_weights", "temperature", "teacher_log_prob"
 
 
@@ -32,8 +34,9 @@ class Ranks:
         if group is None:
             return
         if not isinstance(group, dist.ProcessGroup):
+            what = group if isinstance(group, int) else f"a {type(group).__name__}"
             raise TypeError(
-                f"{name} is a {type(group).__name__}, but must be a torch.distributed.ProcessGroup"
+                f"{name} is {what}, but must be a torch.distributed.ProcessGroup{_instead_of(group)}"
             )
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
@@ -68,6 +71,17 @@ class Ranks:
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+
+def _instead_of(group: object) -> str:
+    """What to give in the place of what is no group, where that is known."""
+    if isinstance(group, int) and group == getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
+        return ". (new_group returns it on ranks that are no members: give each rank the group that it is in)"
+    if type(group).__name__ == "DeviceMesh":
+        return ": give mesh.get_group(), with a dimension if there are several"
+    if isinstance(group, str):
+        return f": give the group itself, or mesh.get_group({group!r}) of a device mesh"
+    return ""
 
 
 class Verdict(NamedTuple):
@@ -110,6 +124,12 @@ class Header(NamedTuple):
     least_label: int = 0
     """Of the tokens that count, on the CPU."""
     largest_label: int = 0
+    labels: Union[int, Tensor] = 0
+    """A digest of their values among vocabulary ranks, as a tensor where they are until it is sent; so are the others."""
+    hard: Union[int, Tensor] = 0
+    token_weights: Union[int, Tensor] = 0
+    temperature: Union[int, Tensor] = 0
+    teacher_log_prob: Union[int, Tensor] = 0
 
     @property
     def verdict(self) -> Verdict:
@@ -133,7 +153,7 @@ class _Rule(NamedTuple):
 
     message: str
     shown: Callable[[int], Any] = int
-    error: type = ValueError
+    error: Type[Exception] = ValueError
 
 
 # The first is no rule: a kind of 0 says that nothing is wrong.
@@ -155,11 +175,7 @@ _RULES: Dict[str, _Rule] = {
     "teacher_dtype": _Rule(
         "rank {rank} has a teacher of {number}, but rank {first} of {other}", _dtype_name, TypeError
     ),
-    "settings": _Rule(
-        "rank {rank} has other settings than rank {first}: objectives, numbers, selection, vocab_size, return_stats, "
-        "num_items_in_batch and whether a gradient is wanted must be the same, but their hashes are {number} and {other}",
-        "{:016x}".format,
-    ),
+    "settings": _Rule("rank {rank} has other settings than rank {first}: {text}"),
     "given": _Rule(
         "of the optional arguments rank {rank} was given {number}, but rank {first} was given {other}",
         _names,
@@ -178,21 +194,37 @@ _RULES: Dict[str, _Rule] = {
     "vocab_start": _Rule(
         "rank {rank} was given vocab_start {number}, but the ranks before it have {other} columns"
     ),
+    "no_columns": _Rule("the logits of the ranks of the vocab_group have no columns in all"),
     "vocab": _Rule(
         "rank {rank} has a vocabulary of {number} tokens, but rank {first} of {other}"
     ),
     "label": _Rule(
         "rank {rank} has the label {number}, but labels must be from 0 to {other}, or the ignore_index"
     ),
+    **{
+        name: _Rule(
+            f"rank {{rank}} has other values of {name} than rank {{first}}: they must be the same on all ranks of a "
+            "vocab_group"
+        )
+        for name in ARGUMENTS
+    },
+    "labels": _Rule(
+        "rank {rank} has other labels than rank {first}: labels must be tokens of the whole vocabulary, the same on all "
+        "ranks of a vocab_group"
+    ),
 }
 _KINDS = list(_RULES)
+_SETTINGS = _KINDS.index("settings")
+
+# Of the settings as text, where they differ.
+_TEXT_BYTES = 4096
 
 
 def _judge(kind: str, rank: int, number: int, other: int, first: int = 0) -> Verdict:
     return Verdict(_KINDS.index(kind), rank, number, first, other)
 
 
-def _tell(verdict: Verdict) -> NoReturn:
+def _tell(verdict: Verdict, text: str) -> NoReturn:
     rule = _RULES[_KINDS[verdict.kind]]
     raise rule.error(
         rule.message.format(
@@ -200,14 +232,35 @@ def _tell(verdict: Verdict) -> NoReturn:
             number=rule.shown(verdict.number),
             first=verdict.first,
             other=rule.shown(verdict.other),
+            text=text,
         )
     )
 
 
-def hash_of(*settings: Any) -> int:
-    """63 bits that differ where settings do, the same in every process."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8).digest()
+def shown(settings: Dict[str, Any]) -> str:
+    """The settings by name, one a line, the same in every process."""
+    return "\n".join(f"{name} is {value!r}" for name, value in settings.items())
+
+
+def hash_of(text: str) -> int:
+    """63 bits that differ where texts do, the same in every process."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def digest_of(values: Tensor) -> Tensor:
+    """An int64 scalar that differs where values do, the same on every device, and wherever they lie in memory."""
+    if values.is_floating_point():
+        values = values.contiguous().view(torch.int32)
+    flat = values.reshape(-1).to(torch.int64)
+    # Factors without a pattern, so that small differences do not make up for each other; odd, so that none is lost. Products
+    # and sums wrap around.
+    factors = torch.arange(1, flat.numel() + 1, device=flat.device)
+    for mixing in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        factors = factors * mixing
+        factors = factors ^ (factors >> 29)
+    factors = factors | 1
+    return (flat * factors).sum()
 
 
 def integer(name: str, number: object) -> int:
@@ -279,6 +332,8 @@ def _of_columns(headers: List[Header]) -> Verdict:
     teacher = [header.teacher_columns for header in headers]
     vocab_size = headers[0].vocab
     columns = min(sum(student), sum(teacher))
+    if sum(student) == sum(teacher) == 0:
+        return _judge("no_columns", 0, 0, 0)
     if vocab_size == 0 and sum(student) != sum(teacher):
         return _judge("columns", 0, sum(student), sum(teacher))
     if vocab_size > columns:
@@ -308,11 +363,17 @@ _SHARED = "student_dtype", "teacher_dtype", "settings", "given"
 
 
 def meet(
-    vocabulary: Ranks, tokens: Ranks, own: Optional[Header], device: Optional[torch.device]
+    vocabulary: Ranks,
+    tokens: Ranks,
+    own: Optional[Header],
+    device: Optional[torch.device],
+    settings: str = "",
 ) -> Part:
     """What this rank has of the whole, from the headers of all ranks; or the error that all of them raise. `own` is
     None on a rank that has raised an error, which it shows itself. The device is that of the tensors, if they are known.
+    The settings are those that the header has a hash of.
     """
+    text = ""
     rank = dist.get_rank()
     header = own or Header(*_judge("raised", rank, 0, 0), rank=rank)
     columns = [header.student_columns]
@@ -322,7 +383,7 @@ def meet(
     headers = _exchange(vocabulary, header, device)
     found = _failed(headers)
     if not found.kind:
-        found = _differs(headers, "tokens", "length", *_SHARED)
+        found = _differs(headers, "tokens", *_SHARED, "length")
     if not found.kind:
         found = _of_columns(headers)
     if not found.kind:
@@ -330,29 +391,71 @@ def meet(
         vocab = headers[0].vocab or sum(columns)
         widest = max(columns)
         found = _of_labels(headers, vocab)
-    header = header._replace(vocab=vocab)._replace(**dict(zip(Header._fields, found)))
+    if not found.kind and vocabulary.group is not None:
+        found = _differs(headers, *ARGUMENTS)
+    if found.kind == _SETTINGS:
+        text = _difference(headers, found, _exchange_texts(vocabulary, settings, device))
+    of_tokens = dict.fromkeys(ARGUMENTS, 0)
+    header = header._replace(vocab=vocab, **of_tokens, **dict(zip(Header._fields, found)))
     headers = _exchange(tokens, header, device)
+    second = _failed(headers)
+    if not second.kind:
+        second = _differs(headers, *_SHARED, "vocab")
+    # By the headers alone, so that all ranks of the group do.
+    if _SETTINGS in (second.kind, *[each.kind for each in headers]):
+        texts = _exchange_texts(tokens, text or settings, device)
+        if not found.kind:
+            if any(each.kind for each in headers):
+                text = next(said for said, each in zip(texts, headers) if each.kind)
+            else:
+                text = _difference(headers, second, texts)
     if not found.kind:
-        found = _failed(headers)
-    if not found.kind:
-        found = _differs(headers, *_SHARED, "vocab")
+        found = second
     if found.kind and own is not None:
-        _tell(found)
+        _tell(found, text)
     first, counting = counting_columns(columns, vocab)[vocabulary.rank if len(columns) > 1 else 0]
     return Part(first, counting, vocab, widest, [each.tokens for each in headers])
+
+
+def _difference(headers: List[Header], verdict: Verdict, texts: List[str]) -> str:
+    """The first setting that differs on the two ranks of the verdict."""
+    by_rank = {header.rank: text.split("\n") for header, text in zip(headers, texts)}
+    for one, other in zip(by_rank[verdict.rank], by_rank[verdict.first]):
+        if one != other:
+            # A name and a value; only the first ones may have other names.
+            return f"{one}, but there {other.partition(' is ')[2]}"
+    return "their lengths differ"
+
+
+def _exchange_texts(ranks: Ranks, text: str, device: Optional[torch.device]) -> List[str]:
+    """The texts of all ranks, as far as there is room for them."""
+    data = text.encode()[:_TEXT_BYTES]
+    message = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
+    message[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    everyone = ranks.gather(message.to(_place(ranks, device))).tolist()
+    return [bytes(each).rstrip(b"\0").decode(errors="replace") for each in everyone]
 
 
 def _exchange(ranks: Ranks, header: Header, device: Optional[torch.device]) -> List[Header]:
     """The headers of all ranks. The host waits for them."""
     if ranks.group is None:
         return [header]
+    own = torch.tensor([0 if isinstance(each, Tensor) else each for each in header])
+    own = own.to(_place(ranks, device))
+    for at, each in enumerate(header):
+        if isinstance(each, Tensor):
+            own[at] = each
+    return [Header(*each) for each in ranks.gather(own).tolist()]
+
+
+def _place(ranks: Ranks, device: Optional[torch.device]) -> torch.device:
+    """Where a message to the ranks is, whose tensors are on the device, if they are known."""
     # The same on all ranks, also on one whose tensors are elsewhere; a group with a backend for each kind has one for the CPU.
     where = torch.device("cpu")
     if ranks.device == "cuda":
         here = torch.device("cuda", torch.cuda.current_device())
         where = here if device is None or device.type != "cuda" else device
-    own = torch.tensor(header, dtype=torch.int64).to(where)
-    return [Header(*each) for each in ranks.gather(own).tolist()]
+    return where
 
 
 def selection_of(

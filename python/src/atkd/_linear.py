@@ -534,12 +534,15 @@ def linear_atkd_loss(
             those of weight and bias are of this rank's rows. (So what makes the hidden states must not sum it up again.)
         token_group: the group over whose ranks the tokens are split. With either group the margins of all chunks come
             first, from one product of the teacher's more, unless the hard tokens are known or one chunk has all
-            tokens; nothing is guessed. Then `backward` of `reduction="none"` has messages too.
+            tokens; nothing is guessed. With a `vocab_group` `backward` of `reduction="none"` has messages too, so that every
+            rank of it must call that. A weight that FSDP2 has split is given as
+            `weight.full_tensor(grad_placements=[Partial("avg")])`, or as it is in the forward of the module that `fully_shard`
+            has wrapped, where it is whole.
 
     Under autocast hidden states, weights and biases are converted first, as those of `torch.nn.functional.linear` are.
 
     Raises:
-        TypeError: for dtypes that do not go together, a DTensor, a setting that requires a gradient.
+        TypeError: for dtypes that do not go together, any DTensor, a setting that requires a gradient.
         ValueError: for shapes or devices that do not go together, a setting outside its domain, and, on the CPU, a label
             that names no token of the vocabulary.
     """
@@ -598,7 +601,8 @@ def linear_atkd_loss(
         )
     for name, tensor in tensors.items():
         if tensor is not None or name not in optional:
-            _loss.check_tensor(name, tensor, "are" if name.endswith("hidden") else "is")
+            is_or_are = "are" if name.endswith("hidden") else "is"
+            _loss.check_tensor(name, tensor, is_or_are, "linear_atkd_loss")
     if teacher_log_prob is not None:
         _loss.check_constant("teacher_log_prob", teacher_log_prob, "requires")
     check_sizes(chunk_tokens, memory_budget, logits_dtype)

@@ -52,23 +52,40 @@ class Stats(NamedTuple):
     """
 
 
-def check_tensor(name: str, value: object, is_or_are: str = "are") -> None:
+def check_tensor(
+    name: str, value: object, is_or_are: str = "are", function: str = "atkd_loss"
+) -> None:
+    """Raises unless it is a dense tensor, and no DTensor: of these `function` has taken out what it takes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} {is_or_are} a {type(value).__name__}, but must be a torch.Tensor")
     if is_dtensor(value):
-        raise TypeError(
-            f"{name} {is_or_are} a DTensor, which is taken only beside student_logits that are one: give "
-            f"{name}.full_tensor(), or {name}.to_local() if that is this rank's part"
-        )
+        taken = "is taken only beside student_logits that are one"
+        if function != "atkd_loss":
+            taken = f"{function} does not take"
+        raise TypeError(f"{name} {is_or_are} a DTensor, which {taken}: {_instead_of_dtensor(name)}")
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise ValueError(f"{name} {is_or_are} {layout}, but must be dense")
+
+
+def _instead_of_dtensor(name: str) -> str:
+    """What to give."""
+    if name in ("student_weight", "student_bias"):
+        return (
+            f"where rows are split by tensor parallelism, give {name}.to_local() and the vocab_group; where FSDP2 has split "
+            f'it, {name}.full_tensor(grad_placements=[Partial("avg")]), with one placement for each dimension of its mesh, or '
+            "call the loss in the forward of the module that fully_shard has wrapped, where it is a whole tensor. (What "
+            "full_tensor() alone gives has a wrong gradient.)"
+        )
+    return f"give {name}.full_tensor(), or {name}.to_local() if that is this rank's part"
 
 
 def _check_number(name: str, number: object) -> None:
     """Raises for a tensor that is no number, or that somebody expects a gradient for."""
     if not isinstance(number, Tensor):
         return
+    if is_dtensor(number):
+        raise TypeError(f"{name} is a DTensor, but must be a number: give {name}.full_tensor()")
     check_tensor(name, number, "is")
     if number.numel() != 1:
         raise ValueError(f"{name} is {list(number.shape)}, but must be one number")
@@ -79,7 +96,9 @@ def _check_number(name: str, number: object) -> None:
         )
 
 
-def _own_temperatures(settings: Dict[str, Any], logits: Tensor) -> Optional[Tensor]:
+def _own_temperatures(
+    function: str, settings: Dict[str, Any], logits: Tensor
+) -> Optional[Tensor]:
     """The temperatures of the tokens, if the setting is no number."""
     temperature = settings["temperature"]
     if not isinstance(temperature, Tensor) or temperature.dim() == 0:
@@ -88,7 +107,7 @@ def _own_temperatures(settings: Dict[str, Any], logits: Tensor) -> Optional[Tens
     of_tokens = temperature.dtype == torch.float32 and temperature.shape == logits.shape[:-1]
     if not of_tokens and temperature.numel() == 1:
         return None
-    check_tensor("temperature", temperature, "is")
+    check_tensor("temperature", temperature, "is", function)
     check_constant("temperature", temperature, "requires")
     settings["temperature"] = DEFAULTS["temperature"]
     return temperature
@@ -102,12 +121,14 @@ def _check_numbers(settings: Dict[str, Any]) -> None:
             _check_number(name, number)
 
 
-def _check_shift_labels(shift_labels: object) -> None:
+def check_shift_labels(shift_labels: object) -> None:
     if isinstance(shift_labels, Tensor):
         raise TypeError(
             "shift_labels is a Tensor, but must be True or False; Hugging Face gives labels that are "
             "shifted already that name: give them as labels, and leave shift_labels out"
         )
+    if not _settings.is_bool(shift_labels):
+        raise TypeError(f"shift_labels is {shift_labels!r}, but must be True or False")
 
 
 def _scale(num_items: Union[int, float, Tensor], device: torch.device) -> Tensor:
@@ -202,15 +223,15 @@ def prepare(
         unknown = next(name for name in settings if name not in DEFAULTS)
         raise TypeError(f"{function}() got an unexpected keyword argument '{unknown}'")
     if labels is not None:
-        check_tensor("labels", labels)
+        check_tensor("labels", labels, function=function)
     if hard is not None:
-        check_tensor("hard", hard, "is")
+        check_tensor("hard", hard, "is", function)
     if token_weights is not None:
-        check_tensor("token_weights", token_weights)
+        check_tensor("token_weights", token_weights, function=function)
         check_constant("token_weights", token_weights)
-    temperatures = _own_temperatures(settings, states)
+    temperatures = _own_temperatures(function, settings, states)
     _check_numbers(settings)
-    _check_shift_labels(shift_labels)
+    check_shift_labels(shift_labels)
     scale = None
     per_token = settings["reduction"] == "none"
     if per_token:
@@ -391,18 +412,20 @@ def atkd_loss(
         return_stats: returns `(loss, Stats)`.
         vocab_group: the `torch.distributed` group over whose ranks the vocabulary is split: both models' logits are this
             rank's columns, which follow those of the ranks before; the ranks may have unequal numbers of them, or none.
+            Logits of whole rows take no such group: every column would count once per rank, unnoticed.
             Labels name tokens of the whole vocabulary, and `vocab_size` is a number of the whole vocabulary, beyond which
             the last columns are padding. Everything else is the same on all ranks of the group. Each of them returns the
             whole loss, with the same bits, and gets the gradient of its own columns.
         token_group: the group over whose ranks the tokens are split, as data and sequence parallelism do, unequally
-            too. The hard tokens are selected among the tokens of all ranks (`selection="sequence"`: of each sequence,
-            which one rank holds), and a mean divides by the number of all their valid tokens, or by
-            `num_items_in_batch`. A rank returns its part: losses and gradients of the ranks add up to those of one
+            too. None is no group, not `WORLD`. Every rank calls, with an empty tensor where it has no tokens. The hard
+            tokens are selected among those of all ranks (`selection="sequence"`: of each sequence, which one rank holds),
+            and a mean divides by the number of all their valid tokens, or by `num_items_in_batch`. A rank returns its part: losses and gradients of the ranks add up to those of one
             process. Where gradients are averaged over ranks, as DDP and FSDP do, multiply the loss by their number.
         vocab_start: the first of this rank's columns. Where the caller gives it, with `vocab_size` and, if there is a
             `token_group`, with `token_counts`, the ranks exchange no header, the host waits for nothing, and a rank
-            that raises leaves the others waiting.
-        token_counts: the number of tokens, ignored ones too, that each rank of the `token_group` has.
+            that raises leaves the others waiting. All ranks give it or none does, else they wait or crash.
+        token_counts: the number of tokens, ignored ones too, that each rank of the `token_group` has. Without a
+            `vocab_group` it is enough for a call without a header.
 
     With a group, or a DTensor of logits, each call begins with an exchange of headers, so that all ranks raise where one
     does, or where they do not go together; the README says what is sent. Under torch.compile such a call breaks the graph;
@@ -410,8 +433,8 @@ def atkd_loss(
 
     Logits that are DTensors have found their groups: `Shard(-1)` splits the vocabulary, and a shard of another
     dimension the tokens. The loss is then a DTensor, replicated where the vocabulary is split and a partial sum where
-    tokens are. Labels and all other tensors of tokens are DTensors placed likewise, but replicated where the vocabulary is
-    split, or this rank's part as a plain tensor. `Stats` are this rank's, as plain tensors.
+    tokens are; `loss.full_tensor()` is the one to print. Labels and all other tensors of tokens are DTensors placed
+    likewise, but replicated where the vocabulary is split, or this rank's part as a plain tensor. `Stats` are this rank's, as plain tensors.
 
     Raises:
         TypeError: for a dtype that is none of these, a DTensor whose placements are none of these, a setting that
@@ -598,12 +621,12 @@ def teacher_margins(
         of_group = vocab_group, vocab_start, vocab_size, shift_labels, given
         found: Tensor = _shards.teacher_margins(teacher_logits, labels, *of_group)
         return found
-    check_tensor("teacher_logits", teacher_logits)
+    check_tensor("teacher_logits", teacher_logits, function="teacher_margins")
     if labels is not None:
-        check_tensor("labels", labels)
-    temperatures = _own_temperatures(given, teacher_logits)
+        check_tensor("labels", labels, function="teacher_margins")
+    temperatures = _own_temperatures("teacher_margins", given, teacher_logits)
     _check_number("temperature", given["temperature"])
-    _check_shift_labels(shift_labels)
+    check_shift_labels(shift_labels)
     labels, ignore_index = _shifted(teacher_logits, labels, shift_labels, target, ignore_index)
     settings = _settings.for_operator({**DEFAULTS, **given, "ignore_index": ignore_index})
     margins: Tensor = _operator.teacher_margins(
@@ -616,11 +639,11 @@ def check_selection(
     margins: Tensor, valid: Optional[Tensor], cu_seqlens: Optional[Tensor], hard_ratio: Number
 ) -> None:
     """Raises unless these are tensors and a number."""
-    check_tensor("margins", margins)
+    check_tensor("margins", margins, function="select_hard")
     if valid is not None:
-        check_tensor("valid", valid, "is")
+        check_tensor("valid", valid, "is", "select_hard")
     if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens)
+        check_tensor("cu_seqlens", cu_seqlens, function="select_hard")
     _check_number("hard_ratio", hard_ratio)
 
 
@@ -687,7 +710,7 @@ def token_entropies(
         TypeError: for a dtype that is none of these.
         ValueError: for a shape that is none of these, or a setting outside its domain.
     """
-    check_tensor("logits", logits)
+    check_tensor("logits", logits, function="token_entropies")
     _check_number("temperature", temperature)
     used, number = _settings.number_or_tensor(temperature)
     entropies: Tensor = _operator.token_entropies(logits.detach(), used, vocab_size, number)
@@ -729,7 +752,7 @@ class ATKDLoss(torch.nn.Module):
         super().__init__()
         _is_per_sequence(selection)
         _check_numbers(settings)
-        _check_shift_labels(shift_labels)
+        check_shift_labels(shift_labels)
         checked = {name: settings[name] for name in DEFAULTS}
         if reduction == "none":
             _check_per_token(None, inplace)

@@ -43,6 +43,11 @@ SCHEMA = ", ".join(f"{type(default).__name__} {name}" for name, default in DEFAU
 SCHEMA += ", Tensor? numbers=None"
 
 
+def is_bool(value: object) -> bool:
+    """True for True and False, NumPy's too."""
+    return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")
+
+
 def named(arguments: Tuple[Any, ...]) -> Dict[str, Any]:
     """The settings by name, as an operator gets them; `numbers` is one of them."""
     return {"numbers": None, **dict(zip([*DEFAULTS, "numbers"], arguments))}

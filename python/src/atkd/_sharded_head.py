@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _head, _linear, _loss, _native, _settings
-from ._groups import Part, Ranks, check_apart
+from ._groups import Header, Part, Ranks, check_apart
 from ._loss import Stats
 from ._shards import (
     Agreed,
@@ -24,6 +24,8 @@ from ._shards import (
     device_of,
     exchange,
     header_of,
+    items_of,
+    needs_header,
     plain,
     refuse_transforms,
     resolved,
@@ -38,7 +40,8 @@ class _Prepared(NamedTuple):
     given: _linear.Given
     agreed: Agreed
     per_token: bool
-    header: Any
+    header: Header
+    shown: str
 
 
 def _prepare(
@@ -54,7 +57,8 @@ def _prepare(
     log_prob = given["teacher_log_prob"]
     for name, tensor in {**layers, "teacher_log_prob": log_prob}.items():
         if tensor is not None or name.endswith(("hidden", "weight")):
-            _loss.check_tensor(name, tensor, "are" if name.endswith("hidden") else "is")
+            is_or_are = "are" if name.endswith("hidden") else "is"
+            _loss.check_tensor(name, tensor, is_or_are, "linear_atkd_loss")
             for ranks in (vocabulary, tokens):
                 ranks.check_device(name, tensor)
     if log_prob is not None:
@@ -105,19 +109,25 @@ def _prepare(
     _checks.check_values(labels, temperatures, log_prob, None, settings["ignore_index"])
     count, columns = call.shape.numel(), (len(student[1]), len(teacher[1]))
     check_told(vocabulary, tokens, vocab_start, token_counts, count)
-    flags = (
-        prepared.per_sequence,
-        prepared.per_token,
-        given["return_stats"],
-        check_scale(scale),
-        scale is None,
-        sizes,
-        # Their gradients are summed up over the ranks.
-        wanted[0],
-        student[0].shape[-1],
-    )
+    check_scale(scale)
+    flags = {
+        "selection": given["selection"],
+        "shift_labels": bool(given["shift_labels"]),
+        "return_stats": bool(given["return_stats"]),
+        "num_items_in_batch": items_of(given["num_items_in_batch"]),
+        "chunk_tokens": given["chunk_tokens"],
+        "memory_budget": given["memory_budget"],
+        "logits_dtype": given["logits_dtype"],
+        # Its gradient is summed up over the ranks.
+        "student_hidden's requires_grad": wanted[0],
+        "student_hidden's last dimension": student[0].shape[-1],
+    }
     objective = _settings.native(settings)
     agreed = Agreed("linear_atkd_loss", settings, objective, flags, vocab_size)
+    compares = vocabulary.group is not None and needs_header(
+        vocabulary, tokens, vocab_start, vocab_size, token_counts
+    )
+    shown = agreed.shown(prepared.per_token)
     header = header_of(
         agreed,
         student[0],
@@ -133,8 +143,10 @@ def _prepare(
             "teacher_log_prob": log_prob,
         },
         vocab_start,
+        shown,
+        compares,
     )
-    return _Prepared(call, agreed, prepared.per_token, header)
+    return _Prepared(call, agreed, prepared.per_token, header, shown)
 
 
 class _Found(NamedTuple):
@@ -211,6 +223,8 @@ class _Call:
         are the hard ones.
         """
         given = self.given
+        # In `backward` the tokens' losses, which are divided by no count, need nothing of other tokens' ranks.
+        tokens = self.tokens if known is None else Ranks("token_group", None)
         chunk_tokens, waiting = self._chunks()
         with torch.no_grad(), torch.autocast(given.student_hidden.device.type, enabled=False):
             return self._run(
@@ -228,7 +242,7 @@ class _Call:
                     ]
                 ),
                 Selection(
-                    self.tokens,
+                    tokens,
                     self.part,
                     self.valid,
                     given.hard if known is None else known,

@@ -7,7 +7,9 @@ same bits: margins, selection, loss. Divergences whose sums need both log-sum-ex
 bytes more. The gradient of a rank's columns then follows from its logits and the states.
 """
 
+import contextlib
 import math
+import operator
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -24,10 +26,12 @@ from ._groups import (
     Ranks,
     check_apart,
     counting_columns,
+    digest_of,
     hash_of,
     integer,
     meet,
     selection_of,
+    shown,
 )
 from ._loss import Stats
 
@@ -39,19 +43,45 @@ class Agreed(NamedTuple):
     settings: Dict[str, Any]
     """Resolved: numbers, no tensors."""
     objective: Objective
-    flags: Tuple[Any, ...]
+    flags: Dict[str, Any]
+    """By the names that messages tell them by."""
     vocab_size: Optional[int]
+
+    def shown(self, per_token: bool) -> str:
+        """What is compared, as text."""
+        first = {"the function": self.function, "the version of atkd": __version__}
+        settings = {**self.settings, "reduction": "none"} if per_token else self.settings
+        return shown({**first, **self.flags, "vocab_size": self.vocab_size, **settings})
 
 
 def resolved(settings: Dict[str, Any]) -> Dict[str, Any]:
-    """The settings with numbers in the places of tensors that hold them, and of integers."""
-    found = {
-        name: value.item() if isinstance(value, Tensor) else value for name, value in settings.items()
-    }
-    for name in _settings.NUMBERS:
-        if type(found[name]) is int:
-            found[name] = float(found[name])
+    """The settings as Python's own numbers and texts, so that equal ones look alike. What is none stays: it is refused
+    natively.
+    """
+    found = {}
+    for name, default in _settings.DEFAULTS.items():
+        value, kind = settings[name], type(default)
+        if isinstance(value, Tensor):
+            value = value.item()
+        if kind is float and not isinstance(value, str):
+            with contextlib.suppress(TypeError, ValueError):
+                value = float(value)
+        elif kind is int:
+            with contextlib.suppress(TypeError):
+                value = operator.index(value)
+        elif kind is str and isinstance(value, str):
+            value = str(value)
+        elif kind is bool and _settings.is_bool(value):
+            value = bool(value)
+        found[name] = value
     return found
+
+
+def items_of(number: Any) -> Any:
+    """`num_items_in_batch` as ranks compare it, by its value where to read it is not to wait."""
+    if isinstance(number, Tensor) and not number.is_cpu:
+        return "a tensor on a GPU"
+    return None if number is None else float(number)
 
 
 def plain(name: str, tensor: Tensor) -> Tensor:
@@ -66,17 +96,16 @@ def plain(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def check_scale(scale: Optional[Tensor]) -> Optional[float]:
-    """The number on the CPU, which the ranks then compare. Raises where it is none."""
+def check_scale(scale: Optional[Tensor]) -> None:
+    """Raises where the number is on the CPU and is none."""
     if scale is None or not scale.is_cpu:
-        return None
+        return
     number = float(scale.item())
     if not math.isfinite(number):
         raise ValueError(
             f"the reciprocal of num_items_in_batch is {number}, but must be finite: num_items_in_batch must be positive and "
             "finite, or 0 in a batch without valid tokens"
         )
-    return number
 
 
 def valid_of(labels: Optional[Tensor], like: Tensor, ignore_index: int) -> Tensor:
@@ -95,10 +124,17 @@ def header_of(
     columns: Tuple[int, int],
     of_tokens: Dict[str, Optional[Tensor]],
     vocab_start: Optional[int],
+    settings: str,
+    with_digests: bool,
 ) -> Header:
     """What this rank says. `length` is that of sequences that select by themselves, and `of_tokens` are optional arguments by
-    the names in `ARGUMENTS`.
+    the names in `ARGUMENTS`, of whose values the ranks of a vocabulary group compare digests.
     """
+    digests: Dict[str, Any] = {}
+    if with_digests:
+        digests = {
+            name: digest_of(each) for name, each in of_tokens.items() if each is not None
+        }
     labels = of_tokens["labels"]
     least = largest = 0
     if labels is not None and labels.is_cpu:
@@ -114,14 +150,13 @@ def header_of(
         teacher_columns=columns[1],
         student_dtype=1 + dtypes.index(student.dtype),
         teacher_dtype=1 + dtypes.index(teacher.dtype),
-        settings=hash_of(
-            __version__, agreed.function, agreed.settings, agreed.vocab_size, agreed.flags
-        ),
+        settings=hash_of(settings),
         given=sum(1 << i for i, name in enumerate(ARGUMENTS) if of_tokens.get(name) is not None),
         vocab_start=-1 if vocab_start is None else vocab_start,
         vocab=agreed.vocab_size or 0,
         least_label=least,
         largest_label=largest,
+        **digests,
     )
 
 
@@ -147,6 +182,12 @@ def told_integers(
     )
     counts = given["token_counts"]
     if counts is not None:
+        try:
+            counts = list(counts)
+        except TypeError:
+            raise TypeError(
+                f"token_counts is {counts!r}, but must be a sequence of integers, one for each rank of the token_group"
+            ) from None
         counts = [integer(f"token_counts[{i}]", each) for i, each in enumerate(counts)]
     return size, start, counts
 
@@ -164,7 +205,9 @@ def check_told(
         ("token_counts", token_counts, tokens, "token_group"),
     ]:
         if given is not None and ranks.group is None:
-            raise ValueError(f"{name} is {given}, but without a {of} there is nothing to tell")
+            raise ValueError(
+                f"{name} is {given}, but tells of a {of}, and none is given: leave it out, or give the {of}"
+            )
     if token_counts is not None and len(token_counts) != tokens.size:
         raise ValueError(
             f"token_counts are {len(token_counts)} numbers, but the token_group has {tokens.size} ranks"
@@ -216,12 +259,14 @@ class Selection:
         settings: Dict[str, Any],
     ) -> None:
         self.tokens, self.part, self.valid, self.settings = tokens, part, valid, settings
-        # Those that the caller gives; or none, if nobody asks for them.
+        # Those that the caller gives, or what needs no margins.
         self.known: Optional[Tensor] = None
         if hard is not None:
             self.known = hard & valid
         elif not wanted:
-            self.known = torch.zeros_like(valid)
+            # No loss depends on margins, but some do on the set, where all tokens are hard or none is.
+            all_are = settings["selection_rule"] == "top-k" and settings["hard_ratio"] == 1.0
+            self.known = valid if all_are else torch.zeros_like(valid)
         self.per_sequence = per_sequence
 
     def hard(self, margins: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
@@ -378,6 +423,7 @@ class _Prepared(NamedTuple):
     with_gradient: bool
     inplace: bool
     header: Header
+    shown: str
 
 
 def _prepare(
@@ -390,8 +436,10 @@ def _prepare(
     given: Dict[str, Any],
 ) -> _Prepared:
     """Raises for whatever can be found wrong here."""
-    for name, tensor in [("student_logits", student), ("teacher_logits", teacher)]:
-        _loss.check_tensor(name, tensor)
+    of_teacher = function == "teacher_margins"
+    student_name = "teacher_logits" if of_teacher else "student_logits"
+    for name, tensor in [(student_name, student), ("teacher_logits", teacher)]:
+        _loss.check_tensor(name, tensor, function=function)
         for ranks in (vocabulary, tokens):
             ranks.check_device(name, tensor)
     check_apart(vocabulary, tokens)
@@ -410,7 +458,7 @@ def _prepare(
         given["settings"],
     )
     inplace = inplace and _autograd.is_plain(student)
-    student, teacher = plain("student_logits", student), plain("teacher_logits", teacher).detach()
+    student, teacher = plain(student_name, student), plain("teacher_logits", teacher).detach()
     hard, token_weights, labels, temperatures, scale = (
         None if each is None else plain("tensors of tokens", each)
         for each in (hard, token_weights, prepared.labels, prepared.temperatures, prepared.scale)
@@ -424,13 +472,18 @@ def _prepare(
     if vocabulary.group is None:
         _checks.check_loss(student, teacher, *rows, vocab_size, numbered)
     else:
-        _checks.check_shard(student, teacher, *rows, numbered)
+        _checks.check_shard(student, teacher, *rows, numbered, student_name)
         if vocab_size == 0:
             raise ValueError("vocab_size is 0, but must be at least 1")
     objective = _settings.native(settings)
     _checks.check_values(labels, temperatures, None, None, settings["ignore_index"])
-    number = check_scale(scale)
-    flags = prepared.per_sequence, prepared.per_token, given["return_stats"], number, scale is None
+    check_scale(scale)
+    flags = {
+        "selection": given["selection"],
+        "shift_labels": bool(given["shift_labels"]),
+        "return_stats": bool(given["return_stats"]),
+        "num_items_in_batch": items_of(given["num_items_in_batch"]),
+    }
     agreed = Agreed(function, settings, objective, flags, vocab_size)
     with_gradient = student.requires_grad and torch.is_grad_enabled()
     inplace = inplace and with_gradient and _autograd.may_be_overwritten(student)
@@ -444,10 +497,14 @@ def _prepare(
         "temperature": temperatures,
     }
     length = student.shape[1] if prepared.per_sequence else 0
-    of_rank = count, length, columns, optional, vocab_start
+    compares = vocabulary.group is not None and needs_header(
+        vocabulary, tokens, vocab_start, vocab_size, token_counts
+    )
+    settings_shown = agreed.shown(prepared.per_token)
+    of_rank = count, length, columns, optional, vocab_start, settings_shown, compares
     header = header_of(agreed, student, teacher, *of_rank)
     known = hard, token_weights, prepared, agreed, with_gradient, inplace
-    return _Prepared(student, teacher, *known, header)
+    return _Prepared(student, teacher, *known, header, settings_shown)
 
 
 def agree(
@@ -468,7 +525,7 @@ def agree(
     except Exception:
         meet(vocabulary, tokens, None, device)
         raise
-    return prepared, meet(vocabulary, tokens, prepared.header, device)
+    return prepared, meet(vocabulary, tokens, prepared.header, device, prepared.shown)
 
 
 def device_of(*tensors: object) -> Optional[torch.device]:
@@ -568,7 +625,7 @@ def _local_or_distributed(
         ranks = Ranks("vocab_group", vocab_group), Ranks("token_group", token_group)
         loss, stats = _atkd_loss(*ranks, lambda: parts, device, given)
     else:
-        placed = _dtensor.Placed(student, vocab_group, token_group, given)
+        placed = _dtensor.Placed(student, vocab_group, token_group)
         ranks = placed.vocabulary, placed.tokens
         loss, stats = _atkd_loss(*ranks, lambda: placed.local(*parts), device, given)
         loss = placed.distributed(loss)
@@ -620,7 +677,7 @@ def _select_hard(
     refuse_transforms("select_hard")
     tokens = Ranks("group", group)
 
-    def prepare() -> Tuple[Header, Tensor, Tensor, float]:
+    def prepare() -> Tuple[Header, Tensor, Tensor, float, str]:
         _loss.check_selection(margins, valid, None, hard_ratio)
         tokens.check_device("margins", margins)
         own = plain("margins", margins.detach())
@@ -631,23 +688,24 @@ def _select_hard(
         ratio = float(hard_ratio)
         # Checked there.
         _settings.native({**_settings.DEFAULTS, "hard_ratio": ratio})
-        settings = hash_of(__version__, "select_hard", ratio)
+        first = {"the function": "select_hard", "the version of atkd": __version__}
+        settings = shown({**first, "hard_ratio": ratio})
         header = Header(
             rank=torch.distributed.get_rank(),
             tokens=own.numel(),
             student_columns=1,
             teacher_columns=1,
-            settings=settings,
+            settings=hash_of(settings),
         )
-        return header, own, counting, ratio
+        return header, own, counting, ratio, settings
 
     vocabulary = Ranks("vocab_group", None)
     try:
-        header, own, counting, ratio = prepare()
+        header, own, counting, ratio, compared = prepare()
     except Exception:
         meet(vocabulary, tokens, None, device_of(margins, valid))
         raise
-    part = meet(vocabulary, tokens, header, own.device)
+    part = meet(vocabulary, tokens, header, own.device, compared)
     settings = {**_settings.DEFAULTS, "hard_ratio": ratio}
     selection = Selection(tokens, part, counting, None, False, True, settings)
     hard, _ = selection.hard(own)
