@@ -86,6 +86,8 @@
 //! - [`shards`] is a call over ranks of which each has some columns of the logits.
 //! - [`head`], with the feature of that name, computes the loss from hidden states and the weights of both models' last
 //!   layers, a chunk of tokens at a time, so that the logits of all tokens never exist.
+//! - [`teacher_cache`], with the feature `teacher-cache`, keeps the teacher's most probable tokens on disk, so that the
+//!   teacher need not be there when the student learns.
 //! - [`candle`], with the feature of that name, is a differentiable operation for training loops; with
 //!   `candle-cuda` on CUDA tensors too.
 //! - [`simt`], with the feature of that name, runs the CUDA kernels on the CPU, as a test.
@@ -94,7 +96,13 @@
 #![warn(missing_docs)]
 // Without its feature a module has no page to link to.
 #![cfg_attr(
-    not(all(feature = "candle", feature = "cuda", feature = "head", feature = "simt")),
+    not(all(
+        feature = "candle",
+        feature = "cuda",
+        feature = "head",
+        feature = "simt",
+        feature = "teacher-cache"
+    )),
     allow(rustdoc::broken_intra_doc_links)
 )]
 
@@ -125,6 +133,8 @@ pub mod shards;
 pub mod simt;
 mod sparse;
 mod strides;
+#[cfg(feature = "teacher-cache")]
+pub mod teacher_cache;
 #[cfg(feature = "battery")]
 pub mod unfused;
 
