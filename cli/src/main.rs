@@ -8,6 +8,7 @@ mod head;
 mod info;
 mod loss;
 mod output;
+mod teacher;
 mod tensors;
 
 use std::process::ExitCode;
@@ -39,6 +40,7 @@ enum Command {
     Gradcheck(gradcheck::Args),
     Bench(bench::Args),
     Info(info::Args),
+    Teacher(teacher::Args),
 }
 
 fn main() -> ExitCode {
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Command::Gradcheck(args) => gradcheck::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Teacher(args) => teacher::run(&args),
     };
     match result {
         Ok(code) => code,

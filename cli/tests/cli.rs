@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use atkd::teacher_cache::TeacherCache;
 use atkd::{Batch, Divergence, Logits, Objective, cuda, reference};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -947,4 +948,151 @@ fn the_instruction_set_can_be_named() {
     info.env("ATKD_INSTRUCTIONS", "sse9");
     let text = String::from_utf8(info.output().unwrap().stdout).unwrap();
     assert!(text.contains("sse9"), "{text}");
+}
+
+/// The teacher's logits and labels, packed into a cache beside them.
+fn pack(files: &Files, labels: &[i64], options: &[&str]) -> Command {
+    let mut command = atkd(&["teacher", "pack"]);
+    command.arg(files.batch("logits", labels)).arg("--out").arg(files.path("cache")).args(options);
+    command
+}
+
+fn teacher_info(path: &Path) -> serde_json::Value {
+    let mut command = atkd(&["teacher", "info", "--json"]);
+    command.arg(path);
+    json(command)
+}
+
+#[test]
+fn a_packed_teacher_is_that_of_the_logits() {
+    for encoding in ["f16", "u8"] {
+        let files = Files::new();
+        let options = ["--top-k", "8", "--temperature", "2", "--encoding", encoding];
+        let output = pack(&files, &files.labels, &options).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        for words in
+            ["bits per index", "6", "DistillKit: 114", encoding, "yes", "fingerprint", "none"]
+        {
+            assert!(text.contains(words), "{words:?} is not in {text}");
+        }
+
+        let cache = TeacherCache::open(files.path("cache")).unwrap();
+        let rows = cache.read(0..TOKENS).unwrap();
+        let mut tails = 0.0;
+        for (token, &label) in files.labels.iter().enumerate() {
+            let logits = &files.teacher[token * VOCAB..][..VOCAB];
+            let mass: f64 = logits.iter().map(|&z| (f64::from(z) / 2.0).exp()).sum();
+            let log_p = |index: usize| f64::from(logits[index]) / 2.0 - mass.ln();
+            let mut sorted: Vec<usize> = (0..VOCAB).collect();
+            sorted.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+            let mut tail = 1.0;
+            for (i, &index) in sorted[..8].iter().enumerate() {
+                let entry = token * 8 + i;
+                // Entries may be as near to each other as the encoding's error.
+                let j = rows.indices[token * 8..][..8].iter().position(|&j| j == index as i32);
+                let read = rows.log_probs[token * 8 + j.unwrap_or_else(|| panic!("{entry}"))];
+                assert!((f64::from(read) - log_p(index)).abs() < 2e-2, "{encoding} {entry}");
+                tail -= log_p(index).exp();
+            }
+            assert_eq!(i64::from(rows.labels[token]), label);
+            if label >= 0 {
+                let target = log_p(label as usize);
+                assert!((f64::from(rows.target_log_prob[token]) - target).abs() < 1e-6);
+                if !sorted[..8].contains(&(label as usize)) {
+                    tail -= target.exp();
+                }
+            }
+            assert!((f64::from(rows.tail_mass[token]) - tail).abs() < 1e-6);
+            tails += tail / TOKENS as f64;
+        }
+
+        let info = teacher_info(&files.path("cache"));
+        assert_eq!(info["tokens"], 6);
+        assert_eq!(info["complete"], true);
+        assert_eq!(info["vocab_size"], 50);
+        assert_eq!(info["top_k"], 8);
+        assert_eq!(info["temperature"], 2.0);
+        assert_eq!(info["encoding"], encoding);
+        assert_eq!(info["bits_per_index"], 6);
+        assert_eq!(info["bytes_per_token"], 34);
+        assert_eq!(info["shards"], 1);
+        assert_eq!(info["fingerprint"], "");
+        assert!((info["mean_tail_mass"].as_f64().unwrap() - tails).abs() < 1e-6);
+        assert!(info["largest_error"].as_f64().unwrap() < 1e-2);
+    }
+}
+
+#[test]
+fn packing_goes_on_where_it_was_killed() {
+    let files = Files::new();
+    let options = ["--top-k", "3", "--shard-tokens", "2", "--fingerprint", "qwen"];
+    assert!(pack(&files, &files.labels, &options).output().unwrap().status.success());
+    let cache = files.path("cache");
+    let whole = TeacherCache::open(&cache).unwrap().read(0..6).unwrap();
+    // As if it had been killed in its second file, and the rest were to come.
+    for shard in ["1", "2", "3"] {
+        std::fs::remove_file(cache.join(format!("teacher-0000{shard}.safetensors"))).unwrap();
+    }
+    std::fs::write(cache.join("teacher-00001.safetensors.partial"), "half").unwrap();
+    let info = teacher_info(&cache);
+    assert_eq!((&info["tokens"], &info["complete"]), (&2.into(), &false.into()));
+    let output = atkd(&["teacher", "info"]).arg(&cache).output().unwrap();
+    assert!(String::from_utf8(output.stdout).unwrap().contains("no: its writer has not finished"));
+
+    let other = ["--top-k", "4", "--fingerprint", "qwen"];
+    fails(pack(&files, &files.labels, &other), &["top_k is 4", "begun with 3", "cache"]);
+    let mut labels = files.labels.clone();
+    labels[1] = 8;
+    fails(pack(&files, &labels, &options), &["another text", "token 1 is 0", "8 in the file"]);
+    let output = pack(&files, &files.labels, &options).output().unwrap();
+    assert!(output.status.success());
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(message.contains("2 of 6 tokens are in"), "{message}");
+    assert_eq!(TeacherCache::open(&cache).unwrap().read(0..6).unwrap(), whole);
+    // Once more there is nothing left to do.
+    assert!(pack(&files, &files.labels, &options).output().unwrap().status.success());
+    assert_eq!(teacher_info(&cache)["shards"], 4);
+}
+
+#[test]
+fn files_that_hold_no_teacher_say_so() {
+    let files = Files::new();
+    let packed = |path: &Path, options: &[&str]| {
+        let mut command = atkd(&["teacher", "pack"]);
+        command.arg(path).arg("--out").arg(files.path("cache")).args(options);
+        command
+    };
+    let labels: Vec<u8> = [1_i32, 2].iter().flat_map(|label| label.to_le_bytes()).collect();
+    let labels = |shape: &'static [usize]| ("labels", Dtype::I32, shape, &labels[..4 * shape[0]]);
+    let logits = |values: &[f32]| little_endian(values);
+    let path = files.save("none", &[labels(&[2])]);
+    fails(packed(&path, &[]), &["no tensor `teacher`", "`labels`", "none"]);
+    let fine = logits(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    fn teacher(bytes: &[u8]) -> (&str, Dtype, &[usize], &[u8]) {
+        ("teacher", Dtype::F32, &[2, 3], bytes)
+    }
+    let path = files.save("short", &[labels(&[1]), teacher(&fine)]);
+    fails(packed(&path, &[]), &["`labels`: 1", "2 tokens"]);
+    for (logit, word) in [(f32::NAN, "logit of 1 is NaN"), (f32::INFINITY, "logit of 1 is inf")] {
+        let path =
+            files.save("bad", &[labels(&[2]), teacher(&logits(&[1.0, 2.0, 3.0, 4.0, logit, 6.0]))]);
+        fails(packed(&path, &[]), &["logits of token 1", word]);
+    }
+    let none = f32::NEG_INFINITY;
+    let path =
+        files.save("masked", &[labels(&[2]), teacher(&logits(&[none, none, none, 4.0, 5.0, 6.0]))]);
+    fails(packed(&path, &[]), &["logits of token 0", "all are -inf"]);
+    let path = files.save("fine", &[labels(&[2]), teacher(&fine)]);
+    fails(packed(&path, &["--top-k", "0"]), &["top_k is 0"]);
+    fails(packed(&path, &["--temperature", "-1"]), &["temperature is -1"]);
+    fails(packed(&path, &["--shard-tokens", "0"]), &["--shard-tokens", "at least 1"]);
+    let mut info = atkd(&["teacher", "info"]);
+    info.arg(&path);
+    fails(info, &["no teacher cache", "fine"]);
+    // The surplus of K over V is not there.
+    assert!(packed(&path, &["--top-k", "5"]).output().unwrap().status.success());
+    let rows = TeacherCache::open(files.path("cache")).unwrap().read(0..2).unwrap();
+    assert_eq!(rows.indices, [2, 1, 0, -1, -1, 2, 1, 0, -1, -1]);
+    assert_eq!(rows.tail_mass, [0.0, 0.0]);
 }
