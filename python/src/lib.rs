@@ -3,6 +3,7 @@
 mod device;
 mod pages;
 mod shards;
+mod teacher_cache;
 mod threads;
 
 use atkd::call::{
@@ -460,6 +461,8 @@ mod _atkd {
     use super::device::workspace_bytes;
     #[pymodule_export]
     use super::shards::{shard_gradient, shard_loss, shard_margins, shard_states, shard_terms};
+    #[pymodule_export]
+    use super::teacher_cache::{NativeWriter, Reader};
     #[pymodule_export]
     use super::{
         LabelDtype, LogitsDtype, Objective, default_settings, run, scale_on_device, select_hard,

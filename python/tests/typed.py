@@ -65,3 +65,16 @@ def over_ranks(
     assert_type(atkd.linear_atkd_loss(*layers, vocab_group=columns, token_group=tokens), Tensor)
     atkd.ATKDLoss(vocab_group=columns, token_group=tokens, vocab_start=0)
     atkd.LinearATKDLoss(vocab_group=columns, token_group=tokens)
+
+
+def a_teacher_on_disk(logits: Tensor, labels: Tensor) -> None:
+    with atkd.TeacherCacheWriter("cache", vocab_size=10, progress=100) as writer:
+        assert_type(writer.tokens, int)
+        writer.write(logits, labels)
+        writer.write_rows(labels, logits, logits, labels, tail_mass=logits)
+    cache = atkd.TeacherCache("cache")
+    assert_type(cache[0], atkd.TeacherRows)
+    assert_type(cache[1:3].labels, Tensor)
+    assert_type(cache.temperature, float)
+    assert_type(len(cache), int)
+    torch.utils.data.DataLoader(cache, batch_size=4)

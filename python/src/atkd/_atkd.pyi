@@ -1,4 +1,5 @@
-from typing import Any, ClassVar, Dict, Optional, Tuple, Union, final
+import os
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Union, final
 
 from typing_extensions import Self
 
@@ -12,6 +13,8 @@ __all__ = [
     "SWEEP_TERMS_BYTES",
     "LabelDtype",
     "Objective",
+    "TeacherCache",
+    "TeacherCacheWriter",
     "__version__",
     "default_settings",
     "run",
@@ -32,6 +35,7 @@ HARD: int
 ROW_STATE_BYTES: int
 SWEEP_TERMS_BYTES: int
 
+_Path = Union[str, "os.PathLike[str]"]
 # A device's ordinal, and a stream.
 _Queue = Tuple[int, int]
 # Threads of the CPU; or a queue, and the address of `workspace_bytes`.
@@ -62,6 +66,52 @@ class Objective:
     # The gradient of a token depends on which tokens are hard.
     @property
     def depends_on_selection(self) -> bool: ...
+
+@final
+class TeacherCache:
+    def __new__(cls, path: _Path) -> Self: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def bytes_per_token(self) -> int: ...
+    @property
+    def largest_error(self) -> float: ...
+    # The vocabulary's size, the entries per token, the temperature, the encoding, the fingerprint.
+    @property
+    def facts(self) -> Tuple[int, int, float, str, str]: ...
+    def mean_tail_mass(self) -> float: ...
+    # To the addresses of indices, log-probabilities, the targets', tail masses, labels.
+    def read(self, start: int, end: int, to: List[int]) -> None: ...
+
+@final
+class TeacherCacheWriter:
+    def __new__(
+        cls,
+        path: _Path,
+        vocab_size: int,
+        top_k: int,
+        temperature: float,
+        encoding: str,
+        fingerprint: str,
+        shard_tokens: Optional[int],
+    ) -> Self: ...
+    def tokens(self) -> int: ...
+    def complete(self) -> bool: ...
+    def push(
+        self,
+        tokens: int,
+        top_k: int,
+        indices: int,
+        log_probs: int,
+        target_log_prob: int,
+        tail_mass: Optional[int],
+        labels: int,
+    ) -> None: ...
+    def flush(self) -> None: ...
+    def finish(self) -> None: ...
+    def close(self) -> None: ...
 
 def default_settings() -> Dict[str, Any]: ...
 def workspace_bytes(tokens: int) -> int: ...
