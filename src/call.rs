@@ -289,6 +289,19 @@ impl RawSparseCall {
 }
 
 impl RawSparseTeacher {
+    /// Checks that the teacher's margins of these tokens can be written.
+    pub(crate) fn check_margins(
+        &self,
+        objective: &Objective,
+        tokens: &RawTokens,
+        to: u64,
+    ) -> Result<()> {
+        tokens.check(objective)?;
+        self.check(tokens.tokens)?;
+        check_alignment(MARGINS, to, size_of::<f32>() as u64)?;
+        check_there(MARGINS, Some(to), tokens.tokens)
+    }
+
     fn check(&self, tokens: usize) -> Result<()> {
         let (most, top_k) = (SparseTeacher::MAX_TOP_K, self.top_k);
         if !(1..=most).contains(&top_k) {

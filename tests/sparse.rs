@@ -244,6 +244,22 @@ fn by_address() -> Result<()> {
         assert!(padded[..vocab] == *row && padded[vocab..] == [0.0, 0.0]);
     }
 
+    let mut margins = vec![f32::NAN; tokens];
+    let to_margins = margins.as_mut_ptr() as u64;
+    let write_margins = |teacher: &RawSparseTeacher, to| {
+        // SAFETY: as above.
+        unsafe { cpu::raw::sparse_margins(None, &objective, &call.tokens, teacher, to) }
+    };
+    write_margins(&call.teacher, to_margins)?;
+    assert_eq!(margins, output.tokens.iter().map(|t| t.margin as f32).collect::<Vec<_>>());
+    for (top_k, to, expected) in
+        [(0, to_margins, "from 1 to 1024"), (4, 0, "margins is null"), (4, 2, "margins is 0x2")]
+    {
+        let teacher = RawSparseTeacher { top_k, ..call.teacher };
+        let error = write_margins(&teacher, to).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+
     let with = |teacher: RawSparseTeacher| RawSparseCall { teacher, ..call };
     for (call, expected) in [
         (

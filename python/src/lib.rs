@@ -7,11 +7,12 @@ mod teacher_cache;
 mod threads;
 
 use atkd::call::{
-    self, RawCall, RawEntropies, RawLabels, RawLogits, RawOutput, RawSelection, RawTeacher,
+    self, RawCall, RawEntropies, RawLabels, RawLogits, RawOutput, RawSelection, RawSparseCall,
+    RawSparseTeacher, RawTeacher, RawTokens,
 };
 use atkd::cpu::raw;
-use atkd::{Coefficient, Divergence, Dtype, Reduction, SelectionRule, Strides, Target};
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use atkd::{Coefficient, Divergence, Dtype, Reduction, SelectionRule, Strides, Tail, Target};
+use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -252,13 +253,55 @@ impl From<Labels> for RawLabels {
     }
 }
 
+/// A sparse teacher by address, as `Sparse` of `_native.py`.
+#[derive(FromPyObject)]
+struct Sparse {
+    top_k: usize,
+    indices: Labels,
+    log_probs: u64,
+    dtype: LogitsDtype,
+    target_log_prob: Option<u64>,
+    tail: String,
+}
+
+impl Sparse {
+    fn raw(self) -> PyResult<RawSparseTeacher> {
+        let tail = match self.tail.as_str() {
+            "zero" => Tail::Zero,
+            "uniform" => Tail::Uniform,
+            "bucket" => Tail::Bucket,
+            other => return unknown("tail", other, r#""zero", "uniform" or "bucket""#),
+        };
+        Ok(RawSparseTeacher {
+            top_k: self.top_k,
+            indices: self.indices.into(),
+            log_probs: self.log_probs,
+            dtype: self.dtype.into(),
+            target_log_probs: self.target_log_prob,
+            tail,
+        })
+    }
+}
+
+/// The teacher of a call.
+#[derive(FromPyObject)]
+enum Teacher {
+    Dense(Matrix),
+    Sparse(Sparse),
+}
+
+/// That kernels know no sparse teacher, which the package's Python code has told before.
+fn no_sparse_kernel() -> PyErr {
+    PyNotImplementedError::new_err("there is no kernel for sparse teachers")
+}
+
 /// A call by address, as `Call` of `_native.py`, which says what each is.
 #[derive(FromPyObject)]
 struct Call {
     tokens: usize,
     vocab: usize,
     student: Matrix,
-    teacher: Matrix,
+    teacher: Teacher,
     labels: Option<Labels>,
     hard: Option<u64>,
     token_weights: Option<u64>,
@@ -272,16 +315,19 @@ struct Call {
     groups: Option<u64>,
 }
 
+/// A call with either teacher.
+enum AnyCall {
+    Dense(RawCall),
+    Sparse(RawSparseCall),
+}
+
 impl Call {
-    fn raw(self) -> (RawCall, RawOutput) {
+    fn raw(self) -> PyResult<(AnyCall, RawOutput)> {
         let output = output_at(self.tokens, self.loss, self.terms, self.groups);
-        let call = RawCall {
+        let (student, gradient) = (self.student.into(), self.gradient.map(Into::into));
+        let tokens = RawTokens {
             tokens: self.tokens,
             vocab: self.vocab,
-            teacher: self.teacher.into(),
-            student: self.student.into(),
-            gradient: self.gradient.map(Into::into),
-            gradient_padding: self.gradient_padding,
             labels: self.labels.map(Into::into),
             sequences: self.sequences,
             margins: None,
@@ -290,7 +336,32 @@ impl Call {
             temperatures: self.temperatures,
             upstream: self.scale,
         };
-        (call, output)
+        let gradient_padding = self.gradient_padding;
+        let call = match self.teacher {
+            Teacher::Dense(teacher) => AnyCall::Dense(RawCall {
+                tokens: tokens.tokens,
+                vocab: tokens.vocab,
+                teacher: teacher.into(),
+                student,
+                gradient,
+                gradient_padding,
+                labels: tokens.labels,
+                sequences: tokens.sequences,
+                margins: tokens.margins,
+                hard: tokens.hard,
+                token_weights: tokens.token_weights,
+                temperatures: tokens.temperatures,
+                upstream: tokens.upstream,
+            }),
+            Teacher::Sparse(teacher) => AnyCall::Sparse(RawSparseCall {
+                tokens,
+                teacher: teacher.raw()?,
+                student,
+                gradient,
+                gradient_padding,
+            }),
+        };
+        Ok((call, output))
     }
 }
 
@@ -323,27 +394,40 @@ enum Place {
 /// [`RawOutput::modes`].
 #[pyfunction]
 fn run(py: Python, place: Place, objective: &Objective, call: Call) -> PyResult<()> {
-    let (call, output) = call.raw();
+    let (tokens, vocab) = (call.tokens, call.vocab);
+    let (call, output) = call.raw()?;
     let threads = match place {
         Place::Host(threads) => threads,
         // SAFETY: the package's own Python code, the only caller, passes the addresses of tensors of these shapes
         // that it holds, and nobody else writes to them meanwhile. A device's memory is of torch's allocator, which
         // hands it out again only in the order of the stream.
         Place::Device(queue, workspace) => {
+            let AnyCall::Dense(call) = call else { return Err(no_sparse_kernel()) };
             return py
                 .detach(|| unsafe { device::run(queue, workspace, &objective.0, &call, &output) })
                 .map_err(exception);
         }
     };
-    if let Some(gradient) = call.gradient.filter(|&gradient| gradient != call.student) {
-        pages::advise_huge(gradient.address, call.tokens * call.vocab * gradient.dtype.size());
+    let (student, gradient) = match &call {
+        AnyCall::Dense(call) => (call.student, call.gradient),
+        AnyCall::Sparse(call) => (call.student, call.gradient),
+    };
+    if let Some(gradient) = gradient.filter(|&gradient| gradient != student) {
+        pages::advise_huge(gradient.address, tokens * vocab * gradient.dtype.size());
     }
     let pool = threads::pool(py, threads)?;
     py.detach(|| {
+        let pool = Some(&*pool);
         // SAFETY: as above.
-        unsafe { raw::run(Some(&pool), &objective.0, &call, &output) }.map_err(exception)?;
+        unsafe {
+            match &call {
+                AnyCall::Dense(call) => raw::run(pool, &objective.0, call, &output),
+                AnyCall::Sparse(call) => raw::run_sparse(pool, &objective.0, call, &output),
+            }
+        }
+        .map_err(exception)?;
         // SAFETY: as above; every byte was just written.
-        unsafe { tell_hard(&output, call.tokens) };
+        unsafe { tell_hard(&output, tokens) };
         Ok(())
     })
 }
@@ -369,14 +453,38 @@ fn teacher_margins(
     objective: &Objective,
     tokens: usize,
     vocab: usize,
-    teacher: Matrix,
+    teacher: Teacher,
     labels: Option<Labels>,
     temperatures: Option<u64>,
     to: u64,
 ) -> PyResult<()> {
-    let (teacher, labels) = (teacher.into(), labels.map(Into::into));
+    let (objective, labels) = (&objective.0, labels.map(Into::into));
+    let teacher = match teacher {
+        Teacher::Dense(teacher) => teacher.into(),
+        Teacher::Sparse(teacher) => {
+            let teacher = teacher.raw()?;
+            let Place::Host(threads) = place else { return Err(no_sparse_kernel()) };
+            let pool = threads::pool(py, threads)?;
+            let tokens = RawTokens {
+                tokens,
+                vocab,
+                labels,
+                sequences: None,
+                margins: None,
+                hard: None,
+                token_weights: None,
+                temperatures: None,
+                upstream: None,
+            };
+            // SAFETY: as for the loss.
+            return py
+                .detach(|| unsafe {
+                    raw::sparse_margins(Some(&pool), objective, &tokens, &teacher, to)
+                })
+                .map_err(exception);
+        }
+    };
     let teacher = RawTeacher { tokens, vocab, teacher, labels, temperatures };
-    let objective = &objective.0;
     match place {
         Place::Host(threads) => {
             let pool = threads::pool(py, threads)?;

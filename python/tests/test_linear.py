@@ -307,7 +307,10 @@ def test_opcheck(with_gradient):
     leaves = [each.requires_grad_(with_gradient) for each in (x.T.contiguous().T, w, b)]
     of_tokens = labels, None, None, None, None, None
     flags = [with_gradient] * 3
-    arguments = *leaves, teacher_x, teacher_w, teacher_b, *of_tokens, *flags, False, None, 7, 1 << 20, None
+    sizes = None, 7, 1 << 20, None
+    no_sparse_teacher = None, None, None, "bucket"
+    layers_of_both = *leaves, teacher_x, teacher_w, teacher_b
+    arguments = *layers_of_both, *of_tokens, *flags, False, *sizes, *no_sparse_teacher
     torch.library.opcheck(torch.ops.atkd.linear_loss.default, (*arguments, *SETTINGS_OF_OPERATORS))
 
 

@@ -46,6 +46,22 @@ def uses(student: Tensor, teacher: Tensor, labels: Tensor, flag: bool, name: str
     assert_type(atkd.__version__, str)
 
 
+def of_some_log_probabilities(student: Tensor, weight: Tensor, indices: Tensor, log_probs: Tensor) -> None:
+    loss = atkd.sparse_atkd_loss(student, indices, log_probs, target_log_prob=log_probs, tail="zero", lam=0.3)
+    assert_type(loss, Tensor)
+    assert_type(
+        atkd.sparse_atkd_loss(student, indices, log_probs, inplace=True, return_stats=True),
+        Tuple[Tensor, atkd.Stats],
+    )
+    teacher = atkd.SparseTeacher(indices, log_probs)
+    assert_type(atkd.linear_atkd_loss(student, weight, None, None, teacher=teacher), Tensor)
+    assert_type(atkd.teacher_margins(teacher, target="teacher"), Tensor)
+    atkd.SparseATKDLoss(0.3, tail="uniform")
+    rows = atkd.from_vllm([[None, {5: {"logprob": -0.5}}]], [[3, 5]])
+    assert_type(rows.labels, Tensor)
+    assert_type(atkd.from_sglang([[None]], [[(None, 3, None)]], [[3]], top_k=4), atkd.ServedRows)
+
+
 def over_ranks(
     student: Tensor,
     teacher: Tensor,

@@ -88,7 +88,7 @@ pub unsafe fn run_sparse(
     let of_student = call.of_student();
     // SAFETY: the caller's.
     unsafe {
-        let teacher = call.sparse_teacher()?;
+        let teacher = call.teacher.of(&call.tokens)?;
         run_checked(pool, objective, &of_student, teacher.into(), output)
     }
 }
@@ -332,6 +332,35 @@ pub unsafe fn teacher_margins(
     Ok(())
 }
 
+/// A sparse teacher's margins, as [`teacher_margins`]. Of the tokens the labels count alone.
+///
+/// # Errors
+/// As there; and if a value of the teacher's is none that it may be.
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn sparse_margins(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    tokens: &RawTokens,
+    teacher: &RawSparseTeacher,
+    to: u64,
+) -> Result<()> {
+    teacher.check_margins(objective, tokens, to)?;
+    // SAFETY: the caller's, for as long as this function runs.
+    let batch = unsafe {
+        let teacher = teacher.of(tokens)?;
+        match tokens.labels {
+            Some(labels) => Batch::new(teacher, labels_at(labels, tokens.tokens)?)?,
+            None => Batch::unlabelled(teacher),
+        }
+    };
+    let margins = cpu::teacher_margins_by(Workers::of(pool), objective, &batch)?;
+    // SAFETY: the caller says that there is room for one number per token.
+    unsafe { write(Some(to), &margins, |&margin| margin) };
+    Ok(())
+}
+
 /// The entropies of one model's distributions in host memory: see [`cpu::token_entropies`]. Threads as [`run`].
 ///
 /// # Errors
@@ -391,13 +420,14 @@ unsafe fn bools_at(what: &'static str, address: u64, length: usize) -> Result<Ve
     Ok(bytes.iter().map(|&byte| byte != 0).collect())
 }
 
-impl RawSparseCall {
+impl RawSparseTeacher {
+    /// The teacher of these tokens.
+    ///
     /// # Safety
     /// As [`run`], for `'a`, of a call that is valid.
-    unsafe fn sparse_teacher<'a>(&self) -> Result<SparseTeacher<'a>> {
-        let RawSparseTeacher { top_k, indices, log_probs, dtype, target_log_probs, tail } =
-            self.teacher;
-        let (tokens, vocab) = (self.tokens.tokens, self.tokens.vocab);
+    unsafe fn of<'a>(&self, tokens: &RawTokens) -> Result<SparseTeacher<'a>> {
+        let Self { top_k, indices, log_probs, dtype, target_log_probs, tail } = *self;
+        let (tokens, vocab) = (tokens.tokens, tokens.vocab);
         let entries = tokens * top_k;
         // SAFETY: the caller's.
         unsafe {

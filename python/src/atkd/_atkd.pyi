@@ -3,7 +3,7 @@ from typing import Any, ClassVar, Dict, List, Optional, Tuple, Union, final
 
 from typing_extensions import Self
 
-from ._native import Call, Labels, Matrix, Shard
+from ._native import Call, Labels, Matrix, Shard, Sparse
 
 __version__: str
 __all__ = [
@@ -124,7 +124,7 @@ def teacher_margins(
     objective: Objective,
     tokens: int,
     vocab: int,
-    teacher: Matrix,
+    teacher: Union[Matrix, Sparse],
     labels: Optional[Labels],
     temperatures: Optional[int],
     to: int,

@@ -1,5 +1,6 @@
 """The derivative of the loss for autograd: that of the operator, and a function that avoids an operator's overhead."""
 
+import functools
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from . import _checks, _native, _operator, _private
 from ._native import Stats
+from ._teacher import SparseTeacher, Teacher
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -44,8 +46,11 @@ def first_derivative(ctx: Any, upstream: Tensor, others: int) -> Tuple[Optional[
     return for_student(scaled(gradient, upstream), others)
 
 
-def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results) -> None:
-    with_gradient = inputs[7]  # after seven tensors
+def _setup_context(
+    ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results, *, of_teacher: int = 1
+) -> None:
+    """`of_teacher` is the number of the teacher's arguments."""
+    with_gradient = inputs[6 + of_teacher]  # after the teacher and six tensors
     _, gradient, terms, chosen = output
     ctx.mark_non_differentiable(gradient, terms, chosen)
     # Else backward gets zeros as large as the gradient, for the outputs that have none.
@@ -57,11 +62,15 @@ def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results)
 
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
     if not ctx.with_gradient:
-        raise RuntimeError("atkd::loss was called with with_gradient=False, and has no gradient")
+        raise RuntimeError("the operator was called with with_gradient=False, and has no gradient")
     return first_derivative(ctx, upstream, ctx.others)
 
 
 _operator.loss.register_autograd(_backward, setup_context=_setup_context)
+_operator.sparse_loss.register_autograd(
+    _backward,
+    setup_context=functools.partial(_setup_context, of_teacher=len(SparseTeacher._fields)),
+)
 
 
 class Loss(torch.autograd.Function):
@@ -74,7 +83,7 @@ class Loss(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Teacher,
         labels: Optional[Tensor],
         scale: Optional[Tensor],
         hard: Optional[Tensor],
@@ -143,7 +152,7 @@ def may_be_overwritten(student: Tensor) -> bool:
 
 def run_directly(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _atkd, _settings
+from ._teacher import SparseTeacher, Teacher
 
 DTYPES = {
     torch.float32: _atkd.Dtype.F32,
@@ -78,9 +79,36 @@ def check_mask(
         raise ValueError(f"{beside} are on {other.device}, but {name} on {mask.device}")
 
 
+def check_sparse(teacher: SparseTeacher, name: str, states: Tensor) -> None:
+    """Raises unless a sparse teacher is of the tokens of `states`, which are called `name`. Its values are checked natively."""
+    indices, log_probs, target, _ = teacher
+    if not states.is_cpu:
+        raise NotImplementedError(
+            f"{name} are on {states.device}, but sparse teachers have no kernel yet, and are on the CPU alone: move all "
+            "tensors there, or take the teacher's logits with atkd_loss"
+        )
+    shape, like = states.shape[:-1], f"for {name} {list(states.shape)}"
+    if indices.dtype not in LABEL_DTYPES:
+        raise TypeError(f"indices are {indices.dtype}, but must be int64 or int32")
+    if log_probs.dtype not in DTYPES:
+        raise TypeError(f"log_probs are {log_probs.dtype}, but must be float32, float16 or bfloat16")
+    if len(indices.shape) < 2 or indices.shape[:-1] != shape:
+        expected = f"{[*shape, 'K']}".replace("'", "")
+        raise ValueError(f"indices are {list(indices.shape)}, but {like} must be {expected}")
+    if log_probs.shape != indices.shape:
+        raise ValueError(
+            f"log_probs are {list(log_probs.shape)}, but indices are {list(indices.shape)}: there must be one for each"
+        )
+    for of, tensor in [("indices", indices), ("log_probs", log_probs)]:
+        if are_apart(tensor, states):
+            raise ValueError(f"{name} are on {states.device}, but {of} on {tensor.device}")
+    if target is not None:
+        check_mask("target_log_prob", target, name, states, shape, torch.float32)
+
+
 def check_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
@@ -93,6 +121,11 @@ def check_loss(
     """Raises unless these are what a loss follows from."""
     shape = student.shape
     _check_logits("student_logits", student)
+    if isinstance(teacher, SparseTeacher):
+        _check_vocab_size(vocab_size, "student_logits", student)
+        check_sparse(teacher, "student_logits", student)
+        _check_rows(student, labels, scale, hard, token_weights, temperatures, per_sequence, settings)
+        return
     _check_logits("teacher_logits", teacher)
     _check_vocab_size(vocab_size, "student_logits", student)
     _check_vocab_size(vocab_size, "teacher_logits", teacher)
@@ -105,9 +138,8 @@ def check_loss(
                 f"{vocab} or fewer"
             )
         raise ValueError(message)
-    _check_rows(
-        student, teacher, labels, scale, hard, token_weights, temperatures, per_sequence, settings
-    )
+    _check_apart(student, teacher)
+    _check_rows(student, labels, scale, hard, token_weights, temperatures, per_sequence, settings)
 
 
 def check_shard(
@@ -132,13 +164,20 @@ def check_shard(
             f"student_logits are {list(student.shape)}, but teacher_logits are {list(teacher.shape)}: they must be of the "
             "same tokens"
         )
+    _check_apart(student, teacher)
     of_tokens = labels, scale, hard, token_weights, temperatures
-    _check_rows(student, teacher, *of_tokens, per_sequence, settings, name)
+    _check_rows(student, *of_tokens, per_sequence, settings, name)
+
+
+def _check_apart(student: Tensor, teacher: Tensor) -> None:
+    if are_apart(teacher, student):
+        raise ValueError(
+            f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
+        )
 
 
 def _check_rows(
     student: Tensor,
-    teacher: Tensor,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
@@ -148,11 +187,7 @@ def _check_rows(
     settings: Dict[str, Any],
     name: str = "student_logits",
 ) -> None:
-    """Raises unless what is not the logits' shapes fits them. The student's are called `name`."""
-    if are_apart(teacher, student):
-        raise ValueError(
-            f"student_logits are on {student.device}, but teacher_logits on {teacher.device}"
-        )
+    """Raises unless what is of tokens fits the student's logits, which are called `name`."""
     if per_sequence and len(student.shape) != 3:
         raise ValueError(
             f'selection="sequence" needs logits [B, T, V], but they are {list(student.shape)}'
@@ -218,20 +253,24 @@ def check_values(
 
 
 def check_margins(
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     temperatures: Optional[Tensor],
     vocab_size: Optional[int],
     settings: Dict[str, Any],
 ) -> None:
     """Raises unless these are what margins follow from."""
-    _check_logits("teacher_logits", teacher)
-    _check_vocab_size(vocab_size, "teacher_logits", teacher)
+    if isinstance(teacher, SparseTeacher):
+        name, rows = "indices", teacher.indices
+        check_sparse(teacher, name, rows)
+    else:
+        name, rows = "teacher_logits", teacher
+        _check_logits(name, rows)
+        _check_vocab_size(vocab_size, name, rows)
     if temperatures is not None:
-        shape = teacher.shape[:-1]
-        check_mask("temperature", temperatures, "teacher_logits", teacher, shape, torch.float32)
+        check_mask("temperature", temperatures, name, rows, rows.shape[:-1], torch.float32)
     _settings.check_numbers(settings)
-    _check_labels(labels, "teacher_logits", teacher, settings["target"])
+    _check_labels(labels, name, rows, settings["target"])
 
 
 def check_entropies(logits: Tensor, vocab_size: Optional[int], number: Optional[Tensor]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _native
 from ._checks import DTYPES
+from ._teacher import SparseTeacher, Teacher
 
 # The float32 copy of a weight in half precision has so many bytes on the CPU, where it is made of a part of its rows at a time.
 _TILE_BYTES = 16 << 20
@@ -91,6 +92,16 @@ class Linear:
         else:
             torch.mm(hidden, self.weight.T, out=logits)
         return logits if self.bias is None else logits.add_(self.bias)
+
+
+class Sparse:
+    """A sparse teacher, in the place of a last layer. Its margins, of all tokens, need no product."""
+
+    def __init__(self, teacher: SparseTeacher) -> None:
+        self.teacher = teacher
+
+    def logits(self, at: At) -> SparseTeacher:
+        return self.teacher.at(at)
 
 
 def gradient_dtype(weight: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
@@ -347,7 +358,7 @@ class Call:
     def __init__(
         self,
         student: Union[Student, Module],
-        teacher: Linear,
+        teacher: Union[Linear, Sparse],
         tokens: Tokens,
         scale: Optional[Tensor],
         teacher_log_prob: Optional[Tensor],
@@ -373,6 +384,10 @@ class Call:
         self.hard = None if tokens.hard is None else tokens.hard & self.valid
         if self.hard is None and teacher_log_prob is not None:
             self.selection.add(margins_of(teacher_log_prob), slice(None))
+            self.hard = self.selection.hard()
+        if self.hard is None and isinstance(teacher, Sparse):
+            everywhere = slice(None)
+            self.selection.add(self._margins(teacher.logits(everywhere), everywhere), everywhere)
             self.hard = self.selection.hard()
         self.of_groups: Optional[Tuple[Tensor, Tensor]] = None
         if settings["reduction"] == "group-mean":
@@ -402,8 +417,8 @@ class Call:
         easy, hard = (each.clamp(min=1) for each in (valid - hard, hard))
         return (number / easy).float(), (number / hard).float()
 
-    def _margins(self, logits: Tensor, at: At) -> Tensor:
-        margins = logits.new_empty(len(logits), dtype=torch.float32)
+    def _margins(self, logits: Teacher, at: At) -> Tensor:
+        margins = torch.empty_like(self.valid[at], dtype=torch.float32)
         labels, _, _, temperatures = self.tokens.at(at)
         _native.run_margins(logits, labels, temperatures, None, self.settings, margins)
         return margins
@@ -457,7 +472,7 @@ class Call:
                 self._rows(teacher, copy, at, ~hard[at], taken=True)
 
     def _rows(
-        self, teacher: Tensor, student: Tensor, at: At, hard: Tensor, taken: bool = False
+        self, teacher: Teacher, student: Tensor, at: At, hard: Tensor, taken: bool = False
     ) -> None:
         """The terms of a chunk, and its part of the gradients; or that part alone, taken from the weight's and the bias's."""
         labels, _, weights, temperatures = self.tokens.at(at)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from . import _autograd, _checks, _head, _loss, _native, _operator, _private, _settings
 from ._loss import ATKDLoss, SharedKeywords, Stats
+from ._sparse import refuse_ranks
+from ._teacher import SparseTeacher
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,8 +38,8 @@ class Given(NamedTuple):
     student_hidden: Tensor
     student_weight: Any  # None behind a module
     student_bias: Optional[Tensor]
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
+    teacher_hidden: Any  # None, as weight and bias, beside a sparse teacher
+    teacher_weight: Any
     teacher_bias: Optional[Tensor]
     labels: Optional[Tensor]
     scale: Optional[Tensor]
@@ -53,6 +55,17 @@ class Given(NamedTuple):
     chunk_tokens: Optional[int]
     memory_budget: int
     logits_dtype: Optional[torch.dtype]
+    # The parts of a sparse teacher.
+    indices: Optional[Tensor] = None
+    log_probs: Optional[Tensor] = None
+    target_log_prob: Optional[Tensor] = None
+    tail: str = "bucket"
+
+    @property
+    def sparse(self) -> Optional[SparseTeacher]:
+        if self.indices is None or self.log_probs is None:
+            return None
+        return SparseTeacher(self.indices, self.log_probs, self.target_log_prob, self.tail)
 
     @property
     def shape(self) -> torch.Size:
@@ -62,10 +75,6 @@ class Given(NamedTuple):
     @property
     def wanted(self) -> Tuple[bool, bool, bool]:
         return self.with_hidden, self.with_weight, self.with_bias
-
-
-# The first fields are tensors, which autograd saves.
-TENSORS = Given._fields.index("with_hidden")
 
 
 def _split(arguments: Tuple[Any, ...]) -> Tuple[Given, Dict[str, Any]]:
@@ -105,9 +114,13 @@ def _check_layer(
 def _vocab(given: Given) -> int:
     """The number of the tokens, from the weights of both models."""
     student, teacher, vocab_size = given.student_weight, given.teacher_weight, given.vocab_size
-    rows = teacher.shape[0]
     if vocab_size is None:
-        if student is not None and student.shape[0] != rows:
+        if student is None and teacher is None:
+            raise ValueError(
+                "neither a student_head nor a sparse teacher tells how many tokens the vocabulary has: give vocab_size"
+            )
+        rows: int = (student if teacher is None else teacher).shape[0]
+        if student is not None and teacher is not None and student.shape[0] != rows:
             raise ValueError(
                 f"student_weight is {list(student.shape)}, but teacher_weight is {list(teacher.shape)}; if the tokens "
                 "that both have come first, give their number as vocab_size, "
@@ -126,7 +139,11 @@ def check(given: Given, settings: Dict[str, Any], is_shard: bool = False) -> Non
     """Raises unless these are what a loss follows from, or a rank's part of that: some rows of the weights, maybe none."""
     student, teacher, log_prob = given.student_hidden, given.teacher_hidden, given.teacher_log_prob
     _check_layer("student", student, given.student_weight, given.student_bias, is_shard)
-    _check_layer("teacher", teacher, given.teacher_weight, given.teacher_bias, is_shard)
+    if given.sparse is None:
+        _check_layer("teacher", teacher, given.teacher_weight, given.teacher_bias, is_shard)
+    else:
+        _checks.check_sparse(given.sparse, "student_hidden", student)
+        teacher = student
     if not is_shard:
         _vocab(given)
     elif given.vocab_size is not None and given.vocab_size < 1:
@@ -186,16 +203,17 @@ def chunk_tokens_of(
     given: Given,
     vocab: int,
     logits_dtype: torch.dtype,
-    teacher_dtype: torch.dtype,
+    teacher_dtype: Optional[torch.dtype],
     gradient_dtype: torch.dtype,
     waits: bool,
     settings: Dict[str, Any],
 ) -> Tuple[int, int]:
     """The tokens of a chunk, whose logits fit together with the gradient; and how many may wait, their gradients kept, to be
-    multiplied at once: more than a chunk only if `waits`.
+    multiplied at once: more than a chunk only if `waits`. A sparse teacher has no logits, and no dtype of them.
     """
     count = given.shape.numel()
-    of_token, of_gradient = teacher_dtype.itemsize, gradient_dtype.itemsize
+    of_token = 0 if teacher_dtype is None else teacher_dtype.itemsize
+    of_gradient = gradient_dtype.itemsize
     if logits_dtype != gradient_dtype:
         of_token += logits_dtype.itemsize
     if settings["reduction"] == "group-mean" and settings["ce_weight"] != 0:
@@ -232,16 +250,23 @@ def _call(
     tokens = _head.Tokens(*flat)
     of_values = tokens.labels, tokens.temperatures, log_prob
     _checks.check_values(*of_values, vocab, settings["ignore_index"])
-    hidden, bias = given.teacher_hidden, given.teacher_bias
-    teacher = _head.Linear(
-        hidden.reshape(-1, hidden.shape[-1]),
-        given.teacher_weight[:vocab],
-        None if bias is None else bias[:vocab],
-        logits_dtype_of(hidden, given.logits_dtype),
-    )
+    teacher: Union[_head.Linear, _head.Sparse]
+    if given.sparse is None:
+        hidden, bias = given.teacher_hidden, given.teacher_bias
+        teacher = _head.Linear(
+            hidden.reshape(-1, hidden.shape[-1]),
+            given.teacher_weight[:vocab],
+            None if bias is None else bias[:vocab],
+            logits_dtype_of(hidden, given.logits_dtype),
+        )
+    else:
+        indices, log_probs, target, tail = given.sparse
+        target = None if target is None else target.reshape(-1)
+        flat_rows = indices.flatten(0, -2), log_probs.flatten(0, -2)
+        teacher = _head.Sparse(SparseTeacher(*flat_rows, target, tail))
     sequences = given.shape[0] if given.per_sequence else 1
     # Autocast would round what was chosen not to be rounded.
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(given.student_hidden.device.type, enabled=False):
         call = _head.Call(
             student, teacher, tokens, given.scale, log_prob, sequences, chunk_tokens, settings
         )
@@ -263,10 +288,11 @@ def _fake_linear_loss(*arguments: Any) -> Results:
 
 
 @_operator.as_operator(
-    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, Tensor teacher_weight, "
+    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? labels, Tensor? scale, Tensor? hard, Tensor? token_weights, Tensor? temperatures, "
     "Tensor? teacher_log_prob, bool with_hidden, bool with_weight, bool with_bias, bool per_sequence, "
-    f"SymInt? vocab_size, SymInt? chunk_tokens, SymInt memory_budget, ScalarType? logits_dtype, {_settings.SCHEMA}) -> "
+    "SymInt? vocab_size, SymInt? chunk_tokens, SymInt memory_budget, ScalarType? logits_dtype, Tensor? indices, "
+    f"Tensor? log_probs, Tensor? target_log_prob, str tail, {_settings.SCHEMA}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_loss,
 )
@@ -281,7 +307,9 @@ def linear_loss(*arguments: Any) -> Results:
     settings = _settings.resolved(settings, hidden)
     vocab = _vocab(given)
     student_dtype = logits_dtype_of(hidden, given.logits_dtype)
-    teacher_dtype = logits_dtype_of(given.teacher_hidden, given.logits_dtype)
+    teacher_dtype = None
+    if given.sparse is None:
+        teacher_dtype = logits_dtype_of(given.teacher_hidden, given.logits_dtype)
     gradient_dtype = _head.gradient_dtype(weight, student_dtype)
     dtypes = student_dtype, teacher_dtype, gradient_dtype
     # On the CPU memory is near; and a product of float32 copies would need those of all that wait.
@@ -344,7 +372,8 @@ class _TokenLosses(torch.autograd.Function):
         *_, terms, chosen = linear_loss(*without, *ctx.settings)
         ctx.mark_non_differentiable(terms, chosen)
         ctx.set_materialize_grads(False)
-        tensors, ctx.rest = given[:TENSORS], given[TENSORS:]
+        ctx.rest = [None if isinstance(each, Tensor) else each for each in given]
+        tensors = [each if isinstance(each, Tensor) else None for each in given]
         ctx.save_for_backward(*tensors, chosen)
         return terms[-1].clone(), terms, chosen
 
@@ -356,7 +385,7 @@ class _TokenLosses(torch.autograd.Function):
         if upstream is None:
             return None, None, None, *others
         *tensors, chosen = ctx.saved_tensors
-        given = Given(*tensors, *ctx.rest)
+        given = Given(*[rest if each is None else each for each, rest in zip(tensors, ctx.rest)])
         weights = _native.product(upstream, given.token_weights)
         given = given._replace(hard=chosen, token_weights=weights)
         _, *gradients, _, _ = linear_loss(*given, *ctx.settings)
@@ -419,6 +448,7 @@ class LinearKeywords(SharedKeywords, total=False):
     student_bias: Optional[Tensor]
     teacher_bias: Optional[Tensor]
     student_head: Optional[torch.nn.Module]
+    teacher: Optional[SparseTeacher]
     teacher_log_prob: Optional[Tensor]
     chunk_tokens: Optional[int]
     memory_budget: int
@@ -429,8 +459,8 @@ class LinearKeywords(SharedKeywords, total=False):
 def linear_atkd_loss(
     student_hidden: Tensor,
     student_weight: Optional[Tensor],
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Optional[Tensor],
+    teacher_weight: Optional[Tensor],
     labels: Optional[Tensor] = None,
     *,
     return_stats: Literal[False] = False,
@@ -442,8 +472,8 @@ def linear_atkd_loss(
 def linear_atkd_loss(
     student_hidden: Tensor,
     student_weight: Optional[Tensor],
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Optional[Tensor],
+    teacher_weight: Optional[Tensor],
     labels: Optional[Tensor] = None,
     *,
     return_stats: Literal[True],
@@ -455,8 +485,8 @@ def linear_atkd_loss(
 def linear_atkd_loss(
     student_hidden: Tensor,
     student_weight: Optional[Tensor],
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Optional[Tensor],
+    teacher_weight: Optional[Tensor],
     labels: Optional[Tensor] = None,
     *,
     return_stats: bool,
@@ -467,13 +497,14 @@ def linear_atkd_loss(
 def linear_atkd_loss(
     student_hidden: Tensor,
     student_weight: Optional[Tensor],
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Optional[Tensor],
+    teacher_weight: Optional[Tensor],
     labels: Optional[Tensor] = None,
     *,
     student_bias: Optional[Tensor] = None,
     teacher_bias: Optional[Tensor] = None,
     student_head: Optional[torch.nn.Module] = None,
+    teacher: Optional[SparseTeacher] = None,
     teacher_log_prob: Optional[Tensor] = None,
     chunk_tokens: Optional[int] = None,
     memory_budget: int = MEMORY_BUDGET,
@@ -519,6 +550,9 @@ def linear_atkd_loss(
             bias: one with adapters, or quantised. Autograd finds its gradients, for the parameters that
             require one. It is called for each chunk, and again for tokens that were guessed wrongly (and for all by
             `backward` of `reduction="none"`): it must treat each row by itself, and always alike, without dropout.
+        teacher: a `SparseTeacher` of the same tokens, in the place of the teacher's hidden states and weight, which are then
+            None: see `sparse_atkd_loss`. The hard tokens are known from it, and the student's product is the only one;
+            on the CPU. Beside a `student_head`, `vocab_size` is needed.
         teacher_log_prob: float32, one per token: the teacher's log p(label) at the temperature, where it is known, such as
             from a server. The hard tokens are selected by it.
         chunk_tokens: tokens of a chunk, instead of as many as `memory_budget` allows.
@@ -555,6 +589,9 @@ def linear_atkd_loss(
         "teacher_bias": teacher_bias,
     }
     of_ranks = vocab_group, token_group, vocab_start, token_counts
+    if teacher is not None:
+        refuse_ranks("linear_atkd_loss", *of_ranks)
+        teacher = _checked_sparse(teacher, {**tensors, "teacher_log_prob": teacher_log_prob})
     if any(each is not None for each in of_ranks):
         from . import _sharded_head
 
@@ -584,6 +621,8 @@ def linear_atkd_loss(
         return result
     tensors["teacher_log_prob"] = teacher_log_prob
     optional = {"student_bias", "teacher_bias", "teacher_log_prob"}
+    if teacher is not None:
+        optional |= {"teacher_hidden", "teacher_weight"}
     if student_head is not None:
         optional.add("student_weight")
         if student_weight is not None or student_bias is not None:
@@ -619,8 +658,10 @@ def linear_atkd_loss(
         settings,
     )
     labels, scale, temperatures, per_sequence, per_token, settings = prepared
-    teacher: Any = cast_for_autocast(teacher_hidden, teacher_weight, teacher_bias)
-    teacher = [None if each is None else each.detach() for each in teacher]
+    dense: Any = [None, None, None]
+    if teacher_hidden is not None:
+        dense = cast_for_autocast(teacher_hidden, teacher_weight, teacher_bias)
+        dense = [None if each is None else each.detach() for each in dense]
     student: Any = [student_hidden, None, None]
     if student_head is None:
         student = cast_for_autocast(student_hidden, student_weight, student_bias)
@@ -629,8 +670,8 @@ def linear_atkd_loss(
     ]
     of_tokens = labels, scale, hard, token_weights, temperatures, teacher_log_prob
     sizes = vocab_size, chunk_tokens, memory_budget, logits_dtype
-    arguments: Any = (*student, *teacher, *of_tokens, *wanted, per_sequence, *sizes)
-    given = Given(*arguments)
+    arguments: Any = (*student, *dense, *of_tokens, *wanted, per_sequence, *sizes)
+    given = Given(*arguments, *(teacher or ()))
     loss: Tensor
     stats: Any
     if student_head is not None:
@@ -640,6 +681,17 @@ def linear_atkd_loss(
     else:
         loss, _, _, _, *stats = linear_loss(*given, *_settings.for_operator(settings))
     return (loss, _loss.stats_of(*stats)) if return_stats else loss
+
+
+def _checked_sparse(teacher: SparseTeacher, tensors: Dict[str, Optional[Tensor]]) -> SparseTeacher:
+    """The teacher, if it is one, and no other is among the tensors."""
+    if not isinstance(teacher, SparseTeacher):
+        raise TypeError(f"teacher is a {type(teacher).__name__}, but must be an atkd.SparseTeacher")
+    for name, tensor in tensors.items():
+        if name.startswith("teacher") and tensor is not None:
+            hint = ": its target_log_prob tells that" if name == "teacher_log_prob" else ""
+            raise ValueError(f"{name} is given beside a sparse teacher{hint}: give None")
+    return _loss.checked_sparse(teacher)
 
 
 def _behind_module(
@@ -707,8 +759,8 @@ class LinearATKDLoss(torch.nn.Module):
         self,
         student_hidden: Tensor,
         student_weight: Optional[Tensor],
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher_hidden: Optional[Tensor],
+        teacher_weight: Optional[Tensor],
         labels: Optional[Tensor] = None,
         num_items_in_batch: Union[None, int, float, Tensor] = None,
         temperature: Optional[Tensor] = None,

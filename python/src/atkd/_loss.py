@@ -17,8 +17,9 @@ from typing import (
 import torch
 from torch import Tensor
 
-from . import _autograd, _operator, _private, _settings
+from . import _autograd, _operator, _private, _settings, _teacher
 from ._settings import DEFAULTS, Number, Settings
+from ._teacher import SparseTeacher, Teacher
 from ._token_losses import TokenLosses, TransformedTokenLosses
 from ._transforms import Transformed
 
@@ -78,6 +79,21 @@ def _instead_of_dtensor(name: str) -> str:
             "full_tensor() alone gives has a wrong gradient.)"
         )
     return f"give {name}.full_tensor(), or {name}.to_local() if that is this rank's part"
+
+
+def checked_sparse(teacher: SparseTeacher) -> SparseTeacher:
+    """The teacher, as operators take it: nothing requires a gradient, and the target's log-probabilities are float32."""
+    indices, log_probs, target, tail = teacher
+    check_tensor("indices", indices)
+    check_tensor("log_probs", log_probs)
+    if target is not None:
+        check_tensor("target_log_prob", target, "is")
+        if not target.is_floating_point():
+            raise TypeError(f"target_log_prob is {target.dtype}, but must be of a floating dtype")
+        target = target.detach().float()
+    if not isinstance(tail, str):
+        raise TypeError(f'tail is {tail!r}, but must be "zero", "uniform" or "bucket"')
+    return SparseTeacher(indices, log_probs.detach(), target, tail)
 
 
 def _check_number(name: str, number: object) -> None:
@@ -474,9 +490,44 @@ def atkd_loss(
         )
     check_tensor("student_logits", student_logits)
     check_tensor("teacher_logits", teacher_logits)
-    labels, scale, temperatures, per_sequence, per_token, settings = prepare(
+    if teacher_logits.requires_grad:
+        teacher_logits = teacher_logits.detach()
+    return from_teacher(
         "atkd_loss",
         student_logits,
+        teacher_logits,
+        labels,
+        selection,
+        vocab_size,
+        token_weights,
+        num_items_in_batch,
+        shift_labels,
+        hard,
+        inplace,
+        return_stats,
+        settings,
+    )
+
+
+def from_teacher(
+    function: str,
+    student: Tensor,
+    teacher: Teacher,
+    labels: Optional[Tensor],
+    selection: str,
+    vocab_size: Optional[int],
+    token_weights: Optional[Tensor],
+    num_items_in_batch: Union[None, int, float, Tensor],
+    shift_labels: bool,
+    hard: Optional[Tensor],
+    inplace: bool,
+    return_stats: bool,
+    settings: Dict[str, Any],
+) -> Union[Tensor, Tuple[Tensor, Stats]]:
+    """The loss of `atkd_loss`, or of another function of its keywords, from tensors that require no gradient but the student's."""
+    labels, scale, temperatures, per_sequence, per_token, settings = prepare(
+        function,
+        student,
         labels,
         hard,
         token_weights,
@@ -486,11 +537,9 @@ def atkd_loss(
         inplace,
         settings,
     )
-    if teacher_logits.requires_grad:
-        teacher_logits = teacher_logits.detach()
     loss, *stats = of_whole_rows(
-        student_logits,
-        teacher_logits,
+        student,
+        teacher,
         labels,
         scale,
         hard,
@@ -512,7 +561,7 @@ def is_dtensor(value: object) -> bool:
 
 def of_whole_rows(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
@@ -528,13 +577,13 @@ def of_whole_rows(
     """The loss or the losses of the tokens, and what `stats_of` takes."""
     loss: Tensor
     with_gradient = student.requires_grad and torch.is_grad_enabled()
-    tensors = student, teacher, labels, scale, hard, token_weights, temperatures
+    of_tokens = labels, scale, hard, token_weights, temperatures
+    parts = _teacher.parts(teacher)
     transformed = _private.derivatives_are_transformed()
     if per_token:
         losses = TransformedTokenLosses if transformed else TokenLosses
         loss, *stats = losses.apply(
             student,
-            teacher,
             labels,
             hard,
             token_weights,
@@ -542,18 +591,20 @@ def of_whole_rows(
             per_sequence,
             vocab_size,
             _settings.for_operator(settings),
+            *parts,
         )
     elif transformed:
         loss, _, *stats = Transformed.apply(
-            *tensors, per_sequence, vocab_size, _settings.for_operator(settings)
+            student, *of_tokens, per_sequence, vocab_size, _settings.for_operator(settings), *parts
         )
-    elif _autograd.runs_directly(*tensors):
+    elif _autograd.runs_directly(student, *_teacher.tensors(teacher), *of_tokens):
         loss, stats = _autograd.run_directly(
-            *tensors, with_gradient, inplace, per_sequence, vocab_size, settings, with_stats
+            student, teacher, *of_tokens, with_gradient, inplace, per_sequence, vocab_size, settings, with_stats
         )
     else:
-        loss, _, *stats = _operator.loss(
-            *tensors, with_gradient, per_sequence, vocab_size, *_settings.for_operator(settings)
+        flags = with_gradient, per_sequence, vocab_size
+        loss, _, *stats = _operator.loss_by(
+            student, teacher, *of_tokens, *flags, *_settings.for_operator(settings)
         )
     return (loss, *(stats or ()))
 
@@ -584,7 +635,7 @@ atkd_loss.__signature__ = shown_with_settings(atkd_loss)  # type: ignore[attr-de
 
 
 def teacher_margins(
-    teacher_logits: Tensor,
+    teacher_logits: Teacher,
     labels: Optional[Tensor] = None,
     *,
     temperature: Number = DEFAULTS["temperature"],
@@ -601,7 +652,9 @@ def teacher_margins(
     `atkd_loss(return_stats=True)`, bit for bit; on a GPU the last bit may differ. No gradient flows through.
 
     Args:
-        teacher_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16.
+        teacher_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16. Or a `SparseTeacher`, whose margins are at its
+            own temperature, whatever is given here; `vocab_size`, which they do not depend on, checks its indices, and
+            no `vocab_group` is needed.
         labels: as `atkd_loss` takes them, and so are the others. With a `vocab_group` every rank of it gets the same bits.
 
     Returns:
@@ -618,21 +671,28 @@ def teacher_margins(
         from . import _shards
 
         given["ignore_index"] = ignore_index
+        if isinstance(teacher_logits, SparseTeacher):
+            raise ValueError(
+                "the margins of a SparseTeacher follow from its log-probabilities, on each rank: leave vocab_group and "
+                "vocab_start out"
+            )
         of_group = vocab_group, vocab_start, vocab_size, shift_labels, given
         found: Tensor = _shards.teacher_margins(teacher_logits, labels, *of_group)
         return found
-    check_tensor("teacher_logits", teacher_logits, function="teacher_margins")
+    if isinstance(teacher_logits, SparseTeacher):
+        teacher: Teacher = checked_sparse(teacher_logits)
+    else:
+        check_tensor("teacher_logits", teacher_logits, function="teacher_margins")
+        teacher = teacher_logits.detach()
+    rows = _teacher.parts(teacher)[0]
     if labels is not None:
         check_tensor("labels", labels, function="teacher_margins")
-    temperatures = _own_temperatures("teacher_margins", given, teacher_logits)
+    temperatures = _own_temperatures("teacher_margins", given, rows)
     _check_number("temperature", given["temperature"])
     check_shift_labels(shift_labels)
-    labels, ignore_index = _shifted(teacher_logits, labels, shift_labels, target, ignore_index)
+    labels, ignore_index = _shifted(rows, labels, shift_labels, target, ignore_index)
     settings = _settings.for_operator({**DEFAULTS, **given, "ignore_index": ignore_index})
-    margins: Tensor = _operator.teacher_margins(
-        teacher_logits.detach(), labels, temperatures, vocab_size, *settings
-    )
-    return margins
+    return _operator.margins_by(teacher, labels, temperatures, vocab_size, *settings)
 
 
 def check_selection(

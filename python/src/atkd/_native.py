@@ -1,13 +1,14 @@
 """Tensors as the native module takes them: by address, with strides and dtypes; and the calls of it."""
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from . import _atkd, _settings
 from ._checks import DTYPES, LABEL_DTYPES, check_device
+from ._teacher import SparseTeacher, Teacher
 
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
 
@@ -42,6 +43,18 @@ class Labels(NamedTuple):
     dtype: _atkd.LabelDtype
 
 
+class Sparse(NamedTuple):
+    """A sparse teacher, `[tokens, top_k]` without gaps."""
+
+    top_k: int
+    indices: Labels
+    log_probs: int
+    dtype: _atkd.Dtype
+    target_log_prob: Optional[int]
+    """float32 `[tokens]`."""
+    tail: str
+
+
 class Call(NamedTuple):
     """The addresses that a loss is computed from and written to."""
 
@@ -49,7 +62,7 @@ class Call(NamedTuple):
     vocab: int
     """The columns that count, of which each matrix may have more."""
     student: Matrix
-    teacher: Matrix
+    teacher: Union[Matrix, Sparse]
     labels: Optional[Labels]
     hard: Optional[int]
     """Bool `[tokens]`: the hard tokens, which are then not selected."""
@@ -144,6 +157,24 @@ def _labels(flat: Optional[Tensor]) -> Optional[Labels]:
     return None if flat is None else Labels(flat.data_ptr(), LABEL_DTYPES[flat.dtype])
 
 
+def _teacher(teacher: Teacher) -> Tuple[Union[Matrix, Sparse], Tuple[Optional[Tensor], ...]]:
+    """The teacher by address, and what must live as long as that."""
+    if not isinstance(teacher, SparseTeacher):
+        teacher_rows = rows(teacher)
+        return _matrix(teacher_rows), (teacher_rows,)
+    indices, log_probs = teacher.indices.contiguous(), teacher.log_probs.contiguous()
+    target = _contiguous(teacher.target_log_prob)
+    addresses = Sparse(
+        top_k=indices.shape[-1],
+        indices=Labels(indices.data_ptr(), LABEL_DTYPES[indices.dtype]),
+        log_probs=log_probs.data_ptr(),
+        dtype=DTYPES[log_probs.dtype],
+        target_log_prob=_address(target),
+        tail=teacher.tail,
+    )
+    return addresses, (indices, log_probs, target)
+
+
 def _sequences(offsets: Optional[Tensor]) -> Optional[Tuple[int, int]]:
     return None if offsets is None else (offsets.data_ptr(), offsets.numel() - 1)
 
@@ -199,7 +230,7 @@ def empty_gradient(student: Tensor, with_gradient: bool = True) -> Tensor:
 
 def run_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
@@ -220,16 +251,16 @@ def run_loss(
         )
     # `empty_like` is the quickest of torch's ways on the CPU.
     loss = torch.empty_like(_SCALAR) if student.is_cpu else student.new_empty((), dtype=torch.float32)
-    terms, chosen = empty_stats(teacher) if with_stats else (None, None)
+    terms, chosen = empty_stats(student) if with_stats else (None, None)
     columns = student.shape[-1]
     vocab = columns if vocab_size is None else vocab_size
     tokens = student.numel() // columns
     offsets = None
     if per_sequence:
-        batch, length = teacher.shape[:2]
+        batch, length = student.shape[:2]
         offsets = offsets_of(batch, length, student.device)
     # Each has a name, and so lives until the call is over.
-    student_rows, teacher_rows = rows(student), rows(teacher)
+    student_rows, (of_teacher, _kept) = rows(student), _teacher(teacher)
     gradient_rows = None if gradient is None else rows(gradient)
     flat_labels, flat_hard = _contiguous(labels), _contiguous(hard)
     flat_weights, flat_temperatures = _contiguous(token_weights), _contiguous(temperatures)
@@ -237,7 +268,7 @@ def run_loss(
         tokens=tokens,
         vocab=vocab,
         student=_matrix(student_rows),
-        teacher=_matrix(teacher_rows),
+        teacher=of_teacher,
         labels=_labels(flat_labels),
         hard=_address(flat_hard),
         token_weights=_address(flat_weights),
@@ -263,7 +294,7 @@ def run_loss(
 
 
 def run_margins(
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     temperatures: Optional[Tensor],
     vocab_size: Optional[int],
@@ -271,21 +302,26 @@ def run_margins(
     margins: Tensor,
 ) -> None:
     """The teacher's margins, to the tensor `margins`."""
-    check_device("teacher_logits", teacher)
-    teacher_rows, flat_labels = rows(teacher), _contiguous(labels)
+    if isinstance(teacher, SparseTeacher):
+        # Its margins are the same whatever the size of the vocabulary.
+        columns = torch.iinfo(torch.int32).max
+    else:
+        check_device("teacher_logits", teacher)
+        columns = teacher.shape[-1]
+    (of_teacher, _kept), flat_labels = _teacher(teacher), _contiguous(labels)
     flat_temperatures = _contiguous(temperatures)
-    tokens = teacher.shape[:-1].numel()
-    vocab = teacher.shape[-1] if vocab_size is None else vocab_size
-    objective = _settings.objective(settings, teacher)
-    if teacher.is_cpu or tokens > 0:
+    tokens = margins.numel()
+    vocab = columns if vocab_size is None else vocab_size
+    objective = _settings.objective(settings, margins)
+    if margins.is_cpu or tokens > 0:
         _run(
             _atkd.teacher_margins,
-            teacher,
+            margins,
             tokens,
             objective,
             tokens,
             vocab,
-            _matrix(teacher_rows),
+            of_teacher,
             _labels(flat_labels),
             _address(flat_temperatures),
             margins.data_ptr(),

@@ -1,5 +1,6 @@
-"""The operators `torch.ops.atkd.loss`, `teacher_margins`, `select_hard` and `token_entropies`: what they compute, the
-shapes that they return, and their rule for vmap. The derivative of the loss is in `_autograd.py`.
+"""The operators `torch.ops.atkd.loss`, `teacher_margins`, both of them again for sparse teachers, `select_hard` and
+`token_entropies`: what they compute, the shapes that they return, and their rule for vmap. The derivative of the loss is in
+`_autograd.py`.
 """
 
 from typing import Any, Callable, Optional, Tuple
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _native, _settings
+from ._teacher import SparseTeacher, Teacher, parts
 
 # The loss, the gradient, the terms, which tokens are hard.
 Results = Tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,9 +53,18 @@ def as_operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
     return define
 
 
+_SPARSE = "Tensor indices, Tensor log_probs, Tensor? target_log_prob, str tail"
+
+
+def _gathered(arguments: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    """The arguments with a sparse teacher in the place of its parts, which come first."""
+    count = len(SparseTeacher._fields)
+    return (SparseTeacher(*arguments[:count]), *arguments[count:])
+
+
 def _fake_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
@@ -72,15 +83,9 @@ def _fake_loss(
     return value, gradient, *_native.empty_stats(student)
 
 
-@as_operator(
-    "(Tensor student, Tensor teacher, Tensor? labels, Tensor? scale, Tensor? hard, Tensor? token_weights, "
-    f"Tensor? temperatures, bool with_gradient, bool per_sequence, SymInt? vocab_size, {_settings.SCHEMA}) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _fake_loss,
-)
-def loss(
+def _loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
@@ -91,10 +96,6 @@ def loss(
     vocab_size: Optional[int],
     *settings: Any,
 ) -> Results:
-    """The loss; the gradient (float32 for float16 logits; empty unless `with_gradient`); uncertainty, TKD, DKD, margin,
-    loss as `[5, *tokens]`; which tokens are hard: `hard`, if that is given, or selected. Loss and gradient are multiplied
-    by `scale`, a float32 scalar on the logits' device.
-    """
     named = _settings.named(settings)
     tensors = student, teacher, labels, scale, hard, token_weights, temperatures
     _checks.check_loss(*tensors, per_sequence, vocab_size, named)
@@ -107,34 +108,89 @@ def loss(
     return value, gradient, *stats
 
 
+_OF_LOSS = (
+    "Tensor? labels, Tensor? scale, Tensor? hard, Tensor? token_weights, Tensor? temperatures, bool with_gradient, "
+    f"bool per_sequence, SymInt? vocab_size, {_settings.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@as_operator(f"(Tensor student, Tensor teacher, {_OF_LOSS}", _fake_loss)
+def loss(*arguments: Any) -> Results:
+    """The loss; the gradient (float32 for float16 logits; empty unless `with_gradient`); uncertainty, TKD, DKD, margin,
+    loss as `[5, *tokens]`; which tokens are hard: `hard`, if that is given, or selected. Loss and gradient are multiplied
+    by `scale`, a float32 scalar on the logits' device.
+    """
+    return _loss(*arguments)
+
+
+def _fake_sparse_loss(student: Tensor, *arguments: Any) -> Results:
+    return _fake_loss(student, *_gathered(arguments))
+
+
+@as_operator(f"(Tensor student, {_SPARSE}, {_OF_LOSS}", _fake_sparse_loss)
+def sparse_loss(student: Tensor, *arguments: Any) -> Results:
+    """The same with a sparse teacher."""
+    return _loss(student, *_gathered(arguments))
+
+
+def loss_by(student: Tensor, teacher: Teacher, *others: Any) -> Results:
+    """The operator of the loss for the kind of teacher."""
+    operator = sparse_loss if isinstance(teacher, SparseTeacher) else loss
+    results: Results = operator(student, *parts(teacher), *others)
+    return results
+
+
 def _fake_margins(
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     temperatures: Optional[Tensor],
     vocab_size: Optional[int],
     *settings: Any,
 ) -> Tensor:
     _checks.check_margins(teacher, labels, temperatures, vocab_size, _settings.named(settings))
-    return teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
+    rows = parts(teacher)[0]
+    margins: Tensor = rows.new_empty(rows.shape[:-1], dtype=torch.float32)
+    return margins
 
 
-@as_operator(
-    f"(Tensor teacher, Tensor? labels, Tensor? temperatures, SymInt? vocab_size, {_settings.SCHEMA}) -> Tensor",
-    _fake_margins,
-)
-def teacher_margins(
-    teacher: Tensor,
+def _margins(
+    teacher: Teacher,
     labels: Optional[Tensor],
     temperatures: Optional[Tensor],
     vocab_size: Optional[int],
     *settings: Any,
 ) -> Tensor:
-    """The teacher's margins, float32, shaped as the labels. Of the settings only temperature, target and ignore_index
-    are used.
-    """
     margins = _fake_margins(teacher, labels, temperatures, vocab_size, *settings)
     named = _settings.named(settings)
     _native.run_margins(teacher, labels, temperatures, vocab_size, named, margins)
+    return margins
+
+
+_OF_MARGINS = f"Tensor? labels, Tensor? temperatures, SymInt? vocab_size, {_settings.SCHEMA}) -> Tensor"
+
+
+@as_operator(f"(Tensor teacher, {_OF_MARGINS}", _fake_margins)
+def teacher_margins(*arguments: Any) -> Tensor:
+    """The teacher's margins, float32, shaped as the labels. Of the settings only temperature, target and ignore_index
+    are used.
+    """
+    return _margins(*arguments)
+
+
+def _fake_sparse_margins(*arguments: Any) -> Tensor:
+    return _fake_margins(*_gathered(arguments))
+
+
+@as_operator(f"({_SPARSE}, {_OF_MARGINS}", _fake_sparse_margins)
+def sparse_margins(*arguments: Any) -> Tensor:
+    """The same of a sparse teacher, at whose temperature they are."""
+    return _margins(*_gathered(arguments))
+
+
+def margins_by(teacher: Teacher, *others: Any) -> Tensor:
+    """The operator of the margins for the kind of teacher."""
+    operator = sparse_margins if isinstance(teacher, SparseTeacher) else teacher_margins
+    margins: Tensor = operator(*parts(teacher), *others)
     return margins
 
 

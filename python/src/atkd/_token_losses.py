@@ -5,7 +5,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import _native, _operator
+from . import _native, _operator, _teacher
 from ._autograd import NO_SECOND_DERIVATIVE, for_student
 from ._transforms import NotTwiceDifferentiable, Transformed
 
@@ -13,13 +13,12 @@ from ._transforms import NotTwiceDifferentiable, Transformed
 class TokenLosses(torch.autograd.Function):
     """The loss of each token; their terms; which are hard. The gradient that arrives is a weight of the tokens, so that
     `backward` computes theirs from the logits, with the hard tokens that are known by then. `settings` are as the operator
-    takes them, of a sum.
+    takes them, of a sum; the teacher's parts come last.
     """
 
     @staticmethod
     def forward(
         student: Tensor,
-        teacher: Tensor,
         labels: Optional[Tensor],
         hard: Optional[Tensor],
         token_weights: Optional[Tensor],
@@ -27,10 +26,11 @@ class TokenLosses(torch.autograd.Function):
         per_sequence: bool,
         vocab_size: Optional[int],
         settings: Tuple[Any, ...],
+        *parts: Any,
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        tensors = student, teacher, labels, None, hard, token_weights, temperatures
+        tensors = student, _teacher.of_parts(parts), labels, None, hard, token_weights, temperatures
         with_gradient = False
-        _, _, terms, chosen = _operator.loss(
+        _, _, terms, chosen = _operator.loss_by(
             *tensors, with_gradient, per_sequence, vocab_size, *settings
         )
         return terms[-1].clone(), terms, chosen
@@ -39,14 +39,15 @@ class TokenLosses(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        student, teacher, labels, _hard, token_weights, temperatures, *flags = inputs
+        student, labels, _hard, token_weights, temperatures, *others = inputs
+        # The tail of a sparse teacher, after three tensors, is none.
+        ctx.flags, of_teacher, ctx.tail = others[:3], others[3:6], others[6:]
         _, terms, chosen = output
         ctx.mark_non_differentiable(terms, chosen)
         ctx.set_materialize_grads(False)
-        saved = student, teacher, labels, chosen, token_weights, temperatures
+        saved = student, labels, chosen, token_weights, temperatures, *of_teacher
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
-        ctx.flags = flags
         ctx.others = len(inputs) - 1
 
     @staticmethod
@@ -93,18 +94,19 @@ class TransformedTokenLosses(TokenLosses):
 
 def _gradient(ctx: Any, upstream: Optional[Tensor], *, transformed: bool = False) -> Tensor:
     """The gradient of each token's loss, times `upstream` of the token."""
-    student, teacher, labels, chosen, token_weights, temperatures = ctx.saved_tensors
+    student, labels, chosen, token_weights, temperatures, *of_teacher = ctx.saved_tensors
+    parts = *of_teacher, *ctx.tail
     per_sequence, vocab_size, settings = ctx.flags
     weights = _native.product(upstream, token_weights)
-    tensors = student, teacher, labels, None, chosen, weights, temperatures
+    of_tokens = labels, None, chosen, weights, temperatures
     with_gradient = True
     gradient: Tensor
     if transformed:
         # The operator's own derivative is not made for torch.func.
         with torch.no_grad():
-            _, gradient, *_ = Transformed.apply(*tensors, per_sequence, vocab_size, settings)
+            _, gradient, *_ = Transformed.apply(student, *of_tokens, *ctx.flags, *parts)
     else:
-        _, gradient, *_ = _operator.loss(
-            *tensors, with_gradient, per_sequence, vocab_size, *settings
+        _, gradient, *_ = _operator.loss_by(
+            student, _teacher.of_parts(parts), *of_tokens, with_gradient, per_sequence, vocab_size, *settings
         )
     return gradient

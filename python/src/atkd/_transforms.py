@@ -7,7 +7,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import _operator
+from . import _operator, _teacher
 from ._autograd import NO_SECOND_DERIVATIVE, for_student
 
 
@@ -36,7 +36,7 @@ class NotTwiceDifferentiable(torch.autograd.Function):
 
 
 class Transformed(torch.autograd.Function):
-    """The operator of the loss, with its gradient. `settings` are as the operator takes them."""
+    """The operator of the loss, with its gradient. `settings` are as the operator takes them; the teacher's parts come last."""
 
     @staticmethod
     def vmap(
@@ -50,7 +50,6 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     def forward(
         student: Tensor,
-        teacher: Tensor,
         labels: Optional[Tensor],
         scale: Optional[Tensor],
         hard: Optional[Tensor],
@@ -59,13 +58,11 @@ class Transformed(torch.autograd.Function):
         per_sequence: bool,
         vocab_size: Optional[int],
         settings: Tuple[Any, ...],
+        *parts: Any,
     ) -> _operator.Results:
-        tensors = student, teacher, labels, scale, hard, token_weights, temperatures
+        tensors = student, _teacher.of_parts(parts), labels, scale, hard, token_weights, temperatures
         with_gradient = True
-        result: _operator.Results = _operator.loss(
-            *tensors, with_gradient, per_sequence, vocab_size, *settings
-        )
-        return result
+        return _operator.loss_by(*tensors, with_gradient, per_sequence, vocab_size, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: _operator.Results) -> None:

@@ -1,0 +1,213 @@
+"""The loss with a teacher of which a few log-probabilities per token are known, as a function and as a module."""
+
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    Literal,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+    overload,
+)
+
+import torch
+from torch import Tensor
+
+from . import _loss
+from ._loss import ATKDLoss, Keywords, Stats
+from ._teacher import SparseTeacher
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+
+class SparseKeywords(Keywords, total=False):
+    """The keywords of `sparse_atkd_loss` beside `return_stats`, for type checkers."""
+
+    target_log_prob: Optional[Tensor]
+    tail: str
+
+
+def refuse_ranks(function: str, *of_ranks: object) -> None:
+    """Raises if tokens or vocabulary of a sparse teacher are said to be split over ranks."""
+    if any(each is not None for each in of_ranks):
+        raise NotImplementedError(
+            f"{function} takes no groups of ranks with a sparse teacher yet. Where ranks split the tokens, select among all of "
+            "them, atkd.select_hard(atkd.teacher_margins(atkd.SparseTeacher(...), labels), hard_ratio, valid=..., "
+            "group=token_group), and give hard= and num_items_in_batch=; where they split the vocabulary, gather the "
+            "student's logits"
+        )
+
+
+@overload
+def sparse_atkd_loss(
+    student_logits: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    return_stats: Literal[False] = False,
+    **keywords: "Unpack[SparseKeywords]",
+) -> Tensor: ...
+
+
+@overload
+def sparse_atkd_loss(
+    student_logits: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    return_stats: Literal[True],
+    **keywords: "Unpack[SparseKeywords]",
+) -> Tuple[Tensor, Stats]: ...
+
+
+@overload
+def sparse_atkd_loss(
+    student_logits: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    return_stats: bool,
+    **keywords: "Unpack[SparseKeywords]",
+) -> Union[Tensor, Tuple[Tensor, Stats]]: ...
+
+
+def sparse_atkd_loss(
+    student_logits: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    target_log_prob: Optional[Tensor] = None,
+    tail: str = "bucket",
+    selection: str = "batch",
+    vocab_size: Optional[int] = None,
+    token_weights: Optional[Tensor] = None,
+    num_items_in_batch: Union[None, int, float, Tensor] = None,
+    shift_labels: bool = False,
+    hard: Optional[Tensor] = None,
+    inplace: bool = False,
+    return_stats: bool = False,
+    vocab_group: "Optional[ProcessGroup]" = None,
+    token_group: "Optional[ProcessGroup]" = None,
+    vocab_start: Optional[int] = None,
+    token_counts: Optional[Sequence[int]] = None,
+    **settings: Any,
+) -> Union[Tensor, Tuple[Tensor, Stats]]:
+    """`atkd_loss` with a teacher of which K log-probabilities per position are known, from disk or from a server
+    (`from_vllm`, `from_sglang`). On the CPU; there is no kernel yet.
+
+    The student's distribution is over the whole vocabulary, and the gradient is that of all of its logits. Hard tokens are
+    those of the largest margin log((1 - p) / p) of the teacher's p(target).
+
+    Log-probabilities are natural logarithms *at the temperature of the call*: a temperature divides the student's logits
+    alone. (A server's are mostly at temperature 1.) Rows of ignored tokens are not looked at.
+
+    Args:
+        student_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16.
+        indices: `[N, K]` or `[B, T, K]`, int64 or int32, K from 1 to 1024: tokens of the vocabulary, each once in a row, in
+            any order. -1 says that a row has fewer; its log-probability is not used.
+        log_probs: of the same shape, float32, float16 or bfloat16: those of the indices. -inf is a probability of 0. The
+            probabilities of a row, the target's among them, add up to 1 or less: to 1.0001 for float32, 1.01 for float16,
+            1.03 for bfloat16.
+        labels: as `atkd_loss` takes them, and so are all keywords that are not described here.
+        target_log_prob: `[N]` or `[B, T]`, of a floating dtype, taken as float32: that of each position's label, which then
+            need not be among the K, and counts instead of that one if it is. Without it the label of each token that is not
+            ignored must be among the K. Not used with `target="teacher"`, whose target is the likeliest of the K.
+        tail: what the teacher is taken for outside of its K tokens and the target: `"bucket"`, one more class, of what is
+            left of the mass, against the student's mass on the same tokens, so that nothing is assumed; `"uniform"`, what is
+            left spread evenly over those tokens; `"zero"`, nothing: the known probabilities are renormalised, for the
+            margins too. Reverse KL is infinite by `"zero"`, and an error; by the others it is where the teacher has nothing
+            left, but the student has.
+        shift_labels: rows of the teacher belong to the same positions as the student's logits, and are not shifted: those at
+            position t are about label t + 1, `target_log_prob[t]` is log p(label t + 1), and those at the last position
+            are not looked at.
+        vocab_size: indices are below it.
+        return_stats: the terms of `Stats` are those of the modelled teacher. By `"bucket"` DKD has the tail as one class.
+        vocab_group: as all keywords of ranks, not with a sparse teacher yet: see below.
+
+    Raises:
+        NotImplementedError: for tensors on a GPU, groups of ranks, a DTensor of logits.
+        TypeError: for a dtype that is none of these, a setting that requires a gradient.
+        ValueError: for shapes or devices that do not go together, a setting outside its domain, a label that names no token
+            of the vocabulary; for an index that does not, or is there twice; for probabilities that add up to more than 1, as
+            those of logits would; for a target without a log-probability. The message has the token, counted over all
+            positions, and the numbers.
+    """
+    refuse_ranks("sparse_atkd_loss", vocab_group, token_group, vocab_start, token_counts)
+    if _loss.is_dtensor(student_logits):
+        raise NotImplementedError(
+            "student_logits are a DTensor, which sparse_atkd_loss does not take yet: give student_logits.full_tensor(), or "
+            "student_logits.to_local() where this rank has tokens of its own, with hard= and num_items_in_batch= of all ranks"
+        )
+    _loss.check_tensor("student_logits", student_logits)
+    return _loss.from_teacher(
+        "sparse_atkd_loss",
+        student_logits,
+        _loss.checked_sparse(SparseTeacher(indices, log_probs, target_log_prob, tail)),
+        labels,
+        selection,
+        vocab_size,
+        token_weights,
+        num_items_in_batch,
+        shift_labels,
+        hard,
+        inplace,
+        return_stats,
+        settings,
+    )
+
+
+sparse_atkd_loss.__signature__ = _loss.shown_with_settings(sparse_atkd_loss)  # type: ignore[attr-defined]
+
+_OF_RANKS = "vocab_group", "token_group", "vocab_start"
+
+
+class SparseATKDLoss(torch.nn.Module):
+    """`sparse_atkd_loss` with its settings, those of `ATKDLoss` and `tail`, which are checked here. A schedule may change
+    `settings`, a dict.
+    """
+
+    def __init__(self, *arguments: Any, tail: str = "bucket", **settings: Any) -> None:
+        super().__init__()
+        self.settings: Dict[str, Any] = ATKDLoss(*arguments, **settings).settings
+        refuse_ranks("SparseATKDLoss", *[self.settings.pop(name) for name in _OF_RANKS])
+        if tail not in ("zero", "uniform", "bucket"):
+            raise ValueError(f'tail is {tail!r}, but must be "zero", "uniform" or "bucket"')
+        self.settings["tail"] = tail
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        indices: Tensor,
+        log_probs: Tensor,
+        labels: Optional[Tensor] = None,
+        target_log_prob: Optional[Tensor] = None,
+        num_items_in_batch: Union[None, int, float, Tensor] = None,
+        temperature: Optional[Tensor] = None,
+        **keywords: Any,
+    ) -> Any:
+        """The loss of `sparse_atkd_loss`; with `return_stats` `(loss, Stats)`. A temperature given here is in the place of the
+        setting.
+        """
+        settings = {**self.settings, **keywords}
+        if temperature is not None:
+            settings["temperature"] = temperature
+        return sparse_atkd_loss(
+            student_logits,
+            indices,
+            log_probs,
+            labels,
+            target_log_prob=target_log_prob,
+            num_items_in_batch=num_items_in_batch,
+            **settings,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -1,0 +1,867 @@
+"""The loss with a teacher of which a few log-probabilities per position are known."""
+
+import math
+import pickle
+
+import atkd
+import definitions
+import pytest
+import torch
+from support import SETTINGS, assert_gradient, batch, weight
+
+V = 40
+TAILS = ["zero", "uniform", "bucket"]
+DIVERGENCES = ["forward-kl", "reverse-kl", "jsd", "tvd", "skew-kl", "skew-reverse-kl"]
+
+
+def sparse(*shape, k=5, dtype=torch.float32, inside=None, seed=0, log_dtype=torch.float32, own=True):
+    """A student, a teacher of its K likeliest tokens in random order, and labels, a quarter ignored. `inside`: labels are
+    among the K, or not; else as they come. Some rows have fewer indices.
+    """
+    student, teacher, labels = batch(*shape, V, dtype=dtype, seed=seed)
+    random = torch.Generator().manual_seed(seed + 1)
+    all_log_probs = teacher.float().log_softmax(-1)
+    order = all_log_probs.argsort(-1, descending=True)
+    if inside is not None:
+        place = torch.randint(k, shape, generator=random) if inside else torch.randint(k, V, shape, generator=random)
+        labels = order.gather(-1, place[..., None])[..., 0].where(labels != -100, -100)
+    shuffled = torch.rand((*shape, k), generator=random).argsort(-1)
+    indices = order[..., :k].gather(-1, shuffled)
+    log_probs = all_log_probs.gather(-1, indices).to(log_dtype)
+    if k > 2 and inside is None:
+        indices[..., ::3, 1] = -1
+        log_probs[..., ::3, 1] = math.nan
+    target = all_log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] if own else None
+    return student, atkd.SparseTeacher(indices, log_probs, target), labels
+
+
+def classes(student, teacher, i, target):
+    """log p and log q of the classes of a token that the tail makes, and the place of the target."""
+    known = {
+        int(j): float(p) for j, p in zip(teacher.indices[i], teacher.log_probs[i].double()) if j >= 0
+    }
+    if target is None:
+        target = min(known, key=lambda j: (-known[j], j))
+    elif teacher.target_log_prob is not None:
+        known[target] = float(teacher.target_log_prob[i])
+    log_q = student.log_softmax(-1)
+    columns = sorted(known)
+    rest = [j for j in range(V) if j not in known]
+    log_p = torch.full((V,), -math.inf, dtype=torch.float64)
+    log_p[columns] = torch.tensor([known[j] for j in columns], dtype=torch.float64)
+    left = math.log(max(1 - log_p.exp().sum().item(), 1e-300))
+    if teacher.tail == "zero":
+        log_p = log_p - log_p.logsumexp(0)
+    elif teacher.tail == "uniform":
+        log_p[rest] = left - math.log(len(rest))
+    elif rest:
+        log_p = torch.cat([log_p[columns], torch.tensor([left], dtype=torch.float64)])
+        log_q = torch.cat([log_q[columns], log_q[rest].logsumexp(0)[None]])
+        return log_p, log_q, columns.index(target)
+    return log_p, log_q, target
+
+
+def kl(a, b):
+    terms = a.exp() * (a - b)
+    return terms.where(a > -math.inf, torch.zeros_like(terms)).sum()
+
+
+def diverge(name, beta, p, q):
+    """The divergence, where p may be 0."""
+
+    def mixed(a, b):
+        return torch.logaddexp(a + math.log(beta), b + math.log(1 - beta))
+
+    return {
+        "forward-kl": lambda: kl(p, q),
+        "reverse-kl": lambda: kl(q, p),
+        "jsd": lambda: beta * kl(p, mixed(p, q)) + (1 - beta) * kl(q, mixed(p, q)),
+        "tvd": lambda: (p.exp() - q.exp()).abs().sum() / 2,
+        "skew-kl": lambda: kl(p, mixed(p, q)),
+        "skew-reverse-kl": lambda: kl(q, mixed(q, p)),
+    }[name]()
+
+
+def halves(log_p, target):
+    others = torch.cat([log_p[:target], log_p[target + 1 :]])
+    rest = others.logsumexp(0)
+    return torch.stack([log_p[target], rest]), others - rest
+
+
+def oracle(student, teacher, labels, upstream=1.0, weights=None, **settings):
+    """Loss, gradient and terms of each token in float64, class by class."""
+    given = dict(
+        lam=0.2, hard_ratio=0.5, temperature=1.0, temperature_squared=False, objective="atkd", target="label",
+        reduction="mean", ce_weight=0.0, kd_weight=1.0, divergence="forward-kl", beta=0.5, selection_rule="top-k",
+    )  # fmt: skip
+    assert settings.keys() <= given.keys(), settings
+    s = {**given, **settings}
+    shape = student.shape[:-1]
+    leaf = student.detach().double().reshape(-1, student.shape[-1]).requires_grad_()
+    flat = teacher._replace(
+        indices=teacher.indices.flatten(0, -2),
+        log_probs=teacher.log_probs.flatten(0, -2),
+        target_log_prob=None if teacher.target_log_prob is None else teacher.target_log_prob.flatten(),
+    )
+    valid = [i for i, label in enumerate(labels.flatten().tolist()) if label != -100]
+    tkd, dkd, plain, ce, margin = [], [], [], [], []
+    for i in valid:
+        target = None if s["target"] == "teacher" else int(labels.flatten()[i])
+        log_p, log_q, at = classes(leaf[i, :V] / s["temperature"], flat, i, target)
+        (p, p_hat), (q, q_hat) = halves(log_p, at), halves(log_q, at)
+        of = s["divergence"], s["beta"]
+        tkd.append(diverge(*of, p, q))
+        dkd.append(diverge(*of, p_hat, q_hat))
+        plain.append(diverge(*of, log_p, log_q))
+        _, log_q, at = classes(leaf[i, :V], flat, i, target)
+        ce.append(-log_q[at])
+        margin.append(p[1] - p[0])
+    tkd, dkd, plain, ce, margin = (torch.stack(each) for each in (tkd, dkd, plain, ce, margin))
+    by_rule = definitions.from_median if s["selection_rule"] == "median" else None
+    hard = by_rule(margin) if by_rule else definitions.select(margin, s["hard_ratio"])
+    kd = {
+        "atkd": torch.where(hard, (1 - s["lam"]) * (tkd + dkd), s["lam"] * dkd),
+        "plain": plain,
+        "kl": plain,
+        "tkd": tkd,
+        "dkd": dkd,
+    }[s["objective"]] * s["kd_weight"]
+    if s["temperature_squared"]:
+        kd = kd * s["temperature"] ** 2
+    ce = s["ce_weight"] * ce
+    if weights is not None:
+        of_valid = weights.double().flatten()[valid]
+        kd, ce = kd * of_valid, ce * of_valid
+    loss = (kd + ce).sum()
+    if s["reduction"] == "mean":
+        loss = loss / len(valid)
+    elif s["reduction"] == "group-mean":
+        loss = sum(kd[group].sum() / max(int(group.sum()), 1) for group in (hard, ~hard)) + ce.mean()
+    (gradient,) = torch.autograd.grad(upstream * loss, leaf)
+
+    def put_back(values):
+        return torch.zeros(shape, dtype=values.dtype).masked_scatter(labels != -100, values.detach())
+
+    terms = {"uncertainty": put_back(margin.sigmoid()), "tkd": put_back(tkd), "dkd": put_back(dkd)}
+    return loss.item(), gradient.view(student.shape), {**terms, "hard": put_back(hard)}
+
+
+def run(student, teacher, labels, **keywords):
+    """The loss, the gradient and the terms."""
+    leaf = student.detach().clone().requires_grad_()
+    loss, stats = atkd.sparse_atkd_loss(
+        leaf,
+        teacher.indices,
+        teacher.log_probs,
+        labels,
+        target_log_prob=teacher.target_log_prob,
+        tail=teacher.tail,
+        return_stats=True,
+        **keywords,
+    )
+    loss.backward()
+    return loss.detach(), leaf.grad, stats
+
+
+def assert_equal_to_oracle(student, teacher, labels, **settings):
+    exact, exact_gradient, terms = oracle(student, teacher, labels, **settings)
+    loss, gradient, stats = run(student, teacher, labels, **settings)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert abs(loss.item() - exact) <= 1e-6 * abs(exact) + 2e-7, (loss.item(), exact)
+    assert gradient.dtype == student.dtype
+    assert_gradient(gradient, exact_gradient, weight(student, labels, **settings))
+    assert torch.equal(stats.hard, terms.pop("hard"))
+    unknown = settings.get("objective") == "plain" and settings["divergence"] not in ("forward-kl", "reverse-kl")
+    for name, values in terms.items():
+        actual = getattr(stats, name).double()
+        if unknown and name != "uncertainty":
+            assert actual[labels != -100].isnan().all()
+        else:
+            assert ((actual - values).abs() <= 2e-6 * (1 + values.abs())).all(), name
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("objective", ["atkd", "plain", "tkd", "dkd"])
+def test_every_divergence(tail, divergence, objective):
+    if tail == "zero" and divergence == "reverse-kl":
+        pytest.skip("infinite")
+    student, teacher, labels = sparse(13, k=6)
+    settings = {"divergence": divergence, "objective": objective, "beta": 0.3}
+    assert_equal_to_oracle(student, teacher._replace(tail=tail), labels, **settings)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 2.5, "temperature_squared": True},
+        {"temperature": 0.5, "ce_weight": 0.7, "kd_weight": 0.4},
+        {"reduction": "sum", "lam": 0.6, "hard_ratio": 0.3},
+        {"reduction": "group-mean", "selection_rule": "median", "ce_weight": 0.5},
+        {"target": "teacher", "ce_weight": 0.5},
+        {"objective": "kl"},
+    ],
+    ids=str,
+)
+def test_every_setting(tail, settings):
+    student, teacher, labels = sparse(2, 7, k=6)
+    assert_equal_to_oracle(student, teacher._replace(tail=tail), labels, **settings)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("k", [1, 4])
+def test_targets_inside_and_outside_of_the_k(tail, inside, k):
+    student, teacher, labels = sparse(11, k=k, inside=inside)
+    teacher = teacher._replace(tail=tail)
+    if not (tail == "zero" and inside and k == 1):
+        assert_equal_to_oracle(student, teacher, labels)
+    if inside:
+        # Among the K it needs no log-probability of its own.
+        alone = teacher._replace(target_log_prob=None)
+        for one, other in zip(run(student, teacher, labels), run(student, alone, labels)):
+            assert all(torch.equal(a, b) for a, b in zip(one, other)) if isinstance(one, tuple) else torch.equal(one, other)
+
+
+def test_the_log_probability_of_a_target_counts_instead_of_its_own_among_the_k():
+    student, teacher, labels = sparse(9, inside=True)
+    teacher = teacher._replace(target_log_prob=teacher.target_log_prob - 0.5)
+    assert_equal_to_oracle(student, teacher, labels)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("log_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(tail, dtype, log_dtype):
+    student, teacher, labels = sparse(11, k=3, dtype=dtype, log_dtype=log_dtype)
+    teacher = teacher._replace(tail=tail, indices=teacher.indices.int())
+    if tail != "zero":
+        known = teacher.log_probs.double().exp().where(teacher.indices >= 0, 0).sum(-1)
+        labels[known > 0.97] = -100
+    assert (labels != -100).sum() > 4
+    assert_equal_to_oracle(student, teacher, labels)
+
+
+def test_target_log_prob_of_other_dtypes():
+    student, teacher, labels = sparse(9)
+    for dtype in [torch.float64, torch.bfloat16]:
+        converted = teacher._replace(target_log_prob=teacher.target_log_prob.to(dtype))
+        same = teacher._replace(target_log_prob=converted.target_log_prob.float())
+        assert torch.equal(run(student, converted, labels)[1], run(student, same, labels)[1])
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("settings", [{}, {"objective": "plain", "divergence": "jsd"}, {"divergence": "tvd"}], ids=str)
+def test_all_log_probabilities_are_the_logits(tail, settings):
+    student, logits, labels = batch(2, 6, V)
+    log_probs = logits.double().log_softmax(-1).float()
+    indices = torch.arange(V).expand(2, 6, V).flip(-1)
+    teacher = atkd.SparseTeacher(indices, log_probs.flip(-1), tail=tail)
+    loss, gradient, stats = run(student, teacher, labels, **settings)
+    leaf = student.clone().requires_grad_()
+    dense, dense_stats = atkd.atkd_loss(leaf, logits, labels, return_stats=True, **settings)
+    dense.backward()
+    torch.testing.assert_close(loss, dense.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
+    assert torch.equal(stats.hard, dense_stats.hard)
+
+
+def test_gradcheck():
+    """The gradient against differences of the loss."""
+    student, teacher, labels = sparse(5, k=4, seed=3)
+    for tail in TAILS:
+        _, gradient, stats = run(student, teacher._replace(tail=tail), labels, reduction="sum")
+        direction = torch.randn(student.shape, generator=torch.Generator().manual_seed(1))
+        step = 1e-2 * direction
+        hard = {"hard": stats.hard, "reduction": "sum"}
+        ends = [run(student + sign * step, teacher._replace(tail=tail), labels, **hard)[0] for sign in (1, -1)]
+        slope = (gradient * direction).sum().item()
+        assert ends[0] - ends[1] == pytest.approx(2e-2 * slope, rel=2e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_upstream_gradient(dtype):
+    student, teacher, labels = sparse(9, dtype=dtype)
+    _, exact, _ = oracle(student, teacher, labels, upstream=4.0)
+    leaf = student.clone().requires_grad_()
+    parts = teacher.indices, teacher.log_probs, labels
+    (4 * atkd.sparse_atkd_loss(leaf, *parts, target_log_prob=teacher.target_log_prob)).backward()
+    assert_gradient(leaf.grad, exact, 4 * weight(student, labels))
+
+
+def test_weights_and_temperatures_of_tokens():
+    student, teacher, labels = sparse(2, 6)
+    weights = torch.rand(2, 6) + 0.1
+    exact, exact_gradient, _ = oracle(student, teacher, labels, weights=weights)
+    loss, gradient, _ = run(student, teacher, labels, token_weights=weights)
+    assert loss.item() == pytest.approx(exact, rel=2e-6)
+    assert_gradient(gradient, exact_gradient, weight(student, labels))
+    same = run(student, teacher, labels, temperature=torch.full((2, 6), 2.0))
+    assert torch.equal(same[1], run(student, teacher, labels, temperature=2.0)[1])
+
+
+def test_losses_of_tokens():
+    student, teacher, labels = sparse(2, 6)
+    arguments = teacher.indices, teacher.log_probs, labels
+    leaf = student.clone().requires_grad_()
+    losses = atkd.sparse_atkd_loss(leaf, *arguments, target_log_prob=teacher.target_log_prob, reduction="none")
+    assert losses.shape == labels.shape and not losses[labels == -100].any()
+    upstream = torch.rand(2, 6)
+    losses.backward(upstream)
+    total, gradient, _ = run(student, teacher, labels, reduction="sum", token_weights=upstream)
+    assert torch.equal(leaf.grad, gradient)
+    assert (losses * upstream).sum().item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_micro_batches():
+    student, teacher, labels = sparse(12)
+    whole, gradient, stats = run(student, teacher, labels)
+    margins = atkd.teacher_margins(teacher, labels)
+    assert torch.equal(margins, stats.margin)
+    hard = atkd.select_hard(margins, 0.5, valid=labels != -100)
+    assert torch.equal(hard, stats.hard)
+    parts = [slice(0, 5), slice(5, 12)]
+    items = {"num_items_in_batch": (labels != -100).sum()}
+    of_parts = [run(student[at], teacher.at(at), labels[at], hard=hard[at], **items) for at in parts]
+    assert torch.equal(torch.cat([each[1] for each in of_parts]), gradient)
+    assert sum(each[0] for each in of_parts).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_margins(tail):
+    student, teacher, labels = sparse(3, 4)
+    teacher = teacher._replace(tail=tail)
+    for settings in [{}, {"target": "teacher"}, {"shift_labels": True}]:
+        given = shifted_back(labels) if "shift_labels" in settings else labels
+        _, _, stats = run(student, teacher, given, **settings)
+        assert torch.equal(atkd.teacher_margins(teacher, given, vocab_size=V, **settings), stats.margin)
+    assert (stats.margin[labels == -100] == -math.inf).all()
+    unlabelled = atkd.teacher_margins(teacher, target="teacher")
+    assert unlabelled.shape == (3, 4) and unlabelled.isfinite().all()
+    other = atkd.teacher_margins(teacher, labels, temperature=3.0)
+    assert torch.equal(other, atkd.teacher_margins(teacher, labels))
+
+
+def shifted_back(labels):
+    """Labels as a causal model has them, whose shift gives these but for the last position."""
+    return torch.nn.functional.pad(labels[..., :-1], (1, 0), value=-100)
+
+
+def test_shifted_labels():
+    student, teacher, labels = sparse(2, 7)
+    labels[:, -1] = -100
+    causal = shifted_back(labels)
+    # What is at the last position is not looked at.
+    teacher.indices[:, -1] = V + 7
+    teacher.target_log_prob[:, -1] = math.nan
+    expected = run(student, teacher, labels)
+    loss, gradient, stats = run(student, teacher, causal, shift_labels=True)
+    assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+    assert torch.equal(stats.hard, expected[2].hard)
+    assert not gradient[:, -1].any()
+
+
+def test_sequences():
+    student, teacher, labels = sparse(3, 6)
+    _, _, stats = run(student, teacher, labels, selection="sequence")
+    for i in range(3):
+        valid = labels[i] != -100
+        expected = atkd.select_hard(stats.margin[i], 0.5, valid=valid)
+        assert torch.equal(stats.hard[i], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail", TAILS)
+def test_in_place(dtype, tail):
+    student, teacher, labels = sparse(2, 6, dtype=dtype)
+    teacher = teacher._replace(tail=tail)
+    _, expected, _ = run(student, teacher, labels)
+    leaf = student.clone().requires_grad_()
+    logits = leaf * 1
+    parts = teacher.indices, teacher.log_probs, labels
+    loss = atkd.sparse_atkd_loss(logits, *parts, target_log_prob=teacher.target_log_prob, tail=tail, inplace=True)
+    assert torch.equal(logits.detach(), expected)
+    loss.backward()
+    assert torch.equal(leaf.grad, expected)
+    with pytest.raises(ValueError, match="leaf"):
+        atkd.sparse_atkd_loss(leaf, *parts, target_log_prob=teacher.target_log_prob, inplace=True)
+
+
+def test_padded_columns():
+    student, teacher, labels = sparse(9)
+    expected = run(student, teacher, labels)
+    padded = torch.nn.functional.pad(student, (0, 5), value=50.0)
+    loss, gradient, _ = run(padded, teacher, labels, vocab_size=V)
+    assert torch.equal(loss, expected[0]) and torch.equal(gradient[:, :V], expected[1])
+    assert not gradient[:, V:].any()
+    with pytest.raises(ValueError, match=f"below the vocabulary size {V - 1}"):
+        run(student, teacher._replace(indices=teacher.indices.clamp(min=V - 1)), labels, vocab_size=V - 1)
+
+
+def test_strided_rows():
+    student, teacher, labels = sparse(4, 6)
+    turned = atkd.SparseTeacher(*[each.transpose(0, 1).contiguous().transpose(0, 1) for each in teacher[:3]])
+    for one, other in zip(run(student, teacher, labels)[:2], run(student, turned, labels)[:2]):
+        assert torch.equal(one, other)
+
+
+def test_no_tokens():
+    student, labels = torch.zeros(0, V), torch.zeros(0, dtype=torch.int64)
+    teacher = atkd.SparseTeacher(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3))
+    loss, gradient, _ = run(student, teacher, labels)
+    assert loss == 0 and gradient.shape == (0, V)
+    assert atkd.teacher_margins(teacher, labels).shape == (0,)
+
+
+def test_autocast_and_checkpointing():
+    student, teacher, labels = sparse(9)
+    head = torch.nn.Linear(V, V)
+
+    def loss(x):
+        parts = teacher.indices, teacher.log_probs, labels
+        return atkd.sparse_atkd_loss(head(x), *parts, target_log_prob=teacher.target_log_prob)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        direct = loss(student)
+        direct.backward()
+        gradient, head.weight.grad = head.weight.grad, None
+        kept = torch.utils.checkpoint.checkpoint(loss, student, use_reentrant=False)
+        kept.backward()
+    assert torch.equal(direct, kept) and torch.equal(gradient, head.weight.grad)
+    with torch.no_grad():
+        assert torch.equal(loss(student), loss(student)) and not loss(student).requires_grad
+
+
+@pytest.mark.parametrize("keywords", [{}, {"inplace": True}, {"reduction": "none"}, {"shift_labels": True}], ids=str)
+def test_compile(keywords):
+    torch._dynamo.reset()
+    student, teacher, labels = sparse(2, 6)
+
+    def step(function):
+        leaf = student.clone().requires_grad_()
+        loss = function(leaf * 1, teacher.indices, teacher.log_probs, labels, teacher.target_log_prob)
+        loss.sum().backward()
+        return loss.detach(), leaf.grad
+
+    module = atkd.SparseATKDLoss(tail="uniform", **keywords)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(step(compiled), step(module)):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("target", [True, False])
+def test_opcheck(target):
+    student, teacher, labels = sparse(6, inside=True, own=target)
+    for with_gradient in [False, True]:
+        of_tokens = labels, None, None, None, None
+        arguments = (student.clone().requires_grad_(with_gradient), *teacher, *of_tokens)
+        arguments = (*arguments, with_gradient, False, None, *SETTINGS)
+        torch.library.opcheck(torch.ops.atkd.sparse_loss.default, arguments)
+    torch.library.opcheck(torch.ops.atkd.sparse_margins.default, (*teacher, labels, None, None, *SETTINGS))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_func(reduction):
+    student, teacher, labels = sparse(2, 3, 5)
+
+    def loss(student, indices, log_probs, labels, target):
+        return atkd.sparse_atkd_loss(
+            student, indices, log_probs, labels, target_log_prob=target, reduction=reduction
+        ).sum()
+
+    parts = teacher.indices, teacher.log_probs, labels, teacher.target_log_prob
+    stacked = torch.func.vmap(torch.func.grad(loss))(student, *parts)
+    for i in range(2):
+        alone = student[i].clone().requires_grad_()
+        loss(alone, *[part[i] for part in parts]).backward()
+        assert torch.equal(stacked[i], alone.grad)
+    tangent = torch.randn(student[0].shape)
+    of_one = [part[0] for part in parts]
+    _, slope = torch.func.jvp(lambda x: loss(x, *of_one), (student[0],), (tangent,))
+    torch.testing.assert_close(slope, (stacked[0] * tangent).sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_teacher_gets_no_gradient():
+    student, teacher, labels = sparse(9)
+    log_probs = teacher.log_probs.nan_to_num().requires_grad_()
+    target = teacher.target_log_prob.requires_grad_()
+    run(student, teacher._replace(log_probs=log_probs, target_log_prob=target), labels)
+    assert log_probs.grad is None and target.grad is None
+
+
+def test_module():
+    student, teacher, labels = sparse(2, 6)
+    module = atkd.SparseATKDLoss(0.3, 0.4, tail="uniform", divergence="jsd", return_stats=True)
+    assert "tail='uniform'" in repr(module) and "lam=0.3" in repr(module) and "group" not in repr(module)
+    copy = pickle.loads(pickle.dumps(module))
+    assert copy.settings == module.settings and not module.state_dict()
+    parts = teacher.indices, teacher.log_probs, labels, teacher.target_log_prob
+    loss, stats = copy(student, *parts)
+    expected = atkd.sparse_atkd_loss(
+        student, *parts[:3], target_log_prob=parts[3], lam=0.3, hard_ratio=0.4, tail="uniform", divergence="jsd"
+    )
+    assert torch.equal(loss, expected) and isinstance(stats, atkd.Stats)
+    warm = copy(student, *parts, temperature=torch.tensor(2.0), hard=stats.hard)[0]
+    assert not torch.equal(warm, loss)
+
+
+def linear(student_shape=(3, 8), h=10, dtype=torch.float32, **keywords):
+    _, teacher, labels = sparse(*student_shape, **keywords)
+    random = torch.Generator().manual_seed(5)
+    hidden = torch.randn((*student_shape, h), generator=random).to(dtype)
+    weight = torch.randn((V, h), generator=random).to(dtype)
+    bias = torch.randn(V, generator=random).to(dtype)
+    return hidden, weight, bias, teacher, labels
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reduction": "group-mean", "ce_weight": 0.3},
+        {"selection": "sequence"},
+        {"reduction": "none"},
+        {"selection_rule": "median"},
+        {"shift_labels": True, "reduction": "sum", "temperature": 2.0},
+    ],
+    ids=str,
+)
+def test_linear(tail, chunk, settings):
+    *layer, teacher, labels = linear()
+    teacher = teacher._replace(tail=tail)
+    if settings.get("shift_labels"):
+        labels = shifted_back(labels)
+
+    def gradients(function):
+        leaves = [each.clone().requires_grad_() for each in layer]
+        loss, stats = function(*leaves)
+        loss.sum().backward()
+        return [loss.detach(), *[leaf.grad for leaf in leaves]], stats
+
+    def fused(x, w, b):
+        return atkd.linear_atkd_loss(
+            x, w, None, None, labels, student_bias=b, teacher=teacher, chunk_tokens=chunk, return_stats=True, **settings
+        )
+
+    def unfused(x, w, b):
+        logits = torch.nn.functional.linear(x, w, b)
+        parts = teacher.indices, teacher.log_probs, labels
+        of = {"target_log_prob": teacher.target_log_prob, "tail": tail, "return_stats": True}
+        return atkd.sparse_atkd_loss(logits, *parts, **of, **settings)
+
+    (actual, stats), (expected, expected_stats) = gradients(fused), gradients(unfused)
+    assert torch.equal(stats.hard, expected_stats.hard)
+    for one, other in zip(actual, expected):
+        assert (one - other).abs().max() <= 2e-5 * other.abs().max()
+    for one, other in zip(stats, expected_stats):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_guesses_nothing(monkeypatch):
+    from atkd import _head
+
+    def fail(*_):
+        raise AssertionError
+
+    hidden, weight, _, teacher, labels = linear()
+    monkeypatch.setattr(_head.Call, "_repair", fail)
+    atkd.linear_atkd_loss(hidden, weight, None, None, labels, teacher=teacher, chunk_tokens=5)
+
+
+def test_linear_in_other_ways():
+    hidden, weight, bias, teacher, labels = linear()
+    head = torch.nn.Linear(10, V)
+    head.weight.data, head.bias.data = weight.clone(), bias.clone()
+    expected = atkd.linear_atkd_loss(hidden, weight, None, None, labels, student_bias=bias, teacher=teacher)
+    by_module = atkd.linear_atkd_loss(
+        hidden, None, None, None, labels, student_head=head, teacher=teacher, vocab_size=V, chunk_tokens=4
+    )
+    torch.testing.assert_close(by_module.detach(), expected, rtol=1e-5, atol=1e-6)
+    by_module.backward()
+    assert head.weight.grad.abs().sum() > 0
+    module = atkd.LinearATKDLoss(chunk_tokens=4)
+    torch.testing.assert_close(
+        module(hidden, weight, None, None, labels, student_bias=bias, teacher=teacher), expected, rtol=1e-5, atol=1e-6
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        compiled(hidden, weight, None, None, labels, student_bias=bias, teacher=teacher),
+        module(hidden, weight, None, None, labels, student_bias=bias, teacher=teacher),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        atkd.linear_atkd_loss(hidden, weight, None, None, labels, teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"teacher_hidden": torch.zeros(3, 8, 4)}, ValueError, "teacher_hidden is given beside a sparse teacher"),
+        ({"teacher_bias": torch.zeros(V)}, ValueError, "teacher_bias is given beside"),
+        ({"teacher_log_prob": torch.zeros(3, 8)}, ValueError, "teacher_log_prob.*target_log_prob"),
+        ({"teacher": torch.zeros(3)}, TypeError, "teacher is a Tensor, but must be an atkd.SparseTeacher"),
+        ({"teacher": None}, TypeError, "teacher_hidden are a NoneType"),
+        ({"student_weight": None, "student_head": torch.nn.Linear(10, V)}, ValueError, "give vocab_size"),
+        ({"vocab_group": 1}, NotImplementedError, "group=token_group"),
+        ({"student_hidden": torch.zeros(3, 7, 10)}, ValueError, r"indices are \[3, 8, 5\].*\[3, 7, 10\].*\[3, 7, K\]"),
+    ],
+    ids=str,
+)
+def test_linear_errors(changes, error, message):
+    hidden, weight, _, teacher, labels = linear()
+    given = dict(student_hidden=hidden, student_weight=weight, teacher_hidden=None, teacher_weight=None, labels=labels)
+    with pytest.raises(error, match=message):
+        atkd.linear_atkd_loss(**{**given, "teacher": teacher, **changes})
+
+
+def of_row(values, *shape):
+    return torch.tensor(values).expand(*shape, -1).clone()
+
+
+ERRORS = {
+    "indices' dtype": ({"indices": torch.zeros(3, 2)}, TypeError, "indices are torch.float32"),
+    "log_probs' dtype": ({"log_probs": torch.zeros(3, 2).double()}, TypeError, "log_probs are torch.float64"),
+    "no tensor": ({"indices": [[1]]}, TypeError, "indices are a list"),
+    "target's dtype": ({"target_log_prob": torch.zeros(3).long()}, TypeError, "target_log_prob is torch.int64"),
+    "target's shape": ({"target_log_prob": torch.zeros(2)}, ValueError, r"target_log_prob is \[2\].*\[3\]"),
+    "tokens": ({"indices": torch.zeros(4, 2).long()}, ValueError, r"indices are \[4, 2\].*\[3, 5\] must be \[3, K\]"),
+    "dimensions": ({"indices": torch.zeros(3).long()}, ValueError, r"indices are \[3\].*\[3, K\]"),
+    "K of both": ({"log_probs": torch.zeros(3, 4)}, ValueError, r"log_probs are \[3, 4\], but indices are \[3, 2\]"),
+    "no K": ({"indices": torch.zeros(3, 0).long(), "log_probs": torch.zeros(3, 0)}, ValueError, "1024"),
+    "large K": (
+        {"indices": torch.full((3, 1025), -1), "log_probs": torch.zeros(3, 1025)},
+        ValueError,
+        "1025.*1024",
+    ),
+    "index": ({"indices": of_row([1, 5], 3)}, ValueError, "index 1 of the teacher's token 0 is 5.*vocabulary size 5"),
+    "negative index": ({"indices": of_row([-2, 1], 3)}, ValueError, "token 0 is -2"),
+    "twice": ({"indices": of_row([1, 1], 3)}, ValueError, "token 0 has index 1 twice, at 0 and at 1"),
+    "mass": ({"log_probs": of_row([-0.1, -0.2], 3)}, ValueError, "add up to 1.72.*not logits"),
+    "NaN": ({"log_probs": of_row([math.nan, -2.0], 3)}, ValueError, "log-probability 0 of the teacher's token 0 is NaN"),
+    "no target": ({"indices": of_row([3, 4], 3)}, ValueError, "no probability for its target 1.*give the target's"),
+    "positive target": ({"target_log_prob": torch.full((3,), 0.5)}, ValueError, "0.5"),
+    "tail": ({"tail": "clamp"}, ValueError, 'tail is "clamp".*"bucket"'),
+    "tail's type": ({"tail": None}, TypeError, "tail is None"),
+    "reverse KL of nothing": ({"tail": "zero", "divergence": "reverse-kl"}, ValueError, "tail bucket or uniform"),
+    "labels": ({"labels": torch.tensor([1, 2, 7])}, ValueError, "7"),
+    "no labels": ({"labels": None}, ValueError, "labels are None"),
+    "vocab_size": ({"vocab_size": 6}, ValueError, "vocab_size is 6.*1 to 5"),
+    "keyword": ({"lamda": 1}, TypeError, r"sparse_atkd_loss\(\) got an unexpected keyword argument 'lamda'"),
+    "tokens' group": ({"token_group": 1}, NotImplementedError, "select_hard.*group=token_group"),
+    "vocabulary's group": ({"vocab_group": 1}, NotImplementedError, "gather the student's logits"),
+    "start": ({"vocab_start": 0}, NotImplementedError, "groups of ranks"),
+    "another device": ({"indices": torch.zeros(3, 2, device="meta").long()}, ValueError, "indices on meta"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case):
+    changes, error, message = ERRORS[case]
+    given = dict(
+        student_logits=torch.zeros(3, 5),
+        indices=of_row([1, 2], 3),
+        log_probs=of_row([-1.0, -2.0], 3),
+        labels=torch.tensor([1, 2, 1]),
+    )
+    with pytest.raises(error, match=message):
+        atkd.sparse_atkd_loss(**{**given, **changes})
+
+
+def test_errors_of_batches_count_all_positions():
+    student, teacher, labels = sparse(2, 6)
+    labels[1, 2] = 0
+    teacher.indices[1, 2, 0] = V
+    with pytest.raises(ValueError, match=f"teacher's token 8 is {V}"):
+        run(student, teacher, labels)
+
+
+def test_other_errors():
+    student, teacher, labels = sparse(6)
+    fakes = torch.zeros(6, V, device="meta")
+    of_fakes = [each.to("meta") for each in (teacher.indices, teacher.log_probs, labels)]
+    with pytest.raises(NotImplementedError, match="no kernel yet.*move all tensors.*atkd_loss"):
+        atkd.sparse_atkd_loss(fakes, *of_fakes)
+    with pytest.raises(ValueError, match="leave vocab_group"):
+        atkd.teacher_margins(teacher, labels, vocab_group=1)
+    with pytest.raises(ValueError, match=r"labels are \[5\]"):
+        atkd.teacher_margins(teacher, labels[:5])
+    with pytest.raises(ValueError, match="vocabulary size 3"):
+        atkd.teacher_margins(teacher, labels.clamp(max=2), vocab_size=3)
+    with pytest.raises(NotImplementedError, match="SparseATKDLoss takes no groups"):
+        atkd.SparseATKDLoss(token_group=1)
+    with pytest.raises(ValueError, match="tail is 'clamp'"):
+        atkd.SparseATKDLoss(tail="clamp")
+    with pytest.raises(RuntimeError, match="no derivative"):
+        parts = teacher.indices, teacher.log_probs, labels
+        leaf = student.clone().requires_grad_()
+        loss = atkd.sparse_atkd_loss(leaf, *parts, target_log_prob=teacher.target_log_prob)
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu():
+    student, teacher, labels = sparse(6)
+    with pytest.raises(NotImplementedError, match="no kernel yet"):
+        run(student.cuda(), atkd.SparseTeacher(*[each.cuda() for each in teacher[:3]]), labels.cuda())
+
+
+class Logprob:
+    """What vLLM has for an entry."""
+
+    def __init__(self, logprob, rank):
+        self.logprob, self.rank, self.decoded_token = logprob, rank, f"<{rank}>"
+
+
+def served(k=4, lengths=(7, 4), seed=0):
+    """Sequences, a teacher's log-probabilities of each position's next token, and a student's logits."""
+    random = torch.Generator().manual_seed(seed)
+    token_ids = [torch.randint(V, (length,), generator=random).tolist() for length in lengths]
+    log_probs = [(3 * torch.randn(length, V, generator=random)).log_softmax(-1) for length in lengths]
+    student = 3 * torch.randn(len(lengths), max(lengths), V, generator=random)
+    return token_ids, log_probs, student
+
+
+def vllm_rows(tokens, log_probs, k):
+    rows = [None]
+    for s in range(1, len(tokens)):
+        of_token = log_probs[s - 1]
+        values, ids = of_token.topk(k)
+        row = {} if s % 2 else {tokens[s]: Logprob(of_token[tokens[s]].item(), 99)}
+        row.update({int(j): Logprob(p.item(), rank + 1) for rank, (p, j) in enumerate(zip(values, ids))})
+        row.setdefault(tokens[s], Logprob(of_token[tokens[s]].item(), 99))
+        rows.append(row)
+    return rows
+
+
+def sglang_rows(tokens, log_probs, k, start=0):
+    tops, owns = [None], [(None, tokens[start], None)]
+    for s in range(start + 1, len(tokens)):
+        values, ids = log_probs[s - 1].topk(k)
+        tops.append([(p.item(), int(j), None) for p, j in zip(values, ids)])
+        # It replaces the last token's id, as it does those of images.
+        owns.append((log_probs[s - 1][tokens[s]].item(), tokens[s] if tokens[s] < V - 1 else 0, None))
+    return tops, owns
+
+
+def expected_of_served(token_ids, log_probs, k, start=0):
+    """By the definition: at position t what the teacher says of token t + 1, and that token."""
+    found = []
+    for tokens, of_sequence in zip(token_ids, log_probs):
+        for t in range(start, len(tokens) - 1):
+            values, ids = of_sequence[t].topk(k)
+            known = {int(j): p.item() for j, p in zip(ids, values)}
+            found.append((tokens[t + 1], known, of_sequence[t][tokens[t + 1]].item()))
+    return found
+
+
+def assert_served(rows, token_ids, expected, start=0, with_own=False):
+    places = [(i, t) for i, tokens in enumerate(token_ids) for t in range(start, len(tokens) - 1)]
+    longest = max(map(len, token_ids))
+    assert rows.labels.shape == (len(token_ids), longest) and rows.labels.dtype == torch.int64
+    assert (rows.labels != -100).nonzero().tolist() == [list(place) for place in places]
+    for (i, t), (label, known, own) in zip(places, expected):
+        assert rows.labels[i, t] == label
+        assert rows.teacher.target_log_prob[i, t].item() == own
+        pairs = zip(rows.teacher.indices[i, t].tolist(), rows.teacher.log_probs[i, t].tolist())
+        actual = {j: p for j, p in pairs if j >= 0}
+        assert actual == ({**known, label: own} if with_own else known)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_from_vllm(as_json):
+    token_ids, log_probs, student = served()
+    given = [vllm_rows(tokens, of, 4) for tokens, of in zip(token_ids, log_probs)]
+    if as_json:
+        given = [
+            [None if row is None else {str(j): {"logprob": p.logprob, "rank": p.rank} for j, p in row.items()} for row in of]
+            for of in given
+        ]
+    rows = atkd.from_vllm(given, token_ids)
+    assert rows.teacher.log_probs.dtype == torch.float32 and rows.teacher.tail == "bucket"
+    assert_served(rows, token_ids, expected_of_served(token_ids, log_probs, 4), with_own=True)
+    fewer = atkd.from_vllm(given, token_ids, top_k=2)
+    assert fewer.teacher.indices.shape == (2, 7, 2)
+    assert_served(fewer, token_ids, expected_of_served(token_ids, log_probs, 2))
+
+    indices, of_k, target, _ = rows.teacher
+    loss = atkd.sparse_atkd_loss(student, indices, of_k, rows.labels, target_log_prob=target)
+    exact, _, _ = oracle(student, rows.teacher, rows.labels)
+    assert loss.item() == pytest.approx(exact, rel=2e-6)
+
+
+def test_from_vllm_with_what_was_generated():
+    token_ids, log_probs, _ = served()
+    given = [vllm_rows(tokens, of, 4) for tokens, of in zip(token_ids, log_probs)]
+    whole = atkd.from_vllm(given, token_ids)
+    # The last rows alone, without the prompt's.
+    rows = atkd.from_vllm([of[3:] for of in given], token_ids)
+    assert torch.equal(rows.labels[:, 2:], whole.labels[:, 2:]) and (rows.labels[:, :2] == -100).all()
+    assert torch.equal(rows.teacher.target_log_prob[:, 2:], whole.teacher.target_log_prob[:, 2:])
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_from_sglang(start):
+    token_ids, log_probs, student = served(seed=2)
+    token_ids[0][5] = V - 1
+    tops, owns = zip(*[sglang_rows(tokens, of, 4, start) for tokens, of in zip(token_ids, log_probs)])
+    rows = atkd.from_sglang(tops, owns, token_ids)
+    assert rows.teacher.indices.shape == (2, 7, 4)
+    assert_served(rows, token_ids, expected_of_served(token_ids, log_probs, 4, start), start)
+    indices, of_k, target, _ = rows.teacher
+    loss = atkd.sparse_atkd_loss(student, indices, of_k, rows.labels, target_log_prob=target)
+    exact, _, _ = oracle(student, rows.teacher, rows.labels)
+    assert loss.item() == pytest.approx(exact, rel=2e-6)
+
+
+def test_servers_agree_and_their_rows_fit_causal_labels():
+    token_ids, log_probs, student = served(lengths=(6, 6))
+    vllm = atkd.from_vllm([vllm_rows(*each, 4) for each in zip(token_ids, log_probs)], token_ids, top_k=4)
+    sglang = atkd.from_sglang(*zip(*[sglang_rows(*each, 4) for each in zip(token_ids, log_probs)]), token_ids)
+    for one, other in zip([*vllm.teacher[:3], vllm.labels], [*sglang.teacher[:3], sglang.labels]):
+        assert torch.equal(one, other)
+    indices, of_k, target, _ = vllm.teacher
+    ids = torch.tensor(token_ids)
+    assert torch.equal(
+        atkd.sparse_atkd_loss(student, indices, of_k, vllm.labels, target_log_prob=target),
+        atkd.sparse_atkd_loss(student, indices, of_k, ids, target_log_prob=target, shift_labels=True),
+    )
+
+
+def test_errors_of_servers():
+    token_ids, log_probs, _ = served()
+    given = [vllm_rows(tokens, of, 4) for tokens, of in zip(token_ids, log_probs)]
+    with pytest.raises(ValueError, match="of 2 sequences, but token_ids of 1"):
+        atkd.from_vllm(given, token_ids[:1])
+    with pytest.raises(ValueError, match=r"prompt_logprobs\[1\] has 7 rows.*only 4 tokens"):
+        atkd.from_vllm([given[0], given[0]], token_ids)
+    with pytest.raises(ValueError, match=r"prompt_logprobs\[0\] is None"):
+        atkd.from_vllm([None, given[1]], token_ids)
+    with pytest.raises(ValueError, match="top_k is 0"):
+        atkd.from_vllm(given, token_ids, top_k=0)
+    outside = next(j for j in range(V) if j not in given[0][2])
+    other = [[*token_ids[0][:2], outside, *token_ids[0][3:]], token_ids[1]]
+    with pytest.raises(ValueError, match=f"no entry for token 2, {outside}"):
+        atkd.from_vllm(given, other)
+    tops, owns = zip(*[sglang_rows(tokens, of, 4) for tokens, of in zip(token_ids, log_probs)])
+    with pytest.raises(ValueError, match=f"token_ids.0. has {outside}, at 2"):
+        atkd.from_sglang(tops, owns, other)
+    with pytest.raises(ValueError, match=r"\[0\] has 6 rows.*\[0\] 7"):
+        atkd.from_sglang([tops[0][1:], tops[1]], owns, token_ids)
+
+
+def test_signature_and_settings():
+    import inspect
+
+    from atkd._sparse import SparseKeywords
+
+    dense = inspect.signature(atkd.atkd_loss).parameters
+    function = inspect.signature(atkd.sparse_atkd_loss).parameters
+    assert function.keys() - dense.keys() == {"indices", "log_probs", "target_log_prob", "tail"}
+    assert dense.keys() - function.keys() == {"teacher_logits"}
+    keywords = {name for name in function if function[name].kind == inspect.Parameter.KEYWORD_ONLY}
+    assert keywords == {*SparseKeywords.__annotations__, "return_stats"}
+
+
