@@ -100,7 +100,7 @@ impl<'a> SparseTeacher<'a> {
     /// What is wrong with single values is told by the call that uses them, which knows what tokens are ignored.
     ///
     /// # Errors
-    /// If there are more or fewer of either, or `top_k` is 0 or above [`MAX_TOP_K`](Self::MAX_TOP_K).
+    /// If there are more or fewer of either, `top_k` is 0 or above [`MAX_TOP_K`](Self::MAX_TOP_K), or `vocab` above 2^31 - 1.
     pub fn new(
         indices: impl Into<Labels<'a>>,
         log_probs: impl Into<Elements<'a>>,
@@ -111,6 +111,11 @@ impl<'a> SparseTeacher<'a> {
         let (indices, log_probs) = (indices.into(), log_probs.into());
         if !(1..=Self::MAX_TOP_K).contains(&top_k) {
             return Err(Error::TopK { top_k, most: Self::MAX_TOP_K });
+        }
+        // Known tokens are sorted with 32 bits for one of the vocabulary.
+        if vocab > i32::MAX as usize {
+            let (what, most) = ("the vocabulary size", i32::MAX as usize);
+            return Err(Error::TooLarge { what, value: vocab, most });
         }
         let expected = tokens.saturating_mul(top_k);
         for (what, actual) in [(INDICES, indices.len()), (LOG_PROBS, log_probs.len())] {
@@ -169,38 +174,44 @@ impl<'a> SparseTeacher<'a> {
         label: usize,
     ) -> Result<KnownTokens> {
         let Self { top_k, vocab, .. } = *self;
-        let mut entries = Vec::with_capacity(top_k + 1);
+        // Sorted as integers: the token in the high bits, its place in the low ones.
+        let mut entries = Vec::with_capacity(top_k);
         for place in 0..top_k {
             let at = token * top_k + place;
             let index = self.indices.get(at);
             if index == -1 {
                 continue;
             }
-            let column = usize::try_from(index).ok().filter(|&column| column < vocab);
+            let column = u64::try_from(index).ok().filter(|&column| column < vocab as u64);
             let column = column.ok_or(Error::SparseIndex { token, place, index, vocab })?;
             let log_prob = self.log_probs.get(at);
             if log_prob.is_nan() || log_prob == f32::INFINITY {
                 return Err(Error::SparseLogProb { token, place, log_prob });
             }
-            entries.push((column, place, f64::from(log_prob)));
+            entries.push(column << 32 | place as u64);
         }
-        entries.sort_unstable_by_key(|&(column, ..)| column);
-        if let Some(pair) = entries.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            let mut places = [pair[0].1, pair[1].1];
-            places.sort_unstable();
-            return Err(Error::SparseDuplicate { token, index: pair[0].0, places });
+        entries.sort_unstable();
+        let place_of = |entry: u64| entry as u32 as usize;
+        if let Some(pair) = entries.windows(2).find(|pair| pair[0] >> 32 == pair[1] >> 32) {
+            let places = [pair[0], pair[1]].map(place_of);
+            return Err(Error::SparseDuplicate { token, index: (pair[0] >> 32) as usize, places });
         }
+        let mut columns = Vec::with_capacity(top_k + 1);
+        let mut log_probs = Vec::with_capacity(top_k + 1);
+        columns.extend(entries.iter().map(|entry| (entry >> 32) as usize));
+        let log_prob = |entry| f64::from(self.log_probs.get(token * top_k + place_of(entry)));
+        log_probs.extend(entries.iter().map(|&entry| log_prob(entry)));
 
         let target = match objective.target() {
             Target::Label => label,
             // The likeliest, and the lowest token among equals.
             Target::Teacher => {
-                let likeliest =
-                    entries.iter().reduce(|best, one| if one.2 > best.2 { one } else { best });
-                likeliest.ok_or(Error::SparseEmpty { token, top_k })?.0
+                let both = columns.iter().zip(&log_probs);
+                let likeliest = both.reduce(|best, one| if one.1 > best.1 { one } else { best });
+                *likeliest.ok_or(Error::SparseEmpty { token, top_k })?.0
             }
         };
-        let place = entries.binary_search_by_key(&target, |&(column, ..)| column);
+        let place = columns.binary_search(&target);
         let own = self.target_log_probs.filter(|_| objective.target() == Target::Label);
         match (place, own) {
             (Err(_), None) => return Err(Error::SparseTarget { token, target, top_k }),
@@ -210,22 +221,24 @@ impl<'a> SparseTeacher<'a> {
                 if log_prob.is_nan() || f64::from(log_prob) > tolerance(Dtype::F32) {
                     return Err(Error::LogProb { token, log_prob });
                 }
-                let entry = (target, top_k, f64::from(log_prob));
+                let log_prob = f64::from(log_prob);
                 match place {
-                    Ok(at) => entries[at] = entry,
-                    Err(at) => entries.insert(at, entry),
+                    Ok(at) => log_probs[at] = log_prob,
+                    Err(at) => {
+                        columns.insert(at, target);
+                        log_probs.insert(at, log_prob);
+                    }
                 }
             }
         }
 
         let (dtype, mass) =
-            (self.log_probs.dtype(), entries.iter().map(|entry| entry.2.exp()).sum::<f64>());
+            (self.log_probs.dtype(), log_probs.iter().map(|log_prob| log_prob.exp()).sum::<f64>());
         if mass > 1.0 + tolerance(dtype) {
             let tolerance = tolerance(dtype);
             return Err(Error::SparseMass { token, mass, tolerance, dtype });
         }
         let target = place.unwrap_or_else(|at| at);
-        let (columns, log_probs) = entries.into_iter().map(|(column, _, p)| (column, p)).unzip();
         Ok(KnownTokens { columns, log_probs, target })
     }
 }

@@ -14,6 +14,7 @@ const TAILS: [Tail; 3] = [Tail::Zero, Tail::Uniform, Tail::Bucket];
 fn cpu_battery() {
     let checks = battery::sparse::run(Bounds::Cpu, cpu::forward_backward, |_| {});
     battery::assert_all_pass(&checks);
+    assert_eq!(checks.len(), battery::sparse::len());
 }
 
 #[test]
@@ -379,6 +380,8 @@ fn mistakes() -> Result<()> {
         let teacher = SparseTeacher::new(&entries, &log_probs, 1, top_k, vocab);
         assert!(matches!(teacher, Err(Error::TopK { .. })));
     }
+    let teacher = SparseTeacher::new(&[0_i32], &[-9.0_f32][..], 1, 1, i32::MAX as usize + 1);
+    assert!(matches!(teacher, Err(Error::TooLarge { value: 2_147_483_648, .. })));
     Ok(())
 }
 

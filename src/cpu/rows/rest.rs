@@ -1,12 +1,17 @@
 //! The student's row of a sparse teacher: one sweep over the tokens that the teacher does not know, which to the teacher are
 //! all alike. Only their sum, and each one's share of it, matter.
 
-use super::{Aligned, Destination, Element, RowPass, RowState, Scales, Scratch, prefetch_after};
+use super::{
+    Aligned, Destination, Element, HEADROOM, RowPass, RowState, Scales, Scratch, prefetch_after,
+};
 use crate::cpu::exp::Exponent;
 use crate::cpu::math::STUDENT;
 use crate::cpu::tile::{Prefetch, Shift};
 use crate::cpu::vector::fence;
 use crate::logits::{Elements, ElementsMut};
+
+/// How far below the shift a logit over the temperature is surely in range.
+const DEPTH: f64 = 40.0;
 
 /// The sums over the student's logits of the tokens that are left.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +65,7 @@ impl RowPass {
             let prefetch = prefetch_after(row, &range);
             let logits = row.slice(range.clone());
             let shift = match logits {
-                _ if !here.is_empty() => {
+                _ if here.iter().any(|&column| !self.is_in_reach(row.get(column), before)) => {
                     let others = without(logits, start, here, &mut wide);
                     self.exponentials(others, before, student, at_1, prefetch)
                 }
@@ -87,6 +92,16 @@ impl RowPass {
         }
         scratch.wide_student = wide;
         rest
+    }
+
+    /// Returns whether a logit of a tile leaves its shift as it is, given that of the tile before.
+    fn is_in_reach(&self, logit: f32, before: Option<Shift>) -> bool {
+        let steepest =
+            if self.at_1 { self.inverse_temperature.max(1.0) } else { self.inverse_temperature };
+        before.is_some_and(|shift| {
+            let exponent = (f64::from(logit) - f64::from(shift.value)) * steepest;
+            (-DEPTH..=HEADROOM).contains(&exponent)
+        })
     }
 
     /// Writes the exponentials of a tile, and returns their shift, given that of the tile before.
