@@ -3,12 +3,14 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use atkd::battery::{self, Bounds, Check};
+use atkd::{Batch, Logits, LogitsMut, Objective};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::backend::{Backend, Choice, RowKernelArgs};
 use crate::output;
 
-/// Check a backend: every shape, dtype and edge case against float64 and finite differences.
+/// Check a backend: every shape, dtype and edge case against float64 and finite differences; with cpu and reference once
+/// more with sparse teachers.
 ///
 /// Prints a table of the largest errors, each as a share of what is allowed, and exits with 1 if any
 /// exceeds it.
@@ -26,27 +28,32 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let backend = args.row_kernel.backend(args.backend)?;
-    let bar = ProgressBar::new(battery::len() as u64)
+    // There is no kernel for sparse teachers.
+    let sparse = matches!(backend, Backend::Cpu | Backend::Reference);
+    let cases = battery::len() + if sparse { battery::sparse::len() } else { 0 };
+    let bar = ProgressBar::new(cases as u64)
         .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} cases, {eta} left  {msg}")?);
     let bounds = match backend {
         Backend::Cuda(_) | Backend::Simt => Bounds::Kernels,
         Backend::Cpu | Backend::Reference => Bounds::Cpu,
     };
-    let checks = battery::run(
-        bounds,
-        |objective, batch, student, gradient| {
-            backend.forward_backward(objective, batch, student, gradient)
-        },
-        |check| {
-            bar.set_message(check.group);
-            bar.inc(1);
-        },
-    );
+    let run = |objective: &Objective, batch: &Batch, student: Logits, gradient: LogitsMut| {
+        backend.forward_backward(objective, batch, student, gradient)
+    };
+    let report = |check: &Check| {
+        bar.set_message(check.group);
+        bar.inc(1);
+    };
+    let checks = battery::run(bounds, run, report);
+    let sparse_checks = if sparse { battery::sparse::run(bounds, run, report) } else { Vec::new() };
     bar.finish_and_clear();
 
-    let mut groups: BTreeMap<&str, Vec<&Check>> = BTreeMap::new();
+    let mut groups: BTreeMap<String, Vec<&Check>> = BTreeMap::new();
     for check in &checks {
-        groups.entry(check.group).or_default().push(check);
+        groups.entry(check.group.into()).or_default().push(check);
+    }
+    for check in &sparse_checks {
+        groups.entry(format!("sparse teachers: {}", check.group)).or_default().push(check);
     }
     let mut table = output::table(&["group", "case", "passed", "largest error / allowed"]);
     let verdict = |passed: bool| if passed { "yes" } else { "NO" };
@@ -55,7 +62,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let worst = checks.iter().map(|check| check.worst).fold(0.0, f64::max);
         let cases = format!("{} cases", checks.len());
         let share = format!("{passed} of {}", checks.len());
-        table.add_row([group, &cases, &share, &format!("{worst:.1e}")]);
+        table.add_row([&group, &cases, &share, &format!("{worst:.1e}")]);
         for check in checks {
             if args.verbose || !check.passed() {
                 let error = format!("{:.1e}  {}", check.worst, check.detail);
@@ -64,12 +71,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     output::print(&table.trim_fmt())?;
-    let failed = checks.iter().filter(|check| !check.passed()).count();
-    output::print(&format!(
-        "\n{}: {} of {} cases passed",
-        backend,
-        checks.len() - failed,
-        checks.len()
-    ))?;
-    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    let total = checks.len() + sparse_checks.len();
+    let passed = checks.iter().chain(&sparse_checks).filter(|check| check.passed()).count();
+    output::print(&format!("\n{backend}: {passed} of {total} cases passed"))?;
+    Ok(if passed == total { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use atkd::head::Chunks;
-use atkd::{Batch, Divergence, Objective, Output, Reduction, SelectionRule, Target};
+use atkd::{Batch, Divergence, Objective, Output, Reduction, SelectionRule, Target, Teacher};
 use clap::ValueEnum;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::backend::{Backend, Choice};
 use crate::destination::Destination;
+use crate::sparse::{self, Sparse, TailName};
 use crate::tensors::{self, Matrix};
 use crate::{head, output};
 
@@ -20,6 +21,12 @@ use crate::{head, output};
 /// The file holds `student` and `teacher` [N, V] (F32, F16 or BF16, each its own) and `labels` [N] (I64); and, if tokens
 /// are to have their own, `token_weights` [N] (F32), which multiply their losses and gradients, and `temperatures` [N]
 /// (F32), in place of --temperature.
+///
+/// In the place of `teacher` it may hold what is known of one that is not in memory: `teacher_indices` [N, K] (I64 or I32),
+/// some tokens of the vocabulary in each row, in any order, -1 for none; `teacher_log_probs` [N, K] (F32, F16 or BF16), their
+/// log-probabilities: natural logarithms at --temperature, which divides the student's logits alone; and
+/// `teacher_target_log_prob` [N] (F32), those of the labels, which then need not be among the K. --tail says what the
+/// teacher gives all other tokens. The backends cpu and reference take it.
 ///
 /// In the place of `student` and `teacher` it may hold what their last layers multiply, and these: `student_hidden`
 /// [N, Hq] and `student_weight` [V, Hq], `teacher_hidden` [N, Hp] and `teacher_weight` [V, Hp], and `student_bias` or
@@ -30,6 +37,8 @@ use crate::{head, output};
 /// Example: atkd loss batch.safetensors --grad gradient.safetensors --json
 ///
 /// Example, as eight ranks would: atkd loss batch.safetensors --shards 8
+///
+/// Example, of the top K of a teacher: atkd loss top-k.safetensors --tail uniform
 ///
 /// Example, of hidden states: atkd loss hidden.safetensors --chunk 128 --grad gradients.safetensors
 #[derive(clap::Args)]
@@ -83,6 +92,10 @@ pub struct Args {
     /// Tokens with this label are dropped
     #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i64,
+    /// What the teacher gives the tokens of which it has no log-probability, where the file has `teacher_indices` and
+    /// `teacher_log_probs` [default: bucket]
+    #[arg(long, value_enum)]
+    tail: Option<TailName>,
     /// Tokens whose logits exist at a time, of a file of hidden states: less memory, and more passes over the weights
     /// [default: as many as fit into 512 MB]
     #[arg(long, value_name = "TOKENS")]
@@ -100,7 +113,7 @@ pub struct Args {
     /// the file of --grad, `teacher_entropy` and `student_entropy` (F32) per token
     #[arg(long)]
     entropies: bool,
-    /// Print one JSON object; the numbers of a divergence's parts, tkd and dkd, are "NaN" where they are not computed: for
+    /// Print one JSON object, with `tail` and `top_k` (K) of a sparse teacher; the numbers of a divergence's parts, tkd and dkd, are "NaN" where they are not computed: for
     /// plain jsd, tvd, skew-kl and skew-reverse-kl
     #[arg(long)]
     json: bool,
@@ -239,6 +252,23 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         })
     };
     let has = |name| file.tensor(name).is_ok();
+    if let (Some(sparse), Some(dense)) = (
+        sparse::first_tensor(&file),
+        ["teacher", "teacher_hidden", head::STUDENT_HIDDEN].into_iter().find(|name| has(name)),
+    ) {
+        bail!(
+            "{} holds `{sparse}` and `{dense}`: either some log-probabilities of the teacher, beside \
+             `student`, or all logits or hidden states",
+            args.file.display()
+        );
+    }
+    if args.tail.is_some() && sparse::first_tensor(&file).is_none() {
+        bail!(
+            "--tail says what a teacher gives the tokens of which it has no log-probability, but {} holds no \
+             `teacher_indices` and `teacher_log_probs`: leave --tail out",
+            args.file.display()
+        );
+    }
     if !has(head::STUDENT_HIDDEN) {
         if args.chunk.is_some() {
             bail!(
@@ -248,9 +278,17 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 head::STUDENT_HIDDEN
             );
         }
+        let (teacher, backend) = match sparse::first_tensor(&file) {
+            Some(_) => sparse_teacher(args, &file, backend)?,
+            None => (FileTeacher::Dense(Matrix::read(&args.file, &file, "teacher")?), backend),
+        };
         let (output, entropies) =
-            of_logits(args, &objective, &backend, &file, of_tokens, destination)?;
-        report(args, &backend, &output, entropies.as_ref())?;
+            of_logits(args, &objective, &backend, &file, &teacher, of_tokens, destination)?;
+        let sparse = match &teacher {
+            FileTeacher::Sparse(sparse) => Some(sparse),
+            FileTeacher::Dense(_) => None,
+        };
+        report(args, &backend, &output, entropies.as_ref(), sparse)?;
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(name) = ["student", "teacher"].into_iter().find(|name| has(name)) {
@@ -277,38 +315,78 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let path = &args.file;
     let output =
         head::loss(path, &file, &objective, &of_tokens()?, args.vocab_size, chunks, destination)?;
-    report(args, &backend, &output, None)?;
+    report(args, &backend, &output, None, None)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// The loss of a file of logits; the gradient goes to its destination.
+/// The teacher of a file that has the student's logits.
+enum FileTeacher<'a> {
+    Dense(Matrix<'a>),
+    Sparse(Sparse<'a>),
+}
+
+impl FileTeacher<'_> {
+    /// As the student sees it.
+    fn teacher(&self, student: &Matrix, vocab_size: Option<usize>) -> Result<Teacher<'_>> {
+        let teacher = match self {
+            Self::Dense(teacher) => teacher,
+            Self::Sparse(sparse) => {
+                let vocab = vocab_size.unwrap_or(student.columns);
+                return Ok(sparse.teacher(student, vocab)?.into());
+            }
+        };
+        let same_vocab = student.columns == teacher.columns || vocab_size.is_some();
+        if student.rows != teacher.rows || !same_vocab {
+            bail!(
+                "`student` is [{}, {}], but `teacher` is [{}, {}]: both must have a row for each token and \
+                 a logit for each entry of one vocabulary{}",
+                student.rows,
+                student.columns,
+                teacher.rows,
+                teacher.columns,
+                if same_vocab { "" } else { "; --vocab-size says where its padding starts" }
+            );
+        }
+        let vocab = vocab_size.unwrap_or(teacher.columns);
+        let logits = teacher.logits().and_then(|logits| logits.with_vocab(vocab));
+        Ok(logits.context("`teacher`")?.into())
+    }
+}
+
+/// The sparse teacher of a file that has one, and the backend for it.
+fn sparse_teacher<'a>(
+    args: &Args,
+    file: &SafeTensors<'a>,
+    backend: Backend,
+) -> Result<(FileTeacher<'a>, Backend)> {
+    for (option, given) in [("--shards", args.shards.is_some()), ("--entropies", args.entropies)] {
+        if given {
+            bail!(
+                "{option} takes the logits of both models, but {} holds a sparse teacher: leave {option} out, \
+                 or use a file with `student` and `teacher`",
+                args.file.display()
+            );
+        }
+    }
+    let backend = sparse::backend(args.backend, &args.file, backend)?;
+    Ok((FileTeacher::Sparse(Sparse::read(&args.file, file, args.tail)?), backend))
+}
+
+/// The loss of a file of logits, or of a student's logits and a sparse teacher; the gradient goes to its destination.
 fn of_logits<'a>(
     args: &Args,
     objective: &Objective,
     backend: &Backend,
     file: &SafeTensors<'a>,
+    teacher: &FileTeacher,
     of_tokens: impl FnOnce() -> Result<OfTokens<'a>>,
     destination: Option<Destination>,
 ) -> Result<(Output, Option<Entropies>)> {
     let student = Matrix::read(&args.file, file, "student")?;
-    let teacher = Matrix::read(&args.file, file, "teacher")?;
-    let same_vocab = student.columns == teacher.columns || args.vocab_size.is_some();
-    if student.rows != teacher.rows || !same_vocab {
-        bail!(
-            "`student` is [{}, {}], but `teacher` is [{}, {}]: both must have a row for each token and \
-             a logit for each entry of one vocabulary{}",
-            student.rows,
-            student.columns,
-            teacher.rows,
-            teacher.columns,
-            if same_vocab { "" } else { "; --vocab-size says where its padding starts" }
-        );
-    }
-    let vocab = |matrix: &Matrix| args.vocab_size.unwrap_or(matrix.columns);
+    let vocab = args.vocab_size.unwrap_or(student.columns);
+    let teacher = teacher.teacher(&student, args.vocab_size)?;
     let OfTokens { labels, weights, temperatures } = of_tokens()?;
 
-    let teacher_logits = teacher.logits().and_then(|logits| logits.with_vocab(vocab(&teacher)));
-    let teacher = teacher_logits.context("`teacher`")?;
     let batch = match &labels {
         Some(labels) => Batch::new(teacher, labels).context("`labels`")?,
         None => Batch::unlabelled(teacher),
@@ -321,12 +399,12 @@ fn of_logits<'a>(
         Some(temperatures) => batch.with_temperatures(temperatures).context("`temperatures`")?,
         None => batch,
     };
-    let logits = student.logits().and_then(|logits| logits.with_vocab(vocab(&student)));
+    let logits = student.logits().and_then(|logits| logits.with_vocab(vocab));
     let logits = logits.context("`student`")?;
     let entropies = match args.entropies {
         true => {
             let of = |logits| backend.token_entropies(logits, args.temperature);
-            Some(Entropies { teacher: of(teacher)?, student: of(logits)? })
+            Some(Entropies { teacher: of(batch.teacher_logits()?)?, student: of(logits)? })
         }
         false => None,
     };
@@ -339,7 +417,7 @@ fn of_logits<'a>(
         return Ok((output, entropies));
     };
     let mut gradient = Matrix::zeros(logits.dtype(), student.rows, student.columns)?;
-    let view = gradient.logits_mut()?.with_vocab(vocab(&student))?;
+    let view = gradient.logits_mut()?.with_vocab(vocab)?;
     let output = match ranks {
         Some(ranks) => backend.in_shards(ranks, objective, &batch, logits, Some(view))?,
         None => backend.forward_backward(objective, &batch, logits, view)?,
@@ -417,6 +495,7 @@ fn report(
     backend: &Backend,
     output: &Output,
     entropies: Option<&Entropies>,
+    sparse: Option<&Sparse>,
 ) -> Result<()> {
     let summary = output.summary();
     let mean_of_valid = |values: &[f32]| {
@@ -444,6 +523,10 @@ fn report(
         for (model, mean) in mean_entropies.iter().flatten() {
             object[format!("mean_{model}_entropy")] = number(*mean);
         }
+        if let Some(sparse) = sparse {
+            object["tail"] = sparse.tail().into();
+            object["top_k"] = sparse.top_k().into();
+        }
         return output::print(&object.to_string());
     }
     let mut table = output::table(&[]);
@@ -465,6 +548,10 @@ fn report(
     }
     for (model, mean) in mean_entropies.iter().flatten() {
         table.add_row([format!("mean entropy of the {model}"), format!("{mean:.6}")]);
+    }
+    if let Some(sparse) = sparse {
+        table.add_row(["tail of the teacher", sparse.tail()]);
+        table.add_row(["its known tokens in a row", &format!("up to {}", sparse.top_k())]);
     }
     table.add_row(["backend", &backend.to_string()]);
     output::print(&table.trim_fmt())?;
@@ -528,8 +615,17 @@ mod tests {
         let all: BTreeSet<&str> = default.keys().map(String::as_str).collect();
         assert_eq!(reached, all, "settings of Rust");
 
-        let not_settings =
-            ["file", "backend", "vocab_size", "chunk", "shards", "grad", "entropies", "json"];
+        let not_settings = [
+            "file",
+            "backend",
+            "vocab_size",
+            "tail",
+            "chunk",
+            "shards",
+            "grad",
+            "entropies",
+            "json",
+        ];
         let options: BTreeSet<String> = command()
             .get_arguments()
             .filter(|option| !not_settings.contains(&option.get_id().as_str()))

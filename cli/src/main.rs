@@ -8,6 +8,7 @@ mod head;
 mod info;
 mod loss;
 mod output;
+mod sparse;
 mod teacher;
 mod tensors;
 

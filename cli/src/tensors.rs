@@ -61,7 +61,8 @@ fn tensor<'a>(path: &Path, file: &SafeTensors<'a>, name: &str) -> Result<TensorV
             bail!(
                 "{} has no tensor `{name}`; it holds {}. The loss needs `student` and `teacher` \
                  [N, V] (F32, F16 or BF16), or `student_hidden`, `student_weight`, `teacher_hidden` and \
-                 `teacher_weight`; and `labels` [N] (I64)",
+                 `teacher_weight`; and `labels` [N] (I64). `teacher_indices` and `teacher_log_probs` [N, K] \
+                 may stand for `teacher`",
                 path.display(),
                 if names.is_empty() { "none".into() } else { names.join(", ") }
             )
@@ -125,6 +126,7 @@ impl<'a> Matrix<'a> {
                 Some((_, "weight")) => {
                     "[V, H]: one row of H numbers for each of V entries of the vocabulary"
                 }
+                Some((_, "probs")) => "[N, K]: one row of K log-probabilities for each of N tokens",
                 Some(_) => "[N, H]: one row of H numbers for each of N tokens",
             };
             bail!("`{name}` has shape {:?}, but must be {shape}", view.shape());
@@ -237,11 +239,32 @@ pub fn labels(path: &Path, file: &SafeTensors, required: bool) -> Result<Option<
     if view.shape().len() != 1 {
         bail!("`labels` has shape {:?}, but must be [N]: one label a token", view.shape());
     }
-    Ok(Some(match view.dtype() {
-        safetensors::Dtype::I64 => elements(view.data()).into_owned(),
+    integers("labels", &view).map(|labels| Some(labels.into_owned()))
+}
+
+/// A tensor `[N, K]` of tokens of the vocabulary, and its shape.
+pub fn indices<'a>(
+    path: &Path,
+    file: &SafeTensors<'a>,
+    name: &str,
+) -> Result<([usize; 2], Cow<'a, [i64]>)> {
+    let view = tensor(path, file, name)?;
+    let &[rows, columns] = view.shape() else {
+        bail!(
+            "`{name}` has shape {:?}, but must be [N, K]: one row of K tokens of the vocabulary for each of \
+             N tokens",
+            view.shape()
+        );
+    };
+    Ok(([rows, columns], integers(name, &view)?))
+}
+
+fn integers<'a>(name: &str, view: &TensorView<'a>) -> Result<Cow<'a, [i64]>> {
+    Ok(match view.dtype() {
+        safetensors::Dtype::I64 => elements(view.data()),
         safetensors::Dtype::I32 => {
-            elements::<i32>(view.data()).iter().map(|&label| label.into()).collect()
+            elements::<i32>(view.data()).iter().map(|&value| value.into()).collect()
         }
-        other => bail!("`labels` is {other:?}, but must be I64 (or I32)"),
-    }))
+        other => bail!("`{name}` is {other:?}, but must be I64 (or I32)"),
+    })
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
 use atkd::teacher_cache::TeacherCache;
-use atkd::{Batch, Divergence, Logits, Objective, cuda, reference};
+use atkd::{Batch, Divergence, Logits, Objective, SparseTeacher, Tail, cuda, reference};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tempfile::TempDir;
@@ -19,6 +19,9 @@ struct Files {
     student: Vec<f32>,
     labels: Vec<i64>,
 }
+
+/// A tensor of a file: its name, dtype, shape and bytes.
+type Tensor<'a> = (&'a str, Dtype, &'a [usize], &'a [u8]);
 
 fn little_endian(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|z| z.to_le_bytes()).collect()
@@ -40,8 +43,8 @@ impl Files {
         self.folder.path().join(name)
     }
 
-    /// A file of the tensors (name, dtype, shape, bytes).
-    fn save(&self, name: &str, tensors: &[(&str, Dtype, &[usize], &[u8])]) -> PathBuf {
+    /// A file of the tensors.
+    fn save(&self, name: &str, tensors: &[Tensor]) -> PathBuf {
         let views: Vec<_> = tensors
             .iter()
             .map(|&(name, dtype, shape, bytes)| {
@@ -293,6 +296,250 @@ fn entropies_of_both_models() {
     let table = loss(&path, &["--entropies"]).output().unwrap().stdout;
     let table = String::from_utf8(table).unwrap();
     assert!(table.contains("mean entropy of the teacher"), "{table}");
+}
+
+/// Known tokens in a row.
+const TOP_K: usize = 3;
+
+/// A sparse teacher's tensors.
+struct Known {
+    indices: Vec<i64>,
+    log_probs: Vec<f32>,
+    of_targets: Vec<f32>,
+}
+
+impl Known {
+    /// The first tokens of the teacher's rows that are not the label, and one place that is empty.
+    fn new(files: &Files) -> Self {
+        let mut known = Self { indices: Vec::new(), log_probs: Vec::new(), of_targets: Vec::new() };
+        for (row, &label) in files.teacher.chunks(VOCAB).zip(&files.labels) {
+            let log_sum = row.iter().map(|&z| f64::from(z).exp()).sum::<f64>().ln();
+            let log_prob = |j: usize| (f64::from(row[j]) - log_sum) as f32;
+            for j in (0..VOCAB).filter(|&j| j as i64 != label).take(TOP_K) {
+                known.indices.push(j as i64);
+                known.log_probs.push(log_prob(j));
+            }
+            known.of_targets.push(usize::try_from(label).map_or(f32::NAN, log_prob));
+        }
+        known.indices[4] = -1;
+        known
+    }
+
+    /// A file of these, of the student, the labels, and other tensors.
+    fn save(&self, files: &Files, name: &str, others: &[Tensor]) -> PathBuf {
+        let integers = |values: &[i64]| values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let (indices, labels): (Vec<u8>, Vec<u8>) =
+            (integers(&self.indices), integers(&files.labels));
+        let top_k = self.indices.len() / TOKENS;
+        let (student, log_probs) = (little_endian(&files.student), little_endian(&self.log_probs));
+        let of_targets = little_endian(&self.of_targets);
+        let all: [Tensor; 5] = [
+            ("student", Dtype::F32, &[TOKENS, VOCAB], &student),
+            ("labels", Dtype::I64, &[TOKENS], &labels),
+            ("teacher_indices", Dtype::I64, &[TOKENS, top_k], &indices),
+            ("teacher_log_probs", Dtype::F32, &[TOKENS, TOP_K], &log_probs),
+            ("teacher_target_log_prob", Dtype::F32, &[self.of_targets.len()], &of_targets),
+        ];
+        // Others stand for these; those without elements take them out.
+        let is_other = |name: &str| others.iter().any(|other| other.0 == name);
+        let mut tensors: Vec<Tensor> =
+            all.into_iter().filter(|tensor| !is_other(tensor.0)).collect();
+        tensors.extend(others.iter().filter(|tensor| !tensor.3.is_empty()));
+        files.save(name, &tensors)
+    }
+}
+
+/// KL(p, q) summed over the tokens, and its gradient, from the textbook: of the classes that a tail makes.
+fn textbook_kl(files: &Files, known: &Known, tail: &str) -> (f64, Vec<f64>) {
+    let (mut loss, mut gradient) = (0.0, vec![0.0; TOKENS * VOCAB]);
+    for token in (0..TOKENS).filter(|&token| files.labels[token] >= 0) {
+        let of_row = token * TOP_K..(token + 1) * TOP_K;
+        let of_target = (files.labels[token], known.of_targets[token]);
+        let pairs = known.indices[of_row.clone()].iter().zip(&known.log_probs[of_row]);
+        let p: HashMap<usize, f64> = pairs
+            .map(|(&j, &log)| (j, log))
+            .chain([of_target])
+            .filter(|&(j, _)| j >= 0)
+            .map(|(j, log)| (j as usize, f64::from(log).exp()))
+            .collect();
+        let row = &files.student[token * VOCAB..][..VOCAB];
+        let sum: f64 = row.iter().map(|&z| f64::from(z).exp()).sum();
+        let q: Vec<f64> = row.iter().map(|&z| f64::from(z).exp() / sum).collect();
+        let mass: f64 = p.values().sum();
+        let rest_q = 1.0 - p.keys().map(|&j| q[j]).sum::<f64>();
+        if tail == "bucket" {
+            loss += (1.0 - mass) * ((1.0 - mass) / rest_q).ln();
+        }
+        for (j, &q) in q.iter().enumerate() {
+            let of_token = match (p.get(&j), tail) {
+                (Some(p), "zero") => p / mass,
+                (Some(p), _) => *p,
+                (None, "uniform") => (1.0 - mass) / (VOCAB - p.len()) as f64,
+                (None, _) => 0.0,
+            };
+            loss += if of_token > 0.0 { of_token * (of_token / q).ln() } else { 0.0 };
+            let in_bucket = tail == "bucket" && !p.contains_key(&j);
+            let share = if in_bucket { (1.0 - mass) * q / rest_q } else { of_token };
+            gradient[token * VOCAB + j] = q - share;
+        }
+    }
+    (loss, gradient)
+}
+
+#[test]
+fn sparse_teachers() {
+    let files = Files::new();
+    let known = Known::new(&files);
+    let path = known.save(&files, "sparse", &[]);
+    for backend in ["auto", "cpu", "reference"] {
+        for tail in [None, Some("bucket"), Some("uniform"), Some("zero")] {
+            let out = files.path("out");
+            let mut options = vec!["--objective", "kl", "--reduction", "sum", "--json"];
+            options.extend(["--backend", backend, "--grad", out.to_str().unwrap()]);
+            options.extend(tail.iter().flat_map(|tail| ["--tail", tail]));
+            let object = json(loss(&path, &options));
+            let tail = tail.unwrap_or("bucket");
+            let (exact, exact_gradient) = textbook_kl(&files, &known, tail);
+            let actual = object["loss"].as_f64().unwrap();
+            assert!((actual - exact).abs() <= 2e-6 * exact, "{backend} {tail}: {actual}, {exact}");
+            assert_eq!((&object["tail"], &object["top_k"]), (&tail.into(), &TOP_K.into()));
+            assert_eq!(object["backend"], if backend == "auto" { "cpu" } else { backend });
+            let bytes = std::fs::read(&out).unwrap();
+            let written = SafeTensors::deserialize(&bytes).unwrap();
+            let (shape, gradient) = floats(&written, "grad");
+            assert_eq!(shape, [TOKENS, VOCAB]);
+            for (g, exact) in gradient.into_iter().zip(&exact_gradient) {
+                assert!((f64::from(g) - exact).abs() <= 2e-6, "{backend} {tail}: {g}, {exact}");
+            }
+            assert_eq!(written.tensor("hard").unwrap().shape(), [TOKENS]);
+        }
+    }
+    let table = loss(&path, &[]).output().unwrap().stdout;
+    let table = String::from_utf8(table).unwrap();
+    assert!(table.contains("tail of the teacher") && table.contains("up to 3"), "{table}");
+}
+
+/// The other options are those of any loss, against the library; other dtypes, padding, and numbers of the tokens' own.
+#[test]
+fn sparse_teachers_take_every_option() {
+    let files = Files::new();
+    let known = Known::new(&files);
+    let weights = [1.0, 0.5, 9.0, 0.0, 2.0, 3.0];
+    let temperatures = [1.0, 2.0, 0.5, 3.0, 1.0, 4.0];
+    let narrow: Vec<u8> = known.indices.iter().flat_map(|&j| (j as i32).to_le_bytes()).collect();
+    let half: Vec<half::bf16> =
+        known.log_probs.iter().map(|&log| half::bf16::from_f32(log)).collect();
+    let half_bytes: Vec<u8> = half.iter().flat_map(|log| log.to_le_bytes()).collect();
+    let padded = files.student.chunks(VOCAB).flat_map(|row| row.iter().copied().chain([90.0; 4]));
+    let others: [Tensor; 5] = [
+        ("student", Dtype::F32, &[TOKENS, VOCAB + 4], &little_endian(&padded.collect::<Vec<_>>())),
+        ("teacher_indices", Dtype::I32, &[TOKENS, TOP_K], &narrow),
+        ("teacher_log_probs", Dtype::BF16, &[TOKENS, TOP_K], &half_bytes),
+        ("token_weights", Dtype::F32, &[TOKENS], &little_endian(&weights)),
+        ("temperatures", Dtype::F32, &[TOKENS], &little_endian(&temperatures)),
+    ];
+    let path = known.save(&files, "sparse", &others);
+    let teacher = SparseTeacher::new(&known.indices, &half[..], TOKENS, TOP_K, VOCAB)
+        .and_then(|teacher| teacher.with_target_log_probs(&known.of_targets))
+        .unwrap()
+        .with_tail(Tail::Uniform);
+    let batch = Batch::new(teacher, &files.labels)
+        .and_then(|batch| batch.with_token_weights(&weights))
+        .and_then(|batch| batch.with_temperatures(&temperatures))
+        .unwrap();
+    let student = Logits::new(&files.student, TOKENS, VOCAB).unwrap();
+    let default = Objective::default();
+    let cases: [(&[&str], atkd::Result<Objective>); 4] = [
+        (&[], Ok(default)),
+        (&["--divergence", "reverse-kl"], default.with_divergence(Divergence::ReverseKl)),
+        (
+            &["--objective", "plain", "--divergence", "jsd", "--beta", "0.1"],
+            Objective::plain().with_divergence(Divergence::Jsd { beta: 0.1 }),
+        ),
+        (
+            &["--reduction", "group-mean", "--ce-weight", "0.5"],
+            default.with_ce_weight(0.5).and_then(|o| o.with_reduction(atkd::Reduction::GroupMean)),
+        ),
+    ];
+    for (options, objective) in cases {
+        let exact = reference::forward(&objective.unwrap(), &batch, student).unwrap();
+        let common = ["--vocab-size", "50", "--tail", "uniform", "--json"];
+        let object = json(loss(&path, &[options, &common].concat()));
+        let actual = object["loss"].as_f64().unwrap();
+        assert!((actual - exact.loss).abs() <= 2e-6 * exact.loss, "{options:?}: {actual}");
+        assert_eq!(object["hard_tokens"], exact.summary().hard_tokens);
+    }
+    // Without labels the target is the likeliest of those that are known.
+    let path = known.save(&files, "unlabelled", &[("labels", Dtype::I64, &[0], &[])]);
+    let object = json(loss(&path, &["--target", "teacher", "--json"]));
+    assert_eq!(object["valid_tokens"], 6);
+}
+
+#[test]
+fn bad_sparse_teachers() {
+    let files = Files::new();
+    let known = Known::new(&files);
+    let path = known.save(&files, "sparse", &[]);
+    fails(loss(&path, &["--backend", "simt"]), &["simt", "no kernel", "--backend cpu"]);
+    fails(loss(&path, &["--shards", "2"]), &["--shards", "sparse teacher"]);
+    fails(loss(&path, &["--entropies"]), &["--entropies", "sparse teacher"]);
+    fails(
+        loss(&path, &["--tail", "zero", "--divergence", "reverse-kl"]),
+        &["reverse KL is infinite", "bucket"],
+    );
+    fails(loss(&path, &["--vocab-size", "2"]), &["token 0", "index", "vocabulary size 2"]);
+    let dense = files.batch("dense", &files.labels);
+    fails(loss(&dense, &["--tail", "bucket"]), &["--tail", "`teacher_indices`"]);
+
+    let case = |others: &[Tensor], words: &[&str]| {
+        fails(loss(&known.save(&files, "case", others), &[]), words);
+    };
+    let logits = little_endian(&files.teacher);
+    case(
+        &[("teacher", Dtype::F32, &[TOKENS, VOCAB], &logits)],
+        &["`teacher_indices` and `teacher`", "either"],
+    );
+    case(
+        &[("student_hidden", Dtype::F32, &[TOKENS, VOCAB], &logits)],
+        &["`teacher_indices` and `student_hidden`"],
+    );
+    case(&[("teacher_indices", Dtype::I64, &[0], &[])], &["no tensor `teacher_indices`"]);
+    case(&[("teacher_log_probs", Dtype::F32, &[0], &[])], &["no tensor `teacher_log_probs`"]);
+    case(
+        &[("teacher_target_log_prob", Dtype::F32, &[0], &[])],
+        &["token 0", "target 3", "not among its 3 indices", "give the target's log-probabilities"],
+    );
+    let bytes = |count: usize| vec![0_u8; count];
+    case(
+        &[("teacher_indices", Dtype::I64, &[TOKENS * TOP_K], &bytes(144))],
+        &["`teacher_indices`", "[18]", "[N, K]"],
+    );
+    case(
+        &[("teacher_indices", Dtype::F32, &[TOKENS, TOP_K], &bytes(72))],
+        &["`teacher_indices` is F32", "I64 (or I32)"],
+    );
+    case(
+        &[("teacher_log_probs", Dtype::F32, &[TOKENS, 2], &bytes(48))],
+        &["[6, 3]", "`teacher_log_probs` is [6, 2]"],
+    );
+    case(
+        &[("teacher_target_log_prob", Dtype::F32, &[5], &bytes(20))],
+        &["`teacher_target_log_prob`", "5", "6"],
+    );
+    case(
+        &[("student", Dtype::F32, &[4, VOCAB], &bytes(800))],
+        &["`student` is [4, 50]", "`teacher_indices` is [6, 3]"],
+    );
+    let changed = |change: fn(&mut Known), words: &[&str]| {
+        let mut known = Known::new(&files);
+        change(&mut known);
+        fails(loss(&known.save(&files, "changed", &[]), &[]), words);
+    };
+    changed(|known| known.indices[10] = 50, &["index 1", "token 3 is 50", "vocabulary size 50"]);
+    changed(|known| known.indices[1] = 0, &["token 0", "index 0 twice"]);
+    changed(|known| known.log_probs[5] = f32::NAN, &["log-probability 2", "token 1 is NaN"]);
+    changed(|known| known.log_probs[9] = 0.2, &["token 3", "1.30622", "more than 1", "logits"]);
+    changed(|known| known.of_targets[4] = 0.5, &["token 4 is 0.5", "at most 1"]);
 }
 
 #[test]
@@ -870,6 +1117,7 @@ fn gradcheck_passes() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{text}");
     assert!(text.contains("finite differences") && text.contains("cases passed"), "{text}");
+    assert!(text.contains("sparse teachers: objectives"), "{text}");
 }
 
 #[test]

@@ -9,7 +9,8 @@ use super::paper::{differences, textbook_tails};
 use super::{Bounds, Check, GROUPS, SEEDS, caught, differentiated};
 use crate::reference::{Softmax, defined};
 use crate::{
-    Batch, Dtype, Logits, LogitsMut, Objective, Output, Result, SparseTeacher, Tail, Target,
+    Batch, Divergence, Dtype, Logits, LogitsMut, Objective, Output, Result, SparseTeacher, Tail,
+    Target,
 };
 
 /// What is kept of a case's teacher.
@@ -111,33 +112,19 @@ pub fn run(
         checks.push(check);
     };
     let kept = |tail, top_k| Kept { top_k, tail, dtype: Dtype::F32, narrow: true };
-    for (name, objective) in differentiated() {
-        for tail in TAILS {
-            let Ok(objective) = objective.clone().map(|o| o.with_target(Target::Label)) else {
-                continue;
-            };
-            if tail == Tail::Zero && objective.is_infinite_by_zero_tail() {
-                continue;
-            }
-            let mut case = random(4, 7, 31).with(Ok(objective));
-            case.sparse = Some(kept(tail, 3));
-            let worst = caught(differences(&case));
-            add("reference: finite differences", format!("{name}, tail {tail:?}"), worst);
-        }
+    for (name, objective, tail) in differentiated_by_tail() {
+        let mut case = random(4, 7, 31).with(Ok(objective));
+        case.sparse = Some(kept(tail, 3));
+        let worst = caught(differences(&case));
+        add("reference: finite differences", format!("{name}, tail {tail:?}"), worst);
     }
     for seed in 0..SEEDS {
         let case = random(3, 23, seed);
-        for (name, divergence) in DIVERGENCES {
-            for tail in TAILS {
-                let objective = Objective::plain().with_divergence(divergence);
-                if tail == Tail::Zero && objective.is_ok_and(|o| o.is_infinite_by_zero_tail()) {
-                    continue;
-                }
-                for top_k in [1, 5, 22, 23] {
-                    let worst = caught(textbook_tails(&case, divergence, kept(tail, top_k)));
-                    let name = format!("{name}, tail {tail:?}, K = {top_k}, seed {seed}");
-                    add("reference: textbook terms", name, worst);
-                }
+        for (name, divergence, tail) in divergences_by_tail() {
+            for top_k in TOP_K {
+                let worst = caught(textbook_tails(&case, divergence, kept(tail, top_k)));
+                let name = format!("{name}, tail {tail:?}, K = {top_k}, seed {seed}");
+                add("reference: textbook terms", name, worst);
             }
         }
     }
@@ -145,7 +132,7 @@ pub fn run(
     for (group, cases) in GROUPS {
         for mut case in cases() {
             let mut tail = TAILS[turn % 3];
-            if tail == Tail::Zero && case.objective.is_infinite_by_zero_tail() {
+            if !is_finite(&case.objective, tail) {
                 tail = Tail::Bucket;
             }
             let top_k = [64, 1, case.vocab, 2, 7, 1024][turn / 3 % 6];
@@ -164,5 +151,42 @@ pub fn run(
     }
     checks
 }
+
+/// Cases that [`run`] goes through, for a progress bar.
+pub fn len() -> usize {
+    differentiated_by_tail().len()
+        + SEEDS as usize * divergences_by_tail().len() * TOP_K.len()
+        + GROUPS.iter().map(|(_, cases)| cases().len()).sum::<usize>()
+}
+
+/// Every objective whose gradient is compared with finite differences, by each tail that is finite with it.
+fn differentiated_by_tail() -> Vec<(String, Objective, Tail)> {
+    let mut found = Vec::new();
+    for (name, objective) in differentiated() {
+        let Ok(objective) = objective.map(|o| o.with_target(Target::Label)) else { continue };
+        let tails = TAILS.into_iter().filter(|&tail| is_finite(&objective, tail));
+        found.extend(tails.map(|tail| (name.clone(), objective, tail)));
+    }
+    found
+}
+
+/// Every divergence over the whole vocabulary, by each tail that is finite with it.
+fn divergences_by_tail() -> Vec<(&'static str, Divergence, Tail)> {
+    let mut found = Vec::new();
+    for (name, divergence) in DIVERGENCES {
+        let objective = Objective::plain().with_divergence(divergence);
+        let finite = |tail| objective.as_ref().map_or(true, |objective| is_finite(objective, tail));
+        let tails = TAILS.into_iter().filter(|&tail| finite(tail));
+        found.extend(tails.map(|tail| (name, divergence, tail)));
+    }
+    found
+}
+
+fn is_finite(objective: &Objective, tail: Tail) -> bool {
+    tail != Tail::Zero || !objective.is_infinite_by_zero_tail()
+}
+
+/// The numbers of known tokens of 23 by which textbook terms are compared.
+const TOP_K: [usize; 4] = [1, 5, 22, 23];
 
 const TAILS: [Tail; 3] = [Tail::Bucket, Tail::Zero, Tail::Uniform];
