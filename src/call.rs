@@ -170,7 +170,7 @@ impl RawCall {
     }
 
     /// Everything but the logits.
-    pub(crate) fn without_logits(&self) -> RawTokens {
+    pub fn without_logits(&self) -> RawTokens {
         RawTokens {
             tokens: self.tokens,
             vocab: self.vocab,
@@ -227,7 +227,7 @@ impl RawCall {
     }
 }
 
-/// A teacher of which some log-probabilities per token are known: see [`SparseTeacher`](crate::SparseTeacher). N is the call's
+/// A teacher of which some log-probabilities per token are known: see [`SparseTeacher`]. N is the call's
 /// tokens, K `top_k`; all three are without gaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawSparseTeacher {

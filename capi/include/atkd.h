@@ -158,6 +158,22 @@
 #define ATKD_HARD 2
 
 /*
+ The tokens of which a sparse teacher has no log-probability are one class: what is left of the mass, against the
+ student's mass on the same tokens. Nothing is assumed of how the teacher spreads it.
+ */
+#define ATKD_TAIL_BUCKET 0
+
+/*
+ They have no probability. The known ones are renormalised.
+ */
+#define ATKD_TAIL_ZERO 1
+
+/*
+ What is left of the mass is spread evenly over them.
+ */
+#define ATKD_TAIL_UNIFORM 2
+
+/*
  What a program was compiled against; compare it with atkd_abi_version().
  */
 #define ATKD_ABI_VERSION 4
@@ -431,6 +447,39 @@ typedef struct AtkdCall {
    */
   void *stream;
 } AtkdCall;
+
+/*
+ A teacher of which a few log-probabilities per token are known, in the place of AtkdCall.teacher: natural logarithms at
+ the call's temperature, which divides the student's logits alone. Every pointer is to host memory; the arrays have no
+ gaps.
+ */
+typedef struct AtkdSparseTeacher {
+  /*
+   Places in a row, from 1 to 1024.
+   */
+  int64_t top_k;
+  /*
+   [tokens, top_k]: tokens of the vocabulary, none twice in a row, in any order; -1 for none.
+   */
+  struct AtkdLabels indices;
+  /*
+   [tokens, top_k]: their log-probabilities.
+   */
+  const void *log_probs;
+  /*
+   ATKD_F32, ATKD_F16 or ATKD_BF16: that of log_probs.
+   */
+  int32_t dtype;
+  /*
+   ATKD_TAIL_BUCKET, ATKD_TAIL_ZERO or ATKD_TAIL_UNIFORM.
+   */
+  int32_t tail;
+  /*
+   [tokens]: the log-probabilities of the labels, which then need not be among the indices. Null for none; not used by
+   ATKD_TARGET_TEACHER, whose target is the likeliest of the indices.
+   */
+  const float *target_log_probs;
+} AtkdSparseTeacher;
 
 /*
  The entropies of one model's distributions. Every pointer but `stream` is to host memory, or for a CUDA workspace to its
@@ -757,6 +806,30 @@ AtkdStatus atkd_forward(const struct AtkdObjective *objective,
 AtkdStatus atkd_forward_backward(const struct AtkdObjective *objective,
                                  struct AtkdWorkspace *workspace,
                                  const struct AtkdCall *call);
+
+/*
+ The loss and each token's terms with a sparse teacher, without a gradient: call->teacher.data and call->gradient.data
+ must be null. For a workspace of host memory; there is no CUDA kernel for it yet, and a CUDA workspace returns
+ ATKD_NOT_SUPPORTED. The margins, for atkd_select_hard, are call->margin.
+
+ # Safety
+ The contract of atkd_forward_backward holds.
+ */
+AtkdStatus atkd_sparse_forward(const struct AtkdObjective *objective,
+                               struct AtkdWorkspace *workspace,
+                               const struct AtkdCall *call,
+                               const struct AtkdSparseTeacher *teacher);
+
+/*
+ As atkd_sparse_forward, and the gradient as atkd_forward_backward writes it.
+
+ # Safety
+ The contract of atkd_forward_backward holds.
+ */
+AtkdStatus atkd_sparse_forward_backward(const struct AtkdObjective *objective,
+                                        struct AtkdWorkspace *workspace,
+                                        const struct AtkdCall *call,
+                                        const struct AtkdSparseTeacher *teacher);
 
 /*
  The teacher's margins alone, to call->margin. Of the call, tokens, vocab, teacher, labels, temperatures and stream are

@@ -177,16 +177,7 @@ pub unsafe extern "C" fn atkd_forward(
     guard(|| {
         // SAFETY: the caller's.
         let call = unsafe { call.as_ref() }.ok_or(Failure::null("call"))?;
-        if !call.gradient.data.is_null() {
-            return Err(Failure::new(
-                ATKD_INVALID_ARGUMENT,
-                format!(
-                    "gradient.data is {:p}, but atkd_forward writes no gradient; set it to null, or use \
-                     atkd_forward_backward",
-                    call.gradient.data
-                ),
-            ));
-        }
+        check_no_gradient(call, ["atkd_forward", "atkd_forward_backward"])?;
         // SAFETY: the caller's.
         unsafe { run(objective, workspace, call, false) }
     })
@@ -210,6 +201,47 @@ pub unsafe extern "C" fn atkd_forward_backward(
         let call = unsafe { call.as_ref() }.ok_or(Failure::null("call"))?;
         // SAFETY: the caller's.
         unsafe { run(objective, workspace, call, true) }
+    })
+}
+
+/// The loss and each token's terms with a sparse teacher, without a gradient: call->teacher.data and call->gradient.data
+/// must be null. For a workspace of host memory; there is no CUDA kernel for it yet, and a CUDA workspace returns
+/// ATKD_NOT_SUPPORTED. The margins, for atkd_select_hard, are call->margin.
+///
+/// # Safety
+/// The contract of atkd_forward_backward holds.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_sparse_forward(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    call: *const AtkdCall,
+    teacher: *const AtkdSparseTeacher,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's.
+        let call = unsafe { call.as_ref() }.ok_or(Failure::null("call"))?;
+        check_no_gradient(call, ["atkd_sparse_forward", "atkd_sparse_forward_backward"])?;
+        // SAFETY: the caller's.
+        unsafe { run_sparse(objective, workspace, call, teacher, false) }
+    })
+}
+
+/// As atkd_sparse_forward, and the gradient as atkd_forward_backward writes it.
+///
+/// # Safety
+/// The contract of atkd_forward_backward holds.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn atkd_sparse_forward_backward(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    call: *const AtkdCall,
+    teacher: *const AtkdSparseTeacher,
+) -> AtkdStatus {
+    guard(|| {
+        // SAFETY: the caller's.
+        let call = unsafe { call.as_ref() }.ok_or(Failure::null("call"))?;
+        // SAFETY: the caller's.
+        unsafe { run_sparse(objective, workspace, call, teacher, true) }
     })
 }
 
@@ -397,6 +429,43 @@ unsafe fn run_shard(
             workspace.0.run_shard(&objective.0, &raw, &stage(shard, &call)?, call.stream)
         }
     })
+}
+
+/// Checks that a call that writes no gradient is given no place for one.
+fn check_no_gradient(
+    call: &AtkdCall,
+    [function, with_gradient]: [&'static str; 2],
+) -> Result<(), Failure> {
+    if call.gradient.data.is_null() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        ATKD_INVALID_ARGUMENT,
+        format!(
+            "gradient.data is {:p}, but {function} writes no gradient; set it to null, or use {with_gradient}",
+            call.gradient.data
+        ),
+    ))
+}
+
+/// # Safety
+/// The contract of [`atkd_forward_backward`] holds.
+unsafe fn run_sparse(
+    objective: *const AtkdObjective,
+    workspace: *mut AtkdWorkspace,
+    call: &AtkdCall,
+    teacher: *const AtkdSparseTeacher,
+    with_gradient: bool,
+) -> Result<(), Failure> {
+    // SAFETY: the caller's; shared, since other threads may be in a call with the workspace.
+    let (objective, workspace, teacher) =
+        unsafe { (objective.as_ref(), workspace.as_ref(), teacher.as_ref()) };
+    let objective = objective.ok_or(Failure::null("objective"))?;
+    let workspace = workspace.ok_or(Failure::null("workspace"))?;
+    let teacher = teacher.ok_or(Failure::null("teacher"))?;
+    let of_teacher = teacher.parse(call, with_gradient)?;
+    // SAFETY: the caller's.
+    unsafe { workspace.0.run_sparse(&objective.0, &of_teacher, &call.output()) }
 }
 
 /// # Safety

@@ -3,10 +3,10 @@
 use std::ffi::c_void;
 
 use atkd::call::{
-    RawCall, RawEntropies, RawLabels, RawLogits, RawOutput, RawSelection, RawShard, RawStates,
-    RawTeacher,
+    RawCall, RawEntropies, RawLabels, RawLogits, RawOutput, RawSelection, RawShard, RawSparseCall,
+    RawSparseTeacher, RawStates, RawTeacher,
 };
-use atkd::{Dtype, Strides};
+use atkd::{Dtype, Strides, Tail};
 
 use crate::settings::selection_rule;
 use crate::status::Failure;
@@ -126,17 +126,36 @@ fn size(name: &'static str, value: i64) -> Result<usize, Failure> {
     })
 }
 
+fn dtype(name: &'static str, value: i32) -> Result<Dtype, Failure> {
+    Ok(match value {
+        ATKD_F32 => Dtype::F32,
+        ATKD_F16 => Dtype::F16,
+        ATKD_BF16 => Dtype::Bf16,
+        other => {
+            let allowed = "ATKD_F32 (0), ATKD_F16 (1) or ATKD_BF16 (2)";
+            return Err(Failure::value(name, other, allowed));
+        }
+    })
+}
+
+impl AtkdLabels {
+    /// `None` for null, unless it is of no elements.
+    fn parse(&self, name: &'static str, tokens: i64) -> Result<Option<RawLabels>, Failure> {
+        Ok(match (address(self.data), self.dtype) {
+            (None, _) if tokens == 0 => Some(RawLabels::I64(0)),
+            (None, _) => None,
+            (Some(address), ATKD_I64) => Some(RawLabels::I64(address)),
+            (Some(address), ATKD_I32) => Some(RawLabels::I32(address)),
+            (Some(_), other) => {
+                return Err(Failure::value(name, other, "ATKD_I64 (3) or ATKD_I32 (4)"));
+            }
+        })
+    }
+}
+
 impl AtkdMatrix {
     fn parse(&self) -> Result<RawLogits, Failure> {
-        let dtype = match self.dtype {
-            ATKD_F32 => Dtype::F32,
-            ATKD_F16 => Dtype::F16,
-            ATKD_BF16 => Dtype::Bf16,
-            other => {
-                let allowed = "ATKD_F32 (0), ATKD_F16 (1) or ATKD_BF16 (2)";
-                return Err(Failure::value("a matrix's dtype", other, allowed));
-            }
-        };
+        let dtype = dtype("a matrix's dtype", self.dtype)?;
         let row_stride = size("a row stride", self.row_stride)?;
         let strides = match size("a matrix's inner", self.inner)? {
             0 => row_stride.into(),
@@ -163,16 +182,7 @@ fn sequences(count: i64, offsets: *const i64) -> Result<Option<(u64, usize)>, Fa
 impl AtkdCall {
     /// The teacher and the labels.
     pub(crate) fn parse_teacher(&self) -> Result<RawTeacher, Failure> {
-        let labels = match (address(self.labels.data), self.labels.dtype) {
-            (None, _) if self.tokens == 0 => Some(RawLabels::I64(0)),
-            (None, _) => None,
-            (Some(address), ATKD_I64) => Some(RawLabels::I64(address)),
-            (Some(address), ATKD_I32) => Some(RawLabels::I32(address)),
-            (Some(_), other) => {
-                let allowed = "ATKD_I64 (3) or ATKD_I32 (4)";
-                return Err(Failure::value("the labels' dtype", other, allowed));
-            }
-        };
+        let labels = self.labels.parse("the labels' dtype", self.tokens)?;
         Ok(RawTeacher {
             tokens: size("tokens", self.tokens)?,
             vocab: size("vocab", self.vocab)?,
@@ -211,6 +221,76 @@ impl AtkdCall {
             token_loss: address(self.token_loss),
             modes: address(self.modes),
         }
+    }
+}
+
+/// The tokens of which a sparse teacher has no log-probability are one class: what is left of the mass, against the
+/// student's mass on the same tokens. Nothing is assumed of how the teacher spreads it.
+pub const ATKD_TAIL_BUCKET: i32 = 0;
+/// They have no probability. The known ones are renormalised.
+pub const ATKD_TAIL_ZERO: i32 = 1;
+/// What is left of the mass is spread evenly over them.
+pub const ATKD_TAIL_UNIFORM: i32 = 2;
+
+/// A teacher of which a few log-probabilities per token are known, in the place of AtkdCall.teacher: natural logarithms at
+/// the call's temperature, which divides the student's logits alone. Every pointer is to host memory; the arrays have no
+/// gaps.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AtkdSparseTeacher {
+    /// Places in a row, from 1 to 1024.
+    pub top_k: i64,
+    /// [tokens, top_k]: tokens of the vocabulary, none twice in a row, in any order; -1 for none.
+    pub indices: AtkdLabels,
+    /// [tokens, top_k]: their log-probabilities.
+    pub log_probs: *const c_void,
+    /// ATKD_F32, ATKD_F16 or ATKD_BF16: that of log_probs.
+    pub dtype: i32,
+    /// ATKD_TAIL_BUCKET, ATKD_TAIL_ZERO or ATKD_TAIL_UNIFORM.
+    pub tail: i32,
+    /// [tokens]: the log-probabilities of the labels, which then need not be among the indices. Null for none; not used by
+    /// ATKD_TARGET_TEACHER, whose target is the likeliest of the indices.
+    pub target_log_probs: *const f32,
+}
+
+impl AtkdSparseTeacher {
+    pub(crate) fn parse(
+        &self,
+        call: &AtkdCall,
+        with_gradient: bool,
+    ) -> Result<RawSparseCall, Failure> {
+        if !call.teacher.data.is_null() {
+            return Err(Failure::new(
+                crate::ATKD_INVALID_ARGUMENT,
+                format!(
+                    "teacher.data is {:p}, but a call with a sparse teacher has no logits of it; set it to null",
+                    call.teacher.data
+                ),
+            ));
+        }
+        // The student's matrix stands where the teacher has none.
+        let whole = AtkdCall { teacher: call.student, ..*call }.parse(with_gradient)?;
+        let indices = self.indices.parse("the indices' dtype", call.tokens)?;
+        let teacher = RawSparseTeacher {
+            top_k: size("top_k", self.top_k)?,
+            indices: indices.ok_or(Failure::null("indices"))?,
+            log_probs: self.log_probs as u64,
+            dtype: dtype("the log-probabilities' dtype", self.dtype)?,
+            target_log_probs: address(self.target_log_probs),
+            tail: match self.tail {
+                ATKD_TAIL_BUCKET => Tail::Bucket,
+                ATKD_TAIL_ZERO => Tail::Zero,
+                ATKD_TAIL_UNIFORM => Tail::Uniform,
+                other => {
+                    let allowed =
+                        "ATKD_TAIL_BUCKET (0), ATKD_TAIL_ZERO (1) or ATKD_TAIL_UNIFORM (2)";
+                    return Err(Failure::value("tail", other, allowed));
+                }
+            },
+        };
+        let RawCall { student, gradient, gradient_padding, .. } = whole;
+        let tokens = whole.without_logits();
+        Ok(RawSparseCall { tokens, teacher, student, gradient, gradient_padding })
     }
 }
 

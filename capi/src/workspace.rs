@@ -5,14 +5,16 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::Objective;
-use atkd::call::{RawCall, RawEntropies, RawOutput, RawSelection, RawShard, RawStage, RawTeacher};
+use atkd::call::{
+    RawCall, RawEntropies, RawOutput, RawSelection, RawShard, RawSparseCall, RawStage, RawTeacher,
+};
 use atkd::cpu::raw;
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels, Workspace};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::ATKD_MAX_THREADS;
-use crate::status::{ATKD_INVALID_ARGUMENT, Failure};
+use crate::status::{ATKD_INVALID_ARGUMENT, ATKD_NOT_SUPPORTED, Failure};
 
 pub(crate) enum Place {
     /// On the pool that all of the process shares if there is none.
@@ -88,6 +90,24 @@ impl Place {
             }
         }
         Ok(())
+    }
+
+    /// # Safety
+    /// The contract of [`raw::run_sparse`] holds.
+    pub(crate) unsafe fn run_sparse(
+        &self,
+        objective: &Objective,
+        call: &RawSparseCall,
+        output: &RawOutput,
+    ) -> Result<(), Failure> {
+        let Self::Host(threads) = self else {
+            let message = "a CUDA workspace has no kernel for sparse teachers yet: use one for host memory, \
+                           from atkd_workspace_create";
+            return Err(Failure::new(ATKD_NOT_SUPPORTED, message.into()));
+        };
+        let pool = threads.as_ref().map(|threads| &*threads.pool);
+        // SAFETY: the caller's.
+        Ok(unsafe { raw::run_sparse(pool, objective, call, output) }?)
     }
 
     /// # Safety

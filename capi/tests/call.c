@@ -629,6 +629,118 @@ static void shards_of_the_vocabulary(AtkdWorkspace *workspace) {
     }
 }
 
+/* KL divergence of the classes that each tail makes, and its gradient, from the textbook. */
+static void a_sparse_teacher(AtkdWorkspace *workspace) {
+    enum { TOP_K = 3, KNOWN = TOP_K + 1 };
+    static int32_t indices[TOKENS * TOP_K];
+    static float log_probs[TOKENS * TOP_K], of_targets[TOKENS];
+    for (int i = 0; i < TOKENS; i++) {
+        const float *a = &teacher[i * STRIDE];
+        double log_p = log_sum_exp(a);
+        for (int k = 0; k < TOP_K; k++) {
+            int j = (i * 31 + k * 7 + 1) % VOCAB;
+            indices[i * TOP_K + k] = j == labels[i] ? -1 : j;
+            log_probs[i * TOP_K + k] = (float)(a[j] - log_p);
+        }
+        of_targets[i] = labels[i] == -100 ? NAN : (float)(a[labels[i]] - log_p);
+    }
+    AtkdSettings settings = atkd_default_settings();
+    settings.objective = ATKD_OBJECTIVE_KL;
+    settings.reduction = ATKD_REDUCTION_SUM;
+    AtkdObjective *objective;
+    check(atkd_objective_create(&settings, &objective));
+    float loss, alone, margin[TOKENS];
+    AtkdSparseTeacher known = {.top_k = TOP_K, .log_probs = log_probs, .target_log_probs = of_targets};
+    known.indices = (AtkdLabels){.data = indices, .dtype = ATKD_I32};
+    AtkdCall call = new_call();
+    call.teacher = (AtkdMatrix){0};
+    call.loss = &loss;
+    call.margin = margin;
+    int32_t tails[] = {ATKD_TAIL_BUCKET, ATKD_TAIL_ZERO, ATKD_TAIL_UNIFORM};
+    for (int tail = 0; tail < 3; tail++) {
+        known.tail = tails[tail];
+        call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
+        check(atkd_sparse_forward_backward(objective, workspace, &call, &known));
+        double expected = 0;
+        for (int i = 0; i < TOKENS; i++) {
+            const float *b = &student[i * STRIDE];
+            double log_q = log_sum_exp(b), p[VOCAB] = {0}, mass = 0, rest_q = 1;
+            int is_known[VOCAB] = {0}, count = 0;
+            if (labels[i] == -100) {
+                for (int j = 0; j < VOCAB; j++) {
+                    assert(gradient[i * VOCAB + j] == 0);
+                }
+                continue;
+            }
+            for (int k = 0; k < KNOWN; k++) {
+                int j = k < TOP_K ? indices[i * TOP_K + k] : (int)labels[i];
+                if (j != -1) {
+                    is_known[j] = 1;
+                    p[j] = exp(k < TOP_K ? log_probs[i * TOP_K + k] : of_targets[i]);
+                    mass += p[j];
+                    rest_q -= exp(b[j] - log_q);
+                    count++;
+                }
+            }
+            double target = p[labels[i]], off = known.tail == ATKD_TAIL_ZERO ? mass - target : 1 - target;
+            assert(fabs(margin[i] - log(off / target)) < 2e-6 * (1 + fabs(margin[i])));
+            if (known.tail == ATKD_TAIL_BUCKET) {
+                expected += (1 - mass) * log((1 - mass) / rest_q);
+            }
+            for (int j = 0; j < VOCAB; j++) {
+                double q = exp(b[j] - log_q);
+                if (known.tail == ATKD_TAIL_ZERO) {
+                    p[j] /= mass;
+                } else if (known.tail == ATKD_TAIL_UNIFORM && !is_known[j]) {
+                    p[j] = (1 - mass) / (VOCAB - count);
+                }
+                expected += p[j] > 0 ? p[j] * log(p[j] / q) : 0;
+                if (known.tail == ATKD_TAIL_BUCKET && !is_known[j]) {
+                    p[j] = (1 - mass) * q / rest_q;
+                }
+                assert(fabs(gradient[i * VOCAB + j] - (q - p[j])) < 2e-6);
+            }
+        }
+        assert(fabs(loss - expected) < 2e-6 * expected);
+        call.gradient.data = NULL;
+        call.loss = &alone;
+        check(atkd_sparse_forward(objective, workspace, &call, &known));
+        assert(alone == loss);
+        call.loss = &loss;
+    }
+
+    call.gradient.data = gradient;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT,
+                 "atkd_sparse_forward_backward");
+    call.gradient.data = NULL;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, NULL), ATKD_INVALID_ARGUMENT, "teacher");
+    known.tail = 3;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT, "tail is 3");
+    known.tail = ATKD_TAIL_BUCKET;
+    known.top_k = 1025;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT, "1025");
+    known.top_k = TOP_K;
+    known.dtype = ATKD_I64;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT,
+                 "log-probabilities' dtype is 3");
+    known.dtype = ATKD_F32;
+    known.indices.dtype = ATKD_F32;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT, "indices' dtype is 0");
+    known.indices = (AtkdLabels){0};
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT, "indices");
+    known.indices = (AtkdLabels){.data = indices, .dtype = ATKD_I32};
+    call.teacher = new_call().teacher;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT, "teacher.data");
+    call.teacher.data = NULL;
+    indices[5 * TOP_K + 1] = VOCAB;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT,
+                 "index 1 of the teacher's token 5 is 1000");
+    indices[5 * TOP_K + 1] = -1;
+    known.target_log_probs = NULL;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT, "token 0");
+    atkd_objective_destroy(objective);
+}
+
 int main(void) {
     assert(atkd_abi_version() == ATKD_ABI_VERSION);
     assert(strlen(atkd_version()) > 0 && strlen(atkd_error_message()) == 0);
@@ -648,6 +760,7 @@ int main(void) {
         temperatures_of_tokens(workspace);
         shards_of_the_vocabulary(workspace);
         entropies_against_the_definition(workspace);
+        a_sparse_teacher(workspace);
         errors(workspace);
         atkd_workspace_destroy(workspace);
     }
