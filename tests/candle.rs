@@ -2,8 +2,13 @@
 //! paper's definitions.
 
 use atkd::battery::compare::{loss_within, term_within};
-use atkd::candle::{Tokens, loss, loss_with_output, token_entropies};
-use atkd::{Batch, Logits, Objective, Output, Reduction, reference};
+use atkd::candle::{
+    KnownLogProbs, Tokens, loss, loss_with_output, sparse_loss, sparse_loss_with_output,
+    token_entropies,
+};
+use atkd::{
+    Batch, Logits, LogitsMut, Objective, Output, Reduction, SparseTeacher, Tail, cpu, reference,
+};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 const CPU: &Device = &Device::Cpu;
@@ -134,6 +139,86 @@ fn weights_and_temperatures_of_tokens() {
             check_with(&objective, &student, &teacher, &labels, own, upstream);
         }
     }
+}
+
+/// A sparse teacher's loss is the CPU call's, as is its gradient times what arrives, in the student's dtype.
+#[test]
+fn sparse_teachers() {
+    let (vocab, top_k) = (21_usize, 3);
+    let indices: Vec<i64> =
+        (0..10).flat_map(|i| [i, (i + 9) % 21, if i == 4 { -1 } else { 20 - i % 2 }]).collect();
+    let indices = Tensor::from_vec(indices, &[2, 5, top_k], CPU).unwrap();
+    // Rows of a larger tensor, which are not contiguous.
+    let wide = random(&[2, 5, top_k + 1], DType::F32, 12).affine(0.1, -2.0).unwrap();
+    let log_probs = wide.narrow(2, 1, top_k).unwrap();
+    let of_targets = wide.narrow(2, 0, 1).unwrap().squeeze(2).unwrap();
+    let labels = labels(&[2, 5], vocab as i64, 13);
+    let weights = random(&[2, 5], DType::F32, 14);
+    let objective = Objective::default().with_ce_weight(0.3).unwrap();
+    let (known_at, known) =
+        (indices.flatten_all().unwrap().to_vec1::<i64>().unwrap(), values(&log_probs));
+    let (targets, own) = (values(&of_targets), values(&weights));
+    let label_values: Vec<i64> = labels.flatten_all().unwrap().to_vec1().unwrap();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for tail in [Tail::Zero, Tail::Uniform, Tail::Bucket] {
+            let student = Var::from_tensor(&random(&[2, 5, vocab], dtype, 15)).unwrap();
+            let teacher = KnownLogProbs::new(&indices, &log_probs)
+                .with_target_log_probs(&of_targets)
+                .with_tail(tail);
+            let tokens = Tokens::from(&labels).with_weights(&weights);
+            let found = sparse_loss(&objective, &student, teacher, tokens).unwrap();
+            let sparse = SparseTeacher::new(&known_at, &known, 10, top_k, vocab)
+                .and_then(|teacher| teacher.with_target_log_probs(&targets))
+                .unwrap()
+                .with_tail(tail);
+            let batch = Batch::new(sparse, &label_values).unwrap().with_token_weights(&own);
+            let (logits, mut expected) = (values(&student), vec![0.0_f32; 10 * vocab]);
+            let output = cpu::forward_backward(
+                &objective,
+                &batch.unwrap(),
+                Logits::new(&logits, 10, vocab).unwrap(),
+                LogitsMut::new(&mut expected, 10, vocab).unwrap(),
+            )
+            .unwrap();
+            assert_eq!(found.to_scalar::<f32>().unwrap(), output.loss as f32, "{dtype:?} {tail:?}");
+            let gradients = found.affine(-2.5, 0.0).unwrap().backward().unwrap();
+            let gradient = gradients.get(&student).unwrap();
+            assert_eq!((gradient.dtype(), gradient.dims()), (dtype, student.dims()));
+            let ulp = match dtype {
+                DType::BF16 => 2f32.powi(-7),
+                DType::F16 => 2f32.powi(-10),
+                _ => 0.0,
+            };
+            for (found, expected) in values(gradient).into_iter().zip(&expected) {
+                let expected = -2.5 * expected;
+                assert!(
+                    (found - expected).abs() <= ulp * expected.abs() + 1e-7,
+                    "{found} {expected}"
+                );
+            }
+            // Without a gradient.
+            let tokens = Tokens::from(&labels).with_weights(&weights);
+            let (alone, terms) =
+                sparse_loss_with_output(&objective, &student.detach(), teacher, tokens).unwrap();
+            assert_eq!(alone.to_scalar::<f32>().unwrap(), output.loss as f32);
+            assert_eq!(terms.tokens.len(), 10);
+        }
+    }
+
+    let student = random(&[2, 5, vocab], DType::F32, 15);
+    let teacher = KnownLogProbs::new(&indices, &log_probs);
+    let fails = |teacher: KnownLogProbs, words: &[&str]| {
+        let error = sparse_loss(&objective, &student, teacher, &labels).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    fails(teacher, &["token", "target", "3 indices"]);
+    fails(KnownLogProbs::new(&log_probs, &log_probs), &["indices are F32", "integers"]);
+    fails(KnownLogProbs::new(&indices, &wide), &["[2, 5, 4]", "[2, 5, 3]"]);
+    let flat = indices.flatten_all().unwrap();
+    fails(KnownLogProbs::new(&flat, &flat), &["[30]", "[2, 5, 21]", "[2, 5] and K"]);
+    fails(teacher.with_target_log_probs(&wide), &["targets' log-probabilities", "[2, 5, 4]"]);
+    fails(teacher.with_target_log_probs(&labels), &["targets' log-probabilities are I64", "F32"]);
+    fails(KnownLogProbs::new(&indices, &indices), &["log-probabilities are I64", "BF16"]);
 }
 
 #[test]

@@ -17,6 +17,7 @@
 #[cfg(feature = "candle-cuda")]
 mod cuda;
 mod linear;
+mod sparse;
 
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Error, Layout, Result, Shape, Storage, Tensor, WithDType,
@@ -24,8 +25,11 @@ use candle_core::{
 };
 use half::bf16;
 pub use linear::{Layer, linear_loss, linear_loss_with_output};
+pub use sparse::{KnownLogProbs, sparse_loss, sparse_loss_with_output};
 
-use crate::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, Strides, cpu};
+use crate::{
+    Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, Strides, Teacher, cpu,
+};
 
 /// The values that tokens have of their own, in tensors shaped as the logits without the last dimension, on their device.
 /// A tensor of labels becomes those alone.
@@ -188,8 +192,10 @@ fn loss_and_output(
     check_device("teacher's logits", teacher, "logits", student)?;
     match student.device() {
         Device::Cpu => {
+            let (storage, _) = teacher_rows.tensor.storage_and_layout();
+            let teacher = teacher_rows.logits(&storage)?;
             let (loss, output) =
-                cpu_loss(objective, student, &student_rows, &teacher_rows, tokens)?;
+                cpu_loss(objective, student, &student_rows, teacher.into(), tokens)?;
             Ok((loss, Some(output)))
         }
         #[cfg(feature = "candle-cuda")]
@@ -237,16 +243,14 @@ fn cpu_loss(
     objective: &Objective,
     student: &Tensor,
     student_rows: &Rows,
-    teacher_rows: &Rows,
+    teacher: Teacher,
     tokens: &Tokens,
 ) -> Result<(Tensor, Output)> {
     let HostTokens { labels, weights, temperatures } = HostTokens::new(tokens)?;
 
     let (student_storage, _) = student_rows.tensor.storage_and_layout();
-    let (teacher_storage, _) = teacher_rows.tensor.storage_and_layout();
     let logits = student_rows.logits(&student_storage)?;
-    let mut batch =
-        Batch::new(teacher_rows.logits(&teacher_storage)?, &labels).map_err(Error::wrap)?;
+    let mut batch = Batch::new(teacher, &labels).map_err(Error::wrap)?;
     if let Some(weights) = &weights {
         batch = batch.with_token_weights(weights).map_err(Error::wrap)?;
     }
