@@ -82,6 +82,8 @@
 //! - [`cuda`] computes on NVIDIA GPUs, from and to device memory (feature `cuda`, on by default; builds and
 //!   loads without CUDA too). The kernels are in a build only if an nvcc compiled them.
 //! - [`reference`](mod@reference) is the same in float64 straight from the definitions, for checking.
+//! - [`SparseTeacher`] stands for the teacher's logits where some log-probabilities per token are all that is known: of a
+//!   teacher on disk or behind a server. [`cpu`] and [`reference`](mod@reference) compute with it.
 //! - [`call`] is calls by address, for other languages and frameworks; [`cpu::raw`] runs them on the host.
 //! - [`shards`] is a call over ranks of which each has some columns of the logits.
 //! - [`head`], with the feature of that name, computes the loss from hidden states and the weights of both models' last
