@@ -405,3 +405,27 @@ fn a_minute_tail_keeps_its_digits() -> Result<()> {
     assert!((output.loss - expected).abs() <= 1e-6 * expected, "{} {expected}", output.loss);
     Ok(())
 }
+
+/// A student that agrees with its teacher to rounding has one sign per token, in the mean of all signs and by itself: the rows
+/// of the gradient add up to 0.
+#[test]
+fn ties_of_total_variation_add_up_to_0() -> Result<()> {
+    let (tokens, vocab) = (300, 6);
+    let student = random(11, tokens * vocab);
+    let labels: Vec<i64> = (0..tokens as i64).map(|i| i % 6).collect();
+    let tvd = Objective::plain().with_divergence(Divergence::TotalVariation)?;
+    for top_k in [2, 6] {
+        let known = known(&student, vocab, top_k, &labels);
+        for tail in TAILS {
+            let batch = Batch::new(known.teacher(vocab).with_tail(tail), &labels)?;
+            let mut gradient = vec![f32::NAN; tokens * vocab];
+            let to = LogitsMut::new(&mut gradient, tokens, vocab)?;
+            cpu::forward_backward(&tvd, &batch, Logits::new(&student, tokens, vocab)?, to)?;
+            for (token, row) in gradient.chunks(vocab).enumerate() {
+                let sum: f32 = row.iter().sum();
+                assert!(sum.abs() <= 1e-8, "{sum} of token {token}, K = {top_k}, {tail:?}");
+            }
+        }
+    }
+    Ok(())
+}

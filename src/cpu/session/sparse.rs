@@ -12,7 +12,7 @@ use super::{Kept, Session, Token, margin_of_log_prob};
 use crate::Result;
 use crate::cpu::StudentRow;
 use crate::cpu::math::{self, Margins, RowDivergence, RowState, STUDENT, by_family};
-use crate::cpu::rows::{Destination, Scratch};
+use crate::cpu::rows::{Destination, RowPass, Scratch};
 use crate::logits::{Elements, ElementsMut};
 use crate::sparse::{KnownTokens, SparseTeacher, Tail};
 
@@ -94,10 +94,11 @@ fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
     largest + values.map(|value| (value - largest).exp()).sum::<f64>().ln()
 }
 
-/// The margins of a token, of which the teacher's is known.
-fn margins(u: f64, student_target: f64, state: &RowState, temperature: f64) -> Margins {
+/// The margins of a token, of which the teacher's is known: to the bit those that its terms are finished with, lest where the
+/// models agree the target have one sign in the total variation's mean, and another in its own gradient.
+fn margins(pass: RowPass, u: f64, student_target: f64, state: &RowState) -> Margins {
     let (shift, sum) = (state.shifts[STUDENT], state.sums.student);
-    Margins { u, w: math::margin(shift, sum, student_target, 1.0 / temperature) }
+    Margins { u, w: math::margin(shift, sum, student_target, pass.inverse_temperature) }
 }
 
 /// A thread's own memory.
@@ -212,7 +213,7 @@ impl Session<'_> {
         let teacher = Elements::F32(&scratch.teacher_row);
         let logits = student.logits();
         let student_target = logits.get(target).into();
-        let margins = |state: &RowState| margins(*margin, student_target, state, temperature);
+        let margins = |state: &RowState| margins(pass, *margin, student_target, state);
         let memory = &mut scratch.row;
         let state = pass.state_by(divergence, teacher, logits, target, margins, memory);
         let hard = self.is_hard(token);
@@ -264,7 +265,7 @@ impl Session<'_> {
         let (teacher, student_logits) =
             (Elements::F32(&scratch.teacher), Elements::F32(&scratch.student));
         let of_classes = pass.without_cross_entropy();
-        let margins = |state: &RowState| margins(*margin, student_target, state, temperature);
+        let margins = |state: &RowState| margins(pass, *margin, student_target, state);
         let memory = &mut scratch.classes;
         let mut state =
             of_classes.state_by(divergence, teacher, student_logits, target, margins, memory);
