@@ -282,6 +282,8 @@ pub(crate) fn compute(
     mut gradient: Option<&mut [f64]>,
 ) -> Result<Output> {
     let (vocab, own) = (batch.teacher().vocab(), batch.token_settings());
+    let labels = batch.valid_labels(objective)?;
+    own.check(&labels)?;
     let rows = match batch.teacher() {
         Teacher::Dense(logits) => {
             let row = |(token, target)| TeacherRow::Dense(widen(logits.row(token)), target);
@@ -291,14 +293,14 @@ pub(crate) fn compute(
         Teacher::Sparse(sparse) => {
             sparse.check(objective)?;
             let row = |(token, label)| SparseRow::new(&sparse, objective, token, label, vocab);
-            let labels = batch.valid_labels(objective)?.into_iter().enumerate();
             labels
+                .into_iter()
+                .enumerate()
                 .map(|(token, label)| label.map(|label| row((token, label))).transpose())
                 .map(|row| Ok(row?.map(TeacherRow::Sparse)))
                 .collect::<Result<Vec<_>>>()?
         }
     };
-    own.check(&batch.valid_labels(objective)?)?;
     let margins: Vec<Option<f64>> = rows
         .iter()
         .enumerate()

@@ -76,8 +76,13 @@ pub fn ties(
     }
     let own = batch.token_settings();
     let scales = reduction_scales(objective, exact).times(objective.upstream_gradient().abs());
-    for (token, label) in batch.valid_labels(objective)?.into_iter().enumerate() {
-        let Some(label) = label else { continue };
+    // A sparse teacher's target is its row's to tell.
+    let targets = match batch.teacher() {
+        Teacher::Dense(_) => reference::targets(objective, batch)?,
+        Teacher::Sparse(_) => batch.valid_labels(objective)?,
+    };
+    for (token, target) in targets.into_iter().enumerate() {
+        let Some(target) = target else { continue };
         let temperature = own.temperature(token, objective);
         let TokenTerms { uncertainty, hard, .. } = exact.tokens[token];
         let weights =
@@ -86,11 +91,10 @@ pub fn ties(
         let (row, b) = (&mut allowed[token * vocab..][..vocab], widen(student.row(token)));
         match batch.teacher() {
             Teacher::Dense(teacher) => {
-                let target = reference::targets(objective, batch)?[token].unwrap_or(label);
                 row_ties(&widen(teacher.row(token)), &b, target, temperature, &weights, scale, row);
             }
             Teacher::Sparse(teacher) => {
-                let of_classes = SparseRow::new(&teacher, objective, token, label, vocab)?;
+                let of_classes = SparseRow::new(&teacher, objective, token, target, vocab)?;
                 let (a, b) = of_classes.logits(&b, temperature);
                 let mut ties = vec![0.0; a.len()];
                 row_ties(&a, &b, of_classes.target, temperature, &weights, scale, &mut ties);

@@ -127,6 +127,16 @@ impl Scratch {
         [&mut self.wide_teacher, &mut self.wide_student].map(std::mem::take)
     }
 
+    /// Adds a range of the row whose exponentials have these shifts.
+    fn add_run(&mut self, range: Range<usize>, shifts: [f32; 3]) {
+        match self.runs.last_mut() {
+            Some((run, of_run)) if run.end == range.start && *of_run == shifts => {
+                run.end = range.end;
+            }
+            _ => self.runs.push((range, shifts)),
+        }
+    }
+
     fn exponentials(&mut self, range: Range<usize>) -> Exponentials<'_> {
         let at_1 = !self.student_at_1.is_empty();
         let kept = if self.kept.is_empty() { 0..0 } else { range.clone() };
@@ -454,12 +464,7 @@ impl RowPass {
             let shifts = tile_shifts.values();
             state.rescale::<F>(shifts.map(f64::from), self.inverse_temperature);
             state.sums += sums;
-            match scratch.runs.last_mut() {
-                Some((run, run_shifts)) if run.end == range.start && *run_shifts == shifts => {
-                    run.end = range.end;
-                }
-                _ => scratch.runs.push((range, shifts)),
-            }
+            scratch.add_run(range, shifts);
         }
         if !self.at_1 {
             state.sums.student_at_1 = state.sums.student;
@@ -517,6 +522,22 @@ impl RowPass {
         totals
     }
 
+    /// Writes the gradient of a run.
+    fn write_run(
+        &self,
+        from: &Exponentials,
+        scales: Scales,
+        range: Range<usize>,
+        to: &mut Destination,
+    ) {
+        let (on, non_temporal) = (self.instructions, to.non_temporal);
+        match to.row.slice(range) {
+            ElementsMut::F32(out) => on.write_gradient(from, scales, out, non_temporal),
+            ElementsMut::F16(out) => on.write_gradient(from, scales, out, non_temporal),
+            ElementsMut::Bf16(out) => on.write_gradient(from, scales, out, non_temporal),
+        }
+    }
+
     /// The way from a run's shifts to the row's.
     fn moved(&self, shifts: [f32; 3], state: &RowState) -> Moved {
         Moved::by(shifts.map(f64::from), state.shifts, self.inverse_temperature)
@@ -543,13 +564,7 @@ impl RowPass {
                 student: student as f32,
                 student_at_1: (scales.student_at_1 * moved.distances[STUDENT].exp()) as f32,
             };
-            let from = scratch.exponentials(range.clone());
-            let (on, non_temporal) = (self.instructions, to.non_temporal);
-            match to.row.slice(range.clone()) {
-                ElementsMut::F32(out) => on.write_gradient(&from, scales, out, non_temporal),
-                ElementsMut::F16(out) => on.write_gradient(&from, scales, out, non_temporal),
-                ElementsMut::Bf16(out) => on.write_gradient(&from, scales, out, non_temporal),
-            }
+            self.write_run(&scratch.exponentials(range.clone()), scales, range.clone(), &mut to);
         }
         scratch.runs = runs;
         if let Some(target) = target {

@@ -8,7 +8,7 @@ use crate::cpu::exp::Exponent;
 use crate::cpu::math::STUDENT;
 use crate::cpu::tile::{Prefetch, Shift};
 use crate::cpu::vector::fence;
-use crate::logits::{Elements, ElementsMut};
+use crate::logits::Elements;
 
 /// How far below the shift a logit over the temperature is surely in range.
 const DEPTH: f64 = 40.0;
@@ -58,7 +58,7 @@ impl RowPass {
                 if self.at_1 {
                     scratch.student_at_1[place].fill(0.0);
                 }
-                scratch.add_run(range, before.map_or(0.0, |shift: Shift| shift.value));
+                scratch.add_run(range, of_student(before.map_or(0.0, |shift: Shift| shift.value)));
                 continue;
             }
             let at_1 = if self.at_1 { &mut scratch.student_at_1[place] } else { &mut [] };
@@ -88,7 +88,7 @@ impl RowPass {
             rest.sum += self.instructions.sum(student);
             rest.sum_at_1 *= moved.exp();
             rest.sum_at_1 += self.instructions.sum(at_1);
-            scratch.add_run(range, shift.value);
+            scratch.add_run(range, of_student(shift.value));
         }
         scratch.wide_student = wide;
         rest
@@ -150,13 +150,7 @@ impl RowPass {
                 student: (scale * (moved * self.inverse_temperature).exp()) as f32,
                 student_at_1: (scale_at_1 * moved.exp()) as f32,
             };
-            let from = scratch.exponentials(range.clone());
-            let (on, non_temporal) = (self.instructions, to.non_temporal);
-            match to.row.slice(range.clone()) {
-                ElementsMut::F32(out) => on.write_gradient(&from, scales, out, non_temporal),
-                ElementsMut::F16(out) => on.write_gradient(&from, scales, out, non_temporal),
-                ElementsMut::Bf16(out) => on.write_gradient(&from, scales, out, non_temporal),
-            }
+            self.write_run(&scratch.exponentials(range.clone()), scales, range.clone(), to);
         }
         scratch.runs = runs;
         if to.non_temporal {
@@ -166,16 +160,9 @@ impl RowPass {
     }
 }
 
-impl Scratch {
-    /// Adds a range of columns whose exponentials have this shift.
-    fn add_run(&mut self, range: std::ops::Range<usize>, shift: f32) {
-        match self.runs.last_mut() {
-            Some((run, shifts)) if run.end == range.start && shifts[STUDENT] == shift => {
-                run.end = range.end;
-            }
-            _ => self.runs.push((range, [0.0, shift, 0.0])),
-        }
-    }
+/// The shifts of a run of the student alone.
+fn of_student(shift: f32) -> [f32; 3] {
+    [0.0, shift, 0.0]
 }
 
 /// The logits of a tile from column `start` on, with those of the columns `known` replaced by that of another one, so that

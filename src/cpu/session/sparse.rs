@@ -274,10 +274,9 @@ impl Session<'_> {
             0.0 => 0.0,
             _ => (from_shift - state.shifts[STUDENT]).exp(),
         };
-        let at_1 = |k: usize| match scratch.student.get(k) {
-            Some(_) if k == known.columns.len() => rest.sum_at_1 * rest_factor_at_1,
-            Some(&logit) => (f64::from(logit) - state.shifts[STUDENT]).exp(),
-            None => 0.0,
+        let at_1 = |k: usize| match known.columns.get(k) {
+            Some(_) => (f64::from(scratch.student[k]) - state.shifts[STUDENT]).exp(),
+            None => rest.sum_at_1 * rest_factor_at_1,
         };
         if pass.at_1 {
             let others = (0..scratch.student.len()).filter(|&k| k != target);
