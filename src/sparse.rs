@@ -48,7 +48,7 @@ impl<'a> From<SparseTeacher<'a>> for Teacher<'a> {
 pub enum Tail {
     /// No other token has a probability. The known ones are renormalised.
     Zero,
-    /// What is left of the mass is spread evenly over the other tokens.
+    /// The other tokens share what is left of the mass evenly.
     Uniform,
     /// The other tokens are one class of the divergences: what is left of the mass, against the student's mass on the same
     /// tokens. Nothing is assumed of how the teacher spreads it.

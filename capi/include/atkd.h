@@ -169,7 +169,7 @@
 #define ATKD_TAIL_ZERO 1
 
 /*
- What is left of the mass is spread evenly over them.
+ The teacher spreads what is left of the mass evenly over them.
  */
 #define ATKD_TAIL_UNIFORM 2
 
@@ -821,7 +821,7 @@ AtkdStatus atkd_sparse_forward(const struct AtkdObjective *objective,
                                const struct AtkdSparseTeacher *teacher);
 
 /*
- As atkd_sparse_forward, and the gradient as atkd_forward_backward writes it.
+ The loss and each token's terms as atkd_sparse_forward has them, and the gradient as atkd_forward_backward writes it.
 
  # Safety
  The contract of atkd_forward_backward holds.

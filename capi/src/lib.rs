@@ -226,7 +226,7 @@ pub unsafe extern "C" fn atkd_sparse_forward(
     })
 }
 
-/// As atkd_sparse_forward, and the gradient as atkd_forward_backward writes it.
+/// The loss and each token's terms as atkd_sparse_forward has them, and the gradient as atkd_forward_backward writes it.
 ///
 /// # Safety
 /// The contract of atkd_forward_backward holds.

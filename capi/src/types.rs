@@ -229,7 +229,7 @@ impl AtkdCall {
 pub const ATKD_TAIL_BUCKET: i32 = 0;
 /// They have no probability. The known ones are renormalised.
 pub const ATKD_TAIL_ZERO: i32 = 1;
-/// What is left of the mass is spread evenly over them.
+/// The teacher spreads what is left of the mass evenly over them.
 pub const ATKD_TAIL_UNIFORM: i32 = 2;
 
 /// A teacher of which a few log-probabilities per token are known, in the place of AtkdCall.teacher: natural logarithms at

@@ -92,7 +92,7 @@ pub struct Args {
     /// Tokens with this label are dropped
     #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i64,
-    /// What the teacher gives the tokens of which it has no log-probability, where the file has `teacher_indices` and
+    /// The probabilities of the tokens of which the teacher has no log-probability, where the file has `teacher_indices` and
     /// `teacher_log_probs` [default: bucket]
     #[arg(long, value_enum)]
     tail: Option<TailName>,
@@ -113,8 +113,8 @@ pub struct Args {
     /// the file of --grad, `teacher_entropy` and `student_entropy` (F32) per token
     #[arg(long)]
     entropies: bool,
-    /// Print one JSON object, with `tail` and `top_k` (K) of a sparse teacher; the numbers of a divergence's parts, tkd and dkd, are "NaN" where they are not computed: for
-    /// plain jsd, tvd, skew-kl and skew-reverse-kl
+    /// Print one JSON object, with `tail` and `top_k` (K) of a sparse teacher; the numbers of a divergence's parts, tkd and
+    /// dkd, are "NaN" where they are not computed: for plain jsd, tvd, skew-kl and skew-reverse-kl
     #[arg(long)]
     json: bool,
 }
@@ -252,8 +252,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         })
     };
     let has = |name| file.tensor(name).is_ok();
+    let of_sparse = sparse::first_tensor(&file);
     if let (Some(sparse), Some(dense)) = (
-        sparse::first_tensor(&file),
+        of_sparse,
         ["teacher", "teacher_hidden", head::STUDENT_HIDDEN].into_iter().find(|name| has(name)),
     ) {
         bail!(
@@ -262,7 +263,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             args.file.display()
         );
     }
-    if args.tail.is_some() && sparse::first_tensor(&file).is_none() {
+    if args.tail.is_some() && of_sparse.is_none() {
         bail!(
             "--tail says what a teacher gives the tokens of which it has no log-probability, but {} holds no \
              `teacher_indices` and `teacher_log_probs`: leave --tail out",
@@ -278,7 +279,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 head::STUDENT_HIDDEN
             );
         }
-        let (teacher, backend) = match sparse::first_tensor(&file) {
+        let (teacher, backend) = match of_sparse {
             Some(_) => sparse_teacher(args, &file, backend)?,
             None => (FileTeacher::Dense(Matrix::read(&args.file, &file, "teacher")?), backend),
         };
@@ -326,7 +327,7 @@ enum FileTeacher<'a> {
 }
 
 impl FileTeacher<'_> {
-    /// As the student sees it.
+    /// The teacher of a batch, of the student's tokens and vocabulary.
     fn teacher(&self, student: &Matrix, vocab_size: Option<usize>) -> Result<Teacher<'_>> {
         let teacher = match self {
             Self::Dense(teacher) => teacher,

@@ -187,7 +187,7 @@ fn pack(args: &PackArgs) -> Result<()> {
     output::print(&in_words(&TeacherCache::open(&args.out)?))
 }
 
-/// What is in the cache already must be of the tokens that come first in the file.
+/// Checks that the tokens that are in the cache already are those that come first in the file.
 fn check_labels(path: &Path, there: usize, labels: &[i64]) -> Result<()> {
     ensure!(
         there <= labels.len(),
@@ -225,7 +225,7 @@ fn copy_row(elements: Elements, token: usize, row: &mut [f32]) {
     }
 }
 
-/// What a cache keeps of a token.
+/// The values that a cache keeps of a token.
 struct Row {
     indices: Vec<i32>,
     log_probs: Vec<f32>,
@@ -313,7 +313,7 @@ fn top_k(logits: &[f32], k: usize) -> Vec<(f32, usize)> {
     let mut top: Vec<(f32, usize)> = Vec::with_capacity(2 * k);
     let mut least = f32::NEG_INFINITY;
     for (index, &logit) in logits.iter().enumerate() {
-        // Of equal logits the later ones come after k others.
+        // A later logit that is equal to the least comes after k others.
         if logit > least || top.len() < k {
             top.push((logit, index));
             if top.len() == 2 * k {

@@ -1278,7 +1278,7 @@ fn packing_goes_on_where_it_was_killed() {
     assert!(pack(&files, &files.labels, &options).output().unwrap().status.success());
     let cache = files.path("cache");
     let whole = TeacherCache::open(&cache).unwrap().read(0..6).unwrap();
-    // As if it had been killed in its second file, and the rest were to come.
+    // The cache looks as if its writer had been killed in the second file.
     for shard in ["1", "2", "3"] {
         std::fs::remove_file(cache.join(format!("teacher-0000{shard}.safetensors"))).unwrap();
     }
