@@ -6,7 +6,8 @@
 //! ```
 //!
 //! `--divergence` puts another divergence in place of KL, or compares all of them; `--on-policy` lets the students
-//! learn from samples of their own; with `--fused-head` the logits of a batch never exist.
+//! learn from samples of their own; with `--fused-head` the logits of a batch never exist; with `--teacher-cache` they
+//! learn once more from the teacher's likeliest tokens, of caches on disk.
 
 #[path = "distill/model.rs"]
 mod model;
@@ -15,13 +16,17 @@ mod report;
 #[path = "distill/text.rs"]
 mod text;
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use atkd::candle::{Layer, linear_loss_with_output, loss, loss_with_output};
+use atkd::candle::{
+    KnownLogProbs, Layer, linear_loss_with_output, loss, loss_with_output, sparse_loss_with_output,
+};
 use atkd::head::Chunks;
-use atkd::{Divergence, Objective, Output, TokenTerms};
+use atkd::teacher_cache::{Settings, TeacherCache, Writer};
+use atkd::{Divergence, Logits, Objective, Output, Tail, TokenTerms};
 use candle_core::{Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use clap::{Parser, ValueEnum};
@@ -73,6 +78,10 @@ const STUDENT_RATE: f64 = 4e-3;
 /// for a chunk of tokens at a time, and the teacher's hidden states are kept rather than its logits: the same losses
 /// to rounding, in less memory, which is reported.
 ///
+/// With --teacher-cache 8,32,128 what the teacher says of the batches is also written to OUT/teacher-8 and so on, of
+/// each token the 8, 32 or 128 most probable tokens, and the distilled students are trained once more from each of
+/// these caches, without the teacher. Reported is what a cache takes on disk, beside the students' losses.
+///
 ///   cargo run --release --example distill --features candle -- --divergence all --on-policy 0.5
 #[derive(Parser)]
 #[command(name = "distill", verbatim_doc_comment, allow_negative_numbers = true)]
@@ -122,6 +131,32 @@ struct Args {
     /// Never make the logits of a batch
     #[arg(long)]
     fused_head: bool,
+    /// Train from caches of the teacher's K most probable tokens too, for each K of this list
+    #[arg(long, value_name = "K", value_delimiter = ',', conflicts_with_all = ["fused_head", "on_policy"])]
+    teacher_cache: Vec<usize>,
+    /// What a teacher of a cache is taken for on tokens that are not in it
+    #[arg(long, value_enum, default_value = "bucket")]
+    tail: TailName,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum TailName {
+    /// It gives them no probability, and its known tokens all of it
+    Zero,
+    /// It gives each of them the same
+    Uniform,
+    /// They are one class, of the probability that is left
+    Bucket,
+}
+
+impl From<TailName> for Tail {
+    fn from(name: TailName) -> Self {
+        match name {
+            TailName::Zero => Self::Zero,
+            TailName::Uniform => Self::Uniform,
+            TailName::Bucket => Self::Bucket,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -184,7 +219,17 @@ fn keep_freed_memory() {
 #[derive(Clone)]
 enum Said {
     Logits(Tensor),
-    Hidden { hidden: Tensor, weight: Tensor },
+    Hidden {
+        hidden: Tensor,
+        weight: Tensor,
+    },
+    /// Log-probabilities of a few tokens and of the target, from a cache.
+    Known {
+        indices: Tensor,
+        log_probs: Tensor,
+        of_targets: Tensor,
+        tail: Tail,
+    },
 }
 
 impl Said {
@@ -202,6 +247,7 @@ impl Said {
             Self::Hidden { hidden, weight } => {
                 Self::Hidden { hidden: hidden.detach(), weight: weight.detach() }
             }
+            Self::Known { .. } => self.clone(),
         }
     }
 
@@ -225,7 +271,53 @@ impl Said {
                 let chunks = Chunks::Tokens(CHUNK);
                 linear_loss_with_output(objective, student, teacher, labels, chunks)?
             }
-            _ => return Err("one model says logits, the other hidden states".into()),
+            (Self::Logits(student), Self::Known { indices, log_probs, of_targets, tail }) => {
+                let known = KnownLogProbs::new(indices, log_probs)
+                    .with_target_log_probs(of_targets)
+                    .with_tail(*tail);
+                sparse_loss_with_output(objective, student, known, labels)?
+            }
+            _ => return Err("the models say what does not go together".into()),
+        })
+    }
+}
+
+/// Where the students of a run have from what the teacher says.
+enum Source<'a> {
+    /// The teacher itself, whose every word on the batches of the text is written down.
+    Teacher { model: &'a Model, writers: &'a mut [Writer] },
+    /// What was written down: batch after batch.
+    Cache { cache: &'a TeacherCache, tail: Tail },
+}
+
+impl Source<'_> {
+    /// What the teacher says of the batch of the text that comes after so many others.
+    fn of(&mut self, batch: &Batch, before: usize, fused_head: bool) -> Result<Said> {
+        Ok(match self {
+            Self::Teacher { model, writers } => {
+                let said = Said::by(model, &batch.inputs, fused_head)?.detach();
+                if let Said::Logits(logits) = &said
+                    && !writers.is_empty()
+                {
+                    let (tokens, vocab) = logits.dims2()?;
+                    let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+                    let labels: Vec<i64> =
+                        batch.labels.to_dtype(candle_core::DType::I64)?.to_vec1()?;
+                    for writer in writers.iter_mut() {
+                        writer.push_logits(Logits::new(&logits, tokens, vocab)?, &labels)?;
+                    }
+                }
+                said
+            }
+            Self::Cache { cache, tail } => {
+                let tokens = BATCH * TIME;
+                let rows = cache.read(before * tokens..(before + 1) * tokens)?;
+                let shape = (tokens, cache.settings().top_k);
+                let indices = Tensor::from_vec(rows.indices, shape, &Device::Cpu)?;
+                let log_probs = Tensor::from_vec(rows.log_probs, shape, &Device::Cpu)?;
+                let of_targets = Tensor::from_vec(rows.target_log_prob, tokens, &Device::Cpu)?;
+                Said::Known { indices, log_probs, of_targets, tail: *tail }
+            }
         })
     }
 }
@@ -278,8 +370,18 @@ fn run(args: &Args) -> Result<()> {
     if args.steps == 0 || teacher_steps == 0 {
         return Err("a model needs at least one training step, but 0 were asked for".into());
     }
-    let trainings = trainings(args)?;
+    let trainings = trainings_of(args)?;
     report::create_folder(&args.out)?;
+    for path in args.teacher_cache.iter().map(|&k| cache_path(args, k)) {
+        match std::fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(
+                    format!("cannot delete the old cache {}: {error}", path.display()).into()
+                );
+            }
+            _ => {}
+        }
+    }
 
     let text = Text::load(args.text.as_deref())?;
     for (what, tokens) in [("to train on", &text.train), ("held out", &text.held_out)] {
@@ -302,47 +404,69 @@ fn run(args: &Args) -> Result<()> {
     let held_out = HeldOut::new(&text.held_out)?;
 
     let teacher = train_teacher(&text, teacher_steps, args.seed)?;
-    let mut students = trainings
-        .into_iter()
-        .map(|training| {
-            let model = Model::new(STUDENT, text.vocab, TIME, args.seed)?;
-            let optimizer = optimizer(&model)?;
-            let rng = fastrand::Rng::with_seed(args.seed ^ 0x5a3b_1e50);
-            Ok(Student { training, model, optimizer, rng, curve: Vec::new() })
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let mut students = students_of(trainings, &text, args.seed)?;
     println!(
         "teacher: {:.2} million parameters; student: {:.2} million",
         teacher.parameters() as f64 / 1e6,
         students[0].model.parameters() as f64 / 1e6
     );
+    let mut writers = args
+        .teacher_cache
+        .iter()
+        .map(|&k| {
+            let settings =
+                Settings { temperature: args.temperature, ..Settings::new(text.vocab, k) };
+            Ok(Writer::open(cache_path(args, k), &settings)?)
+        })
+        .collect::<Result<Vec<_>>>()?;
     let before = peak_memory(true);
-    let margins = train_students(&mut students, &teacher, &text, &held_out, args)?;
+    let source = Source::Teacher { model: &teacher, writers: &mut writers };
+    let margins = train_students(&mut students, "students", source, &text, &held_out, args)?;
     let memory = peak_memory(false).zip(before).map(|(peak, before)| peak.saturating_sub(before));
+    writers.into_iter().try_for_each(Writer::finish)?;
 
     let teacher_terms = held_out.measure(&teacher, None, args.fused_head)?;
     let mut rows = vec![Row::new("teacher".into(), &teacher_terms, None, 0.0, TIME)];
     let mut baseline: Option<Vec<TokenTerms>> = None;
-    for student in &students {
-        let terms = held_out.measure(&student.model, Some(&teacher), args.fused_head)?;
-        let reverse_kl = held_out.reverse_kl_of_samples(&student.model, &teacher, args.seed)?;
-        let name = student.training.name.clone();
-        rows.push(Row::new(name, &terms, baseline.as_deref(), reverse_kl, TIME));
-        baseline.get_or_insert(terms);
+    let mut measure = |students: &[Student], rows: &mut Vec<Row>| -> Result<()> {
+        for student in students {
+            let terms = held_out.measure(&student.model, Some(&teacher), args.fused_head)?;
+            let reverse_kl = held_out.reverse_kl_of_samples(&student.model, &teacher, args.seed)?;
+            let name = student.training.name.clone();
+            rows.push(Row::new(name, &terms, baseline.as_deref(), reverse_kl, TIME));
+            baseline.get_or_insert(terms);
+        }
+        Ok(())
+    };
+    measure(&students, &mut rows)?;
+    let mut runs = vec![("loss".to_string(), curves(students))];
+    for &k in &args.teacher_cache {
+        let cache = TeacherCache::open(cache_path(args, k))?;
+        println!(
+            "cache of K = {k}: {} bytes a token (float16 logits: {}), mean probability of the tokens that are not in it {:.4}",
+            cache.bytes_per_token(),
+            2 * text.vocab,
+            cache.mean_tail_mass()
+        );
+        let mut distilled = trainings_of(args)?;
+        // Cross entropy has no teacher.
+        distilled.remove(0);
+        for training in &mut distilled {
+            training.name += &format!(", K = {k}");
+        }
+        let mut students = students_of(distilled, &text, args.seed)?;
+        let source = Source::Cache { cache: &cache, tail: args.tail.into() };
+        train_students(&mut students, "from the cache", source, &text, &held_out, args)?;
+        measure(&students, &mut rows)?;
+        runs.push((format!("loss-{k}"), curves(students)));
     }
-    let curves: Vec<Curve> = students
-        .into_iter()
-        .map(|Student { training: Training { name, on_policy, .. }, curve, .. }| Curve {
-            name,
-            on_policy: on_policy > 0.0,
-            points: curve,
-        })
-        .collect();
     let selection = Objective::default().with_hard_ratio(args.hard_ratio)?;
     let hard = selection.hard_count(teacher_terms.len());
     println!("{}", report::table(&rows));
     report::write_results(&args.out, &rows)?;
-    report::write_curves(&args.out, &curves, rows[0].loss)?;
+    for (name, curves) in &runs {
+        report::write_curves(&args.out, name, curves, rows[0].loss)?;
+    }
     report::write_uncertainty(&args.out, &teacher_terms, hard)?;
     let wrong = [1, 4, 16].map(|batches| BATCH * TIME * batches).map(|tokens| {
         let share = report::guessed_wrong(&margins, tokens, &selection);
@@ -375,7 +499,31 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn trainings(args: &Args) -> Result<Vec<Training>> {
+fn cache_path(args: &Args, top_k: usize) -> PathBuf {
+    args.out.join(format!("teacher-{top_k}"))
+}
+
+/// All from the same start.
+fn students_of(trainings: Vec<Training>, text: &Text, seed: u64) -> Result<Vec<Student>> {
+    let student = |training| {
+        let model = Model::new(STUDENT, text.vocab, TIME, seed)?;
+        let optimizer = optimizer(&model)?;
+        let rng = fastrand::Rng::with_seed(seed ^ 0x5a3b_1e50);
+        Ok(Student { training, model, optimizer, rng, curve: Vec::new() })
+    };
+    trainings.into_iter().map(student).collect()
+}
+
+fn curves(students: Vec<Student>) -> Vec<Curve> {
+    let curve = |Student { training: Training { name, on_policy, .. }, curve, .. }| Curve {
+        name,
+        on_policy: on_policy > 0.0,
+        points: curve,
+    };
+    students.into_iter().map(curve).collect()
+}
+
+fn trainings_of(args: &Args) -> Result<Vec<Training>> {
     let &Args { beta, on_policy, .. } = args;
     // Lambda and beta are checked even where nothing is trained by them: a lambda of 7 is a mistake anyway.
     let atkd = Objective::atkd(args.lambda)?.with_divergence(Divergence::Jsd { beta })?;
@@ -569,7 +717,8 @@ fn train_teacher(text: &Text, steps: usize, seed: u64) -> Result<Model> {
 /// before the next batch. Returns the teacher's margins of all batches of the text.
 fn train_students(
     students: &mut [Student],
-    teacher: &Model,
+    what: &'static str,
+    mut source: Source,
     text: &Text,
     held_out: &HeldOut,
     args: &Args,
@@ -577,15 +726,20 @@ fn train_students(
     let mut rng = fastrand::Rng::with_seed(args.seed ^ 0x5e1e_c7ed);
     let mut margins = Vec::new();
     let every = args.steps.div_ceil(MEASUREMENTS);
-    let bar = progress("students", args.steps)?;
+    let bar = progress(what, args.steps)?;
     for step in 1..=args.steps {
         let batch = Batch::random(&text.train, &mut rng)?;
-        let by_teacher = Said::by(teacher, &batch.inputs, args.fused_head)?.detach();
+        let by_teacher = source.of(&batch, step - 1, args.fused_head)?;
+        let teacher = match source {
+            Source::Teacher { model, .. } => Some(model),
+            Source::Cache { .. } => None,
+        };
         let rate = learning_rate(STUDENT_RATE, step, args.steps);
         let step_of = |student: &mut Student| -> Result<Vec<TokenTerms>> {
             let Student { training, model, rng, .. } = student;
             let (loss, output) = if training.samples_at(step) {
                 let own = batch.sampled(model, rng)?;
+                let teacher = teacher.ok_or("a cache knows nothing of the student's samples")?;
                 let by_teacher = Said::by(teacher, &own.inputs, args.fused_head)?.detach();
                 let objective = training.objective.with_ce_weight(0.0)?;
                 let said = Said::by(model, &own.inputs, args.fused_head)?;

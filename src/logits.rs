@@ -146,7 +146,8 @@ impl<'a> Elements<'a> {
         }
     }
 
-    pub(crate) fn slice(self, range: std::ops::Range<usize>) -> Elements<'a> {
+    /// These elements alone. Panics as a slice does if the range is not within them.
+    pub fn slice(self, range: std::ops::Range<usize>) -> Elements<'a> {
         each_dtype!(self, Elements => s => &s[range])
     }
 

@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
-use atkd::Elements;
-use atkd::teacher_cache::{Encoding, NewRows, Settings, TeacherCache, Writer};
+use atkd::Logits;
+use atkd::teacher_cache::{Encoding, Settings, TeacherCache, Writer};
 use clap::{Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use rayon::prelude::*;
 use serde_json::json;
 
 use crate::output;
@@ -102,7 +101,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Rows that are computed, and then pushed.
+/// Rows between two movements of the progress bar.
 const CHUNK: usize = 64;
 
 fn pack(args: &PackArgs) -> Result<()> {
@@ -158,28 +157,11 @@ fn pack(args: &PackArgs) -> Result<()> {
     );
     for start in (there..tokens).step_by(CHUNK) {
         let end = tokens.min(start + CHUNK);
-        let rows: Vec<Row> = (start..end)
-            .into_par_iter()
-            .map_init(
-                || vec![0.0; vocab],
-                |logits, token| {
-                    copy_row(teacher.elements(), token, logits);
-                    Row::new(logits, labels[token], &settings)
-                        .with_context(|| format!("{}: the logits of token {token}", path.display()))
-                },
-            )
-            .collect::<Result<_>>()?;
-        let gathered = |f: fn(&Row) -> f32| rows.iter().map(f).collect::<Vec<_>>();
-        writer.push(&NewRows {
-            indices: &rows.iter().flat_map(|row| row.indices.iter().copied()).collect::<Vec<_>>(),
-            log_probs: &rows
-                .iter()
-                .flat_map(|row| row.log_probs.iter().copied())
-                .collect::<Vec<_>>(),
-            target_log_prob: &gathered(|row| row.target_log_prob),
-            tail_mass: Some(&gathered(|row| row.tail_mass)),
-            labels: &labels[start..end],
-        })?;
+        let rows = teacher.elements().slice(start * vocab..end * vocab);
+        let logits = Logits::new(rows, end - start, vocab)?;
+        writer
+            .push_logits(logits, &labels[start..end])
+            .with_context(|| path.display().to_string())?;
         bar.inc((end - start) as u64);
     }
     writer.finish()?;
@@ -210,122 +192,6 @@ fn check_labels(path: &Path, there: usize, labels: &[i64]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn copy_row(elements: Elements, token: usize, row: &mut [f32]) {
-    let (start, end) = (token * row.len(), (token + 1) * row.len());
-    match elements {
-        Elements::F32(all) => row.copy_from_slice(&all[start..end]),
-        Elements::F16(all) => {
-            row.iter_mut().zip(&all[start..end]).for_each(|(to, from)| *to = from.to_f32())
-        }
-        Elements::Bf16(all) => {
-            row.iter_mut().zip(&all[start..end]).for_each(|(to, from)| *to = from.to_f32())
-        }
-    }
-}
-
-/// The values that a cache keeps of a token.
-struct Row {
-    indices: Vec<i32>,
-    log_probs: Vec<f32>,
-    target_log_prob: f32,
-    tail_mass: f32,
-}
-
-impl Row {
-    /// `logits` are used up.
-    fn new(logits: &mut [f32], label: i64, settings: &Settings) -> Result<Self> {
-        let k = settings.top_k;
-        let wrong = logits.iter().position(|z| z.is_nan() || *z == f32::INFINITY);
-        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        if label < 0 && (wrong.is_some() || highest == f32::NEG_INFINITY) {
-            // The writer keeps nothing of an ignored token without a distribution.
-            let log_probs = vec![f32::NAN; k];
-            return Ok(Self {
-                indices: vec![0; k],
-                log_probs,
-                target_log_prob: 0.0,
-                tail_mass: 0.0,
-            });
-        }
-        if let Some(index) = wrong {
-            bail!("the logit of {index} is {}, but must be finite or -inf", logits[index]);
-        }
-        ensure!(highest > f32::NEG_INFINITY, "all are -inf, but one at least must be finite");
-        let vocab = logits.len();
-        let target = usize::try_from(label).ok();
-        if let Some(target) = target {
-            ensure!(
-                target < vocab,
-                "the label is {target}, but must be below the vocabulary size {vocab}, or negative for a token to be ignored"
-            );
-        }
-        let scaled = |z: f32| f64::from(z) / settings.temperature;
-        let of_target = target.map_or(f64::NEG_INFINITY, |target| scaled(logits[target]));
-        let top = top_k(logits, k);
-        for &(_, index) in &top {
-            logits[index] = f32::NEG_INFINITY;
-        }
-        if let Some(target) = target {
-            logits[target] = f32::NEG_INFINITY;
-        }
-        // All logarithms are of sums without the target, so that one that the teacher is sure of loses nothing.
-        let tail = log_sum_exp(logits.iter().map(|&z| scaled(z)));
-        let entries =
-            top.iter().filter(|entry| Some(entry.1) != target).map(|entry| scaled(entry.0));
-        let others = log_sum_exp(entries.chain([tail]));
-        let margin = others - of_target;
-        let target_log_prob = match margin > 0.0 {
-            true => -margin - (-margin).exp().ln_1p(),
-            false => -margin.exp().ln_1p(),
-        };
-        let all = if margin > 0.0 {
-            others + (-margin).exp().ln_1p()
-        } else {
-            of_target - target_log_prob
-        };
-
-        let mut row = Self {
-            indices: top.iter().map(|entry| entry.1 as i32).collect(),
-            log_probs: top.iter().map(|entry| (scaled(entry.0) - all) as f32).collect(),
-            target_log_prob: target_log_prob as f32,
-            tail_mass: (tail - all).exp() as f32,
-        };
-        row.indices.resize(k, -1);
-        row.log_probs.resize(k, 0.0);
-        Ok(row)
-    }
-}
-
-/// The logarithm of the sum, -inf of none.
-fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
-    let highest = values.clone().fold(f64::NEG_INFINITY, f64::max);
-    if highest == f64::NEG_INFINITY {
-        return highest;
-    }
-    highest + values.map(|value| (value - highest).exp()).sum::<f64>().ln()
-}
-
-/// The largest k logits with their indices, by lower index where they are equal.
-fn top_k(logits: &[f32], k: usize) -> Vec<(f32, usize)> {
-    let larger = |a: &(f32, usize), b: &(f32, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-    let mut top: Vec<(f32, usize)> = Vec::with_capacity(2 * k);
-    let mut least = f32::NEG_INFINITY;
-    for (index, &logit) in logits.iter().enumerate() {
-        // A later logit that is equal to the least comes after k others.
-        if logit > least || top.len() < k {
-            top.push((logit, index));
-            if top.len() == 2 * k {
-                top.select_nth_unstable_by(k - 1, larger);
-                top.truncate(k);
-                least = top[k - 1].0;
-            }
-        }
-    }
-    top.sort_unstable_by(larger);
-    top.truncate(k);
-    top
 }
 
 fn in_json(cache: &TeacherCache) -> String {

@@ -1325,12 +1325,12 @@ fn files_that_hold_no_teacher_say_so() {
     for (logit, word) in [(f32::NAN, "logit of 1 is NaN"), (f32::INFINITY, "logit of 1 is inf")] {
         let path =
             files.save("bad", &[labels(&[2]), teacher(&logits(&[1.0, 2.0, 3.0, 4.0, logit, 6.0]))]);
-        fails(packed(&path, &[]), &["logits of token 1", word]);
+        fails(packed(&path, &[]), &["bad", "token 1:", word]);
     }
     let none = f32::NEG_INFINITY;
     let path =
         files.save("masked", &[labels(&[2]), teacher(&logits(&[none, none, none, 4.0, 5.0, 6.0]))]);
-    fails(packed(&path, &[]), &["logits of token 0", "all are -inf"]);
+    fails(packed(&path, &[]), &["masked", "token 0:", "all logits are -inf"]);
     let path = files.save("fine", &[labels(&[2]), teacher(&fine)]);
     fails(packed(&path, &["--top-k", "0"]), &["top_k is 0"]);
     fails(packed(&path, &["--temperature", "-1"]), &["temperature is -1"]);

@@ -6,6 +6,7 @@ use std::path::Path;
 use atkd::{Objective, TokenTerms};
 use comfy_table::{CellAlignment, Table, presets};
 use plotters::coord::ranged1d::Ranged;
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
 use crate::Result;
@@ -155,9 +156,9 @@ pub fn write_results(folder: &Path, rows: &[Row]) -> Result<()> {
     write(folder, "results.csv", csv)
 }
 
-/// `loss.csv` and `loss.svg`. The plot starts after the first sixth of the steps, where the curves
+/// `{name}.csv` and `{name}.svg`, for example `loss.csv`. The plot starts after the first sixth of the steps, where the curves
 /// still coincide.
-pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Result<()> {
+pub fn write_curves(folder: &Path, name: &str, curves: &[Curve], teacher_loss: f64) -> Result<()> {
     let names: Vec<&str> = curves.iter().map(|curve| curve.name.as_str()).collect();
     let mut csv = format!("step,{}\n", names.join(","));
     for i in 0..curves[0].points.len() {
@@ -165,7 +166,7 @@ pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Resul
             curves.iter().map(|curve| curve.points[i].1.to_string()).collect();
         csv += &format!("{},{}\n", curves[0].points[i].0, losses.join(","));
     }
-    write(folder, "loss.csv", csv)?;
+    write(folder, &format!("{name}.csv"), csv)?;
 
     let last = curves[0].points.last().map_or(0, |point| point.0);
     let shown = || {
@@ -177,7 +178,7 @@ pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Resul
     let (low, high) = (losses().fold(f64::MAX, f64::min), losses().fold(f64::MIN, f64::max));
     let margin = 0.04 * (high - low).max(0.01);
 
-    let path = folder.join("loss.svg");
+    let path = folder.join(format!("{name}.svg"));
     // The legend finds room to the lower left, since curves fall, on a plot that is the higher the more they are.
     let size = (SIZE.0, SIZE.1 + 12 * curves.len() as u32);
     let area = SVGBackend::new(&path, size).into_drawing_area();
@@ -210,20 +211,24 @@ pub fn write_curves(folder: &Path, curves: &[Curve], teacher_loss: f64) -> Resul
             GREY.stroke_width(2),
         ))?
         .label(format!("teacher {teacher_loss:.3}"))
-        .legend(|(x, y)| PathElement::new([(x, y), (x + 28, y)], GREY.stroke_width(2)));
+        .legend(|(x, y)| DashedPathElement::new([(x, y), (x + 28, y)], 8, 6, GREY.stroke_width(2)));
     // The first is the baseline. The divergences come twice where some students sample: in the same colors, dashed.
     let colors = COLORS[..1].iter().chain(COLORS[1..].iter().cycle());
     for (curve, &color) in curves.iter().zip(colors) {
         let points = curve.points.iter().copied().filter(|point| point.0 >= first);
         let end = curve.points.last().map_or(f64::NAN, |point| point.1);
-        let series = if curve.on_policy {
-            chart.draw_series(DashedLineSeries::new(points, 4, 4, color.stroke_width(2)))?
+        let (label, style) = (format!("{} {end:.3}", curve.name), color.stroke_width(2));
+        if curve.on_policy {
+            chart
+                .draw_series(DashedLineSeries::new(points, 4, 4, style))?
+                .label(label)
+                .legend(move |(x, y)| DashedPathElement::new([(x, y), (x + 28, y)], 4, 4, style));
         } else {
-            chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?
-        };
-        series
-            .label(format!("{} {end:.3}", curve.name))
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 28, y)], color.stroke_width(3)));
+            chart
+                .draw_series(LineSeries::new(points, style))?
+                .label(label)
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 28, y)], style));
+        }
     }
     legend(&mut chart, SeriesLabelPosition::LowerLeft)?;
     Ok(area.present()?)
@@ -293,7 +298,9 @@ pub fn write_uncertainty(folder: &Path, terms: &[TokenTerms], hard: usize) -> Re
         chart
             .draw_series(DashedLineSeries::new(line, 6, 4, BLACK.stroke_width(2)))?
             .label(format!("threshold: uncertainty {:.3}", uncertainty(margin)))
-            .legend(|(x, y)| PathElement::new([(x, y), (x + 28, y)], BLACK.stroke_width(2)));
+            .legend(|(x, y)| {
+                DashedPathElement::new([(x, y), (x + 28, y)], 6, 4, BLACK.stroke_width(2))
+            });
     }
     legend(&mut chart, SeriesLabelPosition::UpperLeft)?;
     Ok(area.present()?)

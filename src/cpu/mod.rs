@@ -30,7 +30,7 @@ mod dispatch;
 mod element;
 mod entropy;
 mod exp;
-mod math;
+pub(crate) mod math;
 pub mod raw;
 mod rows;
 mod session;

@@ -74,6 +74,7 @@
 mod error;
 mod reader;
 mod row;
+mod top_k;
 mod writer;
 
 use std::fs;

@@ -2,10 +2,13 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde_json::json;
 
 use super::row::{Codec, NewRow};
+use super::top_k::TopK;
 use super::{COLUMNS, Error, FORMAT, Listing, PARTIAL, Result, Settings, TeacherCache, shard_path};
+use crate::Logits;
 
 /// What a shard takes on disk, unless the writer is told otherwise.
 const SHARD_BYTES: usize = 256_000_000;
@@ -198,6 +201,54 @@ impl Writer {
             }
         }
         Ok(())
+    }
+
+    /// Appends what the teacher's logits `[n, V]` say of n tokens: the K likeliest of each, by the lower index where logits
+    /// are equal, the target `[n]` and the tail, by softmaxes in double precision. Rows are shared out to rayon's threads.
+    ///
+    /// # Errors
+    /// If the logits are not of the cache's vocabulary, or of other tokens than the labels; if a logit is NaN or +inf, or
+    /// a row has none that is finite, but for ignored tokens; if a label is outside the vocabulary. As for
+    /// [`push`](Self::push), the error names the token, and none of the rows is written.
+    pub fn push_logits(&mut self, logits: Logits, labels: &[i64]) -> Result<()> {
+        let Settings { vocab_size, top_k, .. } = self.settings;
+        for (what, actual, expected, rule) in [
+            ("a row of logits", logits.vocab(), vocab_size, "the cache's vocabulary"),
+            ("labels", labels.len(), logits.tokens(), "one for each row of logits"),
+        ] {
+            if actual != expected {
+                return Err(Error::Length { what, expected, actual, rule });
+            }
+        }
+        let first = self.tokens();
+        let settings = &self.settings;
+        let rows: Vec<TopK> = labels
+            .par_iter()
+            .enumerate()
+            .map_init(
+                || vec![0.0; vocab_size],
+                |scratch, (token, &label)| {
+                    let row = logits.row(token);
+                    scratch.iter_mut().enumerate().for_each(|(i, logit)| *logit = row.get(i));
+                    TopK::new(scratch, label, settings)
+                        .map_err(|problem| Error::Row { token: first + token, problem })
+                },
+            )
+            .collect::<Result<_>>()?;
+        let mut indices = Vec::with_capacity(rows.len() * top_k);
+        let mut log_probs = Vec::with_capacity(rows.len() * top_k);
+        for row in &rows {
+            indices.extend_from_slice(&row.indices);
+            log_probs.extend_from_slice(&row.log_probs);
+        }
+        let of_tokens = |value: fn(&TopK) -> f32| rows.iter().map(value).collect::<Vec<_>>();
+        self.push(&NewRows {
+            indices: &indices,
+            log_probs: &log_probs,
+            target_log_prob: &of_tokens(|row| row.target_log_prob),
+            tail_mass: Some(&of_tokens(|row| row.tail_mass)),
+            labels,
+        })
     }
 
     /// Makes a shard of the tokens since the last one, so that they stay, whatever happens. A run that stops early does

@@ -11,7 +11,7 @@
 use super::{Kept, Session, Token, margin_of_log_prob};
 use crate::Result;
 use crate::cpu::StudentRow;
-use crate::cpu::math::{self, Margins, RowDivergence, RowState, STUDENT, by_family};
+use crate::cpu::math::{self, Margins, RowDivergence, RowState, STUDENT, by_family, log_sum_exp};
 use crate::cpu::rows::{Destination, RowPass, Scratch};
 use crate::logits::{Elements, ElementsMut};
 use crate::sparse::{KnownTokens, SparseTeacher, Tail};
@@ -84,15 +84,6 @@ impl Modelled {
 
 /// The share of a mass below which what is left of it is rounding in double precision.
 const ROUNDING: f64 = 1e-12;
-
-/// -inf of nothing.
-fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
-    let largest = values.clone().fold(f64::NEG_INFINITY, f64::max);
-    if largest == f64::NEG_INFINITY {
-        return largest;
-    }
-    largest + values.map(|value| (value - largest).exp()).sum::<f64>().ln()
-}
 
 /// The margins of a token, of which the teacher's is known: to the bit those that its terms are finished with, lest where the
 /// models agree the target have one sign in the total variation's mean, and another in its own gradient.
