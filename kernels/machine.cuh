@@ -61,7 +61,8 @@ ATKD_DEVICE void begin_kernel() {
     type &name = *static_cast<type *>(__cvta_shared_to_generic(opaque(in_shared(&name##_memory))))
 // The shared memory that the launch asks for.
 #define ATKD_STAGED(name)                                                                                              \
-    extern __shared__ __align__(128) unsigned char name##_memory[];                                                    \
+    extern __shared__ __align__(ATKD_LINE)                                                                             \
+    unsigned char name##_memory[];                                                                                     \
     StagedMemory name = {opaque(in_shared(name##_memory))}
 
 typedef __half f16;

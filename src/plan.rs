@@ -835,7 +835,7 @@ mod tests {
                         };
                         let a_multiprocessor = grid.div_ceil(H200.multiprocessors) as usize;
                         let a_block = shared as usize + pipelined_shared_bytes(false);
-                        let taken = a_multiprocessor * a_block.next_multiple_of(128);
+                        let taken = a_multiprocessor * a_block.next_multiple_of(SHARED_UNIT);
                         assert!(taken <= H200.shared_bytes, "{vocab}: {plan:?}");
                         assert_eq!(block as usize, blocks.threads);
                         assert_eq!(shared % 256, 0);

@@ -171,11 +171,11 @@ template <class T> ATKD_DEVICE T shuffle_from(T value, uint32_t lane) {
     uint64_t bits = 0, lanes[32];
     std::memcpy(&bits, &value, sizeof value);
     simt_exchange(bits, lanes);
-    std::memcpy(&value, &lanes[lane % 32], sizeof value);
+    std::memcpy(&value, &lanes[lane % ATKD_WARP], sizeof value);
     return value;
 }
 template <class T> ATKD_DEVICE T shuffle_xor(T value, uint32_t mask) {
-    return shuffle_from(value, simt_thread_index() % 32 ^ mask);
+    return shuffle_from(value, simt_thread_index() % ATKD_WARP ^ mask);
 }
 ATKD_DEVICE void sync_warp() { simt_sync_warp(); }
 ATKD_DEVICE uint32_t warp_match(uint32_t value) {

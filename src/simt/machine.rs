@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
+use crate::params::ATKD_WARP;
 use crate::plan::LaunchShape;
 use stacks::Stacks;
 
@@ -14,7 +15,7 @@ mod bulk;
 mod races;
 mod stacks;
 
-const WARP: usize = 32;
+const WARP: usize = ATKD_WARP as usize;
 /// How many times a warp's threads get ready, on average, before its rank changes.
 const RANK_LASTS: u32 = 1 << 12;
 
