@@ -405,6 +405,36 @@ mod tests {
         }
     }
 
+    /// The table names the launch bounds that each kernel is compiled with.
+    #[test]
+    fn launch_bounds_are_those_of_the_sources() {
+        // Starts of kernels' names, up to where a macro pastes the rest, and the names of their bounds.
+        let mut sources = Vec::new();
+        for file in std::fs::read_dir("kernels").unwrap() {
+            let path = file.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "cu") {
+                let text = std::fs::read_to_string(path).unwrap();
+                for entry in text.split("ATKD_KERNEL(").skip(1) {
+                    let arguments: Vec<&str> = entry.split([',', ')']).map(str::trim).collect();
+                    let (start, _) = arguments[0].split_once("##").unwrap_or((arguments[0], ""));
+                    sources.push((start.to_string(), arguments[2].to_string()));
+                }
+            }
+        }
+        let number = |name: String| -> u32 {
+            let line = format!("pub const {name}: u32 = ");
+            let (_, rest) = include_str!("../params.rs").split_once(&line).expect(&name);
+            rest.split(';').next().unwrap().parse().unwrap()
+        };
+        for kernel in KERNELS {
+            let entries = sources.iter().filter(|(start, _)| kernel.name.starts_with(start));
+            let entry = entries.max_by_key(|(start, _)| start.len());
+            let (_, bounds) = entry.unwrap_or_else(|| panic!("no source has {}", kernel.name));
+            let of_source = ["THREADS", "BLOCKS"].map(|of| number(format!("{bounds}_{of}")));
+            assert_eq!([kernel.threads, kernel.blocks], of_source, "{}", kernel.name);
+        }
+    }
+
     #[test]
     fn rows_start_where_the_kernels_find_them() {
         let mut random = fastrand::Rng::with_seed(0);
