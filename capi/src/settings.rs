@@ -314,21 +314,65 @@ mod tests {
         assert_eq!(c_fields, names(&default), "settings of C");
     }
 
+    /// The choices of an objective as C's numbers. Each match is over all that Rust has: a variant without a number does
+    /// not compile.
+    fn settings_of(objective: &Objective) -> AtkdSettings {
+        let default = AtkdSettings::default();
+        let (divergence, beta) = match objective.divergence() {
+            Divergence::ForwardKl => (ATKD_DIVERGENCE_FORWARD_KL, default.beta),
+            Divergence::ReverseKl => (ATKD_DIVERGENCE_REVERSE_KL, default.beta),
+            Divergence::Jsd { beta } => (ATKD_DIVERGENCE_JSD, beta),
+            Divergence::TotalVariation => (ATKD_DIVERGENCE_TVD, default.beta),
+            Divergence::SkewKl { alpha } => (ATKD_DIVERGENCE_SKEW_KL, alpha),
+            Divergence::SkewReverseKl { alpha } => (ATKD_DIVERGENCE_SKEW_REVERSE_KL, alpha),
+        };
+        let target = match objective.target() {
+            Target::Label => ATKD_TARGET_LABEL,
+            Target::Teacher => ATKD_TARGET_TEACHER,
+        };
+        let selection_rule = match objective.selection_rule() {
+            SelectionRule::TopK => ATKD_SELECTION_RULE_TOP_K,
+            SelectionRule::Median => ATKD_SELECTION_RULE_MEDIAN,
+        };
+        let (reduction, denominator) = match objective.reduction() {
+            Reduction::Mean => (ATKD_REDUCTION_MEAN, default.denominator),
+            Reduction::Sum => (ATKD_REDUCTION_SUM, default.denominator),
+            Reduction::GroupMean => (ATKD_REDUCTION_GROUP_MEAN, default.denominator),
+            Reduction::Denominator(number) => (ATKD_REDUCTION_DENOMINATOR, number),
+        };
+        AtkdSettings { divergence, beta, target, selection_rule, reduction, denominator, ..default }
+    }
+
+    #[test]
+    fn every_choice_has_its_number() {
+        let default = Objective::default();
+        let targets = [Target::Label, Target::Teacher].map(|target| default.with_target(target));
+        let rules = [SelectionRule::TopK, SelectionRule::Median];
+        let rules = rules.map(|rule| default.with_selection_rule(rule));
+        let reductions =
+            [Reduction::Mean, Reduction::Sum, Reduction::GroupMean, Reduction::Denominator(7.0)];
+        let reductions = reductions.map(|reduction| default.with_reduction(reduction).unwrap());
+        for expected in targets.into_iter().chain(rules).chain(reductions) {
+            assert_eq!(objective(&settings_of(&expected)).unwrap(), expected);
+        }
+    }
+
     #[test]
     fn every_divergence_has_its_number() {
         let beta = 0.3;
-        for (divergence, expected) in [
-            (ATKD_DIVERGENCE_FORWARD_KL, Divergence::ForwardKl),
-            (ATKD_DIVERGENCE_REVERSE_KL, Divergence::ReverseKl),
-            (ATKD_DIVERGENCE_JSD, Divergence::Jsd { beta }),
-            (ATKD_DIVERGENCE_TVD, Divergence::TotalVariation),
-            (ATKD_DIVERGENCE_SKEW_KL, Divergence::SkewKl { alpha: beta }),
-            (ATKD_DIVERGENCE_SKEW_REVERSE_KL, Divergence::SkewReverseKl { alpha: beta }),
+        for divergence in [
+            Divergence::ForwardKl,
+            Divergence::ReverseKl,
+            Divergence::Jsd { beta },
+            Divergence::TotalVariation,
+            Divergence::SkewKl { alpha: beta },
+            Divergence::SkewReverseKl { alpha: beta },
         ] {
-            let settings = AtkdSettings { divergence, beta, ..AtkdSettings::default() };
-            assert_eq!(objective(&settings).unwrap().divergence(), expected);
+            let expected = Objective::default().with_divergence(divergence).unwrap();
+            let settings = settings_of(&expected);
+            assert_eq!(objective(&settings).unwrap(), expected);
             let kl = AtkdSettings { objective: ATKD_OBJECTIVE_KL, ..settings };
-            assert_eq!(objective(&kl).is_ok(), divergence == ATKD_DIVERGENCE_FORWARD_KL);
+            assert_eq!(objective(&kl).is_ok(), divergence == Divergence::ForwardKl);
             assert!(objective(&AtkdSettings { beta: 1.5, ..settings }).is_err());
         }
         let settings = AtkdSettings { divergence: 6, ..AtkdSettings::default() };

@@ -583,6 +583,65 @@ mod tests {
         Args::from_arg_matches(&matches).unwrap().objective().unwrap()
     }
 
+    /// The choices of an objective as options. Each match is over all that Rust has: a variant without a word does not
+    /// compile.
+    fn options_of(objective: &Objective) -> [String; 5] {
+        let (divergence, beta) = match objective.divergence() {
+            Divergence::ForwardKl => ("forward-kl", 0.5),
+            Divergence::ReverseKl => ("reverse-kl", 0.5),
+            Divergence::Jsd { beta } => ("jsd", beta),
+            Divergence::TotalVariation => ("tvd", 0.5),
+            Divergence::SkewKl { alpha } => ("skew-kl", alpha),
+            Divergence::SkewReverseKl { alpha } => ("skew-reverse-kl", alpha),
+        };
+        let target = match objective.target() {
+            Target::Label => "label",
+            Target::Teacher => "teacher",
+        };
+        let rule = match objective.selection_rule() {
+            SelectionRule::TopK => "top-k",
+            SelectionRule::Median => "median",
+        };
+        let reduction = match objective.reduction() {
+            Reduction::Mean => "mean",
+            Reduction::Sum => "sum",
+            Reduction::GroupMean => "group-mean",
+            Reduction::Denominator(_) => unreachable!("it is for programs that accumulate"),
+        };
+        [
+            format!("--divergence={divergence}"),
+            format!("--beta={beta}"),
+            format!("--target={target}"),
+            format!("--selection-rule={rule}"),
+            format!("--reduction={reduction}"),
+        ]
+    }
+
+    #[test]
+    fn every_choice_has_its_word() {
+        let default = Objective::default();
+        let number = 0.3;
+        let divergences = [
+            Divergence::ForwardKl,
+            Divergence::ReverseKl,
+            Divergence::Jsd { beta: number },
+            Divergence::TotalVariation,
+            Divergence::SkewKl { alpha: number },
+            Divergence::SkewReverseKl { alpha: number },
+        ];
+        let divergences =
+            divergences.map(|divergence| default.with_divergence(divergence).unwrap());
+        let targets = [Target::Label, Target::Teacher].map(|target| default.with_target(target));
+        let rules = [SelectionRule::TopK, SelectionRule::Median];
+        let rules = rules.map(|rule| default.with_selection_rule(rule));
+        let reductions = [Reduction::Mean, Reduction::Sum, Reduction::GroupMean];
+        let reductions = reductions.map(|reduction| default.with_reduction(reduction).unwrap());
+        for expected in divergences.into_iter().chain(targets).chain(rules).chain(reductions) {
+            let options = options_of(&expected);
+            assert_eq!(objective(&options.each_ref().map(String::as_str)), expected, "{options:?}");
+        }
+    }
+
     #[test]
     fn every_setting_of_an_objective_is_an_option() {
         assert_eq!(objective(&[]), Objective::default());
