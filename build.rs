@@ -112,7 +112,7 @@ mod cuda {
             })
     }
 
-    /// Where NVIDIA's wheels put nvcc, if the Python on PATH has them.
+    /// The path of nvcc in NVIDIA's wheels, if the Python on PATH has them.
     fn wheel() -> Option<PathBuf> {
         let script = "import nvidia.cu13 as m; print(list(m.__path__)[0])";
         let output = Command::new("python3").args(["-c", script]).output().ok()?;

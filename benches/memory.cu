@@ -1,4 +1,4 @@
-// What a GPU's memory does for kernels that do nothing with it: what to hold the kernels of this crate against.
+// Measures a GPU's memory by kernels that do nothing else, to hold the kernels of this crate against.
 //
 //   nvcc -std=c++17 -O3 -arch=native -o memory benches/memory.cu && ./memory
 //

@@ -237,7 +237,7 @@ template <class D, class P, class Q> ATKD_DEVICE void row_terms(const atkd_shard
             store(p.own_terms + token, {float(terms.teacher), float(terms.student), float(terms.slope)});
         }
     }
-    // As in row_states.
+    // No block ends while another may read what it shares.
     ATKD_SYNC_CLUSTER();
 }
 

@@ -1,4 +1,4 @@
-"""What the sources say of the kernels, for the scripts beside this file."""
+"""Facts that the sources have of the kernels, for the scripts beside this file."""
 
 import pathlib
 import re

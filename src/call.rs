@@ -425,7 +425,8 @@ pub struct RawShard {
     pub counts: Option<u64>,
 }
 
-/// What the ranks of a vocabulary have exchanged, by address: `[ranks, N]`, in the order of their columns.
+/// The states and terms that the ranks of a vocabulary have exchanged, by address: `[ranks, N]`, in the order of their
+/// columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawStates {
     /// The [`RowState`](crate::shards::RowState)s.
@@ -537,7 +538,7 @@ pub struct RawTeacher {
     pub vocab: usize,
     /// The teacher's logits.
     pub teacher: RawLogits,
-    /// As [`RawCall::labels`].
+    /// The same as [`RawCall::labels`].
     pub labels: Option<RawLabels>,
     /// The temperatures of the tokens: see [`RawCall::temperatures`].
     pub temperatures: Option<u64>,
@@ -568,7 +569,7 @@ pub struct RawSelection {
     pub margins: u64,
     /// The tokens that count, a byte per token, 0 or not; `None` for all.
     pub valid: Option<u64>,
-    /// As [`RawCall::sequences`].
+    /// The same as [`RawCall::sequences`].
     pub sequences: Option<(u64, usize)>,
     /// By the median there is no ratio.
     pub rule: SelectionRule,

@@ -315,7 +315,7 @@ fn coefficient(of: Coefficient) -> String {
     }
 }
 
-/// What is wrong, in [`Error::Stage`], with rows whose gradient is divided by the size of a group that is not known.
+/// The fault, in [`Error::Stage`], of rows whose gradient is divided by the size of a group that is not known.
 pub(crate) const NO_GROUP_SIZES: &str = "has a gradient that is divided by the size of its group: with means of groups, and a selection by the median or within sequences, margins of all tokens and the selection come before the rows, unless hard tokens or margins are given";
 
 /// "1 token", "2 tokens".

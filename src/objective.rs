@@ -157,11 +157,11 @@ pub enum SelectionRule {
 /// The factors of tokens' losses in the reduced one, which is the sum of both's products.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ReductionScales {
-    /// Of an easy token's distillation terms.
+    /// The factor of an easy token's distillation terms.
     pub easy: f64,
-    /// Of a hard token's.
+    /// The factor of a hard token's.
     pub hard: f64,
-    /// Of any valid token's cross entropy.
+    /// The factor of any valid token's cross entropy.
     pub ce: f64,
 }
 

@@ -103,7 +103,7 @@ impl Output {
                     let distillation = weights.times(own.weight(i)).distillation(token);
                     let of_group = scales.distillation(token.hard);
                     if distillation.is_finite() {
-                        // What the loss has beside it is cross entropy.
+                        // The rest of the loss is cross entropy.
                         distillation * of_group + (token.loss - distillation) * scales.ce
                     } else {
                         token.loss * of_group

@@ -272,7 +272,7 @@ const CHUNKS_OF_A_LINE: usize = (ATKD_LINE / (2 * ATKD_CHUNK)) as usize;
 /// blocks can do the call.
 const MIN_PIPELINED: usize = 2048;
 const MIN_PIPELINED_WIDE: usize = 4096;
-/// As many as a warp has lanes.
+/// A lane for each block gathers its state.
 const MAX_TEAM: usize = WARP;
 const MARGIN_THREADS: usize = ATKD_MARGIN_THREADS as usize;
 const MARGIN_BLOCKS: usize = ATKD_MARGIN_BLOCKS as usize;
@@ -470,7 +470,7 @@ impl Plan {
         Some(Self {
             schedule,
             margin_pass,
-            // As many rows to each block as to any other: a few that ended last would leave the memory idle.
+            // Every block has as many rows as any other: a few that ended last would leave the memory idle.
             margin: shape(tokens.div_ceil(tokens.div_ceil(resident_margins).max(1)), margin, 1),
             count: shape(tokens.div_ceil(COUNT_THREADS), COUNT_THREADS as u32, 1),
             select: select_hard(device, tokens, scopes),

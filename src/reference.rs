@@ -96,8 +96,8 @@ fn times_log(log_p: f64, log: f64) -> f64 {
     }
 }
 
-/// What one token, or one of the two classes, with the probabilities p and q adds to a divergence D, and the derivative
-/// of that with respect to log q, which is q dD/dq.
+/// The addend of one token, or one of the two classes, with the probabilities p and q in a divergence D, and its
+/// derivative with respect to log q, which is q dD/dq.
 fn divergence(family: Family, log_p: f64, log_q: f64) -> (f64, f64) {
     if log_p == f64::NEG_INFINITY && log_q == f64::NEG_INFINITY {
         return (0.0, 0.0);
@@ -230,7 +230,7 @@ pub(crate) fn targets(objective: &Objective, batch: &Batch) -> Result<Vec<Option
     Ok(labels.into_iter().enumerate().map(target).collect())
 }
 
-/// What multiplies a token's terms.
+/// The factors of a token's terms.
 pub(crate) struct Weights {
     pub tkd: f64,
     pub dkd: f64,

@@ -26,7 +26,7 @@
 //! [`Target::Teacher`](crate::Target::Teacher) each rank leaves out its own arg max, of which the largest is the target, the
 //! lowest token among equals.
 //!
-//! Where the tokens are split over ranks, too, the hard ones are selected by the margins of all ranks' tokens
+//! If the tokens are split over ranks, too, the hard ones are selected by the margins of all ranks' tokens
 //! ([`select_hard`](crate::select_hard)), and [`with_counts`](Shard::with_counts) makes a mean that of all. The losses of the
 //! ranks of tokens then add up. On GPUs `cuda::Workspace::launch_over_ranks`, with the feature `nccl`, does all of it.
 
@@ -171,7 +171,7 @@ impl<'a> Shard<'a> {
     }
 }
 
-/// What the ranks have exchanged, `[ranks, tokens]`, in the order of their columns.
+/// The states and terms that the ranks have exchanged, `[ranks, tokens]`, in the order of their columns.
 #[derive(Clone, Copy, Debug)]
 pub struct Exchanged<'a> {
     states: &'a [RowState],
@@ -226,7 +226,7 @@ impl<'a> Exchanged<'a> {
     }
 }
 
-/// What the stages by view on a device, or in the simulator, copy.
+/// The copies that the stages by view make for a device or the simulator.
 #[cfg(all(feature = "battery", any(feature = "cuda", feature = "simt")))]
 impl<'a> Shard<'a> {
     pub(crate) fn vocab(&self) -> usize {

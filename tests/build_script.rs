@@ -51,13 +51,13 @@ fn nvcc(name: &str, version: &str, compile: &str) -> PathBuf {
 
 struct Run {
     succeeds: bool,
-    /// Whether the build has kernels.
+    /// The build has kernels.
     kernels: bool,
     stdout: String,
 }
 
 impl Run {
-    /// What follows an instruction to cargo.
+    /// The words that follow an instruction to cargo.
     fn all(&self, instruction: &str) -> Vec<&str> {
         let start = format!("cargo::{instruction}=");
         self.stdout.lines().filter_map(|line| line.strip_prefix(&start)).collect()
@@ -73,7 +73,7 @@ impl Run {
 /// Runs the script where PATH has these compilers, with other variables beside it.
 fn run(name: &str, on_path: &[&Path], variables: &[(&str, &str)]) -> Run {
     let out = folder(name);
-    // Of an earlier build, as cargo leaves it there.
+    // Cargo leaves that of an earlier build there.
     fs::write(out.join("atkd.fatbin"), "stale").unwrap();
     let path = std::env::join_paths(on_path.iter().map(|nvcc| nvcc.parent().unwrap())).unwrap();
     let script = &*SCRIPT;
@@ -96,7 +96,7 @@ fn run(name: &str, on_path: &[&Path], variables: &[(&str, &str)]) -> Run {
     }
 }
 
-/// Whether this machine has an nvcc that is found without PATH; then nothing can be said of builds without any.
+/// True if this machine has an nvcc that is found without PATH; then nothing can be said of builds without any.
 fn another_nvcc() -> bool {
     let found = Path::new("/usr/local/cuda/bin/nvcc").is_file();
     if found {

@@ -193,7 +193,7 @@ impl Loaded {
         self.stream.memcpy_htod(&input.labels, &mut self.labels).unwrap();
     }
 
-    /// As it lies on the device.
+    /// The loss as it lies on the device.
     pub fn loss(&self) -> f32 {
         self.stream.clone_dtoh(&self.workspace.loss()).unwrap()[0]
     }
@@ -260,7 +260,7 @@ impl Loaded {
     }
 }
 
-/// Of one row to a block, and of rows that are shared by the blocks of a cluster where the L2 cache is
+/// One for a row to a block, and one for rows that are shared by the blocks of a cluster where the L2 cache is
 /// small.
 const VOCABS: [usize; 2] = [33, 7001];
 
@@ -638,8 +638,8 @@ fn entropies() {
     assert!(matches!(cold, Err(Error::Setting { name: "the temperature", .. })));
 }
 
-/// What is wrong with a selection, or with margins, by itself: an error at once, or of the next read where a kernel met
-/// it.
+/// Faults of a selection, or of margins, by itself are an error at once, or of the next read where a kernel met
+/// them.
 #[test]
 fn selections_and_margins_that_cannot_be() {
     let Some(gpu) = Gpu::new() else { return };
@@ -687,7 +687,7 @@ fn selections_and_margins_that_cannot_be() {
     let to = bytes.as_view_mut();
     workspace.select_hard(stream, &margins, None, 1.0, sequences.as_ref(), to).unwrap();
     assert!(workspace.read_loss(stream).is_err());
-    // Of the sequence that ends beyond the tokens none.
+    // None are of the sequence that ends beyond the tokens.
     assert_eq!(stream.clone_dtoh(&bytes).unwrap(), [1, 1, 1, 0]);
 }
 
@@ -709,7 +709,7 @@ fn labels_out_of_range_are_reported_once() {
             false => loaded.workspace.read(&gpu.stream).unwrap_err(),
         };
         assert_eq!(fault, Error::DeviceLabel { token: 3, vocab: 40, ignore_index: -100 });
-        // As if the tokens were ignored.
+        // The same as if the tokens were ignored.
         (input.labels[3], input.labels[5]) = (-100, -100);
         input.check(&objective, &loaded.read());
         loaded.replace(&input);
@@ -1102,7 +1102,7 @@ fn captured_call(gpu: Gpu) {
 #[test]
 fn a_capture_while_memory_is_tracked() {
     let Some(gpu) = Gpu::new() else { return };
-    // Of the kernels' own context, and of another owner of the same one.
+    // The kernels' own context, and another owner of the same one.
     for context in [cuda::context(0).unwrap(), gpu.context.clone()] {
         let stream = context.new_stream().unwrap();
         let objective = Objective::default();

@@ -32,7 +32,7 @@ const DKD: f64 = 0.130_812;
 /// -ln 1/2
 const CE: f64 = std::f64::consts::LN_2;
 
-/// What each backend comes to, the gradient of those that have one in two ways twice.
+/// The results of each backend, the gradient of those that have one in two ways twice.
 fn results(objective: &Objective) -> Vec<(Output, Vec<f64>)> {
     let (teacher, student) = (teacher(), student());
     let view = |logits| Logits::new(logits, TOKENS, VOCAB).unwrap();

@@ -113,7 +113,7 @@ fn known_log_probabilities_select() {
     let session = session.with_teacher_log_probs(&log_probs).unwrap();
     compare(&problem.found(session, Chunks::Tokens(7)), &exact);
 
-    // Where the margins tell the tokens apart that their probabilities would not.
+    // The margins tell tokens apart here that their probabilities would not.
     let backwards: Vec<f32> = (0..N).map(|token| -1e-3 * (1.0 + token as f32)).collect();
     let session = problem.session(&objective, With::default());
     let session = session.with_teacher_log_probs(&backwards).unwrap();

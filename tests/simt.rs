@@ -210,7 +210,7 @@ fn rows_of_two_types_on_chip() {
             if wide_teacher { (of_wide, of_narrow) } else { (of_narrow, of_wide) };
         let batch = Batch::new(teacher, &labels).unwrap();
         let (_, exact) = reference::forward_backward(&objective, &batch, student).unwrap();
-        // Where the student's row starts, the gradient's does.
+        // The gradient's row starts where the student's does.
         let row = if wide_teacher { narrow_row } else { wide_row };
         let mut gradient: Aligned<f32> = vec![f32::NAN; tokens * row].into_iter().collect();
         let mut to = LogitsMut::strided(&mut gradient[..], tokens, vocab, row).unwrap();
@@ -463,14 +463,14 @@ fn a_mask_is_the_calls_own_selection() {
             let objective = objective.with_target(target);
             let (output, gradient, _) = input.run(simulation, &objective, Extra::default());
             let hard: Vec<bool> = output.tokens.iter().map(|token| token.hard).collect();
-            // What is not used.
+            // The ratio is not used.
             let objective = objective.with_hard_ratio(0.9).unwrap();
             let nonsense = vec![f32::NAN; tokens];
             let batch = input.batch().with_margins(&nonsense).unwrap();
             let batch = batch.with_hard(&hard).unwrap();
             let (masked, with_mask, traffic) =
                 input.run_batch(simulation, &objective, &batch, Extra::default());
-            // Of the teacher's arg max the margins are another kernel's.
+            // The margins of the teacher's arg max are another kernel's.
             assert_eq!(masked, output);
             assert_eq!(with_mask, gradient);
             let mut in_place = input.student.clone();
@@ -542,7 +542,7 @@ fn margins_apart_from_a_call() {
     assert_eq!(margins[2], f32::NEG_INFINITY);
 }
 
-/// As the CPU's, of more tokens than threads too.
+/// They are the CPU's, of more tokens than threads too.
 #[test]
 fn selections_apart_from_a_call() {
     let special = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1.0, -1.0];
@@ -648,7 +648,7 @@ fn selection_of_many_tokens() {
             let (output, _) = simulation
                 .run(&objective, &input.batch(), student, None, Extra::default())
                 .unwrap();
-            // Of the kernel's own margins, since margins that differ in float64 may not in float32.
+            // The kernel's own margins, since margins that differ in float64 may not in float32.
             let margin = |i: usize| output.tokens[i].margin;
             let mut order: Vec<usize> = (0..tokens).filter(|i| i % 17 != 0).collect();
             order.sort_by(|&i, &j| margin(j).total_cmp(&margin(i)).then(i.cmp(&j)));

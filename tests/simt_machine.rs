@@ -3,13 +3,13 @@
 use atkd::plan::LaunchShape;
 use atkd::simt::machine::{Buffer, Kernel, run};
 
-/// As `kernels/simt/broken.cpp` has it.
+/// The layout is that of `kernels/simt/broken.cpp`.
 #[repr(C)]
 struct Broken {
     data: *mut u32,
 }
 
-/// As `kernels/simt/broken.cpp` has it.
+/// The layout is that of `kernels/simt/broken.cpp`.
 #[repr(C)]
 struct StagedRows {
     from: *const u32,
@@ -54,7 +54,7 @@ unsafe extern "C" {
     fn staged_rows(parameters: &StagedRows);
 }
 
-/// What a block of two warps, or two blocks of one, of a broken kernel leave behind.
+/// The memory that a block of two warps, or two blocks of one, of a broken kernel leave behind.
 fn broken(kernel: Kernel<Broken>, cluster: u32, seed: u64) -> Result<[u32; 64], String> {
     let shape = LaunchShape { grid: cluster, block: 64 / cluster, cluster, team: 1, shared: 512 };
     broken_in(shape, kernel, seed)

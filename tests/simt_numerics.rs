@@ -30,7 +30,7 @@ fn log_softmax(z: &[f64], temperature: f64) -> Vec<f64> {
     z.iter().map(|z| (z - max) / temperature - log_sum).collect()
 }
 
-/// Of a KL divergence, from logarithms.
+/// A KL divergence, from logarithms.
 fn kl(p: &[f64], q: &[f64]) -> f64 {
     p.iter().zip(q).map(|(p, q)| if p.exp() == 0.0 { 0.0 } else { p.exp() * (p - q) }).sum()
 }
@@ -532,7 +532,7 @@ fn close(vocab: usize, tokens: usize, difference: f32) -> Rows {
 }
 
 impl Rows {
-    /// Of each token, the exact terms.
+    /// The exact terms of each token.
     fn exact(&self, temperature: f64) -> Vec<Exact> {
         let wide = |row: &[f32]| -> Vec<f64> { row.iter().map(|&z| z.into()).collect() };
         let rows = self.teacher.chunks(self.vocab).zip(self.student.chunks(self.vocab));
@@ -563,7 +563,7 @@ fn losses_at_high_temperatures() {
     }
 }
 
-/// Where the models all but agree, a token's DKD is as often below what is exact as above it: the mean of many is right.
+/// If the models all but agree, a token's DKD is as often below what is exact as above it: the mean of many is right.
 #[test]
 fn means_of_close_models() {
     let tokens = 400;

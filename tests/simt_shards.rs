@@ -121,7 +121,7 @@ fn the_schedule_changes_no_bit() {
     }
 }
 
-/// As many blocks and clusters as an H200 gets.
+/// There are as many blocks and clusters as an H200 gets.
 #[test]
 fn planned_shapes() {
     let input = Input::new(2, 60_001);
@@ -232,7 +232,7 @@ fn an_upstream_gradient_from_the_device() {
     assert_eq!(by_device, run(&host, Extra::default()));
 }
 
-/// Where groups do not matter no mask is needed, and hard tokens are counted all the same.
+/// No mask is needed where groups do not matter, and hard tokens are counted all the same.
 #[test]
 fn without_a_mask() {
     let input = Input::new(5, 300);

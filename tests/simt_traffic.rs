@@ -43,7 +43,7 @@ fn kernels_read_and_write_what_they_should() {
         for buffer in ["teacher", "student", "gradient", "labels"] {
             assert_eq!(bytes(&atkd, "select_hard", buffer), (0, 0), "{buffer}");
         }
-        // What nothing depends on is not read.
+        // Memory that nothing depends on is not read.
         for objective in [Objective::kl(), Objective::default().with_hard_ratio(1.0).unwrap()] {
             let kl = traffic(&objective);
             let names: Vec<_> = kl.iter().map(|(name, _)| *name).collect();

@@ -142,7 +142,7 @@ fn allowed(encoding: Encoding, log_prob: f64, row: &[f64]) -> f64 {
     error(log_prob) + error(smallest) + 3e-7 * (1.0 - smallest)
 }
 
-/// What was read is what was pushed, sorted, but for the stated error; and it is a distribution.
+/// The rows that were read are those that were pushed, sorted, but for the stated error; and they are distributions.
 fn compare(settings: &Settings, given: &Given, read: &Rows) -> f64 {
     let k = settings.top_k;
     let mut worst = 0.0_f64;
@@ -313,7 +313,7 @@ fn entries_without_mass_are_not_kept() {
     let rows = push([3, 1, 2], [dead, 0.0, -65_505.0], dead, None, 3).unwrap();
     assert_eq!(rows.indices, [1, -1, -1]);
     assert_eq!((rows.target_log_prob[0], rows.tail_mass[0]), (dead, 0.0));
-    // What lies between is kept, be the probability 0.
+    // A finite log-probability is kept, though the probability is 0.
     assert_eq!(
         push([3, 1, 2], [-65_504.0, 0.0, -800.0], dead, None, 4).unwrap().indices,
         [1, 2, 3]
@@ -338,7 +338,7 @@ fn rows_that_no_teacher_has_are_refused() {
     says(push([1, 2, 3], fine, -9.0, Some(-0.1), 4), &["tail's mass is -0.1"]);
     says(push([1, 2, 3], fine, -9.0, None, 10), &["label is 10", "size 10", "ignored"]);
     says(push([1, 2, 3], fine, -9.0, None, i64::MIN), &["label is -9223372036854775808"]);
-    // Of a token that is ignored nothing is required.
+    // Nothing is required of a token that is ignored.
     let rows = push([1, 2, 1], [f32::NAN; 3], f32::NAN, Some(f32::NAN), -7).unwrap();
     assert_eq!((&rows.indices[..], rows.labels[0], rows.tail_mass[0]), (&[-1; 3][..], -7, 1.0));
 
@@ -392,7 +392,7 @@ fn a_killed_run_goes_on() {
             }
             assert_eq!(writer.tokens(), killed_at);
             drop(writer);
-            // What it left of a shard may be any bytes.
+            // The part of a shard that it left may be any bytes.
             let partial = path.join(format!("teacher-{:05}.safetensors.partial", killed_at / 6));
             assert_eq!(partial.exists(), killed_at % 6 > 0);
             fs::write(&partial, &b"half"[..killed_at % 5]).unwrap();
@@ -633,7 +633,7 @@ fn headers_are_checked() {
     rewrite(&second, &[("first_token", Some("5"))], &[]);
     says(TeacherCache::open(&path), &["teacher-00001", "token 5", "with 4"]);
     fs::write(&second, later).unwrap();
-    // What safetensors itself writes is read, in its order of tensors.
+    // A file that safetensors itself wrote is read, in its order of tensors.
     rewrite(&second, &[], &[]);
     TeacherCache::open(&path).unwrap().read(0..10).unwrap();
 }
@@ -753,7 +753,7 @@ fn damage(shards: &mut [Vec<u8>], random: &mut Rng) {
     }
 }
 
-/// What is read of damaged bytes is a distribution, or an error.
+/// A read of damaged bytes gives a distribution, or an error.
 fn try_to_use(path: &Path, settings: &Settings) -> Result<(), Error> {
     let cache = TeacherCache::open(path)?;
     let k = cache.settings().top_k;

@@ -174,7 +174,7 @@
 #define ATKD_TAIL_UNIFORM 2
 
 /*
- What a program was compiled against; compare it with atkd_abi_version().
+ The version that a program was compiled against; compare it with atkd_abi_version().
  */
 #define ATKD_ABI_VERSION 4
 
@@ -194,7 +194,7 @@
 typedef struct AtkdObjective AtkdObjective;
 
 /*
- Where calls run. Any number of threads may use one at once.
+ A place where calls run. Any number of threads may use one at once.
  */
 typedef struct AtkdWorkspace AtkdWorkspace;
 
@@ -207,7 +207,7 @@ typedef struct AtkdCoefficient {
    */
   int32_t kind;
   /*
-   Of ATKD_COEFFICIENT_CONSTANT.
+   The number of ATKD_COEFFICIENT_CONSTANT.
    */
   double value;
 } AtkdCoefficient;
@@ -217,17 +217,17 @@ typedef struct AtkdCoefficient {
  */
 typedef struct AtkdCoefficients {
   /*
-   Of TKD, the target part.
+   The weight of TKD, the target part.
    */
   struct AtkdCoefficient tkd;
   /*
-   Of DKD, the diversity part.
+   The weight of DKD, the diversity part.
    */
   struct AtkdCoefficient dkd;
 } AtkdCoefficients;
 
 /*
- What is computed. Start from atkd_default_settings().
+ The loss that is computed. Start from atkd_default_settings().
  */
 typedef struct AtkdSettings {
   /*
@@ -263,11 +263,11 @@ typedef struct AtkdSettings {
    */
   double temperature;
   /*
-   Of the distillation terms, not negative.
+   The weight of the distillation terms, not negative.
    */
   double kd_weight;
   /*
-   Of the cross entropy, not negative.
+   The weight of the cross entropy, not negative.
    */
   double ce_weight;
   /*
@@ -275,11 +275,11 @@ typedef struct AtkdSettings {
    */
   double denominator;
   /*
-   Of ATKD_OBJECTIVE_DECOUPLED.
+   The weights of easy tokens, for ATKD_OBJECTIVE_DECOUPLED.
    */
   struct AtkdCoefficients easy;
   /*
-   Of ATKD_OBJECTIVE_DECOUPLED.
+   The weights of hard tokens, for ATKD_OBJECTIVE_DECOUPLED.
    */
   struct AtkdCoefficients hard;
   /*
@@ -370,7 +370,7 @@ typedef struct AtkdCall {
    */
   struct AtkdLabels labels;
   /*
-   Where the gradient goes.
+   The place where the gradient is written.
    */
   struct AtkdMatrix gradient;
   /*
@@ -538,7 +538,7 @@ typedef struct AtkdSelection {
    */
   int32_t rule;
   /*
-   As AtkdCall.sequences.
+   The same as AtkdCall.sequences.
    */
   int64_t sequences;
   /*
@@ -697,7 +697,7 @@ extern "C" {
 uint32_t atkd_abi_version(void);
 
 /*
- What went wrong in this thread's last call that did not return ATKD_OK, with the numbers that
+ The error of this thread's last call that did not return ATKD_OK, with the numbers that
  explain it; empty if there was none. Valid until this thread's next failing call.
  */
 const char *atkd_error_message(void);

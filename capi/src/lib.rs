@@ -23,7 +23,7 @@ use status::{Failure, guard};
 pub use types::*;
 use workspace::Place;
 
-/// What a program was compiled against; compare it with atkd_abi_version().
+/// The version that a program was compiled against; compare it with atkd_abi_version().
 pub const ATKD_ABI_VERSION: u32 = 4;
 
 /// The version of the layouts that ranks exchange, AtkdRowState and AtkdSweepTerms.
@@ -35,7 +35,7 @@ pub const ATKD_MAX_THREADS: usize = 1024;
 /// A loss over tokens. Never changes: any number of threads may use one at once.
 pub struct AtkdObjective(Objective);
 
-/// Where calls run. Any number of threads may use one at once.
+/// A place where calls run. Any number of threads may use one at once.
 pub struct AtkdWorkspace(Place);
 
 /// ATKD_ABI_VERSION of the library that is loaded. Other numbers mean another layout of the structs.
@@ -44,7 +44,7 @@ pub extern "C" fn atkd_abi_version() -> u32 {
     ATKD_ABI_VERSION
 }
 
-/// What went wrong in this thread's last call that did not return ATKD_OK, with the numbers that
+/// The error of this thread's last call that did not return ATKD_OK, with the numbers that
 /// explain it; empty if there was none. Valid until this thread's next failing call.
 #[unsafe(no_mangle)]
 pub extern "C" fn atkd_error_message() -> *const c_char {

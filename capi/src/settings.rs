@@ -61,7 +61,7 @@ pub const ATKD_SELECTION_RULE_MEDIAN: i32 = 1;
 pub struct AtkdCoefficient {
     /// ATKD_COEFFICIENT_*.
     pub kind: i32,
-    /// Of ATKD_COEFFICIENT_CONSTANT.
+    /// The number of ATKD_COEFFICIENT_CONSTANT.
     pub value: f64,
 }
 
@@ -69,13 +69,13 @@ pub struct AtkdCoefficient {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AtkdCoefficients {
-    /// Of TKD, the target part.
+    /// The weight of TKD, the target part.
     pub tkd: AtkdCoefficient,
-    /// Of DKD, the diversity part.
+    /// The weight of DKD, the diversity part.
     pub dkd: AtkdCoefficient,
 }
 
-/// What is computed. Start from atkd_default_settings().
+/// The loss that is computed. Start from atkd_default_settings().
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AtkdSettings {
@@ -95,15 +95,15 @@ pub struct AtkdSettings {
     pub hard_ratio: f64,
     /// Above 0.
     pub temperature: f64,
-    /// Of the distillation terms, not negative.
+    /// The weight of the distillation terms, not negative.
     pub kd_weight: f64,
-    /// Of the cross entropy, not negative.
+    /// The weight of the cross entropy, not negative.
     pub ce_weight: f64,
     /// Above 0; of ATKD_REDUCTION_DENOMINATOR.
     pub denominator: f64,
-    /// Of ATKD_OBJECTIVE_DECOUPLED.
+    /// The weights of easy tokens, for ATKD_OBJECTIVE_DECOUPLED.
     pub easy: AtkdCoefficients,
-    /// Of ATKD_OBJECTIVE_DECOUPLED.
+    /// The weights of hard tokens, for ATKD_OBJECTIVE_DECOUPLED.
     pub hard: AtkdCoefficients,
     /// ATKD_DIVERGENCE_*; ATKD_OBJECTIVE_KL takes the forward one alone.
     pub divergence: i32,

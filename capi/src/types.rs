@@ -72,7 +72,7 @@ pub struct AtkdCall {
     pub student: AtkdMatrix,
     /// The labels.
     pub labels: AtkdLabels,
-    /// Where the gradient goes.
+    /// The place where the gradient is written.
     pub gradient: AtkdMatrix,
     /// Columns of the gradient after the first `vocab`, which become 0: where the student's vocabulary is padded. Else 0.
     pub gradient_padding: i64,
@@ -340,7 +340,7 @@ pub struct AtkdSelection {
     pub hard_ratio: f64,
     /// ATKD_SELECTION_RULE_TOP_K, or ATKD_SELECTION_RULE_MEDIAN, which has no ratio.
     pub rule: i32,
-    /// As AtkdCall.sequences.
+    /// The same as AtkdCall.sequences.
     pub sequences: i64,
     /// [sequences + 1]: as AtkdCall.sequence_offsets.
     pub sequence_offsets: *const i64,

@@ -1,4 +1,4 @@
-//! Where calls run: on threads, or on a CUDA device.
+//! The places where calls run: on threads, or on a CUDA device.
 
 use std::ffi::c_void;
 use std::mem::ManuallyDrop;

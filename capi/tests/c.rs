@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Where Cargo has put the libraries: beside this test.
+/// The folder in which Cargo has put the libraries: beside this test.
 fn libraries() -> PathBuf {
     let test = std::env::current_exe().expect("a running test has a path");
     test.parent().expect("it is in a folder").to_owned()

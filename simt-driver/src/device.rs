@@ -107,7 +107,7 @@ pub struct Event {
 #[derive(Default)]
 pub struct Context {
     pub users: usize,
-    /// What a kernel did; no call works any more.
+    /// The error of a kernel, after which no call works.
     pub fault: Option<CUresult>,
 }
 
@@ -119,7 +119,7 @@ pub struct Allocation {
 pub struct Function {
     pub context: usize,
     pub kernel: &'static str,
-    /// Of its parameter block.
+    /// Bytes of its parameter block.
     pub bytes: usize,
     /// Bytes of dynamic shared memory that a launch may ask for.
     pub shared: u32,

@@ -9,7 +9,7 @@
 //!   `CUDA_ERROR_ILLEGAL_ADDRESS`; standard error says which kernel, block and thread it was.
 //! - Within a capture, what a driver refuses is refused with its error, and invalidates the capture.
 //!
-//! What it does not simulate: kernels other than atkd's, and the two of candle's that a step of training runs for its
+//! It does not simulate kernels other than atkd's, and the two of candle's that a step of training runs for its
 //! loss; more than [`BLOCK`] threads a block and [`CLUSTER`] blocks a cluster, where a kernel takes any number;
 //! registers, launch bounds and other limits of occupancy, but for cooperative launches, of two blocks a
 //! multiprocessor at most; kernels that start before those ahead of them end; the time that anything takes; the
@@ -50,18 +50,18 @@ const DEFAULT_SHARED: u32 = 48 << 10;
 const STATIC_SHARED_BYTES: c_int = 1024;
 /// Bytes of shared memory that a block can have.
 const BLOCK_SHARED_BYTES: c_int = 227 << 10;
-/// What starts a fat binary.
+/// The first word of a fat binary.
 const FAT_BINARY: u32 = 0xba55_ed50;
-/// What starts a module of candle's in place of its code: see scripts/candle-cuda.
+/// The first word of a module of candle's, in place of its code: see scripts/candle-cuda.
 const CANDLE: u32 = u32::from_ne_bytes(*b"// c");
-/// What a step of candle's runs beside atkd's kernels: the gradient of a loss is 1, and what arrives at a tensor is added.
+/// A step of candle's runs these beside atkd's kernels: a loss has the gradient 1, and a tensor's gradients are added.
 const CANDLE_KERNELS: [&str; 4] = ["const_set_f32", "badd_f32", "badd_f16", "badd_bf16"];
 
 static DRIVER: LazyLock<Mutex<Driver>> = LazyLock::new(Mutex::default);
 
 thread_local! {
     static CALLS: RefCell<HashMap<&'static str, u64>> = RefCell::default();
-    /// What the next launch of a kernel is refused by.
+    /// The kernel whose next launch is refused.
     static REFUSED: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
@@ -288,7 +288,7 @@ driver! {
         let function = driver.functions.get(&(function as usize));
         let small = driver.is_small(function.ok_or(CUDA_ERROR_INVALID_HANDLE)?.context);
         give(value, match attribute {
-            // As of machine code for sm_80 or sm_90.
+            // The machine code is for sm_80 or sm_90.
             PTX_VERSION => if small { 80 } else { 90 },
             STATIC_SHARED => STATIC_SHARED_BYTES,
             _ => return Err(CUDA_ERROR_NOT_SUPPORTED),

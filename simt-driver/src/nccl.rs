@@ -16,7 +16,7 @@ use crate::{DRIVER, count};
 
 type Answer<T = ()> = Result<T, ncclResult_t>;
 
-/// What a rank brings to a meeting.
+/// The part of a meeting that a rank brings.
 #[derive(Clone, Copy)]
 struct Part {
     /// The memory that it sends.
@@ -30,7 +30,7 @@ struct Part {
 #[derive(Default)]
 struct Group {
     parts: Vec<Option<Part>>,
-    /// Of the last meeting.
+    /// The parts of the last meeting.
     met: Option<Arc<[Part]>>,
     /// Ranks that have not taken that yet.
     leaving: usize,

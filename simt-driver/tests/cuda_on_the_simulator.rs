@@ -180,7 +180,7 @@ fn calls_only_launch() {
     }
 }
 
-/// Where teams run, all blocks of a launch must fit the device, and nothing overlaps.
+/// All blocks of a launch in teams must fit the device, and nothing overlaps.
 #[test]
 fn teams_are_launched_together() {
     let Some(gpu) = Gpu::or_skip(3) else { return };
@@ -279,7 +279,7 @@ fn shared_memory_is_what_was_allowed() {
     stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap();
 }
 
-/// What a real driver refuses within a capture, as its documentation says.
+/// A real driver refuses these within a capture, as its documentation says.
 #[test]
 fn captures_refuse_what_cannot_be_replayed() {
     let Some(gpu) = Gpu::new() else { return };
@@ -311,7 +311,7 @@ fn captures_refuse_what_cannot_be_replayed() {
     }
 }
 
-/// What is read too early, or from a stream that did not wait, is the poison of fresh memory.
+/// A read that comes too early, or in a stream that did not wait, finds the poison of fresh memory.
 #[test]
 fn streams_are_late() {
     let Some(gpu) = Gpu::new() else { return };

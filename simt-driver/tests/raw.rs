@@ -22,7 +22,7 @@ fn results_go_where_they_are_wanted() {
     results_go_where_they_are_wanted_on(0);
 }
 
-/// Where the blocks of a row are a team.
+/// The blocks of a row are a team here.
 #[test]
 fn results_go_where_they_are_wanted_without_clusters() {
     results_go_where_they_are_wanted_on(3);

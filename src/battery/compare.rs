@@ -54,7 +54,7 @@ pub fn reduction_scales(objective: &Objective, exact: &Output) -> ReductionScale
 /// The relative difference of two probabilities up to which total variation may have any of its subgradients.
 const TIE: f64 = 2e-6;
 
-/// What may be between two gradients of one batch, as `[tokens, vocab]`, because total variation has a kink where p = q:
+/// The allowed distance of two gradients of a batch, `[tokens, vocab]`, because total variation has a kink where p = q:
 /// within rounding of it, that is up to a relative difference of 2e-6, a subgradient is any number between the two slopes.
 /// 0 everywhere for other divergences, and for models that are equal to the bit.
 ///

@@ -239,7 +239,7 @@ const MORE_EDGES: &[(&str, Edit)] = &[
         b[..3].fill(MASK);
         a[3] = MASK;
     }),
-    // What the student allows has all but no probability of the teacher's, and yet a distribution.
+    // The tokens that the student allows have next to none of the teacher's probability, and yet a distribution.
     ("teacher sure of what the student all but rules out", |a, b| (a[17], b[17]) = (60.0, -60.0)),
     ("teacher sure of what the student rules out", |a, b| (a[17], b[17]) = (1e4, MASK)),
     ("student sure of what the teacher all but rules out", |a, b| (a[17], b[17]) = (-60.0, 60.0)),

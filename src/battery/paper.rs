@@ -191,7 +191,7 @@ pub(super) fn textbook_terms(case: &Case, divergence: Divergence) -> Result<Wors
     Ok(worst)
 }
 
-/// What holds between divergences, and between the plain ones and their parts.
+/// Identities of divergences, and of the plain ones and their parts.
 pub(super) fn identities(case: &Case) -> Result<Worst> {
     let (tokens, vocab) = (case.tokens(), case.vocab);
     let models = [&case.teacher, &case.student];
@@ -454,7 +454,7 @@ pub(super) fn by_the_paper(paper: &Paper, tokens: usize) -> Result<Worst> {
     let mut ascending: Vec<f64> = terms.iter().map(|(_, token)| token[0]).collect();
     ascending.sort_by(f64::total_cmp);
     let mut worst = Worst::none();
-    // Of the easy tokens, of the hard ones, and of cross entropy.
+    // Sums of the easy tokens, of the hard ones, and of cross entropy.
     let (mut sums, mut hard_tokens) = ([0.0; 3], 0.0);
     for &(i, token) in &terms {
         // A whole number of tokens is below ceil(x) exactly if it is below x.

@@ -13,7 +13,7 @@ use crate::{
     Target,
 };
 
-/// What is kept of a case's teacher.
+/// The part of a case's teacher that is kept.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Kept {
     pub top_k: usize,

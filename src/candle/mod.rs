@@ -111,7 +111,7 @@ fn check_device(what: &str, tensor: &Tensor, of: &str, student: &Tensor) -> Resu
 /// - `tokens`: labels, their shape without the last dimension, of any integer dtype; or [`Tokens`], with weights and
 ///   temperatures beside them.
 ///
-/// Where vocabularies are padded, `narrow` gives the columns that count; it copies nothing, but its own backward pass makes
+/// `narrow` gives the columns that count of a padded vocabulary; it copies nothing, but its own backward pass makes
 /// a gradient as wide as the logits.
 ///
 /// If the student is tracked (it depends on a `Var`), the gradient is computed together with the

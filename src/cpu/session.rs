@@ -350,7 +350,7 @@ impl<'a> Session<'a> {
         self.rows_of(&Vec::from_iter(range), teacher, &mut rows)
     }
 
-    /// As [`rows`](Self::rows), with the gradient written over the student's logits.
+    /// Does what [`rows`](Self::rows) does, with the gradient written over the student's logits.
     ///
     /// # Errors
     /// As [`rows`](Self::rows).
@@ -523,7 +523,7 @@ impl<'a> Session<'a> {
         self.repair_rows(tokens, teacher, &mut rows)
     }
 
-    /// As [`repair`](Self::repair), with the gradient written over the student's logits.
+    /// Does what [`repair`](Self::repair) does, with the gradient written over the student's logits.
     ///
     /// # Errors
     /// As [`repair`](Self::repair).
@@ -777,7 +777,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// What a token has of its own.
+/// The values that a token has of its own.
 pub(super) struct OfToken<'a> {
     pub pass: RowPass,
     pub own: TokenSettings<'a>,

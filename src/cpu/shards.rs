@@ -428,7 +428,7 @@ impl Stage<'_> {
     ) -> (Option<[f64; 3]>, Option<usize>) {
         let (pass, target) = (self.pass_of(token), self.place(row.target, teacher.len()));
         let part = pass.first_sweep::<D::Fold>(teacher, student, target, scratch);
-        // Which terms were far is not exchanged.
+        // The ranks do not exchange which terms were far.
         row.state.sums.far |= part.sums.far;
         let sums = pass.sweep_again(divergence, teacher, student, &row.state, row.counted, scratch);
         (sums, target)

@@ -409,7 +409,7 @@ pub fn accumulate<L: Element, V: Vector, F: Fold, const GUARDED: bool, const CE_
     }
 }
 
-/// Where a tile is, for its second sweep: its shifts, and the factors that go with them.
+/// The shifts of a tile, for its second sweep, and the factors that go with them.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
     pub shifts: [f32; 2],

@@ -386,7 +386,7 @@ unsafe fn copy_row(stream: &CudaStream, from: Matrix, to: Matrix) -> Result<()> 
         .map_err(driver("copying hidden states"))
 }
 
-/// Where the gradients that are wanted go.
+/// The places of the gradients that are wanted.
 struct Addresses {
     hidden: Option<Matrix>,
     weight: Option<Matrix>,
@@ -432,7 +432,7 @@ impl Addresses {
 struct Call<'a, 'w> {
     products: &'a mut Products,
     session: Session<'w>,
-    /// Of the gradients, in the products.
+    /// The factor of the gradients, in the products.
     factor: f32,
     student: WithLogits,
     teacher: WithLogits,

@@ -67,7 +67,7 @@ impl Copy {
 }
 
 impl Kernels {
-    /// As [`cpu::forward`](crate::cpu::forward), from and to host memory: everything is copied to the
+    /// Does what [`cpu::forward`](crate::cpu::forward) does, from and to host memory: everything is copied to the
     /// device and back, for checks and small jobs.
     ///
     /// # Errors
@@ -81,7 +81,7 @@ impl Kernels {
         self.call(objective, batch, student, None)
     }
 
-    /// As [`cpu::forward_backward`](crate::cpu::forward_backward); see [`forward`](Self::forward).
+    /// Does what [`cpu::forward_backward`](crate::cpu::forward_backward) does; see [`forward`](Self::forward).
     ///
     /// # Errors
     /// As [`cpu::forward_backward`](crate::cpu::forward_backward), or if the driver reports an error.
@@ -95,7 +95,7 @@ impl Kernels {
         self.call(objective, batch, student, Some(gradient))
     }
 
-    /// As [`cpu::token_entropies`](crate::cpu::token_entropies); see [`forward`](Self::forward).
+    /// Does what [`cpu::token_entropies`](crate::cpu::token_entropies) does; see [`forward`](Self::forward).
     ///
     /// # Errors
     /// If the temperature is not in [1e-30, 1e30], or the driver reports an error.

@@ -66,7 +66,7 @@ impl Kernels {
         Self::load_preferring(context, None)
     }
 
-    /// As [`load`](Self::load), with a kernel for rows that is not the plan's choice.
+    /// Does what [`load`](Self::load) does, with a kernel for rows that is not the plan's choice.
     ///
     /// # Errors
     /// As [`load`](Self::load).

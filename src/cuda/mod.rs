@@ -40,11 +40,11 @@
 //! [`Workspace::teacher_margins`] gives the margins to select by, [`Workspace::select_hard`] selects among all of them,
 //! and [`DeviceBatch::with_hard`] gives each call its share.
 //!
-//! Where the logits of a batch are never there all at once, [`Workspace::begin`] starts a call in stages, a [`Session`],
+//! For logits of a batch that are never there all at once [`Workspace::begin`] starts a call in stages, a [`Session`],
 //! into which ranges of tokens go one after the other. With the feature `head`, `Head` is such a call behind the models' last
 //! layers, of hidden states and weights.
 //!
-//! Where each rank has some columns of the logits, the stages of [`Kernels::launch_shard_raw`], those of
+//! For ranks that have some columns of the logits each the stages of [`Kernels::launch_shard_raw`], those of
 //! [`shards`](crate::shards), agree on the loss and write the gradient of each rank's columns. With the feature `nccl`,
 //! `Workspace::launch_over_ranks` is a whole call over ranks of columns, of tokens, or of both.
 

@@ -154,7 +154,7 @@ impl Run<'_> {
             None => (None, 0, 1),
             Some((comm, _)) => (Some(comm), comm.rank(), comm.world_size()),
         };
-        // What is added to a rank's tokens does not count.
+        // Tokens that are added to a rank's do not count.
         let most = ranks.map_or(tokens, |(_, counts)| counts.iter().copied().max().unwrap_or(0));
         let (margins, valid) = (self.empty(4 * most)?, self.empty(most)?);
         // SAFETY: the caller's; the memory has room for so many tokens.

@@ -163,7 +163,7 @@ impl Products {
         }
     }
 
-    /// What an algorithm may take, and count on.
+    /// The memory that an algorithm may take, and the alignments that it may count on.
     fn preference(
         &self,
         first: Matrix,

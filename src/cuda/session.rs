@@ -346,7 +346,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// As [`rows`](Self::rows), with the gradient written over the student's logits.
+    /// Does what [`rows`](Self::rows) does, with the gradient written over the student's logits.
     ///
     /// # Errors
     /// As [`rows`](Self::rows).
@@ -390,7 +390,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// As [`repair`](Self::repair), with the gradient written over the student's logits.
+    /// Does what [`repair`](Self::repair) does, with the gradient written over the student's logits.
     ///
     /// # Errors
     /// As [`repair`](Self::repair).

@@ -272,7 +272,7 @@ pub struct DeviceTokens<'a> {
 }
 
 impl<'a> DeviceTokens<'a> {
-    /// As many tokens as labels, each with a row of `vocab` logits.
+    /// There are as many tokens as labels, each with a row of `vocab` logits.
     pub fn new(labels: impl Into<DeviceLabels<'a>>, vocab: usize) -> Self {
         let labels = labels.into();
         let tokens = Self::unlabelled(labels.len(), vocab);

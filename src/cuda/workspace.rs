@@ -164,7 +164,7 @@ impl Workspace {
         self.enqueue(stream, objective, batch, student, Some((gradient, padding)), upstream)
     }
 
-    /// As [`forward_backward`](Self::forward_backward), with the gradient written over the student's logits.
+    /// Does what [`forward_backward`](Self::forward_backward) does, with the gradient over the student's logits.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
@@ -435,7 +435,7 @@ impl Workspace {
         unsafe { self.kernels.token_entropies_raw(stream, &of) }
     }
 
-    /// As [`teacher_margins`](Self::teacher_margins), by address.
+    /// Does what [`teacher_margins`](Self::teacher_margins) does, by address.
     ///
     /// # Errors
     /// If shapes, strides, alignments or capacity do not fit, or the driver refuses.
@@ -456,7 +456,7 @@ impl Workspace {
         unsafe { self.launch_alone(stream, launch, last) }
     }
 
-    /// As [`select_hard`](Self::select_hard), by address.
+    /// Does what [`select_hard`](Self::select_hard) does, by address.
     ///
     /// # Errors
     /// If the ratio is not in [0, 1], alignments or capacity do not fit, or the driver refuses.

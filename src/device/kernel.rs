@@ -453,7 +453,7 @@ mod tests {
                 (0..8).flat_map(|times| near(times * inner)).chain(near(last / inner * inner));
             let rows = rows.chain((0..100).map(|_| random.usize(..last))).chain([last]);
             for row in rows.filter(|&row| row <= last) {
-                // As row_at in kernels/packed.cuh.
+                // The arithmetic of row_at in kernels/packed.cuh.
                 let outer = (row as u64 * u64::from(at.inverse)) >> 32 >> at.shift;
                 let start = row as i64 * at.stride + outer as i64 * at.skip;
                 assert_eq!(start, logits.strides.start(row) as i64, "{row} of {inner}");

@@ -344,7 +344,7 @@ mod tests {
         assert_eq!(margin_of_key(0), f64::NEG_INFINITY);
         assert!(margin_of_key(1).is_nan());
         for margin in [0.0_f32, 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE] {
-            // As key_of in kernels/math/keys.cuh.
+            // The arithmetic of key_of in kernels/math/keys.cuh.
             let bits = margin.to_bits();
             let key = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
             assert_eq!(margin_of_key(key), f64::from(margin));

@@ -179,7 +179,7 @@ impl<E: Memory, F: Memory> GradientsOf<E, F> {
 /// How many tokens have logits at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Chunks {
-    /// As many as have logits of both models in so many bytes, on a device with the gradients beside them; at least one.
+    /// The tokens that have logits of both models in so many bytes, on a device with gradients beside them; at least one.
     Memory(usize),
     /// So many.
     Tokens(usize),

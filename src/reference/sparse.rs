@@ -38,7 +38,7 @@ impl SparseRow {
 
         let mut log_probs = log_probs;
         log_probs[target] = log_probs[target].min(0.0);
-        // Where float32 has rounded the target's probability to 1, the rest is that of the other known tokens.
+        // If float32 has rounded the target's probability to 1, the rest is that of the other known tokens.
         let of_known = Split::new(&log_probs, 1.0, target);
         let known = (of_known.rest.log_sum + of_known.rest.max).exp();
         let (all_but_target, margin) = match log_probs[target] {

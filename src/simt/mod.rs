@@ -146,7 +146,7 @@ fn address<T>(slice: &[T]) -> u64 {
     slice.as_ptr() as u64
 }
 
-/// As [`cpu::forward`](crate::cpu::forward), through the CUDA kernels.
+/// Does what [`cpu::forward`](crate::cpu::forward) does, through the CUDA kernels.
 ///
 /// # Errors
 /// As [`cpu::forward`](crate::cpu::forward); and if a kernel does what it must not, or the system does not give its
@@ -156,7 +156,7 @@ pub fn forward(objective: &Objective, batch: &Batch, student: Logits) -> Result<
     Ok(Simulation::default().run(objective, batch, student, None, Extra::default())?.0)
 }
 
-/// As [`cpu::forward_backward`](crate::cpu::forward_backward), through the CUDA kernels.
+/// Does what [`cpu::forward_backward`](crate::cpu::forward_backward) does, through the CUDA kernels.
 ///
 /// # Errors
 /// As [`cpu::forward_backward`](crate::cpu::forward_backward); and as [`forward`].
@@ -205,7 +205,7 @@ impl Simulation {
         )
     }
 
-    /// As [`run`](Self::run), with the gradient written over the student's logits.
+    /// Does what [`run`](Self::run) does, with the gradient written over the student's logits.
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -281,8 +281,8 @@ impl Simulation {
         workspace
     }
 
-    /// As [`cpu::teacher_margins`](crate::cpu::teacher_margins), and what was read and written. The margin of a label out
-    /// of range is NaN.
+    /// The margins of [`cpu::teacher_margins`](crate::cpu::teacher_margins), and what was read and written. The margin
+    /// of a label out of range is NaN.
     ///
     /// # Errors
     /// If labels are needed and missing, or the kernel does what it must not.
@@ -312,7 +312,7 @@ impl Simulation {
         Ok((to, self.alone(launch, buffers)?))
     }
 
-    /// As [`select_hard`](crate::select_hard), and what was read and written.
+    /// The hard tokens of [`select_hard`](crate::select_hard), and what was read and written.
     ///
     /// # Errors
     /// If the ratio is not in [0, 1], or the kernel does what it must not.
@@ -360,7 +360,7 @@ impl Simulation {
         Ok(vec![(launch.kernel, buffers)])
     }
 
-    /// As [`cpu::token_entropies`](crate::cpu::token_entropies), and what was read and written.
+    /// The entropies of [`cpu::token_entropies`](crate::cpu::token_entropies), and what was read and written.
     ///
     /// # Errors
     /// If the temperature is outside its domain, or the kernel does what it must not.
@@ -536,7 +536,7 @@ mod tests {
         Plan::new(&Simulation::default().device, &problem, None)
     }
 
-    /// As many tokens as the selection is made for, of which a thread sees hundreds.
+    /// The selection of as many tokens as it is made for, of which a thread sees hundreds.
     #[test]
     fn selection_of_four_million_tokens() {
         const TOKENS: usize = 1 << 22;

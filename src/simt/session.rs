@@ -8,7 +8,7 @@ use crate::device::workspace::{Layout, Memory, read_summary};
 use crate::simt::machine::Buffer;
 use crate::{Batch, Error, Logits, LogitsMut, Objective, Output, Result};
 
-/// As [`cpu::Session`](crate::cpu::Session), through the CUDA kernels. Tokens are ignored by their labels alone, as on a
+/// A [`cpu::Session`](crate::cpu::Session) through the CUDA kernels. Tokens are ignored by their labels alone, as on a
 /// GPU, so that logits of all are to be handed over.
 pub struct Session<'a> {
     simulation: Simulation,

@@ -84,7 +84,7 @@ pub use error::{Error, Result};
 pub use reader::{Rows, RowsMut, TeacherCache};
 pub use writer::{NewRows, Writer};
 
-/// What `format` and `format_version` of a shard are.
+/// The `format` and `format_version` of a shard.
 const FORMAT: [&str; 2] = ["atkd-teacher-cache", "1"];
 
 /// How log-probabilities are stored. The [module](self) has their errors.
@@ -109,14 +109,14 @@ impl Encoding {
     }
 }
 
-/// What all rows of a cache have in common.
+/// The facts that all rows of a cache have in common.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// V, from 1 to 2^31 - 1.
     pub vocab_size: usize,
     /// K, from 1 to 1024. It may exceed V: the surplus entries are -1.
     pub top_k: usize,
-    /// What divided the teacher's logits: in [1e-30, 1e30].
+    /// The number that divided the teacher's logits: in [1e-30, 1e30].
     pub temperature: f64,
     /// How log-probabilities are stored.
     pub encoding: Encoding,
@@ -136,7 +136,7 @@ impl Settings {
         usize::BITS - self.vocab_size.leading_zeros()
     }
 
-    /// What a token takes on disk.
+    /// The bytes that a token takes on disk.
     pub fn bytes_per_token(&self) -> usize {
         self.columns().iter().map(|column| column.bytes).sum()
     }
@@ -244,7 +244,7 @@ fn shard_number(name: &str) -> Option<(usize, bool)> {
     (format!("{shard:05}") == number).then_some((shard, partial))
 }
 
-/// What the name of a shard ends with until it is whole.
+/// The name of a shard ends with this until it is whole.
 const PARTIAL: &str = ".partial";
 
 /// The shards of a folder in order, and files that a killed writer has left.

@@ -9,7 +9,7 @@ use safetensors::SafeTensors;
 use super::row::Codec;
 use super::{COLUMNS, Encoding, Error, FORMAT, Listing, Result, Settings, TAIL_MASS};
 
-/// What a cache says of n tokens.
+/// The rows that a cache has of n tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rows {
     /// `[n, K]`: the most probable first, but for the target, which may be where the encoding's error has put it; -1
@@ -27,7 +27,7 @@ pub struct Rows {
     pub labels: Vec<i32>,
 }
 
-/// Where to put what a cache says of n tokens. All is as in [`Rows`].
+/// The memory for what a cache says of n tokens. All is as in [`Rows`].
 #[derive(Debug)]
 #[expect(missing_docs, reason = "the fields are those of Rows")]
 pub struct RowsMut<'a> {
@@ -41,7 +41,7 @@ pub struct RowsMut<'a> {
 /// A cache, mapped into memory. It may be unfinished, and be written on meanwhile: it has the shards that were there
 /// when it was opened.
 ///
-/// As with any mapped file, whoever truncates a shard meanwhile ends the program that reads it.
+/// Its files are mapped: whoever truncates a shard meanwhile ends the program that reads it.
 #[derive(Debug)]
 pub struct TeacherCache {
     settings: Settings,
@@ -57,7 +57,7 @@ struct Shard {
     first_token: usize,
     tokens: usize,
     largest_error: f32,
-    /// Where each column begins in the file.
+    /// The offset of each column in the file.
     starts: [usize; COLUMNS],
 }
 
@@ -102,7 +102,7 @@ impl TeacherCache {
         Ok(Self { settings: header.settings, cache: header.cache, shards, complete })
     }
 
-    /// What all rows have in common.
+    /// The facts that all rows have in common.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -127,7 +127,7 @@ impl TeacherCache {
         self.shards.len()
     }
 
-    /// What a token takes on disk.
+    /// The bytes that a token takes on disk.
     pub fn bytes_per_token(&self) -> usize {
         self.settings.bytes_per_token()
     }
@@ -226,7 +226,7 @@ impl TeacherCache {
     }
 }
 
-/// What a shard says beside its tokens.
+/// The facts that a shard has beside its tokens.
 struct Header {
     settings: Settings,
     cache: String,

@@ -35,7 +35,7 @@ pub(super) struct Codec {
     pub top_k: usize,
     encoding: Encoding,
     bits: u32,
-    /// What encoding a row needs, kept from row to row.
+    /// Memory for encoding a row, kept from row to row.
     entries: Vec<(f32, i32)>,
     sorted: Vec<i32>,
     /// The row as it will be read.
@@ -249,7 +249,7 @@ impl Codec {
                 known += f64::from(log_prob).exp();
             }
         }
-        // What the entries but the target's had before they were encoded.
+        // The mass that the entries but the target's had before they were encoded.
         let before = -f64::from(target).exp_m1() - f64::from(tail);
         if before < known * (-most).exp() - STORED || before > known * most.exp() + STORED {
             return Err(format!(
@@ -257,7 +257,7 @@ impl Codec {
             ));
         }
         if known > 0.0 {
-            // Where target and tail take nearly all, their rounding may be more of what is left than the encoding's.
+            // If target and tail take nearly all, their rounding may be more of what is left than the encoding's.
             let shift = (before.max(0.0) / known).ln().clamp(-most, most);
             for log_prob in &mut log_probs[..entries] {
                 *log_prob = (f64::from(*log_prob) + shift).min(0.0) as f32;

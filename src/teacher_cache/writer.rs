@@ -10,10 +10,10 @@ use super::top_k::TopK;
 use super::{COLUMNS, Error, FORMAT, Listing, PARTIAL, Result, Settings, TeacherCache, shard_path};
 use crate::Logits;
 
-/// What a shard takes on disk, unless the writer is told otherwise.
+/// The bytes of a shard on disk, unless the writer is told otherwise.
 const SHARD_BYTES: usize = 256_000_000;
 
-/// What a teacher says of n tokens.
+/// The rows that a teacher has of n tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct NewRows<'a> {
     /// `[n, K]`, in any order, each once: tokens of the vocabulary, or -1 for an entry that is not there.

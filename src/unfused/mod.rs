@@ -11,7 +11,7 @@ pub(crate) mod device;
 use half::bf16;
 use rayon::prelude::*;
 
-/// What keeps log(0) and 0 / 0 out of the steps.
+/// Keeps log(0) and 0 / 0 out of the steps.
 const EPSILON: f32 = 1e-8;
 
 /// A matrix `[tokens, vocab]`, the result of one operation.

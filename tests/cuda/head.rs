@@ -115,7 +115,7 @@ impl Copied {
 struct Setup {
     gpu: Gpu,
     workspace: Workspace,
-    /// Of the gradient of the hidden states.
+    /// The dtype of the gradient of the hidden states.
     dtype: Dtype,
 }
 
@@ -296,7 +296,7 @@ fn half_precision() {
             };
             let exact = problem.exactly(&objective, With::default());
             let of_right = rounding(With::default());
-            // What a repaired row's other gradient added to the sums was taken from them, each time from logits of other
+            // A repaired row's other gradient was added to the sums and taken from them, each time from logits of other
             // roundings.
             let hard: Vec<bool> = exact.output.tokens.iter().map(|token| !token.hard).collect();
             let of_other = rounding(With { hard: Some(&hard), ..With::default() });

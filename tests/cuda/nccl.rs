@@ -12,7 +12,7 @@ use super::*;
 const TOKENS: usize = 7;
 const VOCAB: usize = 611;
 
-/// What a rank has of the whole, and what it computes.
+/// The part of the whole that a rank has, and what it computes.
 struct Part {
     tokens: Range<usize>,
     columns: Range<usize>,

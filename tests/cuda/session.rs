@@ -22,7 +22,7 @@ impl Backend for Gpu {
         batch: &Batch<'a>,
     ) -> Result<Box<dyn Session + 'a>> {
         let capacity = batch.teacher().tokens();
-        // What a session borrows is leaked: little, and for a test.
+        // A session borrows what is leaked here: little, and for a test.
         let workspace = Box::leak(Box::new(Workspace::new(&self.kernels, &self.stream, capacity)?));
         let mut tokens = match batch.labels() {
             Some(atkd::Labels::I64(labels)) => {

@@ -1,4 +1,4 @@
-//! What ranks exchange, against the words of kernels/params.h in float64, for any backend.
+//! The layouts that ranks exchange, against the words of kernels/params.h in float64, for any backend.
 
 use std::ops::Range;
 
@@ -21,7 +21,7 @@ fn columns(vocab: usize) -> [Range<usize>; 4] {
     [0..third, third..third, third..half, half..vocab]
 }
 
-/// What the ranks exchange: states and, where the divergence has them, terms.
+/// The ranks exchange states and, where the divergence has them, terms.
 fn exchange(
     stages: &impl Stages,
     objective: &Objective,
@@ -62,7 +62,7 @@ fn octaves(temperature: f64) -> f64 {
 
 const GAP_UNIT: f64 = 18_446_744_073_709_551_616.0;
 
-/// What the exponents of a model are relative to, by kernels/params.h.
+/// The number that the exponents of a model are relative to, by kernels/params.h.
 fn relative_to(max: f32, temperature: f64) -> f64 {
     let exact = f64::from(max) * octaves(temperature);
     let nearest = (max.mul_add(octaves(temperature) as f32, 12_582_912.0) - 12_582_912.0).into();
@@ -156,7 +156,7 @@ pub fn states_are_what_they_say(stages: &impl Stages) {
     let mut teacher: Vec<f32> = (0..tokens * vocab).map(|_| 20.0 * random.f32() - 10.0).collect();
     let mut student: Vec<f32> = teacher.iter().map(|z| z + 3.0 * random.f32()).collect();
     let row = |token: usize| token * vocab..(token + 1) * vocab;
-    // Of sizes whose exponents have no digits to spare.
+    // Logits of sizes whose exponents have no digits to spare.
     for logits in [&mut teacher, &mut student] {
         logits[row(1)].iter_mut().for_each(|z| *z += 3e6);
         logits[row(2)].iter_mut().for_each(|z| *z *= 1e5);

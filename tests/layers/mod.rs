@@ -179,7 +179,7 @@ impl Problem {
         reference::forward_backward(objective, &batch, student).unwrap()
     }
 
-    /// Of hidden states, weight and bias, whose numbers are mapped.
+    /// The gradients of hidden states, weight and bias, whose numbers are mapped.
     pub fn gradients(&self, of_logits: &[f64], map: fn(f64) -> f64) -> [Vec<f64>; 3] {
         let (vocab, features) = (self.vocab(), self.student.features);
         let hidden: Vec<f64> = self.student.hidden.wide().into_iter().map(map).collect();

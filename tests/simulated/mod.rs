@@ -1,4 +1,4 @@
-//! What the tests of the simulated kernels share: an input, and the ways to run it.
+//! The tests of the simulated kernels share an input, and the ways to run it.
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 

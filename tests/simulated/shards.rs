@@ -32,7 +32,7 @@ pub struct Shards<'a> {
     pub extra: Extra,
 }
 
-/// What the ranks have exchanged, and the traffic of each on the way.
+/// The states and terms that the ranks have exchanged, and the traffic of each on the way.
 #[derive(Default)]
 pub struct Exchange {
     pub states: Vec<RowState>,
@@ -153,7 +153,7 @@ impl<'a> Shards<'a> {
             let (simulation, shard) = (self.simulation, self.shard(rank, hard)?);
             Ok(simulation.shard_finish(self.objective, &shard, &exchange.view())?.0)
         };
-        // As text, in which NaN equals NaN and every bit of a number tells.
+        // They are compared as text, in which NaN equals NaN and every bit of a number tells.
         same(self.ranks().map(of), |output: &Output| format!("{output:?}"))
     }
 

@@ -1,4 +1,4 @@
-//! What a call in stages must come to on every backend: the bits of one call on the whole batch, whatever the ranges.
+//! A call in stages has the bits of one call on the whole batch on every backend, whatever the ranges.
 
 use std::ops::Range;
 
@@ -243,7 +243,7 @@ fn needs_group_sizes(objective: &Objective, with: With) -> bool {
         }
 }
 
-/// Where only the selection tells how large the groups are, it comes before the rows.
+/// The selection comes before the rows where only it tells how large the groups are.
 pub fn gradients_wait_for_the_sizes_of_groups(backend: &dyn Backend) {
     let data = Data::new(4);
     let atkd = Objective::default();

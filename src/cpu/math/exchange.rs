@@ -15,7 +15,7 @@ const GAP_UNIT: f64 = 18_446_744_073_709_551_616.0;
 
 /// The exponent of a shift in octaves, less what exchanged sums are relative to.
 fn residue(shift: f64, octaves: f32) -> f64 {
-    // As the kernels round it (shift_of in kernels/math/online.cuh).
+    // The kernels round it so (shift_of in kernels/math/online.cuh).
     let nearest = (shift as f32).mul_add(octaves, ROUNDS) - ROUNDS;
     if nearest.abs() < LARGE { shift * f64::from(octaves) - f64::from(nearest) } else { 0.0 }
 }

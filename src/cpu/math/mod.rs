@@ -136,7 +136,7 @@ pub(crate) struct RowState {
     /// the reference, which [`Fold::REFERENCE`] asks for: the teacher's logit of the token that has the student's shift.
     pub shifts: [f64; 3],
     pub sums: Sums,
-    /// What a second sweep has found.
+    /// The sums of a second sweep.
     pub found: Found,
 }
 
@@ -237,7 +237,7 @@ pub(crate) struct Flags<V> {
     pub far: V,
 }
 
-/// What the first sweep does with a pair, beside the sums of exponentials. `T` is the temperature, m the shifts of
+/// The first sweep of a pair, beside the sums of exponentials. `T` is the temperature, m the shifts of
 /// [`Sums`].
 pub(crate) trait Fold {
     /// The third of [`RowState::shifts`] is wanted.
@@ -294,7 +294,7 @@ impl Normaliser {
         let sums = [state.sums.teacher, state.sums.student];
         let margins = counted.map(|Margins { u, w }| [u, w]);
         let mut factors = [0.0; 2];
-        // Of e^{(z - m) / T} over its probability, with m of the exponentials.
+        // Logarithms of e^{(z - m) / T} over its probability, with m of the exponentials.
         let mut logs = [0.0; 2];
         for model in [TEACHER, STUDENT] {
             let rest = margins.map_or(1.0, |margins| sigmoid(margins[model]));
@@ -313,7 +313,7 @@ impl Normaliser {
 /// The sums of a second sweep, as its family defines them.
 pub(crate) type SecondSums<T> = [T; 3];
 
-/// What the second sweep does with a vector of elements.
+/// The second sweep of a vector of elements.
 pub(crate) trait SecondSweep: Copy {
     /// Distances are wanted; else they are not read, and 0.
     const DISTANCES: bool;
@@ -408,7 +408,7 @@ pub(crate) trait RowDivergence: Copy + Sync {
     /// True if the gradient of rows with [`Sums::far`] needs [`far_kept`](Self::far_kept).
     const KEEPS_FAR: bool = false;
 
-    /// What replaces everything that was kept of the elements of such a row; 0 for logits that are not finite.
+    /// Replaces everything that was kept of the elements of such a row; 0 for logits that are not finite.
     fn far_kept(self, _logits: [f32; 2], _: &RowState, _: Exponent) -> f32 {
         0.0
     }
@@ -429,7 +429,7 @@ pub(crate) trait RowDivergence: Copy + Sync {
         inverse_temperature: f64,
     ) -> Weighed;
 
-    /// What is reported as TKD and DKD of a plain objective.
+    /// The numbers that are reported as TKD and DKD of a plain objective.
     fn plain_columns(self, terms: &Terms) -> [f64; 2] {
         [terms.tkd, terms.dkd]
     }

@@ -154,7 +154,7 @@ impl RowPass {
         }
         scratch.runs = runs;
         if to.non_temporal {
-            // What follows overwrites some of it.
+            // Later stores overwrite some of it.
             fence();
         }
     }

@@ -287,7 +287,7 @@ impl Session<'_> {
             let memory = &mut scratch.classes;
             of_classes.gradient(divergence, &state, &scales, Some(target), memory, of_class);
             let of_rest = scratch.gradient.get(known.columns.len()).map_or(0.0, |&g| f64::from(g));
-            // Of a row that is no distribution the gradient is NaN.
+            // The gradient of a row that is no distribution is NaN.
             let scale =
                 if rest.sum == 0.0 && of_rest.is_finite() { 0.0 } else { of_rest / rest.sum };
             let scale_at_1 = scales.student_at_1 * rest_factor_at_1;
