@@ -70,9 +70,9 @@ template <class F> ATKD_DEVICE void for_tokens(const atkd_rows &p, F f) {
 
 // Calls f(chunk, teacher, student) for the thread's chunks, and before that begin(..) with the first of them, or with
 // -inf alone. The next chunk is read before f may write this one: the compiler moves no read ahead of a write to what
-// could be the same memory, but a thread's chunks are its own. STREAMING: the row is read for the last time. Not AHEAD: f
-// needs the registers, and the next chunk is read after it.
-template <bool STREAMING, bool AHEAD, class P, class Q, class Begin, class F>
+// could be the same memory, but a thread's chunks are its own. STREAMING: the row is read for the last time. Without
+// PREFETCHES f needs the registers, and the next chunk is read after it.
+template <bool STREAMING, bool PREFETCHES, class P, class Q, class Begin, class F>
 ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, Begin begin, F f) {
     uint32_t chunks = rows.teacher.chunks(), chunk = rows.first;
     Packed<P> next_teacher = all_neg_inf<P>();
@@ -84,11 +84,11 @@ ATKD_DEVICE void for_chunks(const Rows<P, Q> &rows, Begin begin, F f) {
     for (; chunk < chunks; chunk += rows.stride) {
         Packed<P> teacher = next_teacher;
         Packed<Q> student = next_student;
-        if (AHEAD && chunk + rows.stride < chunks) {
+        if (PREFETCHES && chunk + rows.stride < chunks) {
             rows.template load<STREAMING>(chunk + rows.stride, next_teacher, next_student);
         }
         f(chunk, teacher, student);
-        if (!AHEAD && chunk + rows.stride < chunks) {
+        if (!PREFETCHES && chunk + rows.stride < chunks) {
             rows.template load<STREAMING>(chunk + rows.stride, next_teacher, next_student);
         }
     }

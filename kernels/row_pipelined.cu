@@ -187,7 +187,7 @@ ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
         if (ATKD_RARELY(task.mode == ATKD_IGNORED)) {
             drop_task<M>(p, task);
         }
-        producer.prepare(task, stage);
+        producer.advance(task, stage);
         ATKD_SYNC_NAMED(SUMS_READY, CONSUMERS + WARP);
         producer.reduce(task);
         ATKD_SYNC_NAMED(SCALES_READY, CONSUMERS + WARP);
@@ -678,7 +678,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
 
     // Runs beside the max and the sum pass: resolves the next row, draws the ticket of the one after it, and reads the
     // target's logits of this one.
-    ATKD_DEVICE void prepare(const Task &task, uint32_t stage) {
+    ATKD_DEVICE void advance(const Task &task, uint32_t stage) {
         epoch += 1;
         fetch_task(shuffle_from(ticket, 0), stage ^ 1);
         if (elected && rank == 0) {

@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr uint32_t MOST_WARPS = ATKD_MARGIN_THREADS / WARP;
+constexpr uint32_t MARGIN_WARPS = ATKD_MARGIN_THREADS / WARP;
 
 // The chunks that a thread loads ahead, and goes through per iteration: as many as it takes to keep the memory busy.
 template <class T> constexpr uint32_t PREFETCH = 2 / Packed<T>::PARTS;
@@ -39,9 +39,9 @@ ATKD_DEVICE uint32_t arg_max(const Row<const T> &row, Maxima &maxima, Indices &i
 ATKD_DEVICE void store_ignored(const atkd_teacher_margin &p, uint32_t token);
 
 template <class T> ATKD_DEVICE void teacher_margin(const atkd_teacher_margin &p) {
-    ATKD_SHARED(float, maxima, MOST_WARPS);
-    ATKD_SHARED(uint32_t, indices, MOST_WARPS);
-    ATKD_SHARED(WarpSum, sums, 2 * MOST_WARPS);
+    ATKD_SHARED(float, maxima, MARGIN_WARPS);
+    ATKD_SHARED(uint32_t, indices, MARGIN_WARPS);
+    ATKD_SHARED(WarpSum, sums, 2 * MARGIN_WARPS);
     ATKD_SHARED(Barrier, posted, 1);
 
     uint32_t stride = block_threads();
@@ -293,7 +293,7 @@ template <class T, class Sums, class Barriers> struct DeferredMerge {
         merge_posted();
         row = row + 1 == 2 * warps ? 0 : row + 1;
         if (thread_index() % WARP == 0) {
-            sums[row % 2 * MOST_WARPS + warp] = sum;
+            sums[row % 2 * MARGIN_WARPS + warp] = sum;
         }
         // By all lanes: each has read the sums that it merged.
         ATKD_ARRIVE(posted, 0);
@@ -305,7 +305,7 @@ template <class T, class Sums, class Barriers> struct DeferredMerge {
         uint32_t merger = row < warps ? row : row - warps;
         if (warp == merger) {
             // region: one warp per block
-            merge(row % 2 * MOST_WARPS);
+            merge(row % 2 * MARGIN_WARPS);
             // end region
         }
     }

@@ -12,7 +12,7 @@
 namespace {
 
 // Chunks that a thread loads at once.
-template <class T> constexpr uint32_t AHEAD = 4 / Packed<T>::PARTS;
+template <class T> constexpr uint32_t UNROLL = 4 / Packed<T>::PARTS;
 
 // A part of a row: its largest logit, and the sums over the others.
 struct Part {
@@ -82,15 +82,15 @@ template <class T> ATKD_DEVICE void token_entropies(const atkd_token_entropies &
         Row<const T> row(data, p.vocab, head_of(data, LINE));
         auto own = Part::empty();
         ATKD_NO_UNROLL
-        for (uint32_t first = thread_index(); first < row.chunks(); first += AHEAD<T> * block_threads()) {
-            Packed<T> packed[AHEAD<T>];
+        for (uint32_t first = thread_index(); first < row.chunks(); first += UNROLL<T> * block_threads()) {
+            Packed<T> packed[UNROLL<T>];
             ATKD_UNROLL
-            for (uint32_t i = 0; i < AHEAD<T>; i++) {
+            for (uint32_t i = 0; i < UNROLL<T>; i++) {
                 uint32_t chunk = first + i * block_threads();
                 packed[i] = chunk < row.chunks() ? load_packed(row, chunk) : all_neg_inf<T>();
             }
             ATKD_UNROLL
-            for (uint32_t i = 0; i < AHEAD<T>; i++) {
+            for (uint32_t i = 0; i < UNROLL<T>; i++) {
                 own.add(packed[i], exponent);
             }
         }

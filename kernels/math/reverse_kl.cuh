@@ -51,10 +51,10 @@ struct ReverseKl {
                                      const Odds &, const Odds &student, const Odds &student_at_1,
                                      const TargetLogits &target, float exponent) {
         bool plain = divergence.plain != 0, no_mass = state.student_sum == 0;
-        bool ruled_out = state.cross_term == NEG_INF && !no_mass;
+        bool mismatch = state.cross_term == NEG_INF && !no_mass;
         float variance = student.sigmoid * student.rest;
         // In units of GAP_UNIT octaves: the rest's mean gap, the target's, and w - u.
-        float mean_gap = no_mass || ruled_out ? 0 : float(state.cross_term) * student.inverse;
+        float mean_gap = no_mass || mismatch ? 0 : float(state.cross_term) * student.inverse;
         float target_gap = reference_gap(target.teacher, target.student, state.teacher_reference, state.student_max) *
                            (4 * exponent / GAP_UNIT);
         float margin_gap = Shift::of(state.teacher_max, exponent).gap_of(target.teacher, exponent) -
@@ -90,7 +90,7 @@ struct ReverseKl {
         bool no_rest = state.teacher_sum == 0 && !no_mass;
         bool no_target = target.teacher == NEG_INF && target.student > NEG_INF;
         float tkd_weight = plain ? weights.dkd : weights.tkd;
-        if ((tkd_weight != 0 && (no_rest || no_target)) || (weights.dkd != 0 && ruled_out)) {
+        if ((tkd_weight != 0 && (no_rest || no_target)) || (weights.dkd != 0 && mismatch)) {
             scales.make_nan();
         }
         return scales;

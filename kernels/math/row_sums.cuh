@@ -141,16 +141,16 @@ ATKD_DEVICE void fold_chunk(RowSums<float, CROSS> &state, const Shifts &shifts, 
             // Not 0 * inf.
             if (CROSS == BY_TEACHER) {
                 // An element that the student rules out is counted, not multiplied.
-                bool ruled_out = b[k] == NEG_INF && a[k] != NEG_INF;
-                state.mismatch |= ruled_out ? 1u : 0u;
-                gap = p == 0.0f || ruled_out ? 0.0f : x_gap - y_gap;
+                bool mismatch = b[k] == NEG_INF && a[k] != NEG_INF;
+                state.mismatch |= mismatch ? 1u : 0u;
+                gap = p == 0.0f || mismatch ? 0.0f : x_gap - y_gap;
             }
             if (CROSS == BY_STUDENT) {
                 // One that the teacher rules out makes the sum infinite.
                 gap = reference_gap(a[k], b[k], state.teacher_reference, state.student_max) * (4 * exponent / GAP_UNIT);
-                bool ruled_out = a[k] == NEG_INF && b[k] != NEG_INF;
-                cross_term = ruled_out ? NEG_INF : cross_term;
-                gap = exp2_fast(y) == 0.0f || ruled_out ? 0.0f : gap;
+                bool mismatch = a[k] == NEG_INF && b[k] != NEG_INF;
+                cross_term = mismatch ? NEG_INF : cross_term;
+                gap = exp2_fast(y) == 0.0f || mismatch ? 0.0f : gap;
             }
         } else {
             x = fmaf(a[k], exponent, -shifts.teacher);

@@ -116,7 +116,7 @@ ATKD_KERNEL(broken_remote, atkd_broken, BROKEN_WARP) {
     cells[thread_index()] = thread_index();
     ATKD_SYNC_CLUSTER();
     if (cluster_rank() == 1) {
-        for (uint32_t turn = 0; turn < 100; turn++) {
+        for (uint32_t round = 0; round < 100; round++) {
             ATKD_SYNC_BLOCK();
         }
         store(p.data + thread_index(), uint32_t(ATKD_REMOTE(cells, thread_index(), 0)));

@@ -18,7 +18,7 @@ uint32_t simt_block_threads();
 uint32_t simt_block_index();
 uint32_t simt_cluster_blocks();
 // Called by each thread first. Does not return if the block has more threads than the kernel's launch bounds.
-void simt_begin_kernel(uint32_t most_threads);
+void simt_begin_kernel(uint32_t max_threads);
 void simt_sync_block(uint32_t line);
 void simt_sync_cluster(uint32_t line);
 // Waits for the other lanes of the warp and returns what each of them gave.

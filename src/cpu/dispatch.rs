@@ -13,7 +13,9 @@ use std::sync::OnceLock;
 use super::element::Element;
 use super::exp::Exponent;
 use super::math::{Fold, SecondSums, SecondSweep};
-use super::tile::{self, Exponentials, Extent, Place, Prefetch, Scales, Shift, Shifts, TileSums};
+use super::tile::{
+    self, Exponentials, Extent, Prefetch, Scales, Shift, Shifts, TileShifts, TileSums,
+};
 #[cfg(target_arch = "x86_64")]
 use super::vector::{Avx2, Avx512};
 use super::vector::{Portable, Vector};
@@ -97,11 +99,11 @@ macro_rules! compile {
             pub fn sweep_again<L: Element, S: SecondSweep>(
                 second: S,
                 logits: [&[L]; 2],
-                place: &Place,
+                of_tile: &TileShifts,
                 exponentials: &mut Exponentials,
             ) -> SecondSums<f64> {
                 let [a, b] = logits;
-                tile::sweep_again::<L, V, S>(second, a, b, place, exponentials)
+                tile::sweep_again::<L, V, S>(second, a, b, of_tile, exponentials)
             }
 
             $(#[$features])*
@@ -288,10 +290,10 @@ impl Instructions {
         self,
         second: S,
         logits: [&[L]; 2],
-        place: &Place,
+        of_tile: &TileShifts,
         exponentials: &mut Exponentials,
     ) -> SecondSums<f64> {
-        dispatch!(self, sweep_again::<L, S>(second, logits, place, exponentials))
+        dispatch!(self, sweep_again::<L, S>(second, logits, of_tile, exponentials))
     }
 
     /// See [`tile::write_gradient`]. After non-temporal stores no other thread may be told of the gradient before a

@@ -18,7 +18,7 @@ use super::math::{
     self, Fold, GradientScales, Margins, Moved, Normaliser, RowDivergence, RowState, STUDENT,
     SecondSweep, TEACHER, by_family,
 };
-use super::tile::{Exponentials, Extent, Place, Prefetch, Scales, Shift, Shifts, TileSums};
+use super::tile::{Exponentials, Extent, Prefetch, Scales, Shift, Shifts, TileShifts, TileSums};
 use super::vector::fence;
 use crate::Result;
 use crate::logits::{Elements, ElementsMut};
@@ -490,7 +490,7 @@ impl RowPass {
         for &(ref run, shifts) in &runs {
             let moved = self.moved(shifts, state);
             let normaliser = Normaliser::new(state, &moved, counted, self.exponent);
-            let place = Place { shifts: [shifts[TEACHER], shifts[STUDENT]], normaliser };
+            let of_tile = TileShifts { shifts: [shifts[TEACHER], shifts[STUDENT]], normaliser };
             // Only what has to be widened is cut into tiles.
             let tile = if teacher.dtype() == student.dtype() { run.len() } else { self.tile };
             for start in run.clone().step_by(tile) {
@@ -499,17 +499,17 @@ impl RowPass {
                 let kept = &mut scratch.exponentials(range);
                 let sums = match logits {
                     (Elements::F32(a), Elements::F32(b)) => {
-                        self.instructions.sweep_again(second, [a, b], &place, kept)
+                        self.instructions.sweep_again(second, [a, b], &of_tile, kept)
                     }
                     (Elements::F16(a), Elements::F16(b)) => {
-                        self.instructions.sweep_again(second, [a, b], &place, kept)
+                        self.instructions.sweep_again(second, [a, b], &of_tile, kept)
                     }
                     (Elements::Bf16(a), Elements::Bf16(b)) => {
-                        self.instructions.sweep_again(second, [a, b], &place, kept)
+                        self.instructions.sweep_again(second, [a, b], &of_tile, kept)
                     }
                     (a, b) => {
                         let wide = [widen(a, &mut wide_teacher), widen(b, &mut wide_student)];
-                        self.instructions.sweep_again(second, wide, &place, kept)
+                        self.instructions.sweep_again(second, wide, &of_tile, kept)
                     }
                 };
                 for (total, sum) in totals.iter_mut().zip(sums) {

@@ -411,7 +411,7 @@ pub fn accumulate<L: Element, V: Vector, F: Fold, const GUARDED: bool, const CE_
 
 /// The shifts of a tile, for its second sweep, and the factors that go with them.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct TileShifts {
     pub shifts: [f32; 2],
     pub normaliser: Normaliser,
 }
@@ -422,15 +422,15 @@ fn add_again<V: Vector, S: SecondSweep>(
     second: S,
     logits: [V; 2],
     exponentials: [V; 2],
-    place: &Place,
+    of_tile: &TileShifts,
     sums: &mut SecondSums<V>,
 ) -> V {
     let mut distances = [V::splat(0.0); 2];
     if S::DISTANCES {
-        distances[TEACHER] = logits[TEACHER].sub(V::splat(place.shifts[TEACHER]));
-        distances[STUDENT] = logits[STUDENT].sub(V::splat(place.shifts[STUDENT]));
+        distances[TEACHER] = logits[TEACHER].sub(V::splat(of_tile.shifts[TEACHER]));
+        distances[STUDENT] = logits[STUDENT].sub(V::splat(of_tile.shifts[STUDENT]));
     }
-    second.add(distances, exponentials, &place.normaliser, sums)
+    second.add(distances, exponentials, &of_tile.normaliser, sums)
 }
 
 /// The second sweep over a tile, or more of the same shifts. What was kept becomes the gradient's.
@@ -439,7 +439,7 @@ pub fn sweep_again<L: Element, V: Vector, S: SecondSweep>(
     second: S,
     teacher: &[L],
     student: &[L],
-    place: &Place,
+    of_tile: &TileShifts,
     exponentials: &mut Exponentials,
 ) -> SecondSums<f64> {
     let lanes = Two::<V>::LANES;
@@ -459,7 +459,7 @@ pub fn sweep_again<L: Element, V: Vector, S: SecondSweep>(
                 logits[STUDENT] = L::load(&student[at.clone()]);
             }
             let both = [Two::load(&kept[at.clone()]), Two::load(&q[at.clone()])];
-            let found = add_again(second, logits, both, place, &mut sums);
+            let found = add_again(second, logits, both, of_tile, &mut sums);
             found.store::<false>(&mut kept[at]);
             i += lanes;
         }
@@ -475,7 +475,7 @@ pub fn sweep_again<L: Element, V: Vector, S: SecondSweep>(
         ];
         let both = [padded::<f32, V>(&kept[at.clone()], 0.0), padded(&q[at.clone()], 0.0)];
         let mut rest = [V::splat(0.0); 3];
-        let found = add_again(second, logits, both, place, &mut rest);
+        let found = add_again(second, logits, both, of_tile, &mut rest);
         let mut out = [0.0; MAX_LANES];
         found.store::<false>(&mut out);
         kept[at.clone()].copy_from_slice(&out[..at.len()]);
@@ -485,7 +485,7 @@ pub fn sweep_again<L: Element, V: Vector, S: SecondSweep>(
         i = at.end;
     }
     let sums = [totals[0].fold_both(), totals[1].fold_both(), totals[2].fold_both()];
-    S::normalised(sums, place.normaliser.factors)
+    S::normalised(sums, of_tile.normaliser.factors)
 }
 
 /// A vector of as many elements as there are, and padding.

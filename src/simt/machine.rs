@@ -217,10 +217,10 @@ extern "C" fn simt_cluster_blocks() -> u32 {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn simt_begin_kernel(most_threads: u32) {
+extern "C" fn simt_begin_kernel(max_threads: u32) {
     let block = unsafe { machine().shape.block };
-    if block > most_threads {
-        fault(format!("a block of {block} threads, but the launch bounds allow {most_threads}"));
+    if block > max_threads {
+        fault(format!("a block of {block} threads, but the launch bounds allow {max_threads}"));
     }
 }
 
