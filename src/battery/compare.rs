@@ -40,7 +40,7 @@ pub fn gradient_floor(objective: &Objective, weight: f64, exact: &Output) -> f64
             let smaller = mixture.share.min(1.0 - mixture.share);
             (smaller.ln() / 0.01_f64.ln()).max(1.0)
         }
-        Family::ForwardKl | Family::ReverseKl | Family::TotalVariation => 1.0,
+        _ => 1.0,
     };
     5e-7 * weight * slope * scale / objective.temperature()
 }

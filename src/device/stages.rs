@@ -390,9 +390,7 @@ impl Stages {
         let family = self.objective.divergence().family();
         let mixture = match family {
             Family::Mixture(mixture) => mixture,
-            Family::ForwardKl | Family::ReverseKl | Family::TotalVariation => {
-                Mixture { share: 0.0, of_teacher: 0.0, of_student: 0.0 }
-            }
+            _ => Mixture { share: 0.0, of_teacher: 0.0, of_student: 0.0 },
         };
         let Mixture { share, of_teacher, of_student } = mixture;
         let rest = 1.0 - share;
