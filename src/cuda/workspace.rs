@@ -98,7 +98,7 @@ impl Workspace {
     }
 
     /// Makes room for calls of up to `capacity` tokens, where there is less. The loss of the last call stays, and with it
-    /// what the next one guesses by; the terms of its tokens do not.
+    /// what the next one predicts by; the terms of its tokens do not.
     ///
     /// # Errors
     /// As [`new`](Self::new).
