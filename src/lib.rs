@@ -129,6 +129,7 @@ mod params;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod plan;
 pub mod reference;
+pub mod report;
 mod selection;
 pub mod shards;
 #[cfg(feature = "simt")]

@@ -43,8 +43,28 @@ use crate::{head, output};
 /// Example, of hidden states: atkd loss hidden.safetensors --chunk 128 --grad gradients.safetensors
 #[derive(clap::Args)]
 pub struct Args {
+    #[command(flatten)]
+    batch: BatchArgs,
+    /// Write `grad` [N, V] in the student's dtype and, per token and before the reduction, `uncertainty`,
+    /// `tkd`, `dkd`, `loss` (F32) and `hard` (U8) to this safetensors file; from hidden states, in the place of `grad`,
+    /// `grad_hidden` [N, Hq] in their dtype, `grad_weight` [V, Hq] and, with a bias, `grad_bias` [V] (F32)
+    #[arg(long, value_name = "OUT.safetensors")]
+    grad: Option<PathBuf>,
+    /// Add the entropies of both models' distributions at --temperature, in nats: the means of the valid tokens and, to
+    /// the file of --grad, `teacher_entropy` and `student_entropy` (F32) per token
+    #[arg(long)]
+    entropies: bool,
+    /// Print one JSON object, with `tail` and `top_k` (K) of a sparse teacher; the numbers of a divergence's parts, tkd and
+    /// dkd, are "NaN" where they are not computed: for plain jsd, tvd, skew-kl and skew-reverse-kl
+    #[arg(long)]
+    json: bool,
+}
+
+/// A file and the loss of it.
+#[derive(clap::Args)]
+pub struct BatchArgs {
     /// Logits or hidden states, and labels, as safetensors
-    file: PathBuf,
+    pub file: PathBuf,
     /// The backend that computes
     #[arg(long, value_enum, default_value = "auto")]
     backend: Choice,
@@ -104,19 +124,6 @@ pub struct Args {
     /// ranks would: each its own columns, with what they exchange merged
     #[arg(long, value_name = "R", value_parser = clap::value_parser!(u16).range(1..=1024))]
     shards: Option<u16>,
-    /// Write `grad` [N, V] in the student's dtype and, per token and before the reduction, `uncertainty`,
-    /// `tkd`, `dkd`, `loss` (F32) and `hard` (U8) to this safetensors file; from hidden states, in the place of `grad`,
-    /// `grad_hidden` [N, Hq] in their dtype, `grad_weight` [V, Hq] and, with a bias, `grad_bias` [V] (F32)
-    #[arg(long, value_name = "OUT.safetensors")]
-    grad: Option<PathBuf>,
-    /// Add the entropies of both models' distributions at --temperature, in nats: the means of the valid tokens and, to
-    /// the file of --grad, `teacher_entropy` and `student_entropy` (F32) per token
-    #[arg(long)]
-    entropies: bool,
-    /// Print one JSON object, with `tail` and `top_k` (K) of a sparse teacher; the numbers of a divergence's parts, tkd and
-    /// dkd, are "NaN" where they are not computed: for plain jsd, tvd, skew-kl and skew-reverse-kl
-    #[arg(long)]
-    json: bool,
 }
 
 /// Per token, in nats.
@@ -177,7 +184,12 @@ enum SelectionRuleName {
     Median,
 }
 
-impl Args {
+impl BatchArgs {
+    /// A backend that is not here is told before a file is looked at.
+    pub fn call(&self) -> Result<Call<'_>> {
+        Ok(Call { args: self, objective: self.objective()?, backend: self.backend.backend()? })
+    }
+
     fn objective(&self) -> Result<Objective> {
         // Checked whatever the objective: a lambda of 7 is a mistake even where it is not used. So is a beta.
         let atkd = Objective::atkd(self.lambda)?;
@@ -236,23 +248,52 @@ pub struct OfTokens<'a> {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let objective = args.objective()?;
-    // A backend that is not here is told before a file is looked at.
-    let backend = args.backend.backend()?;
+    let batch = &args.batch;
+    let call = batch.call()?;
     let destination =
-        args.grad.as_ref().map(|path| Destination::open(path, &args.file)).transpose()?;
-    let bytes = tensors::open(&args.file)?;
-    let file = tensors::parse(&args.file, &bytes)?;
-    let required = objective.target() == Target::Label;
-    let of_tokens = || -> Result<OfTokens> {
-        Ok(OfTokens {
-            labels: tensors::labels(&args.file, &file, required)?,
-            weights: tensors::of_tokens(&file, "token_weights")?,
-            temperatures: tensors::of_tokens(&file, "temperatures")?,
-        })
-    };
+        args.grad.as_ref().map(|path| Destination::open(path, &batch.file)).transpose()?;
+    let bytes = tensors::open(&batch.file)?;
+    let file = tensors::parse(&batch.file, &bytes)?;
+    let wanted = Wanted { gradient: destination.is_some(), entropies: args.entropies };
+    print(args, &compute(call, &file, wanted, destination)?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A loss of a file, of which nothing is read yet.
+pub struct Call<'a> {
+    args: &'a BatchArgs,
+    objective: Objective,
+    backend: Backend,
+}
+
+/// What there is to be beside the loss.
+pub struct Wanted {
+    /// With respect to the student's logits, or, if these are made of hidden states, to what is written.
+    pub gradient: bool,
+    pub entropies: bool,
+}
+
+/// What came out.
+pub struct Computed<'a> {
+    pub backend: Backend,
+    pub output: Output,
+    /// With respect to the logits, where these are in the file.
+    pub gradient: Option<Matrix<'static>>,
+    pub labels: Option<Vec<i64>>,
+    entropies: Option<Entropies>,
+    sparse: Option<Sparse<'a>>,
+}
+
+/// The loss of what the file holds; the gradient goes to its destination, if there is one.
+pub fn compute<'a>(
+    call: Call,
+    file: &SafeTensors<'a>,
+    wanted: Wanted,
+    destination: Option<Destination>,
+) -> Result<Computed<'a>> {
+    let Call { args, objective, backend } = call;
     let has = |name| file.tensor(name).is_ok();
-    let of_sparse = sparse::first_tensor(&file);
+    let of_sparse = sparse::first_tensor(file);
     if let (Some(sparse), Some(dense)) = (
         of_sparse,
         ["teacher", "teacher_hidden", head::STUDENT_HIDDEN].into_iter().find(|name| has(name)),
@@ -280,17 +321,23 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             );
         }
         let (teacher, backend) = match of_sparse {
-            Some(_) => sparse_teacher(args, &file, backend)?,
-            None => (FileTeacher::Dense(Matrix::read(&args.file, &file, "teacher")?), backend),
+            Some(_) => sparse_teacher(args, file, backend, wanted.entropies)?,
+            None => (FileTeacher::Dense(Matrix::read(&args.file, file, "teacher")?), backend),
         };
-        let (output, entropies) =
-            of_logits(args, &objective, &backend, &file, &teacher, of_tokens, destination)?;
-        let sparse = match &teacher {
+        let of_tokens = of_tokens(args, file, &objective)?;
+        let (output, gradient, entropies) =
+            of_logits(args, &objective, &backend, file, &teacher, &of_tokens, &wanted)?;
+        if let Some(destination) = destination
+            && let Some(gradient) = &gradient
+        {
+            write_gradient(destination, gradient, entropies.as_ref(), &output)?;
+        }
+        let sparse = match teacher {
             FileTeacher::Sparse(sparse) => Some(sparse),
             FileTeacher::Dense(_) => None,
         };
-        report(args, &backend, &output, entropies.as_ref(), sparse)?;
-        return Ok(ExitCode::SUCCESS);
+        let labels = of_tokens.labels;
+        return Ok(Computed { backend, output, gradient, labels, entropies, sparse });
     }
     if let Some(name) = ["student", "teacher"].into_iter().find(|name| has(name)) {
         bail!(
@@ -299,25 +346,36 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             head::STUDENT_HIDDEN
         );
     }
-    if args.shards.is_some() {
-        bail!(
-            "--shards are of logits, but {} holds hidden states: use a file with `student` and `teacher`",
-            args.file.display()
-        );
-    }
-    if args.entropies {
-        bail!(
-            "--entropies are of logits, but {} holds hidden states: use a file with `student` and `teacher`",
-            args.file.display()
-        );
+    for (option, given) in [("--shards", args.shards.is_some()), ("--entropies", wanted.entropies)]
+    {
+        if given {
+            bail!(
+                "{option} are of logits, but {} holds hidden states: use a file with `student` and `teacher`",
+                args.file.display()
+            );
+        }
     }
     let backend = head::backend(args.backend)?;
     let chunks = args.chunk.map_or(Chunks::default(), Chunks::Tokens);
     let path = &args.file;
+    let of_tokens = of_tokens(args, file, &objective)?;
     let output =
-        head::loss(path, &file, &objective, &of_tokens()?, args.vocab_size, chunks, destination)?;
-    report(args, &backend, &output, None, None)?;
-    Ok(ExitCode::SUCCESS)
+        head::loss(path, file, &objective, &of_tokens, args.vocab_size, chunks, destination)?;
+    let labels = of_tokens.labels;
+    Ok(Computed { backend, output, gradient: None, labels, entropies: None, sparse: None })
+}
+
+fn of_tokens<'a>(
+    args: &BatchArgs,
+    file: &SafeTensors<'a>,
+    objective: &Objective,
+) -> Result<OfTokens<'a>> {
+    let required = objective.target() == Target::Label;
+    Ok(OfTokens {
+        labels: tensors::labels(&args.file, file, required)?,
+        weights: tensors::of_tokens(file, "token_weights")?,
+        temperatures: tensors::of_tokens(file, "temperatures")?,
+    })
 }
 
 /// The teacher of a file that has the student's logits.
@@ -356,11 +414,12 @@ impl FileTeacher<'_> {
 
 /// The sparse teacher of a file that has one, and the backend for it.
 fn sparse_teacher<'a>(
-    args: &Args,
+    args: &BatchArgs,
     file: &SafeTensors<'a>,
     backend: Backend,
+    entropies: bool,
 ) -> Result<(FileTeacher<'a>, Backend)> {
-    for (option, given) in [("--shards", args.shards.is_some()), ("--entropies", args.entropies)] {
+    for (option, given) in [("--shards", args.shards.is_some()), ("--entropies", entropies)] {
         if given {
             bail!(
                 "{option} takes the logits of both models, but {} holds a sparse teacher: leave {option} out, \
@@ -373,36 +432,36 @@ fn sparse_teacher<'a>(
     Ok((FileTeacher::Sparse(Sparse::read(&args.file, file, args.tail)?), backend))
 }
 
-/// The loss of a file of logits, or of a student's logits and a sparse teacher; the gradient goes to its destination.
-fn of_logits<'a>(
-    args: &Args,
+/// The loss of a file of logits, or of a student's logits and a sparse teacher.
+fn of_logits(
+    args: &BatchArgs,
     objective: &Objective,
     backend: &Backend,
-    file: &SafeTensors<'a>,
+    file: &SafeTensors,
     teacher: &FileTeacher,
-    of_tokens: impl FnOnce() -> Result<OfTokens<'a>>,
-    destination: Option<Destination>,
-) -> Result<(Output, Option<Entropies>)> {
+    of_tokens: &OfTokens,
+    wanted: &Wanted,
+) -> Result<(Output, Option<Matrix<'static>>, Option<Entropies>)> {
     let student = Matrix::read(&args.file, file, "student")?;
     let vocab = args.vocab_size.unwrap_or(student.columns);
     let teacher = teacher.teacher(&student, args.vocab_size)?;
-    let OfTokens { labels, weights, temperatures } = of_tokens()?;
+    let OfTokens { labels, weights, temperatures } = of_tokens;
 
-    let batch = match &labels {
+    let batch = match labels {
         Some(labels) => Batch::new(teacher, labels).context("`labels`")?,
         None => Batch::unlabelled(teacher),
     };
-    let batch = match &weights {
+    let batch = match weights {
         Some(weights) => batch.with_token_weights(weights).context("`token_weights`")?,
         None => batch,
     };
-    let batch = match &temperatures {
+    let batch = match temperatures {
         Some(temperatures) => batch.with_temperatures(temperatures).context("`temperatures`")?,
         None => batch,
     };
     let logits = student.logits().and_then(|logits| logits.with_vocab(vocab));
     let logits = logits.context("`student`")?;
-    let entropies = match args.entropies {
+    let entropies = match wanted.entropies {
         true => {
             let of = |logits| backend.token_entropies(logits, args.temperature);
             Some(Entropies { teacher: of(batch.teacher_logits()?)?, student: of(logits)? })
@@ -410,29 +469,38 @@ fn of_logits<'a>(
         false => None,
     };
     let ranks = args.shards.map(usize::from);
-    let Some(destination) = destination else {
+    if !wanted.gradient {
         let output = match ranks {
             Some(ranks) => backend.in_shards(ranks, objective, &batch, logits, None)?,
             None => backend.forward(objective, &batch, logits)?,
         };
-        return Ok((output, entropies));
-    };
+        return Ok((output, None, entropies));
+    }
     let mut gradient = Matrix::zeros(logits.dtype(), student.rows, student.columns)?;
     let view = gradient.logits_mut()?.with_vocab(vocab)?;
     let output = match ranks {
         Some(ranks) => backend.in_shards(ranks, objective, &batch, logits, Some(view))?,
         None => backend.forward_backward(objective, &batch, logits, view)?,
     };
+    Ok((output, Some(gradient), entropies))
+}
+
+/// The gradient with respect to the logits, and each token's terms and entropies.
+fn write_gradient(
+    destination: Destination,
+    gradient: &Matrix,
+    entropies: Option<&Entropies>,
+    output: &Output,
+) -> Result<()> {
     let shape = vec![gradient.rows, gradient.columns];
     let mut tensors = vec![("grad", gradient.safetensors_dtype(), shape, gradient.bytes())];
-    if let Some(Entropies { teacher, student }) = &entropies {
+    if let Some(Entropies { teacher, student }) = entropies {
         for (name, values) in [("teacher_entropy", teacher), ("student_entropy", student)] {
             let bytes = bytemuck::cast_slice(values);
             tensors.push((name, safetensors::Dtype::F32, vec![values.len()], bytes));
         }
     }
-    write(destination, tensors, &output)?;
-    Ok((output, entropies))
+    write(destination, tensors, output)
 }
 
 /// A tensor to write: its name, dtype, shape and bytes.
@@ -491,13 +559,8 @@ fn number(value: f64) -> Value {
     }
 }
 
-fn report(
-    args: &Args,
-    backend: &Backend,
-    output: &Output,
-    entropies: Option<&Entropies>,
-    sparse: Option<&Sparse>,
-) -> Result<()> {
+fn print(args: &Args, computed: &Computed) -> Result<()> {
+    let Computed { backend, output, entropies, sparse, .. } = computed;
     let summary = output.summary();
     let mean_of_valid = |values: &[f32]| {
         let valid = output.tokens.iter().zip(values).filter(|(token, _)| token.valid);
@@ -505,7 +568,7 @@ fn report(
         let sum = valid.map(|(_, &value)| f64::from(value)).sum::<f64>() + 0.0;
         sum / summary.valid_tokens.max(1) as f64
     };
-    let mean_entropies = entropies.map(|Entropies { teacher, student }| {
+    let mean_entropies = entropies.as_ref().map(|Entropies { teacher, student }| {
         [("teacher", mean_of_valid(teacher)), ("student", mean_of_valid(student))]
     });
     if args.json {
@@ -575,12 +638,12 @@ mod tests {
     use super::*;
 
     fn command() -> Command {
-        Args::augment_args(Command::new("loss"))
+        BatchArgs::augment_args(Command::new("loss"))
     }
 
     fn objective(options: &[&str]) -> Objective {
         let matches = command().get_matches_from([&["loss", "file"], options].concat());
-        Args::from_arg_matches(&matches).unwrap().objective().unwrap()
+        BatchArgs::from_arg_matches(&matches).unwrap().objective().unwrap()
     }
 
     /// The choices of an objective as options. Each match is over all that Rust has: a variant without a word does not

@@ -8,6 +8,7 @@ mod head;
 mod info;
 mod loss;
 mod output;
+mod report;
 mod sparse;
 mod teacher;
 mod tensors;
@@ -38,6 +39,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Loss(loss::Args),
+    Report(report::Args),
     Gradcheck(gradcheck::Args),
     Bench(bench::Args),
     Info(info::Args),
@@ -47,6 +49,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Loss(args) => loss::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Gradcheck(args) => gradcheck::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Info(args) => info::run(&args),

@@ -1344,3 +1344,43 @@ fn files_that_hold_no_teacher_say_so() {
     assert_eq!(rows.indices, [2, 1, 0, -1, -1, 2, 1, 0, -1, -1]);
     assert_eq!(rows.tail_mass, [0.0, 0.0]);
 }
+
+/// The page of `atkd report` about this file.
+fn report(files: &Files, path: &Path, options: &[&str]) -> String {
+    let page = files.path("page.html");
+    let mut command = atkd(&["report"]);
+    command.arg(path).arg("--out").arg(&page).args(options);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    std::fs::read_to_string(page).unwrap()
+}
+
+#[test]
+fn a_report_has_the_numbers_of_the_loss() {
+    let files = Files::new();
+    let path = files.batch("batch", &files.labels);
+    let page = report(&files, &path, &["--ce-weight", "0.5"]);
+    let object = json(loss(&path, &["--ce-weight", "0.5", "--json"]));
+    let loss = object["loss"].as_f64().unwrap();
+    for words in [
+        format!("<td>{loss:.9}</td>"),
+        format!("<th>of these hard</th><td>{}</td>", object["hard_tokens"]),
+        format!("uncertainty {:.6}", object["threshold_uncertainty"].as_f64().unwrap()),
+        "--ce-weight 0.5".into(),
+        "gradient norm".into(),
+    ] {
+        assert!(page.contains(&words), "{words:?} is not in {page}");
+    }
+    // It stands alone.
+    for word in ["<script", "href=", "src=", "url("] {
+        assert!(!page.contains(word), "{word}");
+    }
+    // JSD has no parts, and a file without a label that counts no tokens.
+    let page = report(&files, &path, &["--objective", "plain", "--divergence", "jsd"]);
+    assert!(page.contains("not computed in parts"));
+    let none = files.batch("none", &[-100; TOKENS]);
+    assert!(report(&files, &none, &[]).contains("No token has a label that counts"));
+    let mut command = atkd(&["report"]);
+    command.arg(&path).arg("--out").arg(files.path("no/such/folder.html"));
+    fails(command, &["cannot write", "no folder"]);
+}
