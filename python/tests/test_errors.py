@@ -154,13 +154,17 @@ def test_shift_labels_is_a_bool(value):
             call()
 
 
-def test_labels_as_shift_labels():
-    for call in [
-        lambda: atkd.atkd_loss(STUDENT, TEACHER, LABELS, shift_labels=LABELS),
-        lambda: atkd.ATKDLoss(shift_labels=LABELS),
-    ]:
-        with pytest.raises(TypeError, match="Hugging Face gives labels that are shifted already"):
-            call()
+def test_labels_as_a_setting():
+    for module in [atkd.ATKDLoss, atkd.LinearATKDLoss, atkd.SparseATKDLoss]:
+        with pytest.raises(TypeError, match="shift_labels is a Tensor.* give labels that are shifted already to the call"):
+            module(shift_labels=LABELS)
+
+
+def test_wrong_labels_as_shift_labels():
+    with pytest.raises(ValueError, match=r"labels are \[5\].* must be \[6\]"):
+        atkd.atkd_loss(STUDENT, TEACHER, shift_labels=LABELS[:5])
+    with pytest.raises(TypeError, match="labels are torch.bool"):
+        atkd.atkd_loss(STUDENT, TEACHER, LABELS, shift_labels=torch.tensor(True))
 
 
 def test_a_failed_call_leaves_the_logits_alone():

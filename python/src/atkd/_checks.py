@@ -300,10 +300,25 @@ def check_selection(
     if valid is not None:
         check_mask("valid", valid, "margins", margins, margins.shape)
     if cu_seqlens is not None:
-        if cu_seqlens.dtype not in LABEL_DTYPES:
-            raise TypeError(f"cu_seqlens are {cu_seqlens.dtype}, but must be int64 or int32")
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-            raise ValueError(f"cu_seqlens are {list(cu_seqlens.shape)}, but must be [sequences + 1]")
-        if are_apart(cu_seqlens, margins):
-            raise ValueError(f"margins are on {margins.device}, but cu_seqlens on {cu_seqlens.device}")
+        check_offsets(cu_seqlens, "margins", margins)
     _check_scalar(number)
+
+
+def check_offsets(cu_seqlens: Tensor, name: str, of_tokens: Tensor) -> None:
+    """Raises unless these are offsets where the tokens lie. Their values are checked elsewhere."""
+    if cu_seqlens.dtype not in LABEL_DTYPES:
+        raise TypeError(f"cu_seqlens are {cu_seqlens.dtype}, but must be int64 or int32")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"cu_seqlens are {list(cu_seqlens.shape)}, but must be [sequences + 1]")
+    if are_apart(cu_seqlens, of_tokens):
+        raise ValueError(f"{name} are on {of_tokens.device}, but cu_seqlens on {cu_seqlens.device}")
+
+
+def check_order(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raises for offsets on the CPU that do not go from 0 to the number of tokens."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != tokens:
+        raise ValueError(f"cu_seqlens go from {offsets[0]} to {offsets[-1]}, but must from 0 to the {tokens} tokens")
+    for i, (start, end) in enumerate(zip(offsets, offsets[1:])):
+        if end < start:
+            raise ValueError(f"sequence {i} of cu_seqlens goes from {start} to {end}, but must not end before it starts")

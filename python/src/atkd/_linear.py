@@ -513,7 +513,7 @@ def linear_atkd_loss(
     vocab_size: Optional[int] = None,
     token_weights: Optional[Tensor] = None,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
-    shift_labels: bool = False,
+    shift_labels: Union[bool, Tensor] = False,
     hard: Optional[Tensor] = None,
     return_stats: bool = False,
     vocab_group: "Optional[ProcessGroup]" = None,
@@ -580,6 +580,7 @@ def linear_atkd_loss(
         ValueError: for shapes or devices that do not go together, a setting outside its domain, and, on the CPU, a label
             that names no token of the vocabulary.
     """
+    labels, shift_labels = _loss.shifted_already(labels, shift_labels)
     tensors = {
         "student_hidden": student_hidden,
         "student_weight": student_weight,
@@ -734,8 +735,22 @@ _outside_graphs = _disable(_behind_module)
 linear_atkd_loss.__signature__ = _loss.shown_with_settings(linear_atkd_loss)  # type: ignore[attr-defined]
 
 
-class LinearATKDLoss(torch.nn.Module):
-    """`linear_atkd_loss` with its settings, which are checked here. A schedule may change `settings`, a dict."""
+class LinearATKDLoss(_loss.Criterion):
+    """`linear_atkd_loss` with its settings, which are checked here: those of `ATKDLoss` but for `inplace`, and these. Each is an
+    attribute, which a schedule may set.
+
+    Args:
+        chunk_tokens: tokens of a chunk, instead of as many as `memory_budget` allows.
+        memory_budget: bytes for the logits of a chunk.
+        logits_dtype: float32, or that of the hidden states.
+    """
+
+    vocab_group = _loss.setting("vocab_group")
+    token_group = _loss.setting("token_group")
+    vocab_start = _loss.setting("vocab_start")
+    chunk_tokens = _loss.setting("chunk_tokens")
+    memory_budget = _loss.setting("memory_budget")
+    logits_dtype = _loss.setting("logits_dtype")
 
     def __init__(
         self,
@@ -748,12 +763,15 @@ class LinearATKDLoss(torch.nn.Module):
         if "inplace" in settings:
             raise TypeError("LinearATKDLoss() has no logits that inplace could overwrite")
         super().__init__()
-        check_sizes(chunk_tokens, memory_budget, logits_dtype)
-        self.settings = ATKDLoss(*arguments, **settings).settings
-        del self.settings["inplace"]
-        self.settings.update(
-            chunk_tokens=chunk_tokens, memory_budget=memory_budget, logits_dtype=logits_dtype
-        )
+        settings = ATKDLoss(*arguments, **settings).settings
+        del settings["inplace"]
+        settings.update(chunk_tokens=chunk_tokens, memory_budget=memory_budget, logits_dtype=logits_dtype)
+        self.check(settings)
+        self.settings = settings
+
+    def check(self, settings: Dict[str, Any]) -> None:
+        super().check(settings)
+        check_sizes(*[settings[name] for name in ("chunk_tokens", "memory_budget", "logits_dtype")])
 
     def forward(
         self,
@@ -763,12 +781,26 @@ class LinearATKDLoss(torch.nn.Module):
         teacher_weight: Optional[Tensor],
         labels: Optional[Tensor] = None,
         num_items_in_batch: Union[None, int, float, Tensor] = None,
-        temperature: Optional[Tensor] = None,
+        temperature: Union[None, float, Tensor] = None,
+        shift_labels: Union[None, bool, Tensor] = None,
         **keywords: Any,
     ) -> Any:
-        settings = {**self.settings, **keywords}
-        if temperature is not None:
-            settings["temperature"] = temperature
+        """The loss of `linear_atkd_loss`, which describes the arguments and what raises; with `return_stats` `(loss, Stats)`.
+
+        Args:
+            student_hidden: `[N, H]` or `[B, T, H]`.
+            student_weight: `[V, H]`, or None beside a `student_head`.
+            teacher_hidden: `[N, H of the teacher]` or `[B, T, H of the teacher]`.
+            teacher_weight: `[V, H of the teacher]`.
+            labels: `[N]` or `[B, T]`.
+            num_items_in_batch: a positive number, or a tensor that holds one: the sum is divided by it.
+            temperature: a number, or float32, shaped as the labels: in the place of the setting.
+            shift_labels: labels that are shifted already, as `ATKDLoss.forward` takes them; or a bool, in the place of the
+                setting.
+            keywords: `student_bias`, `teacher_bias`, `student_head`, `teacher`, `teacher_log_prob`, `hard`, `token_weights`,
+                `token_counts`; or settings.
+        """
+        settings = self.given(temperature=temperature, shift_labels=shift_labels)
         return linear_atkd_loss(
             student_hidden,
             student_weight,
@@ -776,8 +808,5 @@ class LinearATKDLoss(torch.nn.Module):
             teacher_weight,
             labels,
             num_items_in_batch=num_items_in_batch,
-            **settings,
+            **{**settings, **keywords},
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

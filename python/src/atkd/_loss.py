@@ -6,6 +6,7 @@ from typing import (
     Any,
     Dict,
     Literal,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -17,7 +18,7 @@ from typing import (
 import torch
 from torch import Tensor
 
-from . import _autograd, _operator, _private, _settings, _teacher
+from . import _autograd, _checks, _operator, _private, _settings, _teacher
 from ._settings import DEFAULTS, Number, Settings
 from ._teacher import SparseTeacher, Teacher
 from ._token_losses import TokenLosses, TransformedTokenLosses
@@ -51,6 +52,77 @@ class Stats(NamedTuple):
     """The token's loss before the reduction, float32: its terms with the objective's weights and its own, cross entropy
     included. What the reduction divides by is not in it.
     """
+
+    def summary(
+        self,
+        settings: Optional[Mapping[str, Any]] = None,
+        *,
+        token_weights: Optional[Tensor] = None,
+        valid: Optional[Tensor] = None,
+    ) -> Dict[str, float]:
+        """Means for a log, over the tokens that are not ignored. On a GPU it waits for them, once.
+
+        Args:
+            settings: those of the call, such as `criterion.settings`, for `"kd"` and `"ce"`; what is not among them has its
+                default. Without them these two are left out.
+            token_weights: those of the call, which belong to the settings.
+            valid: bool, shaped as the labels: which tokens count. Without it all whose margin is above -inf do, which leaves
+                out a token of whose label the teacher is certain beyond float32 because the logits of all others are -inf.
+
+        Returns:
+            `"tokens"`, their number; `"hard"`, the share of hard ones; `"threshold"`, the least uncertainty of a hard one, NaN
+            if there is none; the means of `"uncertainty"`, `"tkd"`, `"dkd"`, `"loss"`; `"easy_dkd"`, `"hard_tkd"`,
+            `"hard_dkd"`, the means over easy and over hard tokens, of which the loss of `"atkd"` is made; `"kd"` and `"ce"`,
+            the parts of `"loss"` that are distillation and cross entropy, with their weights, so that they add up to it. Means
+            over no token are 0. `"kd"` and `"ce"` are NaN where the terms do not tell them apart: for `"plain"` with a
+            divergence other than forward KL, if both weights are other than 0. With ranks, all are this rank's.
+        """
+        counts = self.margin != float("-inf") if valid is None else valid
+        hard, easy = counts & self.hard, counts & ~self.hard
+
+        def mean(values: Tensor, tokens: Tensor) -> Tensor:
+            return values.double().where(tokens, 0).sum() / tokens.sum().clamp(min=1)
+
+        infinity = self.uncertainty.new_full((1,), float("inf"))
+        threshold = torch.cat([self.uncertainty.where(hard, infinity).flatten(), infinity]).amin()
+        found = {
+            "tokens": counts.sum(),
+            "hard": mean(self.hard, counts),
+            "threshold": threshold.where(hard.any(), float("nan")),
+            "uncertainty": mean(self.uncertainty, counts),
+            "tkd": mean(self.tkd, counts),
+            "dkd": mean(self.dkd, counts),
+            "easy_dkd": mean(self.dkd, easy),
+            "hard_tkd": mean(self.tkd, hard),
+            "hard_dkd": mean(self.dkd, hard),
+            "loss": mean(self.loss, counts),
+        }
+        if settings is not None:
+            found["kd"] = mean(self._distillation({**DEFAULTS, **settings}, token_weights), counts)
+            found["ce"] = found["loss"] - found["kd"]
+        values = torch.stack([value.double() for value in found.values()]).tolist()
+        return dict(zip(found, values))
+
+    def _distillation(self, settings: Dict[str, Any], token_weights: Optional[Tensor]) -> Tensor:
+        """The part of each token's loss that is no cross entropy, float64."""
+        if settings["ce_weight"] == 0:
+            return self.loss.double()
+        if settings["kd_weight"] == 0:
+            return torch.zeros_like(self.loss, dtype=torch.float64)
+        uncertainty, tkd, dkd = self.uncertainty.double(), self.tkd.double(), self.dkd.double()
+        lam, objective = settings["lam"], settings["objective"]
+        if objective == "atkd":
+            kd: Tensor = ((1 - lam) * (tkd + dkd)).where(self.hard, lam * dkd)
+        elif objective in ("tkd", "dkd"):
+            kd = tkd if objective == "tkd" else dkd
+        elif objective == "kl" or settings["divergence"] == "forward-kl":
+            kd = tkd + uncertainty * dkd
+        else:
+            kd = torch.full_like(tkd, float("nan"))
+        kd = kd * settings["kd_weight"]
+        if settings["temperature_squared"]:
+            kd = kd * settings["temperature"] ** 2
+        return kd if token_weights is None else kd.mul(token_weights)
 
 
 def check_tensor(
@@ -140,11 +212,20 @@ def _check_numbers(settings: Dict[str, Any]) -> None:
 def check_shift_labels(shift_labels: object) -> None:
     if isinstance(shift_labels, Tensor):
         raise TypeError(
-            "shift_labels is a Tensor, but must be True or False; Hugging Face gives labels that are "
-            "shifted already that name: give them as labels, and leave shift_labels out"
+            "shift_labels is a Tensor, but must be True or False as a setting: give labels that are shifted already to "
+            "the call"
         )
     if not _settings.is_bool(shift_labels):
         raise TypeError(f"shift_labels is {shift_labels!r}, but must be True or False")
+
+
+def shifted_already(labels: Optional[Tensor], shift_labels: Any) -> Tuple[Optional[Tensor], bool]:
+    """The labels, and whether they are to be shifted. By the name `shift_labels` Hugging Face gives labels that are shifted
+    already, where a context is split over ranks, and looks at no others then.
+    """
+    if isinstance(shift_labels, Tensor):
+        return shift_labels, False
+    return labels, shift_labels
 
 
 def _scale(num_items: Union[int, float, Tensor], device: torch.device) -> Tensor:
@@ -237,6 +318,11 @@ def prepare(
     settings = {**DEFAULTS, **given}
     if len(settings) != len(DEFAULTS):
         unknown = next(name for name in settings if name not in DEFAULTS)
+        if unknown == "cu_seqlens":
+            raise ValueError(
+                f"{function} takes no cu_seqlens beside groups of ranks or DTensors: give labels that are shifted already "
+                "as shift_labels, and hard=select_hard(teacher_margins(..), .., cu_seqlens=cu_seqlens)"
+            )
         raise TypeError(f"{function}() got an unexpected keyword argument '{unknown}'")
     if labels is not None:
         check_tensor("labels", labels, function=function)
@@ -283,7 +369,7 @@ class SharedKeywords(Settings, total=False):
     vocab_size: Optional[int]
     token_weights: Optional[Tensor]
     num_items_in_batch: Union[None, int, float, Tensor]
-    shift_labels: bool
+    shift_labels: Union[bool, Tensor]
     hard: Optional[Tensor]
     vocab_group: "Optional[ProcessGroup]"
     token_group: "Optional[ProcessGroup]"
@@ -294,6 +380,7 @@ class SharedKeywords(Settings, total=False):
 class Keywords(SharedKeywords, total=False):
     """Those of `atkd_loss`, which describes them."""
 
+    cu_seqlens: Optional[Tensor]
     inplace: bool
 
 
@@ -339,7 +426,8 @@ def atkd_loss(
     vocab_size: Optional[int] = None,
     token_weights: Optional[Tensor] = None,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
-    shift_labels: bool = False,
+    shift_labels: Union[bool, Tensor] = False,
+    cu_seqlens: Optional[Tensor] = None,
     hard: Optional[Tensor] = None,
     inplace: bool = False,
     return_stats: bool = False,
@@ -357,10 +445,10 @@ def atkd_loss(
     is read, so waited for if it is on a GPU; under torch.compile it may change without compiling again.
 
     Args:
-        student_logits: `[N, V]` or `[B, T, V]`, float32, float16 or bfloat16. Read where they lie if
-            rows are contiguous and evenly spaced, else copied; so are the teacher's.
+        student_logits: `[N, V]` or `[B, T, V]`, or of more dimensions, of which the last is the vocabulary; float32, float16
+            or bfloat16. Read where they lie if rows are contiguous and evenly spaced, else copied; so are the teacher's.
         teacher_logits: of the same shape, of any of these dtypes; with `vocab_size` the last dimension may differ.
-        labels: `[N]` or `[B, T]`, int64 or int32. May be left out if `target="teacher"`, for which they only tell the
+        labels: `[N]` or `[B, T]`, the logits' shape without the last, int64 or int32. May be left out if `target="teacher"`, for which they only tell the
             ignored tokens.
         lam: easy tokens learn `lam * DKD`, hard ones `(1 - lam) * (TKD + DKD)`; of `"atkd"` alone.
         hard_ratio: the share of the valid tokens, those of which the teacher is least certain, that is
@@ -414,7 +502,12 @@ def atkd_loss(
             batch without valid tokens, counts as 1. A tensor on a GPU is not waited for: one that is
             negative, NaN or infinite makes the loss NaN.
         shift_labels: logits at one position are about the label at the next, as in a causal model: the
-            labels are shifted along their last dimension, and the last position is ignored.
+            labels are shifted along their last dimension, and the last position is ignored. Or a tensor of labels that
+            are shifted already, by the name that Hugging Face gives these: then `labels` are not looked at.
+        cu_seqlens: where packed sequences start and end, `[sequences + 1]`, int32 or int64, offsets into the tokens of all
+            rows, from 0 to their number: `selection="sequence"` is then of each of these, and `shift_labels=True` gives none
+            the label of the next. Such a selection reads the teacher's logits once more, and is by `"top-k"` alone. On a GPU,
+            where raising would wait, offsets out of order are not noticed. Not with groups of ranks.
         hard: which tokens are hard, bool, one per position of the logits (with `shift_labels` too), where that
             was selected elsewhere, such as over all parts of a batch: see `teacher_margins` and `select_hard`.
             Nothing is selected then. Ignored tokens stay ignored.
@@ -460,6 +553,7 @@ def atkd_loss(
             together.
         RuntimeError: on the other ranks, where one has raised.
     """
+    labels, shift_labels = shifted_already(labels, shift_labels)
     # Its module is not imported, for that takes time.
     if (
         vocab_group is not None
@@ -470,6 +564,9 @@ def atkd_loss(
     ):
         from . import _shards
 
+        if cu_seqlens is not None:
+            # There all ranks raise.
+            settings["cu_seqlens"] = cu_seqlens
         return _shards.atkd_loss(
             student_logits,
             teacher_logits,
@@ -492,6 +589,13 @@ def atkd_loss(
     check_tensor("teacher_logits", teacher_logits)
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
+    if cu_seqlens is not None:
+        per_sequence = _is_per_sequence(selection)
+        chosen = per_sequence and hard is None and (return_stats or settings.get("objective", "atkd") == "atkd")
+        labels, hard, settings = _packed(
+            teacher_logits, labels, cu_seqlens, shift_labels, chosen, hard, vocab_size, settings
+        )
+        shift_labels, selection = False, "batch"
     return from_teacher(
         "atkd_loss",
         student_logits,
@@ -507,6 +611,47 @@ def atkd_loss(
         return_stats,
         settings,
     )
+
+
+def _packed(
+    teacher: Tensor,
+    labels: Optional[Tensor],
+    cu_seqlens: Tensor,
+    shift_labels: bool,
+    selects: bool,
+    hard: Optional[Tensor],
+    vocab_size: Optional[int],
+    settings: Dict[str, Any],
+) -> Tuple[Optional[Tensor], Optional[Tensor], Dict[str, Any]]:
+    """The labels by the position of the logits that they are about, the hard tokens, and the settings for these."""
+    settings = {**DEFAULTS, **settings}
+    check_shift_labels(shift_labels)
+    check_tensor("cu_seqlens", cu_seqlens)
+    _checks.check_offsets(cu_seqlens, "teacher_logits", teacher)
+    if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
+        _checks.check_order(cu_seqlens, teacher.shape[:-1].numel())
+    if shift_labels:
+        shape = teacher.shape[:-1] if labels is None else labels.shape
+        flat = None if labels is None else labels.flatten()
+        flat, settings["ignore_index"] = _shifted(
+            teacher.flatten(0, -2), flat, True, settings["target"], settings["ignore_index"]
+        )
+        if flat is not None:
+            # Position i is a sequence's last if one ends before i + 1.
+            ends = torch.zeros(flat.numel() + 1, dtype=torch.bool, device=flat.device)
+            ends[cu_seqlens[1:].long().clamp(0, flat.numel())] = True
+            labels = flat.masked_fill(ends[1:], settings["ignore_index"]).view(shape)
+    if selects:
+        if settings["selection_rule"] != "top-k":
+            raise ValueError(
+                f'selection_rule is "{settings["selection_rule"]}", but selection="sequence" with cu_seqlens is by "top-k" '
+                "alone: give hard, or the sequences in rows of their own"
+            )
+        of_margins = {name: settings[name] for name in ("temperature", "target", "ignore_index")}
+        margins = teacher_margins(teacher, labels, vocab_size=vocab_size, **of_margins)
+        valid = None if labels is None else labels != settings["ignore_index"]
+        hard = select_hard(margins, settings["hard_ratio"], valid=valid, cu_seqlens=cu_seqlens)
+    return labels, hard, settings
 
 
 def from_teacher(
@@ -642,7 +787,7 @@ def teacher_margins(
     target: str = DEFAULTS["target"],
     ignore_index: int = DEFAULTS["ignore_index"],
     vocab_size: Optional[int] = None,
-    shift_labels: bool = False,
+    shift_labels: Union[bool, Tensor] = False,
     vocab_group: "Optional[ProcessGroup]" = None,
     vocab_start: Optional[int] = None,
 ) -> Tensor:
@@ -667,6 +812,7 @@ def teacher_margins(
             the vocabulary.
     """
     given: Dict[str, Any] = {"temperature": temperature, "target": target}
+    labels, shift_labels = shifted_already(labels, shift_labels)
     if vocab_group is not None or vocab_start is not None:
         from . import _shards
 
@@ -777,10 +923,106 @@ def token_entropies(
     return entropies
 
 
-class ATKDLoss(torch.nn.Module):
-    """`atkd_loss` with its settings, which are checked here. A schedule may change `settings`, a dict. What is of the
-    tokens of one batch goes into the call: see `forward`.
+def setting(name: str) -> Any:
+    """A property of a module: one of its `settings`."""
+
+    def get(module: Any) -> Any:
+        return module.settings[name]
+
+    def change(module: Any, value: Any) -> None:
+        module.check({**module.settings, name: value})
+        module.settings[name] = value
+
+    return property(get, change, doc=f"The setting `{name}`. A wrong value raises when it is set.")
+
+
+class Criterion(torch.nn.Module):
+    """A loss with settings, which are attributes: `criterion.lam = 0.3` is checked, and counts from the next call on.
+    `settings` has them all, for several that only go together.
     """
+
+    settings: Dict[str, Any]
+
+    lam = setting("lam")
+    hard_ratio = setting("hard_ratio")
+    temperature = setting("temperature")
+    objective = setting("objective")
+    target = setting("target")
+    reduction = setting("reduction")
+    ignore_index = setting("ignore_index")
+    ce_weight = setting("ce_weight")
+    kd_weight = setting("kd_weight")
+    temperature_squared = setting("temperature_squared")
+    divergence = setting("divergence")
+    beta = setting("beta")
+    selection_rule = setting("selection_rule")
+    selection = setting("selection")
+    vocab_size = setting("vocab_size")
+    shift_labels = setting("shift_labels")
+    return_stats = setting("return_stats")
+
+    def check(self, settings: Dict[str, Any]) -> None:
+        """Raises unless these are settings of this loss."""
+        _is_per_sequence(settings["selection"])
+        _check_numbers(settings)
+        check_shift_labels(settings["shift_labels"])
+        checked = {name: settings[name] for name in DEFAULTS}
+        if checked["reduction"] == "none":
+            _check_per_token(None, settings.get("inplace", False))
+            checked["reduction"] = "sum"
+        _settings.native(checked)
+
+    def given(self, **arguments: Any) -> Dict[str, Any]:
+        """The settings, with what a call gives in their places, if it is not None."""
+        return {**self.settings, **{name: value for name, value in arguments.items() if value is not None}}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class ATKDLoss(Criterion):
+    """`atkd_loss` with its settings, which are checked here.
+
+        criterion = atkd.ATKDLoss(lam=0.2, shift_labels=True)
+        loss = criterion(student_logits, teacher_logits, labels)
+        criterion.lam = 0.3
+
+    `print(criterion)` shows the settings. Each is an attribute, which a schedule may set; a number may be a tensor that holds
+    one. What is of the tokens of one batch goes into the call: see `forward`.
+
+    Args:
+        lam: easy tokens learn `lam * DKD`, hard ones `(1 - lam) * (TKD + DKD)`.
+        hard_ratio: the share of the valid tokens that is hard, in [0, 1].
+        temperature: divides both models' logits, a number above 0.
+        objective: `"atkd"`, `"plain"`, `"kl"`, `"tkd"` or `"dkd"`.
+        target: where distributions are split: at the `"label"`, or the `"teacher"`'s arg max.
+        reduction: `"mean"`, `"sum"`, `"group-mean"` or `"none"`.
+        ignore_index: tokens with this label are dropped.
+        ce_weight: of the student's cross entropy at the target, which is added.
+        kd_weight: of the distillation terms.
+        temperature_squared: multiplies the distillation terms by the temperature's square.
+        divergence: `"forward-kl"`, `"reverse-kl"`, `"jsd"`, `"tvd"`, `"skew-kl"` or `"skew-reverse-kl"`.
+        beta: of `"jsd"`; the alpha of the skewed divergences.
+        selection_rule: `"top-k"` or `"median"`.
+        selection: hard tokens are those of the `"batch"`, which is the tokens of one call, or of each `"sequence"`.
+        vocab_size: the tokens of the vocabulary, where logits have more columns.
+        shift_labels: True if logits at one position are about the label at the next. (Labels that are shifted already go into
+            the call.)
+        inplace: the gradient overwrites the student's logits.
+        return_stats: a call returns `(loss, Stats)`.
+        vocab_group, token_group, vocab_start: of ranks that split the vocabulary or the tokens.
+
+    `atkd_loss` says more of each.
+
+    Raises:
+        TypeError: for a setting of another type, or one that requires a gradient.
+        ValueError: for one outside its domain, or settings that do not go together.
+    """
+
+    inplace = setting("inplace")
+    vocab_group = setting("vocab_group")
+    token_group = setting("token_group")
+    vocab_start = setting("vocab_start")
 
     def __init__(
         self,
@@ -810,15 +1052,8 @@ class ATKDLoss(torch.nn.Module):
         settings = dict(locals())
         del settings["self"], settings["__class__"]
         super().__init__()
-        _is_per_sequence(selection)
-        _check_numbers(settings)
-        check_shift_labels(shift_labels)
-        checked = {name: settings[name] for name in DEFAULTS}
-        if reduction == "none":
-            _check_per_token(None, inplace)
-            checked["reduction"] = "sum"
-        _settings.native(checked)
-        self.settings: Dict[str, Any] = settings
+        self.check(settings)
+        self.settings = settings
 
     def forward(
         self,
@@ -828,15 +1063,37 @@ class ATKDLoss(torch.nn.Module):
         num_items_in_batch: Union[None, int, float, Tensor] = None,
         hard: Optional[Tensor] = None,
         token_weights: Optional[Tensor] = None,
-        temperature: Optional[Tensor] = None,
+        temperature: Union[None, float, Tensor] = None,
         token_counts: Optional[Sequence[int]] = None,
+        shift_labels: Union[None, bool, Tensor] = None,
+        cu_seqlens: Optional[Tensor] = None,
     ) -> Any:
-        """The loss of `atkd_loss`, which describes the arguments; with `return_stats` `(loss, Stats)`. A temperature given
-        here, a number or one a token, is in the place of the setting.
+        """The loss of `atkd_loss`, which says more of the arguments. What is None is left out, or has the module's setting.
+
+        Args:
+            student_logits: `[N, V]` or `[B, T, V]`, or of more dimensions, of which the last is the vocabulary; float32,
+                float16 or bfloat16.
+            teacher_logits: of the same shape, of any of these dtypes; with `vocab_size` the last dimension may differ.
+            labels: `[N]` or `[B, T]`, int64 or int32. May be left out if `target="teacher"`.
+            num_items_in_batch: a positive number, or a tensor that holds one: the sum is divided by it.
+            hard: bool, shaped as the labels: which tokens are hard.
+            token_weights: float32, shaped as the labels: multiplies each token's loss and gradient.
+            temperature: a number, or float32, shaped as the labels: in the place of the setting.
+            token_counts: the tokens of each rank of the `token_group`.
+            shift_labels: labels that are shifted already, `[N]` or `[B, T]`, as Hugging Face's trainers pass them by this name
+                where a context is split over ranks: then `labels` are not looked at. Or a bool, in the place of the setting.
+            cu_seqlens: `[sequences + 1]`, int32 or int64: where packed sequences start and end.
+
+        Returns:
+            The loss, a float32 scalar; with `reduction="none"` float32, shaped as the labels. With `return_stats`
+            `(loss, Stats)`.
+
+        Raises:
+            TypeError: for another dtype, or what is no tensor.
+            ValueError: for shapes or devices that differ, a label that names no token of the vocabulary, a number outside
+                its domain. The message has the numbers.
+            RuntimeError: on the other ranks of a group, where one has raised.
         """
-        settings = self.settings
-        if temperature is not None:
-            settings = {**settings, "temperature": temperature}
         return atkd_loss(
             student_logits,
             teacher_logits,
@@ -845,8 +1102,6 @@ class ATKDLoss(torch.nn.Module):
             hard=hard,
             token_weights=token_weights,
             token_counts=token_counts,
-            **settings,
+            cu_seqlens=cu_seqlens,
+            **self.given(temperature=temperature, shift_labels=shift_labels),
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -12,7 +12,6 @@ from typing import (
     overload,
 )
 
-import torch
 from torch import Tensor
 
 from . import _loss
@@ -90,7 +89,7 @@ def sparse_atkd_loss(
     vocab_size: Optional[int] = None,
     token_weights: Optional[Tensor] = None,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
-    shift_labels: bool = False,
+    shift_labels: Union[bool, Tensor] = False,
     hard: Optional[Tensor] = None,
     inplace: bool = False,
     return_stats: bool = False,
@@ -140,6 +139,7 @@ def sparse_atkd_loss(
             those of logits would; for a target without a log-probability. The message has the token, counted over all
             positions, and the numbers.
     """
+    labels, shift_labels = _loss.shifted_already(labels, shift_labels)
     refuse_ranks("sparse_atkd_loss", vocab_group, token_group, vocab_start, token_counts)
     if _loss.is_dtensor(student_logits):
         raise NotImplementedError(
@@ -169,18 +169,30 @@ sparse_atkd_loss.__signature__ = _loss.shown_with_settings(sparse_atkd_loss)  # 
 _OF_RANKS = "vocab_group", "token_group", "vocab_start"
 
 
-class SparseATKDLoss(torch.nn.Module):
-    """`sparse_atkd_loss` with its settings, those of `ATKDLoss` and `tail`, which are checked here. A schedule may change
-    `settings`, a dict.
+class SparseATKDLoss(_loss.Criterion):
+    """`sparse_atkd_loss` with its settings, which are checked here: those of `ATKDLoss` but for the groups of ranks, and `tail`.
+    Each is an attribute, which a schedule may set.
+
+    Args:
+        tail: `"bucket"`, `"uniform"` or `"zero"`: what the teacher is taken for outside of its K tokens and the target.
     """
+
+    inplace = _loss.setting("inplace")
+    tail = _loss.setting("tail")
 
     def __init__(self, *arguments: Any, tail: str = "bucket", **settings: Any) -> None:
         super().__init__()
-        self.settings: Dict[str, Any] = ATKDLoss(*arguments, **settings).settings
-        refuse_ranks("SparseATKDLoss", *[self.settings.pop(name) for name in _OF_RANKS])
+        settings = ATKDLoss(*arguments, **settings).settings
+        refuse_ranks("SparseATKDLoss", *[settings.pop(name) for name in _OF_RANKS])
+        settings["tail"] = tail
+        self.check(settings)
+        self.settings = settings
+
+    def check(self, settings: Dict[str, Any]) -> None:
+        super().check(settings)
+        tail = settings["tail"]
         if tail not in ("zero", "uniform", "bucket"):
             raise ValueError(f'tail is {tail!r}, but must be "zero", "uniform" or "bucket"')
-        self.settings["tail"] = tail
 
     def forward(
         self,
@@ -190,15 +202,25 @@ class SparseATKDLoss(torch.nn.Module):
         labels: Optional[Tensor] = None,
         target_log_prob: Optional[Tensor] = None,
         num_items_in_batch: Union[None, int, float, Tensor] = None,
-        temperature: Optional[Tensor] = None,
+        temperature: Union[None, float, Tensor] = None,
+        shift_labels: Union[None, bool, Tensor] = None,
         **keywords: Any,
     ) -> Any:
-        """The loss of `sparse_atkd_loss`; with `return_stats` `(loss, Stats)`. A temperature given here is in the place of the
-        setting.
+        """The loss of `sparse_atkd_loss`, which says more, and what raises; with `return_stats` `(loss, Stats)`.
+
+        Args:
+            student_logits: `[N, V]` or `[B, T, V]`.
+            indices: `[N, K]` or `[B, T, K]`, int64 or int32.
+            log_probs: of the same shape.
+            labels: `[N]` or `[B, T]`.
+            target_log_prob: shaped as the labels: log p(label) of each position.
+            num_items_in_batch: a positive number, or a tensor that holds one: the sum is divided by it.
+            temperature: a number, or float32, shaped as the labels: in the place of the setting.
+            shift_labels: labels that are shifted already, as `ATKDLoss.forward` takes them; or a bool, in the place of the
+                setting.
+            keywords: `hard`, `token_weights`; or settings.
         """
-        settings = {**self.settings, **keywords}
-        if temperature is not None:
-            settings["temperature"] = temperature
+        settings = self.given(temperature=temperature, shift_labels=shift_labels)
         return sparse_atkd_loss(
             student_logits,
             indices,
@@ -206,8 +228,5 @@ class SparseATKDLoss(torch.nn.Module):
             labels,
             target_log_prob=target_log_prob,
             num_items_in_batch=num_items_in_batch,
-            **settings,
+            **{**settings, **keywords},
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
