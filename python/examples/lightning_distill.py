@@ -52,7 +52,9 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch):
         loss, stats = self.loss(batch[0])
-        self.log_dict({f"train/{name}": value for name, value in stats.summary().items()})
+        # On a GPU this waits, so log every so many steps there.
+        terms = stats.summary(self.criterion.settings)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()})
         return loss
 
     def validation_step(self, batch):

@@ -32,7 +32,7 @@ def batch(step, rank, ranks):
     return tokens[rank::ranks], labels[rank::ranks]
 
 
-def train(steps, learning_rate=0.5):
+def train(steps, learning_rate=20.0):
     """The loss of each step over all ranks, and the student."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)

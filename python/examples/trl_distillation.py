@@ -50,12 +50,10 @@ class ATKDTrainer(DistillationTrainer):
 
 
 def tokenizer():
-    """Of the words 0, 1, ..: token 0 pads."""
-    made = Tokenizer(models.WordLevel({str(word): word for word in range(VOCAB)}, unk_token="0"))
+    """Of the words w0, w1, ..: w0 pads, and w1 ends an answer."""
+    made = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="0", eos_token="1", padding_side="left"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w1", padding_side="left")
 
 
 def llama(width, layers, spread):
@@ -73,7 +71,7 @@ def trainer(criterion, folder, steps=100, **arguments):
     config |= {"report_to": [], "save_strategy": "no", "use_cpu": True, "gradient_checkpointing": False}
     models = {"model": llama(48, 1, 0.02), "teacher_model": llama(64, 2, 0.1)}
     prompts = torch.randint(2, VOCAB, (256, PROMPT)).tolist()
-    data = Dataset.from_list([{"prompt": " ".join(map(str, prompt))} for prompt in prompts])
+    data = Dataset.from_list([{"prompt": " ".join(f"w{token}" for token in prompt)} for prompt in prompts])
     config = DistillationConfig(folder, **{**config, **arguments})
     return ATKDTrainer(criterion, args=config, train_dataset=data, processing_class=tokenizer(), **models)
 

@@ -43,12 +43,16 @@ class ATKDTrainer(GKDTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def words(tokens):
+    return " ".join(f"w{token}" for token in tokens.tolist())
+
+
 def tokenizer():
-    """Of the words 0, 1, ..: token 0 pads, and a chat is what was said, word by word."""
-    made = Tokenizer(models.WordLevel({str(word): word for word in range(VOCAB)}, unk_token="0"))
+    """Of the words w0, w1, ..: w0 pads, and a chat is what was said, word by word."""
+    made = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     chat = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", chat_template=chat)
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", chat_template=chat)
 
 
 def llama(width, layers, spread):
@@ -64,7 +68,7 @@ def chats(teacher, count):
     asked = torch.randint(1, VOCAB, (count, PROMPT))
     everywhere = torch.ones_like(asked)
     written = teacher.generate(asked, attention_mask=everywhere, do_sample=True, max_new_tokens=ANSWER)
-    said = [[" ".join(map(str, part.tolist())) for part in row.split([PROMPT, ANSWER])] for row in written]
+    said = [[words(part) for part in row.split([PROMPT, ANSWER])] for row in written]
     as_chat = lambda each: [{"role": role, "content": text} for role, text in zip(["user", "assistant"], each)]
     return Dataset.from_list([{"messages": as_chat(each)} for each in said])
 

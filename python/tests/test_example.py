@@ -57,7 +57,7 @@ def start(processes, **own):
         port = free.getsockname()[1]
     children = []
     for rank in range(processes):
-        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1", **own}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]), "OMP_NUM_THREADS": "1", **own}
         if processes > 1:
             environment.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
