@@ -445,7 +445,7 @@ def test_keywords():
     keywords = {name for name in parameters if parameters[name].kind == inspect.Parameter.KEYWORD_ONLY}
     assert keywords == {*LinearKeywords.__annotations__, "return_stats"}
     of_logits = inspect.signature(atkd.atkd_loss).parameters
-    assert of_logits.keys() - keywords == {"student_logits", "teacher_logits", "labels", "inplace"}
+    assert of_logits.keys() - keywords == {"student_logits", "teacher_logits", "labels", "inplace", "cu_seqlens"}
     assert all(parameters[name].default == of_logits[name].default for name in keywords & of_logits.keys())
 
 

@@ -65,7 +65,7 @@ def test_one_selection_over_packed_sequences():
     assert loss == atkd.atkd_loss(student, teacher, shifted, target="teacher")
 
 
-def test_packed_sequences_in_place_and_compiled():
+def test_packed_sequences_in_place_and_compiled_and_of_a_sparse_teacher():
     student, teacher, labels = packed()
     given = {"selection": "sequence", "cu_seqlens": OFFSETS, "shift_labels": True}
     expected, exact = loss_and_gradient(student, teacher, labels, **given)
@@ -73,6 +73,9 @@ def test_packed_sequences_in_place_and_compiled():
     module = atkd.ATKDLoss(selection="sequence", shift_labels=True, inplace=True)
     assert module(logits, teacher, labels, cu_seqlens=OFFSETS).item() == expected
     assert torch.equal(logits.detach(), exact)
+    log_probs, indices = teacher.log_softmax(-1).sort(descending=True)
+    of_sparse = atkd.sparse_atkd_loss(student, indices, log_probs, labels, **given)
+    assert of_sparse.item() == pytest.approx(expected, rel=1e-5)
     torch._dynamo.reset()
     compiled = torch.compile(atkd.atkd_loss, fullgraph=True, backend="aot_eager")
     assert compiled(student, teacher, labels, **given).item() == expected

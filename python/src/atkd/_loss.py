@@ -589,13 +589,6 @@ def atkd_loss(
     check_tensor("teacher_logits", teacher_logits)
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
-    if cu_seqlens is not None:
-        per_sequence = _is_per_sequence(selection)
-        chosen = per_sequence and hard is None and (return_stats or settings.get("objective", "atkd") == "atkd")
-        labels, hard, settings = _packed(
-            teacher_logits, labels, cu_seqlens, shift_labels, chosen, hard, vocab_size, settings
-        )
-        shift_labels, selection = False, "batch"
     return from_teacher(
         "atkd_loss",
         student_logits,
@@ -606,6 +599,7 @@ def atkd_loss(
         token_weights,
         num_items_in_batch,
         shift_labels,
+        cu_seqlens,
         hard,
         inplace,
         return_stats,
@@ -614,7 +608,9 @@ def atkd_loss(
 
 
 def _packed(
-    teacher: Tensor,
+    function: str,
+    student: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     cu_seqlens: Tensor,
     shift_labels: bool,
@@ -626,15 +622,15 @@ def _packed(
     """The labels by the position of the logits that they are about, the hard tokens, and the settings for these."""
     settings = {**DEFAULTS, **settings}
     check_shift_labels(shift_labels)
-    check_tensor("cu_seqlens", cu_seqlens)
-    _checks.check_offsets(cu_seqlens, "teacher_logits", teacher)
+    check_tensor("cu_seqlens", cu_seqlens, function=function)
+    _checks.check_offsets(cu_seqlens, "student_logits", student)
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
-        _checks.check_order(cu_seqlens, teacher.shape[:-1].numel())
+        _checks.check_order(cu_seqlens, student.shape[:-1].numel())
     if shift_labels:
-        shape = teacher.shape[:-1] if labels is None else labels.shape
+        shape = student.shape[:-1] if labels is None else labels.shape
         flat = None if labels is None else labels.flatten()
         flat, settings["ignore_index"] = _shifted(
-            teacher.flatten(0, -2), flat, True, settings["target"], settings["ignore_index"]
+            student.detach().flatten(0, -2), flat, True, settings["target"], settings["ignore_index"]
         )
         if flat is not None:
             # Position i is a sequence's last if one ends before i + 1.
@@ -664,12 +660,20 @@ def from_teacher(
     token_weights: Optional[Tensor],
     num_items_in_batch: Union[None, int, float, Tensor],
     shift_labels: bool,
+    cu_seqlens: Optional[Tensor],
     hard: Optional[Tensor],
     inplace: bool,
     return_stats: bool,
     settings: Dict[str, Any],
 ) -> Union[Tensor, Tuple[Tensor, Stats]]:
     """The loss of `atkd_loss`, or of another function of its keywords, from tensors that require no gradient but the student's."""
+    if cu_seqlens is not None:
+        selects = _is_per_sequence(selection) and hard is None
+        selects = selects and (return_stats or settings.get("objective", "atkd") == "atkd")
+        labels, hard, settings = _packed(
+            function, student, teacher, labels, cu_seqlens, shift_labels, selects, hard, vocab_size, settings
+        )
+        shift_labels, selection = False, "batch"
     labels, scale, temperatures, per_sequence, per_token, settings = prepare(
         function,
         student,

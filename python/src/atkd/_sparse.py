@@ -90,6 +90,7 @@ def sparse_atkd_loss(
     token_weights: Optional[Tensor] = None,
     num_items_in_batch: Union[None, int, float, Tensor] = None,
     shift_labels: Union[bool, Tensor] = False,
+    cu_seqlens: Optional[Tensor] = None,
     hard: Optional[Tensor] = None,
     inplace: bool = False,
     return_stats: bool = False,
@@ -157,6 +158,7 @@ def sparse_atkd_loss(
         token_weights,
         num_items_in_batch,
         shift_labels,
+        cu_seqlens,
         hard,
         inplace,
         return_stats,
@@ -218,7 +220,7 @@ class SparseATKDLoss(_loss.Criterion):
             temperature: a number, or float32, shaped as the labels: in the place of the setting.
             shift_labels: labels that are shifted already, as `ATKDLoss.forward` takes them; or a bool, in the place of the
                 setting.
-            keywords: `hard`, `token_weights`; or settings.
+            keywords: `hard`, `token_weights`, `cu_seqlens`; or settings.
         """
         settings = self.given(temperature=temperature, shift_labels=shift_labels)
         return sparse_atkd_loss(
