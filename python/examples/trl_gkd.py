@@ -64,11 +64,12 @@ def llama(width, layers, spread):
 
 
 def chats(teacher, count):
-    """Questions, and the teacher's answers."""
+    """Questions, and the teacher's answers, of uneven lengths."""
     asked = torch.randint(1, VOCAB, (count, PROMPT))
     everywhere = torch.ones_like(asked)
     written = teacher.generate(asked, attention_mask=everywhere, do_sample=True, max_new_tokens=ANSWER)
-    said = [[words(part) for part in row.split([PROMPT, ANSWER])] for row in written]
+    ends = torch.randint(PROMPT + 1, PROMPT + ANSWER + 1, (count,)).tolist()
+    said = [[words(row[:PROMPT]), words(row[PROMPT:end])] for row, end in zip(written, ends)]
     as_chat = lambda each: [{"role": role, "content": text} for role, text in zip(["user", "assistant"], each)]
     return Dataset.from_list([{"messages": as_chat(each)} for each in said])
 
