@@ -305,6 +305,10 @@ def _shifted_by_text(student, teacher, labels, given):
     return student, teacher, labels, {**given, "shift_labels": "yes"}
 
 
+def _packed(student, teacher, labels, given):
+    return student, teacher, labels, {**given, "cu_seqlens": torch.tensor([0, labels.numel()])}
+
+
 def _other_reduction(student, teacher, labels, given):
     return student, teacher, labels, {**given, "reduction": "none"}
 

@@ -100,18 +100,6 @@ def test_wrong_offsets(given, error, message):
         atkd.atkd_loss(*packed(), selection="sequence", **given)
 
 
-def test_no_offsets_with_ranks(tmp_path):
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("this torch has no torch.distributed: cu_seqlens beside a group were not tested")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="no cu_seqlens beside groups of ranks.*hard=select_hard"):
-            atkd.atkd_loss(*packed(), cu_seqlens=OFFSETS, token_group=dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
-
-
 def test_labels_that_are_shifted_already():
     student, teacher, labels = batch(3, 8, 40)
     expected, exact = loss_and_gradient(student, teacher, labels, shift_labels=True)

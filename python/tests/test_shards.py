@@ -340,6 +340,7 @@ FAULTS = {
     "wrong_label": [("ValueError", "rank 1 has the label 99, but labels must be from 0 to 49")] * 2,
     "negative_label": [("ValueError", "rank 1 has the label -5, but labels must be from 0 to 49")] * 2,
     "other_settings": [("ValueError", "rank 1 has other settings than rank 0: lam is 0.3, but there 0.2")] * 2,
+    "packed": [("ValueError", "atkd_loss takes no cu_seqlens beside groups of ranks or DTensors"), GIVEN_UP],
     "other_reduction": [("ValueError", "other settings than rank 0: reduction is 'none', but there 'mean'")] * 2,
     "shifted": [("ValueError", "other settings than rank 0: shift_labels is True, but there False")] * 2,
     "shifted_by_text": [("TypeError", "shift_labels is 'yes', but must be True or False"), GIVEN_UP],

@@ -1,5 +1,6 @@
 """The examples for TRL, Lightning and plain loops train, with the loss of the definitions or of the trainer itself."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def example(monkeypatch, name, *needed):
     for each in needed:
         pytest.importorskip(each, reason=f"the example {name}.py needs {each}: it was not tested")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    return __import__(name)
+    return importlib.import_module(name)
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def run(script, processes, *arguments):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("loss:")
-    return torch.load(path)
+    return torch.load(path, weights_only=True)
 
 
 def in_float64(module_of, steps, learning_rate=20.0):
@@ -226,10 +227,13 @@ def in_float64(module_of, steps, learning_rate=20.0):
     not torch.distributed.is_available(),
     reason="this torch has no torch.distributed: the loops were not tested",
 )
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
+    reason=f"torch {torch.__version__} has no torch.distributed.fsdp.fully_shard, and its gloo hangs in destroy_process_group now "
+    "and then: the loops were not tested",
+)
 @pytest.mark.parametrize("name, numbers", [("loop_ddp", [1, 3]), ("loop_fsdp2", [3])])
 def test_loops_do_on_ranks_what_one_process_does(monkeypatch, tmp_path, name, numbers):
-    if name == "loop_fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
-        pytest.skip(f"torch {torch.__version__} has no torch.distributed.fsdp.fully_shard: {name}.py was not tested")
     module_of = example(monkeypatch, name)
     losses, student = in_float64(module_of, steps=20)
     assert losses[-1] < 0.8 * losses[0]
