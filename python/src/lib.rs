@@ -2,6 +2,7 @@
 
 mod device;
 mod pages;
+mod report;
 mod shards;
 mod teacher_cache;
 mod threads;
@@ -567,6 +568,8 @@ fn scale_on_device(
 mod _atkd {
     #[pymodule_export]
     use super::device::workspace_bytes;
+    #[pymodule_export]
+    use super::report::report;
     #[pymodule_export]
     use super::shards::{shard_gradient, shard_loss, shard_margins, shard_states, shard_terms};
     #[pymodule_export]

@@ -134,7 +134,7 @@ fn parts(page: &mut String, tokens: &[Token]) {
         *page += "<p>The divergence of this loss is not computed in parts.</p></section>";
         return;
     }
-    *page += "<p>The darker, the more tokens, by the logarithm of their number. Cells at the edges hold what is beyond \
+    *page += "<p>The stronger the color, the more tokens, by the logarithm of their number. Cells at the edges hold what is beyond \
               them, 0 too.</p><div class=\"pair\">";
     for (hard, group) in GROUPS.iter().enumerate() {
         let mut counts = vec![vec![0; TKD.bins]; DKD.bins];

@@ -7,6 +7,7 @@
 from ._atkd import __version__
 from ._linear import LinearATKDLoss, linear_atkd_loss
 from ._loss import ATKDLoss, Stats, atkd_loss, select_hard, teacher_margins, token_entropies
+from ._report import report
 from ._servers import ServedRows, from_sglang, from_vllm
 from ._sparse import SparseATKDLoss, sparse_atkd_loss
 from ._teacher import SparseTeacher
@@ -27,6 +28,7 @@ __all__ = [
     "from_sglang",
     "from_vllm",
     "linear_atkd_loss",
+    "report",
     "select_hard",
     "sparse_atkd_loss",
     "teacher_margins",

@@ -17,6 +17,7 @@ __all__ = [
     "TeacherCacheWriter",
     "__version__",
     "default_settings",
+    "report",
     "run",
     "scale_on_device",
     "select_hard",
@@ -132,6 +133,7 @@ def teacher_margins(
 def token_entropies(
     place: _Place, shape: Tuple[int, int], logits: Matrix, temperature: float, to: int
 ) -> None: ...
+def report(title: str, facts: List[Tuple[str, str]], columns: Dict[str, Any]) -> str: ...
 def select_hard(
     place: _Place,
     tokens: int,
