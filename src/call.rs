@@ -241,6 +241,8 @@ pub struct RawSparseTeacher {
     pub dtype: Dtype,
     /// The log-probabilities of the targets, float32 `[N]`.
     pub target_log_probs: Option<u64>,
+    /// The type that they were rounded to before: see [`SparseTeacher::with_target_rounding`].
+    pub target_rounding: Dtype,
     /// The distribution outside of the known tokens.
     pub tail: Tail,
 }

@@ -211,6 +211,16 @@ pub enum Error {
         "the teacher's probabilities of token {token} add up to {mass}, which is more than 1 by more than the {tolerance} that rounding to {dtype} allows: give log-probabilities (natural logarithms, at the temperature of the call), not logits"
     )]
     SparseMass { token: usize, mass: f64, tolerance: f64, dtype: Dtype },
+    /// A row that tail zero would renormalise, without any mass.
+    #[error(
+        "the teacher's probabilities of token {token}, its target's among them, are all 0, which tail zero cannot renormalise: take tail bucket or uniform, or ignore the token"
+    )]
+    SparseNoMass { token: usize },
+    /// A row of the whole vocabulary, whose probabilities leave something.
+    #[error(
+        "the teacher's probabilities of token {token} add up to {mass}, which is less than 1 by more than the {tolerance} that rounding to {dtype} allows, but they are those of the whole vocabulary of {vocab}: nothing is left to have the rest; give all of the mass, or take tail zero, which renormalises"
+    )]
+    SparseMassMissing { token: usize, mass: f64, tolerance: f64, dtype: Dtype, vocab: usize },
     /// A target of which a sparse teacher knows nothing.
     #[error(
         "the teacher's token {token} has no probability for its target {target}, which is not among its {top_k} indices: give the target's log-probabilities"
@@ -223,7 +233,7 @@ pub enum Error {
     SparseEmpty { token: usize, top_k: usize },
     /// Reverse KL from a teacher that has no probability outside of the tokens it knows.
     #[error(
-        "reverse KL is infinite where the teacher has no probability, which by tail zero is everywhere outside of the tokens it knows: take tail bucket or uniform, or another divergence"
+        "reverse KL is infinite where the teacher has no probability, which by tail zero is everywhere outside of the tokens it knows: take tail bucket or uniform, another divergence, or an objective of the targets' probabilities alone, such as tkd"
     )]
     ReverseKlOfZeroTail,
     /// Hidden states or a weight that are no rows of so many features.

@@ -582,7 +582,13 @@ impl Objective {
 
     /// True if the divergence is infinite where the teacher has no probability and the student has one.
     pub(crate) fn is_infinite_by_zero_tail(&self) -> bool {
-        self.divergence.family() == Family::ReverseKl
+        self.divergence.family() == Family::ReverseKl && self.weighs_rest()
+    }
+
+    /// True if a loss depends on more of the teacher than the target's probability.
+    pub(crate) fn weighs_rest(&self) -> bool {
+        let weighs = |of: Coefficients| of.dkd != Coefficient::Constant(0.0);
+        self.kd_weight != 0.0 && (self.plain || weighs(self.easy) || weighs(self.hard))
     }
 
     /// True if all valid tokens are hard, or none is, whatever the margins.

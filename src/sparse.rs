@@ -86,6 +86,7 @@ pub struct SparseTeacher<'a> {
     indices: Labels<'a>,
     log_probs: Elements<'a>,
     target_log_probs: Option<&'a [f32]>,
+    target_rounding: Dtype,
     tail: Tail,
 }
 
@@ -123,8 +124,17 @@ impl<'a> SparseTeacher<'a> {
                 return Err(Error::SparseLength { what, actual, expected, tokens, top_k });
             }
         }
-        let (target_log_probs, tail) = (None, Tail::default());
-        Ok(Self { tokens, top_k, vocab, indices, log_probs, target_log_probs, tail })
+        let (target_log_probs, target_rounding, tail) = (None, Dtype::F32, Tail::default());
+        Ok(Self {
+            tokens,
+            top_k,
+            vocab,
+            indices,
+            log_probs,
+            target_log_probs,
+            target_rounding,
+            tail,
+        })
     }
 
     /// With the log-probability of each token's target, which then need not be among the K, and counts instead of that one if
@@ -136,6 +146,14 @@ impl<'a> SparseTeacher<'a> {
         crate::batch::check_count(TARGET_LOG_PROBS, log_probs.len(), self.tokens)?;
         self.target_log_probs = Some(log_probs);
         Ok(self)
+    }
+
+    /// With the dtype that the targets' log-probabilities were rounded to before they became float32. A row's probabilities may
+    /// then add up to as much more than 1 as that rounding, or that of the others, makes of 1.
+    #[must_use]
+    pub fn with_target_rounding(mut self, dtype: Dtype) -> Self {
+        self.target_rounding = dtype;
+        self
     }
 
     /// With another tail.
@@ -232,18 +250,32 @@ impl<'a> SparseTeacher<'a> {
             }
         }
 
-        let (dtype, mass) =
-            (self.log_probs.dtype(), log_probs.iter().map(|log_prob| log_prob.exp()).sum::<f64>());
-        if mass > 1.0 + tolerance(dtype) {
-            let tolerance = tolerance(dtype);
+        let (of_known, of_target) = (self.log_probs.dtype(), self.target_rounding);
+        let target_is_wider = own.is_some() && tolerance(of_target) > tolerance(of_known);
+        let dtype = if target_is_wider { of_target } else { of_known };
+        let tolerance = tolerance(dtype);
+        let mass = log_probs.iter().map(|log_prob| log_prob.exp()).sum::<f64>();
+        if mass > 1.0 + tolerance {
             return Err(Error::SparseMass { token, mass, tolerance, dtype });
+        }
+        match self.tail {
+            Tail::Zero => {
+                if log_probs.iter().all(|&log_prob| log_prob == f64::NEG_INFINITY) {
+                    return Err(Error::SparseNoMass { token });
+                }
+            }
+            Tail::Uniform | Tail::Bucket => {
+                if columns.len() == vocab && mass < 1.0 - tolerance {
+                    return Err(Error::SparseMassMissing { token, mass, tolerance, dtype, vocab });
+                }
+            }
         }
         let target = place.unwrap_or_else(|at| at);
         Ok(KnownTokens { columns, log_probs, target })
     }
 }
 
-/// How far rounding log-probabilities to this dtype may raise their probabilities' sum above 1.
+/// How far rounding log-probabilities to this dtype may move their probabilities' sum from 1.
 fn tolerance(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F32 => 1e-4,

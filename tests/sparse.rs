@@ -230,6 +230,7 @@ fn by_address() -> Result<()> {
             log_probs: known.log_probs.as_ptr() as u64,
             dtype: Dtype::F32,
             target_log_probs: Some(known.of_targets.as_ptr() as u64),
+            target_rounding: Dtype::F32,
             tail: Tail::Bucket,
         },
         student: logits(student.as_ptr() as u64, vocab),
@@ -382,6 +383,111 @@ fn mistakes() -> Result<()> {
     }
     let teacher = SparseTeacher::new(&[0_i32], &[-9.0_f32][..], 1, 1, i32::MAX as usize + 1);
     assert!(matches!(teacher, Err(Error::TooLarge { value: 2_147_483_648, .. })));
+    Ok(())
+}
+
+/// A row whose probabilities cannot be those of a distribution, by its tail, is told with its token and its mass.
+#[test]
+fn masses_that_no_tail_completes() -> Result<()> {
+    let (tokens, vocab) = (2, 3);
+    let student = random(12, tokens * vocab);
+    let student = Logits::new(&student, tokens, vocab)?;
+    let run = |log_probs: &[f32; 6], of_targets: &[f32; 2], tail, rounding| {
+        let teacher = SparseTeacher::new(&[0_i32, 1, 2, 0, 1, 2], &log_probs[..], 2, 3, vocab)?;
+        let teacher = teacher.with_target_log_probs(of_targets)?.with_target_rounding(rounding);
+        let batch = Batch::new(teacher.with_tail(tail), &[0_i64, 1])?;
+        let margins = cpu::teacher_margins(&Objective::default(), &batch);
+        let output = cpu::forward(&Objective::default(), &batch, student);
+        assert_eq!(margins.err(), output.as_ref().err().cloned());
+        output
+    };
+    let third = (1.0_f32 / 3.0).ln();
+    let none = f32::NEG_INFINITY;
+    let empty = [third, third, third, none, none, none];
+    let error = run(&empty, &[third, none], Tail::Zero, Dtype::F32).unwrap_err();
+    assert_eq!(error, Error::SparseNoMass { token: 1 });
+    assert!(error.to_string().contains("of token 1, its target's among them, are all 0"));
+    // The least mass is one to renormalise.
+    let least = run(&[third, third, third, none, none, -1e30], &[third, none], Tail::Zero, Dtype::F32);
+    assert!(least?.tokens.iter().all(|token| !token.uncertainty.is_nan()));
+
+    let tenth = 0.1_f32.ln();
+    let short = [third, third, third, tenth, tenth, tenth];
+    for tail in [Tail::Uniform, Tail::Bucket] {
+        for log_probs in [&short, &empty] {
+            let of_target = log_probs[4];
+            let error = run(log_probs, &[third, of_target], tail, Dtype::F32).unwrap_err();
+            let Error::SparseMassMissing { token: 1, mass, vocab: 3, .. } = error else {
+                panic!("{error}")
+            };
+            assert!((mass - 3.0 * f64::from(of_target).exp()).abs() < 1e-6);
+        }
+    }
+    let renormalised = run(&short, &[third, tenth], Tail::Zero, Dtype::F32)?;
+    assert!((renormalised.tokens[1].uncertainty - 2.0 / 3.0).abs() < 1e-6);
+
+    // Half a percent too much, or too little, is what rounding makes of float16, and not of float32.
+    for off in [1.005_f32, 0.995] {
+        let scaled = [third, third, third, third, third + off.ln() * 3.0, third];
+        let of_targets = [third, scaled[4]];
+        for tail in [Tail::Uniform, Tail::Bucket] {
+            assert!(run(&scaled, &of_targets, tail, Dtype::F32).is_err(), "{off} {tail:?}");
+            assert!(run(&scaled, &of_targets, tail, Dtype::F16).is_ok(), "{off} {tail:?}");
+        }
+    }
+    let error = run(&[-0.7; 6], &[-0.7; 2], Tail::Bucket, Dtype::Bf16).unwrap_err();
+    assert!(matches!(error, Error::SparseMass { dtype: Dtype::Bf16, .. }), "{error}");
+    Ok(())
+}
+
+/// By tail zero reverse KL of the target, or not, is finite, and is that of the known probabilities, renormalised.
+#[test]
+fn reverse_kl_of_targets_alone_has_tail_zero() -> Result<()> {
+    let (tokens, vocab) = (9, 57);
+    let (teacher, student) = (random(13, tokens * vocab), random(14, tokens * vocab));
+    let labels = [3_i64, 56, -100, 0, 12, 20, 56, 7, 8];
+    let known = known(&teacher, vocab, 5, &labels);
+    let batch = Batch::new(known.teacher(vocab).with_tail(Tail::Zero), &labels)?;
+    let objective = Objective::tkd().with_divergence(Divergence::ReverseKl)?;
+    let mut gradient = vec![f32::NAN; tokens * vocab];
+    let to = LogitsMut::new(&mut gradient, tokens, vocab)?;
+    let logits = Logits::new(&student, tokens, vocab)?;
+    let output = cpu::forward_backward(&objective, &batch, logits, to)?;
+
+    let loss_at = |student: &[f32]| {
+        let mut total = 0.0;
+        for (token, &label) in labels.iter().enumerate().filter(|(_, label)| **label >= 0) {
+            let label = label as usize;
+            let row = token * 5..token * 5 + 5;
+            let entries = known.indices[row.clone()].iter().zip(&known.log_probs[row]);
+            let others = entries.filter(|(j, _)| **j != label as i64);
+            let others: f64 = others.map(|(_, &p)| f64::from(p).exp()).sum();
+            let own = f64::from(known.of_targets[token]).exp();
+            let p = own / (own + others);
+            let logits = &student[token * vocab..][..vocab];
+            let sum: f64 = logits.iter().map(|&z| f64::from(z).exp()).sum();
+            let q = f64::from(logits[label]).exp() / sum;
+            total += q * (q / p).ln() + (1.0 - q) * ((1.0 - q) / (1.0 - p)).ln();
+        }
+        total / 8.0
+    };
+    let exact = loss_at(&student);
+    assert!((output.loss - exact).abs() <= 1e-6 * exact, "{} {exact}", output.loss);
+    let mut moved = student.clone();
+    for at in (0..tokens * vocab).step_by(7) {
+        let ends = [0.01_f32, -0.01].map(|step| {
+            moved[at] = student[at] + step;
+            (f64::from(moved[at]), loss_at(&moved))
+        });
+        moved[at] = student[at];
+        let slope = (ends[0].1 - ends[1].1) / (ends[0].0 - ends[1].0);
+        assert!((f64::from(gradient[at]) - slope).abs() <= 1e-5, "{} {slope}", gradient[at]);
+    }
+    for weight in [0.0, 1.0] {
+        let objective = Objective::default().with_divergence(Divergence::ReverseKl)?;
+        let objective = objective.with_ce_weight(1.0)?.with_kd_weight(weight)?;
+        assert_eq!(cpu::forward(&objective, &batch, logits).is_ok(), weight == 0.0);
+    }
     Ok(())
 }
 

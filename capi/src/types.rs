@@ -277,6 +277,7 @@ impl AtkdSparseTeacher {
             log_probs: self.log_probs as u64,
             dtype: dtype("the log-probabilities' dtype", self.dtype)?,
             target_log_probs: address(self.target_log_probs),
+            target_rounding: Dtype::F32,
             tail: match self.tail {
                 ATKD_TAIL_BUCKET => Tail::Bucket,
                 ATKD_TAIL_ZERO => Tail::Zero,

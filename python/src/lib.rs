@@ -262,6 +262,7 @@ struct Sparse {
     log_probs: u64,
     dtype: LogitsDtype,
     target_log_prob: Option<u64>,
+    target_dtype: LogitsDtype,
     tail: String,
 }
 
@@ -279,6 +280,7 @@ impl Sparse {
             log_probs: self.log_probs,
             dtype: self.dtype.into(),
             target_log_probs: self.target_log_prob,
+            target_rounding: self.target_dtype.into(),
             tail,
         })
     }

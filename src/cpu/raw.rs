@@ -426,7 +426,8 @@ impl RawSparseTeacher {
     /// # Safety
     /// As [`run`], for `'a`, of a call that is valid.
     unsafe fn of<'a>(&self, tokens: &RawTokens) -> Result<SparseTeacher<'a>> {
-        let Self { top_k, indices, log_probs, dtype, target_log_probs, tail } = *self;
+        let Self { top_k, indices, log_probs, dtype, target_log_probs, target_rounding, tail } =
+            *self;
         let (tokens, vocab) = (tokens.tokens, tokens.vocab);
         let entries = tokens * top_k;
         // SAFETY: the caller's.
@@ -438,7 +439,7 @@ impl RawSparseTeacher {
             };
             let indices = labels_at(indices, entries)?;
             let teacher = SparseTeacher::new(indices, log_probs, tokens, top_k, vocab)?;
-            let teacher = teacher.with_tail(tail);
+            let teacher = teacher.with_tail(tail).with_target_rounding(target_rounding);
             match target_log_probs {
                 Some(at) => teacher.with_target_log_probs(slice(TARGET_LOG_PROBS, at, tokens)?),
                 None => Ok(teacher),
