@@ -190,6 +190,44 @@ def test_rows_of_an_inference_server(tmp_path):
         assert torch.equal(rows.labels, expected.labels)
 
 
+def test_rows_without_targets(tmp_path):
+    """The labels' log-probabilities are then those of the entries."""
+    logits, labels = teacher(40, 100)
+    log_p = logits.log_softmax(-1)
+    values, indices = log_p.topk(6)
+    labels[::3] = indices[::3, 4]
+    labels[~(indices == labels[:, None]).any(-1)] = -100
+    own = log_p.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    assert 10 < (labels >= 0).sum() < 40
+    for name, target in [("a", own), ("b", None)]:
+        with atkd.TeacherCacheWriter(tmp_path / name, vocab_size=100, top_k=6) as writer:
+            writer.write_rows(indices, values, target, labels)
+    for one, other in zip(*(atkd.TeacherCache(tmp_path / name)[:] for name in "ab")):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("with_tail", [False, True])
+def test_rows_in_half_precision(tmp_path, dtype, tolerance, with_tail):
+    """What their rounding makes of the mass is divided out, though it is more than what is float32's rounding."""
+    logits, labels = teacher(300, 20)
+    log_p = logits.log_softmax(-1)
+    values, indices = log_p.topk(20)
+    target = log_p.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    off = (values.to(dtype).double().exp().sum(-1) - 1).abs()
+    assert off.max() > 1e-4
+    tail = torch.zeros(300, dtype=dtype) if with_tail else None
+    with atkd.TeacherCacheWriter(tmp_path / "a", vocab_size=20, top_k=20) as writer:
+        writer.write_rows(indices, values.to(dtype), target.to(dtype), labels, tail)
+    rows = atkd.TeacherCache(tmp_path / "a")[:]
+    valid = labels >= 0
+    assert ((rows.target_log_prob - target)[valid].abs() <= tolerance * target[valid].abs().clamp(min=1)).all()
+    others = rows.log_probs.double().exp().masked_fill(rows.indices == rows.labels[:, None], 0).sum(-1)
+    mass = others + rows.target_log_prob.double().exp() + rows.tail_mass
+    # Entries are in float16.
+    assert ((mass - 1)[valid].abs() < 2e-3).all()
+
+
 def test_vocabularies_that_are_padded_or_small(tmp_path):
     logits, labels = teacher(11, 20)
     padded = torch.cat((logits, torch.full((11, 4), 99.0)), -1)
@@ -271,7 +309,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"indices": indices.expand(6, 4)}, ValueError, r"\[6, 4\].* 1 to 3"),
         ({"indices": indices + 2**40}, ValueError, "token 0: an index is 2147483647"),
         ({"indices": indices - 2**40}, ValueError, "token 0: an index is -2"),
-        ({"log_probs": log_probs.half()}, TypeError, "log_probs is torch.float16"),
+        ({"log_probs": log_probs.long()}, TypeError, "log_probs is torch.int64"),
+            ({"log_probs": None}, TypeError, "log_probs is NoneType"),
+            ({"target_log_prob": None, "labels": labels + 1}, ValueError, "label of token 0, .* is not among its 1 indices"),
+            ({"log_probs": log_probs.half() + 2}, ValueError, "probabilities add up to"),
         ({"log_probs": log_probs[:3]}, ValueError, r"log_probs is \[3, 1\].*\[6, 1\]"),
         ({"target_log_prob": log_probs}, ValueError, r"target_log_prob is \[6, 1\].*\[6\]"),
         ({"tail_mass": target[:1]}, ValueError, r"tail_mass is \[1\]"),

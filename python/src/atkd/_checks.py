@@ -103,7 +103,11 @@ def check_sparse(teacher: SparseTeacher, name: str, states: Tensor) -> None:
         if are_apart(tensor, states):
             raise ValueError(f"{name} are on {states.device}, but {of} on {tensor.device}")
     if target is not None:
-        check_mask("target_log_prob", target, name, states, shape, torch.float32)
+        if target.dtype not in DTYPES:
+            raise TypeError(
+                f"target_log_prob is {target.dtype}, but must be float32, float16 or bfloat16"
+            )
+        check_mask("target_log_prob", target, name, states, shape, target.dtype)
 
 
 def check_loss(

@@ -97,8 +97,8 @@ class Linear:
 class Sparse:
     """A sparse teacher, in the place of a last layer. Its margins, of all tokens, need no product."""
 
-    def __init__(self, teacher: SparseTeacher) -> None:
-        self.teacher = teacher
+    def __init__(self, teacher: SparseTeacher, vocab: int) -> None:
+        self.teacher, self.vocab = teacher, vocab
 
     def logits(self, at: At) -> SparseTeacher:
         return self.teacher.at(at)
@@ -385,10 +385,13 @@ class Call:
         if self.hard is None and teacher_log_prob is not None:
             self.selection.add(margins_of(teacher_log_prob), slice(None))
             self.hard = self.selection.hard()
-        if self.hard is None and isinstance(teacher, Sparse):
+        if isinstance(teacher, Sparse):
             everywhere = slice(None)
-            self.selection.add(self._margins(teacher.logits(everywhere), everywhere), everywhere)
-            self.hard = self.selection.hard()
+            # Here what is wrong with a value is told with the batch's token; a chunk would tell its own.
+            margins = self._margins(teacher.logits(everywhere), everywhere)
+            if self.hard is None:
+                self.selection.add(margins, everywhere)
+                self.hard = self.selection.hard()
         self.of_groups: Optional[Tuple[Tensor, Tensor]] = None
         if settings["reduction"] == "group-mean":
             self.of_groups = self._group_factors(number)
@@ -420,7 +423,8 @@ class Call:
     def _margins(self, logits: Teacher, at: At) -> Tensor:
         margins = torch.empty_like(self.valid[at], dtype=torch.float32)
         labels, _, _, temperatures = self.tokens.at(at)
-        _native.run_margins(logits, labels, temperatures, None, self.settings, margins)
+        vocab = self.teacher.vocab if isinstance(self.teacher, Sparse) else None
+        _native.run_margins(logits, labels, temperatures, vocab, self.settings, margins)
         return margins
 
     def run(self) -> Tuple[Tensor, Tensor]:

@@ -263,7 +263,7 @@ def _call(
         indices, log_probs, target, tail = given.sparse
         target = None if target is None else target.reshape(-1)
         flat_rows = indices.flatten(0, -2), log_probs.flatten(0, -2)
-        teacher = _head.Sparse(SparseTeacher(*flat_rows, target, tail))
+        teacher = _head.Sparse(SparseTeacher(*flat_rows, target, tail), vocab)
     sequences = given.shape[0] if given.per_sequence else 1
     # Autocast would round what was chosen not to be rounded.
     with torch.no_grad(), torch.autocast(given.student_hidden.device.type, enabled=False):

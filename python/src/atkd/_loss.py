@@ -154,7 +154,7 @@ def _instead_of_dtensor(name: str) -> str:
 
 
 def checked_sparse(teacher: SparseTeacher) -> SparseTeacher:
-    """The teacher, as operators take it: nothing requires a gradient, and the target's log-probabilities are float32."""
+    """The teacher, as operators take it: nothing requires a gradient, and the target's log-probabilities are no float64."""
     indices, log_probs, target, tail = teacher
     check_tensor("indices", indices)
     check_tensor("log_probs", log_probs)
@@ -162,7 +162,8 @@ def checked_sparse(teacher: SparseTeacher) -> SparseTeacher:
         check_tensor("target_log_prob", target, "is")
         if not target.is_floating_point():
             raise TypeError(f"target_log_prob is {target.dtype}, but must be of a floating dtype")
-        target = target.detach().float()
+        target = target.detach()
+        target = target.float() if target.dtype == torch.float64 else target
     if not isinstance(tail, str):
         raise TypeError(f'tail is {tail!r}, but must be "zero", "uniform" or "bucket"')
     return SparseTeacher(indices, log_probs.detach(), target, tail)

@@ -52,6 +52,8 @@ class Sparse(NamedTuple):
     dtype: _atkd.Dtype
     target_log_prob: Optional[int]
     """float32 `[tokens]`."""
+    target_dtype: _atkd.Dtype
+    """What they were rounded to before."""
     tail: str
 
 
@@ -163,13 +165,16 @@ def _teacher(teacher: Teacher) -> Tuple[Union[Matrix, Sparse], Tuple[Optional[Te
         teacher_rows = rows(teacher)
         return _matrix(teacher_rows), (teacher_rows,)
     indices, log_probs = teacher.indices.contiguous(), teacher.log_probs.contiguous()
-    target = _contiguous(teacher.target_log_prob)
+    target_dtype, target = _atkd.Dtype.F32, teacher.target_log_prob
+    if target is not None:
+        target_dtype, target = DTYPES[target.dtype], target.float().contiguous()
     addresses = Sparse(
         top_k=indices.shape[-1],
         indices=Labels(indices.data_ptr(), LABEL_DTYPES[indices.dtype]),
         log_probs=log_probs.data_ptr(),
         dtype=DTYPES[log_probs.dtype],
         target_log_prob=_address(target),
+        target_dtype=target_dtype,
         tail=teacher.tail,
     )
     return addresses, (indices, log_probs, target)

@@ -80,7 +80,8 @@ def sparse_atkd_loss(
 def sparse_atkd_loss(
     student_logits: Tensor,
     indices: Tensor,
-    log_probs: Tensor,
+    # A SparseTeacher in the place of the indices must reach the error that says what to give.
+    log_probs: Tensor = None,  # type: ignore[assignment]
     labels: Optional[Tensor] = None,
     *,
     target_log_prob: Optional[Tensor] = None,
@@ -115,15 +116,17 @@ def sparse_atkd_loss(
             any order. -1 says that a row has fewer; its log-probability is not used.
         log_probs: of the same shape, float32, float16 or bfloat16: those of the indices. -inf is a probability of 0. The
             probabilities of a row, the target's among them, add up to 1 or less: to 1.0001 for float32, 1.01 for float16,
-            1.03 for bfloat16.
+            1.03 for bfloat16, whichever of `log_probs` and `target_log_prob` is the less exact. To as little less than 1
+            where they are those of the whole vocabulary, so that nothing is left to have the rest, but for tail `"zero"`.
         labels: as `atkd_loss` takes them, and so are all keywords that are not described here.
-        target_log_prob: `[N]` or `[B, T]`, of a floating dtype, taken as float32: that of each position's label, which then
+        target_log_prob: `[N]` or `[B, T]`, of a floating dtype: that of each position's label, which then
             need not be among the K, and counts instead of that one if it is. Without it the label of each token that is not
             ignored must be among the K. Not used with `target="teacher"`, whose target is the likeliest of the K.
         tail: what the teacher is taken for outside of its K tokens and the target: `"bucket"`, one more class, of what is
             left of the mass, against the student's mass on the same tokens, so that nothing is assumed; `"uniform"`, what is
             left spread evenly over those tokens; `"zero"`, nothing: the known probabilities are renormalised, for the
-            margins too. Reverse KL is infinite by `"zero"`, and an error; by the others it is where the teacher has nothing
+            margins too, and a row without any is an error. Reverse KL is infinite by `"zero"`, and an error, unless only the
+            target's probability counts (`objective="tkd"`); by the others it is where the teacher has nothing
             left, but the student has.
         shift_labels: rows of the teacher belong to the same positions as the student's logits, and are not shifted: those at
             position t are about label t + 1, `target_log_prob[t]` is log p(label t + 1), and those at the last position
@@ -140,6 +143,11 @@ def sparse_atkd_loss(
             those of logits would; for a target without a log-probability. The message has the token, counted over all
             positions, and the numbers.
     """
+    if isinstance(indices, SparseTeacher):
+        raise TypeError(
+            "indices are a SparseTeacher, of which sparse_atkd_loss takes the parts: give teacher.indices, teacher.log_probs and "
+            "the labels, with target_log_prob=teacher.target_log_prob and tail=teacher.tail"
+        )
     labels, shift_labels = _loss.shifted_already(labels, shift_labels)
     refuse_ranks("sparse_atkd_loss", vocab_group, token_group, vocab_start, token_counts)
     if _loss.is_dtensor(student_logits):
@@ -166,7 +174,13 @@ def sparse_atkd_loss(
     )
 
 
-sparse_atkd_loss.__signature__ = _loss.shown_with_settings(sparse_atkd_loss)  # type: ignore[attr-defined]
+_shown = _loss.shown_with_settings(sparse_atkd_loss)
+sparse_atkd_loss.__signature__ = _shown.replace(  # type: ignore[attr-defined]
+    parameters=[
+        each.replace(default=each.empty) if each.name == "log_probs" else each
+        for each in _shown.parameters.values()
+    ]
+)
 
 _OF_RANKS = "vocab_group", "token_group", "vocab_start"
 
@@ -200,7 +214,7 @@ class SparseATKDLoss(_loss.Criterion):
         self,
         student_logits: Tensor,
         indices: Tensor,
-        log_probs: Tensor,
+        log_probs: Tensor = None,  # type: ignore[assignment]
         labels: Optional[Tensor] = None,
         target_log_prob: Optional[Tensor] = None,
         num_items_in_batch: Union[None, int, float, Tensor] = None,

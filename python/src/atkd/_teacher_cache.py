@@ -14,6 +14,9 @@ from . import _atkd
 
 _Path = Union[str, "os.PathLike[str]"]
 
+# How far rounding may have moved the sum of a row's probabilities from 1, beyond what the writer allows float32.
+_ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
 # Logits whose softmaxes are computed at a time, in float64.
 _CHUNK = 2**22
 
@@ -176,14 +179,16 @@ class TeacherCacheWriter:
         self,
         indices: Tensor,
         log_probs: Tensor,
-        target_log_prob: Tensor,
+        target_log_prob: Optional[Tensor],
         labels: Tensor,
         tail_mass: Optional[Tensor] = None,
     ) -> None:
         """Appends tokens of which somebody else, such as an inference server, has told the most probable: up
         to K `indices` and `log_probs` [N, K] or [B, T, K] in any order, -1 for none; the labels'
-        log-probabilities, be they among those or not, and the labels, [N] or [B, T]. `tail_mass` is what the
-        others leave of 1 unless it is given.
+        log-probabilities, be they among those or not, and the labels, [N] or [B, T]. `target_log_prob` may be
+        None if each label that is not below 0 is among its token's indices. `tail_mass` is what the others
+        leave of 1 unless it is given. All but the integers are float32, float64, float16 or bfloat16; what
+        rounding to half precision has moved a row's probabilities from 1, up to 1% and 3%, is divided out.
         """
         given = indices.shape[-1] if indices.dim() else 0
         if indices.dim() < 2 or not 1 <= given <= self.top_k:
@@ -193,26 +198,46 @@ class TeacherCacheWriter:
         if indices.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"indices are {indices.dtype}, but must be int32 or int64")
         shape = list(indices.shape[:-1])
-        masses = {} if tail_mass is None else {"tail_mass": (tail_mass, shape)}
-        for name, (column, expected) in {
-            "log_probs": (log_probs, list(indices.shape)),
-            "target_log_prob": (target_log_prob, shape),
-            **masses,
-        }.items():
-            if column.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"{name} is {column.dtype}, but must be float32 or float64")
+        tolerance = 0.0
+        for name, column, expected in [
+            ("log_probs", log_probs, list(indices.shape)),
+            ("target_log_prob", target_log_prob, shape),
+            ("tail_mass", tail_mass, shape),
+        ]:
+            if column is None and name != "log_probs":
+                continue
+            if not isinstance(column, Tensor) or column.dtype not in _ROUNDING:
+                kind = column.dtype if isinstance(column, Tensor) else type(column).__name__
+                raise TypeError(
+                    f"{name} is {kind}, but must be a tensor of float32, float64, float16 or bfloat16"
+                )
             if list(column.shape) != expected:
                 raise ValueError(f"{name} is {list(column.shape)}, but must be {expected}")
+            tolerance = max(tolerance, _ROUNDING[column.dtype])
         _check_labels(labels, shape)
         # What int32 cannot hold is outside of every vocabulary.
-        narrow = indices.detach().clamp(-2, 2**31 - 1).to(torch.int32)
-        self._push(
-            narrow.reshape(-1, given),
-            log_probs.detach().reshape(-1, given),
-            target_log_prob.detach().reshape(-1),
-            None if tail_mass is None else tail_mass.detach().reshape(-1),
-            labels.reshape(-1),
-        )
+        narrow = indices.detach().clamp(-2, 2**31 - 1).to(torch.int32).reshape(-1, given)
+        flat, of_rows = log_probs.detach().reshape(-1, given), labels.reshape(-1).to(indices.device)
+        if target_log_prob is None:
+            target = self._among(narrow, flat, of_rows)
+        else:
+            target = target_log_prob.detach().reshape(-1)
+        tail = None if tail_mass is None else tail_mass.detach().reshape(-1)
+        if tolerance > 0:
+            flat, target, tail = _normalised(narrow, flat, target, tail, of_rows, tolerance)
+        self._push(narrow, flat, target, tail, of_rows)
+
+    def _among(self, indices: Tensor, log_probs: Tensor, labels: Tensor) -> Tensor:
+        """The labels' log-probabilities from the entries `[n, K]`; -inf for tokens to be ignored."""
+        own = (indices == labels.unsqueeze(-1)) & (labels >= 0).unsqueeze(-1)
+        missing = (~own.any(-1) & (labels >= 0)).nonzero()
+        if len(missing):
+            at = int(missing[0])
+            raise ValueError(
+                f"target_log_prob is None, but the label of token {self.tokens + at}, {int(labels[at])}, is not among its "
+                f"{indices.shape[-1]} indices: give the labels' log-probabilities"
+            )
+        return log_probs.masked_fill(~own, -torch.inf).amax(-1)
 
     def _push(
         self,
@@ -275,6 +300,27 @@ class TeacherCacheWriter:
             self.flush()
         finally:
             self._close()
+
+
+def _normalised(
+    indices: Tensor,
+    log_probs: Tensor,
+    target: Tensor,
+    tail: Optional[Tensor],
+    labels: Tensor,
+    tolerance: float,
+) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    """Rows that rounding to half precision has left with another mass than 1, by no more than the tolerance, divided by it.
+    Those that are farther from 1 stay as they are, which the writer tells.
+    """
+    log_probs, target = log_probs.double(), target.double()
+    others = log_probs.masked_fill((indices < 0) | (indices == labels.unsqueeze(-1)), -torch.inf)
+    mass = others.exp().sum(-1) + target.exp()
+    mass = mass.clamp(min=1) if tail is None else mass + tail.double()
+    mass = mass.where((mass - 1).abs() <= tolerance, 1.0)
+    shift = mass.log()
+    tail = None if tail is None else tail.double() / mass
+    return log_probs - shift.unsqueeze(-1), target - shift, tail
 
 
 def _check_labels(labels: Tensor, shape: Any) -> None:
