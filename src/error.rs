@@ -221,6 +221,30 @@ pub enum Error {
         "the teacher's probabilities of token {token} add up to {mass}, which is less than 1 by more than the {tolerance} that rounding to {dtype} allows, but they are those of the whole vocabulary of {vocab}: nothing is left to have the rest; give all of the mass, or take tail zero, which renormalises"
     )]
     SparseMassMissing { token: usize, mass: f64, tolerance: f64, dtype: Dtype, vocab: usize },
+    /// A row of draws without any.
+    #[error(
+        "the teacher's token {token} has no draw but its target, whose log-probability is {log_prob}: draw from all tokens but the target; or take tail zero, plain forward KL and the teacher's target, which need no label among the draws"
+    )]
+    SparseNoDraws { token: usize, log_prob: f32 },
+    /// Draws without the probability of the targets.
+    #[error(
+        "tail sampled weighs draws against the exact log-probability of each label: give the targets' log-probabilities, and take the label for the target"
+    )]
+    SampledTarget,
+    /// A divergence whose gradient draws do not estimate.
+    #[error(
+        "of draws the gradient by forward KL alone has the expectation of the whole teacher's: take that divergence, or an objective of the targets' probabilities alone, such as tkd"
+    )]
+    SampledDivergence,
+    /// A logit of a teacher's row that is none.
+    #[error("the logit of {index} is {logit}, but must be finite or -inf")]
+    TeacherLogit { index: usize, logit: f32 },
+    /// A teacher's row without a distribution.
+    #[error("all logits of the row are -inf, but one at least must be finite")]
+    NoTeacherMass,
+    /// A target that is no token of a teacher's row.
+    #[error("the target is {target}, but must be below the vocabulary size {vocab}")]
+    TeacherTarget { target: usize, vocab: usize },
     /// A target of which a sparse teacher knows nothing.
     #[error(
         "the teacher's token {token} has no probability for its target {target}, which is not among its {top_k} indices: give the target's log-probabilities"

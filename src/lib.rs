@@ -150,5 +150,5 @@ pub use objective::{
 };
 pub use output::{Output, Summary, TokenTerms};
 pub use selection::select_hard;
-pub use sparse::{SparseTeacher, Tail, Teacher};
+pub use sparse::{SparseTeacher, Tail, Teacher, TeacherRow};
 pub use strides::Strides;

@@ -585,6 +585,12 @@ impl Objective {
         self.divergence.family() == Family::ReverseKl && self.weighs_rest()
     }
 
+    /// True if the gradient is linear in the teacher's probabilities off the target, so that estimates of these may take their
+    /// place.
+    pub(crate) fn takes_draws(&self) -> bool {
+        self.divergence.family() == Family::ForwardKl || !self.weighs_rest()
+    }
+
     /// True if a loss depends on more of the teacher than the target's probability.
     pub(crate) fn weighs_rest(&self) -> bool {
         let weighs = |of: Coefficients| of.dkd != Coefficient::Constant(0.0);

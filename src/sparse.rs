@@ -1,7 +1,12 @@
 //! A teacher of which a few log-probabilities per token are known, from disk or from a server.
 
+mod row;
+
 use crate::call::{INDICES, LOG_PROBS, TARGET_LOG_PROBS};
 use crate::{Dtype, Elements, Error, Labels, Logits, Objective, Result, Target};
+
+pub use row::TeacherRow;
+pub(crate) use row::log_sum_exp;
 
 /// The teacher of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +59,15 @@ pub enum Tail {
     /// tokens. Nothing is assumed of how the teacher spreads it.
     #[default]
     Bucket,
+    /// The known tokens but the target are draws from what the teacher gives all tokens but the target, and their
+    /// log-probabilities are logarithms of weights, in any unit: how often each was drawn. They share what the target leaves,
+    /// whose log-probability is exact, and needed. No other token has a probability.
+    ///
+    /// The gradient by forward KL then has the expectation of the whole teacher's, where that of the likeliest tokens would
+    /// leave the others out ("Sparse Logit Sampling", Anshumann et al., ACL 2025); so do margins and TKD, which are exact.
+    /// The divergence itself is larger in expectation, and other divergences, whose gradients are not linear in the teacher's
+    /// probabilities, are refused unless the rest has no weight. [`TeacherRow::sampled`] makes such rows.
+    Sampled,
 }
 
 /// The teacher's log-probabilities of up to K tokens of the vocabulary in each row, and of the target: all that is known where
@@ -173,10 +187,11 @@ impl<'a> SparseTeacher<'a> {
         self.top_k
     }
 
-    /// Checks that the objective is finite with this tail.
+    /// Checks that the objective is finite, and estimated without bias, with this tail.
     pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
         match self.tail {
             Tail::Zero if objective.is_infinite_by_zero_tail() => Err(Error::ReverseKlOfZeroTail),
+            Tail::Sampled if !objective.takes_draws() => Err(Error::SampledDivergence),
             _ => Ok(()),
         }
     }
@@ -231,6 +246,9 @@ impl<'a> SparseTeacher<'a> {
         };
         let place = columns.binary_search(&target);
         let own = self.target_log_probs.filter(|_| objective.target() == Target::Label);
+        if self.tail == Tail::Sampled && own.is_none() {
+            return Err(Error::SampledTarget);
+        }
         match (place, own) {
             (Err(_), None) => return Err(Error::SparseTarget { token, target, top_k }),
             (Ok(_), None) => {}
@@ -255,10 +273,18 @@ impl<'a> SparseTeacher<'a> {
         let dtype = if target_is_wider { of_target } else { of_known };
         let tolerance = tolerance(dtype);
         let mass = log_probs.iter().map(|log_prob| log_prob.exp()).sum::<f64>();
-        if mass > 1.0 + tolerance {
+        let target = place.unwrap_or_else(|at| at);
+        if mass > 1.0 + tolerance && self.tail != Tail::Sampled {
             return Err(Error::SparseMass { token, mass, tolerance, dtype });
         }
         match self.tail {
+            Tail::Sampled => {
+                let is_draw = |(k, &weight)| k != target && weight > f64::NEG_INFINITY;
+                if log_probs[target] < 0.0 && !log_probs.iter().enumerate().any(is_draw) {
+                    let log_prob = log_probs[target] as f32;
+                    return Err(Error::SparseNoDraws { token, log_prob });
+                }
+            }
             Tail::Zero => {
                 if log_probs.iter().all(|&log_prob| log_prob == f64::NEG_INFINITY) {
                     return Err(Error::SparseNoMass { token });
@@ -270,7 +296,6 @@ impl<'a> SparseTeacher<'a> {
                 }
             }
         }
-        let target = place.unwrap_or_else(|at| at);
         Ok(KnownTokens { columns, log_probs, target })
     }
 }

@@ -4,7 +4,7 @@ use atkd::battery::{self, Bounds};
 use atkd::call::{RawLabels, RawLogits, RawOutput, RawSparseCall, RawSparseTeacher, RawTokens};
 use atkd::{
     Batch, Divergence, Dtype, Error, Logits, LogitsMut, Objective, Reduction, Result,
-    SelectionRule, SparseTeacher, Tail, Target, cpu, select_hard,
+    SelectionRule, SparseTeacher, Tail, Target, TeacherRow, cpu, select_hard,
 };
 use half::bf16;
 
@@ -408,7 +408,8 @@ fn masses_that_no_tail_completes() -> Result<()> {
     assert_eq!(error, Error::SparseNoMass { token: 1 });
     assert!(error.to_string().contains("of token 1, its target's among them, are all 0"));
     // The least mass is one to renormalise.
-    let least = run(&[third, third, third, none, none, -1e30], &[third, none], Tail::Zero, Dtype::F32);
+    let least =
+        run(&[third, third, third, none, none, -1e30], &[third, none], Tail::Zero, Dtype::F32);
     assert!(least?.tokens.iter().all(|token| !token.uncertainty.is_nan()));
 
     let tenth = 0.1_f32.ln();
@@ -488,6 +489,200 @@ fn reverse_kl_of_targets_alone_has_tail_zero() -> Result<()> {
         let objective = objective.with_ce_weight(1.0)?.with_kd_weight(weight)?;
         assert_eq!(cpu::forward(&objective, &batch, logits).is_ok(), weight == 0.0);
     }
+    Ok(())
+}
+
+/// Over many seeds the mean gradient of draws is the dense teacher's, within what its own spread allows, for the objectives of
+/// forward KL; that of the renormalised likeliest tokens is not, nor that of draws by other divergences.
+#[test]
+fn draws_are_unbiased() -> Result<()> {
+    let (tokens, vocab, draws, runs) = (4, 40, 6, 4000_u32);
+    let (teacher, student) = (random(15, tokens * vocab), random(16, tokens * vocab));
+    let teacher: Vec<f32> = teacher.iter().map(|z| 0.6 * z).collect();
+    let labels = [3_i64, 39, 7, 0];
+    let gradient_of = |objective: &Objective, batch: &Batch| -> Result<Vec<f64>> {
+        let mut gradient = vec![0.0_f32; tokens * vocab];
+        let to = LogitsMut::new(&mut gradient, tokens, vocab)?;
+        cpu::forward_backward(objective, batch, Logits::new(&student, tokens, vocab)?, to)?;
+        Ok(gradient.iter().map(|&g| g.into()).collect())
+    };
+    let drawn = |rng: &mut fastrand::Rng, unit: f32| -> Result<Known> {
+        let (mut indices, mut log_probs, mut of_targets) = (Vec::new(), Vec::new(), Vec::new());
+        for (logits, &label) in teacher.chunks(vocab).zip(&labels) {
+            let row = TeacherRow::sampled(logits, label as usize, 1.0, draws, rng.f64())?;
+            let empty = draws - row.indices.len();
+            indices.extend(row.indices.iter().map(|&j| i64::from(j)));
+            log_probs.extend(row.log_probs.iter().map(|p| p + unit));
+            indices.extend([-1].repeat(empty));
+            log_probs.extend([0.0].repeat(empty));
+            of_targets.push(row.target_log_prob);
+        }
+        Ok(Known { indices, log_probs, of_targets })
+    };
+    // The largest distance of a mean from the exact gradient, in its standard deviations; a run is a batch of draws.
+    let distance = |objective: &Objective, tail: Tail| -> Result<f64> {
+        let dense = Batch::new(Logits::new(&teacher, tokens, vocab)?, &labels)?;
+        let exact = gradient_of(objective, &dense)?;
+        let (mut sum, mut squares) = (vec![0.0; exact.len()], vec![0.0; exact.len()]);
+        let mut rng = fastrand::Rng::with_seed(1);
+        for _ in 0..runs {
+            // Weights in any unit are the same weights.
+            let known = drawn(&mut rng, if tail == Tail::Sampled { 5.0 } else { 0.0 })?;
+            let batch = Batch::new(known.teacher(vocab).with_tail(tail), &labels)?;
+            for (i, gradient) in gradient_of(objective, &batch)?.into_iter().enumerate() {
+                sum[i] += gradient - exact[i];
+                squares[i] += (gradient - exact[i]).powi(2);
+            }
+        }
+        let runs = f64::from(runs);
+        let scale = exact.iter().fold(0.0_f64, |largest, g| largest.max(g.abs()));
+        let distances = sum.iter().zip(&squares).map(|(sum, squares)| {
+            let mean = sum / runs;
+            let deviation = ((squares / runs - mean * mean).max(0.0) / runs).sqrt();
+            mean.abs() / (deviation + 1e-6 * scale)
+        });
+        Ok(distances.fold(0.0, f64::max))
+    };
+    // Of 160 means one is 4.5 of its deviations off in one of 900 tests.
+    let bound = 4.5;
+    for objective in [
+        Objective::default(),
+        Objective::kl(),
+        Objective::dkd(),
+        Objective::tkd().with_ce_weight(0.5)?,
+    ] {
+        let found = distance(&objective, Tail::Sampled)?;
+        assert!(found < bound, "{objective:?}: {found}");
+    }
+    // JSD is not linear in the teacher's probabilities. Tail zero takes the same rows, and refuses no divergence but one.
+    let jsd = Objective::plain().with_divergence(Divergence::Jsd { beta: 0.5 })?;
+    let found = distance(&jsd, Tail::Zero)?;
+    assert!(found > 10.0 * bound, "{found}");
+
+    let likeliest = known(&teacher, vocab, draws, &labels);
+    let batch = Batch::new(likeliest.teacher(vocab).with_tail(Tail::Zero), &labels)?;
+    let dense = Batch::new(Logits::new(&teacher, tokens, vocab)?, &labels)?;
+    let norm = |of: &[f64]| of.iter().map(|g| g * g).sum::<f64>().sqrt();
+    let exact = gradient_of(&Objective::kl(), &dense)?;
+    let of_likeliest = gradient_of(&Objective::kl(), &batch)?;
+    let off: Vec<f64> = of_likeliest.iter().zip(&exact).map(|(one, other)| one - other).collect();
+    assert!(norm(&off) > 0.3 * norm(&exact), "{} {}", norm(&off), norm(&exact));
+    Ok(())
+}
+
+/// Margins and the terms of the target are exact, in whatever unit the weights are.
+#[test]
+fn draws_leave_the_target_exact() -> Result<()> {
+    let (tokens, vocab) = (6, 31);
+    let (teacher, student) = (random(17, tokens * vocab), random(18, tokens * vocab));
+    let labels = [3_i64, 30, -100, 0, 12, 20];
+    let dense = Batch::new(Logits::new(&teacher, tokens, vocab)?, &labels)?;
+    let student = Logits::new(&student, tokens, vocab)?;
+    let exact = cpu::forward(&Objective::default(), &dense, student)?;
+    // The counts of draws themselves; the label's own is not looked at.
+    let indices: Vec<i64> = labels.iter().flat_map(|&label| [5, label.max(0), 6, 7]).collect();
+    let log_counts = [2.0_f32.ln(), 9.0, 0.0, 4.0_f32.ln()].repeat(tokens);
+    let known = known(&teacher, vocab, 1, &labels);
+    let sampled = SparseTeacher::new(&indices, &log_counts, tokens, 4, vocab)?
+        .with_tail(Tail::Sampled)
+        .with_target_log_probs(&known.of_targets)?;
+    let batch = Batch::new(sampled, &labels)?;
+    let output = cpu::forward(&Objective::default(), &batch, student)?;
+    for (token, exact) in output.tokens.iter().zip(&exact.tokens) {
+        assert_eq!((token.valid, token.hard), (exact.valid, exact.hard));
+        assert!((token.tkd - exact.tkd).abs() <= 2e-6 * (1.0 + exact.tkd));
+        assert!(
+            (token.margin - exact.margin).abs() <= 2e-6 * (1.0 + exact.margin.abs())
+                || !token.valid
+        );
+    }
+    // DKD of the counts 2, 1, 4 over 7.
+    let logits = |j: usize| f64::from(student.row(0).get(j));
+    let others = (0..vocab).filter(|&j| j != 3);
+    let log_sum = others.map(|j| logits(j).exp()).sum::<f64>().ln();
+    let dkd: f64 = [(5, 2.0), (6, 1.0), (7, 4.0)]
+        .map(|(j, count): (usize, f64)| count / 7.0 * ((count / 7.0).ln() - (logits(j) - log_sum)))
+        .iter()
+        .sum();
+    assert!(
+        (output.tokens[0].dkd - dkd).abs() <= 2e-6 * (1.0 + dkd),
+        "{} {dkd}",
+        output.tokens[0].dkd
+    );
+    Ok(())
+}
+
+/// What draws cannot stand for is told.
+#[test]
+fn mistakes_of_draws() -> Result<()> {
+    let student = Logits::new(&[0.0_f32; 10][..], 2, 5)?;
+    let (indices, weights) = ([1_i32, 2, 3, -1], [0.0_f32, 1.0, 0.0, 0.0]);
+    let alone = SparseTeacher::new(&indices, &weights[..], 2, 2, 5)?.with_tail(Tail::Sampled);
+    let teacher = alone.with_target_log_probs(&[-0.5, -0.25])?;
+    let run = |objective: &Objective, teacher, labels: &[i64; 2]| {
+        cpu::forward(objective, &Batch::new(teacher, labels)?, student).map(|output| output.loss)
+    };
+    let default = Objective::default();
+    assert!(run(&default, teacher, &[0, 0])?.is_finite());
+    let none = run(&default, teacher, &[0, 3]).unwrap_err();
+    assert_eq!(none, Error::SparseNoDraws { token: 1, log_prob: -0.25 });
+    assert!(
+        none.to_string().contains("token 1 has no draw but its target")
+            && none.to_string().contains("-0.25")
+    );
+    // One that has all of the mass leaves nothing to draw.
+    assert!(run(&default, teacher.with_target_log_probs(&[-0.5, 0.0])?, &[0, 3])?.is_finite());
+    assert_eq!(run(&default, alone, &[1, 3]).unwrap_err(), Error::SampledTarget);
+    let by_teacher = default.with_target(Target::Teacher);
+    assert_eq!(run(&by_teacher, teacher, &[0, 0]).unwrap_err(), Error::SampledTarget);
+    for divergence in [
+        Divergence::ReverseKl,
+        Divergence::TotalVariation,
+        Divergence::Jsd { beta: 0.5 },
+        Divergence::SkewKl { alpha: 0.1 },
+    ] {
+        let error = run(&default.with_divergence(divergence)?, teacher, &[0, 0]).unwrap_err();
+        assert_eq!(error, Error::SampledDivergence);
+        assert!(run(&Objective::tkd().with_divergence(divergence)?, teacher, &[0, 0])?.is_finite());
+    }
+    assert!(
+        run(&default.with_divergence(Divergence::Jsd { beta: 0.0 })?, teacher, &[0, 0]).is_ok()
+    );
+
+    let logits = [0.0_f32, 1.0, f32::NEG_INFINITY];
+    assert_eq!(
+        TeacherRow::sampled(&logits, 3, 1.0, 2, 0.0).unwrap_err(),
+        Error::TeacherTarget { target: 3, vocab: 3 }
+    );
+    assert_eq!(
+        TeacherRow::sampled(&logits, 0, 1.0, 0, 0.0).unwrap_err(),
+        Error::TopK { top_k: 0, most: 1024 }
+    );
+    assert!(matches!(
+        TeacherRow::sampled(&logits, 0, 1.0, 2, 1.0),
+        Err(Error::Setting { value: 1.0, .. })
+    ));
+    assert!(matches!(
+        TeacherRow::sampled(&logits, 0, 1.0, 2, f64::NAN),
+        Err(Error::Setting { .. })
+    ));
+    assert!(matches!(
+        TeacherRow::top_k(&[0.0, f32::NAN], None, 1.0, 1),
+        Err(Error::TeacherLogit { index: 1, .. })
+    ));
+    assert_eq!(
+        TeacherRow::top_k(&[f32::NEG_INFINITY; 2], None, 1.0, 1).unwrap_err(),
+        Error::NoTeacherMass
+    );
+    // All draws are of the one token that has a probability, and none where that is the target.
+    let row = TeacherRow::sampled(&logits, 0, 1.0, 7, 0.99)?;
+    assert_eq!(row.indices, [1]);
+    assert!(
+        (f64::from(row.log_probs[0]).exp() + f64::from(row.target_log_prob).exp() - 1.0).abs()
+            < 1e-6
+    );
+    let row = TeacherRow::sampled(&[0.0, f32::NEG_INFINITY], 0, 1.0, 7, 0.5)?;
+    assert_eq!((row.indices.len(), row.target_log_prob), (0, 0.0));
     Ok(())
 }
 

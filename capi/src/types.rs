@@ -231,6 +231,10 @@ pub const ATKD_TAIL_BUCKET: i32 = 0;
 pub const ATKD_TAIL_ZERO: i32 = 1;
 /// The teacher spreads what is left of the mass evenly over them.
 pub const ATKD_TAIL_UNIFORM: i32 = 2;
+/// They have no probability. The indices but the label are draws from what the teacher gives all tokens but the label, and
+/// their log-probabilities are logarithms of weights in any unit, which share what the label leaves: target_log_probs is
+/// needed. For forward KL, whose gradient then has the expectation of the whole teacher's.
+pub const ATKD_TAIL_SAMPLED: i32 = 3;
 
 /// A teacher of which a few log-probabilities per token are known, in the place of AtkdCall.teacher: natural logarithms at
 /// the call's temperature, which divides the student's logits alone. Every pointer is to host memory; the arrays have no
@@ -246,7 +250,7 @@ pub struct AtkdSparseTeacher {
     pub log_probs: *const c_void,
     /// ATKD_F32, ATKD_F16 or ATKD_BF16: that of log_probs.
     pub dtype: i32,
-    /// ATKD_TAIL_BUCKET, ATKD_TAIL_ZERO or ATKD_TAIL_UNIFORM.
+    /// ATKD_TAIL_BUCKET, ATKD_TAIL_ZERO, ATKD_TAIL_UNIFORM or ATKD_TAIL_SAMPLED.
     pub tail: i32,
     /// [tokens]: the log-probabilities of the labels, which then need not be among the indices. Null for none; not used by
     /// ATKD_TARGET_TEACHER, whose target is the likeliest of the indices.
@@ -282,9 +286,10 @@ impl AtkdSparseTeacher {
                 ATKD_TAIL_BUCKET => Tail::Bucket,
                 ATKD_TAIL_ZERO => Tail::Zero,
                 ATKD_TAIL_UNIFORM => Tail::Uniform,
+                ATKD_TAIL_SAMPLED => Tail::Sampled,
                 other => {
-                    let allowed =
-                        "ATKD_TAIL_BUCKET (0), ATKD_TAIL_ZERO (1) or ATKD_TAIL_UNIFORM (2)";
+                    let allowed = "ATKD_TAIL_BUCKET (0), ATKD_TAIL_ZERO (1), ATKD_TAIL_UNIFORM (2) or \
+                         ATKD_TAIL_SAMPLED (3)";
                     return Err(Failure::value("tail", other, allowed));
                 }
             },

@@ -24,6 +24,8 @@ pub enum TailName {
     Uniform,
     /// Whatever they are: together they are one class, against the student's mass on the same tokens
     Bucket,
+    /// None: the tokens are draws from all but the label, with weights; for forward KL
+    Sampled,
 }
 
 impl TailName {
@@ -32,6 +34,7 @@ impl TailName {
             Self::Zero => Tail::Zero,
             Self::Uniform => Tail::Uniform,
             Self::Bucket => Tail::Bucket,
+            Self::Sampled => Tail::Sampled,
         }
     }
 }
@@ -112,6 +115,7 @@ impl<'a> Sparse<'a> {
             Tail::Zero => "zero",
             Tail::Uniform => "uniform",
             Tail::Bucket => "bucket",
+            Tail::Sampled => "sampled",
         }
     }
 }

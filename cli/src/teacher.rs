@@ -52,6 +52,12 @@ struct PackArgs {
     /// Entries per token, at most 1024
     #[arg(long, value_name = "K", default_value_t = 64)]
     top_k: usize,
+    /// Keep K draws with replacement from all tokens but the label instead of the likeliest, for --tail sampled
+    #[arg(long)]
+    sampled: bool,
+    /// Makes the draws of --sampled others; a run that goes on must have the same
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "sampled")]
+    seed: u64,
     /// Divides the logits; training must be at the same
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     temperature: f64,
@@ -159,9 +165,12 @@ fn pack(args: &PackArgs) -> Result<()> {
         let end = tokens.min(start + CHUNK);
         let rows = teacher.elements().slice(start * vocab..end * vocab);
         let logits = Logits::new(rows, end - start, vocab)?;
-        writer
-            .push_logits(logits, &labels[start..end])
-            .with_context(|| path.display().to_string())?;
+        let labels = &labels[start..end];
+        match args.sampled {
+            true => writer.push_draws(logits, labels, args.seed),
+            false => writer.push_logits(logits, labels),
+        }
+        .with_context(|| path.display().to_string())?;
         bar.inc((end - start) as u64);
     }
     writer.finish()?;

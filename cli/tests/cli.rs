@@ -1330,7 +1330,7 @@ fn files_that_hold_no_teacher_say_so() {
     let none = f32::NEG_INFINITY;
     let path =
         files.save("masked", &[labels(&[2]), teacher(&logits(&[none, none, none, 4.0, 5.0, 6.0]))]);
-    fails(packed(&path, &[]), &["masked", "token 0:", "all logits are -inf"]);
+    fails(packed(&path, &[]), &["masked", "token 0:", "all logits of the row are -inf"]);
     let path = files.save("fine", &[labels(&[2]), teacher(&fine)]);
     fails(packed(&path, &["--top-k", "0"]), &["top_k is 0"]);
     fails(packed(&path, &["--temperature", "-1"]), &["temperature is -1"]);

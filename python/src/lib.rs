@@ -272,7 +272,8 @@ impl Sparse {
             "zero" => Tail::Zero,
             "uniform" => Tail::Uniform,
             "bucket" => Tail::Bucket,
-            other => return unknown("tail", other, r#""zero", "uniform" or "bucket""#),
+            "sampled" => Tail::Sampled,
+            other => return unknown("tail", other, r#""zero", "uniform", "bucket" or "sampled""#),
         };
         Ok(RawSparseTeacher {
             top_k: self.top_k,

@@ -435,6 +435,147 @@ def test_no_tokens():
     assert atkd.teacher_margins(teacher, labels).shape == (0,)
 
 
+def drawn_gradients(student, logits, labels, draws, runs, tail="sampled", **settings):
+    """The gradients of so many batches of draws, `[runs, tokens, V]`, in one call."""
+    random = torch.Generator().manual_seed(7)
+    many = [each.repeat(runs, *[1] * (each.dim() - 1)) for each in (student, logits, labels)]
+    teacher = atkd.SparseTeacher.sample(many[1], many[2], draws, temperature=settings.get("temperature", 1.0), generator=random)
+    settings = {"reduction": "sum", **settings}
+    if "hard" in settings:
+        settings["hard"] = settings["hard"].repeat(runs)
+    _, gradient, _ = run(many[0], teacher._replace(tail=tail), many[2], **settings)
+    return gradient.view(runs, *student.shape).double()
+
+
+def dense_gradient(student, logits, labels, **settings):
+    """In float64, from the definitions."""
+    leaf = student.double().requires_grad_()
+    t = settings.get("temperature", 1.0)
+    log_p, log_q = ((x / t).log_softmax(-1) for x in (logits.double(), leaf))
+    loss = 0.0
+    for i, label in enumerate(labels.tolist()):
+        if label == -100:
+            continue
+        (p, p_hat), (q, q_hat) = (halves(x[i], label) for x in (log_p, log_q))
+        tkd, dkd = kl(p, q), kl(p_hat, q_hat)
+        if settings.get("objective") == "kl":
+            loss = loss + kl(log_p[i], log_q[i])
+        else:
+            loss = loss + (0.8 * (tkd + dkd) if settings["hard"][i] else 0.2 * dkd)
+        loss = loss - settings.get("ce_weight", 0.0) * leaf[i].log_softmax(-1)[label]
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"objective": "kl"}, {"hard": torch.tensor([True, False, True, False, True])}, {"objective": "kl", "temperature": 2.0, "ce_weight": 0.5}],
+    ids=str,
+)
+def test_draws_are_unbiased(settings):
+    """The mean of many gradients is the dense one, within 4.5 of its own standard deviations (1 of 200 elements is farther in
+    one of 700 tests); that of the renormalised likeliest tokens is not.
+    """
+    student, logits, labels = batch(5, V, spread=2.0)
+    labels[0] = logits[0].argmax()
+    runs, draws = 4000, 6
+    found = drawn_gradients(student, logits, labels, draws, runs, **settings)
+    exact = dense_gradient(student, logits, labels, **settings)
+
+    def distance(mean, deviation):
+        return ((mean - exact).abs() / (deviation + 1e-6 * exact.abs().max())).max()
+
+    deviation = found.std(0) / math.sqrt(runs)
+    assert deviation.max() > 1e-4
+    assert distance(found.mean(0), deviation) < 4.5
+    log_p = (logits.double() / settings.get("temperature", 1.0)).log_softmax(-1)
+    values, indices = log_p.topk(draws)
+    own = log_p.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    likeliest = atkd.SparseTeacher(indices, values.float(), own, "zero")
+    _, gradient, _ = run(student, likeliest, labels, reduction="sum", **settings)
+    assert distance(gradient, deviation) > 45
+
+
+def test_draws_have_the_exact_target_and_less_variance_than_independent_ones():
+    student, logits, labels = batch(3, 4, V)
+    teacher = atkd.SparseTeacher.sample(logits, labels, 12)
+    assert teacher.tail == "sampled" and teacher.indices.shape == (3, 4, 12) and teacher.indices.dtype == torch.int32
+    log_p = logits.double().log_softmax(-1)
+    valid = labels != -100
+    own = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    assert torch.allclose(teacher.target_log_prob[valid].double(), own[valid], atol=1e-6)
+    assert (teacher.indices[~valid] == -1).all()
+    assert not (teacher.indices == labels[..., None]).any()
+    there = teacher.indices >= 0
+    mass = teacher.log_probs.double().exp().where(there, 0).sum(-1) + own.exp()
+    assert torch.allclose(mass[valid], torch.ones_like(mass[valid]), atol=1e-6)
+    # Each token is drawn as often as its probability says, rounded.
+    others = log_p.exp() / (1 - own.exp())[..., None]
+    expected = 12 * others.gather(-1, teacher.indices.clamp(min=0).long())
+    counts = 12 * teacher.log_probs.double().exp() / (1 - own.exp())[..., None]
+    assert ((counts - expected).abs() < 1 + 1e-5)[there].all()
+    # What the writer of a cache takes.
+    assert torch.equal(atkd.teacher_margins(teacher, labels), atkd.teacher_margins(teacher._replace(tail="bucket"), labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_at_the_edges(dtype):
+    logits = torch.full((4, 5), -math.inf, dtype=dtype)
+    logits[0, 2] = 1.0
+    logits[1, [2, 4]] = 80.0
+    logits[2, [0, 1]] = torch.tensor([100.0, -100.0], dtype=dtype)
+    logits[3] = math.nan
+    labels = torch.tensor([2, 2, 0, -100])
+    for seed in range(20):
+        teacher = atkd.SparseTeacher.sample(logits, labels, 7, generator=torch.Generator().manual_seed(seed))
+        assert teacher.indices[:, 0].tolist() == [-1, 4, 1, -1] and (teacher.indices[:, 1:] == -1).all()
+        assert teacher.target_log_prob[0] == 0 and teacher.target_log_prob[2] == 0
+        assert teacher.log_probs[2, 0].item() == pytest.approx(-200, rel=1e-6)
+        loss, gradient, _ = run(torch.zeros(4, 5), teacher, labels)
+        assert loss.isfinite() and gradient.isfinite().all()
+    padded = torch.nn.functional.pad(logits, (0, 3), value=90.0)
+    again = atkd.SparseTeacher.sample(padded, labels, 7, vocab_size=5)
+    assert torch.equal(again.indices, teacher.indices)
+    empty = atkd.SparseTeacher.sample(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), 3)
+    assert empty.indices.shape == (0, 3)
+
+
+def test_draws_in_other_ways(tmp_path):
+    """Counts as weights, a cache, the fused head, and what raises."""
+    student, logits, labels = batch(9, V)
+    teacher = atkd.SparseTeacher.sample(logits, labels, 20)
+    expected = run(student, teacher, labels)
+    shifted = teacher._replace(log_probs=teacher.log_probs + 4.0)
+    for one, other in zip(expected[:2], run(student, shifted, labels)[:2]):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    with atkd.TeacherCacheWriter(tmp_path / "cache", vocab_size=V, top_k=20) as writer:
+        writer.write_rows(*teacher[:3], labels)
+    rows = atkd.TeacherCache(tmp_path / "cache")[:]
+    kept = atkd.SparseTeacher(rows.indices, rows.log_probs, rows.target_log_prob, "sampled")
+    loss, gradient, stats = run(student, kept, rows.labels)
+    assert torch.equal(stats.hard, expected[2].hard) and torch.equal(stats.margin, expected[2].margin)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-2, atol=1e-4)
+    with pytest.raises(ValueError, match="by forward KL alone"):
+        run(student, teacher, labels, divergence="jsd")
+    with pytest.raises(ValueError, match="give the targets' log-probabilities"):
+        run(student, teacher, labels, target="teacher")
+    with pytest.raises(ValueError, match="give the targets' log-probabilities"):
+        run(student, teacher._replace(target_log_prob=None), labels)
+    none = teacher._replace(indices=torch.full_like(teacher.indices, -1))
+    with pytest.raises(ValueError, match="token . has no draw but its target, whose log-probability is -"):
+        run(student, none, labels)
+    sample = atkd.SparseTeacher.sample
+    for error, message, arguments in [
+        (TypeError, "teacher_logits are torch.int64", (logits.long(), labels, 3)),
+        (TypeError, "labels are torch.float32", (logits, labels.float(), 3)),
+        (ValueError, r"labels \[8\]", (logits, labels[1:], 3)),
+        (ValueError, "draws is 1025, but must be from 1 to 1024", (logits, labels, 1025)),
+        (ValueError, f"label of token 8 is {V}", (logits, torch.tensor([*[0] * 8, V]), 3)),
+        (ValueError, "teacher_logits of token 0 are NaN", (logits * math.nan, labels.clamp(min=0), 3)),
+    ]:
+        with pytest.raises(error, match=message):
+            sample(*arguments)
+
+
 def test_autocast_and_checkpointing():
     student, teacher, labels = sparse(9)
     head = torch.nn.Linear(V, V)

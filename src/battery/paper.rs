@@ -98,7 +98,7 @@ pub(super) fn textbook_tails(case: &Case, divergence: Divergence, kept: Kept) ->
         let mut known = values.entries(i);
         known.insert(target, values.target_probability(i));
         let mass: f64 = known.values().sum();
-        let left = vocab - known.len();
+        let (left, left_of_1) = (vocab - known.len(), 1.0 - known[&target]);
         let total: f64 =
             case.student[i * vocab..][..vocab].iter().map(|&z| f64::from(z).exp()).sum();
         let q = |j: usize| f64::from(case.student[i * vocab + j]).exp() / total;
@@ -107,8 +107,9 @@ pub(super) fn textbook_tails(case: &Case, divergence: Divergence, kept: Kept) ->
         for j in 0..vocab {
             let probability = match (known.get(&j), kept.tail) {
                 (Some(p), Tail::Zero) => p / mass,
+                (Some(p), Tail::Sampled) if j != target => p / (mass - known[&target]) * left_of_1,
                 (Some(p), _) => *p,
-                (None, Tail::Zero) => 0.0,
+                (None, Tail::Zero | Tail::Sampled) => 0.0,
                 (None, Tail::Uniform) => (1.0 - mass) / left as f64,
                 (None, Tail::Bucket) => {
                     rest += q(j);

@@ -34,10 +34,12 @@ pub(super) struct Values {
 
 impl Values {
     /// The likeliest tokens of each row by its log-probabilities at the token's temperature. Ignored tokens have values that
-    /// no other may have. Rows that are no distribution have no index.
+    /// no other may have. Rows that are no distribution have no index. By tail sampled they are taken for draws: of the tokens
+    /// but the label, with the probabilities as weights, one of which each row needs.
     pub fn of(case: &Case, kept: Kept) -> Self {
         let (mut indices, mut log_probs) = (Vec::new(), Vec::new());
         let mut target_log_probs = Vec::new();
+        let is_sampled = kept.tail == Tail::Sampled;
         for (token, row) in case.teacher.chunks(case.vocab).enumerate() {
             let label = case.labels.get(token).copied().unwrap_or(0);
             if label == case.objective.ignore_index() {
@@ -56,11 +58,19 @@ impl Values {
                 indices.extend([-1].repeat(kept.top_k));
                 log_probs.extend([f32::NAN].repeat(kept.top_k));
                 target_log_probs.push(-1.0);
+                if is_sampled && case.vocab > 1 {
+                    let first = indices.len() - kept.top_k;
+                    indices[first] = (label + 1) % case.vocab as i64;
+                    log_probs[first] = 3.0;
+                }
                 continue;
             }
             let log = Softmax::new(row, temperature).log;
             let mut order: Vec<usize> = (0..case.vocab).collect();
             order.sort_by(|&i, &j| log[j].total_cmp(&log[i]));
+            if is_sampled {
+                order.retain(|&column| column != label as usize);
+            }
             for place in 0..kept.top_k {
                 // Two places are empty, but for rows that would be left without any.
                 let empty = kept.top_k > 4 && [1, kept.top_k - 1].contains(&place);
@@ -99,7 +109,7 @@ impl Values {
 }
 
 /// Runs every case of [`run`](super::run) on a backend with a sparse teacher: the tails, dtypes and numbers of known tokens
-/// in turn. Those of tail zero by reverse KL, which is infinite there, have another tail.
+/// in turn. Those of a tail that the objective is infinite by, or refuses, have another.
 pub fn run(
     bounds: Bounds,
     backend: impl Fn(&Objective, &Batch, Logits, LogitsMut) -> Result<Output>,
@@ -131,11 +141,11 @@ pub fn run(
     let mut turn = 0;
     for (group, cases) in GROUPS {
         for mut case in cases() {
-            let mut tail = TAILS[turn % 3];
-            if !is_finite(&case.objective, tail) {
+            let mut tail = TAILS[turn % 4];
+            if !is_defined(&case.objective, tail) {
                 tail = Tail::Bucket;
             }
-            let top_k = [64, 1, case.vocab, 2, 7, 1024][turn / 3 % 6];
+            let top_k = [64, 1, case.vocab, 2, 7, 1024][turn / 4 % 6];
             let kept = Kept {
                 top_k: top_k.min(case.vocab + 2).min(SparseTeacher::MAX_TOP_K),
                 tail,
@@ -159,34 +169,39 @@ pub fn len() -> usize {
         + GROUPS.iter().map(|(_, cases)| cases().len()).sum::<usize>()
 }
 
-/// Every objective whose gradient is compared with finite differences, by each tail that is finite with it.
+/// Every objective whose gradient is compared with finite differences, by each tail that is defined with it.
 fn differentiated_by_tail() -> Vec<(String, Objective, Tail)> {
     let mut found = Vec::new();
     for (name, objective) in differentiated() {
         let Ok(objective) = objective.map(|o| o.with_target(Target::Label)) else { continue };
-        let tails = TAILS.into_iter().filter(|&tail| is_finite(&objective, tail));
+        let tails = TAILS.into_iter().filter(|&tail| is_defined(&objective, tail));
         found.extend(tails.map(|tail| (name.clone(), objective, tail)));
     }
     found
 }
 
-/// Every divergence over the whole vocabulary, by each tail that is finite with it.
+/// Every divergence over the whole vocabulary, by each tail that is defined with it.
 fn divergences_by_tail() -> Vec<(&'static str, Divergence, Tail)> {
     let mut found = Vec::new();
     for (name, divergence) in DIVERGENCES {
         let objective = Objective::plain().with_divergence(divergence);
-        let finite = |tail| objective.as_ref().map_or(true, |objective| is_finite(objective, tail));
-        let tails = TAILS.into_iter().filter(|&tail| finite(tail));
+        let defined =
+            |tail| objective.as_ref().map_or(true, |objective| is_defined(objective, tail));
+        let tails = TAILS.into_iter().filter(|&tail| defined(tail));
         found.extend(tails.map(|tail| (name, divergence, tail)));
     }
     found
 }
 
-fn is_finite(objective: &Objective, tail: Tail) -> bool {
-    tail != Tail::Zero || !objective.is_infinite_by_zero_tail()
+fn is_defined(objective: &Objective, tail: Tail) -> bool {
+    match tail {
+        Tail::Zero => !objective.is_infinite_by_zero_tail(),
+        Tail::Sampled => objective.takes_draws() && objective.target() == Target::Label,
+        Tail::Uniform | Tail::Bucket => true,
+    }
 }
 
 /// The numbers of known tokens of 23 by which textbook terms are compared.
 const TOP_K: [usize; 4] = [1, 5, 22, 23];
 
-const TAILS: [Tail; 3] = [Tail::Bucket, Tail::Zero, Tail::Uniform];
+const TAILS: [Tail; 4] = [Tail::Bucket, Tail::Zero, Tail::Uniform, Tail::Sampled];

@@ -30,7 +30,7 @@ mod dispatch;
 mod element;
 mod entropy;
 mod exp;
-pub(crate) mod math;
+mod math;
 pub mod raw;
 mod rows;
 mod session;

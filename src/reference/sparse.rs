@@ -38,6 +38,21 @@ impl SparseRow {
 
         let mut log_probs = log_probs;
         log_probs[target] = log_probs[target].min(0.0);
+        if teacher.tail() == Tail::Sampled {
+            // Weights share what the target leaves. Where that is nothing, they still are the distribution of the rest.
+            let weights = Split::new(&log_probs, 1.0, target).rest;
+            let all_but_target = (-log_probs[target].exp_m1()).ln();
+            let margin = all_but_target - log_probs[target];
+            if all_but_target.is_finite() && weights.max.is_finite() {
+                let factor = all_but_target - (weights.log_sum + weights.max);
+                for (k, log_prob) in log_probs.iter_mut().enumerate() {
+                    *log_prob += if k == target { 0.0 } else { factor };
+                }
+            }
+            classes.extend(left.iter().map(|&column| vec![column]));
+            log_probs.resize(vocab, f64::NEG_INFINITY);
+            return Ok(Self { classes, log_probs, target, margin });
+        }
         // If float32 has rounded the target's probability to 1, the rest is that of the other known tokens.
         let of_known = Split::new(&log_probs, 1.0, target);
         let known = (of_known.rest.log_sum + of_known.rest.max).exp();

@@ -74,7 +74,6 @@
 mod error;
 mod reader;
 mod row;
-mod top_k;
 mod writer;
 
 use std::fs;

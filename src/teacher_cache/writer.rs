@@ -6,9 +6,8 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use super::row::{Codec, NewRow};
-use super::top_k::TopK;
 use super::{COLUMNS, Error, FORMAT, Listing, PARTIAL, Result, Settings, TeacherCache, shard_path};
-use crate::Logits;
+use crate::{Logits, TeacherRow};
 
 /// The bytes of a shard on disk, unless the writer is told otherwise.
 const SHARD_BYTES: usize = 256_000_000;
@@ -203,15 +202,28 @@ impl Writer {
         Ok(())
     }
 
-    /// Appends what the teacher's logits `[n, V]` say of n tokens: the K likeliest of each, by the lower index where logits
-    /// are equal, the target `[n]` and the tail, by softmaxes in double precision. Rows are shared out to rayon's threads.
+    /// Appends what the teacher's logits `[n, V]` say of n tokens: of each the K likeliest, as [`TeacherRow::top_k`] has them.
+    /// Rows are shared out to rayon's threads.
     ///
     /// # Errors
     /// If the logits are not of the cache's vocabulary, or of other tokens than the labels; if a logit is NaN or +inf, or
     /// a row has none that is finite, but for ignored tokens; if a label is outside the vocabulary. As for
     /// [`push`](Self::push), the error names the token, and none of the rows is written.
     pub fn push_logits(&mut self, logits: Logits, labels: &[i64]) -> Result<()> {
-        let Settings { vocab_size, top_k, .. } = self.settings;
+        self.push_rows(logits, labels, None)
+    }
+
+    /// The same with K draws of each token, for [`Tail::Sampled`](crate::Tail::Sampled), as [`TeacherRow::sampled`] makes
+    /// them: from a random number of the seed and the token's number, so that a run that goes on makes the same.
+    ///
+    /// # Errors
+    /// Those of [`push_logits`](Self::push_logits).
+    pub fn push_draws(&mut self, logits: Logits, labels: &[i64], seed: u64) -> Result<()> {
+        self.push_rows(logits, labels, Some(seed))
+    }
+
+    fn push_rows(&mut self, logits: Logits, labels: &[i64], draws: Option<u64>) -> Result<()> {
+        let Settings { vocab_size, top_k, temperature, .. } = self.settings;
         for (what, actual, expected, rule) in [
             ("a row of logits", logits.vocab(), vocab_size, "the cache's vocabulary"),
             ("labels", labels.len(), logits.tokens(), "one for each row of logits"),
@@ -221,32 +233,46 @@ impl Writer {
             }
         }
         let first = self.tokens();
-        let settings = &self.settings;
-        let rows: Vec<TopK> = labels
+        let of_token = |logits: &[f32], token: usize, label: i64| {
+            let target = usize::try_from(label).ok();
+            let row = match (target, draws) {
+                (Some(target), Some(seed)) => {
+                    let of_token = fastrand::Rng::with_seed(seed).u64(..) ^ token as u64;
+                    let random = fastrand::Rng::with_seed(of_token).f64();
+                    TeacherRow::sampled(logits, target, temperature, top_k, random)
+                }
+                _ => TeacherRow::top_k(logits, target, temperature, top_k),
+            };
+            let mut row = match row {
+                // Nothing is kept of an ignored token without a distribution.
+                Err(_) if target.is_none() => {
+                    let (indices, log_probs) = (vec![0; top_k], vec![f32::NAN; top_k]);
+                    TeacherRow { indices, log_probs, target_log_prob: 0.0, tail_mass: 0.0 }
+                }
+                row => row.map_err(|error| Error::Row { token, problem: error.to_string() })?,
+            };
+            row.indices.resize(top_k, -1);
+            row.log_probs.resize(top_k, 0.0);
+            Ok(row)
+        };
+        let rows: Vec<TeacherRow> = labels
             .par_iter()
             .enumerate()
             .map_init(
                 || vec![0.0; vocab_size],
-                |scratch, (token, &label)| {
-                    let row = logits.row(token);
-                    scratch.iter_mut().enumerate().for_each(|(i, logit)| *logit = row.get(i));
-                    TopK::new(scratch, label, settings)
-                        .map_err(|problem| Error::Row { token: first + token, problem })
+                |scratch, (i, &label)| {
+                    let row = logits.row(i);
+                    scratch.iter_mut().enumerate().for_each(|(j, logit)| *logit = row.get(j));
+                    of_token(scratch, first + i, label)
                 },
             )
             .collect::<Result<_>>()?;
-        let mut indices = Vec::with_capacity(rows.len() * top_k);
-        let mut log_probs = Vec::with_capacity(rows.len() * top_k);
-        for row in &rows {
-            indices.extend_from_slice(&row.indices);
-            log_probs.extend_from_slice(&row.log_probs);
-        }
-        let of_tokens = |value: fn(&TopK) -> f32| rows.iter().map(value).collect::<Vec<_>>();
+        let of_rows = |value: fn(&TeacherRow) -> f32| rows.iter().map(value).collect::<Vec<_>>();
         self.push(&NewRows {
-            indices: &indices,
-            log_probs: &log_probs,
-            target_log_prob: &of_tokens(|row| row.target_log_prob),
-            tail_mass: Some(&of_tokens(|row| row.tail_mass)),
+            indices: &rows.iter().flat_map(|row| &row.indices).copied().collect::<Vec<_>>(),
+            log_probs: &rows.iter().flat_map(|row| &row.log_probs).copied().collect::<Vec<_>>(),
+            target_log_prob: &of_rows(|row| row.target_log_prob),
+            tail_mass: Some(&of_rows(|row| row.tail_mass)),
             labels,
         })
     }

@@ -165,7 +165,7 @@ def checked_sparse(teacher: SparseTeacher) -> SparseTeacher:
         target = target.detach()
         target = target.float() if target.dtype == torch.float64 else target
     if not isinstance(tail, str):
-        raise TypeError(f'tail is {tail!r}, but must be "zero", "uniform" or "bucket"')
+        raise TypeError(f'tail is {tail!r}, but must be "zero", "uniform", "bucket" or "sampled"')
     return SparseTeacher(indices, log_probs.detach(), target, tail)
 
 

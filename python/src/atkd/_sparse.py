@@ -127,7 +127,10 @@ def sparse_atkd_loss(
             left spread evenly over those tokens; `"zero"`, nothing: the known probabilities are renormalised, for the
             margins too, and a row without any is an error. Reverse KL is infinite by `"zero"`, and an error, unless only the
             target's probability counts (`objective="tkd"`); by the others it is where the teacher has nothing
-            left, but the student has.
+            left, but the student has. By `"sampled"` the K tokens but the label are draws (`SparseTeacher.sample`), and their
+            log_probs the logarithms of weights in any unit, such as how often each was drawn, which share what the label
+            leaves, whose `target_log_prob` is needed. The gradient by forward KL then has the expectation of the whole teacher's;
+            other divergences are an error, unless only the target's probability counts.
         shift_labels: rows of the teacher belong to the same positions as the student's logits, and are not shifted: those at
             position t are about label t + 1, `target_log_prob[t]` is log p(label t + 1), and those at the last position
             are not looked at.
@@ -207,8 +210,10 @@ class SparseATKDLoss(_loss.Criterion):
     def check(self, settings: Dict[str, Any]) -> None:
         super().check(settings)
         tail = settings["tail"]
-        if tail not in ("zero", "uniform", "bucket"):
-            raise ValueError(f'tail is {tail!r}, but must be "zero", "uniform" or "bucket"')
+        if tail not in ("zero", "uniform", "bucket", "sampled"):
+            raise ValueError(
+                f'tail is {tail!r}, but must be "zero", "uniform", "bucket" or "sampled"'
+            )
 
     def forward(
         self,

@@ -47,15 +47,6 @@ pub(crate) use mixture::MixtureOf;
 pub(crate) use reverse_kl::ReverseKl;
 pub(crate) use total_variation::TotalVariation;
 
-/// The logarithm of the sum, -inf of none.
-pub(crate) fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
-    let highest = values.clone().fold(f64::NEG_INFINITY, f64::max);
-    if highest == f64::NEG_INFINITY {
-        return highest;
-    }
-    highest + values.map(|value| (value - highest).exp()).sum::<f64>().ln()
-}
-
 /// Evaluates an expression with the name bound to the [`RowDivergence`] of an objective.
 macro_rules! by_family {
     ($objective:expr, $divergence:ident => $body:expr) => {{

@@ -1,7 +1,7 @@
 //! A call with a sparse teacher.
 //!
 //! Tokens that the teacher does not know are to it one class: by [`Tail::Bucket`] that is the definition, and by
-//! [`Tail::Zero`] no divergence tells tokens without a probability from each other. So the row becomes one of K + 2 classes,
+//! [`Tail::Zero`] and [`Tail::Sampled`] no divergence tells tokens without a probability from each other. So the row becomes one of K + 2 classes,
 //! the known tokens, the target and the rest, whose logit is the log-sum-exp of the rest's, and goes through the mathematics
 //! of any other row. The gradient at a token of the rest is the class's times the token's share of it. Only [`Tail::Uniform`]
 //! tells such tokens apart, and has a row of the whole vocabulary made for each token.
@@ -11,10 +11,10 @@
 use super::{Kept, Session, Token, margin_of_log_prob};
 use crate::Result;
 use crate::cpu::StudentRow;
-use crate::cpu::math::{self, Margins, RowDivergence, RowState, STUDENT, by_family, log_sum_exp};
+use crate::cpu::math::{self, Margins, RowDivergence, RowState, STUDENT, by_family};
 use crate::cpu::rows::{Destination, RowPass, Scratch};
 use crate::logits::{Elements, ElementsMut};
-use crate::sparse::{KnownTokens, SparseTeacher, Tail};
+use crate::sparse::{KnownTokens, SparseTeacher, Tail, log_sum_exp};
 
 /// The teacher's distribution of a row, as its tail models it.
 pub(in crate::cpu) struct Modelled {
@@ -39,15 +39,17 @@ impl Modelled {
         }
         let log_target = log_target.min(0.0);
         known.log_probs[known.target] = log_target;
-        // Single precision has rounded away what a log-probability of 0 leaves. The other known tokens may still tell.
+        let is_sampled = tail == Tail::Sampled;
         let (log_off_target, margin) = match log_target {
-            0.0 => (others, others),
+            // Single precision has rounded away what a log-probability of 0 leaves. The other known tokens may still tell, but
+            // not weights, whose unit nobody knows.
+            0.0 if !is_sampled => (others, others),
             _ => ((-log_target.exp_m1()).ln(), margin_of_log_prob(log_target)),
         };
         let off_target = log_off_target.exp();
         let mut rest = off_target - others.exp();
-        if rest < ROUNDING * off_target || rest_tokens == 0 {
-            // The others have all of what is not the target's, but for rounding.
+        if is_sampled || rest < ROUNDING * off_target || rest_tokens == 0 {
+            // The others have all of what is not the target's, but for rounding or the unit of weights.
             rest = 0.0;
             let excess = others - log_off_target;
             for (k, log_prob) in known.log_probs.iter_mut().enumerate() {
