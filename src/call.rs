@@ -304,7 +304,7 @@ impl RawSparseTeacher {
         check_there(MARGINS, Some(to), tokens.tokens)
     }
 
-    fn check(&self, tokens: usize) -> Result<()> {
+    pub(crate) fn check(&self, tokens: usize) -> Result<()> {
         let (most, top_k) = (SparseTeacher::MAX_TOP_K, self.top_k);
         if !(1..=most).contains(&top_k) {
             return Err(Error::TopK { top_k, most });
@@ -634,7 +634,7 @@ pub(crate) const LOG_PROBS: &str = "the log-probabilities";
 const STUDENT_LOGITS: &str = "the student's logits";
 
 /// That there is an address where values are to be.
-fn check_there(what: &'static str, address: Option<u64>, elements: usize) -> Result<()> {
+pub(crate) fn check_there(what: &'static str, address: Option<u64>, elements: usize) -> Result<()> {
     match address {
         Some(0) if elements > 0 => Err(Error::Null { what, elements }),
         _ => Ok(()),

@@ -129,6 +129,11 @@ pub enum Error {
         count(*tokens, "token")
     )]
     StateCount { what: &'static str, values: usize, expected: usize, tokens: usize },
+    /// A sparse teacher's own target, of which the logits that its tail makes may have a larger one.
+    #[error(
+        "the target is the teacher's, which shards of a sparse teacher do not know: give the likeliest of each token's indices as its label, and its log-probability as the target's"
+    )]
+    ShardOfTeacherTarget,
     /// A token whose target no shard has left out.
     #[error(
         "no shard has the target of token {token}: the row states must be of all ranks, whose columns are the whole vocabulary, and each rank's labels the same, tokens of that vocabulary"

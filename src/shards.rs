@@ -26,6 +26,16 @@
 //! [`Target::Teacher`](crate::Target::Teacher) each rank leaves out its own arg max, of which the largest is the target, the
 //! lowest token among equals.
 //!
+//! A [`SparseTeacher`](crate::SparseTeacher), whose indices are tokens of the whole vocabulary, is the same on all ranks. Its
+//! margins need no exchange ([`cpu::teacher_margins`](crate::cpu::teacher_margins)), and for the stages each rank makes the
+//! logits of its own columns; by [`Tail::Bucket`](crate::Tail::Bucket) from the student's sums over the tokens that the teacher
+//! does not know, 8 bytes per token and rank:
+//!
+//! ```text
+//! rests            logits          -> [tokens] RowRest     exchanged: [ranks, tokens]
+//! teacher_logits   logits, rests   -> the teacher's logits of the shard's columns, float32
+//! ```
+//!
 //! If the tokens are split over ranks, too, the hard ones are selected by the margins of all ranks' tokens
 //! ([`select_hard`](crate::select_hard)), and [`with_counts`](Shard::with_counts) makes a mean that of all. The losses of the
 //! ranks of tokens then add up. On GPUs `cuda::Workspace::launch_over_ranks`, with the feature `nccl`, does all of it.
@@ -55,6 +65,22 @@ impl RowState {
 impl SweepTerms {
     /// Those of no columns, and of an ignored token.
     pub const EMPTY: Self = Self { teacher: 0.0, student: 0.0, slope: 0.0 };
+}
+
+/// A student's sum over the tokens of a row that a sparse teacher does not know, of one shard's columns: see
+/// [`cpu::shards::rests`](crate::cpu::shards::rests).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowRest {
+    /// A logit near the largest of them.
+    pub shift: f32,
+    /// sum e^{(z_j - shift) / T}
+    pub sum: f32,
+}
+
+impl RowRest {
+    /// That of no columns, and of an ignored token.
+    pub const EMPTY: Self = Self { shift: f32::MIN, sum: 0.0 };
 }
 
 /// One rank's shard of the vocabulary, and the tokens of its call.
@@ -133,6 +159,10 @@ impl<'a> Shard<'a> {
     /// The token of the vocabulary that the first column is about.
     pub fn first_column(&self) -> usize {
         self.first_column
+    }
+
+    pub(crate) fn vocab(&self) -> usize {
+        self.vocab
     }
 
     pub(crate) fn settings(&self) -> TokenSettings<'a> {
@@ -229,10 +259,6 @@ impl<'a> Exchanged<'a> {
 /// The copies that the stages by view make for a device or the simulator.
 #[cfg(all(feature = "battery", any(feature = "cuda", feature = "simt")))]
 impl<'a> Shard<'a> {
-    pub(crate) fn vocab(&self) -> usize {
-        self.vocab
-    }
-
     pub(crate) fn labels(&self) -> Option<Labels<'a>> {
         self.labels
     }

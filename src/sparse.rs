@@ -182,6 +182,16 @@ impl<'a> SparseTeacher<'a> {
         self.tail
     }
 
+    /// Rows.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Tokens of the vocabulary.
+    pub(crate) fn vocab(&self) -> usize {
+        self.vocab
+    }
+
     /// K.
     pub fn top_k(&self) -> usize {
         self.top_k

@@ -6,10 +6,10 @@ use std::ops::Range;
 
 use atkd::battery::shards::{Cpu, columns};
 use atkd::cpu::shards;
-use atkd::shards::{Exchanged, RowState, Shard, SweepTerms};
+use atkd::shards::{Exchanged, RowRest, RowState, Shard, SweepTerms};
 use atkd::{
-    Batch, Divergence, Error, Logits, LogitsMut, Objective, Reduction, SelectionRule, Target, cpu,
-    reference,
+    Batch, Divergence, Error, Logits, LogitsMut, Objective, Reduction, SelectionRule,
+    SparseTeacher, Tail, Target, TeacherRow, cpu, reference,
 };
 
 const VOCAB: usize = 37;
@@ -173,6 +173,170 @@ fn the_largest_of_the_shards_arg_maxima_is_the_target() {
             near("the loss", token.loss as f32, exact.loss);
         }
     }
+}
+
+/// The loss and the gradient of a sparse teacher on each rank are those of float64 on one, by every tail, wherever the known
+/// tokens and the label are; its terms, and who is hard, too.
+#[test]
+fn sparse_teachers() {
+    const TOKENS: usize = 7;
+    static LABELS: [i64; TOKENS] = [3, 36, -100, 0, 12, 20, 36];
+    let (teacher, student) = (random(9, TOKENS), random(10, TOKENS));
+    let (mut indices, mut log_probs, mut of_targets) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, label) in teacher.chunks(VOCAB).zip(LABELS) {
+        let target = usize::try_from(label).ok();
+        let row = TeacherRow::top_k(row, target, 1.0, 6).unwrap();
+        indices.extend(row.indices);
+        log_probs.extend(row.log_probs);
+        of_targets.push(row.target_log_prob);
+    }
+    let o = Objective::default();
+    let jsd = o.with_divergence(Divergence::Jsd { beta: 0.3 }).unwrap();
+    let plain = Objective::plain().with_divergence(Divergence::TotalVariation).unwrap();
+    let objectives = [
+        o.with_ce_weight(0.4).unwrap(),
+        Objective::kl().with_temperature(2.0).unwrap(),
+        o.with_divergence(Divergence::ReverseKl).unwrap(),
+        jsd.with_ce_weight(0.3).and_then(|o| o.with_temperature(0.5)).unwrap(),
+        plain,
+        Objective::plain().with_divergence(Divergence::SkewReverseKl { alpha: 0.2 }).unwrap(),
+    ];
+    for objective in objectives {
+        for tail in [Tail::Bucket, Tail::Uniform, Tail::Zero, Tail::Sampled] {
+            let sparse = SparseTeacher::new(&indices, &log_probs, TOKENS, 6, VOCAB)
+                .and_then(|teacher| teacher.with_target_log_probs(&of_targets))
+                .unwrap()
+                .with_tail(tail);
+            let batch = Batch::new(sparse, &LABELS).unwrap();
+            let exact = reference::forward_backward(&objective, &batch, logits(&student));
+            let (exact, whole) = match exact {
+                Err(Error::ReverseKlOfZeroTail | Error::SampledDivergence) => continue,
+                exact => exact.unwrap(),
+            };
+            for ranks in [1, 2, 3] {
+                let ranks = columns(VOCAB, ranks);
+                let shard = |first| Shard::new(&LABELS, VOCAB, first).unwrap();
+                let full = || ranks.iter().filter(|columns| !columns.is_empty());
+                let rests: Vec<RowRest> = full()
+                    .flat_map(|columns| {
+                        let student = part(&student, columns.clone());
+                        shards::rests(&objective, &shard(columns.start), &sparse, student).unwrap()
+                    })
+                    .collect();
+                let parts: Vec<Vec<f32>> = full()
+                    .map(|columns| {
+                        let (student, shard) =
+                            (part(&student, columns.clone()), shard(columns.start));
+                        shards::teacher_logits(&objective, &shard, &sparse, &rests, student)
+                            .unwrap()
+                    })
+                    .collect();
+                let of_rank = |rank: usize, columns: &Range<usize>| {
+                    let teacher = Logits::new(&parts[rank][..], TOKENS, columns.len()).unwrap();
+                    (teacher, part(&student, columns.clone()))
+                };
+                let mut states = Vec::new();
+                for (rank, columns) in full().enumerate() {
+                    let (a, b) = of_rank(rank, columns);
+                    states.extend(shards::states(&objective, &shard(columns.start), a, b).unwrap());
+                }
+                let exchanged = Exchanged::new(&states);
+                let margins = shards::margins(&objective, &shard(0), &exchanged).unwrap();
+                let direct = cpu::teacher_margins(&objective, &batch).unwrap();
+                let valid = LABELS.map(|label| label >= 0);
+                let hard = objective.select_hard(&direct, Some(&valid), None).unwrap();
+                let mut terms = Vec::new();
+                for (rank, columns) in full().enumerate().filter(|_| objective.has_two_sweeps()) {
+                    let (a, b) = of_rank(rank, columns);
+                    let shard = shard(columns.start);
+                    terms.extend(shards::terms(&objective, &shard, &exchanged, a, b).unwrap());
+                }
+                let exchanged = match objective.has_two_sweeps() {
+                    true => exchanged.with_terms(&terms),
+                    false => exchanged,
+                };
+                let of_hard = shard(0).with_hard(&hard).unwrap();
+                let output = shards::finish(&objective, &of_hard, &exchanged).unwrap();
+                let context = format!("{objective:?} {tail:?} {ranks:?}");
+                assert!(
+                    (output.loss - exact.loss).abs() <= 1e-6 * exact.loss.abs() + 2e-7,
+                    "{context}: {} {}",
+                    output.loss,
+                    exact.loss
+                );
+                for (i, (token, exact)) in output.tokens.iter().zip(&exact.tokens).enumerate() {
+                    assert_eq!((token.hard, token.valid), (exact.hard, exact.valid), "{context}");
+                    if token.valid {
+                        near("the margin", margins[i], exact.margin);
+                        near("the direct margin", direct[i], exact.margin);
+                        near("the loss", token.loss as f32, exact.loss);
+                    }
+                }
+                for (rank, columns) in full().enumerate() {
+                    let (a, b) = of_rank(rank, columns);
+                    let shard = shard(columns.start).with_hard(&hard).unwrap();
+                    let mut gradient = vec![f32::NAN; TOKENS * columns.len()];
+                    let to = LogitsMut::new(&mut gradient, TOKENS, columns.len()).unwrap();
+                    shards::gradient(&objective, &shard, &exchanged, a, b, to).unwrap();
+                    for (token, row) in gradient.chunks(columns.len()).enumerate() {
+                        let exact = &whole[token * VOCAB..][columns.clone()];
+                        let largest = whole[token * VOCAB..][..VOCAB].iter();
+                        let largest = largest.fold(0.0_f64, |largest, g| largest.max(g.abs()));
+                        for (&one, other) in row.iter().zip(exact) {
+                            assert!(
+                                (f64::from(one) - other).abs() <= 2e-6 * largest + 5e-7,
+                                "{context}: {one} {other}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Masks of the student's, and rests of nothing: the gradient is finite where one rank has no part of the rest.
+#[test]
+fn sparse_teachers_at_the_edges() {
+    let objective = Objective::kl();
+    let (indices, log_probs) = ([0_i32, 1, 2], [-1.0_f32, -1.5, -2.0]);
+    let sparse = SparseTeacher::new(&indices, &log_probs[..], 1, 3, 6).unwrap();
+    let shard = |first| Shard::new(&[1_i64], 6, first).unwrap();
+    let student = [1.0_f32, 0.0, 2.0, f32::NEG_INFINITY, -1e30, 3.0];
+    let of = |columns: Range<usize>| Logits::new(&student[columns.clone()], 1, columns.len());
+    let rests: Vec<RowRest> = [0..3, 3..6]
+        .into_iter()
+        .flat_map(|columns| {
+            shards::rests(&objective, &shard(columns.start), &sparse, of(columns.clone()).unwrap())
+                .unwrap()
+        })
+        .collect();
+    assert_eq!(rests[0], RowRest::EMPTY);
+    let made = |rests: &[RowRest], columns: Range<usize>| {
+        let student = of(columns.clone())?;
+        shards::teacher_logits(&objective, &shard(columns.start), &sparse, rests, student)
+    };
+    let (known, unknown) = (made(&rests, 0..3).unwrap(), made(&rests, 3..6).unwrap());
+    let mass: f64 = log_probs.iter().map(|&p| f64::from(p).exp()).sum();
+    let expected = (1.0 - mass).ln() - f64::from(log_probs[0]);
+    assert!((f64::from(unknown[2] - known[0]) - expected).abs() < 1e-6);
+    assert_eq!((unknown[0], unknown[1]), (f32::NEG_INFINITY, -1e30));
+
+    let error = made(&[], 0..3).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "there are 0 of the student's sums for 1 token, but there must be one per rank and token, such as 1"
+    );
+    let by_teacher = objective.with_target(Target::Teacher);
+    let error = shards::rests(&by_teacher, &shard(0), &sparse, of(0..3).unwrap()).unwrap_err();
+    assert_eq!(error, Error::ShardOfTeacherTarget);
+    let other = SparseTeacher::new(&indices, &log_probs[..], 1, 3, 7).unwrap();
+    let error = shards::rests(&objective, &shard(0), &other, of(0..3).unwrap()).unwrap_err();
+    assert!(matches!(error, Error::ShapeMismatch { what: "the sparse teacher", .. }));
+    let reverse = objective.with_divergence(Divergence::ReverseKl).unwrap_or(Objective::plain());
+    let zero = sparse.with_tail(Tail::Zero);
+    let error = shards::rests(&reverse, &shard(0), &zero, of(0..3).unwrap()).unwrap_err();
+    assert_eq!(error, Error::ReverseKlOfZeroTail);
 }
 
 /// A NaN is that of its token, in whatever shard.

@@ -574,7 +574,10 @@ mod _atkd {
     #[pymodule_export]
     use super::report::report;
     #[pymodule_export]
-    use super::shards::{shard_gradient, shard_loss, shard_margins, shard_states, shard_terms};
+    use super::shards::{
+        shard_gradient, shard_loss, shard_margins, shard_rests, shard_states,
+        shard_teacher_logits, shard_terms,
+    };
     #[pymodule_export]
     use super::teacher_cache::{NativeWriter, Reader};
     #[pymodule_export]
@@ -587,6 +590,7 @@ mod _atkd {
     #[pymodule_init]
     fn init(module: &Bound<PyModule>) -> PyResult<()> {
         module.add("HARD", super::call::HARD)?;
+        module.add("ROW_REST_BYTES", size_of::<atkd::shards::RowRest>())?;
         module.add("ROW_STATE_BYTES", size_of::<atkd::shards::RowState>())?;
         module.add("SWEEP_TERMS_BYTES", size_of::<atkd::shards::SweepTerms>())?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))

@@ -4,7 +4,10 @@ use atkd::call::{RawShard, RawStage, RawStates};
 use atkd::cpu::raw;
 use pyo3::prelude::*;
 
-use super::{Labels, Matrix, Objective, Place, device, exception, output_at, tell_hard, threads};
+use super::{
+    Labels, Matrix, Objective, Place, Sparse, device, exception, no_sparse_kernel, output_at,
+    tell_hard, threads,
+};
 
 /// A shard by address, as `Shard` of `_native.py`, which says what each is.
 #[derive(FromPyObject)]
@@ -68,6 +71,49 @@ fn run(
             py.detach(|| unsafe { device::run_shard(queue, workspace, objective, &shard, &stage) })
         }
     }
+    .map_err(exception)
+}
+
+/// The student's sums over what a sparse teacher does not know, `[tokens]`, to the address `to`.
+#[pyfunction]
+pub fn shard_rests(
+    py: Python,
+    place: Place,
+    objective: &Objective,
+    shard: Shard,
+    teacher: Sparse,
+    to: u64,
+) -> PyResult<()> {
+    let (objective, shard, teacher) = (&objective.0, shard.into(), teacher.raw()?);
+    let Place::Host(threads) = place else { return Err(no_sparse_kernel()) };
+    let pool = threads::pool(py, threads)?;
+    py.detach(|| {
+        // SAFETY: as for the loss.
+        unsafe { raw::shards::sparse_rests(Some(&pool), objective, &shard, &teacher, to) }
+    })
+    .map_err(exception)
+}
+
+/// A sparse teacher's logits of the shard's columns, float32 `[tokens, columns]`, to the address `to`.
+#[pyfunction]
+pub fn shard_teacher_logits(
+    py: Python,
+    place: Place,
+    objective: &Objective,
+    shard: Shard,
+    teacher: Sparse,
+    rests: Option<States>,
+    to: u64,
+) -> PyResult<()> {
+    let (objective, shard, teacher) = (&objective.0, shard.into(), teacher.raw()?);
+    let Place::Host(threads) = place else { return Err(no_sparse_kernel()) };
+    let pool = threads::pool(py, threads)?;
+    py.detach(|| {
+        // SAFETY: as for the loss.
+        unsafe {
+            raw::shards::sparse_teacher_logits(Some(&pool), objective, &shard, &teacher, rests, to)
+        }
+    })
     .map_err(exception)
 }
 

@@ -94,6 +94,101 @@ class Case:
         return student, teacher[rows, ..., columns], labels[rows], given
 
 
+class Sparse(Case):
+    """The same of a sparse teacher, of the K likeliest tokens of the case's logits."""
+
+    def __init__(self, *arguments, tail="bucket", k=6, own=True, log_dtype="float32", **others):
+        super().__init__(*arguments, **others)
+        self.tail, self.k, self.own, self.log_dtype = tail, k, own, getattr(torch, log_dtype)
+
+    def whole(self):
+        student, logits, labels, given = super().whole()
+        vocab = given.get("vocab_size", logits.shape[-1])
+        log_probs = logits[..., :vocab].float().log_softmax(-1)
+        values, indices = log_probs.topk(self.k)
+        if not self.own:
+            # The label is then among the K.
+            labels = indices[..., 2].where(labels != -100, -100)
+        if self.k > 3:
+            indices[..., ::2, 1] = -1
+        target = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        teacher = atkd.SparseTeacher(indices, values.to(self.log_dtype), target if self.own else None, self.tail)
+        return student, teacher, labels, given
+
+    def part(self, group):
+        whole = self.whole
+        student, teacher, labels, given = whole()
+        rows, _ = slices_of(self, group)
+        try:
+            self.whole = lambda: (student, student, labels, given)
+            student, _, labels, given = super().part(group)
+        finally:
+            self.whole = whole
+        return student, teacher.at(rows), labels, given
+
+
+def sparse_losses(here, cases):
+    """Per case what `losses` returns, of sparse teachers."""
+
+    def run(case, group):
+        student, teacher, labels, settings = case.part(group)
+        leaf = student.requires_grad_()
+        logits = leaf * 1 if case.inplace else leaf
+        indices, log_probs, target, tail = teacher
+        loss, stats = atkd.sparse_atkd_loss(
+            logits, indices, log_probs, labels, target_log_prob=target, tail=tail, inplace=case.inplace, return_stats=True,
+            **settings,
+        )  # fmt: skip
+        loss.backward(upstream_of(labels) if loss.dim() else None)
+        overwritten = case.inplace and torch.equal(logits.detach(), leaf.grad)
+        return loss.detach(), leaf.grad, tuple(stats), overwritten
+
+    return per_case(here, Sparse, cases, run)
+
+
+def sparse_faults(here, layout, columns, tokens, at):
+    """The error of each fault of a sparse teacher that rank `at` alone has, and a loss after them."""
+    group = here.groups.get(layout)
+    if group is None:
+        return None
+
+    def call(fault):
+        student, teacher, labels, given = Sparse(columns, tokens).part(group)
+        # No entry of the row that the faults change is its label's, whose value is not looked at.
+        labels[0], labels[labels == -100] = 3, 3
+        given["tail"] = "bucket"
+        if fault and here.rank == at:
+            teacher = fault(teacher, given)
+        indices, log_probs, target, _ = teacher
+        return atkd.sparse_atkd_loss(student, indices, log_probs, labels, target_log_prob=target, **given)
+
+    def changed(name, value):
+        def fault(teacher, given):
+            values = getattr(teacher, name).clone()
+            values[(0, 4) if values.dim() == 2 else 0] = value
+            return teacher._replace(**{name: values})
+
+        return fault
+
+    def other_tail(teacher, given):
+        given["tail"] = "zero"
+        return teacher
+
+    faults = [
+        changed("indices", 500),
+        changed("indices", 3),
+        changed("log_probs", 3.0),
+        changed("log_probs", -30.0),
+        changed("target_log_prob", -0.1),
+        other_tail,
+        lambda teacher, given: teacher._replace(target_log_prob=None),
+        lambda teacher, given: teacher._replace(log_probs=teacher.log_probs.half()),
+        lambda teacher, given: teacher._replace(log_probs=teacher.log_probs[1:]),
+        lambda teacher, given: teacher._replace(indices=None),
+    ]
+    return [raised(call, fault) for fault in faults], call(None)
+
+
 def upstream_of(labels):
     """What arrives in backward for the losses of tokens."""
     return torch.arange(labels.numel(), dtype=torch.float32).view(labels.shape) / 4

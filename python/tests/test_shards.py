@@ -11,8 +11,9 @@ import pytest
 import ranks as processes
 import torch
 import torch.distributed.fsdp
-from shard_tasks import PLACED, Case, Head, upstream_of
-from support import EPS, TINY, batch
+from shard_tasks import PLACED, Case, Head, Sparse, upstream_of
+from support import EPS, TINY, assert_gradient, batch, weight
+from test_sparse import oracle
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo: groups of ranks were not tested", allow_module_level=True)
@@ -254,6 +255,83 @@ def check_of_one_group(results):
             if call[-1] == 1.0:
                 # So that one cannot be taken for the other.
                 assert loss >= 1.5 * found[(*call[:-1], 0.0)][2], call
+
+
+SPARSE = [
+    {},
+    {"tail": "uniform", "divergence": "jsd", "ce_weight": 0.4},
+    {"tail": "zero", "reduction": "sum", "temperature": 2.0, "ce_weight": 0.3},
+    {"tail": "sampled", "reduction": "group-mean"},
+    {"divergence": "tvd", "objective": "plain", "log_dtype": "float16"},
+    {"divergence": "reverse-kl", "temperature": 0.5, "k": 1},
+    {"divergence": "skew-kl", "beta": 0.2, "selection_rule": "median", "reduction": "group-mean", "own": False},
+    {"target": "teacher", "own": False, "divergence": "jsd"},
+    {"inplace": True, "dtype": "bfloat16", "tail": "uniform"},
+    {"k": 50, "own": False, "hard_ratio": 0.3},
+    {"objective": "kl", "told": True, "padding": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_sparse_teachers(ranks, split):
+    """Loss, gradient and hard tokens are those of one process, class by class in float64."""
+    given = [{**SPLITS[split], "seed": i, **each} for i, each in enumerate(SPARSE)]
+    found = ranks("sparse_losses", cases=given)
+    for i, each in enumerate(given):
+        case = Sparse(**each)
+        student, teacher, labels, settings = case.whole()
+        vocab = settings.pop("vocab_size", student.shape[-1])
+        exact, exact_gradient, terms = oracle(student[..., :vocab], sampled_of(teacher, labels), labels, vocab=vocab, **settings)
+        results = [of_rank[i] for of_rank in found]
+        loss, gradient, hard = put_together(case, results)
+        assert abs(loss.item() - exact) <= 1e-6 * abs(exact) + 2e-7, (each, loss, exact)
+        assert not gradient[..., vocab:].any()
+        assert_gradient(gradient[..., :vocab], exact_gradient, 2 * weight(student, labels, **settings))
+        assert torch.equal(hard, terms["hard"]), each
+        assert all(result is None or result[3] or not case.inplace for result in results)
+
+
+def sampled_of(teacher, labels):
+    """Draws as what they are taken for: probabilities that share what the label leaves, and none elsewhere."""
+    if teacher.tail != "sampled":
+        return teacher
+    own = (teacher.indices < 0) | (teacher.indices == labels.unsqueeze(-1))
+    weights = teacher.log_probs.double().masked_fill(own, -torch.inf)
+    left = torch.log1p(-teacher.target_log_prob.double().exp()).unsqueeze(-1)
+    log_probs = weights - weights.logsumexp(-1, keepdim=True) + left
+    return teacher._replace(log_probs=log_probs, tail="zero")
+
+
+@pytest.mark.parametrize("layout, columns, tokens, at", [((2, 1), [20, 30], [6], 1), ((1, 2), [50], [3, 3], 1), ((2, 2), [20, 30], [3, 3], 3)])
+def test_all_ranks_raise_where_a_sparse_teacher_is_wrong_on_one(ranks, layout, columns, tokens, at):
+    found = [each for each in ranks("sparse_faults", layout=layout, columns=columns, tokens=tokens, at=at) if each]
+    assert len(found) == layout[0] * layout[1]
+    after = [loss for _, loss in found]
+    assert all(loss.isfinite() for loss in after)
+    same_rows = layout[0] > 1
+    words = [
+        f"rank {at} has the index 500 in its sparse teacher, but indices must be from 0 to 49" if same_rows else "vocabulary size 50",
+        "other values of indices" if same_rows else None,
+        "add up to",
+        "other values of log_probs" if same_rows else None,
+        "other values of target_log_prob" if same_rows else None,
+        "tail is 'zero', but there 'bucket'|tail is 'bucket', but there 'zero'",
+        "target|optional arguments",
+        "a teacher of torch.float16",
+        "log_probs are",
+        "indices are a NoneType",
+    ]
+    for i, word in enumerate(words):
+        errors = [of_rank[i] for of_rank, _ in found]
+        if word is None:
+            # Each rank's rows are its own.
+            assert errors == [None] * len(found) or all(errors), (i, errors)
+            continue
+        assert all(error is not None for error in errors), (i, errors)
+        assert any(re.search(word, message) for _, message in errors), (i, errors)
+        for kind, message in errors:
+            assert kind in ("ValueError", "TypeError", "RuntimeError"), (i, errors)
+            assert re.search(word, message) or f"rank {at} has raised" in message, (i, errors)
 
 
 def test_all_tokens_hard_or_none(ranks):

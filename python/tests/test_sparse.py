@@ -35,7 +35,7 @@ def sparse(*shape, k=5, dtype=torch.float32, inside=None, seed=0, log_dtype=torc
     return student, atkd.SparseTeacher(indices, log_probs, target), labels
 
 
-def classes(student, teacher, i, target):
+def classes(student, teacher, i, target, vocab):
     """log p and log q of the classes of a token that the tail makes, and the place of the target."""
     known = {
         int(j): float(p) for j, p in zip(teacher.indices[i], teacher.log_probs[i].double()) if j >= 0
@@ -46,8 +46,8 @@ def classes(student, teacher, i, target):
         known[target] = float(teacher.target_log_prob[i])
     log_q = student.log_softmax(-1)
     columns = sorted(known)
-    rest = [j for j in range(V) if j not in known]
-    log_p = torch.full((V,), -math.inf, dtype=torch.float64)
+    rest = [j for j in range(vocab) if j not in known]
+    log_p = torch.full((vocab,), -math.inf, dtype=torch.float64)
     log_p[columns] = torch.tensor([known[j] for j in columns], dtype=torch.float64)
     left = math.log(max(1 - log_p.exp().sum().item(), 1e-300))
     if teacher.tail == "zero":
@@ -88,7 +88,7 @@ def halves(log_p, target):
     return torch.stack([log_p[target], rest]), others - rest
 
 
-def oracle(student, teacher, labels, upstream=1.0, weights=None, **settings):
+def oracle(student, teacher, labels, upstream=1.0, weights=None, vocab=V, **settings):
     """Loss, gradient and terms of each token in float64, class by class."""
     given = dict(
         lam=0.2, hard_ratio=0.5, temperature=1.0, temperature_squared=False, objective="atkd", target="label",
@@ -107,13 +107,13 @@ def oracle(student, teacher, labels, upstream=1.0, weights=None, **settings):
     tkd, dkd, plain, ce, margin = [], [], [], [], []
     for i in valid:
         target = None if s["target"] == "teacher" else int(labels.flatten()[i])
-        log_p, log_q, at = classes(leaf[i, :V] / s["temperature"], flat, i, target)
+        log_p, log_q, at = classes(leaf[i, :vocab] / s["temperature"], flat, i, target, vocab)
         (p, p_hat), (q, q_hat) = halves(log_p, at), halves(log_q, at)
         of = s["divergence"], s["beta"]
         tkd.append(diverge(*of, p, q))
         dkd.append(diverge(*of, p_hat, q_hat))
         plain.append(diverge(*of, log_p, log_q))
-        _, log_q, at = classes(leaf[i, :V], flat, i, target)
+        _, log_q, at = classes(leaf[i, :vocab], flat, i, target, vocab)
         ce.append(-log_q[at])
         margin.append(p[1] - p[0])
     tkd, dkd, plain, ce, margin = (torch.stack(each) for each in (tkd, dkd, plain, ce, margin))
@@ -845,9 +845,9 @@ ERRORS = {
     "no labels": ({"labels": None}, ValueError, "labels are None"),
     "vocab_size": ({"vocab_size": 6}, ValueError, "vocab_size is 6.*1 to 5"),
     "keyword": ({"lamda": 1}, TypeError, r"sparse_atkd_loss\(\) got an unexpected keyword argument 'lamda'"),
-    "tokens' group": ({"token_group": 1}, NotImplementedError, "select_hard.*group=token_group"),
-    "vocabulary's group": ({"vocab_group": 1}, NotImplementedError, "gather the student's logits"),
-    "start": ({"vocab_start": 0}, NotImplementedError, "groups of ranks"),
+    "tokens' group": ({"token_group": 1}, TypeError, "token_group is 1, but must be a torch.distributed.ProcessGroup"),
+    "vocabulary's group": ({"vocab_group": 1}, TypeError, "vocab_group is 1, but must be"),
+    "start": ({"vocab_start": 0}, ValueError, "tells of a vocab_group, and none is given"),
     "another device": ({"indices": torch.zeros(3, 2, device="meta").long()}, ValueError, "indices on meta"),
 }
 
@@ -895,8 +895,8 @@ def test_other_errors():
         atkd.teacher_margins(teacher, labels[:5])
     with pytest.raises(ValueError, match="vocabulary size 3"):
         atkd.teacher_margins(teacher, labels.clamp(max=2), vocab_size=3)
-    with pytest.raises(NotImplementedError, match="SparseATKDLoss takes no groups"):
-        atkd.SparseATKDLoss(token_group=1)
+    with pytest.raises(TypeError, match="token_group is 1"):
+        atkd.SparseATKDLoss(token_group=1)(student, *teacher[:2], labels)
     with pytest.raises(ValueError, match="tail is 'clamp'"):
         atkd.SparseATKDLoss(tail="clamp")
     with pytest.raises(RuntimeError, match="no derivative"):

@@ -426,9 +426,17 @@ impl RawSparseTeacher {
     /// # Safety
     /// As [`run`], for `'a`, of a call that is valid.
     unsafe fn of<'a>(&self, tokens: &RawTokens) -> Result<SparseTeacher<'a>> {
+        // SAFETY: the caller's.
+        unsafe { self.of_rows(tokens.tokens, tokens.vocab) }
+    }
+
+    /// The teacher of so many rows and a vocabulary of this size.
+    ///
+    /// # Safety
+    /// As [`of`](Self::of).
+    unsafe fn of_rows<'a>(&self, tokens: usize, vocab: usize) -> Result<SparseTeacher<'a>> {
         let Self { top_k, indices, log_probs, dtype, target_log_probs, target_rounding, tail } =
             *self;
-        let (tokens, vocab) = (tokens.tokens, tokens.vocab);
         let entries = tokens * top_k;
         // SAFETY: the caller's.
         unsafe {

@@ -18,6 +18,7 @@ use crate::objective::{Objective, ReductionScales, Target};
 use crate::output::{Output, TokenTerms};
 use crate::selection::{self, check_offsets};
 use crate::{Batch, Elements, Error, Labels, Logits, LogitsMut, Result};
+pub(super) use sparse::Modelled;
 
 /// One call in stages: the batch is handed over in ranges of tokens, each with logits of its own, by a caller who never
 /// has all logits at once. The result is that of one call on the whole batch, to the bit: every token's terms, the hard

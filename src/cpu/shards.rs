@@ -36,6 +36,8 @@
 //! # Ok::<(), atkd::Error>(())
 //! ```
 
+mod sparse;
+
 use super::math::{
     Fold, GradientScales, Margins, RowDivergence, RowState, STUDENT, SecondSweep, TEACHER,
     by_family,
@@ -47,6 +49,9 @@ use crate::objective::ReductionScales;
 use crate::output::{Output, TokenTerms};
 use crate::shards::{self, Exchanged, Shard, SweepTerms};
 use crate::{Elements, Error, Logits, LogitsMut, Objective, Result, Target};
+
+pub use sparse::{rests, teacher_logits};
+pub(super) use sparse::{rests_by, teacher_logits_by};
 
 /// The states of the shard's part of each row, `[tokens]`. Both models' logits are `[tokens, columns]`.
 ///

@@ -43,8 +43,10 @@ impl SparseRow {
             let weights = Split::new(&log_probs, 1.0, target).rest;
             let all_but_target = (-log_probs[target].exp_m1()).ln();
             let margin = all_but_target - log_probs[target];
-            if all_but_target.is_finite() && weights.max.is_finite() {
-                let factor = all_but_target - (weights.log_sum + weights.max);
+            if weights.max.is_finite() {
+                // Their sum is 0 in float64 then, but their logarithms still have their proportions.
+                let left = if all_but_target.is_finite() { all_but_target } else { -1e4 };
+                let factor = left - (weights.log_sum + weights.max);
                 for (k, log_prob) in log_probs.iter_mut().enumerate() {
                     *log_prob += if k == target { 0.0 } else { factor };
                 }

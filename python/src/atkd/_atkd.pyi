@@ -9,6 +9,7 @@ __version__: str
 __all__ = [
     "HARD",
     "Dtype",
+    "ROW_REST_BYTES",
     "ROW_STATE_BYTES",
     "SWEEP_TERMS_BYTES",
     "LabelDtype",
@@ -24,7 +25,9 @@ __all__ = [
     "shard_gradient",
     "shard_loss",
     "shard_margins",
+    "shard_rests",
     "shard_states",
+    "shard_teacher_logits",
     "shard_terms",
     "teacher_margins",
     "token_entropies",
@@ -35,6 +38,8 @@ HARD: int
 # The bytes of a token that ranks exchange for rows split over them, and those of a second time.
 ROW_STATE_BYTES: int
 SWEEP_TERMS_BYTES: int
+# Those of a sparse teacher, before.
+ROW_REST_BYTES: int
 
 _Path = Union[str, "os.PathLike[str]"]
 # A device's ordinal, and a stream.
@@ -143,6 +148,17 @@ def select_hard(
     hard_ratio: float,
     hard: int,
     selection_rule: str,
+) -> None: ...
+def shard_rests(
+    place: _Place, objective: Objective, shard: Shard, teacher: Sparse, to: int
+) -> None: ...
+def shard_teacher_logits(
+    place: _Place,
+    objective: Objective,
+    shard: Shard,
+    teacher: Sparse,
+    rests: Optional[_OfRanks],
+    to: int,
 ) -> None: ...
 def shard_states(place: _Place, objective: Objective, shard: Shard, to: int) -> None: ...
 def shard_margins(

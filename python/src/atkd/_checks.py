@@ -148,7 +148,7 @@ def check_loss(
 
 def check_shard(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     scale: Optional[Tensor],
     hard: Optional[Tensor],
@@ -162,6 +162,11 @@ def check_shard(
     logits are called `name`.
     """
     _check_logits(name, student, may_be_empty=True)
+    if isinstance(teacher, SparseTeacher):
+        check_sparse(teacher, name, student)
+        of_tokens = labels, scale, hard, token_weights, temperatures
+        _check_rows(student, *of_tokens, per_sequence, settings, name)
+        return
     _check_logits("teacher_logits", teacher, may_be_empty=True)
     if teacher.shape[:-1] != student.shape[:-1]:
         raise ValueError(

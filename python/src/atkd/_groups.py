@@ -22,7 +22,16 @@ _DTYPES = [None, *DTYPES]
 
 # The optional arguments of which the ranks must agree whether they are given, as bits of a header's `given`. Each has a field
 # of the header by its name, for a digest of its values.
-ARGUMENTS = "labels", "hard", "token_weights", "temperature", "teacher_log_prob"
+ARGUMENTS = (
+    "labels",
+    "hard",
+    "token_weights",
+    "temperature",
+    "teacher_log_prob",
+    "indices",
+    "log_probs",
+    "target_log_prob",
+)
 
 
 class Ranks:
@@ -124,12 +133,17 @@ class Header(NamedTuple):
     least_label: int = 0
     """Of the tokens that count, on the CPU."""
     largest_label: int = 0
+    largest_index: int = 0
+    """Of a sparse teacher, likewise."""
     labels: Union[int, Tensor] = 0
     """A digest of their values among vocabulary ranks, as a tensor where they are until it is sent; so are the others."""
     hard: Union[int, Tensor] = 0
     token_weights: Union[int, Tensor] = 0
     temperature: Union[int, Tensor] = 0
     teacher_log_prob: Union[int, Tensor] = 0
+    indices: Union[int, Tensor] = 0
+    log_probs: Union[int, Tensor] = 0
+    target_log_prob: Union[int, Tensor] = 0
 
     @property
     def verdict(self) -> Verdict:
@@ -201,6 +215,9 @@ _RULES: Dict[str, _Rule] = {
     "label": _Rule(
         "rank {rank} has the label {number}, but labels must be from 0 to {other}, or the ignore_index"
     ),
+    "index": _Rule(
+        "rank {rank} has the index {number} in its sparse teacher, but indices must be from 0 to {other}, or -1 for none"
+    ),
     **{
         name: _Rule(
             f"rank {{rank}} has other values of {name} than rank {{first}}: they must be the same on all ranks of a "
@@ -251,7 +268,7 @@ def hash_of(text: str) -> int:
 def digest_of(values: Tensor) -> Tensor:
     """An int64 scalar that differs where values do, the same on every device, and wherever they lie in memory."""
     if values.is_floating_point():
-        values = values.contiguous().view(torch.int32)
+        values = values.float().contiguous().view(torch.int32)
     flat = values.reshape(-1).to(torch.int64)
     # Factors without a pattern, so that small differences do not make up for each other; odd, so that none is lost. Products
     # and sums wrap around.
@@ -356,6 +373,8 @@ def _of_labels(headers: List[Header], vocab: int) -> Verdict:
         for label in (header.least_label, header.largest_label):
             if not 0 <= label < vocab:
                 return _judge("label", header.rank, label, vocab - 1)
+        if header.largest_index >= vocab:
+            return _judge("index", header.rank, header.largest_index, vocab - 1)
     return Verdict()
 
 

@@ -419,6 +419,22 @@ class Stages:
             counts=None,
         )
 
+    def rests(self, teacher: SparseTeacher) -> Tensor:
+        """The student's sums over the tokens that a sparse teacher does not know, uint8 `[tokens, ROW_REST_BYTES]`."""
+        rests = self._empty((self.count, _atkd.ROW_REST_BYTES), torch.uint8)
+        of_teacher, _kept = _teacher(teacher)
+        self._run(_atkd.shard_rests, self.shard, of_teacher, rests.data_ptr())
+        return rests
+
+    def teacher_logits(self, teacher: SparseTeacher, rests: Optional[Tensor]) -> Tensor:
+        """Those of this rank's columns, float32 `[*tokens, columns]`, by the tail bucket from the sums of all ranks."""
+        logits = self._empty((*self.tokens, self.shard.columns), torch.float32)
+        (of_teacher, _kept), of_ranks = _teacher(teacher), None if rests is None else _of_ranks(rests)
+        self._run(
+            _atkd.shard_teacher_logits, self.shard, of_teacher, of_ranks, logits.data_ptr()
+        )
+        return logits
+
     def states(self) -> Tensor:
         """uint8 `[tokens, ROW_STATE_BYTES]`."""
         states = self._empty((self.count, _atkd.ROW_STATE_BYTES), torch.uint8)

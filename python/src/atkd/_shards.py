@@ -34,6 +34,7 @@ from ._groups import (
     shown,
 )
 from ._loss import Stats
+from ._teacher import SparseTeacher, Teacher
 
 
 class Agreed(NamedTuple):
@@ -118,7 +119,7 @@ def valid_of(labels: Optional[Tensor], like: Tensor, ignore_index: int) -> Tenso
 def header_of(
     agreed: Agreed,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     tokens: int,
     length: int,
     columns: Tuple[int, int],
@@ -130,6 +131,17 @@ def header_of(
     """What this rank says. `length` is that of sequences that select by themselves, and `of_tokens` are optional arguments by
     the names in `ARGUMENTS`, of whose values the ranks of a vocabulary group compare digests.
     """
+    largest_index = 0
+    teacher_dtype = teacher.log_probs.dtype if isinstance(teacher, SparseTeacher) else teacher.dtype
+    if isinstance(teacher, SparseTeacher):
+        of_tokens = {**of_tokens, **teacher._asdict()}
+        del of_tokens["tail"]
+        if teacher.indices.numel() > 0:
+            rows = teacher.indices.flatten(0, -2)
+            if of_tokens["labels"] is not None:
+                ignored = of_tokens["labels"].reshape(-1) == agreed.settings["ignore_index"]
+                rows = rows.masked_fill(ignored.unsqueeze(-1), -1)
+            largest_index = max(int(rows.max()), 0)
     digests: Dict[str, Any] = {}
     if with_digests:
         digests = {
@@ -149,13 +161,14 @@ def header_of(
         student_columns=columns[0],
         teacher_columns=columns[1],
         student_dtype=1 + dtypes.index(student.dtype),
-        teacher_dtype=1 + dtypes.index(teacher.dtype),
+        teacher_dtype=1 + dtypes.index(teacher_dtype),
         settings=hash_of(settings),
         given=sum(1 << i for i, name in enumerate(ARGUMENTS) if of_tokens.get(name) is not None),
         vocab_start=-1 if vocab_start is None else vocab_start,
         vocab=agreed.vocab_size or 0,
         least_label=least,
         largest_label=largest,
+        largest_index=largest_index,
         **digests,
     )
 
@@ -261,6 +274,7 @@ class Selection:
         self.tokens, self.part, self.valid, self.settings = tokens, part, valid, settings
         # Those that the caller gives, or what needs no margins.
         self.known: Optional[Tensor] = None
+        self.found: Optional[Tuple[Tensor, Optional[Tensor]]] = None
         if hard is not None:
             self.known = hard & valid
         elif not wanted:
@@ -271,8 +285,13 @@ class Selection:
 
     def hard(self, margins: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
         """The hard ones among this rank's tokens, and int32 `[2]`: how many tokens of all ranks count, and are hard; None
-        without a token group. The margins are needed unless the hard tokens are known.
+        without a token group. The margins are needed unless the hard tokens are known. Once they are found they stay.
         """
+        if self.found is None:
+            self.found = self._find(margins)
+        return self.found
+
+    def _find(self, margins: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
         hard = self.known
         if hard is None:
             assert margins is not None, "they are what tokens are selected by"
@@ -415,7 +434,9 @@ class _Prepared(NamedTuple):
     """What a rank's arguments are, before it has heard of the others."""
 
     student: Tensor
-    teacher: Tensor
+    teacher: Teacher
+    margins: Optional[Tensor]
+    """Those of a sparse teacher."""
     hard: Optional[Tensor]
     token_weights: Optional[Tensor]
     prepared: _loss.Prepared
@@ -431,14 +452,18 @@ def _prepare(
     vocabulary: Ranks,
     tokens: Ranks,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Optional[Tensor],
     given: Dict[str, Any],
 ) -> _Prepared:
     """Raises for whatever can be found wrong here."""
     of_teacher = function == "teacher_margins"
     student_name = "teacher_logits" if of_teacher else "student_logits"
-    for name, tensor in [(student_name, student), ("teacher_logits", teacher)]:
+    if isinstance(teacher, SparseTeacher):
+        logits = [(student_name, student)]
+    else:
+        logits = [(student_name, student), ("teacher_logits", teacher)]
+    for name, tensor in logits:
         _loss.check_tensor(name, tensor, function=function)
         for ranks in (vocabulary, tokens):
             ranks.check_device(name, tensor)
@@ -458,7 +483,11 @@ def _prepare(
         given["settings"],
     )
     inplace = inplace and _autograd.is_plain(student)
-    student, teacher = plain(student_name, student), plain("teacher_logits", teacher).detach()
+    student = plain(student_name, student)
+    if isinstance(teacher, SparseTeacher):
+        teacher = plain_sparse(teacher)
+    else:
+        teacher = plain("teacher_logits", teacher).detach()
     hard, token_weights, labels, temperatures, scale = (
         None if each is None else plain("tensors of tokens", each)
         for each in (hard, token_weights, prepared.labels, prepared.temperatures, prepared.scale)
@@ -484,12 +513,19 @@ def _prepare(
         "return_stats": bool(given["return_stats"]),
         "num_items_in_batch": items_of(given["num_items_in_batch"]),
     }
+    margins: Optional[Tensor] = None
+    columns = student.shape[-1], student.shape[-1]
+    if isinstance(teacher, SparseTeacher):
+        flags["tail"] = teacher.tail
+        known_vocab = columns[0] if vocabulary.group is None and vocab_size is None else vocab_size
+        margins = sparse_margins(teacher, labels, known_vocab, settings)
+    else:
+        columns = student.shape[-1], teacher.shape[-1]
     agreed = Agreed(function, settings, objective, flags, vocab_size)
     with_gradient = student.requires_grad and torch.is_grad_enabled()
     inplace = inplace and with_gradient and _autograd.may_be_overwritten(student)
     count = student.shape[:-1].numel()
     check_told(vocabulary, tokens, vocab_start, token_counts, count)
-    columns = student.shape[-1], teacher.shape[-1]
     optional = {
         "labels": labels,
         "hard": hard,
@@ -504,7 +540,47 @@ def _prepare(
     of_rank = count, length, columns, optional, vocab_start, settings_shown, compares
     header = header_of(agreed, student, teacher, *of_rank)
     known = hard, token_weights, prepared, agreed, with_gradient, inplace
-    return _Prepared(student, teacher, *known, header, settings_shown)
+    return _Prepared(student, teacher, margins, *known, header, settings_shown)
+
+
+def plain_sparse(teacher: SparseTeacher) -> SparseTeacher:
+    """The teacher, of plain tensors that require no gradient."""
+    indices, log_probs, target, tail = _loss.checked_sparse(teacher)
+    name = "tensors of the teacher"
+    target = None if target is None else plain(name, target)
+    return SparseTeacher(plain(name, indices), plain(name, log_probs), target, tail)
+
+
+def sparse_margins(
+    teacher: SparseTeacher,
+    labels: Optional[Tensor],
+    vocab_size: Optional[int],
+    settings: Dict[str, Any],
+) -> Tensor:
+    """The margins, for which all of the teacher's values are checked, before other ranks rely on this one."""
+    margins = teacher.log_probs.new_empty(teacher.indices.shape[:-1], dtype=torch.float32)
+    _native.run_margins(teacher, labels, None, vocab_size, settings, margins)
+    return margins
+
+
+def labelled(
+    teacher: SparseTeacher, labels: Optional[Tensor], settings: Dict[str, Any]
+) -> Tuple[SparseTeacher, Tensor, Dict[str, Any]]:
+    """The same loss with each token's target, the likeliest of the teacher's K, as its label; the lowest among equals."""
+    likelihood = teacher.log_probs.float().masked_fill(teacher.indices < 0, -torch.inf)
+    is_likeliest = (likelihood == likelihood.amax(-1, keepdim=True)) & (teacher.indices >= 0)
+    last = torch.iinfo(teacher.indices.dtype).max
+    target = teacher.indices.masked_fill(~is_likeliest, last).amin(-1).to(torch.int64)
+    if labels is not None:
+        target = target.where(labels != settings["ignore_index"], -100)
+    settings = {**settings, "target": "label", "ignore_index": -100}
+    return teacher._replace(target_log_prob=None), target, settings
+
+
+def logits_of(vocabulary: Ranks, stages: _native.Stages, teacher: SparseTeacher) -> Tensor:
+    """The teacher's logits of this rank's columns, as its tail makes them. `stages` are those of the student alone."""
+    rests = vocabulary.gather(stages.rests(teacher)) if teacher.tail == "bucket" else None
+    return stages.teacher_logits(teacher, rests)
 
 
 def agree(
@@ -535,14 +611,15 @@ def device_of(*tensors: object) -> Optional[torch.device]:
 def _atkd_loss(
     vocabulary: Ranks,
     tokens: Ranks,
-    parts: Callable[[], _dtensor.Parts],
+    parts: Callable[[], Any],
     device: Optional[torch.device],
     given: Dict[str, Any],
+    function: str = "atkd_loss",
 ) -> Tuple[Tensor, Optional[Stats]]:
     known, part = agree(
         vocabulary,
         tokens,
-        lambda: _prepare("atkd_loss", vocabulary, tokens, *parts()),
+        lambda: _prepare(function, vocabulary, tokens, *parts()),
         device,
         given["vocab_start"],
         given["vocab_size"],
@@ -556,8 +633,8 @@ def _atkd_loss(
     selection = Selection(tokens, part, valid, *chosen)
     stats: Any
     if vocabulary.group is None and settings["reduction"] != "group-mean":
-        margins = None
-        if selection.known is None:
+        margins = known.margins
+        if selection.known is None and margins is None:
             margins = valid.new_empty(valid.shape, dtype=torch.float32)
             of_tokens = labels, temperatures, known.agreed.vocab_size
             _native.run_margins(known.teacher, *of_tokens, settings, margins)
@@ -581,9 +658,17 @@ def _atkd_loss(
             given["return_stats"],
         )
         return loss, _loss.stats_of(*stats) if stats else None
-    call = Call(
-        vocabulary, part, objective, selection, known.teacher, labels, temperatures, scale
-    )
+    teacher = known.teacher
+    if isinstance(teacher, SparseTeacher):
+        selection.hard(known.margins)
+        if settings["target"] == "teacher":
+            teacher, labels, settings = labelled(teacher, labels, settings)
+            objective = _settings.native(settings)
+        columns = part.first_column, part.columns, part.vocab
+        student = known.student.detach()
+        stages = _native.Stages(student, student, labels, None, temperatures, *columns, objective)
+        teacher = logits_of(vocabulary, stages, teacher)
+    call = Call(vocabulary, part, objective, selection, teacher, labels, temperatures, scale)
     if per_token:
         loss, stats = _TokenLosses.apply(known.student, known.token_weights, call)
         return loss, _loss.stats_of(*stats)
@@ -608,6 +693,40 @@ def atkd_loss(
     result: Union[Tensor, Tuple[Tensor, Stats]]
     result = _outside_graphs(student, teacher, labels, vocab_group, token_group, given)
     return result
+
+
+def sparse_atkd_loss(
+    student: Tensor,
+    teacher: SparseTeacher,
+    labels: Optional[Tensor],
+    *,
+    vocab_group: Any,
+    token_group: Any,
+    **given: Any,
+) -> Union[Tensor, Tuple[Tensor, Stats]]:
+    """`_sparse.sparse_atkd_loss` with a group."""
+    result: Union[Tensor, Tuple[Tensor, Stats]]
+    result = _sparse_outside_graphs(student, teacher, labels, vocab_group, token_group, given)
+    return result
+
+
+def _sparse_atkd_loss(
+    student: Tensor,
+    teacher: SparseTeacher,
+    labels: Optional[Tensor],
+    vocab_group: Any,
+    token_group: Any,
+    given: Dict[str, Any],
+) -> Union[Tensor, Tuple[Tensor, Stats]]:
+    refuse_transforms("sparse_atkd_loss")
+    parts = student, teacher, labels, given
+    ranks = Ranks("vocab_group", vocab_group), Ranks("token_group", token_group)
+    device = device_of(student, labels)
+    loss, stats = _atkd_loss(*ranks, lambda: parts, device, given, "sparse_atkd_loss")
+    if not given["return_stats"]:
+        return loss
+    assert stats is not None
+    return loss, stats
 
 
 def _local_or_distributed(
@@ -665,6 +784,7 @@ def _teacher_margins(
         None,
     )
     # The teacher is the student too: margins are the teacher's alone.
+    assert isinstance(known.teacher, Tensor), "a sparse teacher's margins need no ranks"
     logits, of_tokens = known.teacher, (known.prepared.labels, None, known.prepared.temperatures)
     columns = part.first_column, part.columns, part.vocab
     stages = _native.Stages(logits, logits, *of_tokens, *columns, known.agreed.objective)
@@ -715,5 +835,6 @@ def _select_hard(
 # The host reads headers, which a graph cannot.
 _disable: Any = torch.compiler.disable
 _outside_graphs = _disable(_local_or_distributed)
+_sparse_outside_graphs = _disable(_sparse_atkd_loss)
 teacher_margins = _disable(_teacher_margins)
 select_hard = _disable(_select_hard)

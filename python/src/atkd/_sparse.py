@@ -152,17 +152,39 @@ def sparse_atkd_loss(
             "the labels, with target_log_prob=teacher.target_log_prob and tail=teacher.tail"
         )
     labels, shift_labels = _loss.shifted_already(labels, shift_labels)
-    refuse_ranks("sparse_atkd_loss", vocab_group, token_group, vocab_start, token_counts)
     if _loss.is_dtensor(student_logits):
         raise NotImplementedError(
             "student_logits are a DTensor, which sparse_atkd_loss does not take yet: give student_logits.full_tensor(), or "
             "student_logits.to_local() where this rank has tokens of its own, with hard= and num_items_in_batch= of all ranks"
         )
+    teacher = SparseTeacher(indices, log_probs, target_log_prob, tail)
+    # Its module is not imported, for that takes time.
+    if any(each is not None for each in (vocab_group, token_group, vocab_start, token_counts)):
+        from . import _shards
+
+        return _shards.sparse_atkd_loss(
+            student_logits,
+            teacher,
+            labels,
+            selection=selection,
+            vocab_size=vocab_size,
+            token_weights=token_weights,
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels,
+            hard=hard,
+            inplace=inplace,
+            return_stats=return_stats,
+            vocab_group=vocab_group,
+            token_group=token_group,
+            vocab_start=vocab_start,
+            token_counts=token_counts,
+            settings=settings,
+        )
     _loss.check_tensor("student_logits", student_logits)
     return _loss.from_teacher(
         "sparse_atkd_loss",
         student_logits,
-        _loss.checked_sparse(SparseTeacher(indices, log_probs, target_log_prob, tail)),
+        _loss.checked_sparse(teacher),
         labels,
         selection,
         vocab_size,
@@ -185,11 +207,9 @@ sparse_atkd_loss.__signature__ = _shown.replace(  # type: ignore[attr-defined]
     ]
 )
 
-_OF_RANKS = "vocab_group", "token_group", "vocab_start"
-
 
 class SparseATKDLoss(_loss.Criterion):
-    """`sparse_atkd_loss` with its settings, which are checked here: those of `ATKDLoss` but for the groups of ranks, and `tail`.
+    """`sparse_atkd_loss` with its settings, which are checked here: those of `ATKDLoss` and `tail`.
     Each is an attribute, which a schedule may set.
 
     Args:
@@ -202,7 +222,6 @@ class SparseATKDLoss(_loss.Criterion):
     def __init__(self, *arguments: Any, tail: str = "bucket", **settings: Any) -> None:
         super().__init__()
         settings = ATKDLoss(*arguments, **settings).settings
-        refuse_ranks("SparseATKDLoss", *[settings.pop(name) for name in _OF_RANKS])
         settings["tail"] = tail
         self.check(settings)
         self.settings = settings

@@ -7,12 +7,15 @@ use super::{
     write_output,
 };
 use crate::call::{
-    MARGINS, ROW_STATES, RawLogits, RawOutput, RawShard, RawStage, RawStates, SWEEP_TERMS,
+    MARGINS, ROW_STATES, RawLogits, RawOutput, RawShard, RawSparseTeacher, RawStage, RawStates,
+    SWEEP_TERMS, check_alignment, check_there,
 };
-use crate::cpu::shards::{finish_by, gradient_by, margins_by, states_by, terms_by};
+use crate::cpu::shards::{
+    finish_by, gradient_by, margins_by, rests_by, states_by, teacher_logits_by, terms_by,
+};
 use crate::cpu::{StudentRow, Workers, into_rows};
-use crate::shards::{Exchanged, RowState, Shard, SweepTerms};
-use crate::{Error, LogitsMut, Objective, Result};
+use crate::shards::{Exchanged, RowRest, RowState, Shard, SweepTerms};
+use crate::{Error, LogitsMut, Objective, Result, SparseTeacher};
 
 /// A stage. Nothing but the gradient depends on the shard's upstream gradient.
 ///
@@ -43,6 +46,90 @@ pub unsafe fn run(
             }
         }
     }
+}
+
+/// The student's sums over what a sparse teacher does not know, to `to`, [`RowRest`] `[N]`: see
+/// [`cpu::shards::rests`](crate::cpu::shards::rests). The shard's own teacher has the student's logits.
+///
+/// # Errors
+/// As there, and as [`run`].
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn sparse_rests(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    shard: &RawShard,
+    teacher: &RawSparseTeacher,
+    to: u64,
+) -> Result<()> {
+    shard.check_output(RESTS, to)?;
+    // SAFETY: the caller's, for as long as this function runs.
+    unsafe {
+        let teacher = checked_teacher(objective, shard, teacher)?;
+        if shard.columns == 0 {
+            write(Some(to), &vec![(); shard.tokens], |()| RowRest::EMPTY);
+            return Ok(());
+        }
+        let student = shard.call(None, 0).logits(shard.student)?;
+        let view = shard.view(None)?;
+        let rests = rests_by(Workers::of(pool), objective, &view, &teacher, student)?;
+        write(Some(to), &rests, |&rest| rest);
+    }
+    Ok(())
+}
+
+/// A sparse teacher's logits of the shard's columns, to `to`, float32 `[N, columns]` without gaps: see
+/// [`cpu::shards::teacher_logits`](crate::cpu::shards::teacher_logits). `rests` are the address of all ranks' sums
+/// `[ranks, N]` and the number of ranks, `None` for a tail that needs none. The shard's own teacher has the student's logits.
+///
+/// # Errors
+/// As there, and as [`run`].
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn sparse_teacher_logits(
+    pool: Option<&ThreadPool>,
+    objective: &Objective,
+    shard: &RawShard,
+    teacher: &RawSparseTeacher,
+    rests: Option<(u64, usize)>,
+    to: u64,
+) -> Result<()> {
+    let elements = shard.tokens.saturating_mul(shard.columns);
+    check_alignment("the teacher's logits", to, 4)?;
+    check_there("the teacher's logits", Some(to), elements)?;
+    // SAFETY: the caller's, for as long as this function runs; nobody else knows the memory that is written.
+    unsafe {
+        let teacher = checked_teacher(objective, shard, teacher)?;
+        if elements == 0 {
+            return Ok(());
+        }
+        let rests = match rests {
+            Some((address, ranks)) => slice(RESTS, address, ranks.saturating_mul(shard.tokens))?,
+            None => &[],
+        };
+        let student = shard.call(None, 0).logits(shard.student)?;
+        let to = std::slice::from_raw_parts_mut(to as *mut f32, elements);
+        let (workers, view) = (Workers::of(pool), shard.view(None)?);
+        teacher_logits_by(workers, objective, &view, &teacher, rests, student, to)
+    }
+}
+
+const RESTS: &str = "the student's sums";
+
+/// # Safety
+/// As [`run`], for `'a`.
+unsafe fn checked_teacher<'a>(
+    objective: &Objective,
+    shard: &RawShard,
+    teacher: &RawSparseTeacher,
+) -> Result<SparseTeacher<'a>> {
+    shard.check(objective, None)?;
+    teacher.check(shard.tokens)?;
+    shard.check_logits(None, 0)?;
+    // SAFETY: the caller's.
+    unsafe { teacher.of_rows(shard.tokens, shard.vocab) }
 }
 
 /// # Safety

@@ -9,12 +9,12 @@
 //! The teacher's margins need no logits of the student: hard tokens are known before the rows.
 
 use super::{Kept, Session, Token, margin_of_log_prob};
-use crate::Result;
-use crate::cpu::StudentRow;
 use crate::cpu::math::{self, Margins, RowDivergence, RowState, STUDENT, by_family};
 use crate::cpu::rows::{Destination, RowPass, Scratch};
+use crate::cpu::{StudentRow, Workers};
 use crate::logits::{Elements, ElementsMut};
 use crate::sparse::{KnownTokens, SparseTeacher, Tail, log_sum_exp};
+use crate::{Objective, Result};
 
 /// The teacher's distribution of a row, as its tail models it.
 pub(in crate::cpu) struct Modelled {
@@ -27,6 +27,63 @@ pub(in crate::cpu) struct Modelled {
 }
 
 impl Modelled {
+    /// That of every token, `None` for those without a label, which are ignored.
+    pub fn of_tokens(
+        workers: Workers,
+        objective: &Objective,
+        labels: &[Option<usize>],
+        teacher: &SparseTeacher,
+    ) -> Result<Vec<Option<Self>>> {
+        let found = workers.threads.map(
+            (0..labels.len()).collect(),
+            || (),
+            |_, token| {
+                let model = |label| {
+                    let known = teacher.known(objective, token, label)?;
+                    Ok(Self::new(known, teacher.tail(), teacher.vocab()))
+                };
+                labels[token].map(model).transpose()
+            },
+        );
+        found.into_iter().collect()
+    }
+
+    /// The known columns of a shard, whose first is token `first` of the vocabulary, ascending from 0.
+    pub fn known_columns(&self, first: usize, columns: usize) -> Vec<usize> {
+        let inside = self.known.columns.iter().filter_map(|&column| column.checked_sub(first));
+        inside.filter(|&column| column < columns).collect()
+    }
+
+    /// Writes the teacher's logits of a shard's columns, whose first is token `first` of the vocabulary. If the rest is one
+    /// class, `of_rest` is T times the log-sum-exp of the student's logits, over T, of its tokens in all shards, and `student`
+    /// has the shard's logits.
+    pub fn write_logits(
+        &self,
+        temperature: f64,
+        of_rest: Option<f64>,
+        first: usize,
+        student: Elements,
+        to: &mut [f32],
+    ) {
+        let logit = self.teacher_logits(temperature);
+        let each = logit(self.rest - (self.rest_tokens as f64).ln());
+        match of_rest {
+            // The class has the student's distribution, if it has one, so that its tokens all have one ratio of probabilities.
+            Some(of_rest) if of_rest.is_finite() && each.is_finite() => {
+                let shift = f64::from(logit(self.rest)) - of_rest;
+                for (column, to) in to.iter_mut().enumerate() {
+                    *to = (f64::from(student.get(column)) + shift) as f32;
+                }
+            }
+            _ => to.fill(each),
+        }
+        for (&column, &log_prob) in self.known.columns.iter().zip(&self.known.log_probs) {
+            if let Some(to) = column.checked_sub(first).and_then(|place| to.get_mut(place)) {
+                *to = logit(log_prob);
+            }
+        }
+    }
+
     fn new(mut known: KnownTokens, tail: Tail, vocab: usize) -> Self {
         let rest_tokens = vocab - known.columns.len();
         let others = log_sum_exp(
@@ -115,19 +172,7 @@ impl Session<'_> {
         &mut self,
         teacher: &SparseTeacher,
     ) -> Result<Vec<Option<Modelled>>> {
-        let (objective, vocab) = (&self.objective, self.vocab);
-        let found = self.workers.threads.map(
-            (0..self.labels.len()).collect(),
-            || (),
-            |_, token| {
-                let model = |label| {
-                    let known = teacher.known(objective, token, label)?;
-                    Ok(Modelled::new(known, teacher.tail(), vocab))
-                };
-                self.labels[token].map(model).transpose()
-            },
-        );
-        let models = found.into_iter().collect::<Result<Vec<_>>>()?;
+        let models = Modelled::of_tokens(self.workers, &self.objective, &self.labels, teacher)?;
         let margins = models.iter().map(|model| model.as_ref().map(|model| model.margin as f32));
         self.margins = margins.collect();
         Ok(models)
