@@ -174,6 +174,13 @@
 #define ATKD_TAIL_UNIFORM 2
 
 /*
+ They have no probability. The indices but the label are draws from what the teacher gives all tokens but the label, and
+ their log-probabilities are logarithms of weights in any unit, which share what the label leaves: target_log_probs is
+ needed. For forward KL, whose gradient then has the expectation of the whole teacher's.
+ */
+#define ATKD_TAIL_SAMPLED 3
+
+/*
  The version that a program was compiled against; compare it with atkd_abi_version().
  */
 #define ATKD_ABI_VERSION 4
@@ -471,7 +478,7 @@ typedef struct AtkdSparseTeacher {
    */
   int32_t dtype;
   /*
-   ATKD_TAIL_BUCKET, ATKD_TAIL_ZERO or ATKD_TAIL_UNIFORM.
+   ATKD_TAIL_BUCKET, ATKD_TAIL_ZERO, ATKD_TAIL_UNIFORM or ATKD_TAIL_SAMPLED.
    */
   int32_t tail;
   /*

@@ -475,6 +475,54 @@ fn sparse_teachers_take_every_option() {
     assert_eq!(object["valid_tokens"], 6);
 }
 
+/// Draws go from the logits by the cache to the loss; the same seed draws the same, and each token by itself.
+#[test]
+fn a_teacher_of_draws() {
+    let files = Files::new();
+    let options = ["--top-k", "16", "--sampled", "--seed", "3"];
+    assert!(pack(&files, &files.labels, &options).output().unwrap().status.success());
+    let cache = TeacherCache::open(files.path("cache")).unwrap();
+    let rows = cache.read(0..TOKENS).unwrap();
+    for (token, &label) in files.labels.iter().enumerate().filter(|(_, label)| **label >= 0) {
+        let entries = &rows.indices[token * 16..][..16];
+        assert!(!entries.contains(&(label as i32)) && entries[0] >= 0, "{entries:?}");
+        let weights = &rows.log_probs[token * 16..][..16];
+        let mass: f64 = weights.iter().map(|&weight| f64::from(weight).exp()).sum();
+        let left = -f64::from(rows.target_log_prob[token]).exp_m1();
+        assert!((mass - left).abs() < 2e-3, "{mass} {left}");
+        // A draw has a sixteenth of what the label leaves.
+        for weight in weights.iter().filter(|weight| weight.is_finite()) {
+            let count = 16.0 * f64::from(*weight).exp() / left;
+            assert!((count - count.round()).abs() < 0.05 * count, "{count}");
+        }
+    }
+    let other = Files::new();
+    let options = ["--top-k", "16", "--sampled", "--seed", "4"];
+    assert!(pack(&other, &other.labels, &options).output().unwrap().status.success());
+    let of_other = TeacherCache::open(other.path("cache")).unwrap().read(0..TOKENS).unwrap();
+    assert_ne!(of_other.indices, rows.indices);
+    assert_eq!(of_other.target_log_prob, rows.target_log_prob);
+
+    let known = Known::new(&files);
+    let path = known.save(&files, "sparse", &[]);
+    let sampled = SparseTeacher::new(&known.indices, &known.log_probs, TOKENS, TOP_K, VOCAB)
+        .and_then(|teacher| teacher.with_target_log_probs(&known.of_targets))
+        .unwrap()
+        .with_tail(Tail::Sampled);
+    let batch = Batch::new(sampled, &files.labels).unwrap();
+    let student = Logits::new(&files.student, TOKENS, VOCAB).unwrap();
+    let exact = reference::forward(&Objective::default(), &batch, student).unwrap();
+    let object = json(loss(&path, &["--tail", "sampled", "--json"]));
+    let actual = object["loss"].as_f64().unwrap();
+    assert!((actual - exact.loss).abs() <= 2e-6 * exact.loss, "{actual} {}", exact.loss);
+    assert_eq!(object["tail"], "sampled");
+    fails(
+        loss(&path, &["--tail", "sampled", "--divergence", "jsd"]),
+        &["forward KL alone", "such as tkd"],
+    );
+    fails(pack(&files, &files.labels, &["--seed", "3"]), &["--sampled"]);
+}
+
 #[test]
 fn bad_sparse_teachers() {
     let files = Files::new();

@@ -154,8 +154,9 @@ def sparse_faults(here, layout, columns, tokens, at):
 
     def call(fault):
         student, teacher, labels, given = Sparse(columns, tokens).part(group)
-        # No entry of the row that the faults change is its label's, whose value is not looked at.
-        labels[0], labels[labels == -100] = 3, 3
+        labels[labels == -100] = 3
+        # The entry that the faults change is not the label's, whose value would not be looked at.
+        labels[0] = teacher.indices[0, 0]
         given["tail"] = "bucket"
         if fault and here.rank == at:
             teacher = fault(teacher, given)
@@ -165,7 +166,8 @@ def sparse_faults(here, layout, columns, tokens, at):
     def changed(name, value):
         def fault(teacher, given):
             values = getattr(teacher, name).clone()
-            values[(0, 4) if values.dim() == 2 else 0] = value
+            other = next(j for j in range(50) if j not in teacher.indices[0])
+            values[(0, 4) if values.dim() == 2 else 0] = other if value is None else value
             return teacher._replace(**{name: values})
 
         return fault
@@ -176,7 +178,7 @@ def sparse_faults(here, layout, columns, tokens, at):
 
     faults = [
         changed("indices", 500),
-        changed("indices", 3),
+        changed("indices", None),
         changed("log_probs", 3.0),
         changed("log_probs", -30.0),
         changed("target_log_prob", -0.1),
@@ -304,6 +306,58 @@ def heads(here, cases):
         return loss.detach(), [each.grad for each in leaves], stats.hard, found
 
     return per_case(here, Head, cases, run)
+
+
+def sparse_heads(here, cases):
+    """Per case how far the loss and the gradients of hidden states and weight are from the logits' of one process, relative to
+    their largest; and whether the hard tokens are the same.
+    """
+
+    def run(case, group):
+        columns, tokens, settings = case["columns"], case["tokens"], dict(case["settings"])
+        tail, k = settings.pop("tail", "bucket"), 5
+        chunk = settings.pop("chunk_tokens", None)
+        (hidden, weight, _), (of_teacher, teacher_weight, _), labels, _ = Head(columns, tokens).whole()
+        log_p = (of_teacher @ teacher_weight.T).log_softmax(-1)
+        values, indices = log_p.topk(k)
+        target = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        if settings.get("target") == "teacher":
+            target = None
+        teacher = atkd.SparseTeacher(indices, values, target, tail)
+
+        def whole():
+            leaves = [hidden.double().float().requires_grad_(), weight.clone().requires_grad_()]
+            loss, stats = atkd.sparse_atkd_loss(
+                leaves[0] @ leaves[1].T, indices, values, labels, target_log_prob=target, tail=tail, return_stats=True, **settings
+            )
+            loss.sum().backward()
+            return loss.detach().sum(), [each.grad for each in leaves], stats.hard
+
+        rows, part = slices_of(Head(columns, tokens), group)
+        leaves = [hidden[rows].clone().requires_grad_(), weight[part].clone().requires_grad_()]
+        loss, stats = atkd.linear_atkd_loss(
+            *leaves, None, None, labels[rows], teacher=teacher.at(rows), vocab_group=group.vocabulary, token_group=group.tokens,
+            chunk_tokens=chunk, return_stats=True, **settings,
+        )  # fmt: skip
+        loss.sum().backward()
+        of_weight = leaves[1].grad
+        total = loss.detach().sum()
+        if group.tokens is not None:
+            total, of_weight = (each.clone() for each in (total, of_weight))
+            dist.all_reduce(total, group=group.tokens)
+            dist.all_reduce(of_weight, group=group.tokens)
+        exact, (of_hidden, of_whole), hard = whole()
+        found = [(total, exact, exact), (leaves[0].grad, of_hidden[rows], of_hidden), (of_weight, of_whole[part], of_whole)]
+        off = [((one - other).abs().max() / largest.abs().max()).item() for one, other, largest in found if one.numel()]
+        return max(off), torch.equal(stats.hard, hard[rows])
+
+    class Split:
+        def __new__(cls, **given):
+            split = Head(given["columns"], given["tokens"])
+            split.given = given
+            return split
+
+    return per_case(here, Split, cases, lambda case, group: run(case.given, group))
 
 
 def margins_and_selections(here):

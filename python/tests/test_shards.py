@@ -334,6 +334,23 @@ def test_all_ranks_raise_where_a_sparse_teacher_is_wrong_on_one(ranks, layout, c
             assert re.search(word, message) or f"rank {at} has raised" in message, (i, errors)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_fused_heads_with_sparse_teachers(ranks, split):
+    settings = [
+        {},
+        {"chunk_tokens": 2, "tail": "uniform", "divergence": "jsd", "ce_weight": 0.3},
+        {"chunk_tokens": 3, "tail": "sampled", "reduction": "group-mean"},
+        {"chunk_tokens": 2, "target": "teacher", "selection_rule": "median"},
+        {"objective": "kl", "reduction": "none", "tail": "zero", "chunk_tokens": 2},
+    ]
+    cases = [{**SPLITS[split], "settings": each} for each in settings]
+    for of_rank in ranks("sparse_heads", cases=cases):
+        for result, each in zip(of_rank, settings):
+            if result is not None:
+                off, same_hard = result
+                assert off <= 2e-5 and same_hard, (each, off)
+
+
 def test_all_tokens_hard_or_none(ranks):
     check_of_one_group(ranks("of_one_group"))
 
@@ -362,7 +379,7 @@ def test_what_a_call_sends(ranks):
     from atkd._groups import HEADER_BYTES
 
     # As the README and docs/scale.md say.
-    assert HEADER_BYTES == 184
+    assert HEADER_BYTES == 216
 
     splits = {
         (4, 1): {"columns": [20, 0, 7, 23], "tokens": [12]},

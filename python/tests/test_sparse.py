@@ -789,7 +789,7 @@ def test_linear_errors_have_the_batchs_token(chunk, settings, by_module):
         ({"teacher": torch.zeros(3)}, TypeError, "teacher is a Tensor, but must be an atkd.SparseTeacher"),
         ({"teacher": None}, TypeError, "teacher_hidden are a NoneType"),
         ({"student_weight": None, "student_head": torch.nn.Linear(10, V)}, ValueError, "give vocab_size"),
-        ({"vocab_group": 1}, NotImplementedError, "group=token_group"),
+        ({"vocab_group": 1}, TypeError, "vocab_group is 1, but must be"),
         ({"student_hidden": torch.zeros(3, 7, 10)}, ValueError, r"indices are \[3, 8, 5\].*\[3, 7, 10\].*\[3, 7, K\]"),
     ],
     ids=str,

@@ -46,9 +46,9 @@ impl SparseRow {
             if weights.max.is_finite() {
                 // Their sum is 0 in float64 then, but their logarithms still have their proportions.
                 let left = if all_but_target.is_finite() { all_but_target } else { -1e4 };
-                let factor = left - (weights.log_sum + weights.max);
-                for (k, log_prob) in log_probs.iter_mut().enumerate() {
-                    *log_prob += if k == target { 0.0 } else { factor };
+                let others = log_probs.iter_mut().enumerate().filter(|(k, _)| *k != target);
+                for (_, log_prob) in others {
+                    *log_prob = *log_prob - weights.max - weights.log_sum + left;
                 }
             }
             classes.extend(left.iter().map(|&column| vec![column]));

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from . import _autograd, _checks, _head, _loss, _native, _operator, _private, _settings
 from ._loss import ATKDLoss, SharedKeywords, Stats
-from ._sparse import refuse_ranks
 from ._teacher import SparseTeacher
 
 if TYPE_CHECKING:
@@ -590,9 +589,6 @@ def linear_atkd_loss(
         "teacher_bias": teacher_bias,
     }
     of_ranks = vocab_group, token_group, vocab_start, token_counts
-    if teacher is not None:
-        refuse_ranks("linear_atkd_loss", *of_ranks)
-        teacher = _checked_sparse(teacher, {**tensors, "teacher_log_prob": teacher_log_prob})
     if any(each is not None for each in of_ranks):
         from . import _sharded_head
 
@@ -603,6 +599,7 @@ def linear_atkd_loss(
             token_group,
             {
                 "student_head": student_head,
+                "teacher": teacher,
                 "teacher_log_prob": teacher_log_prob,
                 "chunk_tokens": chunk_tokens,
                 "memory_budget": memory_budget,
@@ -621,6 +618,8 @@ def linear_atkd_loss(
         )
         return result
     tensors["teacher_log_prob"] = teacher_log_prob
+    if teacher is not None:
+        teacher = checked_sparse(teacher, tensors)
     optional = {"student_bias", "teacher_bias", "teacher_log_prob"}
     if teacher is not None:
         optional |= {"teacher_hidden", "teacher_weight"}
@@ -684,7 +683,7 @@ def linear_atkd_loss(
     return (loss, _loss.stats_of(*stats)) if return_stats else loss
 
 
-def _checked_sparse(teacher: SparseTeacher, tensors: Dict[str, Optional[Tensor]]) -> SparseTeacher:
+def checked_sparse(teacher: SparseTeacher, tensors: Dict[str, Optional[Tensor]]) -> SparseTeacher:
     """The teacher, if it is one, and no other is among the tensors."""
     if not isinstance(teacher, SparseTeacher):
         raise TypeError(f"teacher is a {type(teacher).__name__}, but must be an atkd.SparseTeacher")

@@ -25,19 +25,26 @@ from ._shards import (
     exchange,
     header_of,
     items_of,
+    labelled,
+    logits_of,
     needs_header,
     plain,
+    plain_sparse,
     refuse_transforms,
     resolved,
+    sparse_margins,
     told_integers,
     valid_of,
 )
+from ._teacher import SparseTeacher, Teacher
 
 
 class _Prepared(NamedTuple):
     """A rank's arguments before it has heard of the others."""
 
     given: _linear.Given
+    margins: Optional[Tensor]
+    """Those of a sparse teacher."""
     agreed: Agreed
     per_token: bool
     header: Header
@@ -55,8 +62,12 @@ def _prepare(
     check_apart(vocabulary, tokens)
     vocab_size, vocab_start, token_counts = told_integers(given)
     log_prob = given["teacher_log_prob"]
+    sparse: Optional[SparseTeacher] = given["teacher"]
+    if sparse is not None:
+        sparse = plain_sparse(_linear.checked_sparse(sparse, {**layers, "teacher_log_prob": log_prob}))
     for name, tensor in {**layers, "teacher_log_prob": log_prob}.items():
-        if tensor is not None or name.endswith(("hidden", "weight")):
+        is_needed = name.endswith(("hidden", "weight")) and not (sparse and name.startswith("teacher"))
+        if tensor is not None or is_needed:
             is_or_are = "are" if name.endswith("hidden") else "is"
             _loss.check_tensor(name, tensor, is_or_are, "linear_atkd_loss")
             for ranks in (vocabulary, tokens):
@@ -82,9 +93,9 @@ def _prepare(
     student: List[Any] = _linear.cast_for_autocast(
         *[layers[f"student_{each}"] for each in ("hidden", "weight", "bias")]
     )
-    teacher: List[Any] = _linear.cast_for_autocast(
-        *[layers[f"teacher_{each}"] for each in ("hidden", "weight", "bias")]
-    )
+    teacher: List[Any] = [layers[f"teacher_{each}"] for each in ("hidden", "weight", "bias")]
+    if sparse is None:
+        teacher = _linear.cast_for_autocast(*teacher)
     teacher = [None if each is None else each.detach() for each in teacher]
     optional = given["hard"], given["token_weights"], prepared.temperatures, log_prob
     hard, token_weights, temperatures, log_prob, labels, scale = (
@@ -103,11 +114,14 @@ def _prepare(
         prepared.per_sequence,
         vocab_size,
         *sizes,
+        *(sparse or ()),
     )
     call = _linear.Given(*arguments)
     _linear.check(call, {"numbers": None, **settings}, is_shard=vocabulary.group is not None)
     _checks.check_values(labels, temperatures, log_prob, None, settings["ignore_index"])
-    count, columns = call.shape.numel(), (len(student[1]), len(teacher[1]))
+    of_teacher: Teacher = teacher[0] if sparse is None else sparse
+    count, rows = call.shape.numel(), len(student[1])
+    columns = rows, rows if sparse is not None else len(teacher[1])
     check_told(vocabulary, tokens, vocab_start, token_counts, count)
     check_scale(scale)
     flags = {
@@ -122,6 +136,11 @@ def _prepare(
         "student_hidden's requires_grad": wanted[0],
         "student_hidden's last dimension": student[0].shape[-1],
     }
+    margins: Optional[Tensor] = None
+    if sparse is not None:
+        flags["tail"] = sparse.tail
+        known_vocab = rows if vocabulary.group is None and vocab_size is None else vocab_size
+        margins = sparse_margins(sparse, labels, known_vocab, settings)
     objective = _settings.native(settings)
     agreed = Agreed("linear_atkd_loss", settings, objective, flags, vocab_size)
     compares = vocabulary.group is not None and needs_header(
@@ -131,7 +150,7 @@ def _prepare(
     header = header_of(
         agreed,
         student[0],
-        teacher[0],
+        of_teacher,
         count,
         call.shape[1] if prepared.per_sequence else 0,
         columns,
@@ -146,7 +165,7 @@ def _prepare(
         shown,
         compares,
     )
-    return _Prepared(call, agreed, prepared.per_token, header, shown)
+    return _Prepared(call, margins, agreed, prepared.per_token, header, shown)
 
 
 class _Found(NamedTuple):
@@ -167,6 +186,7 @@ class _Call:
         tokens: Ranks,
         part: Part,
         given: _linear.Given,
+        margins: Optional[Tensor],
         agreed: Agreed,
         with_stats: bool,
     ) -> None:
@@ -175,13 +195,27 @@ class _Call:
         self.wants_hard = self.objective.depends_on_selection or with_stats
         self.valid = valid_of(given.labels, given.student_hidden, self.settings["ignore_index"])
         columns = part.columns
-        hidden, weight, bias = given.teacher_hidden, given.teacher_weight, given.teacher_bias
-        self.teacher = _head.Linear(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight[:columns],
-            None if bias is None else bias[:columns],
-            _linear.logits_dtype_of(hidden, given.logits_dtype),
-        )
+        self.labels, self.sparse_margins = given.labels, margins
+        self.sparse, self.teacher = given.sparse, None
+        if self.sparse is not None:
+            sparse = self.sparse
+            if self.settings["target"] == "teacher":
+                sparse, self.labels, self.settings = labelled(sparse, self.labels, self.settings)
+                self.objective = _settings.native(self.settings)
+            target = sparse.target_log_prob
+            self.sparse = sparse._replace(
+                indices=sparse.indices.flatten(0, -2),
+                log_probs=sparse.log_probs.flatten(0, -2),
+                target_log_prob=None if target is None else target.reshape(-1),
+            )
+        else:
+            hidden, weight, bias = given.teacher_hidden, given.teacher_weight, given.teacher_bias
+            self.teacher = _head.Linear(
+                hidden.reshape(-1, hidden.shape[-1]),
+                weight[:columns],
+                None if bias is None else bias[:columns],
+                _linear.logits_dtype_of(hidden, given.logits_dtype),
+            )
         layer: List[Any] = [given.student_hidden, given.student_weight, given.student_bias]
         if layer[0].is_cuda and layer[0].dtype == torch.float16:
             # A gradient in float16 loses what is below 6e-8.
@@ -209,7 +243,8 @@ class _Call:
         """The tokens of a chunk, the same on all ranks of the vocabulary group; and how many may wait."""
         hidden, weight, _ = self.layer
         dtype = _linear.logits_dtype_of(hidden, self.given.logits_dtype)
-        dtypes = dtype, self.teacher.logits_dtype, _head.gradient_dtype(weight, dtype)
+        of_teacher = torch.float32 if self.teacher is None else self.teacher.logits_dtype
+        dtypes = dtype, of_teacher, _head.gradient_dtype(weight, dtype)
         waits = hidden.is_cuda and (
             hidden.dtype == torch.float32 or _head.multiplies_to_float32(hidden.device)
         )
@@ -234,7 +269,7 @@ class _Call:
                     *[
                         None if each is None else each.reshape(-1)
                         for each in (
-                            given.labels,
+                            self.labels,
                             None,
                             _native.product(upstream, given.token_weights),
                             given.temperatures,
@@ -269,7 +304,8 @@ class _Call:
             hard, counts = self._selected(selection, margins)
         loss = terms.new_zeros((), dtype=torch.float64)
         for at in chunks:
-            teacher, logits = self.teacher.logits(at), student.logits(at)
+            logits = student.logits(at)
+            teacher = self._teacher_logits(logits, at, tokens)
             stages = self._stages(logits, teacher, tokens.at(at))
             states, sums = exchange(self.vocabulary, self.objective, stages)
             if hard is None:
@@ -285,7 +321,8 @@ class _Call:
         assert hard is not None, "there were chunks, or no token"
         if self.given.scale is not None:
             loss *= self.given.scale
-        if self.given.teacher_log_prob is not None and margins is not None:
+        tells = self.given.teacher_log_prob is not None or self.sparse is not None
+        if tells and margins is not None:
             terms[3] = margins.reshape(-1).where(self.valid.reshape(-1), -torch.inf)
         found = [
             gradient if wanted else None
@@ -315,8 +352,11 @@ class _Call:
         log_prob = self.given.teacher_log_prob
         if log_prob is not None:
             return _head.margins_of(log_prob)
+        if self.sparse_margins is not None:
+            return self.sparse_margins
         if len(chunks) == 1:
             return None
+        assert self.teacher is not None, "there is one or the other"
         margins = torch.zeros(self.valid.numel(), dtype=torch.float32, device=self.valid.device)
         for at in chunks:
             teacher = self.teacher.logits(at)
@@ -324,6 +364,13 @@ class _Call:
             margins[at] = stages.margins(self.vocabulary.gather(stages.states()))
             del teacher, stages
         return margins.view(self.valid.shape)
+
+    def _teacher_logits(self, student: Tensor, at: slice, tokens: _head.Tokens) -> Tensor:
+        if self.sparse is None:
+            assert self.teacher is not None, "there is one or the other"
+            return self.teacher.logits(at)
+        stages = self._stages(student, student, tokens.at(at))
+        return logits_of(self.vocabulary, stages, self.sparse.at(at))
 
     def _stages(
         self, student: Tensor, teacher: Tensor, tokens: _head.Tokens
@@ -348,7 +395,7 @@ def _linear_atkd_loss(
         given["token_counts"],
     )
     own = known.given
-    call = _Call(vocabulary, tokens, part, own, known.agreed, given["return_stats"])
+    call = _Call(vocabulary, tokens, part, own, known.margins, known.agreed, given["return_stats"])
     inputs = own.student_hidden, own.student_weight, own.student_bias
     loss, *stats = _linear.ByModule.apply(call.run, known.per_token, own.wanted, *inputs)
     return (loss, _loss.stats_of(*stats)) if given["return_stats"] else loss

@@ -30,17 +30,6 @@ class SparseKeywords(Keywords, total=False):
     tail: str
 
 
-def refuse_ranks(function: str, *of_ranks: object) -> None:
-    """Raises if tokens or vocabulary of a sparse teacher are said to be split over ranks."""
-    if any(each is not None for each in of_ranks):
-        raise NotImplementedError(
-            f"{function} takes no groups of ranks with a sparse teacher yet. Where ranks split the tokens, select among all of "
-            "them, atkd.select_hard(atkd.teacher_margins(atkd.SparseTeacher(...), labels), hard_ratio, valid=..., "
-            "group=token_group), and give hard= and num_items_in_batch=; where they split the vocabulary, gather the "
-            "student's logits"
-        )
-
-
 @overload
 def sparse_atkd_loss(
     student_logits: Tensor,
@@ -136,10 +125,12 @@ def sparse_atkd_loss(
             are not looked at.
         vocab_size: indices are below it.
         return_stats: the terms of `Stats` are those of the modelled teacher. By `"bucket"` DKD has the tail as one class.
-        vocab_group: as all keywords of ranks, not with a sparse teacher yet: see below.
+        vocab_group: the student's logits are this rank's columns; the teacher is the same on all ranks of the group, and its
+            indices, as the labels, are tokens of the whole vocabulary. Each rank makes the teacher's logits of its columns, as
+            large as the student's in float32.
 
     Raises:
-        NotImplementedError: for tensors on a GPU, groups of ranks, a DTensor of logits.
+        NotImplementedError: for tensors on a GPU, a DTensor of logits.
         TypeError: for a dtype that is none of these, a setting that requires a gradient.
         ValueError: for shapes or devices that do not go together, a setting outside its domain, a label that names no token
             of the vocabulary; for an index that does not, or is there twice; for probabilities that add up to more than 1, as
@@ -162,6 +153,9 @@ def sparse_atkd_loss(
     if any(each is not None for each in (vocab_group, token_group, vocab_start, token_counts)):
         from . import _shards
 
+        if cu_seqlens is not None:
+            # It is refused on all ranks at once, as any unknown keyword.
+            settings["cu_seqlens"] = cu_seqlens
         return _shards.sparse_atkd_loss(
             student_logits,
             teacher,
