@@ -181,7 +181,7 @@ def sparse_faults(here, layout, columns, tokens, at):
         changed("indices", None),
         changed("log_probs", 3.0),
         changed("log_probs", -30.0),
-        changed("target_log_prob", -0.1),
+        changed("target_log_prob", -20.0),
         other_tail,
         lambda teacher, given: teacher._replace(target_log_prob=None),
         lambda teacher, given: teacher._replace(log_probs=teacher.log_probs.half()),
