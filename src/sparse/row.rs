@@ -99,7 +99,8 @@ impl TeacherRow {
         let (mut sum, mut drawn) = (0.0, 0);
         for (j, &z) in off_target() {
             let probability = (scaled(z) - others).exp();
-            if !(probability > 0.0) {
+            // NaN where no other token has a probability.
+            if probability == 0.0 || probability.is_nan() {
                 continue;
             }
             sum += draws as f64 * probability;
