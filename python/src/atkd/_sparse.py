@@ -154,7 +154,7 @@ def sparse_atkd_loss(
         from . import _shards
 
         if cu_seqlens is not None:
-            # It is refused on all ranks at once, as any unknown keyword.
+            # There all ranks raise.
             settings["cu_seqlens"] = cu_seqlens
         return _shards.sparse_atkd_loss(
             student_logits,
