@@ -9,12 +9,13 @@
 #include "params.h"
 
 // Rust's side asserts the same sizes (src/params.rs).
-static_assert(sizeof(atkd_summary) == 1088 && sizeof(atkd_batch) == 120, "the layout is a contract");
+static_assert(sizeof(atkd_summary) == 1096 && sizeof(atkd_batch) == 120, "the layout is a contract");
 static_assert(sizeof(atkd_teacher_margin) == 136 && sizeof(atkd_count_valid) == 160, "the layout is a contract");
 static_assert(sizeof(atkd_select_hard) == 200 && sizeof(atkd_objective) == 88, "the layout is a contract");
 static_assert(sizeof(atkd_prepare_rows) == 176 && sizeof(atkd_rows) == 416, "the layout is a contract");
 static_assert(sizeof(atkd_shard) == 472 && sizeof(atkd_row_state) == 40 && sizeof(atkd_sweep_terms) == 12,
               "the layout is a contract");
+static_assert(sizeof(atkd_sparse) == 496, "the layout is a contract");
 static_assert(sizeof(atkd_token_terms) == 368 && sizeof(atkd_token_entropies) == 56, "the layout is a contract");
 
 // A condition that few rows or chunks meet: its branch leaves the common path, which is what
@@ -280,7 +281,7 @@ template <uint32_t N> ATKD_DEVICE void wait_for_messages(Messages<N> &messages, 
 
 ATKD_DEVICE uint32_t in_shared(const void *at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
-// Staged memory is accessed by offsets that are multiples of 16.
+// Staged memory is accessed by offsets that are multiples of 16, but for single elements.
 struct StagedMemory {
     uint32_t address;
 };
@@ -292,6 +293,13 @@ ATKD_DEVICE Bytes16 load_staged(StagedMemory staged, uint32_t offset) {
                  : "memory");
     return value;
 }
+// An asynchronous copy of 16 bytes. It is there for the thread that issued it once that one has waited, and for others
+// after a barrier behind.
+ATKD_DEVICE void copy_async(StagedMemory staged, uint32_t offset, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(staged.address + offset), "l"(from) : "memory");
+}
+ATKD_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // An mbarrier. A phase completes when as many threads have arrived as it was initialised for, and all bytes that they
 // expect have been loaded.
 struct Barrier {
@@ -361,6 +369,24 @@ template <> ATKD_DEVICE bf16 from_bits<bf16>(uint32_t bits) { return __ushort_as
 ATKD_DEVICE uint32_t to_bits(float x) { return __float_as_uint(x); }
 ATKD_DEVICE uint32_t to_bits(f16 x) { return __half_as_ushort(x); }
 ATKD_DEVICE uint32_t to_bits(bf16 x) { return __bfloat16_as_ushort(x); }
+
+// An element of staged memory, of two or four bytes.
+template <class T> ATKD_DEVICE T load_staged_element(StagedMemory staged, uint32_t offset) {
+    uint32_t bits;
+    if (sizeof(T) == 2) {
+        asm volatile("ld.shared.u16 %0, [%1];" : "=r"(bits) : "r"(staged.address + offset) : "memory");
+    } else {
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(staged.address + offset) : "memory");
+    }
+    return from_bits<T>(bits);
+}
+template <class T> ATKD_DEVICE void store_staged_element(StagedMemory staged, uint32_t offset, T value) {
+    if (sizeof(T) == 2) {
+        asm volatile("st.shared.u16 [%0], %1;" ::"r"(staged.address + offset), "r"(to_bits(value)) : "memory");
+    } else {
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(staged.address + offset), "r"(to_bits(value)) : "memory");
+    }
+}
 
 // Two elements of half precision in a word, the first in its lower half.
 template <class T> ATKD_DEVICE uint32_t narrow_two(float first, float second);

@@ -29,6 +29,12 @@
 #define ATKD_TOP_K 0u  // the ceil(k * valid) of the largest keys, the lower index first among equals
 #define ATKD_MEDIAN 1u // those with keys from the lower median on
 
+// The distribution that a sparse teacher is taken for outside of the tokens that it knows.
+#define ATKD_TAIL_ZERO 0u
+#define ATKD_TAIL_UNIFORM 1u
+#define ATKD_TAIL_BUCKET 2u
+#define ATKD_TAIL_SAMPLED 3u
+
 // Threads per warp.
 #define ATKD_WARP 32u
 // Consecutive logits that a thread handles at once.
@@ -50,6 +56,10 @@
 #define ATKD_RESIDENT_BLOCKS 2u
 #define ATKD_STREAM_THREADS 384u
 #define ATKD_STREAM_BLOCKS 2u
+#define ATKD_SPARSE_MARGIN_THREADS 256u
+#define ATKD_SPARSE_MARGIN_BLOCKS 2u
+#define ATKD_SPARSE_THREADS 256u
+#define ATKD_SPARSE_BLOCKS 3u
 #define ATKD_MERGE_THREADS 256u
 #define ATKD_MERGE_BLOCKS 2u
 // row_pipelined's consumer warps, and the producer warp.
@@ -70,6 +80,10 @@
 
 // Bytes of each model's row that a thread of row_resident holds in registers.
 #define ATKD_HELD_BYTES 128u
+// Tokens that a sparse teacher knows by index at most, and the bytes of static shared memory of a block of row_sparse,
+// beside the row, at most.
+#define ATKD_MAX_TOP_K 1024u
+#define ATKD_SPARSE_STATIC_BYTES 10240u
 // Bytes of static shared memory of a block of row_pipelined at most, beside the row's slices.
 #define ATKD_PIPELINED_STATIC_BYTES 640u
 #define ATKD_PIPELINED_AT_1_STATIC_BYTES 768u // with cross entropy's own sum
@@ -128,10 +142,11 @@ typedef struct {
 // counters are 0, but for the top bits of `arrived`.
 typedef struct {
     double loss;
-    uint64_t label_fault;  // ~the lowest token whose label is out of range, since the host last looked; 0 for none
-    uint64_t offset_fault; // ~the lowest sequence whose offsets are out of order, likewise
-    float loss_f32;        // NaN if there is a fault that the host has not seen
-    uint32_t valid;        // tokens that are not ignored
+    uint64_t label_fault;   // ~the lowest token whose label is out of range, since the host last looked; 0 for none
+    uint64_t offset_fault;  // ~the lowest sequence whose offsets are out of order, likewise
+    uint64_t teacher_fault; // ~the lowest token whose sparse teacher is no distribution, likewise
+    float loss_f32;         // NaN if there is a fault that the host has not seen
+    uint32_t valid;         // tokens that are not ignored
     uint32_t hard;
     uint32_t counted_valid; // of the call in progress
     uint32_t counted_hard;
@@ -267,7 +282,7 @@ typedef struct {
     uint32_t predicts;   // which tokens are hard, by the summary's predicted threshold, and write modes
     uint32_t clusters;   // of the launch, or teams
     uint32_t team;       // blocks of a team, up to 32; of row_stream a power of two, and 1 where there are clusters
-    uint32_t slice;      // row_pipelined: chunks of a row that a block has room for
+    uint32_t slice;      // row_pipelined, row_sparse: chunks of a row that a block has room for
     uint32_t gradient_type; // row_pipelined: the student's, float32, or any if the student's is float32
     atkd_divergence divergence;
 } atkd_rows;
@@ -286,6 +301,24 @@ typedef struct {
     uint32_t whole_vocab;
     uint32_t blocks; // of the launch
 } atkd_shard;
+
+// sparse_margin, row_sparse: a call whose teacher is K log-probabilities for each token, and that of the target.
+typedef struct {
+    atkd_rows rows;                // without a teacher
+    const void *indices;           // [N, K], -1 for none
+    const void *log_probs;         // [N, K]
+    const float *target_log_probs; // [N], or null
+    // [N], which sparse_margin leaves for row_sparse, in logarithms of probabilities.
+    float *references;      // that of the likeliest of the K off the target; NaN where the values are no distribution's
+    float *targets;         // the target's, relative to the reference
+    double *rests;          // that of all tokens that are not known together, likewise; -inf for none
+    float *margins;         // [N]: sparse_margin, the teacher's
+    double tolerance;       // by which the sum of the probabilities may exceed 1
+    uint32_t top_k;         // K
+    uint32_t index_bytes;   // 4 or 8
+    uint32_t log_prob_type; // ATKD_GRADIENT_*
+    uint32_t tail;          // ATKD_TAIL_*
+} atkd_sparse;
 
 // token_terms: the terms of each token, over what they follow from, and the reduced loss; ends the call. A thread takes
 // a token in turn.

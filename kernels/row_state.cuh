@@ -73,17 +73,24 @@ template <bool CE_SUM, class State, class Warps> ATKD_DEVICE void store_warp_sta
     }
 }
 
-// The state of a row from those that the warps of the cluster have stored, in every lane of the calling warp.
+// The same in double precision.
+template <class D, bool CE_SUM> ATKD_DEVICE RowState<D, double> widened(RowState<D, float> narrow) {
+    auto state = RowState<D, double>::empty();
+    RowState<D, double>::template visit<CE_SUM>([](auto, auto &wide, auto &narrow) { wide = narrow; }, state, narrow);
+    return state;
+}
+
+// The state of a row from those that the warps of so many blocks of the cluster, from the first on, have stored, in every
+// lane of the calling warp.
 template <class D, bool CE_SUM, class Warps>
-ATKD_DEVICE RowState<D, double> merge_cluster(const Warps &warps, uint32_t warps_per_block, float exponent) {
+ATKD_DEVICE RowState<D, double> merge_blocks(const Warps &warps, uint32_t warps_per_block, uint32_t blocks,
+                                             float exponent) {
     auto of_warp = [&](uint32_t i) {
         RowState<D, float> warp = ATKD_REMOTE(warps, i % warps_per_block, i / warps_per_block);
-        auto state = RowState<D, double>::empty();
-        RowState<D, double>::template visit<CE_SUM>([](auto, auto &wide, auto &narrow) { wide = narrow; }, state, warp);
-        return state;
+        return widened<D, CE_SUM>(warp);
     };
     auto part = RowState<D, double>::empty();
-    uint32_t i = thread_index() % WARP, all = warps_per_block * cluster_blocks();
+    uint32_t i = thread_index() % WARP, all = warps_per_block * blocks;
     if (i < all) {
         part = of_warp(i);
     }
@@ -93,6 +100,12 @@ ATKD_DEVICE RowState<D, double> merge_cluster(const Warps &warps, uint32_t warps
     }
     share_maxima<CE_SUM>(part, exponent);
     return merge_warp<CE_SUM>(part);
+}
+
+// That of all blocks of the cluster.
+template <class D, bool CE_SUM, class Warps>
+ATKD_DEVICE RowState<D, double> merge_cluster(const Warps &warps, uint32_t warps_per_block, float exponent) {
+    return merge_blocks<D, CE_SUM>(warps, warps_per_block, cluster_blocks(), exponent);
 }
 
 // A team: co-resident blocks that share a row, and meet through global memory; in row_stream, a power of two of them.

@@ -18,7 +18,8 @@ ATKD_DEVICE void end_call(const atkd_token_terms &p, double sum) {
     uint32_t valid = load(&summary->counted_valid);
     // Without a valid token the loss is 0, whatever the reduction.
     double loss = valid == 0 ? 0.0 : sum * p.scale / (p.reduction == ATKD_MEAN ? double(valid) : 1.0);
-    bool fault = load(&summary->label_fault) != 0 || load(&summary->offset_fault) != 0;
+    bool fault =
+        load(&summary->label_fault) != 0 || load(&summary->offset_fault) != 0 || load(&summary->teacher_fault) != 0;
     float rounded = fault ? nanf("") : float(loss);
     store(&summary->loss, loss);
     store(&summary->loss_f32, rounded);

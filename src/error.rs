@@ -112,6 +112,11 @@ pub enum Error {
         "the label of token {token} is out of range: it must be at least 0 and below the vocabulary size {vocab}, or ignore_index {ignore_index}; a kernel met it, and dropped the token"
     )]
     DeviceLabel { token: u64, vocab: usize, ignore_index: i64 },
+    /// Values of a sparse teacher that are no distribution's, met by a kernel. The token's loss is NaN.
+    #[error(
+        "the teacher's values of token {token} are no log-probabilities of different tokens: indices must be at least 0 and below the vocabulary size {vocab}, or -1, none twice, the target known, and the probabilities must add up to 1 at most; a kernel met them, and made the token's loss NaN"
+    )]
+    DeviceTeacher { token: u64, vocab: usize },
     /// A shard with columns that the vocabulary does not have.
     #[error(
         "the shard has {} from {first} on, but the vocabulary has {vocab} tokens",
@@ -265,6 +270,11 @@ pub enum Error {
         "reverse KL is infinite where the teacher has no probability, which by tail zero is everywhere outside of the tokens it knows: take tail bucket or uniform, another divergence, or an objective of the targets' probabilities alone, such as tkd"
     )]
     ReverseKlOfZeroTail,
+    /// A tail that the CUDA kernels do not have.
+    #[error(
+        "the CUDA kernels have no tail uniform: take tail bucket, zero or sampled, or the cpu module"
+    )]
+    NoUniformTail,
     /// Hidden states or a weight that are no rows of so many features.
     #[error("{} given for {what}, but must be one or more rows of the hidden size {features}", were(*elements, "element"))]
     HiddenSize { what: &'static str, elements: usize, features: usize },

@@ -16,6 +16,10 @@ pub const ATKD_MEAN: u32 = 1;
 pub const ATKD_GROUP_MEAN: u32 = 2;
 pub const ATKD_TOP_K: u32 = 0;
 pub const ATKD_MEDIAN: u32 = 1;
+pub const ATKD_TAIL_ZERO: u32 = 0;
+pub const ATKD_TAIL_UNIFORM: u32 = 1;
+pub const ATKD_TAIL_BUCKET: u32 = 2;
+pub const ATKD_TAIL_SAMPLED: u32 = 3;
 pub const ATKD_WARP: u32 = 32;
 pub const ATKD_CHUNK: u32 = 8;
 pub const ATKD_LINE: u32 = 128;
@@ -30,6 +34,10 @@ pub const ATKD_RESIDENT_THREADS: u32 = 256;
 pub const ATKD_RESIDENT_BLOCKS: u32 = 2;
 pub const ATKD_STREAM_THREADS: u32 = 384;
 pub const ATKD_STREAM_BLOCKS: u32 = 2;
+pub const ATKD_SPARSE_MARGIN_THREADS: u32 = 256;
+pub const ATKD_SPARSE_MARGIN_BLOCKS: u32 = 2;
+pub const ATKD_SPARSE_THREADS: u32 = 256;
+pub const ATKD_SPARSE_BLOCKS: u32 = 3;
 pub const ATKD_MERGE_THREADS: u32 = 256;
 pub const ATKD_MERGE_BLOCKS: u32 = 2;
 pub const ATKD_PIPELINED_THREADS: u32 = 160;
@@ -47,6 +55,8 @@ pub const ATKD_UNFUSED_BLOCKS: u32 = 2;
 pub const ATKD_UNFUSED_TOKENS_THREADS: u32 = 256;
 pub const ATKD_UNFUSED_TOKENS_BLOCKS: u32 = 2;
 pub const ATKD_HELD_BYTES: u32 = 128;
+pub const ATKD_MAX_TOP_K: u32 = 1024;
+pub const ATKD_SPARSE_STATIC_BYTES: u32 = 10240;
 pub const ATKD_PIPELINED_STATIC_BYTES: u32 = 640;
 pub const ATKD_PIPELINED_AT_1_STATIC_BYTES: u32 = 768;
 pub const ATKD_TEAM_BLOCKS: u32 = 512;
@@ -137,6 +147,7 @@ pub struct atkd_summary {
     pub loss: f64,
     pub label_fault: u64,
     pub offset_fault: u64,
+    pub teacher_fault: u64,
     pub loss_f32: f32,
     pub valid: u32,
     pub hard: u32,
@@ -151,33 +162,35 @@ pub struct atkd_summary {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of atkd_summary"][::std::mem::size_of::<atkd_summary>() - 1088usize];
+    ["Size of atkd_summary"][::std::mem::size_of::<atkd_summary>() - 1096usize];
     ["Alignment of atkd_summary"][::std::mem::align_of::<atkd_summary>() - 8usize];
     ["Offset of field: atkd_summary::loss"][::std::mem::offset_of!(atkd_summary, loss) - 0usize];
     ["Offset of field: atkd_summary::label_fault"]
         [::std::mem::offset_of!(atkd_summary, label_fault) - 8usize];
     ["Offset of field: atkd_summary::offset_fault"]
         [::std::mem::offset_of!(atkd_summary, offset_fault) - 16usize];
+    ["Offset of field: atkd_summary::teacher_fault"]
+        [::std::mem::offset_of!(atkd_summary, teacher_fault) - 24usize];
     ["Offset of field: atkd_summary::loss_f32"]
-        [::std::mem::offset_of!(atkd_summary, loss_f32) - 24usize];
-    ["Offset of field: atkd_summary::valid"][::std::mem::offset_of!(atkd_summary, valid) - 28usize];
-    ["Offset of field: atkd_summary::hard"][::std::mem::offset_of!(atkd_summary, hard) - 32usize];
+        [::std::mem::offset_of!(atkd_summary, loss_f32) - 32usize];
+    ["Offset of field: atkd_summary::valid"][::std::mem::offset_of!(atkd_summary, valid) - 36usize];
+    ["Offset of field: atkd_summary::hard"][::std::mem::offset_of!(atkd_summary, hard) - 40usize];
     ["Offset of field: atkd_summary::counted_valid"]
-        [::std::mem::offset_of!(atkd_summary, counted_valid) - 36usize];
+        [::std::mem::offset_of!(atkd_summary, counted_valid) - 44usize];
     ["Offset of field: atkd_summary::counted_hard"]
-        [::std::mem::offset_of!(atkd_summary, counted_hard) - 40usize];
+        [::std::mem::offset_of!(atkd_summary, counted_hard) - 48usize];
     ["Offset of field: atkd_summary::counted_mispredicted"]
-        [::std::mem::offset_of!(atkd_summary, counted_mispredicted) - 44usize];
+        [::std::mem::offset_of!(atkd_summary, counted_mispredicted) - 52usize];
     ["Offset of field: atkd_summary::predicted_threshold"]
-        [::std::mem::offset_of!(atkd_summary, predicted_threshold) - 48usize];
+        [::std::mem::offset_of!(atkd_summary, predicted_threshold) - 56usize];
     ["Offset of field: atkd_summary::next_ticket"]
-        [::std::mem::offset_of!(atkd_summary, next_ticket) - 52usize];
+        [::std::mem::offset_of!(atkd_summary, next_ticket) - 60usize];
     ["Offset of field: atkd_summary::summed"]
-        [::std::mem::offset_of!(atkd_summary, summed) - 56usize];
+        [::std::mem::offset_of!(atkd_summary, summed) - 64usize];
     ["Offset of field: atkd_summary::reserved"]
-        [::std::mem::offset_of!(atkd_summary, reserved) - 60usize];
+        [::std::mem::offset_of!(atkd_summary, reserved) - 68usize];
     ["Offset of field: atkd_summary::arrived"]
-        [::std::mem::offset_of!(atkd_summary, arrived) - 64usize];
+        [::std::mem::offset_of!(atkd_summary, arrived) - 72usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -533,6 +546,50 @@ const _: () = {
     ["Offset of field: atkd_shard::whole_vocab"]
         [::std::mem::offset_of!(atkd_shard, whole_vocab) - 464usize];
     ["Offset of field: atkd_shard::blocks"][::std::mem::offset_of!(atkd_shard, blocks) - 468usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct atkd_sparse {
+    pub rows: atkd_rows,
+    pub indices: *const ::std::os::raw::c_void,
+    pub log_probs: *const ::std::os::raw::c_void,
+    pub target_log_probs: *const f32,
+    pub references: *mut f32,
+    pub targets: *mut f32,
+    pub rests: *mut f64,
+    pub margins: *mut f32,
+    pub tolerance: f64,
+    pub top_k: u32,
+    pub index_bytes: u32,
+    pub log_prob_type: u32,
+    pub tail: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of atkd_sparse"][::std::mem::size_of::<atkd_sparse>() - 496usize];
+    ["Alignment of atkd_sparse"][::std::mem::align_of::<atkd_sparse>() - 8usize];
+    ["Offset of field: atkd_sparse::rows"][::std::mem::offset_of!(atkd_sparse, rows) - 0usize];
+    ["Offset of field: atkd_sparse::indices"]
+        [::std::mem::offset_of!(atkd_sparse, indices) - 416usize];
+    ["Offset of field: atkd_sparse::log_probs"]
+        [::std::mem::offset_of!(atkd_sparse, log_probs) - 424usize];
+    ["Offset of field: atkd_sparse::target_log_probs"]
+        [::std::mem::offset_of!(atkd_sparse, target_log_probs) - 432usize];
+    ["Offset of field: atkd_sparse::references"]
+        [::std::mem::offset_of!(atkd_sparse, references) - 440usize];
+    ["Offset of field: atkd_sparse::targets"]
+        [::std::mem::offset_of!(atkd_sparse, targets) - 448usize];
+    ["Offset of field: atkd_sparse::rests"][::std::mem::offset_of!(atkd_sparse, rests) - 456usize];
+    ["Offset of field: atkd_sparse::margins"]
+        [::std::mem::offset_of!(atkd_sparse, margins) - 464usize];
+    ["Offset of field: atkd_sparse::tolerance"]
+        [::std::mem::offset_of!(atkd_sparse, tolerance) - 472usize];
+    ["Offset of field: atkd_sparse::top_k"][::std::mem::offset_of!(atkd_sparse, top_k) - 480usize];
+    ["Offset of field: atkd_sparse::index_bytes"]
+        [::std::mem::offset_of!(atkd_sparse, index_bytes) - 484usize];
+    ["Offset of field: atkd_sparse::log_prob_type"]
+        [::std::mem::offset_of!(atkd_sparse, log_prob_type) - 488usize];
+    ["Offset of field: atkd_sparse::tail"][::std::mem::offset_of!(atkd_sparse, tail) - 492usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -284,6 +284,10 @@ const SCALE_THREADS: usize = ATKD_SCALE_THREADS as usize;
 const SCALE_BLOCKS: usize = ATKD_SCALE_BLOCKS as usize;
 const ENTROPY_THREADS: usize = ATKD_ENTROPY_THREADS as usize;
 const ENTROPY_BLOCKS: usize = ATKD_ENTROPY_BLOCKS as usize;
+const SPARSE_MARGIN_THREADS: usize = ATKD_SPARSE_MARGIN_THREADS as usize;
+const SPARSE_MARGIN_BLOCKS: usize = ATKD_SPARSE_MARGIN_BLOCKS as usize;
+const SPARSE_THREADS: usize = ATKD_SPARSE_THREADS as usize;
+const SPARSE_BLOCKS: usize = ATKD_SPARSE_BLOCKS as usize;
 const MERGE_THREADS: usize = ATKD_MERGE_THREADS as usize;
 const MERGE_BLOCKS: usize = ATKD_MERGE_BLOCKS as usize;
 const COUNT_THREADS: usize = ATKD_COUNT_THREADS as usize;
@@ -295,6 +299,8 @@ const HELD_BYTES: usize = ATKD_HELD_BYTES as usize;
 const MIN_GAIN: f64 = 1.05;
 /// Bytes by which a device hands out shared memory.
 const SHARED_UNIT: usize = 128;
+/// Bytes of shared memory that the driver reserves per block.
+const RESERVED_BYTES: usize = 1024;
 
 /// A way to hold rows in shared memory.
 #[derive(Clone, Copy)]
@@ -330,7 +336,7 @@ impl BlocksOnChip {
 /// memory, and what the driver reserves per block.
 fn pipelined_shared_bytes(sum_at_1: bool) -> usize {
     let own = if sum_at_1 { ATKD_PIPELINED_AT_1_STATIC_BYTES } else { ATKD_PIPELINED_STATIC_BYTES };
-    own as usize + 1024
+    own as usize + RESERVED_BYTES
 }
 
 /// Chunks of a row, which has up to one more if it starts off a chunk's boundary.
@@ -413,6 +419,42 @@ pub(crate) fn shard_rows(device: &DeviceProperties, tokens: usize, columns: usiz
     }
     let block = threads(chunks, 16 * blocks, STREAM_THREADS);
     shape(tokens.saturating_mul(blocks), block, blocks as u32)
+}
+
+/// The launch of `sparse_margin`: a warp takes a token in turn.
+pub(crate) fn sparse_margin(device: &DeviceProperties, tokens: usize) -> LaunchShape {
+    let resident = device.multiprocessors as usize * SPARSE_MARGIN_BLOCKS;
+    let block = SPARSE_MARGIN_THREADS;
+    shape(tokens.div_ceil(block / WARP).min(resident), block as u32, 1)
+}
+
+/// The launch of `row_sparse`, and the chunks of a row that a block has room for: as few blocks to a row as hold it, with as
+/// many as there can be on a multiprocessor, which read while others wait. A row that no cluster holds is read in tiles.
+pub(crate) fn row_sparse(
+    device: &DeviceProperties,
+    tokens: usize,
+    vocab: usize,
+    student: Dtype,
+    top_k: usize,
+) -> (LaunchShape, u32) {
+    let (chunks, chunk_bytes) = (chunks(vocab), CHUNK * student.size());
+    let room = |resident: usize| {
+        let of_block = device.shared_bytes / resident / SHARED_UNIT * SHARED_UNIT;
+        of_block.saturating_sub(ATKD_SPARSE_STATIC_BYTES as usize + RESERVED_BYTES) / chunk_bytes
+    };
+    let most = device.portable_cluster() as usize;
+    let fits = (1..=SPARSE_BLOCKS).rev().find_map(|resident| {
+        let blocks = chunks.div_ceil(room(resident));
+        (blocks <= most).then_some(blocks)
+    });
+    let blocks = fits.unwrap_or(most);
+    let of_block = chunks.div_ceil(blocks);
+    let tile = of_block.min(if fits.is_some() { of_block } else { room(SPARSE_BLOCKS) });
+    // A thread does a chunk of the classes, of which the last is the rest.
+    let least = (top_k / CHUNK + 1).next_multiple_of(WARP) as u32;
+    let block = threads(tile, 4, SPARSE_THREADS).max(least);
+    let shape = shape(tokens.saturating_mul(blocks), block, blocks as u32);
+    (LaunchShape { shared: (tile * chunk_bytes) as u32, ..shape }, tile as u32)
 }
 
 /// The launch of `merge_states`: a warp takes a token in turn.
@@ -751,6 +793,8 @@ mod tests {
                         ("row_terms", shard_rows(&H200, tokens, vocab)),
                         ("row_gradient", shard_rows(&H200, tokens, vocab)),
                         ("merge_states", merge_states(&H200, tokens)),
+                        ("sparse_margin", sparse_margin(&H200, tokens)),
+                        ("row_sparse", row_sparse(&H200, tokens, vocab, Dtype::F32, 1024).0),
                     ];
                     for (name, shape) in rows.chain(others) {
                         assert!((32..=threads(name)).contains(&shape.block), "{name}: {shape}");
@@ -775,6 +819,7 @@ mod tests {
                     text += &format!("{kernel} {dtype} {vocab}: {blocks} {threads}{mark}\n");
                 };
                 line("teacher_margin", chosen.margin, " *");
+                line("row_sparse", row_sparse(&H200, 8192, vocab, dtype, 64).0, " *");
                 for row_kernel in RowKernel::ALL {
                     let choice = Preference { row_kernel, team: 0 };
                     if let Some(plan) = Plan::with(&H200, &problem, choice) {
@@ -816,6 +861,32 @@ mod tests {
         }
         // So few rows are in flight together anyway.
         assert_eq!(rows(&H200, 32, 128_256).0, 1);
+    }
+
+    #[test]
+    fn rows_of_sparse_teachers() {
+        for device in [&H200, &A100] {
+            for dtype in [Dtype::F32, Dtype::Bf16] {
+                for vocab in (1..900_000).step_by(997) {
+                    for top_k in [1, 1024] {
+                        let (shape, tile) = row_sparse(device, 7, vocab, dtype, top_k);
+                        let LaunchShape { grid, block, cluster, shared, .. } = shape;
+                        assert_eq!(grid, 7 * cluster);
+                        assert!(cluster <= device.portable_cluster());
+                        assert_eq!(shared as usize, tile as usize * CHUNK * dtype.size());
+                        let own = ATKD_SPARSE_STATIC_BYTES as usize + RESERVED_BYTES;
+                        assert!(shared as usize + own <= device.shared_bytes, "{vocab}");
+                        // A thread does a chunk of the classes.
+                        assert!(block as usize > top_k / CHUNK && block <= ATKD_SPARSE_THREADS);
+                        let holds = (tile * cluster) as usize >= chunks(vocab);
+                        assert!(holds || cluster == device.portable_cluster(), "{vocab}");
+                    }
+                }
+            }
+        }
+        let blocks = |vocab, dtype| row_sparse(&H200, 1, vocab, dtype, 64).0.cluster;
+        assert_eq!([32_000, 128_256, 151_936].map(|vocab| blocks(vocab, Dtype::Bf16)), [1, 4, 5]);
+        assert_eq!([32_000, 128_256, 151_936].map(|vocab| blocks(vocab, Dtype::F32)), [2, 8, 6]);
     }
 
     #[test]

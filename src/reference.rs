@@ -291,7 +291,7 @@ pub(crate) fn compute(
             targets.map(|(token, target)| target.map(|target| row((token, target)))).collect()
         }
         Teacher::Sparse(sparse) => {
-            sparse.check(objective)?;
+            sparse.tail().check(objective)?;
             let row = |(token, label)| SparseRow::new(&sparse, objective, token, label, vocab);
             labels
                 .into_iter()

@@ -104,6 +104,17 @@ pub struct SparseTeacher<'a> {
     tail: Tail,
 }
 
+impl Tail {
+    /// Checks that the objective is finite, and estimated without bias, with this tail.
+    pub(crate) fn check(self, objective: &Objective) -> Result<()> {
+        match self {
+            Tail::Zero if objective.is_infinite_by_zero_tail() => Err(Error::ReverseKlOfZeroTail),
+            Tail::Sampled if !objective.takes_draws() => Err(Error::SampledDivergence),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl<'a> SparseTeacher<'a> {
     /// The most that K may be.
     pub const MAX_TOP_K: usize = 1024;
@@ -124,20 +135,7 @@ impl<'a> SparseTeacher<'a> {
         vocab: usize,
     ) -> Result<Self> {
         let (indices, log_probs) = (indices.into(), log_probs.into());
-        if !(1..=Self::MAX_TOP_K).contains(&top_k) {
-            return Err(Error::TopK { top_k, most: Self::MAX_TOP_K });
-        }
-        // Known tokens are sorted with 32 bits for one of the vocabulary.
-        if vocab > i32::MAX as usize {
-            let (what, most) = ("the vocabulary size", i32::MAX as usize);
-            return Err(Error::TooLarge { what, value: vocab, most });
-        }
-        let expected = tokens.saturating_mul(top_k);
-        for (what, actual) in [(INDICES, indices.len()), (LOG_PROBS, log_probs.len())] {
-            if actual != expected {
-                return Err(Error::SparseLength { what, actual, expected, tokens, top_k });
-            }
-        }
+        Self::check_shape([indices.len(), log_probs.len()], tokens, top_k, vocab)?;
         let (target_log_probs, target_rounding, tail) = (None, Dtype::F32, Tail::default());
         Ok(Self {
             tokens,
@@ -149,6 +147,30 @@ impl<'a> SparseTeacher<'a> {
             target_rounding,
             tail,
         })
+    }
+
+    /// Checks a shape, given how many indices and log-probabilities there are.
+    pub(crate) fn check_shape(
+        [indices, log_probs]: [usize; 2],
+        tokens: usize,
+        top_k: usize,
+        vocab: usize,
+    ) -> Result<()> {
+        if !(1..=Self::MAX_TOP_K).contains(&top_k) {
+            return Err(Error::TopK { top_k, most: Self::MAX_TOP_K });
+        }
+        // Known tokens are sorted with 32 bits for one of the vocabulary.
+        if vocab > i32::MAX as usize {
+            let (what, most) = ("the vocabulary size", i32::MAX as usize);
+            return Err(Error::TooLarge { what, value: vocab, most });
+        }
+        let expected = tokens.saturating_mul(top_k);
+        for (what, actual) in [(INDICES, indices), (LOG_PROBS, log_probs)] {
+            if actual != expected {
+                return Err(Error::SparseLength { what, actual, expected, tokens, top_k });
+            }
+        }
+        Ok(())
     }
 
     /// With the log-probability of each token's target, which then need not be among the K, and counts instead of that one if
@@ -192,18 +214,21 @@ impl<'a> SparseTeacher<'a> {
         self.vocab
     }
 
+    /// The indices, the log-probabilities and those of the targets.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    pub(crate) fn values(&self) -> (Labels<'a>, Elements<'a>, Option<&'a [f32]>) {
+        (self.indices, self.log_probs, self.target_log_probs)
+    }
+
+    /// The dtype that the targets' log-probabilities were rounded to.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    pub(crate) fn target_rounding(&self) -> Dtype {
+        self.target_rounding
+    }
+
     /// K.
     pub fn top_k(&self) -> usize {
         self.top_k
-    }
-
-    /// Checks that the objective is finite, and estimated without bias, with this tail.
-    pub(crate) fn check(&self, objective: &Objective) -> Result<()> {
-        match self.tail {
-            Tail::Zero if objective.is_infinite_by_zero_tail() => Err(Error::ReverseKlOfZeroTail),
-            Tail::Sampled if !objective.takes_draws() => Err(Error::SampledDivergence),
-            _ => Ok(()),
-        }
     }
 
     /// The tokens of a row of which something is known. `label` is the row's.
@@ -278,9 +303,7 @@ impl<'a> SparseTeacher<'a> {
             }
         }
 
-        let (of_known, of_target) = (self.log_probs.dtype(), self.target_rounding);
-        let target_is_wider = own.is_some() && tolerance(of_target) > tolerance(of_known);
-        let dtype = if target_is_wider { of_target } else { of_known };
+        let dtype = less_exact(self.log_probs.dtype(), own.map(|_| self.target_rounding));
         let tolerance = tolerance(dtype);
         let mass = log_probs.iter().map(|log_prob| log_prob.exp()).sum::<f64>();
         let target = place.unwrap_or_else(|at| at);
@@ -310,8 +333,14 @@ impl<'a> SparseTeacher<'a> {
     }
 }
 
+/// The dtype of the two by which the sum of probabilities may be further off.
+pub(crate) fn less_exact(of_known: Dtype, of_target: Option<Dtype>) -> Dtype {
+    let wider = |&dtype: &Dtype| tolerance(dtype) > tolerance(of_known);
+    of_target.filter(wider).unwrap_or(of_known)
+}
+
 /// How far rounding log-probabilities to this dtype may move their probabilities' sum from 1.
-fn tolerance(dtype: Dtype) -> f64 {
+pub(crate) fn tolerance(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F32 => 1e-4,
         Dtype::F16 => 1e-2,

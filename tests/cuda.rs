@@ -11,6 +11,8 @@ mod nccl;
 mod session;
 #[path = "cuda/shards.rs"]
 mod shards;
+#[path = "cuda/sparse.rs"]
+mod sparse;
 #[path = "stages/mod.rs"]
 mod stages;
 

@@ -35,6 +35,12 @@ void simt_changed(const uint32_t *at);
 void simt_wait_for_change(const uint32_t *at, uint32_t line);
 // 16 bytes of staged memory.
 void simt_load_staged(uint32_t offset, void *to);
+// An element of it, of 2 or 4 bytes.
+void simt_load_staged_element(uint32_t offset, uint32_t bytes, void *to);
+void simt_store_staged_element(uint32_t offset, uint32_t bytes, const void *from);
+// 16 bytes, which come when the thread waits for its copies.
+void simt_copy_async(uint32_t offset, const void *from);
+void simt_wait_for_copies();
 void simt_init_barrier(struct Barrier *barrier, uint32_t arrivals);
 // Expects so many bytes more.
 void simt_arrive(struct Barrier *barrier, uint32_t bytes);
@@ -305,6 +311,16 @@ ATKD_DEVICE Bytes16 load_staged(StagedMemory, uint32_t offset) {
     simt_load_staged(offset, &value);
     return value;
 }
+template <class T> ATKD_DEVICE T load_staged_element(StagedMemory, uint32_t offset) {
+    T value;
+    simt_load_staged_element(offset, sizeof value, &value);
+    return value;
+}
+template <class T> ATKD_DEVICE void store_staged_element(StagedMemory, uint32_t offset, T value) {
+    simt_store_staged_element(offset, sizeof value, &value);
+}
+ATKD_DEVICE void copy_async(StagedMemory, uint32_t offset, const void *from) { simt_copy_async(offset, from); }
+ATKD_DEVICE void wait_for_copies() { simt_wait_for_copies(); }
 ATKD_DEVICE void bulk_prefetch(const void *from, uint32_t bytes) { simt_bulk_prefetch(from, bytes); }
 ATKD_DEVICE void bulk_load(StagedMemory, uint32_t offset, const void *from, uint32_t bytes, Barrier *barrier) {
     simt_bulk_load(offset, from, bytes, barrier);

@@ -277,7 +277,7 @@ fn compute(
     let teacher = match batch.teacher() {
         Teacher::Dense(logits) => logits,
         Teacher::Sparse(sparse) => {
-            sparse.check(objective)?;
+            sparse.tail().check(objective)?;
             let models = session.model(&sparse)?;
             session.select()?;
             session.sparse_rows(&sparse, models, &mut rows);

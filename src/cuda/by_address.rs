@@ -5,8 +5,11 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, result, sys};
 
 use super::{Kernels, driver};
-use crate::call::{RawCall, RawEntropies, RawLogits, RawOutput, RawSelection, RawTeacher};
+use crate::call::{
+    RawCall, RawEntropies, RawLogits, RawOutput, RawSelection, RawSparseCall, RawTeacher,
+};
 use crate::device::kernel::Launch;
+use crate::device::sparse;
 use crate::device::stages::{
     Checked, launches, margins, scale_gradient, selection, token_entropies,
 };
@@ -46,6 +49,31 @@ impl Kernels {
         // SAFETY: the caller vouches for all addresses.
         unsafe {
             clear_padding(stream, call)?;
+            self.enqueue_in(stream, launches, workspace)
+        }
+    }
+
+    /// As [`launch_raw`](Self::launch_raw), with a teacher of which some log-probabilities per token are known.
+    ///
+    /// # Errors
+    /// As [`Workspace::launch_sparse`](super::Workspace::launch_sparse).
+    ///
+    /// # Safety
+    /// As [`launch_raw`](Self::launch_raw).
+    pub unsafe fn launch_sparse_raw(
+        &self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        call: &RawSparseCall,
+        workspace: u64,
+        output: &RawOutput,
+    ) -> Result<()> {
+        self.context().bind_to_thread().map_err(driver("using the context"))?;
+        let memory = self.memory_of(call.tokens.tokens, workspace);
+        let launches = sparse::launches(objective, call, output, &self.device(), memory)?;
+        // SAFETY: the caller vouches for all addresses.
+        unsafe {
+            clear_padding(stream, &call.of_student())?;
             self.enqueue_in(stream, launches, workspace)
         }
     }

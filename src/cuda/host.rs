@@ -2,8 +2,13 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 
-use super::{DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, Kernels, Workspace, driver};
-use crate::{Batch, Elements, ElementsMut, Labels, Logits, LogitsMut, Objective, Output, Result};
+use super::{
+    DeviceBatch, DeviceElements, DeviceLabels, DeviceLogits, DeviceLogitsMut, DeviceSparseTeacher,
+    DeviceTeacher, Kernels, Workspace, driver,
+};
+use crate::{
+    Batch, Elements, ElementsMut, Labels, Logits, LogitsMut, Objective, Output, Result, Teacher,
+};
 
 #[cfg(feature = "battery")]
 mod shards;
@@ -29,6 +34,14 @@ impl Copy {
             Elements::F16(slice) => Self::F16(upload(stream, slice)?),
             Elements::Bf16(slice) => Self::Bf16(upload(stream, slice)?),
         })
+    }
+
+    fn elements(&self, count: usize) -> DeviceElements<'_> {
+        match self {
+            Self::F32(slice) => slice.slice(..count).into(),
+            Self::F16(slice) => slice.slice(..count).into(),
+            Self::Bf16(slice) => slice.slice(..count).into(),
+        }
     }
 
     fn logits(&self, like: Logits) -> Result<DeviceLogits<'_>> {
@@ -123,8 +136,41 @@ impl Kernels {
         // Here an error can name the label.
         batch.valid_labels(objective)?;
         let stream = &self.context().default_stream();
-        let teacher = Copy::new(stream, batch.teacher_logits()?.elements())?;
-        let teacher = teacher.logits(batch.teacher_logits()?)?;
+        let (logits, indices_i64, indices_i32, log_probs, target_log_probs);
+        let teacher: DeviceTeacher = match batch.teacher() {
+            Teacher::Dense(teacher) => {
+                logits = Copy::new(stream, teacher.elements())?;
+                logits.logits(teacher)?.into()
+            }
+            Teacher::Sparse(teacher) => {
+                let (indices, values, of_targets) = teacher.values();
+                let indices = match indices {
+                    Labels::I64(indices) => {
+                        indices_i64 = upload(stream, indices)?;
+                        DeviceLabels::I64(indices_i64.slice(..indices.len()))
+                    }
+                    Labels::I32(indices) => {
+                        indices_i32 = upload(stream, indices)?;
+                        DeviceLabels::I32(indices_i32.slice(..indices.len()))
+                    }
+                };
+                log_probs = Copy::new(stream, values)?;
+                let values = log_probs.elements(values.len());
+                let (tokens, top_k) = (batch.teacher().tokens(), teacher.top_k());
+                let vocab = batch.teacher().vocab();
+                let on_device = DeviceSparseTeacher::new(indices, values, tokens, top_k, vocab)?
+                    .with_target_rounding(teacher.target_rounding())
+                    .with_tail(teacher.tail());
+                match of_targets {
+                    None => on_device.into(),
+                    Some(given) => {
+                        target_log_probs = upload(stream, given)?;
+                        let view = target_log_probs.slice(..given.len());
+                        on_device.with_target_log_probs(view)?.into()
+                    }
+                }
+            }
+        };
         let (labels_i64, labels_i32);
         let device_batch = match batch.labels() {
             None => DeviceBatch::unlabelled(teacher),
@@ -179,7 +225,7 @@ impl Kernels {
                 device_batch.with_temperatures(temperatures.slice(..given.len()))?
             }
         };
-        let capacity = batch.teacher_logits()?.tokens();
+        let capacity = batch.teacher().tokens();
         let mut workspace = Workspace::new(self, stream, capacity)?;
         let student_copy = Copy::new(stream, student.elements())?;
         let student = student_copy.logits(student)?;

@@ -108,8 +108,12 @@ impl Kernels {
             pipelined_blocks: 0,
             pipelined_wide_blocks: 0,
         };
+        let most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        for kernel in KERNELS.iter().filter(|kernel| kernel.name.starts_with("row_sparse")) {
+            allow_shared(&functions[kernel.name], most, kernel.threads)
+                .map_err(driver("preparing a kernel"))?;
+        }
         if capability >= (9, 0) && compiled_for >= 90 {
-            let most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
             // By threads, of which wide kernels have twice as many.
             let blocks_of = |threads| {
                 let kernels = KERNELS.iter().filter(|kernel| {

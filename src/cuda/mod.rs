@@ -71,8 +71,8 @@ use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, DriverError};
 
 pub use crate::call::{
-    RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawShard, RawStage, RawStates,
-    RawTeacher, RawTokens,
+    RawCall, RawLabels, RawLogits, RawOutput, RawRows, RawSelection, RawShard, RawSparseCall,
+    RawSparseTeacher, RawStage, RawStates, RawTeacher, RawTokens,
 };
 use crate::{Error, Result};
 #[cfg(feature = "head")]
@@ -83,7 +83,7 @@ pub use nccl::Ranks;
 pub use session::{RawSession, Session};
 pub use tensor::{
     DeviceBatch, DeviceElements, DeviceElementsMut, DeviceLabels, DeviceLogits, DeviceLogitsMut,
-    DeviceTokens,
+    DeviceSparseTeacher, DeviceTeacher, DeviceTokens,
 };
 pub use workspace::Workspace;
 

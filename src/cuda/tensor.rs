@@ -5,9 +5,12 @@ use cudarc::driver::{
 use half::{bf16, f16};
 
 use crate::batch::check_count;
-use crate::call::{HARD_MASK, RawLabels, RawLogits, RawTokens, TEMPERATURES, TOKEN_WEIGHTS};
+use crate::call::{
+    HARD_MASK, INDICES, LOG_PROBS, RawLabels, RawLogits, RawSparseTeacher, RawTokens,
+    TARGET_LOG_PROBS, TEMPERATURES, TOKEN_WEIGHTS,
+};
 use crate::logits::{check_length, check_vocab};
-use crate::{Dtype, Error, Result, Strides};
+use crate::{Dtype, Error, Result, SparseTeacher, Strides, Tail};
 
 macro_rules! elements {
     ($(#[$doc:meta])* $name:ident, $view:ident, $slice:ident: $($kind:tt)+) => {
@@ -420,35 +423,174 @@ pub(super) fn context_of<'a, T>(view: &'a CudaView<T>) -> &'a CudaContext {
     view.stream().context()
 }
 
+/// The teacher of a batch on the device: see [`Teacher`](crate::Teacher).
+#[derive(Debug)]
+pub enum DeviceTeacher<'a> {
+    /// The logits of the whole vocabulary.
+    Dense(DeviceLogits<'a>),
+    /// The log-probabilities of some tokens of the vocabulary.
+    Sparse(DeviceSparseTeacher<'a>),
+}
+
+impl DeviceTeacher<'_> {
+    /// Tokens, and those of the vocabulary.
+    pub(super) fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(logits) => logits.shape,
+            Self::Sparse(sparse) => sparse.shape,
+        }
+    }
+
+    /// The contexts of its memory, by what it holds.
+    pub(super) fn contexts(&self) -> Vec<(&'static str, &CudaContext)> {
+        match self {
+            Self::Dense(logits) => vec![("the teacher's logits", logits.context())],
+            Self::Sparse(sparse) => {
+                let target = sparse.target_log_probs.as_ref();
+                let target = target.map(|own| (TARGET_LOG_PROBS, context_of(own)));
+                let (indices, log_probs) = (&sparse.indices, &sparse.log_probs);
+                let others = [(INDICES, indices.context()), (LOG_PROBS, log_probs.context())];
+                others.into_iter().chain(target).collect()
+            }
+        }
+    }
+}
+
+impl<'a> From<DeviceLogits<'a>> for DeviceTeacher<'a> {
+    fn from(logits: DeviceLogits<'a>) -> Self {
+        Self::Dense(logits)
+    }
+}
+
+impl<'a> From<DeviceSparseTeacher<'a>> for DeviceTeacher<'a> {
+    fn from(sparse: DeviceSparseTeacher<'a>) -> Self {
+        Self::Sparse(sparse)
+    }
+}
+
+/// A teacher on the device of which some log-probabilities per token are known: see [`SparseTeacher`]. [`Tail::Uniform`] is
+/// the CPU's alone. A kernel checks the values: a token of whose teacher they are no distribution has the loss NaN, which is
+/// an error of the next read.
+#[derive(Debug)]
+pub struct DeviceSparseTeacher<'a> {
+    shape: [usize; 2],
+    top_k: usize,
+    indices: DeviceLabels<'a>,
+    log_probs: DeviceElements<'a>,
+    target_log_probs: Option<CudaView<'a, f32>>,
+    target_rounding: Dtype,
+    tail: Tail,
+}
+
+impl<'a> DeviceSparseTeacher<'a> {
+    /// As [`SparseTeacher::new`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn new(
+        indices: impl Into<DeviceLabels<'a>>,
+        log_probs: impl Into<DeviceElements<'a>>,
+        tokens: usize,
+        top_k: usize,
+        vocab: usize,
+    ) -> Result<Self> {
+        let (indices, log_probs) = (indices.into(), log_probs.into());
+        SparseTeacher::check_shape([indices.len(), log_probs.len()], tokens, top_k, vocab)?;
+        Ok(Self {
+            shape: [tokens, vocab],
+            top_k,
+            indices,
+            log_probs,
+            target_log_probs: None,
+            target_rounding: Dtype::F32,
+            tail: Tail::default(),
+        })
+    }
+
+    /// See [`SparseTeacher::with_target_log_probs`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_target_log_probs(mut self, log_probs: CudaView<'a, f32>) -> Result<Self> {
+        check_count(TARGET_LOG_PROBS, log_probs.len(), self.shape[0])?;
+        self.target_log_probs = Some(log_probs);
+        Ok(self)
+    }
+
+    /// See [`SparseTeacher::with_target_rounding`].
+    #[must_use]
+    pub fn with_target_rounding(mut self, dtype: Dtype) -> Self {
+        self.target_rounding = dtype;
+        self
+    }
+
+    /// With another tail.
+    #[must_use]
+    pub fn with_tail(mut self, tail: Tail) -> Self {
+        self.tail = tail;
+        self
+    }
+
+    /// The addresses for work on `stream`, and what must outlive the launches.
+    pub(super) fn raw<'s>(
+        &'s self,
+        stream: &'s CudaStream,
+    ) -> (RawSparseTeacher, [Option<SyncOnDrop<'s>>; 3]) {
+        let (indices, of_indices) = self.indices.raw(stream);
+        let (log_probs, of_log_probs) = self.log_probs.address(stream);
+        let (target_log_probs, of_target) =
+            self.target_log_probs.as_ref().map(|own| own.device_ptr(stream)).unzip();
+        let raw = RawSparseTeacher {
+            top_k: self.top_k,
+            indices,
+            log_probs,
+            dtype: self.log_probs.dtype(),
+            target_log_probs,
+            target_rounding: self.target_rounding,
+            tail: self.tail,
+        };
+        (raw, [Some(of_indices), Some(of_log_probs), of_target])
+    }
+}
+
 /// A batch of tokens on the device: see [`Batch`](crate::Batch).
 #[derive(Debug)]
 pub struct DeviceBatch<'a> {
-    pub(super) teacher: DeviceLogits<'a>,
+    pub(super) teacher: DeviceTeacher<'a>,
     pub(super) tokens: DeviceTokens<'a>,
 }
 
 impl<'a> DeviceBatch<'a> {
     /// # Errors
     /// If there is not one label a token.
-    pub fn new(teacher: DeviceLogits<'a>, labels: impl Into<DeviceLabels<'a>>) -> Result<Self> {
-        let tokens = DeviceTokens::new(labels, teacher.shape[1]);
+    pub fn new(
+        teacher: impl Into<DeviceTeacher<'a>>,
+        labels: impl Into<DeviceLabels<'a>>,
+    ) -> Result<Self> {
+        let teacher = teacher.into();
+        let tokens = DeviceTokens::new(labels, teacher.shape()[1]);
         Self::of_tokens(teacher, tokens)
     }
 
-    /// The teacher's logits of tokens that have labels.
+    /// The teacher of tokens that have labels.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub(crate) fn of_tokens(teacher: DeviceLogits<'a>, tokens: DeviceTokens<'a>) -> Result<Self> {
-        match [tokens.shape[0], teacher.shape[0]] {
+    pub(crate) fn of_tokens(
+        teacher: impl Into<DeviceTeacher<'a>>,
+        tokens: DeviceTokens<'a>,
+    ) -> Result<Self> {
+        let teacher = teacher.into();
+        match [tokens.shape[0], teacher.shape()[0]] {
             [labels, tokens] if labels != tokens => Err(Error::LabelCount { labels, tokens }),
             _ => Ok(Self { teacher, tokens }),
         }
     }
 
     /// A batch without labels, for objectives with [`Target::Teacher`](crate::Target::Teacher).
-    pub fn unlabelled(teacher: DeviceLogits<'a>) -> Self {
-        let [tokens, vocab] = teacher.shape;
+    pub fn unlabelled(teacher: impl Into<DeviceTeacher<'a>>) -> Self {
+        let teacher = teacher.into();
+        let [tokens, vocab] = teacher.shape();
         Self { teacher, tokens: DeviceTokens::unlabelled(tokens, vocab) }
     }
 

@@ -13,17 +13,18 @@ use super::kernels::Clock;
 use super::shards::clear_shard_padding;
 use super::tensor::context_of;
 use super::{
-    DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, DeviceTokens, Kernels, driver,
+    DeviceBatch, DeviceLabels, DeviceLogits, DeviceLogitsMut, DeviceTeacher, DeviceTokens, Kernels,
+    driver,
 };
 use crate::batch::check_count;
 use crate::call::{
     ENTROPIES, HARD_MASK, RawCall, RawEntropies, RawLogits, RawOutput, RawRows, RawSelection,
-    RawShard, RawStage, RawTeacher, TEMPERATURES,
+    RawShard, RawSparseCall, RawStage, RawTeacher, TEMPERATURES,
 };
 use crate::device::kernel::Launch;
-use crate::device::shards;
 use crate::device::stages::{Checked, launches, margins, selection};
 use crate::device::workspace::{Layout, Memory, check_faults, read_summary};
+use crate::device::{shards, sparse};
 use crate::params::atkd_summary;
 use crate::{Error, Objective, Output, Result, SelectionRule};
 
@@ -130,7 +131,7 @@ impl Workspace {
         batch: &DeviceBatch,
         student: &DeviceLogits,
     ) -> Result<()> {
-        check_shape(batch.teacher.shape, "the student's logits", student.shape)?;
+        check_shape(batch.teacher.shape(), "the student's logits", student.shape)?;
         self.check_batch(stream, batch, &[("the student's logits", student.context())], None)?;
         let (student, _guard) = student.raw(stream);
         self.enqueue(stream, objective, batch, student, None, None)
@@ -153,8 +154,8 @@ impl Workspace {
         mut gradient: DeviceLogitsMut,
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
-        check_shape(batch.teacher.shape, "the student's logits", student.shape)?;
-        check_shape(batch.teacher.shape, "the gradient", gradient.shape)?;
+        check_shape(batch.teacher.shape(), "the student's logits", student.shape)?;
+        check_shape(batch.teacher.shape(), "the gradient", gradient.shape)?;
         let others =
             [("the student's logits", student.context()), ("the gradient", gradient.context())];
         self.check_batch(stream, batch, &others, upstream)?;
@@ -176,7 +177,7 @@ impl Workspace {
         mut student: DeviceLogitsMut,
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
-        check_shape(batch.teacher.shape, "the student's logits", student.shape)?;
+        check_shape(batch.teacher.shape(), "the student's logits", student.shape)?;
         self.check_batch(stream, batch, &[("the student's logits", student.context())], upstream)?;
         let padding = student.padding();
         let (student, _guard) = student.raw(stream);
@@ -190,8 +191,8 @@ impl Workspace {
         others: &[(&'static str, &CudaContext)],
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
-        let teacher = [("the teacher's logits", batch.teacher.context())];
-        self.check(stream, &batch.tokens, others.iter().copied().chain(teacher), upstream)
+        let others = others.iter().copied().chain(batch.teacher.contexts());
+        self.check(stream, &batch.tokens, others, upstream)
     }
 
     /// Checks a call but for its shapes. This comes before any address is asked for: cudarc then
@@ -240,10 +241,21 @@ impl Workspace {
         gradient: Option<(RawLogits, usize)>,
         upstream: Option<&CudaView<f32>>,
     ) -> Result<()> {
-        let (teacher, _teacher) = batch.teacher.raw(stream);
         let (tokens, _tokens) = batch.tokens.raw(upstream, stream);
         let (gradient, padding) = gradient.unzip();
         let gradient_padding = padding.unwrap_or(0);
+        let teacher = match &batch.teacher {
+            DeviceTeacher::Dense(teacher) => teacher,
+            DeviceTeacher::Sparse(teacher) => {
+                let (teacher, _teacher) = teacher.raw(stream);
+                let call = RawSparseCall { tokens, teacher, student, gradient, gradient_padding };
+                // SAFETY: see below.
+                return unsafe {
+                    self.launch_sparse(stream, objective, &call, &RawOutput::default())
+                };
+            }
+        };
+        let (teacher, _teacher) = teacher.raw(stream);
         let rows = RawRows { tokens: tokens.tokens, teacher, student, gradient, gradient_padding };
         let call = tokens.whole_call(&rows);
         // SAFETY: the views were checked to hold what the call says, and the guards above let the memory's
@@ -269,12 +281,45 @@ impl Workspace {
         call: &RawCall,
         output: &RawOutput,
     ) -> Result<()> {
-        self.check_context("the stream", stream.context())?;
-        let context = self.kernels.context();
-        context.bind_to_thread().map_err(driver("using the context"))?;
         let checked = Checked::new(objective, call)?;
         let plan = self.kernels.plan(&checked.problem);
         let launches = launches(&checked, output, &plan, self.memory_at())?;
+        // SAFETY: the caller's.
+        unsafe { self.launch_call(stream, objective, call, launches) }
+    }
+
+    /// As [`launch`](Self::launch), with a teacher of which some log-probabilities per token are known.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch), or if the tail is one that the kernels do not have.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub unsafe fn launch_sparse(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        call: &RawSparseCall,
+        output: &RawOutput,
+    ) -> Result<()> {
+        let device = self.kernels.device();
+        let launches = sparse::launches(objective, call, output, &device, self.memory_at())?;
+        // SAFETY: the caller's.
+        unsafe { self.launch_call(stream, objective, &call.of_student(), launches) }
+    }
+
+    /// # Safety
+    /// As [`launch`](Self::launch), of a call that is valid, and its launches.
+    unsafe fn launch_call(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        objective: &Objective,
+        call: &RawCall,
+        launches: impl IntoIterator<Item = Launch>,
+    ) -> Result<()> {
+        self.check_context("the stream", stream.context())?;
+        let context = self.kernels.context();
+        context.bind_to_thread().map_err(driver("using the context"))?;
         self.clear_after_stages(stream);
         // Orders this call and those on other streams; within a capture the caller does.
         let ordered = !tracked_capture(stream, self.memory.context())?;
@@ -340,18 +385,21 @@ impl Workspace {
         batch: &DeviceBatch,
         mut to: CudaViewMut<f32>,
     ) -> Result<()> {
-        let [tokens, vocab] = batch.teacher.shape;
+        let DeviceTeacher::Dense(teacher) = &batch.teacher else {
+            return Err(Error::NoTeacherLogits);
+        };
+        let [tokens, vocab] = teacher.shape;
         if to.len() != tokens {
             return Err(Error::MarginCount { margins: to.len(), tokens });
         }
         let parts = [
-            ("the teacher's logits", Some(batch.teacher.context())),
+            ("the teacher's logits", Some(teacher.context())),
             ("the labels", batch.tokens.labels.as_ref().map(DeviceLabels::context)),
             (TEMPERATURES, batch.tokens.temperatures.as_ref().map(context_of)),
             ("the margins", Some(&**to.stream().context())),
         ];
         self.check_memory(stream, parts.into_iter())?;
-        let (teacher, _teacher) = batch.teacher.raw(stream);
+        let (teacher, _teacher) = teacher.raw(stream);
         let labels = batch.tokens.labels.as_ref().map(|labels| labels.raw(stream));
         let (to, _to) = to.device_ptr_mut(stream);
         let labels = labels.as_ref().map(|(labels, _)| *labels);

@@ -155,6 +155,13 @@ macro_rules! with_kernels {
                 ATKD_MERGE_THREADS ATKD_MERGE_BLOCKS BlocksAndClusters:
                     merge_states merge_states_reverse_kl merge_states_mixture merge_states_total_variation;
             }
+            Sparse(atkd_sparse) {
+                ATKD_SPARSE_MARGIN_THREADS ATKD_SPARSE_MARGIN_BLOCKS BlocksAndClusters: sparse_margin;
+                ATKD_SPARSE_THREADS ATKD_SPARSE_BLOCKS Never:
+                    row_sparse_f32 row_sparse_f16 row_sparse_bf16 row_sparse_f32_reverse_kl row_sparse_f16_reverse_kl
+                    row_sparse_bf16_reverse_kl row_sparse_f32_mixture row_sparse_f16_mixture row_sparse_bf16_mixture
+                    row_sparse_f32_total_variation row_sparse_f16_total_variation row_sparse_bf16_total_variation;
+            }
             TokenTerms(atkd_token_terms) {
                 ATKD_TERMS_THREADS ATKD_TERMS_BLOCKS BlocksAndClusters:
                     token_terms token_terms_reverse_kl token_terms_mixture token_terms_total_variation;
@@ -316,6 +323,14 @@ pub fn of_shard(
     };
     let kernel = KERNELS.iter().find(|kernel| kernel.name == name);
     kernel.expect("shards have kernels for all types").name
+}
+
+/// The name of the kernel for rows of a sparse teacher, for a student's logits of this type.
+pub fn of_sparse(family: Family, student: Dtype) -> &'static str {
+    let divergence = of_terms(family).strip_prefix("token_terms").unwrap_or_default();
+    let name = format!("{}{divergence}", of_dtype!("row_sparse", student));
+    let kernel = KERNELS.iter().find(|kernel| kernel.name == name);
+    kernel.expect("sparse teachers have kernels for all types").name
 }
 
 /// The starts of rows, in the form in which kernels find them.

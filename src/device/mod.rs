@@ -3,5 +3,6 @@
 pub(crate) mod kernel;
 pub(crate) mod session;
 pub(crate) mod shards;
+pub(crate) mod sparse;
 pub(crate) mod stages;
 pub(crate) mod workspace;

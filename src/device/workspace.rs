@@ -120,7 +120,7 @@ impl Layout {
     /// Reads the results that kernels left in a copy of the workspace's memory.
     ///
     /// # Errors
-    /// If a kernel met a label or an offset out of range.
+    /// If a kernel met a label or an offset out of range, or a sparse teacher that is no distribution.
     pub fn read(
         self,
         memory: &[u8],
@@ -186,6 +186,9 @@ pub(crate) fn check_faults(
     }
     if summary.offset_fault != 0 {
         return Err(Error::DeviceSequences { sequence: !summary.offset_fault });
+    }
+    if summary.teacher_fault != 0 {
+        return Err(Error::DeviceTeacher { token: !summary.teacher_fault, vocab });
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 pub mod machine;
 mod session;
 mod shards;
+mod sparse;
 mod table;
 
 use std::ffi::c_void;
@@ -23,6 +24,7 @@ use crate::plan::{DeviceProperties, LaunchShape, Plan, Preference};
 use crate::unfused::device;
 use crate::{
     Batch, Elements, Error, Labels, Logits, LogitsMut, Objective, Output, Result, SelectionRule,
+    Teacher,
 };
 pub use session::Session;
 
@@ -186,10 +188,7 @@ impl Simulation {
         extra: Extra,
     ) -> Result<(Output, Traffic)> {
         batch.check_shape("the student's logits", [student.tokens(), student.vocab()])?;
-        let mut buffers = vec![
-            input("teacher", batch.teacher_logits()?.elements()),
-            input("student", student.elements()),
-        ];
+        let mut buffers = vec![input("student", student.elements())];
         if let Some(gradient) = &gradient {
             let view = gradient.as_logits();
             batch.check_shape("the gradient", [view.tokens(), view.vocab()])?;
@@ -218,10 +217,7 @@ impl Simulation {
     ) -> Result<(Output, Traffic)> {
         let view = student.as_logits();
         batch.check_shape("the student's logits", [view.tokens(), view.vocab()])?;
-        let buffers = vec![
-            input("teacher", batch.teacher_logits()?.elements()),
-            Buffer { writable: true, ..input("student", view.elements()) },
-        ];
+        let buffers = vec![Buffer { writable: true, ..input("student", view.elements()) }];
         self.call(objective, batch, raw(view), Some(raw(view)), extra, buffers)
     }
 
@@ -234,16 +230,19 @@ impl Simulation {
         extra: Extra,
         mut buffers: Vec<Buffer>,
     ) -> Result<(Output, Traffic)> {
-        let inputs = Inputs::new(batch, extra);
-        buffers.extend(inputs.buffers());
-        let (tokens, vocab) = (batch.teacher_logits()?.tokens(), batch.teacher_logits()?.vocab());
-        let rows = RawRows {
-            tokens,
-            teacher: raw(batch.teacher_logits()?),
-            student,
-            gradient,
-            gradient_padding: 0,
+        let teacher = match batch.teacher() {
+            Teacher::Dense(logits) => logits,
+            Teacher::Sparse(teacher) => {
+                return self
+                    .sparse_call(objective, batch, &teacher, student, gradient, extra, buffers);
+            }
         };
+        let inputs = Inputs::new(batch, extra);
+        buffers.push(input("teacher", teacher.elements()));
+        buffers.extend(inputs.buffers());
+        let (tokens, vocab) = (teacher.tokens(), teacher.vocab());
+        let rows =
+            RawRows { tokens, teacher: raw(teacher), student, gradient, gradient_padding: 0 };
         let call = inputs.tokens.whole_call(&rows);
         let layout = Layout { capacity: tokens };
         let workspace = self.workspace(layout, &mut buffers);

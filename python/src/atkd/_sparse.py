@@ -211,6 +211,9 @@ class SparseATKDLoss(_loss.Criterion):
     """
 
     inplace = _loss.setting("inplace")
+    vocab_group = _loss.setting("vocab_group")
+    token_group = _loss.setting("token_group")
+    vocab_start = _loss.setting("vocab_start")
     tail = _loss.setting("tail")
 
     def __init__(self, *arguments: Any, tail: str = "bucket", **settings: Any) -> None:

@@ -109,7 +109,7 @@ pub(in crate::cpu) fn teacher_logits_by(
 impl Stage<'_> {
     /// The teacher's distribution for every token, `None` for ignored ones.
     fn models(&self, teacher: &SparseTeacher, student: Logits) -> Result<Vec<Option<Modelled>>> {
-        teacher.check(self.objective)?;
+        teacher.tail().check(self.objective)?;
         if self.objective.target() == Target::Teacher {
             return Err(Error::ShardOfTeacherTarget);
         }

@@ -1,5 +1,5 @@
 //! Staged memory, the mbarriers at which bulk copies are waited for, and the copies, which take turns with the threads: a
-//! kernel may count on no more than it waited for.
+//! kernel may count on no more than it waited for. The asynchronous copies of a thread come when it waits for them.
 //!
 //! Each thread has a vector clock with a component per mbarrier: the phases that are known to have completed. A wait joins
 //! the barrier's release clock into it, an arrival joins it into that, and a barrier of block, cluster or warp joins those
@@ -89,6 +89,8 @@ pub(super) struct Bulk {
     /// The release clock of each mbarrier, by its id: the join of the clocks of those that arrived.
     release_clocks: Vec<VectorClock>,
     copies: Vec<Copy>,
+    /// By thread, the offsets and sources of the asynchronous copies that it has not waited for.
+    async_copies: Vec<Vec<(u32, usize)>>,
     /// How many turns threads have before the next copy's.
     turns_to_copy: u32,
 }
@@ -96,7 +98,11 @@ pub(super) struct Bulk {
 #[derive(Clone, Copy, PartialEq)]
 enum Access {
     Read,
+    Write,
+    /// A write of an element beside those that others write.
+    WriteElement,
     BulkLoad,
+    AsyncCopy,
 }
 
 impl Bulk {
@@ -106,6 +112,7 @@ impl Bulk {
             clocks: vec![VectorClock::new(); threads],
             release_clocks: Vec::new(),
             copies: Vec::new(),
+            async_copies: vec![Vec::new(); threads],
             turns_to_copy: 0,
         }
     }
@@ -145,7 +152,9 @@ impl Machine<'_> {
     ) -> Result<&mut [Granule], String> {
         let what = match access {
             Access::Read => "read",
+            Access::Write | Access::WriteElement => "write",
             Access::BulkLoad => "bulk load",
+            Access::AsyncCopy => "asynchronous copy",
         };
         let (slot, _) = self.slots_of(self.thread);
         let (thread, races) = (self.thread, &self.races);
@@ -161,14 +170,18 @@ impl Machine<'_> {
             ));
         };
         let clock = &clocks[thread];
-        let kind = if access == Access::Read { races::Access::Read } else { races::Access::Write };
+        let kind = match access {
+            Access::Read => races::Access::Read,
+            Access::WriteElement => races::Access::Add,
+            Access::Write | Access::BulkLoad | Access::AsyncCopy => races::Access::Write,
+        };
         for (i, granule) in granules.iter_mut().enumerate() {
             let mistake = if !granule.filled.happened_before(clock) {
                 "before a wait for the bulk load that fills it"
             } else if access == Access::Read && !granule.written {
                 "that nobody has written"
             } else if races.access(thread, kind, &mut granule.accesses).is_err() {
-                "that another thread may still read"
+                "that another thread may still access"
             } else {
                 continue;
             };
@@ -237,6 +250,10 @@ impl Machine<'_> {
         if self.shape.shared == 0 {
             return;
         }
+        if self.bulk.async_copies[block.clone()].iter().any(|copies| !copies.is_empty()) {
+            self.record_fault(thread, "its block ended without a wait for an asynchronous copy");
+            return;
+        }
         self.bulk.join_all(block);
         let clock = &self.bulk.clocks[thread];
         let waited = |granule: &Granule| granule.filled.happened_before(clock);
@@ -271,6 +288,53 @@ unsafe extern "C" fn simt_load_staged(offset: u32, to: *mut [u8; 16]) {
     unsafe {
         let granules = machine().access(Access::Read, offset, 16).unwrap_or_else(|e| fault(e));
         *to = granules[0].bytes;
+    }
+}
+
+/// The granule of an element, and the element's bytes in it.
+unsafe fn element<'a>(access: Access, offset: u32, bytes: u32) -> (&'a mut Granule, Range<usize>) {
+    if !(bytes == 2 || bytes == 4) || !offset.is_multiple_of(bytes) {
+        fault(format!("an element of {bytes} bytes at byte {offset} of staged memory"));
+    }
+    let inside = offset as usize % 16;
+    let granules = unsafe { machine() }.access(access, offset / 16 * 16, 16);
+    (&mut granules.unwrap_or_else(|e| fault(e))[0], inside..inside + bytes as usize)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_load_staged_element(offset: u32, bytes: u32, to: *mut u8) {
+    unsafe {
+        let (granule, range) = element(Access::Read, offset, bytes);
+        to.copy_from_nonoverlapping(granule.bytes[range].as_ptr(), bytes as usize);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_store_staged_element(offset: u32, bytes: u32, from: *const u8) {
+    unsafe {
+        let (granule, range) = element(Access::WriteElement, offset, bytes);
+        granule.written = true;
+        granule.bytes[range].as_mut_ptr().copy_from_nonoverlapping(from, bytes as usize);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_copy_async(offset: u32, from: *const c_void) {
+    simt_access(from, 16, 16, false);
+    let (machine, thread) = unsafe { current() };
+    let granules = machine.access(Access::AsyncCopy, offset, 16).unwrap_or_else(|e| fault(e));
+    granules[0].written = false;
+    machine.bulk.async_copies[thread].push((offset, from as usize));
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simt_wait_for_copies() {
+    let (machine, thread) = unsafe { current() };
+    for (offset, from) in std::mem::take(&mut machine.bulk.async_copies[thread]) {
+        let granules = machine.access(Access::Write, offset, 16).unwrap_or_else(|e| fault(e));
+        // SAFETY: so much was checked when the copy began.
+        granules[0].bytes = unsafe { *(from as *const [u8; 16]) };
+        granules[0].written = true;
     }
 }
 
