@@ -195,6 +195,33 @@ fn the_schedule_changes_no_bit() {
 }
 
 /// Tokens whose teacher is no distribution have a gradient of NaN, and the call an error; the other tokens' gradient is theirs.
+/// A row without mass by tail zero, one without draws, one of the whole vocabulary with too little.
+#[test]
+fn masses_that_no_tail_completes() {
+    let objective = Objective::default();
+    for (tail, vocab, of_target) in [
+        (Tail::Zero, 1000, f32::NEG_INFINITY),
+        (Tail::Sampled, 1000, -2.0),
+        (Tail::Bucket, 8, -3.0),
+    ] {
+        let mut input = Input::new(3, vocab, 8);
+        if tail == Tail::Bucket {
+            for token in [0, 2] {
+                input.of_targets[token] = -8_f32.ln();
+                input.log_probs[8 * token..][..8].fill(-8_f32.ln());
+            }
+        } else {
+            input.log_probs[8..16].fill(f32::NEG_INFINITY);
+        }
+        input.of_targets[1] = of_target;
+        let batch = input.batch(tail);
+        let run =
+            Simulation::default().run(&objective, &batch, input.view(), None, Extra::default());
+        assert_eq!(run.unwrap_err(), Error::DeviceTeacher { token: 1, vocab }, "{tail:?}");
+        assert!(cpu::forward(&objective, &batch, input.view()).is_err(), "{tail:?}");
+    }
+}
+
 #[test]
 fn mistakes_are_nan() {
     let vocab = 1000;
