@@ -105,7 +105,8 @@ ATKD_DEVICE Distribution distribution_of(const atkd_sparse &p, uint32_t token, i
     } else {
         // A row needs a mass; and where no token is left to have the rest, all of it.
         double least = p.tail == ATKD_TAIL_ZERO ? 0 : unknown == 0 ? 1 - p.tolerance : -1;
-        wrong |= !(mass <= 1 + p.tolerance) || mass < least || (p.tail == ATKD_TAIL_ZERO && sum == 0 && own == -infinity);
+        wrong |=
+            !(mass <= 1 + p.tolerance) || mass < least || (p.tail == ATKD_TAIL_ZERO && sum == 0 && own == -infinity);
     }
     if (warp_ballot(wrong) != 0) {
         report_teacher(p, token);
