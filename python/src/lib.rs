@@ -575,8 +575,8 @@ mod _atkd {
     use super::report::report;
     #[pymodule_export]
     use super::shards::{
-        shard_gradient, shard_loss, shard_margins, shard_rests, shard_states,
-        shard_teacher_logits, shard_terms,
+        shard_gradient, shard_loss, shard_margins, shard_rests, shard_states, shard_teacher_logits,
+        shard_terms,
     };
     #[pymodule_export]
     use super::teacher_cache::{NativeWriter, Reader};

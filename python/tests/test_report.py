@@ -2,10 +2,9 @@
 
 import re
 
+import atkd
 import pytest
 import torch
-
-import atkd
 
 
 def call(device="cpu"):
