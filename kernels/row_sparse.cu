@@ -407,10 +407,12 @@ ATKD_DEVICE void row_of_classes(const atkd_sparse &p, uint32_t token, uint8_t mo
             RowScales complete;
             double dkd = D::finish(p.rows.divergence, shared.scales[0], all, complete);
             sync_warp();
-            // All others are as they were; copied as one, they would lie in local memory.
+            // The others are as they were. Copied from the complete ones, all would lie in local memory.
             if (thread_index() == 0) {
-                shared.scales[0].student = complete.student;
-                shared.scales[0].target = complete.target;
+                RowScales found = shared.scales[0];
+                found.student = complete.student;
+                found.target = complete.target;
+                shared.scales[0] = found;
             }
             store_dkd(p.rows, token, dkd);
         }
