@@ -233,8 +233,8 @@ impl Simulation {
         let teacher = match batch.teacher() {
             Teacher::Dense(logits) => logits,
             Teacher::Sparse(teacher) => {
-                return self
-                    .sparse_call(objective, batch, &teacher, student, gradient, extra, buffers);
+                let inputs = Inputs::new(batch, extra);
+                return self.sparse_call(objective, inputs, &teacher, student, gradient, buffers);
             }
         };
         let inputs = Inputs::new(batch, extra);

@@ -1,26 +1,24 @@
 //! A call with a sparse teacher, through the CUDA kernels.
 
 use super::machine::Buffer;
-use super::{Extra, Inputs, Simulation, Traffic, address, input, labels, raw_labels};
+use super::{Inputs, Simulation, Traffic, address, input, labels, raw_labels};
 use crate::call::{RawLogits, RawOutput, RawSparseCall, RawSparseTeacher};
 use crate::device::sparse::launches;
 use crate::device::workspace::{Layout, Memory};
 use crate::sparse::SparseTeacher;
-use crate::{Batch, Objective, Output, Result};
+use crate::{Objective, Output, Result};
 
 impl Simulation {
-    /// The call of a batch whose teacher this is.
+    /// The call of a batch with this teacher.
     pub(super) fn sparse_call(
         self,
         objective: &Objective,
-        batch: &Batch,
+        inputs: Inputs,
         teacher: &SparseTeacher,
         student: RawLogits,
         gradient: Option<RawLogits>,
-        extra: Extra,
         mut buffers: Vec<Buffer>,
     ) -> Result<(Output, Traffic)> {
-        let inputs = Inputs::new(batch, extra);
         buffers.extend(inputs.buffers());
         let (indices, log_probs, target_log_probs) = teacher.values();
         buffers.push(Buffer { name: "indices", ..labels(indices) });
