@@ -3,9 +3,10 @@
 // of a row that is longer than a cluster has room for, and the gradient is written once.
 //
 // To the teacher all tokens that it does not know are one class: by ATKD_TAIL_BUCKET that is the definition, and by
-// ATKD_TAIL_ZERO no divergence tells tokens without a probability from each other. So a row has K + 2 classes, the known
-// tokens, the target and the rest, whose logit is the log-sum-exp of the rest's, and the mathematics of any other row is
-// the first block's. The gradient of a token of the rest is the class's times the token's share of it.
+// ATKD_TAIL_ZERO and ATKD_TAIL_SAMPLED no divergence tells tokens without a probability from each other. So a row has
+// K + 2 classes, the known tokens, the target and the rest, whose logit is the log-sum-exp of the rest's, and the
+// mathematics of any other row is the first block's. The gradient of a token of the rest is the class's times the token's
+// share of it.
 //
 //   all blocks   | the row without the known tokens | sums of the rest |             | gradient of the rest, of the known
 //   first block  | the logits of the classes        |                  | the classes |
