@@ -235,7 +235,7 @@ class SparseATKDLoss(_loss.Criterion):
         self,
         student_logits: Tensor,
         indices: Tensor,
-        log_probs: Tensor = None,  # type: ignore[assignment]
+        log_probs: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         target_log_prob: Optional[Tensor] = None,
         num_items_in_batch: Union[None, int, float, Tensor] = None,
@@ -261,7 +261,7 @@ class SparseATKDLoss(_loss.Criterion):
         return sparse_atkd_loss(
             student_logits,
             indices,
-            log_probs,
+            log_probs,  # type: ignore[arg-type]
             labels,
             target_log_prob=target_log_prob,
             num_items_in_batch=num_items_in_batch,

@@ -34,7 +34,6 @@ class SparseTeacher(NamedTuple):
         )
 
     @staticmethod
-    @torch.no_grad()
     def sample(
         teacher_logits: Tensor,
         labels: Tensor,
@@ -86,7 +85,7 @@ class SparseTeacher(NamedTuple):
                 raise ValueError(f"{name} is {number}, but must be from 1 to {most}")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, but must be positive")
-        flat = teacher_logits[..., :vocab].reshape(-1, vocab)
+        flat = teacher_logits.detach()[..., :vocab].reshape(-1, vocab)
         of_rows = labels.reshape(-1).to(flat.device, torch.int64)
         valid = of_rows != ignore_index
         wrong = (valid & ((of_rows < 0) | (of_rows >= vocab))).nonzero()
