@@ -99,7 +99,7 @@ struct Args {
     /// The seed of the models' starts, of the order of the batches and of samples
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// The folder for tables (CSV) and plots (SVG)
+    /// The folder for tables (CSV), plots (SVG) and a page about the last student (HTML)
     #[arg(long, default_value = "target/distill")]
     out: PathBuf,
     /// ATKD's weight of easy tokens; hard ones have 1 - lambda
@@ -439,6 +439,11 @@ fn run(args: &Args) -> Result<()> {
         Ok(())
     };
     measure(&students, &mut rows)?;
+    if let Some(Student { training, model, .. }) = students.last() {
+        let Training { name, objective, .. } = training;
+        let terms = held_out.measure_by(objective, model, Some(&teacher), args.fused_head)?;
+        report::write_page(&args.out, name, args.steps, &terms)?;
+    }
     let mut runs = vec![("loss".to_string(), curves(students))];
     for &k in &args.teacher_cache {
         let cache = TeacherCache::open(cache_path(args, k))?;
@@ -646,13 +651,24 @@ impl HeldOut {
         teacher: Option<&Model>,
         fused_head: bool,
     ) -> Result<Vec<TokenTerms>> {
+        self.measure_by(&cross_entropy()?, model, teacher, fused_head)
+    }
+
+    /// Each token's terms by an objective, whose hard tokens are those of a batch.
+    fn measure_by(
+        &self,
+        objective: &Objective,
+        model: &Model,
+        teacher: Option<&Model>,
+        fused_head: bool,
+    ) -> Result<Vec<TokenTerms>> {
         let measure = |batch: &Batch| -> Result<Vec<TokenTerms>> {
             let said = Said::by(model, &batch.inputs, fused_head)?.detach();
             let by_teacher = match teacher {
                 Some(teacher) => Said::by(teacher, &batch.inputs, fused_head)?.detach(),
                 None => said.clone(),
             };
-            let (_, output) = said.loss(&cross_entropy()?, &by_teacher, &batch.labels)?;
+            let (_, output) = said.loss(objective, &by_teacher, &batch.labels)?;
             Ok(output.tokens)
         };
         let terms = self.batches.par_iter().map(measure).collect::<Result<Vec<_>>>()?;

@@ -156,6 +156,16 @@ pub fn write_results(folder: &Path, rows: &[Row]) -> Result<()> {
     write(folder, "results.csv", csv)
 }
 
+/// `report.html`: what the loss that a student was trained by is on the held-out text after so many steps.
+pub fn write_page(folder: &Path, name: &str, steps: usize, terms: &[TokenTerms]) -> Result<()> {
+    let page = atkd::report::Report::new(terms)
+        .with_title(format!("The student under {name}, on held-out text"))
+        .with_fact("steps", steps)
+        .with_fact("mean loss", mean(terms.iter().map(|token| token.loss)))
+        .with_fact("hard tokens", "those of each batch of held-out text");
+    write(folder, "report.html", page.to_html())
+}
+
 /// `{name}.csv` and `{name}.svg`, for example `loss.csv`. The plot starts after the first sixth of the steps, where the curves
 /// still coincide.
 pub fn write_curves(folder: &Path, name: &str, curves: &[Curve], teacher_loss: f64) -> Result<()> {
