@@ -187,6 +187,7 @@ def sparse_faults(here, layout, columns, tokens, at):
         lambda teacher, given: teacher._replace(log_probs=teacher.log_probs.half()),
         lambda teacher, given: teacher._replace(log_probs=teacher.log_probs[1:]),
         lambda teacher, given: teacher._replace(indices=None),
+        lambda teacher, given: teacher._replace(indices=teacher),
     ]
     return [raised(call, fault) for fault in faults], call(None)
 

@@ -54,11 +54,31 @@ def test_without_a_gradient(tmp_path):
     assert "gradient norm" not in page and "<th>tokens with a label</th><td>5</td>" in page
 
 
+def test_odd_numbers(tmp_path):
+    """A gradient of float64, none of a vocabulary of nothing, names that are no words, a teacher that is NaN."""
+    gradient, _, stats = call()
+    path = tmp_path / "page.html"
+    atkd.report(path, stats, gradient=gradient.double(), facts={5: 1})
+    assert "<th>5</th><td>1</td>" in path.read_text(encoding="utf-8")
+    atkd.report(path, stats, gradient=gradient[..., :0])
+    columns = {name: torch.full_like(getattr(stats, name), float("nan")) for name in ["margin", "uncertainty", "tkd", "dkd", "loss"]}
+    atkd.report(path, stats._replace(**columns))
+    assert "NaN" not in path.read_text(encoding="utf-8")
+
+
 def test_shapes(tmp_path):
     gradient, labels, stats = call()
     path = tmp_path / "page.html"
     for name, value in [("labels", labels.flatten()), ("gradient", gradient[0]), ("valid", labels[0] > 0)]:
         with pytest.raises(ValueError, match=rf"{name} is \[.*must be \[3, 5\]"):
             atkd.report(path, stats, **{name: value})
+    with pytest.raises(ValueError, match="gradient is"):
+        atkd.report(path, stats, gradient=gradient.sum())
+    with pytest.raises(ValueError, match="tkd is"):
+        atkd.report(path, stats._replace(tkd=stats.tkd[0]))
+    with pytest.raises(TypeError, match="valid is torch.float32, but must be bool"):
+        atkd.report(path, stats, valid=stats.tkd)
+    with pytest.raises(TypeError, match="labels are torch.float32, but must be integers"):
+        atkd.report(path, stats, labels=stats.tkd)
     with pytest.raises(OSError):
         atkd.report(tmp_path / "none" / "page.html", stats)

@@ -320,6 +320,7 @@ def test_all_ranks_raise_where_a_sparse_teacher_is_wrong_on_one(ranks, layout, c
         "a teacher of torch.float16",
         "log_probs are",
         "indices are a NoneType",
+        "give teacher.indices",
     ]
     for i, word in enumerate(words):
         errors = [of_rank[i] for of_rank, _ in found]

@@ -112,7 +112,7 @@ fn uncertainty(page: &mut String, tokens: &[Token]) {
     for token in tokens.iter().filter(|token| !token.terms.margin.is_nan()) {
         counts[MARGIN.bin(token.terms.margin)][usize::from(token.terms.hard)] += 1;
     }
-    let hard = tokens.iter().filter(|token| token.terms.hard);
+    let hard = tokens.iter().filter(|token| token.terms.hard && !token.terms.margin.is_nan());
     let least = hard.min_by(|a, b| a.terms.margin.total_cmp(&b.terms.margin));
     let name = least.map(|token| format!("uncertainty {:.6}", token.terms.uncertainty));
     let line = least.zip(name.as_deref()).map(|(token, name)| (token.terms.margin, name));

@@ -39,23 +39,27 @@ def report(
         facts: names and values for the table at the top, such as the step and `criterion.settings`.
 
     Raises:
+        TypeError: if a column or `valid` is no bool where it must be one, or labels are no integers.
         ValueError: if a shape does not go with that of the columns.
         OSError: if the file cannot be written.
     """
     shape = stats.margin.shape
-    for name, tensor, expected in [
-        ("labels", labels, shape),
-        ("valid", valid, shape),
-        ("gradient", None if gradient is None else gradient[..., 0], shape),
-    ]:
-        if tensor is not None and tensor.shape != expected:
-            given = list(gradient.shape if name == "gradient" and gradient is not None else tensor.shape)
-            of_rows = " and V" if name == "gradient" else ""
-            raise ValueError(f"{name} is {given}, but must be {list(expected)}{of_rows}, as the stats are")
+    for name, tensor in [*stats._asdict().items(), ("labels", labels), ("valid", valid)]:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, but must be {list(shape)}, as the margins are")
+    if gradient is not None and (gradient.dim() == 0 or gradient.shape[:-1] != shape):
+        raise ValueError(
+            f"gradient is {list(gradient.shape)}, but must be {list(shape)} and V, as the margins are and the logits"
+        )
+    for name, tensor in [("hard", stats.hard), ("valid", valid)]:
+        if tensor is not None and tensor.dtype != torch.bool:
+            raise TypeError(f"{name} is {tensor.dtype}, but must be bool")
+    if labels is not None and (labels.is_floating_point() or labels.is_complex()):
+        raise TypeError(f"labels are {labels.dtype}, but must be integers")
     counts = stats.margin != float("-inf") if valid is None else valid
-    norms = None if gradient is None else torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+    norms = None if gradient is None else torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float64)
     columns = {**stats._asdict(), "valid": counts, "labels": labels, "gradient_norms": norms}
     flat = {name: None if column is None else column.flatten().tolist() for name, column in columns.items()}
-    page = _atkd.report(title, [(name, str(value)) for name, value in (facts or {}).items()], flat)
+    page = _atkd.report(title, [(str(name), str(value)) for name, value in (facts or {}).items()], flat)
     with open(path, "w", encoding="utf-8") as file:
         file.write(page)

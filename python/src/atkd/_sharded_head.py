@@ -135,10 +135,10 @@ def _prepare(
         # Its gradient is summed up over the ranks.
         "student_hidden's requires_grad": wanted[0],
         "student_hidden's last dimension": student[0].shape[-1],
+        "tail": None if sparse is None else sparse.tail,
     }
     margins: Optional[Tensor] = None
     if sparse is not None:
-        flags["tail"] = sparse.tail
         known_vocab = rows if vocabulary.group is None and vocab_size is None else vocab_size
         margins = sparse_margins(sparse, labels, known_vocab, settings)
     objective = _settings.native(settings)

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _dtensor, _loss, _native, _private, _settings
+from . import _autograd, _checks, _dtensor, _loss, _native, _private, _settings, _sparse
 from ._atkd import Objective, __version__
 from ._autograd import NO_SECOND_DERIVATIVE, for_student
 from ._checks import DTYPES
@@ -719,10 +719,15 @@ def _sparse_atkd_loss(
     given: Dict[str, Any],
 ) -> Union[Tensor, Tuple[Tensor, Stats]]:
     refuse_transforms("sparse_atkd_loss")
-    parts = student, teacher, labels, given
+
+    def parts() -> Tuple[Any, ...]:
+        # Other ranks are told if this one raises.
+        _sparse.check_kinds(student, teacher)
+        return student, teacher, labels, given
+
     ranks = Ranks("vocab_group", vocab_group), Ranks("token_group", token_group)
     device = device_of(student, labels)
-    loss, stats = _atkd_loss(*ranks, lambda: parts, device, given, "sparse_atkd_loss")
+    loss, stats = _atkd_loss(*ranks, parts, device, given, "sparse_atkd_loss")
     if not given["return_stats"]:
         return loss
     assert stats is not None

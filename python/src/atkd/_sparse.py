@@ -137,17 +137,7 @@ def sparse_atkd_loss(
             those of logits would; for a target without a log-probability. The message has the token, counted over all
             positions, and the numbers.
     """
-    if isinstance(indices, SparseTeacher):
-        raise TypeError(
-            "indices are a SparseTeacher, of which sparse_atkd_loss takes the parts: give teacher.indices, teacher.log_probs and "
-            "the labels, with target_log_prob=teacher.target_log_prob and tail=teacher.tail"
-        )
     labels, shift_labels = _loss.shifted_already(labels, shift_labels)
-    if _loss.is_dtensor(student_logits):
-        raise NotImplementedError(
-            "student_logits are a DTensor, which sparse_atkd_loss does not take yet: give student_logits.full_tensor(), or "
-            "student_logits.to_local() where this rank has tokens of its own, with hard= and num_items_in_batch= of all ranks"
-        )
     teacher = SparseTeacher(indices, log_probs, target_log_prob, tail)
     # Its module is not imported, for that takes time.
     if any(each is not None for each in (vocab_group, token_group, vocab_start, token_counts)):
@@ -174,6 +164,7 @@ def sparse_atkd_loss(
             token_counts=token_counts,
             settings=settings,
         )
+    check_kinds(student_logits, teacher)
     _loss.check_tensor("student_logits", student_logits)
     return _loss.from_teacher(
         "sparse_atkd_loss",
@@ -193,6 +184,20 @@ def sparse_atkd_loss(
     )
 
 
+def check_kinds(student_logits: Tensor, teacher: SparseTeacher) -> None:
+    """Refuses a whole teacher in the place of its indices, and DTensors."""
+    if isinstance(teacher.indices, SparseTeacher):
+        raise TypeError(
+            "indices are a SparseTeacher, of which sparse_atkd_loss takes the parts: give teacher.indices, teacher.log_probs and "
+            "the labels, with target_log_prob=teacher.target_log_prob and tail=teacher.tail"
+        )
+    if _loss.is_dtensor(student_logits):
+        raise NotImplementedError(
+            "student_logits are a DTensor, which sparse_atkd_loss does not take yet: give student_logits.full_tensor(), or "
+            "student_logits.to_local() where this rank has tokens of its own, with hard= and num_items_in_batch= of all ranks"
+        )
+
+
 _shown = _loss.shown_with_settings(sparse_atkd_loss)
 sparse_atkd_loss.__signature__ = _shown.replace(  # type: ignore[attr-defined]
     parameters=[
@@ -207,7 +212,8 @@ class SparseATKDLoss(_loss.Criterion):
     Each is an attribute, which a schedule may set.
 
     Args:
-        tail: `"bucket"`, `"uniform"` or `"zero"`: what the teacher is taken for outside of its K tokens and the target.
+        tail: `"bucket"`, `"uniform"`, `"zero"` or `"sampled"`: what the teacher is taken for outside of its K tokens and the
+            target.
     """
 
     inplace = _loss.setting("inplace")
