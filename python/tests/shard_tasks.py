@@ -176,6 +176,12 @@ def sparse_faults(here, layout, columns, tokens, at):
         given["tail"] = "zero"
         return teacher
 
+    def without_mass(teacher, given):
+        given["tail"] = "bucket"
+        indices = torch.arange(50).repeat(len(teacher.indices), 1)
+        log_probs = torch.full(indices.shape, 0.5 / 50).log()
+        return teacher._replace(indices=indices, log_probs=log_probs, target_log_prob=log_probs[:, 0].clone())
+
     faults = [
         changed("indices", 500),
         changed("indices", None),
@@ -188,6 +194,7 @@ def sparse_faults(here, layout, columns, tokens, at):
         lambda teacher, given: teacher._replace(log_probs=teacher.log_probs[1:]),
         lambda teacher, given: teacher._replace(indices=None),
         lambda teacher, given: teacher._replace(indices=teacher),
+        without_mass,
     ]
     return [raised(call, fault) for fault in faults], call(None)
 

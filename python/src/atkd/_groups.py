@@ -135,6 +135,8 @@ class Header(NamedTuple):
     largest_label: int = 0
     largest_index: int = 0
     """Of a sparse teacher, likewise."""
+    most_short: int = 0
+    """Of its rows whose probabilities add up to too little for a whole vocabulary, the most tokens that one knows."""
     labels: Union[int, Tensor] = 0
     """A digest of their values among vocabulary ranks, as a tensor where they are until it is sent; so are the others."""
     hard: Union[int, Tensor] = 0
@@ -217,6 +219,10 @@ _RULES: Dict[str, _Rule] = {
     ),
     "index": _Rule(
         "rank {rank} has the index {number} in its sparse teacher, but indices must be from 0 to {other}, or -1 for none"
+    ),
+    "mass": _Rule(
+        "rank {rank} has a row in its sparse teacher that knows all {number} tokens of the vocabulary, but whose probabilities "
+        'add up to less than 1, and no token is left to have the rest: normalise it, or take tail="zero"'
     ),
     **{
         name: _Rule(
@@ -375,6 +381,8 @@ def _of_labels(headers: List[Header], vocab: int) -> Verdict:
                 return _judge("label", header.rank, label, vocab - 1)
         if header.largest_index >= vocab:
             return _judge("index", header.rank, header.largest_index, vocab - 1)
+        if header.most_short == vocab:
+            return _judge("mass", header.rank, vocab, vocab)
     return Verdict()
 
 

@@ -131,7 +131,7 @@ def header_of(
     """What this rank says. `length` is that of sequences that select by themselves, and `of_tokens` are optional arguments by
     the names in `ARGUMENTS`, of whose values the ranks of a vocabulary group compare digests.
     """
-    largest_index = 0
+    largest_index = most_short = 0
     teacher_dtype = teacher.log_probs.dtype if isinstance(teacher, SparseTeacher) else teacher.dtype
     if isinstance(teacher, SparseTeacher):
         of_tokens = {**of_tokens, **teacher._asdict()}
@@ -142,6 +142,8 @@ def header_of(
                 ignored = of_tokens["labels"].reshape(-1) == agreed.settings["ignore_index"]
                 rows = rows.masked_fill(ignored.unsqueeze(-1), -1)
             largest_index = max(int(rows.max()), 0)
+            if agreed.vocab_size is None and teacher.tail in ("bucket", "uniform"):
+                most_short = _most_short(teacher, of_tokens["labels"], rows, agreed.settings)
     digests: Dict[str, Any] = {}
     if with_digests:
         digests = {
@@ -169,8 +171,32 @@ def header_of(
         least_label=least,
         largest_label=largest,
         largest_index=largest_index,
+        most_short=most_short,
         **digests,
     )
+
+
+def _most_short(
+    teacher: SparseTeacher, labels: Optional[Tensor], indices: Tensor, settings: Dict[str, Any]
+) -> int:
+    """Of the rows whose probabilities add up to too little for a whole vocabulary, the most tokens that one knows; 0 if there
+    is none. The indices are -1 in ignored rows. How many tokens there are only all ranks know.
+    """
+    log_probs = teacher.log_probs.reshape(indices.shape).double().masked_fill(indices < 0, -torch.inf)
+    known, tolerance = (indices >= 0).sum(-1), _MASS_TOLERANCES[teacher.log_probs.dtype]
+    if teacher.target_log_prob is not None and labels is not None and settings["target"] == "label":
+        target = teacher.target_log_prob.reshape(-1)
+        at_label = indices == labels.reshape(-1, 1)
+        log_probs = torch.cat([log_probs.masked_fill(at_label, -torch.inf), target.double().unsqueeze(-1)], -1)
+        known = known + ~at_label.any(-1)
+        tolerance = max(tolerance, _MASS_TOLERANCES.get(target.dtype, 0.0))
+    # An ignored row knows its target alone.
+    short = (log_probs.exp().sum(-1) < 1 - tolerance) & (known > 1)
+    return int(known.where(short, 0).max()) if short.numel() > 0 else 0
+
+
+# How far from 1 rounding leaves the sum of probabilities, as the native checks have it.
+_MASS_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 def needs_header(
