@@ -167,6 +167,30 @@ def test_wrong_labels_as_shift_labels():
         atkd.atkd_loss(STUDENT, TEACHER, LABELS, shift_labels=torch.tensor(True))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32], ids=str)
+@pytest.mark.parametrize("packed", [{}, {"cu_seqlens": torch.tensor([0, 2, 6])}], ids=["whole", "packed"])
+def test_dtypes_of_labels_that_are_shifted(dtype, packed):
+    labels = LABELS.to(dtype)
+    with pytest.raises(TypeError, match=f"labels are {dtype}, but must be int64 or int32"):
+        atkd.atkd_loss(STUDENT, TEACHER, labels, shift_labels=True, **packed)
+    with pytest.raises(TypeError, match=f"labels are {dtype}, but must be int64 or int32"):
+        atkd.teacher_margins(TEACHER, labels, shift_labels=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shift_labels": True}, {"selection": "sequence"}], ids=str)
+def test_labels_of_packed_sequences_are_a_tensor(settings):
+    offsets = torch.tensor([0, 2, 6])
+    with pytest.raises(TypeError, match="labels are a list, but must be a torch.Tensor"):
+        atkd.atkd_loss(STUDENT, TEACHER, LABELS.tolist(), cu_seqlens=offsets, **settings)
+
+
+def test_the_fused_head_takes_no_packed_sequences():
+    offsets = torch.tensor([0, 2, 6])
+    for loss in [atkd.linear_atkd_loss, atkd.LinearATKDLoss()]:
+        with pytest.raises(ValueError, match="linear_atkd_loss takes no cu_seqlens: give labels that are shifted"):
+            loss(STUDENT, STUDENT, TEACHER, TEACHER, LABELS, cu_seqlens=offsets)
+
+
 def test_a_failed_call_leaves_the_logits_alone():
     student = STUDENT.clone().requires_grad_() * 1
     labels = LABELS.clone()

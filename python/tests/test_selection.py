@@ -225,6 +225,8 @@ def test_wrong_arguments():
         (loss([True]), TypeError, "hard is a list"),
         (select(1.5), ValueError, "hard ratio is 1.5"),
         (select(NAN), ValueError, "hard ratio is NaN"),
+        (select("a"), TypeError, "hard_ratio is 'a', but must be of type float"),
+        (select(None), TypeError, "hard_ratio is None, but must be of type float"),
         (select(margins=margins.double()), TypeError, "margins are torch.float64, but must be torch.float32"),
         (select(margins=margins.tolist()), TypeError, "margins are a list"),
         (select(valid=mask[0]), ValueError, r"valid is \[8\], but must be \[4, 8\]"),
@@ -240,6 +242,8 @@ def test_wrong_arguments():
         (margins_of(teacher.long(), labels), TypeError, "teacher_logits are torch.int64"),
         (margins_of(teacher, labels, target="both"), ValueError, 'target is "both"'),
         (margins_of(teacher, labels, temperature=0.0), ValueError, "temperature is 0"),
+        (margins_of(teacher, labels, temperature="2"), TypeError, "temperature is '2', but must be of type float"),
+        (lambda: atkd.token_entropies(teacher, temperature="2"), TypeError, "temperature is '2', but must be of type"),
         (margins_of(teacher, labels.clamp(min=0) + 30), ValueError, "label of token 0 is"),
         (margins_of(teacher.to("meta"), labels), ValueError, "teacher_logits are on meta"),
     ]:

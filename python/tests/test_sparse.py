@@ -574,6 +574,29 @@ def test_draws_in_other_ways(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             sample(*arguments)
+    for error, message, keywords in [
+        (TypeError, "draws is 2.5, but must be an integer", {"draws": 2.5}),
+        (TypeError, "draws is '4', but must be an integer", {"draws": "4"}),
+        (TypeError, "vocab_size is 10.5, but must be an integer", {"vocab_size": 10.5}),
+        (TypeError, "ignore_index is 2.5, but must be an integer", {"ignore_index": 2.5}),
+        (ValueError, r"temperature is \[9\], but must be one number", {"temperature": torch.ones(9)}),
+        (TypeError, "temperature is '2', but must be a number", {"temperature": "2"}),
+        (ValueError, "temperature is inf, but must be positive and finite", {"temperature": math.inf}),
+        (ValueError, "temperature is 0.0, but must be positive and finite", {"temperature": torch.zeros(())}),
+        (TypeError, "generator is 5, but must be a torch.Generator", {"generator": 5}),
+    ]:
+        with pytest.raises(error, match=message):
+            sample(logits, labels, **{"draws": 3, **keywords})
+
+
+def test_margins_of_draws_end_where_float32_does():
+    gaps = torch.tensor([50.0, 87.0, 103.0, 106.0])
+    logits, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    logits[:, 0] = gaps
+    teacher = atkd.SparseTeacher.sample(logits, labels, 2)
+    margins, exact = atkd.teacher_margins(teacher, labels), math.log(2) - gaps
+    torch.testing.assert_close(margins[:2], exact[:2], rtol=1e-6, atol=0)
+    assert abs(margins[2] - exact[2]) < 0.2 and margins[3] == -math.inf
 
 
 def test_autocast_and_checkpointing():

@@ -1,5 +1,6 @@
 """Sparse teachers on disk."""
 
+import math
 import os
 import pickle
 import subprocess
@@ -228,6 +229,91 @@ def test_rows_in_half_precision(tmp_path, dtype, tolerance, with_tail):
     assert ((mass - 1)[valid].abs() < 2e-3).all()
 
 
+def whole_rows(dtype, without_label, with_tail, with_target=True):
+    """The arguments of `write_rows` for tokens of which the whole vocabulary is known, and the logits."""
+    logits, labels = teacher(300, 20)
+    labels[::7] = logits[::7].argmax(-1)
+    indices = torch.arange(20).expand(300, 20)
+    if without_label:
+        labels = labels.where(labels >= 0, 3)
+        others = (indices != labels[:, None]).nonzero()[:, 1].view(300, 19)
+        indices = torch.cat([others, torch.full((300, 1), -1)], -1)
+    log_p = logits.log_softmax(-1).to(dtype)
+    target = log_p.gather(-1, labels.clamp(min=0)[:, None])[:, 0] if with_target else None
+    tail = torch.zeros(300, dtype=dtype) if with_tail else None
+    return [indices, log_p.gather(-1, indices.clamp(min=0)), target, labels, tail], logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("without_label, with_target", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("with_tail", [False, True])
+def test_rows_of_the_whole_vocabulary(tmp_path, dtype, without_label, with_target, with_tail):
+    """What rounding leaves of 1 goes to no tail, since there is no token left."""
+    rows, logits = whole_rows(dtype, without_label, with_tail, with_target)
+    if dtype in (torch.float32, torch.float64):
+        # As far as they may be, which is less for float32's rounding in training.
+        for column in rows[1:3]:
+            if column is not None:
+                column -= 9e-5
+    with atkd.TeacherCacheWriter(tmp_path, vocab_size=20, top_k=20) as writer:
+        writer.write_rows(*rows)
+    cache = atkd.TeacherCache(tmp_path)
+    read = cache[:]
+    assert (read.tail_mass == 0).all()
+    student = teacher(300, 20, seed=1)[0]
+    loss = atkd.sparse_atkd_loss(
+        student, read.indices, read.log_probs, read.labels, target_log_prob=read.target_log_prob
+    )
+    dense = atkd.atkd_loss(student, logits, read.labels)
+    off = cache.largest_error + {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-4)
+    assert abs(loss - dense) <= off * dense
+
+
+def test_rows_of_the_whole_vocabulary_without_all_of_the_mass(tmp_path):
+    (indices, log_probs, target, labels, _), _ = whole_rows(torch.float32, False, False)
+    labels[4], labels[5] = -100, 2
+    writer = atkd.TeacherCacheWriter(tmp_path, vocab_size=20, top_k=20)
+    writer.write_rows(indices, log_probs, None, labels)
+    for dtype, most, mass, shown in [
+        (torch.float32, "0.0001", 0.9998, "0.9998"),
+        (torch.float32, "0.0001", 0.5, "0.5"),
+        (torch.float16, "0.01", 0.5, "0.(49|50)"),
+        (torch.bfloat16, "0.03", 0.5, "0.(49|50)"),
+        (torch.float32, "0.0001", 1.5, "1.5"),
+    ]:
+        changed = log_probs.clone()
+        # An ignored token has no distribution.
+        changed[4:6] += math.log(mass)
+        words = f"token 305: its probabilities add up to {shown}.* vocabulary of 20.*but for the {most} that"
+        with pytest.raises(ValueError, match=words):
+            writer.write_rows(indices, changed.to(dtype), None, labels)
+        if mass == 0.5:
+            with pytest.raises(ValueError, match=words):
+                writer.write_rows(indices, changed.to(dtype), None, labels, torch.full((300,), 0.5))
+    with pytest.raises(ValueError, match="token 300: its probabilities add up to 1.5"):
+        writer.write_rows(indices, log_probs, None, labels.clamp(min=0), torch.full((300,), 0.5))
+    valid = labels.clamp(min=0)
+    shifted = log_probs.gather(-1, valid.roll(1)[:, None])[:, 0]
+    with pytest.raises(ValueError, match="token 30.: the target's log-probability is .* in the entry of its label"):
+        writer.write_rows(indices, log_probs, shifted, valid)
+    assert writer.tokens == 300
+
+
+def test_rows_some_of_which_are_whole(tmp_path):
+    """The others keep their tail."""
+    rows, logits = whole_rows(torch.float32, False, False)
+    indices, log_probs, target, labels, _ = rows
+    indices = indices.clone()
+    indices[::2, 5] = -1
+    labels[::2] = labels[::2].where(labels[::2] != 5, 6)
+    target = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    with atkd.TeacherCacheWriter(tmp_path, vocab_size=20, top_k=20) as writer:
+        writer.write_rows(indices, log_probs, target, labels)
+    tail = atkd.TeacherCache(tmp_path)[:].tail_mass
+    assert (tail[1::2] == 0).all()
+    torch.testing.assert_close(tail[::2], log_probs[::2, 5].exp(), rtol=1e-3, atol=1e-6)
+
+
 def test_vocabularies_that_are_padded_or_small(tmp_path):
     logits, labels = teacher(11, 20)
     padded = torch.cat((logits, torch.full((11, 4), 99.0)), -1)
@@ -295,6 +381,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         writer.write(logits, labels[:5])
     with pytest.raises(TypeError, match="labels are torch.float32"):
         writer.write(logits, labels.float())
+    with pytest.raises(TypeError, match="labels are a NoneType"):
+        writer.write(logits, None)
+    with pytest.raises(TypeError, match="logits are a list"):
+        writer.write(logits.tolist(), labels)
     labels[4] = 20
     with pytest.raises(ValueError, match="token 4: its label is 20, but must be below"):
         writer.write(logits, labels)
@@ -305,6 +395,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     rows = {"indices": indices, "log_probs": log_probs, "target_log_prob": target, "labels": labels}
     for changes, exception, words in [
         ({"indices": indices.float()}, TypeError, "indices are torch.float32"),
+        ({"indices": [[0]]}, TypeError, "indices are a list, but must be a torch.Tensor of int32 or int64"),
+        ({"labels": None}, TypeError, "labels are a NoneType, but must be a torch.Tensor of int64 or int32"),
+        ({"labels": [1] * 6}, TypeError, "labels are a list"),
         ({"indices": indices[:, 0]}, ValueError, r"indices are \[6\]"),
         ({"indices": indices.expand(6, 4)}, ValueError, r"\[6, 4\].* 1 to 3"),
         ({"indices": indices + 2**40}, ValueError, "token 0: an index is 2147483647"),

@@ -185,6 +185,15 @@ def _check_number(name: str, number: object) -> None:
         )
 
 
+def _check_real(name: str, number: object) -> None:
+    """Raises for what is neither a number nor a tensor, of which `_check_number` knows more."""
+    # Asked first: torch.compile need not look for an attribute of its numbers then.
+    if isinstance(number, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
+        return
+    if not hasattr(number, "__float__"):
+        raise TypeError(f"{name} is {number!r}, but must be of type float")
+
+
 def _own_temperatures(
     function: str, settings: Dict[str, Any], logits: Tensor
 ) -> Optional[Tensor]:
@@ -208,6 +217,7 @@ def _check_numbers(settings: Dict[str, Any]) -> None:
         # Most are, and to ask further takes time.
         if type(number) is not float:
             _check_number(name, number)
+            _check_real(name, number)
 
 
 def check_shift_labels(shift_labels: object) -> None:
@@ -270,6 +280,9 @@ def _shifted(
         # Labels that only say which position is ignored.
         ignore_index = -100
         labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    if labels is not None and labels.dtype not in _checks.LABEL_DTYPES:
+        # Others may not hold the ignore_index.
+        raise TypeError(f"labels are {labels.dtype}, but must be int64 or int32")
     if labels is not None and labels.dim() > 0:
         labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     return labels, ignore_index
@@ -320,9 +333,10 @@ def prepare(
     if len(settings) != len(DEFAULTS):
         unknown = next(name for name in settings if name not in DEFAULTS)
         if unknown == "cu_seqlens":
+            where = "" if function == "linear_atkd_loss" else " beside groups of ranks or DTensors"
             raise ValueError(
-                f"{function} takes no cu_seqlens beside groups of ranks or DTensors: give labels that are shifted already "
-                "as shift_labels, and hard=select_hard(teacher_margins(..), .., cu_seqlens=cu_seqlens)"
+                f"{function} takes no cu_seqlens{where}: give labels that are shifted already as shift_labels, and "
+                "hard=select_hard(teacher_margins(..), .., cu_seqlens=cu_seqlens)"
             )
         raise TypeError(f"{function}() got an unexpected keyword argument '{unknown}'")
     if labels is not None:
@@ -624,6 +638,8 @@ def _packed(
     settings = {**DEFAULTS, **settings}
     check_shift_labels(shift_labels)
     check_tensor("cu_seqlens", cu_seqlens, function=function)
+    if labels is not None:
+        check_tensor("labels", labels, function=function)
     _checks.check_offsets(cu_seqlens, "student_logits", student)
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         _checks.check_order(cu_seqlens, student.shape[:-1].numel())
@@ -840,6 +856,7 @@ def teacher_margins(
         check_tensor("labels", labels, function="teacher_margins")
     temperatures = _own_temperatures("teacher_margins", given, rows)
     _check_number("temperature", given["temperature"])
+    _check_real("temperature", given["temperature"])
     check_shift_labels(shift_labels)
     labels, ignore_index = _shifted(rows, labels, shift_labels, target, ignore_index)
     settings = _settings.for_operator({**DEFAULTS, **given, "ignore_index": ignore_index})
@@ -856,6 +873,7 @@ def check_selection(
     if cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens, function="select_hard")
     _check_number("hard_ratio", hard_ratio)
+    _check_real("hard_ratio", hard_ratio)
 
 
 def select_hard(
@@ -923,6 +941,7 @@ def token_entropies(
     """
     check_tensor("logits", logits, function="token_entropies")
     _check_number("temperature", temperature)
+    _check_real("temperature", temperature)
     used, number = _settings.number_or_tensor(temperature)
     entropies: Tensor = _operator.token_entropies(logits.detach(), used, vocab_size, number)
     return entropies

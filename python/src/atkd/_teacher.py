@@ -1,5 +1,6 @@
 """The teacher of a call: its logits, or a few log-probabilities per token."""
 
+from operator import index
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -10,6 +11,13 @@ _CHUNK = 2**22
 
 # The most that K, or a number of draws, may be.
 _MAX_TOP_K = 1024
+
+
+def _integer(name: str, number: Any) -> int:
+    try:
+        return index(number)
+    except TypeError:
+        raise TypeError(f"{name} is {number!r}, but must be an integer") from None
 
 
 class SparseTeacher(NamedTuple):
@@ -52,18 +60,22 @@ class SparseTeacher(NamedTuple):
         drawn as often as its probability says, rounded down or up (systematic sampling). That has the expectation of
         independent draws, and a smaller variance.
 
+        `target_log_prob` is float32. Where the label has more than 1 - 1.2e-38, a margin below -87, it is subnormal and has
+        less digits (at -103 the margin is off by 0.1), and below -103.9 it is 0, and the margin -inf, where the logits' own
+        margins go on.
+
         Args:
             teacher_logits: `[N, V]` or `[B, T, V]`, of a floating dtype; softmaxes are in float64, on their device.
             labels: `[N]` or `[B, T]`, int64 or int32: the token that the logits at each position are about.
             draws: of each row, from 1 to 1024: K of the result. A token that is drawn more than once has one entry; an index
                 of -1 is left for the others.
-            temperature: divides the logits, and is that of the loss.
+            temperature: divides the logits, and is that of the loss: a number, or a tensor that holds one.
             ignore_index: rows of this label have no entries.
             vocab_size: columns from there on are padding.
             generator: of the random numbers.
 
         Raises:
-            TypeError: for other dtypes.
+            TypeError: for other dtypes and types.
             ValueError: for shapes that do not go together, numbers outside of their range, a label that names no token, and for
                 logits that are NaN, +inf or all -inf, with the token counted over all positions.
         """
@@ -79,12 +91,22 @@ class SparseTeacher(NamedTuple):
                 f"teacher_logits are {list(teacher_logits.shape)} and labels {list(labels.shape)}, but must be [N, V] and [N], or "
                 "[B, T, V] and [B, T]"
             )
-        vocab = columns if vocab_size is None else vocab_size
+        draws = _integer("draws", draws)
+        vocab = columns if vocab_size is None else _integer("vocab_size", vocab_size)
+        ignore_index = _integer("ignore_index", ignore_index)
         for name, number, most in [("draws", draws, _MAX_TOP_K), ("vocab_size", vocab, columns)]:
             if not 1 <= number <= most:
                 raise ValueError(f"{name} is {number}, but must be from 1 to {most}")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, but must be positive")
+        if isinstance(temperature, Tensor):
+            if temperature.numel() != 1:
+                raise ValueError(f"temperature is {list(temperature.shape)}, but must be one number")
+            temperature = temperature.item()
+        if not hasattr(temperature, "__float__"):
+            raise TypeError(f"temperature is {temperature!r}, but must be a number")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}, but must be positive and finite")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is {generator!r}, but must be a torch.Generator")
         flat = teacher_logits.detach()[..., :vocab].reshape(-1, vocab)
         of_rows = labels.reshape(-1).to(flat.device, torch.int64)
         valid = of_rows != ignore_index

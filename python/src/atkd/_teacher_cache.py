@@ -17,6 +17,10 @@ _Path = Union[str, "os.PathLike[str]"]
 # How far rounding may have moved the sum of a row's probabilities from 1, beyond what the writer allows float32.
 _ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
+# The same for rows of the whole vocabulary, of which training allows no less mass; and what the native writer leaves alone.
+_WHOLE_ROUNDING = 1e-4
+_LEFT_ALONE = 2e-6
+
 # Logits whose softmaxes are computed at a time, in float64.
 _CHUNK = 2**22
 
@@ -161,6 +165,8 @@ class TeacherCacheWriter:
         below 0 for tokens to be ignored. Columns beyond `vocab_size` are padding. Softmaxes are in float64,
         on the device of the logits. After an error `tokens` tells which rows are there.
         """
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"logits are a {type(logits).__name__}, but must be a torch.Tensor")
         if not logits.is_floating_point() or logits.dim() < 2 or logits.shape[-1] < self.vocab_size:
             raise ValueError(
                 f"logits are {logits.dtype} {list(logits.shape)}, but must be of a floating point dtype and "
@@ -189,7 +195,13 @@ class TeacherCacheWriter:
         None if each label that is not below 0 is among its token's indices. `tail_mass` is what the others
         leave of 1 unless it is given. All but the integers are float32, float64, float16 or bfloat16; what
         rounding to half precision has moved a row's probabilities from 1, up to 1% and 3%, is divided out.
+        Where the indices and the label are the whole vocabulary, nothing is left for the others: what
+        float32 has moved, up to 0.01%, is divided out too, and a mass that is farther from 1 raises.
         """
+        if not isinstance(indices, Tensor):
+            raise TypeError(
+                f"indices are a {type(indices).__name__}, but must be a torch.Tensor of int32 or int64"
+            )
         given = indices.shape[-1] if indices.dim() else 0
         if indices.dim() < 2 or not 1 <= given <= self.top_k:
             raise ValueError(
@@ -223,8 +235,9 @@ class TeacherCacheWriter:
         else:
             target = target_log_prob.detach().reshape(-1)
         tail = None if tail_mass is None else tail_mass.detach().reshape(-1)
-        if tolerance > 0:
-            flat, target, tail = _normalised(narrow, flat, target, tail, of_rows, tolerance)
+        # With its label a row may have all of the vocabulary.
+        if tolerance > 0 or given + 1 >= self.vocab_size:
+            flat, target, tail = self._normalised(narrow, flat, target, tail, of_rows, tolerance)
         self._push(narrow, flat, target, tail, of_rows)
 
     def _among(self, indices: Tensor, log_probs: Tensor, labels: Tensor) -> Tensor:
@@ -238,6 +251,53 @@ class TeacherCacheWriter:
                 f"{indices.shape[-1]} indices: give the labels' log-probabilities"
             )
         return log_probs.masked_fill(~own, -torch.inf).amax(-1)
+
+    def _normalised(
+        self,
+        indices: Tensor,
+        log_probs: Tensor,
+        target: Tensor,
+        tail: Optional[Tensor],
+        labels: Tensor,
+        tolerance: float,
+    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Rows that rounding has left with another mass than 1, by no more than the tolerance, divided by it. Those that are
+        farther from 1 stay as they are, which the native writer tells, but if they are of the whole vocabulary.
+        """
+        vocab, valid = self.vocab_size, labels >= 0
+        own = indices == labels.unsqueeze(-1)
+        log_probs = log_probs.double()
+        target = target.double().masked_fill(~valid, -torch.inf)
+        others = log_probs.masked_fill((indices < 0) | own, -torch.inf).exp().sum(-1)
+        known = others + target.exp()
+        inside = ((indices >= 0) & (indices < vocab)).sum(-1)
+        whole = inside + (valid & (labels < vocab) & ~own.any(-1)) == vocab
+        most = max(tolerance, _WHOLE_ROUNDING)
+        # Labels that are shifted against the rows have another entry, which the native writer tells.
+        entry = log_probs.masked_fill(~own, -torch.inf).amax(-1)
+        shifted = own.any(-1) & ((entry - target).abs() > 0.01 * target.abs().clamp(min=1))
+        wrong = (whole & valid & ~shifted & ((known - 1).abs() > most)).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                f"token {self.tokens + at}: its probabilities add up to {float(known[at]):.6g}, but they are those of the whole "
+                f"vocabulary of {vocab}, and must add up to 1, but for the {most:g} that rounding allows: give "
+                "log-probabilities (natural logarithms), not logits"
+            )
+        whole &= (known - 1).abs() <= most
+        mass = known.clamp(min=1) if tail is None else known + tail.double()
+        mass = mass.where((mass - 1).abs() <= tolerance, 1.0)
+        # A mass that is nearer to 1 is left as it is, since logarithms hold more than the mass.
+        mass = known.where(whole & ((known - 1).abs() > _LEFT_ALONE), mass)
+        shift = mass.log()
+        log_probs, target = log_probs - shift.unsqueeze(-1), target - shift
+        if tail is not None:
+            tail = tail.double() / mass
+            return log_probs, target, tail.masked_fill(whole & (tail <= most), 0.0)
+        if whole.any():
+            # 1 - p as exactly as the logarithm allows.
+            tail = (-target.expm1() - others / mass).clamp(min=0).masked_fill(whole, 0.0)
+        return log_probs, target, tail
 
     def _push(
         self,
@@ -302,28 +362,12 @@ class TeacherCacheWriter:
             self._close()
 
 
-def _normalised(
-    indices: Tensor,
-    log_probs: Tensor,
-    target: Tensor,
-    tail: Optional[Tensor],
-    labels: Tensor,
-    tolerance: float,
-) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-    """Rows that rounding to half precision has left with another mass than 1, by no more than the tolerance, divided by it.
-    Those that are farther from 1 stay as they are, which the writer tells.
-    """
-    log_probs, target = log_probs.double(), target.double()
-    others = log_probs.masked_fill((indices < 0) | (indices == labels.unsqueeze(-1)), -torch.inf)
-    mass = others.exp().sum(-1) + target.exp()
-    mass = mass.clamp(min=1) if tail is None else mass + tail.double()
-    mass = mass.where((mass - 1).abs() <= tolerance, 1.0)
-    shift = mass.log()
-    tail = None if tail is None else tail.double() / mass
-    return log_probs - shift.unsqueeze(-1), target - shift, tail
-
-
-def _check_labels(labels: Tensor, shape: Any) -> None:
+def _check_labels(labels: Any, shape: Any) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels are a {type(labels).__name__}, but must be a torch.Tensor of int64 or int32, with a number "
+            "below 0 for tokens to be ignored"
+        )
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"labels are {labels.dtype}, but must be int64 or int32")
     if list(labels.shape) != shape:
