@@ -714,8 +714,8 @@ static void a_sparse_teacher(AtkdWorkspace *workspace) {
                  "atkd_sparse_forward_backward");
     call.gradient.data = NULL;
     expect_error(atkd_sparse_forward(objective, workspace, &call, NULL), ATKD_INVALID_ARGUMENT, "teacher");
-    known.tail = 3;
-    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT, "tail is 3");
+    known.tail = 4;
+    expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT, "tail is 4");
     known.tail = ATKD_TAIL_BUCKET;
     known.top_k = 1025;
     expect_error(atkd_sparse_forward(objective, workspace, &call, &known), ATKD_INVALID_ARGUMENT, "1025");
