@@ -134,7 +134,7 @@ struct Args {
     /// Train from caches of the teacher's K most probable tokens too, for each K of this list
     #[arg(long, value_name = "K", value_delimiter = ',', conflicts_with_all = ["fused_head", "on_policy"])]
     teacher_cache: Vec<usize>,
-    /// What a teacher of a cache is taken for on tokens that are not in it
+    /// The distribution that a cache's teacher is taken for on tokens that are not in it
     #[arg(long, value_enum, default_value = "bucket")]
     tail: TailName,
 }
@@ -282,16 +282,16 @@ impl Said {
     }
 }
 
-/// Where the students of a run have from what the teacher says.
+/// The origin of the teacher's words in a run.
 enum Source<'a> {
     /// The teacher itself, whose every word on the batches of the text is written down.
     Teacher { model: &'a Model, writers: &'a mut [Writer] },
-    /// What was written down: batch after batch.
+    /// The cache that has them, batch after batch.
     Cache { cache: &'a TeacherCache, tail: Tail },
 }
 
 impl Source<'_> {
-    /// What the teacher says of the batch of the text that comes after so many others.
+    /// The teacher's words on the batch of the text that comes after so many others.
     fn of(&mut self, batch: &Batch, before: usize, fused_head: bool) -> Result<Said> {
         Ok(match self {
             Self::Teacher { model, writers } => {

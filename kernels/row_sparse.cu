@@ -28,7 +28,7 @@ template <class Q> struct SparseTile {
     StagedMemory memory;
     uint32_t first, end;
 
-    // Where an element of the row is, if it is in one of the chunks.
+    // The byte at which an element of the row lies, if it is in one of the chunks.
     ATKD_DEVICE uint32_t offset_of(uint32_t element) const {
         return (element + row.head - first * CHUNK) * static_cast<uint32_t>(sizeof(Q));
     }

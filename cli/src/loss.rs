@@ -266,14 +266,14 @@ pub struct Call<'a> {
     backend: Backend,
 }
 
-/// What there is to be beside the loss.
+/// The results that are wanted beside the loss.
 pub struct Wanted {
     /// With respect to the student's logits, or, if these are made of hidden states, to what is written.
     pub gradient: bool,
     pub entropies: bool,
 }
 
-/// What came out.
+/// The results of a call.
 pub struct Computed<'a> {
     pub backend: Backend,
     pub output: Output,

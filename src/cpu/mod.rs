@@ -52,6 +52,8 @@ use crate::output::Output;
 use crate::{Batch, Elements, Error, Logits, LogitsMut, Result, Teacher};
 use dispatch::Instructions;
 use rows::Destination;
+#[cfg(feature = "teacher-cache")]
+pub(crate) use rows::widen;
 pub use session::Session;
 pub(crate) use threads::Threads;
 

@@ -57,7 +57,7 @@ fn prefetch_after(row: Elements, tile: &Range<usize>) -> Prefetch {
 }
 
 /// The elements as float32: themselves, or converted into `buffer`.
-fn widen<'a>(elements: Elements<'a>, buffer: &'a mut [f32]) -> &'a [f32] {
+pub(crate) fn widen<'a>(elements: Elements<'a>, buffer: &'a mut [f32]) -> &'a [f32] {
     let buffer = &mut buffer[..elements.len()];
     match elements {
         Elements::F32(slice) => return slice,

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::row::{Codec, NewRow};
 use super::{COLUMNS, Error, FORMAT, Listing, PARTIAL, Result, Settings, TeacherCache, shard_path};
+use crate::cpu::widen;
 use crate::{Logits, TeacherRow};
 
 /// The bytes of a shard on disk, unless the writer is told otherwise.
@@ -260,11 +261,7 @@ impl Writer {
             .enumerate()
             .map_init(
                 || vec![0.0; vocab_size],
-                |scratch, (i, &label)| {
-                    let row = logits.row(i);
-                    scratch.iter_mut().enumerate().for_each(|(j, logit)| *logit = row.get(j));
-                    of_token(scratch, first + i, label)
-                },
+                |scratch, (i, &label)| of_token(widen(logits.row(i), scratch), first + i, label),
             )
             .collect::<Result<_>>()?;
         let of_rows = |value: fn(&TeacherRow) -> f32| rows.iter().map(value).collect::<Vec<_>>();

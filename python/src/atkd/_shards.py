@@ -34,7 +34,7 @@ from ._groups import (
     shown,
 )
 from ._loss import Stats
-from ._teacher import SparseTeacher, Teacher
+from ._teacher import MASS_TOLERANCES, SparseTeacher, Teacher
 
 
 class Agreed(NamedTuple):
@@ -183,20 +183,16 @@ def _most_short(
     is none. The indices are -1 in ignored rows. How many tokens there are only all ranks know.
     """
     log_probs = teacher.log_probs.reshape(indices.shape).double().masked_fill(indices < 0, -torch.inf)
-    known, tolerance = (indices >= 0).sum(-1), _MASS_TOLERANCES[teacher.log_probs.dtype]
+    known, tolerance = (indices >= 0).sum(-1), MASS_TOLERANCES[teacher.log_probs.dtype]
     if teacher.target_log_prob is not None and labels is not None and settings["target"] == "label":
         target = teacher.target_log_prob.reshape(-1)
         at_label = indices == labels.reshape(-1, 1)
         log_probs = torch.cat([log_probs.masked_fill(at_label, -torch.inf), target.double().unsqueeze(-1)], -1)
         known = known + ~at_label.any(-1)
-        tolerance = max(tolerance, _MASS_TOLERANCES.get(target.dtype, 0.0))
+        tolerance = max(tolerance, MASS_TOLERANCES.get(target.dtype, 0.0))
     # An ignored row knows its target alone.
     short = (log_probs.exp().sum(-1) < 1 - tolerance) & (known > 1)
     return int(known.where(short, 0).max()) if short.numel() > 0 else 0
-
-
-# How far from 1 rounding leaves the sum of probabilities, as the native checks have it.
-_MASS_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 def needs_header(

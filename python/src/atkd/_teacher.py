@@ -9,6 +9,9 @@ from torch import Tensor
 # Logits whose cumulative distributions are made at a time, in float64.
 _CHUNK = 2**22
 
+# How far rounding to a dtype may move the sum of a row's probabilities from 1, as the native checks have it.
+MASS_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
 # The most that K, or a number of draws, may be.
 _MAX_TOP_K = 1024
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import _atkd
+from ._teacher import MASS_TOLERANCES
 
 _Path = Union[str, "os.PathLike[str]"]
 
 # How far rounding may have moved the sum of a row's probabilities from 1, beyond what the writer allows float32.
-_ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_ROUNDING = {**MASS_TOLERANCES, torch.float64: 0.0, torch.float32: 0.0}
 
 # The same for rows of the whole vocabulary, of which training allows no less mass; and what the native writer leaves alone.
-_WHOLE_ROUNDING = 1e-4
+_WHOLE_ROUNDING = MASS_TOLERANCES[torch.float32]
 _LEFT_ALONE = 2e-6
 
 # Logits whose softmaxes are computed at a time, in float64.
