@@ -4,9 +4,9 @@
 ATKD_KERNEL(count_valid, atkd_count_valid, ATKD_COUNT) {
     uint32_t token = block_index() * block_threads() + thread_index();
     bool valid = token < p.batch.tokens && target_of(p.batch, token) != IGNORED_TARGET;
-    bool hard = valid && (p.hard != nullptr ? load(p.hard + token) != 0 : p.valid_mode == ATKD_HARD);
+    bool hard = valid && (p.hard != nullptr ? load(p.hard + token) != 0 : p.valid_group == ATKD_HARD);
     if (token < p.batch.tokens) {
-        store(p.batch.modes + token, static_cast<uint8_t>(!valid ? ATKD_IGNORED : hard ? ATKD_HARD : ATKD_EASY));
+        store(p.batch.groups + token, static_cast<uint8_t>(!valid ? ATKD_IGNORED : hard ? ATKD_HARD : ATKD_EASY));
     }
     if (block_index() == 0) {
         clear_states(p.states);

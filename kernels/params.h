@@ -164,7 +164,7 @@ typedef struct {
     const void *labels;         // [N], or null for none
     int32_t *targets;           // [N]: the teacher's arg max (ATKD_TARGET_TEACHER only)
     uint32_t *keys;             // [N]: larger for a larger margin; 1 for NaN, 0 for an ignored token
-    uint8_t *modes;             // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
+    uint8_t *groups;            // [N]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD
     const float *token_weights; // [N]: of each token's terms; null for 1
     const float *temperatures;  // [N]: each token's T; null for one of all
     atkd_summary *summary;
@@ -186,15 +186,15 @@ typedef struct {
     uint32_t reserved;
 } atkd_teacher_margin;
 
-// count_valid: modes and the count of valid tokens, where no token's loss depends on the selection, or the caller has
+// count_valid: groups and the count of valid tokens, where no token's loss depends on the selection, or the caller has
 // made it.
 typedef struct {
     atkd_batch batch;
-    const uint8_t *hard;            // [N]: not 0 for a hard token, instead of valid_mode; or null
+    const uint8_t *hard;            // [N]: not 0 for a hard token, instead of valid_group; or null
     void *states;                   // of row_pipelined, whose numbers become 0
     const uint32_t *kept_threshold; // the last call's: becomes the summary's predicted one; any value is right
     const uint32_t *counts;         // [2]: valid and hard tokens of all ranks, instead of those counted here; or null
-    uint32_t valid_mode;            // ATKD_EASY or ATKD_HARD
+    uint32_t valid_group;           // ATKD_EASY or ATKD_HARD
     uint32_t count_hard;            // not 0: no select_hard comes after, which would count the hard tokens
 } atkd_count_valid;
 
@@ -204,7 +204,7 @@ typedef struct {
     const float *margins;     // [N], instead of the keys, which are then written; null for none
     const uint8_t *valid;     // [N]: 0 for a token that does not compete, beside margins instead of labels; or null
     const int64_t *offsets;   // [scopes + 1]: scope s is tokens offsets[s]..offsets[s + 1]; null for one scope
-    uint32_t *mispredicted;   // [N]: tokens whose modes, predicted before, turn out other; null if none were
+    uint32_t *mispredicted;   // [N]: tokens whose groups, predicted before, turn out other; null if none were
     void *states;             // of row_pipelined, whose numbers become 0
     uint32_t *kept_threshold; // where the first scope's threshold is left for the next call; null where this is no part
                               // of a call, and leaves the summary's counters alone
@@ -216,18 +216,18 @@ typedef struct {
     uint32_t reserved;
 } atkd_select_hard;
 
-// prepare_rows: a further launch of rows within a call. Clears what the one before it left, and gathers target and mode
+// prepare_rows: a further launch of rows within a call. Clears what the one before it left, and gathers target and group
 // of the tokens to repair, whose rows the caller has brought side by side.
 typedef struct {
     atkd_batch batch;
     const uint32_t *mispredicted; // [count]
     int32_t *targets;             // [count], of these tokens
-    uint8_t *modes;               // [count], likewise
+    uint8_t *groups;              // [count], likewise
     float *token_weights;         // [count], likewise, if tokens have any
     float *temperatures;          // [count], likewise
     void *states;                 // of row_pipelined, whose numbers become 0
     uint32_t count;
-    uint32_t other_group; // not 0: the modes are those of the group that each token is not in
+    uint32_t other_group; // not 0: the groups are those of the group that each token is not in
 } atkd_prepare_rows;
 
 // The weight of a term: value, or the token's uncertainty times it.
@@ -279,7 +279,7 @@ typedef struct {
                          // the summary has counted them
     uint32_t reduction;  // ATKD_SUM, ATKD_MEAN or ATKD_GROUP_MEAN
     uint32_t write_keys; // they are not there yet
-    uint32_t predicts;   // which tokens are hard, by the summary's predicted threshold, and write modes
+    uint32_t predicts;   // which tokens are hard, by the summary's predicted threshold, and write groups
     uint32_t clusters;   // of the launch, or teams
     uint32_t team;       // blocks of a team, up to 32; of row_stream a power of two, and 1 where there are clusters
     uint32_t slice;      // row_pipelined, row_sparse: chunks of a row that a block has room for
@@ -330,14 +330,14 @@ typedef struct {
     float *dkd;         // [N]
     double *loss;       // [N], before the reduction; over the student's margin at temperature 1
     double *sums;       // [blocks] of the losses
-    // The caller's memory for these and the modes; each may be null.
+    // The caller's memory for these and the groups; each may be null.
     float *reduced_loss_to; // [1]
     float *uncertainty_to;
     float *tkd_to;
     float *dkd_to;
     float *margin_to;     // the teacher's; -inf for an ignored token
     float *token_loss_to; // before the reduction
-    uint8_t *modes_to;
+    uint8_t *groups_to;
     double scale;       // of the loss
     uint32_t reduction; // ATKD_SUM, ATKD_MEAN or ATKD_GROUP_MEAN
     uint32_t blocks;    // of the launch
@@ -383,7 +383,7 @@ typedef struct {
     const float *p; // softmax of the teacher [N, V]
     const float *q; // softmax of the student [N, V]
     const int64_t *labels;
-    const uint8_t *modes;
+    const uint8_t *groups;
     const float *dkd;
     const float *d_rest;
     float *mask; // [N, V]

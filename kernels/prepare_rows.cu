@@ -14,8 +14,8 @@ ATKD_KERNEL(prepare_rows, atkd_prepare_rows, ATKD_COUNT) {
         // Read before the temperature is stored there.
         uint32_t token = load(p.mispredicted + i);
         store(p.targets + i, target_of(p.batch, token));
-        uint8_t mode = load(p.batch.modes + token);
-        store(p.modes + i, static_cast<uint8_t>(p.other_group != 0 ? ATKD_EASY + ATKD_HARD - mode : mode));
+        uint8_t group = load(p.batch.groups + token);
+        store(p.groups + i, static_cast<uint8_t>(p.other_group != 0 ? ATKD_EASY + ATKD_HARD - group : group));
         if (p.batch.token_weights != nullptr) {
             store(p.token_weights + i, token_weight(p.batch, token));
         }

@@ -206,7 +206,7 @@ template <class Scales> ATKD_DEVICE auto scales_for_all(Scales &scales) {
 // Reduces every thread's part of the row, relative to its warp's maxima, to the row's state, and stores what the loss
 // follows from. Returns the scales of the row's gradient.
 template <class D, bool CE_SUM = false, class P, class Q, class Warps, class Scales>
-ATKD_DEVICE typename D::Scales reduce_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t mode, uint32_t target,
+ATKD_DEVICE typename D::Scales reduce_row(const atkd_rows &p, const Rows<P, Q> &rows, uint8_t group, uint32_t target,
                                           const RowState<D, float> &own, Warps &warps, Scales &scales) {
     // One warp of the cluster reduces the row; in a team, one of each block does, and the first block's stores.
     bool reduces = thread_index() < WARP && cluster_rank() == 0, stores = rows.first < WARP;
@@ -227,7 +227,7 @@ ATKD_DEVICE typename D::Scales reduce_row(const atkd_rows &p, const Rows<P, Q> &
         if (team_blocks(p) > 1) {
             state = merge_team<D, CE_SUM>(state, p, exponent);
         }
-        auto found = scales_of<D, CE_SUM>(p, weights, rows.token, mode, state, target_logits, stores);
+        auto found = scales_of<D, CE_SUM>(p, weights, rows.token, group, state, target_logits, stores);
         if (thread_index() == 0) {
             scales[0] = found;
         }

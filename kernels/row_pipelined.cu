@@ -67,7 +67,7 @@ struct alignas(8) Task {
     // which that thread's vector starts, and the element in the vector. Else target_at is NOT_HERE.
     uint32_t target_at;
     uint8_t target_thread, target_within;
-    uint8_t mode;                                       // ATKD_IGNORED, ATKD_EASY or ATKD_HARD
+    uint8_t group;                                      // ATKD_IGNORED, ATKD_EASY or ATKD_HARD
     uint8_t full_start : 4, has_head : 1, has_tail : 1; // Slice's
 };
 
@@ -109,7 +109,7 @@ ATKD_DEVICE void consume(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
         if (task.token == NO_TOKEN) {
             break;
         }
-        bool ignored = task.mode == ATKD_IGNORED;
+        bool ignored = task.group == ATKD_IGNORED;
         Consumer<D, CE_SUM, M, CONSUMERS> consumer(p, staged, shared, task, stage);
         if (ATKD_RARELY(ignored)) {
             drop_task<M>(p, task);
@@ -184,7 +184,7 @@ ATKD_DEVICE void produce(const atkd_rows &p, StagedMemory staged, Shared<D, CE_S
         if (task.token == NO_TOKEN) {
             break;
         }
-        if (ATKD_RARELY(task.mode == ATKD_IGNORED)) {
+        if (ATKD_RARELY(task.group == ATKD_IGNORED)) {
             drop_task<M>(p, task);
         }
         producer.advance(task, stage);
@@ -591,9 +591,9 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
     }
     ATKD_DEVICE void resolve(uint32_t index, Task &task, LoadSource &source) {
         task.token = token_to_do(p, index);
-        uint8_t mode = load(p.batch.modes + task.token);
+        uint8_t group = load(p.batch.groups + task.token);
         int32_t target = target_of(p.batch, task.token);
-        if (mode == ATKD_IGNORED || target == IGNORED_TARGET) {
+        if (group == ATKD_IGNORED || target == IGNORED_TARGET) {
             return;
         }
         Rows<P, Q> rows(p, task.token);
@@ -606,7 +606,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
         task.first_chunk = slice.first_chunk;
         task.full_end = slice.full_end;
         task.target = uint32_t(target);
-        task.mode = mode;
+        task.group = group;
         task.full_start = uint8_t(slice.full_start);
         task.has_head = slice.has_head;
         task.has_tail = slice.has_tail;
@@ -685,7 +685,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
             ticket = 2 * p.clusters + add_atomic(&p.batch.summary->next_ticket, 1);
         }
         sync_warp();
-        if (task.mode != ATKD_IGNORED) {
+        if (task.group != ATKD_IGNORED) {
             target_logits = target_logits_of<P, Q>(p, task.token, task.target);
         }
     }
@@ -693,7 +693,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
     // Runs while the consumers wait: reduces the warps' states to the block's, the blocks' to the row's, and that to
     // the gradient's scales.
     ATKD_DEVICE void reduce(const Task &task) {
-        bool ignored = task.mode == ATKD_IGNORED;
+        bool ignored = task.group == ATKD_IGNORED;
         auto of_warps = RowState<D, float>::empty();
         if (!ignored) {
             PackedState<D, CE_SUM> packed = shared.warp_states[lane % (CONSUMERS / WARP)];
@@ -704,7 +704,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
         exchange(of_warps, block_state);
         if (!ignored) {
             Weights weights = shared.weights[0];
-            auto scales = scales_of<D, CE_SUM>(p, weights, task.token, task.mode, merge_blocks<float>(task),
+            auto scales = scales_of<D, CE_SUM>(p, weights, task.token, task.group, merge_blocks<float>(task),
                                                target_logits, rank == 0);
             if (elected) {
                 shared.scales[0] = scales;
@@ -739,7 +739,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
 
     // Runs while the consumers wait, after the second sweep: its terms complete the scales.
     ATKD_DEVICE void reduce_terms(const Task &task) {
-        if (task.mode == ATKD_IGNORED) {
+        if (task.group == ATKD_IGNORED) {
             return;
         }
         using Packed = typename SecondState<D>::Packed;
@@ -758,7 +758,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
 
     // Stores a row's margins and, where one sweep finds it, DKD.
     ATKD_DEVICE void store_row_margins(const Task &task) {
-        if (rank == 0 && task.mode != ATKD_IGNORED) {
+        if (rank == 0 && task.group != ATKD_IGNORED) {
             // region: one warp per row
             store_margins<D, CE_SUM>(p, task.token, merge_blocks<double>(task), target_logits);
             // end region
@@ -788,7 +788,7 @@ template <class D, bool CE_SUM, class M, uint32_t CONSUMERS> struct Producer {
         }
         if constexpr (D::SWEEPS == 1) {
             store_row_margins(task);
-        } else if (rank == 0 && task.mode != ATKD_IGNORED) {
+        } else if (rank == 0 && task.group != ATKD_IGNORED) {
             // The scales are complete; but the divergence is wanted in double precision.
             typename D::Scales scales = shared.scales[0];
             auto terms = merge_warp<false>(block_terms.template state<double>());

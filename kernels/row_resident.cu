@@ -11,9 +11,9 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
     constexpr uint32_t HELD = ATKD_HELD_BYTES / (CHUNK * sizeof(T));
     ATKD_ROW_SHARED(D, ATKD_RESIDENT_THREADS);
     Rows<T, T> rows(p, token);
-    uint8_t mode = load(p.batch.modes + rows.token);
+    uint8_t group = load(p.batch.groups + rows.token);
     int32_t signed_target = target_of(p.batch, rows.token);
-    if (ATKD_RARELY(mode == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
+    if (ATKD_RARELY(group == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
         drop_row<T>(p, rows);
         return;
     }
@@ -74,7 +74,7 @@ template <class D, class T> ATKD_DEVICE void row_resident(const atkd_rows &p, ui
             }
         }
     }
-    auto row_scales = reduce_row<D>(p, rows, mode, target, own, warps, scales);
+    auto row_scales = reduce_row<D>(p, rows, group, target, own, warps, scales);
     // Computed again: kept, it would take a register that the reduction needs.
     exponent = inverse_temperature_of(p.batch, opaque(rows.token)) * LOG2_E;
     if constexpr (D::SWEEPS == 2) {

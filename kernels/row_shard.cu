@@ -153,10 +153,10 @@ template <class D> ATKD_DEVICE typename D::template Terms<double> merge_terms(co
 
 // By the first warp of each block: the scales of the row, and the target's column in this shard.
 template <class D, bool CE_SUM, class Scales, class Columns>
-ATKD_DEVICE void find_scales(const atkd_shard &p, const Weights &weights, uint32_t token, uint8_t mode, Scales &scales,
+ATKD_DEVICE void find_scales(const atkd_shard &p, const Weights &weights, uint32_t token, uint8_t group, Scales &scales,
                              Columns &target_column) {
     auto row = merge_ranks<D>(p, token);
-    auto found = scales_of<D, CE_SUM>(p.rows, weights, token, mode, row.state, row.target.logits, false);
+    auto found = scales_of<D, CE_SUM>(p.rows, weights, token, group, row.state, row.target.logits, false);
     if (thread_index() == 0) {
         scales[0] = found;
         target_column[0] = column_of(p, row.target.token);
@@ -246,13 +246,13 @@ template <class D, bool CE_SUM, class P, class Q> ATKD_DEVICE void row_gradient(
     ATKD_SHARED(RowScales, scales, 1);
     ATKD_SHARED(uint32_t, target_column, 1);
     Rows<P, Q> rows(p.rows, token);
-    uint8_t mode = load(p.rows.batch.modes + token);
-    if (ATKD_RARELY(mode == ATKD_IGNORED)) {
+    uint8_t group = load(p.rows.batch.groups + token);
+    if (ATKD_RARELY(group == ATKD_IGNORED)) {
         by_gradient_type<Q>(p.rows, [&](auto g) { drop_row<decltype(g)>(p.rows, rows); });
         return;
     }
     if (thread_index() < WARP) {
-        find_scales<D, CE_SUM>(p, Weights::of(p.rows), token, mode, scales, target_column);
+        find_scales<D, CE_SUM>(p, Weights::of(p.rows), token, group, scales, target_column);
         if constexpr (D::SWEEPS == 2) {
             // Not read from shared memory within: for sm_100 the compiler would leave a part of them in local memory.
             RowScales found = scales[0];

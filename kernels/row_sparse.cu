@@ -307,7 +307,7 @@ ATKD_DEVICE void sum_rest(const atkd_sparse &p, const SparseSlice<Q> &slice, uin
 
 // The second phase, of the first block: the row of the classes, from what all blocks know of the rest to the gradients.
 template <class D, bool CE, class Q, class S>
-ATKD_DEVICE void row_of_classes(const atkd_sparse &p, uint32_t token, uint8_t mode, uint32_t target, S &shared) {
+ATKD_DEVICE void row_of_classes(const atkd_sparse &p, uint32_t token, uint8_t group, uint32_t target, S &shared) {
     using RowScales = typename S::RowScales;
     float exponent = inverse_temperature_of(p.rows.batch, token) * LOG2_E;
     uint32_t warps_per_block = block_threads() / WARP, lane = thread_index() % WARP;
@@ -365,7 +365,7 @@ ATKD_DEVICE void row_of_classes(const atkd_sparse &p, uint32_t token, uint8_t mo
         float ce = weights.ce;
         // One that is not finite makes the whole gradient NaN.
         weights.ce = CE && ce == ce ? 0 : ce;
-        RowScales found = scales_of<D, false>(p.rows, weights, token, mode, state, frame.targets, false);
+        RowScales found = scales_of<D, false>(p.rows, weights, token, group, state, frame.targets, false);
         store_margins<D, false>(p.rows, token, state, frame.targets);
         if (D::CROSS == BY_STUDENT && lane == STUDENT) {
             // Reverse KL is infinite however little the student has where the teacher has nothing: more than nothing.
@@ -479,9 +479,9 @@ ATKD_DEVICE void write_sparse_gradient(const atkd_sparse &p, const SparseSlice<Q
 // CE: cross entropy has a weight. It is apart from the divergence, whose classes it does not have.
 template <class D, bool CE, class Q, class S>
 ATKD_DEVICE void row_sparse(const atkd_sparse &p, uint32_t token, StagedMemory staged, S &shared) {
-    uint8_t mode = load(p.rows.batch.modes + token);
+    uint8_t group = load(p.rows.batch.groups + token);
     int32_t signed_target = target_of(p.rows.batch, token);
-    if (ATKD_RARELY(mode == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
+    if (ATKD_RARELY(group == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
         Rows<Q, Q> rows(p.rows, token);
         by_gradient_type<Q>(p.rows, [&](auto g) { drop_row<decltype(g)>(p.rows, rows); });
         return;
@@ -490,7 +490,7 @@ ATKD_DEVICE void row_sparse(const atkd_sparse &p, uint32_t token, StagedMemory s
     sum_rest<CE>(p, SparseSlice<Q>(p.rows, token, staged), token, target, shared);
     ATKD_SYNC_CLUSTER();
     if (cluster_rank() == 0) {
-        row_of_classes<D, CE, Q>(p, token, mode, target, shared);
+        row_of_classes<D, CE, Q>(p, token, group, target, shared);
     }
     if (p.rows.gradient != nullptr) {
         RestScales scales = scales_for_all(shared.rest_scales);

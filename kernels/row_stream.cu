@@ -11,17 +11,17 @@ template <class D, class P, class Q, class G, bool CE_SUM>
 ATKD_DEVICE void row_stream(const atkd_rows &p, uint32_t token) {
     ATKD_ROW_SHARED(D, ATKD_STREAM_THREADS);
     Rows<P, Q> rows(p, token);
-    // Every thread reads mode and label: cached words, and no barrier to wait at.
-    uint8_t mode = load(p.batch.modes + rows.token);
+    // Every thread reads group and label: cached words, and no barrier to wait at.
+    uint8_t group = load(p.batch.groups + rows.token);
     int32_t signed_target = target_of(p.batch, rows.token);
-    if (ATKD_RARELY(mode == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
+    if (ATKD_RARELY(group == ATKD_IGNORED || signed_target == IGNORED_TARGET)) {
         drop_row<G>(p, rows);
         return;
     }
     uint32_t target = uint32_t(signed_target), target_chunk = rows.teacher.chunk_of(target);
     float exponent = inverse_temperature_of(p.batch, rows.token) * LOG2_E;
     auto own = first_sweep<D, CE_SUM>(rows, target, target_chunk, exponent);
-    auto row_scales = reduce_row<D, CE_SUM>(p, rows, mode, target, own, warps, scales);
+    auto row_scales = reduce_row<D, CE_SUM>(p, rows, group, target, own, warps, scales);
     // Computed again: kept, it would take a register that the reduction needs.
     exponent = inverse_temperature_of(p.batch, opaque(rows.token)) * LOG2_E;
     if constexpr (D::SWEEPS == 2) {

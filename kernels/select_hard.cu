@@ -180,8 +180,8 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
             }
             hard = hard && !(equal && place >= remaining);
         }
-        uint8_t mode = static_cast<uint8_t>(key == 0 ? ATKD_IGNORED : hard ? ATKD_HARD : ATKD_EASY);
-        bool other = p.mispredicted != nullptr && token < end && load(p.batch.modes + token) != mode;
+        uint8_t group = static_cast<uint8_t>(key == 0 ? ATKD_IGNORED : hard ? ATKD_HARD : ATKD_EASY);
+        bool other = p.mispredicted != nullptr && token < end && load(p.batch.groups + token) != group;
         uint32_t votes = warp_ballot(other), place = 0;
         if (thread_index() % WARP == 0 && votes != 0) {
             place = add_atomic(&p.batch.summary->counted_mispredicted, count_bits(votes));
@@ -192,9 +192,9 @@ ATKD_KERNEL(select_hard, atkd_select_hard, ATKD_SELECT) {
             store(p.mispredicted + place, token);
         }
         if (token < end) {
-            store(p.batch.modes + token, mode);
+            store(p.batch.groups + token, group);
             if (p.hard_to != nullptr) {
-                store(p.hard_to + token, static_cast<uint8_t>(mode == ATKD_HARD));
+                store(p.hard_to + token, static_cast<uint8_t>(group == ATKD_HARD));
             }
         }
     }

@@ -37,18 +37,18 @@ template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
     ATKD_SHARED(double, sums, MAX_WARPS);
     double own = 0;
     // Counted by an earlier kernel; the last block clears them when all have read them.
-    auto groups = ReductionScales::of(p.reduction, 1.0, load(&p.batch.summary->counted_valid),
+    auto scales = ReductionScales::of(p.reduction, 1.0, load(&p.batch.summary->counted_valid),
                                       load(&p.batch.summary->counted_hard));
     ATKD_NO_UNROLL
     for (uint32_t token = block_index() * block_threads() + thread_index(); token < p.batch.tokens;
          token += p.blocks * block_threads()) {
-        uint8_t mode = load(p.batch.modes + token);
+        uint8_t group = load(p.batch.groups + token);
         // An ignored token has anything here, which is not used.
         float u = load(p.uncertainty + token);
         double w = double(load(p.tkd + token)) * GAP_UNIT, dkd = double(load(p.dkd + token)) * GAP_UNIT;
         double at_1 = p.objective.ce_weight != 0 ? load(p.loss + token) : 0;
         Terms terms = {0, 0, 0, 0, 0, 0};
-        if (mode != ATKD_IGNORED) {
+        if (group != ATKD_IGNORED) {
             // A weight that is not finite becomes NaN: an infinite one would leave terms infinite that are to be NaN.
             float weight = token_weight(p.batch, token);
             double square = 1;
@@ -56,7 +56,7 @@ template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
                 double temperature = load(p.batch.temperatures + token);
                 square = temperature * temperature;
             }
-            terms = terms_of<D>(p.objective, p.divergence, u, w, at_1, dkd, mode == ATKD_HARD,
+            terms = terms_of<D>(p.objective, p.divergence, u, w, at_1, dkd, group == ATKD_HARD,
                                 weight + (weight - weight), square);
         }
         store(p.uncertainty + token, float(terms.uncertainty));
@@ -67,10 +67,10 @@ template <class D> ATKD_DEVICE void token_terms(const atkd_token_terms &p) {
         store_if_wanted(p.tkd_to, token, float(terms.tkd));
         store_if_wanted(p.dkd_to, token, float(terms.dkd));
         store_if_wanted(p.token_loss_to, token, float(terms.loss));
-        store_if_wanted(p.margin_to, token, mode == ATKD_IGNORED ? NEG_INF : u);
-        store_if_wanted(p.modes_to, token, mode);
-        double of_group = mode == ATKD_HARD ? groups.hard : groups.easy;
-        own += p.reduction != ATKD_GROUP_MEAN ? terms.loss : terms.distillation * of_group + terms.ce * groups.ce;
+        store_if_wanted(p.margin_to, token, group == ATKD_IGNORED ? NEG_INF : u);
+        store_if_wanted(p.groups_to, token, group);
+        double of_group = group == ATKD_HARD ? scales.hard : scales.easy;
+        own += p.reduction != ATKD_GROUP_MEAN ? terms.loss : terms.distillation * of_group + terms.ce * scales.ce;
     }
     double of_block;
     ATKD_REDUCE_BLOCK(of_block, own, Sum(), sums);

@@ -85,7 +85,7 @@ ATKD_KERNEL(unfused_losses, atkd_unfused_tokens, ATKD_UNFUSED_TOKENS) {
     if (token >= p.tokens) {
         return;
     }
-    bool hard = load(p.modes + token) == ATKD_HARD;
+    bool hard = load(p.groups + token) == ATKD_HARD;
     float p_target = load(p.p_target + token), q_target = load(p.q_target + token), c = p.epsilon;
     float uncertainty = load(p.uncertainty + token), rest = load(p.rest + token);
     float tkd =
@@ -101,7 +101,7 @@ ATKD_KERNEL(unfused_target_gradient, atkd_unfused_tokens, ATKD_UNFUSED_TOKENS) {
     if (token >= p.tokens) {
         return;
     }
-    float c_tkd = load(p.modes + token) == ATKD_HARD ? p.hard : 0.0f;
+    float c_tkd = load(p.groups + token) == ATKD_HARD ? p.hard : 0.0f;
     float slope = load(p.p_target + token) / (load(p.q_target + token) + p.epsilon) -
                   load(p.uncertainty + token) / (load(p.rest + token) + p.epsilon);
     int64_t at = int64_t(token) * p.vocab + load(p.labels + token);

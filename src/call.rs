@@ -657,11 +657,11 @@ fn check_sequences(sequences: Option<(u64, usize)>, tokens: usize) -> Result<()>
     Ok(())
 }
 
-/// The mode of an ignored token.
+/// The group of an ignored token.
 pub const IGNORED: u8 = 0;
-/// The mode of a token that is not hard.
+/// The group of a token that is not hard.
 pub const EASY: u8 = 1;
-/// The mode of a hard token.
+/// The group of a hard token.
 pub const HARD: u8 = 2;
 
 /// The memory for the results of a call.
@@ -682,7 +682,7 @@ pub struct RawOutput {
     /// float32 `[N]`: see [`TokenTerms::loss`](crate::TokenTerms::loss).
     pub token_loss: Option<u64>,
     /// One byte a token: [`IGNORED`], [`EASY`] or [`HARD`].
-    pub modes: Option<u64>,
+    pub groups: Option<u64>,
 }
 
 impl RawOutput {

@@ -199,7 +199,7 @@ pub struct atkd_batch {
     pub labels: *const ::std::os::raw::c_void,
     pub targets: *mut i32,
     pub keys: *mut u32,
-    pub modes: *mut u8,
+    pub groups: *mut u8,
     pub token_weights: *const f32,
     pub temperatures: *const f32,
     pub summary: *mut atkd_summary,
@@ -220,7 +220,7 @@ const _: () = {
     ["Offset of field: atkd_batch::labels"][::std::mem::offset_of!(atkd_batch, labels) - 8usize];
     ["Offset of field: atkd_batch::targets"][::std::mem::offset_of!(atkd_batch, targets) - 16usize];
     ["Offset of field: atkd_batch::keys"][::std::mem::offset_of!(atkd_batch, keys) - 24usize];
-    ["Offset of field: atkd_batch::modes"][::std::mem::offset_of!(atkd_batch, modes) - 32usize];
+    ["Offset of field: atkd_batch::groups"][::std::mem::offset_of!(atkd_batch, groups) - 32usize];
     ["Offset of field: atkd_batch::token_weights"]
         [::std::mem::offset_of!(atkd_batch, token_weights) - 40usize];
     ["Offset of field: atkd_batch::temperatures"]
@@ -269,7 +269,7 @@ pub struct atkd_count_valid {
     pub states: *mut ::std::os::raw::c_void,
     pub kept_threshold: *const u32,
     pub counts: *const u32,
-    pub valid_mode: u32,
+    pub valid_group: u32,
     pub count_hard: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -286,8 +286,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_count_valid, kept_threshold) - 136usize];
     ["Offset of field: atkd_count_valid::counts"]
         [::std::mem::offset_of!(atkd_count_valid, counts) - 144usize];
-    ["Offset of field: atkd_count_valid::valid_mode"]
-        [::std::mem::offset_of!(atkd_count_valid, valid_mode) - 152usize];
+    ["Offset of field: atkd_count_valid::valid_group"]
+        [::std::mem::offset_of!(atkd_count_valid, valid_group) - 152usize];
     ["Offset of field: atkd_count_valid::count_hard"]
         [::std::mem::offset_of!(atkd_count_valid, count_hard) - 156usize];
 };
@@ -345,7 +345,7 @@ pub struct atkd_prepare_rows {
     pub batch: atkd_batch,
     pub mispredicted: *const u32,
     pub targets: *mut i32,
-    pub modes: *mut u8,
+    pub groups: *mut u8,
     pub token_weights: *mut f32,
     pub temperatures: *mut f32,
     pub states: *mut ::std::os::raw::c_void,
@@ -362,8 +362,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_prepare_rows, mispredicted) - 120usize];
     ["Offset of field: atkd_prepare_rows::targets"]
         [::std::mem::offset_of!(atkd_prepare_rows, targets) - 128usize];
-    ["Offset of field: atkd_prepare_rows::modes"]
-        [::std::mem::offset_of!(atkd_prepare_rows, modes) - 136usize];
+    ["Offset of field: atkd_prepare_rows::groups"]
+        [::std::mem::offset_of!(atkd_prepare_rows, groups) - 136usize];
     ["Offset of field: atkd_prepare_rows::token_weights"]
         [::std::mem::offset_of!(atkd_prepare_rows, token_weights) - 144usize];
     ["Offset of field: atkd_prepare_rows::temperatures"]
@@ -607,7 +607,7 @@ pub struct atkd_token_terms {
     pub dkd_to: *mut f32,
     pub margin_to: *mut f32,
     pub token_loss_to: *mut f32,
-    pub modes_to: *mut u8,
+    pub groups_to: *mut u8,
     pub scale: f64,
     pub reduction: u32,
     pub blocks: u32,
@@ -643,8 +643,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_token_terms, margin_to) - 280usize];
     ["Offset of field: atkd_token_terms::token_loss_to"]
         [::std::mem::offset_of!(atkd_token_terms, token_loss_to) - 288usize];
-    ["Offset of field: atkd_token_terms::modes_to"]
-        [::std::mem::offset_of!(atkd_token_terms, modes_to) - 296usize];
+    ["Offset of field: atkd_token_terms::groups_to"]
+        [::std::mem::offset_of!(atkd_token_terms, groups_to) - 296usize];
     ["Offset of field: atkd_token_terms::scale"]
         [::std::mem::offset_of!(atkd_token_terms, scale) - 304usize];
     ["Offset of field: atkd_token_terms::reduction"]
@@ -748,7 +748,7 @@ pub struct atkd_unfused_tokens {
     pub p: *const f32,
     pub q: *const f32,
     pub labels: *const i64,
-    pub modes: *const u8,
+    pub groups: *const u8,
     pub dkd: *const f32,
     pub d_rest: *const f32,
     pub mask: *mut f32,
@@ -776,8 +776,8 @@ const _: () = {
         [::std::mem::offset_of!(atkd_unfused_tokens, q) - 8usize];
     ["Offset of field: atkd_unfused_tokens::labels"]
         [::std::mem::offset_of!(atkd_unfused_tokens, labels) - 16usize];
-    ["Offset of field: atkd_unfused_tokens::modes"]
-        [::std::mem::offset_of!(atkd_unfused_tokens, modes) - 24usize];
+    ["Offset of field: atkd_unfused_tokens::groups"]
+        [::std::mem::offset_of!(atkd_unfused_tokens, groups) - 24usize];
     ["Offset of field: atkd_unfused_tokens::dkd"]
         [::std::mem::offset_of!(atkd_unfused_tokens, dkd) - 32usize];
     ["Offset of field: atkd_unfused_tokens::d_rest"]

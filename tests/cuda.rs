@@ -537,9 +537,9 @@ fn a_selection_apart_from_the_loss() {
     let to = DeviceLogitsMut::new(&mut loaded.gradient, 11, 300).unwrap();
     loaded.workspace.forward_backward(stream, &objective, &batch, &student, to, None).unwrap();
     assert_eq!(loaded.read(), (expected, gradient));
-    let counted = loaded.workspace.modes();
+    let counted = loaded.workspace.groups();
     let hard_tokens = stream.clone_dtoh(&counted).unwrap();
-    assert_eq!(hard_tokens.iter().filter(|&&mode| mode == 2).count(), 5);
+    assert_eq!(hard_tokens.iter().filter(|&&group| group == 2).count(), 5);
 }
 
 /// Columns beyond the vocabulary, as many as each model has, count for nothing; those of the gradient become 0.
@@ -1178,11 +1178,11 @@ fn columns_on_the_device_are_what_read_returns() {
     assert_eq!(float(workspace.dkd()), column(|token| token.dkd));
     let losses = gpu.stream.clone_dtoh(&workspace.token_losses()).unwrap();
     assert_eq!(losses, column(|token| token.loss));
-    let modes = gpu.stream.clone_dtoh(&workspace.modes()).unwrap();
+    let groups = gpu.stream.clone_dtoh(&workspace.groups()).unwrap();
     let expected: Vec<u8> =
         output.tokens.iter().map(|token| u8::from(token.valid) + u8::from(token.hard)).collect();
-    assert_eq!(modes, expected);
-    assert_eq!(modes[0], 0);
+    assert_eq!(groups, expected);
+    assert_eq!(groups[0], 0);
 }
 
 #[test]

@@ -143,7 +143,7 @@
 #define ATKD_I32 4
 
 /*
- A token with the ignore index, in AtkdCall.modes.
+ A token with the ignore index, in AtkdCall.groups.
  */
 #define ATKD_IGNORED 0
 
@@ -448,7 +448,7 @@ typedef struct AtkdCall {
   /*
    [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
    */
-  uint8_t *modes;
+  uint8_t *groups;
   /*
    The CUstream to work on, for a CUDA workspace; the default stream if null.
    */

@@ -51,7 +51,7 @@ pub struct AtkdLabels {
     pub dtype: i32,
 }
 
-/// A token with the ignore index, in AtkdCall.modes.
+/// A token with the ignore index, in AtkdCall.groups.
 pub const ATKD_IGNORED: u8 = 0;
 /// A token that is not hard.
 pub const ATKD_EASY: u8 = 1;
@@ -112,7 +112,7 @@ pub struct AtkdCall {
     /// [tokens]: the token's loss before the reduction, its weight included.
     pub token_loss: *mut f32,
     /// [tokens]: ATKD_IGNORED, ATKD_EASY or ATKD_HARD.
-    pub modes: *mut u8,
+    pub groups: *mut u8,
     /// The CUstream to work on, for a CUDA workspace; the default stream if null.
     pub stream: *mut c_void,
 }
@@ -219,7 +219,7 @@ impl AtkdCall {
             dkd: address(self.dkd),
             margin: address(self.margin),
             token_loss: address(self.token_loss),
-            modes: address(self.modes),
+            groups: address(self.groups),
         }
     }
 }

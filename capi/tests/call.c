@@ -70,13 +70,13 @@ static void kl_against_the_textbook(AtkdWorkspace *workspace) {
     check(atkd_objective_create(&settings, &objective));
 
     float loss, upstream = 0.5f, uncertainty[TOKENS];
-    uint8_t modes[TOKENS];
+    uint8_t groups[TOKENS];
     AtkdCall call = new_call();
     call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
     call.upstream = &upstream;
     call.loss = &loss;
     call.uncertainty = uncertainty;
-    call.modes = modes;
+    call.groups = groups;
     check(atkd_forward_backward(objective, workspace, &call));
 
     double expected = 0;
@@ -92,7 +92,7 @@ static void kl_against_the_textbook(AtkdWorkspace *workspace) {
         }
         double unc = valid ? 1 - exp(a[labels[i]] - log_p) : 0;
         assert(fabs(uncertainty[i] - unc) < 1e-6);
-        hard_tokens += modes[i] == ATKD_HARD;
+        hard_tokens += groups[i] == ATKD_HARD;
     }
     assert(fabs(loss - expected) < 1e-6 * expected);
     assert(hard_tokens == (34 + 1) / 2);
@@ -193,11 +193,11 @@ static void sequences_and_in_place(AtkdWorkspace *workspace) {
     AtkdObjective *objective;
     check(atkd_objective_create(&settings, &objective));
     int64_t offsets[] = {0, 1, TOKENS};
-    uint8_t modes[TOKENS];
+    uint8_t groups[TOKENS];
     AtkdCall call = new_call();
     call.sequences = 2;
     call.sequence_offsets = offsets;
-    call.modes = modes;
+    call.groups = groups;
     call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
     check(atkd_forward_backward(objective, workspace, &call));
     atkd_objective_destroy(objective);
@@ -209,9 +209,9 @@ static void sequences_and_in_place(AtkdWorkspace *workspace) {
     check(atkd_forward_backward(objective, workspace, &call));
     int hard_tokens = 0;
     for (int i = 0; i < TOKENS; i++) {
-        hard_tokens += modes[i] == ATKD_HARD;
+        hard_tokens += groups[i] == ATKD_HARD;
     }
-    assert(modes[0] == ATKD_HARD && hard_tokens == 2);
+    assert(groups[0] == ATKD_HARD && hard_tokens == 2);
     call.student.data = copy;
     call.gradient = call.student;
     check(atkd_forward_backward(objective, workspace, &call));
@@ -289,12 +289,12 @@ static void a_selection_over_two_calls(AtkdWorkspace *workspace) {
     AtkdObjective *objective;
     check(atkd_objective_create(&settings, &objective));
     float loss, margins[TOKENS], margin[TOKENS];
-    uint8_t valid[TOKENS], hard[TOKENS], modes[TOKENS];
+    uint8_t valid[TOKENS], hard[TOKENS], groups[TOKENS];
     AtkdCall call = new_call();
     call.gradient = (AtkdMatrix){.data = gradient, .row_stride = VOCAB, .dtype = ATKD_F32};
     call.loss = &loss;
     call.margin = margin;
-    call.modes = modes;
+    call.groups = groups;
     check(atkd_forward_backward(objective, workspace, &call));
 
     for (int i = 0; i < TOKENS; i++) {
@@ -320,7 +320,7 @@ static void a_selection_over_two_calls(AtkdWorkspace *workspace) {
     selection.hard = hard;
     check(atkd_select_hard(workspace, &selection));
     for (int i = 0; i < TOKENS; i++) {
-        assert(hard[i] == (modes[i] == ATKD_HARD));
+        assert(hard[i] == (groups[i] == ATKD_HARD));
     }
     float sum = 0, *of_parts = malloc(sizeof gradient);
     for (int k = 0; k < 2; k++) {
@@ -346,7 +346,7 @@ static void a_selection_over_two_calls(AtkdWorkspace *workspace) {
     call.margins = margins;
     check(atkd_forward_backward(objective, workspace, &call));
     for (int i = 0; i < TOKENS; i++) {
-        assert(modes[i] == (!valid[i] ? ATKD_IGNORED : hard[i] ? ATKD_EASY : ATKD_HARD));
+        assert(groups[i] == (!valid[i] ? ATKD_IGNORED : hard[i] ? ATKD_EASY : ATKD_HARD));
     }
 
     selection.hard_ratio = 2;

@@ -216,10 +216,10 @@ struct TargetLogits {
 
 // From the state of a row, which every lane has, to the scales of its gradient. All warps of the row wait for it: so
 // it is in single precision, and in odds, which need no logarithm. CE_SUM: cross entropy has a sum of its own. Where
-// groups are predicted, the token's is stored if `writes_mode`.
+// groups are predicted, the token's is stored if `writes_group`.
 template <class D, bool CE_SUM, class State>
-ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weights, uint32_t token, uint8_t mode,
-                                         const State &state, const TargetLogits &target, bool writes_mode) {
+ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weights, uint32_t token, uint8_t group,
+                                         const State &state, const TargetLogits &target, bool writes_group) {
     float inverse_temperature = inverse_temperature_of(p.batch, token);
     float exponent = inverse_temperature * LOG2_E;
     auto teacher = Odds::of(float(state.teacher_sum), state.teacher_max, target.teacher, exponent);
@@ -228,7 +228,7 @@ ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weig
         CE_SUM ? Odds::of(float(state.student_sum_at_1), state.student_max, target.student, LOG2_E) : student;
     // The token's group or, before the selection, a prediction of it. Rounding may decide here otherwise than in the
     // margin that the selection goes by; then the prediction was wrong.
-    bool hard = p.predicts != 0 ? teacher.odds >= weights.threshold_odds : mode == ATKD_HARD;
+    bool hard = p.predicts != 0 ? teacher.odds >= weights.threshold_odds : group == ATKD_HARD;
     float weight = token_weight(p.batch, token), at_t = weight;
     if (p.batch.temperatures != nullptr) {
         // 1 / T of the derivative, and T^2 where that multiplies the terms.
@@ -239,8 +239,8 @@ ATKD_DEVICE typename D::Scales scales_of(const atkd_rows &p, const Weights &weig
         at_t * (hard ? weights.hard_dkd : weights.easy_dkd).at(teacher.sigmoid),
         weights.ce == 0 ? 0 : weight * weights.ce * student_at_1.sigmoid,
     };
-    if (p.predicts != 0 && writes_mode && thread_index() % WARP == 0) {
-        store(p.batch.modes + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
+    if (p.predicts != 0 && writes_group && thread_index() % WARP == 0) {
+        store(p.batch.groups + token, static_cast<uint8_t>(hard ? ATKD_HARD : ATKD_EASY));
     }
     auto scales =
         D::template scales<CE_SUM>(p.divergence, state, of_token, teacher, student, student_at_1, target, exponent);

@@ -145,6 +145,18 @@ impl Objective {
     }
 }
 
+/// Every divergence has a name, by which [`Objective::new`] finds it.
+fn name_of(divergence: Divergence) -> &'static str {
+    match divergence {
+        Divergence::ForwardKl => "forward-kl",
+        Divergence::ReverseKl => "reverse-kl",
+        Divergence::Jsd { .. } => "jsd",
+        Divergence::TotalVariation => "tvd",
+        Divergence::SkewKl { .. } => "skew-kl",
+        Divergence::SkewReverseKl { .. } => "skew-reverse-kl",
+    }
+}
+
 /// The keywords of [`Objective`] with Rust's defaults, in the order that the package uses everywhere.
 #[pyfunction]
 fn default_settings(py: Python) -> PyResult<Bound<PyDict>> {
@@ -167,10 +179,6 @@ fn default_settings(py: Python) -> PyResult<Bound<PyDict>> {
         SelectionRule::TopK => "top-k",
         SelectionRule::Median => "median",
     };
-    let divergence = match objective.divergence() {
-        Divergence::ForwardKl => "forward-kl",
-        _ => unreachable!("the default is forward KL"),
-    };
     let settings = PyDict::new(py);
     settings.set_item("lam", lam)?;
     settings.set_item("hard_ratio", objective.hard_ratio())?;
@@ -182,7 +190,7 @@ fn default_settings(py: Python) -> PyResult<Bound<PyDict>> {
     settings.set_item("ce_weight", objective.ce_weight())?;
     settings.set_item("kd_weight", objective.kd_weight())?;
     settings.set_item("temperature_squared", objective.temperature_squared())?;
-    settings.set_item("divergence", divergence)?;
+    settings.set_item("divergence", name_of(objective.divergence()))?;
     // Of divergences other than the default one.
     settings.set_item("beta", 0.5)?;
     settings.set_item("selection_rule", rule)?;
@@ -380,7 +388,7 @@ fn output_at(tokens: usize, loss: u64, terms: Option<u64>, groups: Option<u64>) 
         dkd: column(2),
         margin: column(3),
         token_loss: column(4),
-        modes: groups,
+        groups,
     }
 }
 
@@ -395,7 +403,7 @@ enum Place {
 }
 
 /// The loss. On the host its `groups` are bools that say which tokens are hard, on a device the bytes of
-/// [`RawOutput::modes`].
+/// [`RawOutput::groups`].
 #[pyfunction]
 fn run(py: Python, place: Place, objective: &Objective, call: Call) -> PyResult<()> {
     let (tokens, vocab) = (call.tokens, call.vocab);
@@ -441,7 +449,7 @@ fn run(py: Python, place: Place, objective: &Objective, call: Call) -> PyResult<
 /// # Safety
 /// The groups of so many tokens are there, if any.
 unsafe fn tell_hard(output: &RawOutput, tokens: usize) {
-    if let Some(groups) = output.modes.filter(|_| tokens > 0) {
+    if let Some(groups) = output.groups.filter(|_| tokens > 0) {
         // SAFETY: the caller's.
         let groups = unsafe { std::slice::from_raw_parts_mut(groups as *mut u8, tokens) };
         groups.iter_mut().for_each(|group| *group = u8::from(*group == call::HARD));

@@ -56,7 +56,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
     let offsets = stream.clone_htod(&[0_i64, 3, 6]).unwrap();
     let mut written = stream.alloc_zeros::<f32>(TOKENS * VOCAB).unwrap();
     let mut floats = stream.alloc_zeros::<f32>(1 + 5 * TOKENS).unwrap();
-    let mut modes = stream.alloc_zeros::<u8>(TOKENS).unwrap();
+    let mut groups = stream.alloc_zeros::<u8>(TOKENS).unwrap();
     // SAFETY: the call prepares it.
     let workspace = unsafe { stream.alloc::<u8>(Kernels::workspace_bytes(TOKENS)) }.unwrap();
     let matrix = |address| RawLogits { address, dtype: Dtype::F32, strides: VOCAB.into() };
@@ -84,7 +84,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         dkd: Some(column(1 + 2 * TOKENS)),
         margin: Some(column(1 + 3 * TOKENS)),
         token_loss: Some(column(1 + 4 * TOKENS)),
-        modes: Some(modes.device_ptr(&stream).0),
+        groups: Some(groups.device_ptr(&stream).0),
     };
     let mut check = || {
         let found = stream.clone_dtoh(&floats).unwrap();
@@ -96,7 +96,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
             )
         };
         near(found[0], exact.loss);
-        let found_modes = stream.clone_dtoh(&modes).unwrap();
+        let found_groups = stream.clone_dtoh(&groups).unwrap();
         for (i, token) in exact.tokens.iter().enumerate() {
             near(found[1 + i], token.uncertainty);
             near(found[1 + TOKENS + i], token.tkd);
@@ -104,7 +104,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
             near(found[1 + 3 * TOKENS + i], token.margin);
             near(found[1 + 4 * TOKENS + i], token.loss);
             assert_eq!(
-                (found_modes[i] != call::IGNORED, found_modes[i] == call::HARD),
+                (found_groups[i] != call::IGNORED, found_groups[i] == call::HARD),
                 (token.valid, token.hard)
             );
         }
@@ -113,7 +113,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         }
         // The next call must write all of it.
         stream.memset_zeros(&mut floats).unwrap();
-        stream.memset_zeros(&mut modes).unwrap();
+        stream.memset_zeros(&mut groups).unwrap();
         stream.memset_zeros(&mut written).unwrap();
     };
 

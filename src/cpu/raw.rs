@@ -301,7 +301,7 @@ unsafe fn write_output(result: &Output, output: &RawOutput) {
         write(output.dkd, &result.tokens, |token| token.dkd as f32);
         write(output.token_loss, &result.tokens, |token| token.loss as f32);
         write(output.margin, &result.tokens, |token| token.margin as f32);
-        write(output.modes, &result.tokens, |token| match (token.valid, token.hard) {
+        write(output.groups, &result.tokens, |token| match (token.valid, token.hard) {
             (false, _) => IGNORED,
             (true, false) => EASY,
             (true, true) => HARD,
@@ -606,7 +606,7 @@ mod tests {
 
         let mut loss = f32::NAN;
         let mut terms = [[f32::NAN; TOKENS]; 5];
-        let mut modes = [9_u8; TOKENS];
+        let mut groups = [9_u8; TOKENS];
         let mut gradient = vec![f32::NAN; 15];
         let to = RawOutput {
             loss: Some(&raw mut loss as u64),
@@ -615,7 +615,7 @@ mod tests {
             dkd: Some(terms[2].as_mut_ptr() as u64),
             margin: Some(terms[3].as_mut_ptr() as u64),
             token_loss: Some(terms[4].as_mut_ptr() as u64),
-            modes: Some(modes.as_mut_ptr() as u64),
+            groups: Some(groups.as_mut_ptr() as u64),
         };
         let call = RawCall {
             gradient: Some(RawLogits {
@@ -634,7 +634,7 @@ mod tests {
             let expected = [token.uncertainty, token.tkd, token.dkd, token.margin, token.loss];
             let expected = expected.map(|term| term as f32);
             assert_eq!(terms.map(|column| column[i]), expected);
-            assert_eq!((modes[i] != IGNORED, modes[i] == HARD), (token.valid, token.hard));
+            assert_eq!((groups[i] != IGNORED, groups[i] == HARD), (token.valid, token.hard));
         }
 
         let mut in_place = student.clone();
@@ -655,14 +655,14 @@ mod tests {
         let objective = Objective::default().with_ignore_index(-1);
         let columns =
             || ([f32::NAN; 5 * TOKENS + 1], [9_u8; TOKENS], vec![f32::NAN; TOKENS * VOCAB]);
-        let output = |floats: &mut [f32], modes: &mut [u8]| RawOutput {
+        let output = |floats: &mut [f32], groups: &mut [u8]| RawOutput {
             loss: Some(at(&floats[5 * TOKENS..])),
             uncertainty: Some(floats.as_mut_ptr() as u64),
             tkd: Some(at(&floats[TOKENS..])),
             dkd: Some(at(&floats[2 * TOKENS..])),
             margin: Some(at(&floats[3 * TOKENS..])),
             token_loss: Some(at(&floats[4 * TOKENS..])),
-            modes: Some(modes.as_mut_ptr() as u64),
+            groups: Some(groups.as_mut_ptr() as u64),
         };
         let tokens = RawTokens {
             tokens: TOKENS,
@@ -682,15 +682,15 @@ mod tests {
             gradient: Some(logits(gradient, VOCAB)),
             gradient_padding: 0,
         };
-        let (mut expected_floats, mut expected_modes, mut expected) = columns();
+        let (mut expected_floats, mut expected_groups, mut expected) = columns();
         let whole = tokens.whole_call(&rows(&teacher, &student, &mut expected));
         // SAFETY: all are arrays of the shapes given, as they are below.
         unsafe {
-            run(None, &objective, &whole, &output(&mut expected_floats, &mut expected_modes))?;
+            run(None, &objective, &whole, &output(&mut expected_floats, &mut expected_groups))?;
         }
 
         for margins_first in [false, true] {
-            let (mut floats, mut modes, mut gradient) = columns();
+            let (mut floats, mut groups, mut gradient) = columns();
             // SAFETY: as above.
             unsafe {
                 let mut session = begin(None, &objective, &tokens)?;
@@ -721,10 +721,10 @@ mod tests {
                     let again = RawRows { student: place, ..rows(&teacher[of], &[], to) };
                     repair(&mut session, &[token], &again)?;
                 }
-                finish(session, &output(&mut floats, &mut modes))?;
+                finish(session, &output(&mut floats, &mut groups))?;
             }
             assert_eq!(floats.map(f32::to_bits), expected_floats.map(f32::to_bits));
-            assert_eq!((modes, &gradient), (expected_modes, &expected));
+            assert_eq!((groups, &gradient), (expected_groups, &expected));
         }
         Ok(())
     }
@@ -926,7 +926,7 @@ mod tests {
         };
         let objective = Objective::default();
         let [mut margins, mut in_call] = [[f32::NAN; TOKENS]; 2];
-        let [mut hard, mut modes] = [[9_u8; TOKENS]; 2];
+        let [mut hard, mut groups] = [[9_u8; TOKENS]; 2];
         let valid = [1_u8, 0, 255];
         let selection = RawSelection {
             rule: crate::SelectionRule::TopK,
@@ -938,7 +938,7 @@ mod tests {
         };
         let to = RawOutput {
             margin: Some(in_call.as_mut_ptr() as u64),
-            modes: Some(modes.as_mut_ptr() as u64),
+            groups: Some(groups.as_mut_ptr() as u64),
             ..RawOutput::default()
         };
         // SAFETY: all are arrays of the shapes given.
@@ -949,7 +949,7 @@ mod tests {
         }
         assert_eq!(margins, in_call);
         assert_eq!(margins[1], f32::NEG_INFINITY);
-        assert_eq!(hard, modes.map(|mode| u8::from(mode == HARD)));
+        assert_eq!(hard, groups.map(|group| u8::from(group == HARD)));
 
         // The others are hard, and the ignored one stays so.
         let mask = hard.map(|hard| (1 - hard) * 7);
@@ -965,7 +965,7 @@ mod tests {
                 (_, 0) => HARD,
                 _ => EASY,
             });
-            assert_eq!(modes, expected);
+            assert_eq!(groups, expected);
         }
         Ok(())
     }

@@ -196,7 +196,7 @@ impl Run<'_> {
         // SAFETY: the workspace's column has a group for each token, and the memory room for as many.
         unsafe {
             kernels.enqueue(self.stream, launches, None)?;
-            let from = memory.column(Column::Modes);
+            let from = memory.column(Column::Groups);
             let (to, stream) = (self.address(to), self.stream.cu_stream());
             result::memcpy_dtod_async(to, from, tokens, stream).map_err(driver("copying groups"))
         }

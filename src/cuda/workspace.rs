@@ -28,7 +28,7 @@ use crate::device::{shards, sparse};
 use crate::params::atkd_summary;
 use crate::{Error, Objective, Output, Result, SelectionRule};
 
-/// The results of a call, and the memory that it works in: the loss, every token's terms, its mode. 33 bytes a
+/// The results of a call, and the memory that it works in: the loss, every token's terms, its group. 33 bytes a
 /// token and 100 KB, on the device; made once, used by one call after another.
 #[derive(Debug)]
 pub struct Workspace {
@@ -685,8 +685,8 @@ impl Workspace {
     }
 
     /// The last call's groups: the tokens that it ignored (0), took for easy (1) and for hard (2).
-    pub fn modes(&self) -> CudaView<'_, u8> {
-        self.column(self.layout.offsets().modes, self.tokens())
+    pub fn groups(&self) -> CudaView<'_, u8> {
+        self.column(self.layout.offsets().groups, self.tokens())
     }
 
     /// True if the last call has left a threshold by which the next one's hard tokens can be predicted.

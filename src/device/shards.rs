@@ -152,7 +152,7 @@ fn finish(
     Ok(launches.into_iter().filter_map(Launch::unless_empty).collect())
 }
 
-/// The kernel that leaves groups in the workspace's column of modes, of which the ignored tokens' alone is 0.
+/// The kernel that fills the workspace's column of groups, of which the ignored tokens' alone is 0.
 #[cfg(feature = "nccl")]
 pub(crate) fn valid_tokens(
     objective: &Objective,

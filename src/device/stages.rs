@@ -221,8 +221,8 @@ impl Stages {
         }
     }
 
-    /// The launch between two of rows, with the targets, modes and weights of so many tokens for rows in `memory`. The
-    /// modes are those of the `other_group`, if it is wanted.
+    /// The launch between two of rows, with the targets, groups and weights of so many tokens for rows in `memory`. The
+    /// groups are those of the `other_group`, if it is wanted.
     pub fn prepare(&self, count: usize, memory: Memory, other_group: bool) -> Launch {
         Launch {
             kernel: "prepare_rows",
@@ -231,7 +231,7 @@ impl Stages {
                 batch: self.batch,
                 mispredicted: memory.column(Column::Mispredicted) as *const u32,
                 targets: memory.column(Column::Targets) as *mut i32,
-                modes: memory.column(Column::Modes) as *mut u8,
+                groups: memory.column(Column::Groups) as *mut u8,
                 token_weights: memory.column(Column::Keys) as *mut f32,
                 temperatures: memory.column(Column::Mispredicted) as *mut f32,
                 states: memory.states(),
@@ -271,7 +271,7 @@ impl Stages {
                 states: self.memory.states(),
                 kept_threshold: self.memory.kept_threshold(),
                 counts: counts as *const u32,
-                valid_mode: if self.objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
+                valid_group: if self.objective.hard_ratio() == 1.0 { ATKD_HARD } else { ATKD_EASY },
                 count_hard: count_hard.into(),
             }),
         }
@@ -377,7 +377,7 @@ impl Stages {
                 dkd_to: output.dkd.unwrap_or(0) as *mut f32,
                 margin_to: output.margin.unwrap_or(0) as *mut f32,
                 token_loss_to: output.token_loss.unwrap_or(0) as *mut f32,
-                modes_to: output.modes.unwrap_or(0) as *mut u8,
+                groups_to: output.groups.unwrap_or(0) as *mut u8,
                 scale: self.scale(),
                 reduction: self.reduction(),
                 blocks: plan.terms.grid,

@@ -32,7 +32,7 @@ pub enum Column {
     /// int32. `teacher_margin`: the target, if that is the teacher's arg max.
     Targets,
     /// uint8: ignored, easy or hard. The row kernels in a call that predicts, else `count_valid`; then `select_hard`.
-    Modes,
+    Groups,
 }
 
 impl Column {
@@ -45,7 +45,7 @@ impl Column {
         (Self::Keys, "keys", 4),
         (Self::Mispredicted, "mispredicted", 4),
         (Self::Targets, "targets", 4),
-        (Self::Modes, "modes", 1),
+        (Self::Groups, "groups", 1),
     ];
 }
 
@@ -113,7 +113,7 @@ impl Layout {
             uncertainty: self.column(Column::Uncertainty),
             tkd: self.column(Column::Tkd),
             dkd: self.column(Column::Dkd),
-            modes: self.column(Column::Modes),
+            groups: self.column(Column::Groups),
         }
     }
 
@@ -137,7 +137,7 @@ impl Layout {
             |at, token| f64::from(f32::from_ne_bytes(column(memory, self.column(at), token)));
         let tokens = (0..tokens)
             .map(|token| {
-                let mode = u32::from(memory[self.column(Column::Modes) + token]);
+                let group = u32::from(memory[self.column(Column::Groups) + token]);
                 TokenTerms {
                     margin: margin_of_key(u32::from_ne_bytes(column(
                         memory,
@@ -148,8 +148,8 @@ impl Layout {
                     tkd: float(Column::Tkd, token),
                     dkd: float(Column::Dkd, token),
                     loss: f64::from_ne_bytes(column(memory, self.column(Column::Loss), token)),
-                    valid: mode != ATKD_IGNORED,
-                    hard: mode == ATKD_HARD,
+                    valid: group != ATKD_IGNORED,
+                    hard: group == ATKD_HARD,
                 }
             })
             .collect();
@@ -165,7 +165,7 @@ pub(crate) struct ColumnOffsets {
     pub uncertainty: usize,
     pub tkd: usize,
     pub dkd: usize,
-    pub modes: usize,
+    pub groups: usize,
 }
 
 /// The summary at the start of a workspace's memory.
@@ -281,7 +281,7 @@ impl Memory {
             labels: std::ptr::null(),
             targets: self.column(Column::Targets) as *mut i32,
             keys: self.column(Column::Keys) as *mut u32,
-            modes: self.column(Column::Modes) as *mut u8,
+            groups: self.column(Column::Groups) as *mut u8,
             token_weights: std::ptr::null(),
             temperatures: std::ptr::null(),
             summary: self.summary(),

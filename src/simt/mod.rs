@@ -543,7 +543,7 @@ mod tests {
         // Few distinct keys, so that the last hard one has many equals; some tokens are ignored.
         let mut keys: Vec<u32> =
             (0..TOKENS).map(|_| random.u32(..50_000).saturating_sub(1000) << 12).collect();
-        let mut modes = vec![0xaa_u8; TOKENS];
+        let mut groups = vec![0xaa_u8; TOKENS];
         // SAFETY: plain numbers.
         let mut summary: [atkd_summary; 1] = unsafe { std::mem::zeroed() };
         let mut kept_threshold = [7_u32];
@@ -551,7 +551,7 @@ mod tests {
         // SAFETY: numbers and pointers, for which 0 is a value.
         let mut batch: atkd_batch = unsafe { std::mem::zeroed() };
         batch.keys = keys.as_mut_ptr();
-        batch.modes = modes.as_mut_ptr();
+        batch.groups = groups.as_mut_ptr();
         batch.summary = summary.as_mut_ptr();
         batch.tokens = TOKENS as u32;
         let parameters = atkd_select_hard {
@@ -571,7 +571,7 @@ mod tests {
         };
         let mut buffers = [
             Buffer::output("keys", &mut keys),
-            Buffer::output("modes", &mut modes),
+            Buffer::output("groups", &mut groups),
             Buffer::output("summary", &mut summary),
             Buffer::output("states", &mut states),
             Buffer::output("kept threshold", &mut kept_threshold),
@@ -589,7 +589,7 @@ mod tests {
         let mut expected: Vec<u8> =
             keys.iter().map(|&key| if key == 0 { ATKD_IGNORED } else { ATKD_EASY } as u8).collect();
         order[..wanted].iter().for_each(|&i| expected[i] = ATKD_HARD as u8);
-        assert!(modes == expected);
+        assert!(groups == expected);
         assert_eq!(kept_threshold[0], keys[order[wanted - 1]]);
         let summary = summary[0];
         assert_eq!((summary.counted_valid, summary.counted_hard), (valid as u32, wanted as u32));
@@ -600,13 +600,13 @@ mod tests {
     fn losses_of_many_tokens() {
         const TOKENS: usize = 300_000;
         let mut random = fastrand::Rng::with_seed(5);
-        let modes: Vec<u8> =
+        let groups: Vec<u8> =
             (0..TOKENS).map(|_| random.u32(ATKD_IGNORED..=ATKD_HARD) as u8).collect();
         let dkd_before: Vec<f32> = (0..TOKENS).map(|_| random.f32()).collect();
         let shape = planned(TOKENS).terms;
         assert_eq!(shape, LaunchShape { grid: 1024, block: 256, cluster: 1, team: 1, shared: 0 });
         let run = |seed, shape: LaunchShape| {
-            let mut modes = modes.clone();
+            let mut groups = groups.clone();
             // Both margins 0, where TKD is 0: what remains is DKD.
             let [mut uncertainty, mut tkd] = [vec![0_f32; TOKENS], vec![0_f32; TOKENS]];
             // In the units of that column.
@@ -619,7 +619,7 @@ mod tests {
             summary[0].counted_valid = 10;
             // SAFETY: as above.
             let mut parameters: atkd_token_terms = unsafe { std::mem::zeroed() };
-            parameters.batch.modes = modes.as_mut_ptr();
+            parameters.batch.groups = groups.as_mut_ptr();
             parameters.batch.summary = summary.as_mut_ptr();
             parameters.batch.tokens = TOKENS as u32;
             parameters.batch.vocab = 1;
@@ -634,7 +634,7 @@ mod tests {
             (parameters.scale, parameters.blocks) = (1.0, shape.grid);
             parameters.reduction = ATKD_MEAN;
             let mut buffers = [
-                Buffer::output("modes", &mut modes),
+                Buffer::output("groups", &mut groups),
                 Buffer::output("summary", &mut summary),
                 Buffer::output("uncertainty", &mut uncertainty),
                 Buffer::output("tkd", &mut tkd),
@@ -648,14 +648,14 @@ mod tests {
             // SAFETY: that is the kernel's block, and the buffers are what it points to.
             unsafe { run_kernel("token_terms", shape, seed, parameters, &mut buffers) }.unwrap();
             assert!(
-                uncertainty.iter().zip(&modes).all(|(u, mode)| *u == f32::from(*mode > 0) / 2.0)
+                uncertainty.iter().zip(&groups).all(|(u, group)| *u == f32::from(*group > 0) / 2.0)
             );
             assert!(dkd_to == dkd);
             assert_eq!(loss_to, [summary[0].loss as f32]);
             assert_eq!((summary[0].valid, summary[0].counted_valid, summary[0].summed), (10, 0, 0));
             summary[0].loss
         };
-        let losses = dkd_before.iter().zip(&modes).filter(|(_, mode)| **mode > 0);
+        let losses = dkd_before.iter().zip(&groups).filter(|(_, group)| **group > 0);
         let expected = losses.map(|(loss, _)| f64::from(*loss)).sum::<f64>() / 10.0;
         let of_small_blocks = LaunchShape { grid: 7, block: 64, ..shape };
         for (seed, shape) in [(1, shape), (2, shape), (3, of_small_blocks)] {

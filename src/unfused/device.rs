@@ -127,7 +127,7 @@ pub(crate) fn launches(
             p: p as *const f32,
             q: q as *const f32,
             labels: labels as *const i64,
-            modes: batch.modes,
+            groups: batch.groups,
             dkd: dkd as *const f32,
             d_rest: d_rest as *const f32,
             mask: mask as *mut f32,

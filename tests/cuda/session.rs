@@ -206,14 +206,14 @@ fn stages_by_address() {
     let run = |staged: bool| {
         let gradient = gpu.upload(&vec![bf16::NAN; TOKENS * VOCAB]);
         let results = gpu.upload(&[f32::NAN; TOKENS + 1]);
-        let modes = gpu.upload(&[9_u8; TOKENS]);
+        let groups = gpu.upload(&[9_u8; TOKENS]);
         let workspace = gpu.upload(&vec![0xab_u8; Kernels::workspace_bytes(TOKENS)]);
         let (results_at, workspace_at) =
             (results.device_ptr(stream).0, workspace.device_ptr(stream).0);
         let output = RawOutput {
             loss: Some(results_at),
             dkd: Some(results_at + 4),
-            modes: Some(modes.device_ptr(stream).0),
+            groups: Some(groups.device_ptr(stream).0),
             ..RawOutput::default()
         };
         let tokens = RawTokens {
@@ -292,7 +292,7 @@ fn stages_by_address() {
             stream.clone_dtoh(&results).unwrap().into_iter().map(f32::to_bits).collect();
         let gradient: Vec<u16> =
             stream.clone_dtoh(&gradient).unwrap().into_iter().map(bf16::to_bits).collect();
-        (results, stream.clone_dtoh(&modes).unwrap(), gradient)
+        (results, stream.clone_dtoh(&groups).unwrap(), gradient)
     };
     // The first call predicts by nothing that it could know.
     let (staged, whole) = (run(true), run(false));
