@@ -44,6 +44,13 @@ def test_a_setting_counts_from_the_next_call_on():
         ("shift_labels", "yes", TypeError, "shift_labels is 'yes', but must be True or False"),
         ("selection", "rank", ValueError, 'selection is "rank"'),
         ("divergence", "reverse_kl", ValueError, "reverse"),
+        ("vocab_size", "all", TypeError, "vocab_size is 'all', but must be an integer"),
+        ("vocab_size", -1, ValueError, "vocab_size is -1, but must be from 0"),
+        ("vocab_start", 1.5, TypeError, "vocab_start is 1.5, but must be an integer"),
+        ("vocab_group", "world", TypeError, "vocab_group is a str, but must be a torch.distributed.ProcessGroup"),
+        ("token_group", [0, 1], TypeError, "token_group is a list, but must be a torch.distributed.ProcessGroup"),
+        ("return_stats", "yes", TypeError, "return_stats is 'yes', but must be True or False"),
+        ("lam", torch.nn.Parameter(torch.tensor(0.3)), TypeError, "lam is a Parameter that requires a gradient"),
     ],
 )
 @pytest.mark.parametrize("module", MODULES)
@@ -63,7 +70,16 @@ def test_settings_of_one_module_alone():
     criterion = atkd.ATKDLoss(reduction="none")
     with pytest.raises(ValueError, match='inplace=True overwrites the logits, which reduction="none" reads'):
         criterion.inplace = True
-    assert not hasattr(atkd.LinearATKDLoss(), "inplace") and not hasattr(atkd.ATKDLoss(), "tail")
+    with pytest.raises(TypeError, match="inplace is 1, but must be True or False"):
+        criterion.inplace = 1
+    for module, name in [(atkd.LinearATKDLoss, "inplace"), (atkd.ATKDLoss, "tail"), (atkd.SparseATKDLoss, "memory_budget")]:
+        criterion = module()
+        assert not hasattr(criterion, name)
+        with pytest.raises(AttributeError, match=f"{module.__name__} has no setting {name}"):
+            setattr(criterion, name, "zero")
+        assert not hasattr(criterion, name)
+    criterion.note = "of the caller"
+    assert criterion.note == "of the caller"
 
 
 def test_every_argument_is_documented():

@@ -511,6 +511,7 @@ def test_digests_of_small_values_differ():
     weights = torch.rand(3, 4)
     assert digest_of(weights) == digest_of(weights.t().contiguous().t())
     assert digest_of(torch.arange(5)) == digest_of(torch.arange(5, dtype=torch.int32))
+    assert digest_of(torch.tensor([0.0, -0.0])) == digest_of(torch.tensor([-0.0, 0.0]))
 
 
 def test_numbers_of_numpy(ranks):

@@ -1,5 +1,6 @@
 """Checks that tensors fit together. Settings are checked natively."""
 
+import operator
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -295,6 +296,17 @@ def _check_scalar(number: Optional[Tensor]) -> None:
         raise ValueError(
             f"number is {list(number.shape)} on {number.device}, but must be a scalar on cpu"
         )
+
+
+def integer(name: str, number: object) -> int:
+    """The number, which counts columns or tokens, or an error that names it."""
+    try:
+        found = operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {number!r}, but must be an integer") from None
+    if not 0 <= found < 1 << 31:
+        raise ValueError(f"{name} is {found}, but must be from 0 to {(1 << 31) - 1}")
+    return found
 
 
 def check_selection(

@@ -9,7 +9,6 @@ seen the first one. So everybody raises, and nobody waits for a message that nev
 """
 
 import hashlib
-import operator
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple, Type, Union
 
 import torch
@@ -274,7 +273,8 @@ def hash_of(text: str) -> int:
 def digest_of(values: Tensor) -> Tensor:
     """An int64 scalar that differs where values do, the same on every device, and wherever they lie in memory."""
     if values.is_floating_point():
-        values = values.float().contiguous().view(torch.int32)
+        # The sum is 0.0 for -0.0, which is the same value.
+        values = (values.float() + 0.0).contiguous().view(torch.int32)
     flat = values.reshape(-1).to(torch.int64)
     # Factors without a pattern, so that small differences do not make up for each other; odd, so that none is lost. Products
     # and sums wrap around.
@@ -284,17 +284,6 @@ def digest_of(values: Tensor) -> Tensor:
         factors = factors ^ (factors >> 29)
     factors = factors | 1
     return (flat * factors).sum()
-
-
-def integer(name: str, number: object) -> int:
-    """The number, which counts columns or tokens, or an error that names it."""
-    try:
-        found = operator.index(number)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} is {number!r}, but must be an integer") from None
-    if not 0 <= found < 1 << 31:
-        raise ValueError(f"{name} is {found}, but must be from 0 to {(1 << 31) - 1}")
-    return found
 
 
 def check_apart(vocabulary: Ranks, tokens: Ranks) -> None:

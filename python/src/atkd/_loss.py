@@ -10,6 +10,7 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
+    Set,
     Tuple,
     Union,
     overload,
@@ -226,8 +227,12 @@ def check_shift_labels(shift_labels: object) -> None:
             "shift_labels is a Tensor, but must be True or False as a setting: give labels that are shifted already to "
             "the call"
         )
-    if not _settings.is_bool(shift_labels):
-        raise TypeError(f"shift_labels is {shift_labels!r}, but must be True or False")
+    _check_bool("shift_labels", shift_labels)
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not _settings.is_bool(value):
+        raise TypeError(f"{name} is {value!r}, but must be True or False")
 
 
 def shifted_already(labels: Optional[Tensor], shift_labels: Any) -> Tuple[Optional[Tensor], bool]:
@@ -947,8 +952,13 @@ def token_entropies(
     return entropies
 
 
+# The settings of all modules.
+_ALL_SETTINGS: Set[str] = set()
+
+
 def setting(name: str) -> Any:
     """A property of a module: one of its `settings`."""
+    _ALL_SETTINGS.add(name)
 
     def get(module: Any) -> Any:
         return module.settings[name]
@@ -990,11 +1000,30 @@ class Criterion(torch.nn.Module):
         _is_per_sequence(settings["selection"])
         _check_numbers(settings)
         check_shift_labels(settings["shift_labels"])
+        for name in ("inplace", "return_stats"):
+            _check_bool(name, settings.get(name, False))
+        for name in ("vocab_size", "vocab_start"):
+            if settings[name] is not None:
+                _checks.integer(name, settings[name])
+        for name in ("vocab_group", "token_group"):
+            if settings[name] is not None:
+                from ._groups import Ranks
+
+                Ranks(name, settings[name])
         checked = {name: settings[name] for name in DEFAULTS}
         if checked["reduction"] == "none":
             _check_per_token(None, settings.get("inplace", False))
             checked["reduction"] = "sum"
         _settings.native(checked)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _ALL_SETTINGS:
+            super().__setattr__(name, value)
+            return
+        if not hasattr(type(self), name):
+            raise AttributeError(f"{type(self).__name__} has no setting {name}")
+        # A torch.nn.Module would register a parameter instead, which no setting may be.
+        object.__setattr__(self, name, value)
 
     def given(self, **arguments: Any) -> Dict[str, Any]:
         """The settings, with what a call gives in their places, if it is not None."""

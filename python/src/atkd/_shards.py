@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _autograd, _checks, _dtensor, _loss, _native, _private, _settings, _sparse
 from ._atkd import Objective, __version__
 from ._autograd import NO_SECOND_DERIVATIVE, for_student
-from ._checks import DTYPES
+from ._checks import DTYPES, integer
 from ._groups import (
     ARGUMENTS,
     Header,
@@ -28,7 +28,6 @@ from ._groups import (
     counting_columns,
     digest_of,
     hash_of,
-    integer,
     meet,
     selection_of,
     shown,
