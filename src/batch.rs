@@ -50,6 +50,32 @@ macro_rules! from_slice {
 }
 from_slice!(i64 => I64, i32 => I32);
 
+/// Bit for bit as [`Labels::I32`]: a tokenizer's ids are the same numbers, and a label of -100 is `-100_i32 as u32`.
+///
+/// ```
+/// # use atkd::Labels;
+/// let ids = [3, 7, -100_i32 as u32];
+/// assert!(matches!(Labels::from(&ids), Labels::I32([3, 7, -100])));
+/// ```
+impl<'a> From<&'a [u32]> for Labels<'a> {
+    fn from(labels: &'a [u32]) -> Self {
+        // SAFETY: both types have the same size and alignment, and every bit pattern is one of both.
+        Labels::I32(unsafe { std::slice::from_raw_parts(labels.as_ptr().cast(), labels.len()) })
+    }
+}
+
+impl<'a> From<&'a Vec<u32>> for Labels<'a> {
+    fn from(labels: &'a Vec<u32>) -> Self {
+        labels.as_slice().into()
+    }
+}
+
+impl<'a, const N: usize> From<&'a [u32; N]> for Labels<'a> {
+    fn from(labels: &'a [u32; N]) -> Self {
+        labels.as_slice().into()
+    }
+}
+
 /// A batch of tokens as the student sees it: the teacher's logits `[tokens, vocab]`, or what is known of its
 /// probabilities ([`SparseTeacher`](crate::SparseTeacher)), a label per token, and the scope within which tokens compete for
 /// being hard.

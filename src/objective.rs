@@ -4,12 +4,18 @@ use crate::{Error, Result};
 
 /// The weight of one term of a token's loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "kebab-case")
+)]
 pub enum Coefficient {
-    /// The same number for every token.
-    Constant(f64),
     /// The token's uncertainty UNC = 1 - p(target), a constant for the gradient: with it on DKD, and
     /// 1 on TKD, the sum is the plain KL divergence (Zhong et al., 2024).
     Uncertainty,
+    /// The same number for every token.
+    #[cfg_attr(feature = "serde", serde(untagged))]
+    Constant(f64),
 }
 
 impl From<f64> for Coefficient {
@@ -20,6 +26,11 @@ impl From<f64> for Coefficient {
 
 /// The weights of the two parts of a divergence, for one group of tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct Coefficients {
     /// The coefficient of the target part, a divergence of two Bernoulli distributions.
     pub tkd: Coefficient,
@@ -48,6 +59,11 @@ impl Coefficients {
 /// The generalised Jensen-Shannon divergence is that of GKD (Agarwal et al., 2024), the skewed ones are those of
 /// DistiLLM (Ko et al., 2024).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "kebab-case")
+)]
 pub enum Divergence {
     /// KL(p, q): the student covers whatever the teacher may say.
     #[default]
@@ -62,6 +78,7 @@ pub enum Divergence {
         beta: f64,
     },
     /// Half the sum of the absolute differences.
+    #[cfg_attr(feature = "serde", serde(rename = "tvd"))]
     TotalVariation,
     /// KL(p, alpha p + (1 - alpha) q).
     SkewKl {
@@ -115,6 +132,11 @@ impl Divergence {
 /// The token of the vocabulary that splits a distribution into target and non-targets. Cross entropy is
 /// of the same token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "kebab-case")
+)]
 pub enum Target {
     /// The label of the token.
     Label,
@@ -125,6 +147,11 @@ pub enum Target {
 
 /// How the losses of the tokens become one number.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "kebab-case")
+)]
 pub enum Reduction {
     /// The sum over the valid tokens.
     Sum,
@@ -142,6 +169,11 @@ pub enum Reduction {
 
 /// How the hard tokens are told from the easy ones by the teacher's margins, in float32. NaN is below every number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "kebab-case")
+)]
 pub enum SelectionRule {
     /// The `ceil(hard_ratio * valid tokens)` of the largest margin, the lower index among equals.
     #[default]
@@ -215,7 +247,26 @@ impl ReductionScales {
 /// assert!(Objective::atkd(7.0).is_err());
 /// # Ok::<(), atkd::Error>(())
 /// ```
+///
+/// With the feature `serde` an objective is read and written by settings' names, and what is left out is the default's:
+///
+/// ```json
+/// {
+///   "easy": { "tkd": 0, "dkd": 0.2 },
+///   "hard": { "tkd": 0.8, "dkd": 0.8 },
+///   "divergence": { "jsd": { "beta": 0.5 } },
+///   "selection_rule": "top-k",
+///   "reduction": { "denominator": 4096 }
+/// }
+/// ```
+///
+/// A plain one has `"plain": true` instead of coefficients. What is read is checked as by the setters.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(remote = "Self", default, deny_unknown_fields)
+)]
 pub struct Objective {
     easy: Coefficients,
     hard: Coefficients,
@@ -230,7 +281,36 @@ pub struct Objective {
     reduction: Reduction,
     kd_weight: f64,
     ce_weight: f64,
+    #[cfg_attr(feature = "serde", serde(rename = "upstream_gradient"))]
     upstream: f64,
+}
+
+#[cfg(feature = "serde")]
+impl serde::Serialize for Objective {
+    fn serialize<S: serde::Serializer>(
+        &self,
+        serializer: S,
+    ) -> std::result::Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for Objective {
+    fn deserialize<D: serde::Deserializer<'de>>(
+        deserializer: D,
+    ) -> std::result::Result<Self, D::Error> {
+        let read = Self::deserialize(deserializer)?;
+        let parts = |objective: Self| [objective.easy, objective.hard];
+        // Those of the default stand where none are written.
+        let is_plain = [Self::plain(), Self::default()].map(parts).contains(&parts(read));
+        if read.plain && !is_plain {
+            const MESSAGE: &str = "a plain objective has no coefficients of easy and hard tokens: leave out `easy` and \
+                 `hard`, or `plain`";
+            return Err(serde::de::Error::custom(MESSAGE));
+        }
+        read.checked().map_err(serde::de::Error::custom)
+    }
 }
 
 impl Default for Objective {
@@ -332,6 +412,26 @@ impl Objective {
             }
         }
         Ok(Self { easy, hard, ..Self::uniform(easy) })
+    }
+
+    /// The objective, if each of its settings is allowed.
+    #[cfg(feature = "serde")]
+    fn checked(self) -> Result<Self> {
+        let base = match self.plain {
+            true => Self::plain(),
+            false => Self::decoupled(self.easy, self.hard)?,
+        };
+        base.with_divergence(self.divergence)?
+            .with_selection_rule(self.selection_rule)
+            .with_hard_ratio(self.hard_ratio)?
+            .with_temperature(self.temperature)?
+            .with_temperature_squared(self.temperature_squared)
+            .with_target(self.target)
+            .with_ignore_index(self.ignore_index)
+            .with_reduction(self.reduction)?
+            .with_kd_weight(self.kd_weight)?
+            .with_ce_weight(self.ce_weight)?
+            .with_upstream_gradient(self.upstream)
     }
 
     fn uniform(coefficients: Coefficients) -> Self {

@@ -54,6 +54,7 @@ pub struct Output {
 
 /// Means and counts over an [`Output`].
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Summary {
     /// All tokens, the ignored ones included.
     pub tokens: usize,
