@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Result, anyhow};
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
 use super::{Measured, Timing};
 
-/// Tells variants apart; those of a whole call come first.
+/// Tells variants apart, with dashes after as many; those of a whole call come first.
 const COLORS: [RGBColor; 8] = [
     RGBColor(31, 119, 180),
     RGBColor(255, 127, 14),
@@ -39,14 +40,16 @@ pub fn save(path: &Path, title: &str, measured: &[Measured]) -> Result<()> {
     }
     let most = lines.iter().flat_map(|(_, points)| points).fold(0.0_f64, |most, at| most.max(at.1));
 
-    let area = SVGBackend::new(path, (900, 520)).into_drawing_area();
+    let area = SVGBackend::new(path, (1000, 520)).into_drawing_area();
     area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&area)
+    // Beside the lines, which the legend may not cover.
+    let (area_of_chart, legend) = area.split_horizontally(760);
+    let mut chart = ChartBuilder::on(&area_of_chart)
         .caption(title, ("sans-serif", 18))
         .margin(12)
         .x_label_area_size(42)
         .y_label_area_size(60)
-        .build_cartesian_2d((first / 1.1..last * 1.1).log_scale(), 0.0..1.15 * most)
+        .build_cartesian_2d((first / 1.1..last * 1.1).log_scale(), 0.0..1.05 * most)
         .map_err(|error| anyhow!("{error}"))?;
     chart
         .configure_mesh()
@@ -57,21 +60,30 @@ pub fn save(path: &Path, title: &str, measured: &[Measured]) -> Result<()> {
         .y_label_formatter(&|rate| format!("{rate:.0}"))
         .max_light_lines(0)
         .draw()?;
+    let mut named = Vec::new();
     for (i, (name, points)) in lines.into_iter().enumerate() {
         let color = if i == 0 { BLACK } else { COLORS[(i - 1) % COLORS.len()] };
-        let dots = points.clone();
-        chart
-            .draw_series(LineSeries::new(points, color.stroke_width(2)))?
-            .label(name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
-        chart.draw_series(dots.into_iter().map(|at| Circle::new(at, 3, color.filled())))?;
+        let (style, is_dashed) = (color.stroke_width(2), i > COLORS.len());
+        let at_the_end = points.last().map_or(0.0, |&(_, rate)| rate);
+        chart.draw_series(points.iter().map(|&at| Circle::new(at, 3, color.filled())))?;
+        if is_dashed {
+            chart.draw_series(DashedLineSeries::new(points, 6, 4, style))?;
+        } else {
+            chart.draw_series(LineSeries::new(points, style))?;
+        }
+        named.push((at_the_end, name, style, is_dashed));
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::MiddleRight)
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK)
-        .draw()?;
+    // In the order in which the lines end.
+    named.sort_by(|one, other| other.0.total_cmp(&one.0));
+    for (y, (_, name, style, is_dashed)) in (50..).step_by(22).zip(named) {
+        let line = [(0, y), (30, y)];
+        if is_dashed {
+            legend.draw(&DashedPathElement::new(line, 6, 4, style))?;
+        } else {
+            legend.draw(&PathElement::new(line, style))?;
+        }
+        legend.draw(&Text::new(name, (38, y - 6), ("sans-serif", 13)))?;
+    }
     area.present()?;
     Ok(())
 }
