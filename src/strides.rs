@@ -44,6 +44,43 @@ impl Strides {
         }
     }
 
+    /// The rows of a tensor `[.., vocab]` of this shape and these strides, both in elements and as long as each other: if the
+    /// last dimension is contiguous, the rows lie apart, and at most two strides lead to them. `None` where a copy is needed.
+    ///
+    /// ```
+    /// use atkd::Strides;
+    ///
+    /// // `[:, :-1]` of logits [2, 3, 8].
+    /// assert_eq!(Strides::of_tensor(&[2, 2, 8], &[24, 8, 1]), Some(Strides::nested(2, 24, 8)));
+    /// // Their transpose.
+    /// assert_eq!(Strides::of_tensor(&[2, 8, 3], &[24, 1, 8]), None);
+    /// ```
+    pub fn of_tensor(shape: &[usize], strides: &[usize]) -> Option<Self> {
+        let (&vocab, leading) = shape.split_last()?;
+        let (&step, strides) = strides.split_last()?;
+        if leading.len() != strides.len() || (vocab > 1 && step != 1) {
+            return None;
+        }
+        // Dimensions of which one goes on where the other ends are one; the innermost comes first.
+        let mut merged: Vec<(usize, usize)> = Vec::new();
+        for (&size, &stride) in leading.iter().zip(strides).rev().filter(|(size, _)| **size != 1) {
+            match merged.last_mut() {
+                Some((rows, row_stride)) if rows.checked_mul(*row_stride) == Some(stride) => {
+                    *rows = rows.checked_mul(size)?;
+                }
+                _ => merged.push((size, stride)),
+            }
+        }
+        let strides = match merged[..] {
+            [] => vocab.into(),
+            [(_, row_stride)] => row_stride.into(),
+            [(rows, row_stride), (_, outer)] => Self::nested(rows, outer, row_stride),
+            _ => return None,
+        };
+        let tokens = leading.iter().try_fold(1_usize, |tokens, &size| tokens.checked_mul(size))?;
+        strides.span(tokens, vocab).is_ok().then_some(strides)
+    }
+
     /// The same rows, if there are so many: evenly spaced if there is but one outer index.
     pub(crate) fn of(self, tokens: usize) -> Self {
         if tokens <= self.inner { self.row.into() } else { self }

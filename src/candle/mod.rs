@@ -349,7 +349,7 @@ impl Rows {
         let Some((&vocab, leading)) = tensor.dims().split_last() else {
             bail!("the {whose}logits are a scalar, but must be [tokens, vocab]")
         };
-        let (tensor, strides) = match strides(tensor.layout()) {
+        let (tensor, strides) = match strides(tensor) {
             Some(strides) => (tensor.clone(), strides),
             None => (tensor.contiguous()?, vocab.into()),
         };
@@ -364,29 +364,8 @@ impl Rows {
     }
 }
 
-/// The strides of the rows of `[.., vocab]`, if these are contiguous, disjoint and make a grid of two dimensions at
-/// most.
-fn strides(layout: &Layout) -> Option<Strides> {
-    let (&vocab, leading) = layout.dims().split_last()?;
-    let (&step, strides) = layout.stride().split_last()?;
-    if vocab > 1 && step != 1 {
-        return None;
-    }
-    // Dimensions of which one goes on where the other ends are one; the innermost comes first.
-    let mut merged: Vec<(usize, usize)> = Vec::new();
-    for (&size, &stride) in leading.iter().zip(strides).rev().filter(|(size, _)| **size != 1) {
-        match merged.last_mut() {
-            Some((rows, row_stride)) if stride == *rows * *row_stride => *rows *= size,
-            _ => merged.push((size, stride)),
-        }
-    }
-    let strides = match merged[..] {
-        [] => vocab.into(),
-        [(_, row_stride)] => row_stride.into(),
-        [(rows, row_stride), (_, outer)] => Strides::nested(rows, outer, row_stride),
-        _ => return None,
-    };
-    strides.span(leading.iter().product(), vocab).is_ok().then_some(strides)
+fn strides(tensor: &Tensor) -> Option<Strides> {
+    Strides::of_tensor(tensor.dims(), tensor.stride())
 }
 
 #[cfg(test)]
@@ -396,7 +375,7 @@ mod tests {
     #[test]
     fn rows_of_two_strides_need_no_copy() -> Result<()> {
         let logits = Tensor::zeros((2, 3, 8), DType::F32, &Device::Cpu)?;
-        let strides = |tensor: Tensor| strides(tensor.layout());
+        let strides = |tensor: Tensor| strides(&tensor);
         assert_eq!(strides(logits.clone()), Some(8.into()));
         assert_eq!(strides(logits.narrow(2, 1, 5)?), Some(8.into()));
         assert_eq!(strides(logits.narrow(0, 1, 1)?), Some(8.into()));
