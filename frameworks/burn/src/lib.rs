@@ -18,8 +18,6 @@
 //! [`Error::Backend`].
 #![warn(missing_docs)]
 
-use std::any::type_name;
-
 use atkd::{Batch, Elements, ElementsMut, Logits, LogitsMut, Objective, Output, Strides, cpu};
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::{
@@ -193,8 +191,9 @@ impl HostBatch {
     }
 }
 
+/// The elements of data that are known to be of this type.
 fn host<T: Element>(data: TensorData) -> Vec<T> {
-    data.as_slice().unwrap_or_else(|_| panic!("the data are {}", type_name::<T>())).to_vec()
+    data.as_slice().expect("the dtype is this type's").to_vec()
 }
 
 fn flex<const D: usize>(tensor: Tensor<D>) -> Result<FlexTensor> {
