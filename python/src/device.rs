@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atkd::call::{
-    RawCall, RawEntropies, RawLogits, RawOutput, RawSelection, RawShard, RawStage, RawTeacher,
+    RawEntropies, RawLogits, RawOutput, RawSelection, RawShard, RawStage, RawTeacher,
 };
 use atkd::cuda::cudarc::driver::CudaStream;
 use atkd::cuda::{self, Kernels};
 use atkd::{Objective, Result};
 use pyo3::prelude::*;
+
+use super::AnyCall;
 
 /// The kernels, by the device's ordinal, in its primary context, which is torch's too.
 static KERNELS: Mutex<BTreeMap<usize, Arc<Kernels>>> = Mutex::new(BTreeMap::new());
@@ -45,18 +47,23 @@ unsafe fn open((ordinal, stream): Queue) -> Result<(Arc<Kernels>, Arc<CudaStream
 }
 
 /// # Safety
-/// As [`Kernels::launch_raw`].
+/// As [`Kernels::launch_raw`] or, with a sparse teacher, [`Kernels::launch_sparse_raw`].
 pub unsafe fn run(
     queue: Queue,
     workspace: u64,
     objective: &Objective,
-    call: &RawCall,
+    call: &AnyCall,
     output: &RawOutput,
 ) -> Result<()> {
     // SAFETY: the caller's.
     unsafe {
         let (kernels, stream) = open(queue)?;
-        kernels.launch_raw(&stream, objective, call, workspace, output)
+        match call {
+            AnyCall::Dense(call) => kernels.launch_raw(&stream, objective, call, workspace, output),
+            AnyCall::Sparse(call) => {
+                kernels.launch_sparse_raw(&stream, objective, call, workspace, output)
+            }
+        }
     }
 }
 

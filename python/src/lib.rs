@@ -302,9 +302,9 @@ enum Teacher {
     Sparse(Sparse),
 }
 
-/// That kernels know no sparse teacher, which the package's Python code has told before.
+/// That no kernel does this with sparse teachers, which the package's Python code has told before.
 fn no_sparse_kernel() -> PyErr {
-    PyNotImplementedError::new_err("there is no kernel for sparse teachers")
+    PyNotImplementedError::new_err("there is no kernel of this for sparse teachers")
 }
 
 /// A call by address, as `Call` of `_native.py`, which says what each is.
@@ -414,7 +414,6 @@ fn run(py: Python, place: Place, objective: &Objective, call: Call) -> PyResult<
         // that it holds, and nobody else writes to them meanwhile. A device's memory is of torch's allocator, which
         // hands it out again only in the order of the stream.
         Place::Device(queue, workspace) => {
-            let AnyCall::Dense(call) = call else { return Err(no_sparse_kernel()) };
             return py
                 .detach(|| unsafe { device::run(queue, workspace, &objective.0, &call, &output) })
                 .map_err(exception);

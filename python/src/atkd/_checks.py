@@ -83,11 +83,6 @@ def check_mask(
 def check_sparse(teacher: SparseTeacher, name: str, states: Tensor) -> None:
     """Raises unless a sparse teacher is of the tokens of `states`, which are called `name`. Its values are checked natively."""
     indices, log_probs, target, _ = teacher
-    if not states.is_cpu:
-        raise NotImplementedError(
-            f"{name} are on {states.device}, but sparse teachers have no kernel yet, and are on the CPU alone: move all "
-            "tensors there, or take the teacher's logits with atkd_loss"
-        )
     shape, like = states.shape[:-1], f"for {name} {list(states.shape)}"
     if indices.dtype not in LABEL_DTYPES:
         raise TypeError(f"indices are {indices.dtype}, but must be int64 or int32")
@@ -111,6 +106,14 @@ def check_sparse(teacher: SparseTeacher, name: str, states: Tensor) -> None:
         check_mask("target_log_prob", target, name, states, shape, target.dtype)
 
 
+def refuse_sparse(what: str, name: str, states: Tensor, instead: str) -> None:
+    """Says that no kernel does `what`. `states` are called `name`."""
+    raise NotImplementedError(
+        f"{name} are on {states.device}, but {what} on the CPU alone, since there is no kernel for it yet: move all tensors "
+        f"there, or {instead}"
+    )
+
+
 def check_loss(
     student: Tensor,
     teacher: Teacher,
@@ -129,6 +132,9 @@ def check_loss(
     if isinstance(teacher, SparseTeacher):
         _check_vocab_size(vocab_size, "student_logits", student)
         check_sparse(teacher, "student_logits", student)
+        if teacher.tail == "uniform" and student.is_cuda:
+            what, instead = 'tail "uniform" is', 'take tail "bucket", "zero" or "sampled"'
+            refuse_sparse(what, "student_logits", student, instead)
         _check_rows(student, labels, scale, hard, token_weights, temperatures, per_sequence, settings)
         return
     _check_logits("teacher_logits", teacher)
@@ -273,6 +279,9 @@ def check_margins(
     if isinstance(teacher, SparseTeacher):
         name, rows = "indices", teacher.indices
         check_sparse(teacher, name, rows)
+        if not rows.is_cpu:
+            what = "the margins of a sparse teacher are computed"
+            refuse_sparse(what, name, rows, "take those of sparse_atkd_loss(return_stats=True), Stats.margin")
     else:
         name, rows = "teacher_logits", teacher
         _check_logits(name, rows)

@@ -142,6 +142,10 @@ def check(given: Given, settings: Dict[str, Any], is_shard: bool = False) -> Non
         _check_layer("teacher", teacher, given.teacher_weight, given.teacher_bias, is_shard)
     else:
         _checks.check_sparse(given.sparse, "student_hidden", student)
+        if not student.is_cpu:
+            what = "linear_atkd_loss takes a sparse teacher"
+            instead = "give the logits to sparse_atkd_loss"
+            _checks.refuse_sparse(what, "student_hidden", student, instead)
         teacher = student
     if not is_shard:
         _vocab(given)
@@ -575,6 +579,7 @@ def linear_atkd_loss(
     Under autocast hidden states, weights and biases are converted first, as those of `torch.nn.functional.linear` are.
 
     Raises:
+        NotImplementedError: for a `SparseTeacher` that is not on the CPU.
         TypeError: for dtypes that do not go together, any DTensor, a setting that requires a gradient.
         ValueError: for shapes or devices that do not go together, a setting outside its domain, and, on the CPU, a label
             that names no token of the vocabulary.

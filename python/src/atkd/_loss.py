@@ -833,6 +833,7 @@ def teacher_margins(
         GPU NaN for a label out of range, or a token's own temperature, as raising would wait.
 
     Raises:
+        NotImplementedError: for a `SparseTeacher` that is not on the CPU.
         TypeError: for a dtype that is none of these.
         ValueError: for shapes or devices that differ, a setting outside its domain, a label that names no token of
             the vocabulary.

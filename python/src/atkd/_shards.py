@@ -507,6 +507,10 @@ def _prepare(
     student = plain(student_name, student)
     if isinstance(teacher, SparseTeacher):
         teacher = plain_sparse(teacher)
+        if not student.is_cpu:
+            what = "vocab_group and token_group go with a sparse teacher"
+            instead = "leave both out: with hard= and num_items_in_batch= of all ranks the losses of their tokens add up"
+            _checks.refuse_sparse(what, student_name, student, instead)
     else:
         teacher = plain("teacher_logits", teacher).detach()
     hard, token_weights, labels, temperatures, scale = (

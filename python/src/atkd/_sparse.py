@@ -91,7 +91,7 @@ def sparse_atkd_loss(
     **settings: Any,
 ) -> Union[Tensor, Tuple[Tensor, Stats]]:
     """`atkd_loss` with a teacher of which K log-probabilities per position are known, from disk or from a server
-    (`from_vllm`, `from_sglang`). On the CPU; there is no kernel yet.
+    (`from_vllm`, `from_sglang`). On the CPU and, but for tail `"uniform"` and groups, on CUDA devices.
 
     The student's distribution is over the whole vocabulary, and the gradient is that of all of its logits. Hard tokens are
     those of the largest margin log((1 - p) / p) of the teacher's p(target).
@@ -130,12 +130,13 @@ def sparse_atkd_loss(
             large as the student's in float32.
 
     Raises:
-        NotImplementedError: for tensors on a GPU, a DTensor of logits.
+        NotImplementedError: on a CUDA device for tail `"uniform"`, for a group, and for selection within `cu_seqlens`; for a
+            DTensor of logits.
         TypeError: for a dtype that is none of these, a setting that requires a gradient.
         ValueError: for shapes or devices that do not go together, a setting outside its domain, a label that names no token
             of the vocabulary; for an index that does not, or is there twice; for probabilities that add up to more than 1, as
             those of logits would; for a target without a log-probability. The message has the token, counted over all
-            positions, and the numbers.
+            positions, and the numbers. On a CUDA device values are not waited for: wrong ones make the loss NaN.
     """
     labels, shift_labels = _loss.shifted_already(labels, shift_labels)
     teacher = SparseTeacher(indices, log_probs, target_log_prob, tail)
