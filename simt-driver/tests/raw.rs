@@ -3,10 +3,10 @@
 
 use std::io::Write;
 
-use atkd::call::{self, RawOutput};
+use atkd::call::{self, RawOutput, RawSparseCall, RawSparseTeacher, RawTokens};
 use atkd::cuda::cudarc::driver::DevicePtr;
 use atkd::cuda::{self, Kernels, RawCall, RawLabels, RawLogits, Workspace};
-use atkd::{Batch, Dtype, Error, Logits, LogitsMut, Objective, cpu};
+use atkd::{Batch, Dtype, Error, Logits, LogitsMut, Objective, Output, SparseTeacher, Tail, cpu};
 
 mod loader;
 
@@ -16,6 +16,7 @@ static LOAD_DRIVER: extern "C" fn() = loader::load_driver;
 
 const TOKENS: usize = 6;
 const VOCAB: usize = 13_003;
+const TOP_K: usize = 4;
 
 #[test]
 fn results_go_where_they_are_wanted() {
@@ -86,7 +87,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
         token_loss: Some(column(1 + 4 * TOKENS)),
         groups: Some(groups.device_ptr(&stream).0),
     };
-    let mut check = || {
+    let mut check = |exact: &Output, gradient: &[f32]| {
         let found = stream.clone_dtoh(&floats).unwrap();
         let near = |actual: f32, exact: f64| {
             let actual = f64::from(actual);
@@ -108,7 +109,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
                 (token.valid, token.hard)
             );
         }
-        for (actual, exact) in stream.clone_dtoh(&written).unwrap().into_iter().zip(&gradient) {
+        for (actual, exact) in stream.clone_dtoh(&written).unwrap().into_iter().zip(gradient) {
             near(actual, f64::from(*exact));
         }
         // The next call must write all of it.
@@ -121,7 +122,7 @@ fn results_go_where_they_are_wanted_on(device: usize) {
     for _ in 0..2 {
         // SAFETY: all is memory of the shapes given, used on one stream.
         unsafe { kernels.launch_raw(&stream, &objective, &call, address, &output) }.unwrap();
-        check();
+        check(&exact, &gradient);
     }
     let odd = RawOutput { tkd: Some(column(1) + 2), ..output };
     // SAFETY: it fails before anything is enqueued.
@@ -130,7 +131,65 @@ fn results_go_where_they_are_wanted_on(device: usize) {
     let mut owned = Workspace::new(&kernels, &stream, 10).unwrap();
     // SAFETY: as above.
     unsafe { owned.launch(&stream, &objective, &call, &output) }.unwrap();
-    check();
+    check(&exact, &gradient);
+
+    // Row 2 finds its label, 0, among the entries, the others do not.
+    let mut indices: Vec<i32> = (0..TOKENS * TOP_K).map(|i| (i * 2999 % VOCAB) as i32).collect();
+    indices[5] = -1;
+    indices[2 * TOP_K] = 0;
+    let log_probs: Vec<f32> = (0..TOKENS * TOP_K).map(|i| -2.0 - 0.1 * i as f32).collect();
+    let of_targets: Vec<f32> = (0..TOKENS).map(|i| -1.0 - i as f32).collect();
+    let indices_on_device = stream.clone_htod(&indices).unwrap();
+    let [log_probs_on_device, targets_on_device] =
+        [&log_probs, &of_targets].map(|v| stream.clone_htod(&v[..]).unwrap());
+    for tail in [Tail::Bucket, Tail::Zero, Tail::Sampled] {
+        let teacher = SparseTeacher::new(&indices, &log_probs[..], TOKENS, TOP_K, VOCAB)
+            .and_then(|teacher| teacher.with_target_log_probs(&of_targets))
+            .unwrap()
+            .with_tail(tail);
+        let batch = Batch::new(teacher, &labels).unwrap().with_sequences(&[0, 3, 6]).unwrap();
+        let mut gradient = vec![0_f32; TOKENS * VOCAB];
+        let to = LogitsMut::new(&mut gradient, TOKENS, VOCAB).unwrap();
+        let exact = cpu::forward_backward(&objective, &batch, view(&student[..]), to).unwrap();
+        let sparse = RawSparseCall {
+            tokens: RawTokens {
+                tokens: TOKENS,
+                vocab: VOCAB,
+                labels: call.labels,
+                sequences: call.sequences,
+                margins: None,
+                hard: None,
+                token_weights: None,
+                temperatures: None,
+                upstream: None,
+            },
+            teacher: RawSparseTeacher {
+                top_k: TOP_K,
+                indices: RawLabels::I32(indices_on_device.device_ptr(&stream).0),
+                log_probs: log_probs_on_device.device_ptr(&stream).0,
+                dtype: Dtype::F32,
+                target_log_probs: Some(targets_on_device.device_ptr(&stream).0),
+                target_rounding: Dtype::F32,
+                tail,
+            },
+            student: call.student,
+            gradient: call.gradient,
+            gradient_padding: 0,
+        };
+        // SAFETY: all is memory of the shapes given, used on one stream.
+        unsafe { kernels.launch_sparse_raw(&stream, &objective, &sparse, address, &output) }
+            .unwrap();
+        check(&exact, &gradient);
+        // SAFETY: as above.
+        unsafe { owned.launch_sparse(&stream, &objective, &sparse, &output) }.unwrap();
+        check(&exact, &gradient);
+        let unknown = RawSparseTeacher { tail: Tail::Uniform, ..sparse.teacher };
+        let unknown = RawSparseCall { teacher: unknown, ..sparse };
+        // SAFETY: it fails before anything is enqueued.
+        let result =
+            unsafe { kernels.launch_sparse_raw(&stream, &objective, &unknown, address, &output) };
+        assert_eq!(result, Err(Error::NoUniformTail));
+    }
     // SAFETY: as above.
     unsafe { kernels.launch_raw(&stream, &objective, &call, address, &output) }.unwrap();
     for factor in [1.0_f32, 3.0] {
