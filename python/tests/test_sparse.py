@@ -455,7 +455,10 @@ def test_padded_columns(device):
     expected = run(student, teacher, labels, device)
     padded = torch.nn.functional.pad(student, (0, 5), value=50.0)
     loss, gradient, _ = run(padded, teacher, labels, device, vocab_size=V)
-    assert torch.equal(loss, expected[0]) and torch.equal(gradient[:, :V], expected[1])
+    # On a device sums follow the alignment of the rows, which the padding changes.
+    allowed = {"rtol": 0.0, "atol": 0.0} if device == "cpu" else {"rtol": 2e-6, "atol": 2e-7}
+    torch.testing.assert_close(loss, expected[0], **allowed)
+    torch.testing.assert_close(gradient[:, :V], expected[1], **allowed)
     assert not gradient[:, V:].any()
     with pytest.raises(ValueError, match=f"below the vocabulary size {V - 1}"):
         run(student, teacher._replace(indices=teacher.indices.clamp(min=V - 1)), labels, vocab_size=V - 1)
