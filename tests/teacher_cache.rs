@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use atkd::Dtype;
 use atkd::teacher_cache::{Encoding, Error, NewRows, Rows, Settings, TeacherCache, Writer};
 use fastrand::Rng;
 use safetensors::SafeTensors;
@@ -84,6 +85,7 @@ impl Given {
             target_log_prob: &self.target_log_prob,
             tail_mass: Some(&self.tail_mass),
             labels: &self.labels,
+            rounding: Dtype::F32,
         }
     }
 
@@ -281,6 +283,7 @@ fn push(
         target_log_prob: &[target],
         tail_mass: tail.as_ref().map(|tail| &tail[..]),
         labels: &[label],
+        rounding: Dtype::F32,
     })?;
     writer.finish()?;
     TeacherCache::open(&path)?.read(0..1)
@@ -305,6 +308,62 @@ fn the_tail_is_what_the_others_leave() {
     let rows = push([3, 1, 2], [-1.0, -0.45863, -20.0], -1.0, None, 3).unwrap();
     let mass: f64 = rows.log_probs.iter().map(|&l| f64::from(l).exp()).sum();
     assert!(rows.tail_mass[0] < 2e-6 && mass < 1.0 + 2e-6, "{rows:?}");
+}
+
+/// One row of 0.1, 0.2, 0.3 and 0.4, which rounding has multiplied, of which token 3 is the label.
+fn push_whole(
+    indices: [i32; 4],
+    factor: f64,
+    tail: Option<f32>,
+    rounding: Dtype,
+) -> Result<Rows, Error> {
+    let (_folder, path) = temporary();
+    let mut writer = Writer::open(&path, &Settings::new(4, 4)).unwrap();
+    let log_prob = |i: i32| (factor * f64::from(i + 1) / 10.0).ln() as f32;
+    writer.push(&NewRows {
+        indices: &indices,
+        log_probs: &indices.map(|i| log_prob(i.max(0))),
+        target_log_prob: &[log_prob(3)],
+        tail_mass: tail.as_ref().map(std::slice::from_ref),
+        labels: &[3],
+        rounding,
+    })?;
+    writer.finish()?;
+    TeacherCache::open(&path)?.read(0..1)
+}
+
+/// What rounding leaves of 1 goes to no tail, since no token is left to have it.
+#[test]
+fn rows_of_the_whole_vocabulary_have_no_tail() {
+    let (all, but_label) = ([2, 0, 3, 1], [2, 0, -1, 1]);
+    for (rounding, off) in [(Dtype::F32, 9e-5), (Dtype::F16, 9e-3), (Dtype::Bf16, 2.9e-2)] {
+        for (factor, tail) in [1.0 - off, 1.0, 1.0 + off]
+            .into_iter()
+            .flat_map(|factor| [None, Some(0.0), Some(off as f32)].map(|tail| (factor, tail)))
+        {
+            for indices in [all, but_label] {
+                let rows = push_whole(indices, factor, tail, rounding).unwrap();
+                assert_eq!(rows.tail_mass, [0.0], "{rounding:?} {factor} {tail:?}");
+                let target = rows.target_log_prob[0];
+                assert!((target - 0.4_f32.ln()).abs() < 3e-7, "{target}");
+                for (index, log_prob) in rows.indices.iter().zip(&rows.log_probs) {
+                    if *index >= 0 {
+                        let exact = ((index + 1) as f32 / 10.0).ln();
+                        assert!((log_prob - exact).abs() < exact.abs() / 1024.0, "{rows:?}");
+                    }
+                }
+            }
+        }
+        for factor in [1.0 - 1.2 * off, 1.0 + 1.2 * off] {
+            let words = ["token 0", "whole vocabulary of 4", "must add up to 1"];
+            says(push_whole(all, factor, None, rounding), &words);
+        }
+        // There is no token to have a tail; what the others leave of 1 is one where a token is not among them.
+        says(push_whole(all, 0.5, Some(0.5), rounding), &["add up to 0.5", "vocabulary of 4"]);
+        says(push_whole(all, 1.0, Some(0.5), rounding), &["add up to 1.5", "tail 0.5"]);
+        let rows = push_whole([2, 0, 3, -1], 1.0, None, rounding).unwrap();
+        assert!((rows.tail_mass[0] - 0.2).abs() < 1e-6, "{rows:?}");
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod counting_allocator;
 
 use std::time::Instant;
 
+use atkd::Dtype;
 use atkd::teacher_cache::{Encoding, NewRows, Settings, TeacherCache, Writer};
 
 #[test]
@@ -19,6 +20,7 @@ fn memory_is_of_a_push() {
         target_log_prob: &vec![-9.0; tokens],
         tail_mass: None,
         labels: &vec![151_935; tokens],
+        rounding: Dtype::F32,
     };
     let write = |pushes: usize| {
         let path = folder.path().join(pushes.to_string());
@@ -68,6 +70,7 @@ fn a_million_tokens() {
                     target_log_prob: &[-9.0; 1000],
                     tail_mass: None,
                     labels: &[151_935; 1000],
+                    rounding: Dtype::F32,
                 };
                 writer.push(&rows).unwrap();
             }

@@ -8,6 +8,8 @@ use pyo3::exceptions::{
 };
 use pyo3::prelude::*;
 
+use super::LogitsDtype;
+
 fn exception(error: Error) -> PyErr {
     let message = error.to_string();
     match error {
@@ -122,13 +124,15 @@ impl NativeWriter {
         Ok(self.writer()?.is_complete())
     }
 
-    /// Rows by address: int32 `[n, K]`, float32 `[n, K]`, float32 `[n]`, float32 `[n]` or `None`, int64 `[n]`.
+    /// Rows, what their values were rounded to before, and by address int32 `[n, K]`, float32 `[n, K]`, float32 `[n]`, float32
+    /// `[n]` or `None`, int64 `[n]`.
     #[expect(clippy::too_many_arguments, reason = "they are what rows are")]
     fn push(
         &mut self,
         py: Python,
         tokens: usize,
         top_k: usize,
+        rounding: LogitsDtype,
         indices: u64,
         log_probs: u64,
         target_log_prob: u64,
@@ -145,6 +149,7 @@ impl NativeWriter {
                 target_log_prob: slice(target_log_prob, tokens),
                 tail_mass: tail_mass.map(|masses| slice(masses, tokens)),
                 labels: slice(labels, tokens),
+                rounding: rounding.into(),
             }
         };
         py.detach(|| writer.push(&rows)).map_err(exception)

@@ -6,6 +6,7 @@
 //! learns from the same text. The log-probabilities are of the teacher's softmax at the cache's temperature.
 //!
 //! ```
+//! use atkd::Dtype;
 //! use atkd::teacher_cache::{NewRows, Settings, TeacherCache, Writer};
 //!
 //! # let folder = tempfile::tempdir().unwrap();
@@ -20,6 +21,7 @@
 //!         target_log_prob: &[-5.0],
 //!         tail_mass: None,
 //!         labels: &[4],
+//!         rounding: Dtype::F32,
 //!     })?;
 //! }
 //! writer.finish()?;

@@ -6,9 +6,9 @@ use super::{
     COLUMNS, Encoding, INDICES, LABELS, LOG_PROB_RANGE, LOG_PROBS, Settings, TAIL_MASS,
     TARGET_LOG_PROB,
 };
+use crate::Dtype;
+use crate::sparse::tolerance;
 
-/// The mass of a row that is pushed may exceed 1 by so much, and its log-probabilities 0.
-const ROUNDING: f64 = 1e-4;
 /// A mass this near to 1 is left as it is: dividing by it would cost the accuracy of probabilities near 1, whose
 /// logarithm float32 holds far more exactly than the mass.
 const LEFT_ALONE: f64 = 2e-6;
@@ -27,6 +27,7 @@ pub(super) struct NewRow<'a> {
     pub target_log_prob: f32,
     pub tail_mass: Option<f32>,
     pub label: i64,
+    pub rounding: Dtype,
 }
 
 /// A row by its settings.
@@ -107,6 +108,7 @@ impl Codec {
 
     /// Fills `entries`, the most probable first. Returns the target's log-probability and the tail's mass.
     fn distribution(&mut self, row: &NewRow, label: i32) -> Result<(f32, f32), String> {
+        let allowed = tolerance(row.rounding);
         self.entries.clear();
         self.sorted.clear();
         for (&index, &log_prob) in row.indices.iter().zip(row.log_probs) {
@@ -120,8 +122,8 @@ impl Codec {
                 ));
             }
             self.sorted.push(index);
-            let log_prob =
-                log_probability(log_prob, &format_args!("the log-probability of {index}"))?;
+            let what = format_args!("the log-probability of {index}");
+            let log_prob = log_probability(log_prob, allowed, &what)?;
             if log_prob >= LEAST {
                 self.entries.push((log_prob, index));
             }
@@ -132,7 +134,8 @@ impl Codec {
         }
         let mut target = f32::NEG_INFINITY;
         if label >= 0 {
-            target = log_probability(row.target_log_prob, &"the target's log-probability")?;
+            let what = "the target's log-probability";
+            target = log_probability(row.target_log_prob, allowed, &what)?;
             // Labels that are shifted against the rows are found here.
             if let Some(&(entry, _)) = self.entries.iter().find(|entry| entry.1 == label) {
                 let apart = (entry - target).abs();
@@ -146,16 +149,28 @@ impl Codec {
         let of_target = f64::from(target).exp();
         let others = self.entries.iter().filter(|entry| entry.1 != label);
         let known: f64 = others.map(|&(log_prob, _)| f64::from(log_prob).exp()).sum();
+        let adds_target = label >= 0 && self.sorted.binary_search(&label).is_err();
+        let is_whole = self.sorted.len() + usize::from(adds_target) == self.vocab;
+        let of_all = known + of_target;
+        if is_whole && (of_all - 1.0).abs() > allowed {
+            return Err(format!(
+                "its probabilities add up to {of_all:.6}, but they are those of the whole vocabulary of {}, and must add up to 1, but for the {allowed} that rounding allows: give log-probabilities (natural logarithms), not logits",
+                self.vocab
+            ));
+        }
         let tail = match row.tail_mass.map(f64::from) {
+            // No token is left that could have what rounding leaves.
+            None if is_whole => 0.0,
+            Some(tail) if is_whole && (0.0..=allowed).contains(&tail) => 0.0,
             // 1 - p as exactly as the logarithm allows.
             None => (-f64::from(target).exp_m1() - known).max(0.0),
-            Some(tail) if (0.0..=1.0 + ROUNDING).contains(&tail) => tail,
+            Some(tail) if (0.0..=1.0 + allowed).contains(&tail) => tail,
             Some(tail) => {
                 return Err(format!("the tail's mass is {tail}, but must be from 0 to 1"));
             }
         };
-        let mass = known + of_target + tail;
-        if (mass - 1.0).abs() > ROUNDING {
+        let mass = of_all + tail;
+        if (mass - 1.0).abs() > allowed {
             return Err(format!(
                 "its probabilities add up to {mass:.6}: the entries but the target {known:.6}, the target {of_target:.6}, the tail {tail:.6}"
             ));
@@ -361,9 +376,9 @@ impl Codec {
     }
 }
 
-/// A log-probability without the rounding that put it above 0.
-fn log_probability(value: f32, what: &dyn std::fmt::Display) -> Result<f32, String> {
-    if value.is_nan() || f64::from(value) > ROUNDING {
+/// A log-probability without the rounding that put it above 0, which is as large as is allowed at most.
+fn log_probability(value: f32, allowed: f64, what: &dyn std::fmt::Display) -> Result<f32, String> {
+    if value.is_nan() || f64::from(value) > allowed {
         return Err(format!("{what} is {value}, but must be at most 0"));
     }
     // 0, not -0.

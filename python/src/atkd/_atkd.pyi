@@ -109,6 +109,7 @@ class TeacherCacheWriter:
         self,
         tokens: int,
         top_k: int,
+        rounding: Dtype,
         indices: int,
         log_probs: int,
         target_log_prob: int,

@@ -11,16 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import _atkd
+from ._checks import DTYPES
 from ._teacher import MASS_TOLERANCES
 
 _Path = Union[str, "os.PathLike[str]"]
-
-# How far rounding may have moved the sum of a row's probabilities from 1, beyond what the writer allows float32.
-_ROUNDING = {**MASS_TOLERANCES, torch.float64: 0.0, torch.float32: 0.0}
-
-# The same for rows of the whole vocabulary, of which training allows no less mass; and what the native writer leaves alone.
-_WHOLE_ROUNDING = MASS_TOLERANCES[torch.float32]
-_LEFT_ALONE = 2e-6
 
 # Logits whose softmaxes are computed at a time, in float64.
 _CHUNK = 2**22
@@ -211,7 +205,7 @@ class TeacherCacheWriter:
         if indices.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"indices are {indices.dtype}, but must be int32 or int64")
         shape = list(indices.shape[:-1])
-        tolerance = 0.0
+        rounding = torch.float32
         for name, column, expected in [
             ("log_probs", log_probs, list(indices.shape)),
             ("target_log_prob", target_log_prob, shape),
@@ -219,14 +213,15 @@ class TeacherCacheWriter:
         ]:
             if column is None and name != "log_probs":
                 continue
-            if not isinstance(column, Tensor) or column.dtype not in _ROUNDING:
+            if not isinstance(column, Tensor) or column.dtype not in MASS_TOLERANCES:
                 kind = column.dtype if isinstance(column, Tensor) else type(column).__name__
                 raise TypeError(
                     f"{name} is {kind}, but must be a tensor of float32, float64, float16 or bfloat16"
                 )
             if list(column.shape) != expected:
                 raise ValueError(f"{name} is {list(column.shape)}, but must be {expected}")
-            tolerance = max(tolerance, _ROUNDING[column.dtype])
+            if MASS_TOLERANCES[column.dtype] > MASS_TOLERANCES[rounding]:
+                rounding = column.dtype
         _check_labels(labels, shape)
         # What int32 cannot hold is outside of every vocabulary.
         narrow = indices.detach().clamp(-2, 2**31 - 1).to(torch.int32).reshape(-1, given)
@@ -236,10 +231,7 @@ class TeacherCacheWriter:
         else:
             target = target_log_prob.detach().reshape(-1)
         tail = None if tail_mass is None else tail_mass.detach().reshape(-1)
-        # With its label a row may have all of the vocabulary.
-        if tolerance > 0 or given + 1 >= self.vocab_size:
-            flat, target, tail = self._normalised(narrow, flat, target, tail, of_rows, tolerance)
-        self._push(narrow, flat, target, tail, of_rows)
+        self._push(narrow, flat, target, tail, of_rows, rounding)
 
     def _among(self, indices: Tensor, log_probs: Tensor, labels: Tensor) -> Tensor:
         """The labels' log-probabilities from the entries `[n, K]`; -inf for tokens to be ignored."""
@@ -253,53 +245,6 @@ class TeacherCacheWriter:
             )
         return log_probs.masked_fill(~own, -torch.inf).amax(-1)
 
-    def _normalised(
-        self,
-        indices: Tensor,
-        log_probs: Tensor,
-        target: Tensor,
-        tail: Optional[Tensor],
-        labels: Tensor,
-        tolerance: float,
-    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-        """Rows that rounding has left with another mass than 1, by no more than the tolerance, divided by it. Those that are
-        farther from 1 stay as they are, which the native writer tells, but if they are of the whole vocabulary.
-        """
-        vocab, valid = self.vocab_size, labels >= 0
-        own = indices == labels.unsqueeze(-1)
-        log_probs = log_probs.double()
-        target = target.double().masked_fill(~valid, -torch.inf)
-        others = log_probs.masked_fill((indices < 0) | own, -torch.inf).exp().sum(-1)
-        known = others + target.exp()
-        inside = ((indices >= 0) & (indices < vocab)).sum(-1)
-        whole = inside + (valid & (labels < vocab) & ~own.any(-1)) == vocab
-        most = max(tolerance, _WHOLE_ROUNDING)
-        # Labels that are shifted against the rows have another entry, which the native writer tells.
-        entry = log_probs.masked_fill(~own, -torch.inf).amax(-1)
-        shifted = own.any(-1) & ((entry - target).abs() > 0.01 * target.abs().clamp(min=1))
-        wrong = (whole & valid & ~shifted & ((known - 1).abs() > most)).nonzero()
-        if len(wrong):
-            at = int(wrong[0])
-            raise ValueError(
-                f"token {self.tokens + at}: its probabilities add up to {float(known[at]):.6g}, but they are those of the whole "
-                f"vocabulary of {vocab}, and must add up to 1, but for the {most:g} that rounding allows: give "
-                "log-probabilities (natural logarithms), not logits"
-            )
-        whole &= (known - 1).abs() <= most
-        mass = known.clamp(min=1) if tail is None else known + tail.double()
-        mass = mass.where((mass - 1).abs() <= tolerance, 1.0)
-        # A mass that is nearer to 1 is left as it is, since logarithms hold more than the mass.
-        mass = known.where(whole & ((known - 1).abs() > _LEFT_ALONE), mass)
-        shift = mass.log()
-        log_probs, target = log_probs - shift.unsqueeze(-1), target - shift
-        if tail is not None:
-            tail = tail.double() / mass
-            return log_probs, target, tail.masked_fill(whole & (tail <= most), 0.0)
-        if whole.any():
-            # 1 - p as exactly as the logarithm allows.
-            tail = (-target.expm1() - others / mass).clamp(min=0).masked_fill(whole, 0.0)
-        return log_probs, target, tail
-
     def _push(
         self,
         indices: Tensor,
@@ -307,7 +252,9 @@ class TeacherCacheWriter:
         target_log_prob: Tensor,
         tail_mass: Optional[Tensor],
         labels: Tensor,
+        rounding: torch.dtype = torch.float32,
     ) -> None:
+        """Of tensors of any dtype. `rounding` is what the values were rounded to."""
         padding = (0, self.top_k - indices.shape[-1])
         if padding[1]:
             indices = torch.nn.functional.pad(indices, padding, value=-1)
@@ -324,7 +271,7 @@ class TeacherCacheWriter:
             )
         ]
         addresses: Any = [None if column is None else column.data_ptr() for column in columns]
-        self._native.push(len(labels), self.top_k, *addresses)
+        self._native.push(len(labels), self.top_k, DTYPES[rounding], *addresses)
         if self._bar is not None:
             self._bar.update(len(labels))
 
