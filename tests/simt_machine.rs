@@ -50,6 +50,15 @@ unsafe extern "C" {
     fn broken_prefetch_outside(parameters: &Broken);
     fn broken_staged_bounds(parameters: &Broken);
     fn broken_unwaited_load(parameters: &Broken);
+    fn broken_copy_before_its_wait(parameters: &Broken);
+    fn broken_copy_of_another(parameters: &Broken);
+    fn broken_barrier_for_copies(parameters: &Broken);
+    fn broken_copy_over_the_read(parameters: &Broken);
+    fn broken_element_over_the_read(parameters: &Broken);
+    fn broken_unwaited_copy(parameters: &Broken);
+    fn broken_copy_alignment(parameters: &Broken);
+    fn broken_copy_outside(parameters: &Broken);
+    fn broken_copy_bounds(parameters: &Broken);
     fn broken_post(parameters: &Broken);
     fn staged_rows(parameters: &StagedRows);
 }
@@ -164,8 +173,34 @@ fn bulk_copies_that_nobody_waited_for() {
     caught(broken_unwaited_load, 1, &["block ended without a wait for a bulk load"]);
     for seed in 0..9 {
         let fault = broken(broken_refill_of_the_read, 1, seed).unwrap_err();
-        assert!(fault.contains(load) || fault.contains("another thread may still read"), "{fault}");
+        assert!(
+            fault.contains(load) || fault.contains("another thread may still access"),
+            "{fault}"
+        );
     }
+}
+
+/// The mistakes that row_sparse could make, whose tiles asynchronous copies bring.
+#[test]
+fn asynchronous_copies_that_nobody_waited_for() {
+    let (nobody, other) = ("that nobody has written", "that another thread may still access");
+    for (kernel, access, reasons) in [
+        (broken_copy_before_its_wait as Kernel<Broken>, "read of staged memory", [nobody; 2]),
+        (broken_copy_of_another, "read of staged memory", [nobody, other]),
+        (broken_barrier_for_copies, "read of staged memory", [nobody; 2]),
+        (broken_copy_over_the_read, "of staged memory", [nobody, other]),
+        (broken_element_over_the_read, "of staged memory", [other; 2]),
+    ] {
+        for seed in 0..9 {
+            let fault = broken(kernel, 1, seed).unwrap_err();
+            let is_told = reasons.iter().any(|reason| fault.contains(reason));
+            assert!(fault.contains(access) && is_told, "{fault}");
+        }
+    }
+    caught(broken_unwaited_copy, 1, &["block ended without a wait for an asynchronous copy"]);
+    caught(broken_copy_alignment, 1, &["read of 16 bytes", "no multiple of 16"]);
+    caught(broken_copy_outside, 1, &["read of 16 bytes outside the buffers", "of data"]);
+    caught(broken_copy_bounds, 1, &["asynchronous copy of 16 bytes outside", "byte 512 of 512"]);
 }
 
 #[test]

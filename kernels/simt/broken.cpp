@@ -308,6 +308,89 @@ ATKD_KERNEL(broken_unwaited_load, atkd_broken, BROKEN) {
     load_all(p, staged, full);
 }
 
+// As row_sparse begins a tile of its row: 16 bytes by a thread in turn.
+void copy_all(const atkd_broken &p, StagedMemory staged) {
+    if (thread_index() < ALL / 16) {
+        copy_async(staged, 16 * thread_index(), p.data + 4 * thread_index());
+    }
+}
+
+// The bytes that another thread has copied.
+uint32_t copied_by_another(StagedMemory staged) {
+    return load_staged(staged, 16 * ((thread_index() + 1) % (ALL / 16))).word[0];
+}
+
+// A thread's own copy is not there before its wait.
+ATKD_KERNEL(broken_copy_before_its_wait, atkd_broken, BROKEN) {
+    ATKD_STAGED(staged);
+    copy_all(p, staged);
+    if (thread_index() < ALL / 16) {
+        store(p.data + thread_index(), load_staged(staged, 16 * thread_index()).word[0]);
+    }
+    wait_for_copies();
+}
+
+// A wait is for a thread's own copies: without a barrier, those of others are not there.
+ATKD_KERNEL(broken_copy_of_another, atkd_broken, BROKEN) {
+    ATKD_STAGED(staged);
+    copy_all(p, staged);
+    wait_for_copies();
+    store(p.data + thread_index(), copied_by_another(staged));
+}
+
+// A barrier waits for no copy that its threads have not waited for.
+ATKD_KERNEL(broken_barrier_for_copies, atkd_broken, BROKEN) {
+    ATKD_STAGED(staged);
+    copy_all(p, staged);
+    ATKD_SYNC_BLOCK();
+    store(p.data + thread_index(), copied_by_another(staged));
+    wait_for_copies();
+}
+
+// The next tile goes over one that others still read.
+ATKD_KERNEL(broken_copy_over_the_read, atkd_broken, BROKEN) {
+    ATKD_STAGED(staged);
+    copy_all(p, staged);
+    wait_for_copies();
+    ATKD_SYNC_BLOCK();
+    copied_by_another(staged);
+    copy_all(p, staged);
+    wait_for_copies();
+}
+
+// An element becomes -inf where another thread still reads.
+ATKD_KERNEL(broken_element_over_the_read, atkd_broken, BROKEN) {
+    ATKD_STAGED(staged);
+    copy_all(p, staged);
+    wait_for_copies();
+    ATKD_SYNC_BLOCK();
+    copied_by_another(staged);
+    if (thread_index() < ALL / 16) {
+        store_staged_element(staged, 16 * thread_index(), NEG_INF);
+    }
+}
+
+ATKD_KERNEL(broken_unwaited_copy, atkd_broken, BROKEN) {
+    ATKD_STAGED(staged);
+    copy_all(p, staged);
+}
+
+ATKD_KERNEL(broken_copy_alignment, atkd_broken, BROKEN) {
+    ATKD_STAGED(staged);
+    copy_async(staged, 0, p.data + 1);
+}
+
+ATKD_KERNEL(broken_copy_outside, atkd_broken, BROKEN) {
+    ATKD_STAGED(staged);
+    copy_async(staged, 0, p.data + 4 * thread_index());
+}
+
+// There are 512 bytes.
+ATKD_KERNEL(broken_copy_bounds, atkd_broken, BROKEN) {
+    ATKD_STAGED(staged);
+    copy_async(staged, 512, p.data);
+}
+
 typedef struct {
     const uint32_t *from;
     uint32_t *to;
