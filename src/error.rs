@@ -193,7 +193,7 @@ pub enum Error {
     LogProb { token: usize, log_prob: f32 },
     /// A sparse teacher where logits are needed.
     #[error(
-        "the batch has a sparse teacher, log-probabilities of some tokens, where the logits of all tokens are needed: a sparse teacher is computed with by the cpu module alone"
+        "the batch has a sparse teacher, log-probabilities of some tokens, where the logits of all tokens are needed: on a device a sparse teacher has the loss of whole rows alone, and all else is the cpu module's"
     )]
     NoTeacherLogits,
     /// More of a teacher's tokens than a row may have, or none.
@@ -272,7 +272,7 @@ pub enum Error {
     ReverseKlOfZeroTail,
     /// A tail that the CUDA kernels do not have.
     #[error(
-        "the CUDA kernels have no tail uniform: take tail bucket, zero or sampled, or the cpu module"
+        "the CUDA kernels have no tail uniform: take tail bucket, zero or sampled, or compute on the CPU"
     )]
     NoUniformTail,
     /// Hidden states or a weight that are no rows of so many features.

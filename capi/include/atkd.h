@@ -457,8 +457,8 @@ typedef struct AtkdCall {
 
 /*
  A teacher of which a few log-probabilities per token are known, in the place of AtkdCall.teacher: natural logarithms at
- the call's temperature, which divides the student's logits alone. Every pointer is to host memory; the arrays have no
- gaps.
+ the call's temperature, which divides the student's logits alone. Every pointer is to host memory, or for a CUDA workspace
+ to its device's; the arrays have no gaps.
  */
 typedef struct AtkdSparseTeacher {
   /*
@@ -816,8 +816,9 @@ AtkdStatus atkd_forward_backward(const struct AtkdObjective *objective,
 
 /*
  The loss and each token's terms with a sparse teacher, without a gradient: call->teacher.data and call->gradient.data
- must be null. For a workspace of host memory; there is no CUDA kernel for it yet, and a CUDA workspace returns
- ATKD_NOT_SUPPORTED. The margins, for atkd_select_hard, are call->margin.
+ must be null. The margins, for atkd_select_hard, are call->margin. A CUDA workspace has no ATKD_TAIL_UNIFORM, and returns
+ ATKD_NOT_SUPPORTED; its kernels find a teacher's values that are no distribution, as they do wrong labels: see
+ atkd_workspace_create_cuda.
 
  # Safety
  The contract of atkd_forward_backward holds.

@@ -205,8 +205,9 @@ pub unsafe extern "C" fn atkd_forward_backward(
 }
 
 /// The loss and each token's terms with a sparse teacher, without a gradient: call->teacher.data and call->gradient.data
-/// must be null. For a workspace of host memory; there is no CUDA kernel for it yet, and a CUDA workspace returns
-/// ATKD_NOT_SUPPORTED. The margins, for atkd_select_hard, are call->margin.
+/// must be null. The margins, for atkd_select_hard, are call->margin. A CUDA workspace has no ATKD_TAIL_UNIFORM, and returns
+/// ATKD_NOT_SUPPORTED; its kernels find a teacher's values that are no distribution, as they do wrong labels: see
+/// atkd_workspace_create_cuda.
 ///
 /// # Safety
 /// The contract of atkd_forward_backward holds.
@@ -465,7 +466,7 @@ unsafe fn run_sparse(
     let teacher = teacher.ok_or(Failure::null("teacher"))?;
     let of_teacher = teacher.parse(call, with_gradient)?;
     // SAFETY: the caller's.
-    unsafe { workspace.0.run_sparse(&objective.0, &of_teacher, &call.output()) }
+    unsafe { workspace.0.run_sparse(&objective.0, &of_teacher, &call.output(), call.stream) }
 }
 
 /// # Safety

@@ -44,7 +44,7 @@ impl From<atkd::Error> for Failure {
     fn from(error: atkd::Error) -> Self {
         use atkd::Error::*;
         let status = match &error {
-            NoDriver | NoKernels { .. } | OldDevice { .. } => ATKD_NOT_SUPPORTED,
+            NoDriver | NoKernels { .. } | OldDevice { .. } | NoUniformTail => ATKD_NOT_SUPPORTED,
             Driver { .. } | FailedCall => ATKD_CUDA_ERROR,
             _ => ATKD_INVALID_ARGUMENT,
         };

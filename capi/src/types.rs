@@ -237,8 +237,8 @@ pub const ATKD_TAIL_UNIFORM: i32 = 2;
 pub const ATKD_TAIL_SAMPLED: i32 = 3;
 
 /// A teacher of which a few log-probabilities per token are known, in the place of AtkdCall.teacher: natural logarithms at
-/// the call's temperature, which divides the student's logits alone. Every pointer is to host memory; the arrays have no
-/// gaps.
+/// the call's temperature, which divides the student's logits alone. Every pointer is to host memory, or for a CUDA workspace
+/// to its device's; the arrays have no gaps.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AtkdSparseTeacher {

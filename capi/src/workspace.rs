@@ -14,7 +14,7 @@ use atkd::cuda::{self, Kernels, Workspace};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::ATKD_MAX_THREADS;
-use crate::status::{ATKD_INVALID_ARGUMENT, ATKD_NOT_SUPPORTED, Failure};
+use crate::status::{ATKD_INVALID_ARGUMENT, Failure};
 
 pub(crate) enum Place {
     /// On the pool that all of the process shares if there is none.
@@ -93,21 +93,30 @@ impl Place {
     }
 
     /// # Safety
-    /// The contract of [`raw::run_sparse`] holds.
+    /// The contract of [`raw::run_sparse`] holds, or that of [`Workspace::launch_sparse`].
     pub(crate) unsafe fn run_sparse(
         &self,
         objective: &Objective,
         call: &RawSparseCall,
         output: &RawOutput,
+        stream: *mut c_void,
     ) -> Result<(), Failure> {
-        let Self::Host(threads) = self else {
-            let message = "a CUDA workspace has no kernel for sparse teachers yet: use one for host memory, \
-                           from atkd_workspace_create";
-            return Err(Failure::new(ATKD_NOT_SUPPORTED, message.into()));
-        };
-        let pool = threads.as_ref().map(|threads| &*threads.pool);
-        // SAFETY: the caller's.
-        Ok(unsafe { raw::run_sparse(pool, objective, call, output) }?)
+        match self {
+            // SAFETY: the caller's.
+            Self::Host(threads) => unsafe {
+                let pool = threads.as_ref().map(|threads| &*threads.pool);
+                raw::run_sparse(pool, objective, call, output)
+            }?,
+            Self::Cuda(workspace) => {
+                let mut workspace = workspace.lock().unwrap_or_else(PoisonError::into_inner);
+                // SAFETY: the caller's.
+                unsafe {
+                    let stream = wrap(&workspace, stream);
+                    workspace.launch_sparse(&stream, objective, call, output)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// # Safety
