@@ -26,7 +26,7 @@ use crate::{head, output};
 /// some tokens of the vocabulary in each row, in any order, -1 for none; `teacher_log_probs` [N, K] (F32, F16 or BF16), their
 /// log-probabilities: natural logarithms at --temperature, which divides the student's logits alone; and
 /// `teacher_target_log_prob` [N] (F32), those of the labels, which then need not be among the K. --tail says what the
-/// teacher gives all other tokens. The backends cpu and reference take it.
+/// teacher gives all other tokens; the backends cuda and simt have no kernel for --tail uniform.
 ///
 /// In the place of `student` and `teacher` it may hold what their last layers multiply, and these: `student_hidden`
 /// [N, Hq] and `student_weight` [V, Hq], `teacher_hidden` [N, Hp] and `teacher_weight` [V, Hp], and `student_bias` or
@@ -428,7 +428,7 @@ fn sparse_teacher<'a>(
             );
         }
     }
-    let backend = sparse::backend(args.backend, &args.file, backend)?;
+    let backend = sparse::backend(args.backend, backend, args.tail)?;
     Ok((FileTeacher::Sparse(Sparse::read(&args.file, file, args.tail)?), backend))
 }
 

@@ -44,16 +44,18 @@ pub fn first_tensor(file: &SafeTensors) -> Option<&'static str> {
     [INDICES, LOG_PROBS, TARGET_LOG_PROB].into_iter().find(|name| file.tensor(name).is_ok())
 }
 
-/// The backend for sparse teachers, of the one that was chosen for logits.
-pub fn backend(choice: Choice, path: &Path, backend: Backend) -> Result<Backend> {
+/// The backend for sparse teachers of this tail, of the one that was chosen for logits.
+pub fn backend(choice: Choice, backend: Backend, tail: Option<TailName>) -> Result<Backend> {
     match backend {
-        Backend::Cpu | Backend::Reference => Ok(backend),
-        Backend::Cuda(_) if choice == Choice::Auto => Ok(Backend::Cpu),
-        Backend::Cuda(_) | Backend::Simt => bail!(
-            "the {backend} backend has no kernel for sparse teachers yet, and {} holds one: use --backend \
-             cpu or reference, or a file with `teacher`",
-            path.display()
-        ),
+        Backend::Cuda(_) | Backend::Simt if matches!(tail, Some(TailName::Uniform)) => match choice
+        {
+            Choice::Auto => Ok(Backend::Cpu),
+            _ => bail!(
+                "the {backend} backend has no kernel for --tail uniform: use --backend cpu or reference, or --tail \
+                 bucket, zero or sampled"
+            ),
+        },
+        backend => Ok(backend),
     }
 }
 

@@ -391,8 +391,11 @@ fn sparse_teachers() {
     let files = Files::new();
     let known = Known::new(&files);
     let path = known.save(&files, "sparse", &[]);
-    for backend in ["auto", "cpu", "reference"] {
+    for backend in ["auto", "cpu", "reference", "simt"] {
         for tail in [None, Some("bucket"), Some("uniform"), Some("zero")] {
+            if (backend, tail) == ("simt", Some("uniform")) {
+                continue;
+            }
             let out = files.path("out");
             let mut options = vec!["--objective", "kl", "--reduction", "sum", "--json"];
             options.extend(["--backend", backend, "--grad", out.to_str().unwrap()]);
@@ -530,7 +533,10 @@ fn bad_sparse_teachers() {
     let files = Files::new();
     let known = Known::new(&files);
     let path = known.save(&files, "sparse", &[]);
-    fails(loss(&path, &["--backend", "simt"]), &["simt", "no kernel", "--backend cpu"]);
+    fails(
+        loss(&path, &["--backend", "simt", "--tail", "uniform"]),
+        &["simt", "no kernel", "--backend cpu", "--tail bucket"],
+    );
     fails(loss(&path, &["--shards", "2"]), &["--shards", "sparse teacher"]);
     fails(loss(&path, &["--entropies"]), &["--entropies", "sparse teacher"]);
     fails(
