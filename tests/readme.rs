@@ -88,10 +88,18 @@ fn cache(
     (indices, log_probs, target_log_prob): (&[i32], &[f32], &[f32]),
     (tail_mass, labels): (Option<&[f32]>, &[i64]),
 ) -> Result<()> {
+    use atkd::Dtype;
     use atkd::teacher_cache::{NewRows, Settings, TeacherCache, Writer};
 
     let mut writer = Writer::open("cache", &Settings::new(151_936, 64))?; // a killed run goes on at writer.tokens()
-    writer.push(&NewRows { indices, log_probs, target_log_prob, tail_mass, labels })?;
+    writer.push(&NewRows {
+        indices,
+        log_probs,
+        target_log_prob,
+        tail_mass,
+        labels,
+        rounding: Dtype::F32,
+    })?;
     writer.finish()?;
     let rows = TeacherCache::open("cache")?.read(1000..3048)?;
     Ok(())
