@@ -55,7 +55,7 @@ fn call([student, labels, gradient, loss, margin]: [u64; 5]) -> AtkdCall {
         dkd: null_mut(),
         margin: margin as *mut f32,
         token_loss: null_mut(),
-        modes: null_mut(),
+        groups: null_mut(),
         stream: null_mut(),
     }
 }
