@@ -6,11 +6,12 @@ use std::ffi::{CString, c_char};
 use std::io::Write;
 
 use atkd::candle::{
-    Layer, Tokens, linear_loss, linear_loss_with_output, loss, loss_with_output, token_entropies,
+    KnownLogProbs, Layer, Tokens, linear_loss, linear_loss_with_output, loss, loss_with_output,
+    sparse_loss, sparse_loss_with_output, token_entropies,
 };
 use atkd::cuda::{self, Kernels};
 use atkd::head::Chunks;
-use atkd::{Error, Objective, Reduction};
+use atkd::{Error, Objective, Reduction, Tail};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use libloading::os::unix::Library;
 
@@ -464,5 +465,123 @@ fn labels_out_of_range() -> Result<()> {
     let error = loss_with_output(&objective, &input.student, &input.teacher, &bad).unwrap_err();
     assert!(error.to_string().contains("label of token 2 is out of range"), "{error}");
     assert_eq!(value(&input.labels)?, expected);
+    Ok(())
+}
+
+/// The four likeliest tokens of a teacher, in the order of their indices, and each label's log-probability.
+struct Known {
+    indices: Tensor,
+    log_probs: Tensor,
+    of_targets: Tensor,
+}
+
+impl Known {
+    fn new(input: &Input, dtype: DType) -> Self {
+        let teacher = input.teacher.to_dtype(DType::F32).unwrap();
+        let (tokens, vocab) = teacher.flatten(0, 1).unwrap().dims2().unwrap();
+        let logits = values(&teacher);
+        let labels: Vec<i64> = input.labels.flatten_all().unwrap().to_vec1().unwrap();
+        let (mut indices, mut log_probs, mut of_targets) = (Vec::new(), Vec::new(), Vec::new());
+        for (row, label) in logits.chunks(vocab).zip(labels) {
+            let sum = row.iter().map(|&z| f64::from(z).exp()).sum::<f64>().ln();
+            let log_prob = |j: usize| (f64::from(row[j]) - sum) as f32;
+            let mut order: Vec<usize> = (0..vocab).collect();
+            order.sort_by(|&i, &j| row[j].total_cmp(&row[i]));
+            let known = &mut order[..4];
+            known.sort_unstable();
+            indices.extend(known.iter().map(|&j| j as i64));
+            log_probs.extend(known.iter().map(|&j| log_prob(j)));
+            of_targets.push(log_prob(label.max(0) as usize));
+        }
+        let leading = &input.student.dims()[..2];
+        assert_eq!(of_targets.len(), tokens);
+        let shape = [leading[0], leading[1], 4];
+        Self {
+            indices: Tensor::from_vec(indices, &shape[..], CPU).unwrap(),
+            log_probs: Tensor::from_vec(log_probs, &shape[..], CPU)
+                .and_then(|tensor| tensor.to_dtype(dtype))
+                .unwrap(),
+            of_targets: Tensor::from_vec(of_targets, leading, CPU).unwrap(),
+        }
+    }
+
+    fn to(&self, device: &Device) -> Self {
+        let to = |tensor: &Tensor| tensor.to_device(device).unwrap();
+        Self {
+            indices: to(&self.indices),
+            log_probs: to(&self.log_probs),
+            of_targets: to(&self.of_targets),
+        }
+    }
+
+    fn teacher(&self, tail: Tail) -> KnownLogProbs<'_> {
+        KnownLogProbs::new(&self.indices, &self.log_probs)
+            .with_target_log_probs(&self.of_targets)
+            .with_tail(tail)
+    }
+}
+
+/// Loss, gradient and terms, for every dtype and the tails that kernels have; another `backward` computes the gradient anew.
+#[test]
+fn sparse_teachers_agree_with_those_on_the_cpu() -> Result<()> {
+    let Some(device) = device() else { return Ok(()) };
+    let objective = Objective::default();
+    for dtype in DTYPES {
+        let input = Input::new(&[2, 5, 41], [dtype, DType::F32], 14);
+        for (log_dtype, tail) in
+            [(DType::F32, Tail::Bucket), (DType::BF16, Tail::Zero), (DType::F32, Tail::Sampled)]
+        {
+            let known = Known::new(&input, log_dtype);
+            let step = |device: &Device| -> Result<_> {
+                let (input, known) = (input.to(device), known.to(device));
+                let student = Var::from_tensor(&input.student)?;
+                let teacher = known.teacher(tail);
+                let loss = sparse_loss(&objective, &student, teacher, &input.labels)?;
+                let gradient = loss.backward()?.remove(&student).unwrap();
+                let again = loss.backward()?.remove(&student).unwrap();
+                assert_eq!(values(&gradient), values(&again));
+                let detached = input.student.detach();
+                let (alone, output) =
+                    sparse_loss_with_output(&objective, &detached, teacher, &input.labels)?;
+                assert_eq!(alone.to_scalar::<f32>()?, loss.to_scalar::<f32>()?);
+                Ok(((loss.to_scalar()?, gradient), output))
+            };
+            let ((found, terms), (expected, exact)) = (step(&device)?, step(CPU)?);
+            assert!(expected.0 > 0.1);
+            assert_near(&found, &expected);
+            for (found, exact) in terms.tokens.iter().zip(&exact.tokens) {
+                assert_eq!((found.hard, found.valid), (exact.hard, exact.valid));
+                assert!((found.loss - exact.loss).abs() <= 4e-6 * (1.0 + exact.loss));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Values that are no distribution's are that step's alone; tail uniform is the CPU's.
+#[test]
+fn bad_sparse_teachers() -> Result<()> {
+    let Some(device) = device() else { return Ok(()) };
+    let input = Input::new(&[2, 5, 41], [DType::F32; 2], 15);
+    let known = Known::new(&input, DType::F32).to(&device);
+    let input = input.to(&device);
+    let objective = Objective::default();
+    let value = |teacher| {
+        sparse_loss(&objective, &input.student, teacher, &input.labels)?.to_scalar::<f32>()
+    };
+    let expected = value(known.teacher(Tail::Bucket))?;
+    let mut indices: Vec<i64> = known.indices.to_device(CPU)?.flatten_all()?.to_vec1()?;
+    indices[4 * 3 + 1] = 41;
+    let wrong = Tensor::from_vec(indices, known.indices.shape(), &device)?;
+    let wrong =
+        KnownLogProbs::new(&wrong, &known.log_probs).with_target_log_probs(&known.of_targets);
+    assert!(value(wrong)?.is_nan());
+    assert_eq!(value(known.teacher(Tail::Bucket))?, expected);
+    let error = sparse_loss_with_output(&objective, &input.student, wrong, &input.labels);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("token 3"), "{error}");
+    let error = value(known.teacher(Tail::Uniform)).unwrap_err().to_string();
+    assert!(error.contains("no tail uniform"), "{error}");
+    assert_eq!(value(known.teacher(Tail::Bucket))?, expected);
     Ok(())
 }

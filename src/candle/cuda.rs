@@ -17,10 +17,10 @@ use super::linear::Contiguous;
 use super::{Rows, Tokens};
 use crate::cuda::{
     DeviceBatch, DeviceElements, DeviceElementsMut, DeviceGradients, DeviceLayer, DeviceLogits,
-    DeviceLogitsMut, DeviceTokens, Head, Kernels, Workspace,
+    DeviceLogitsMut, DeviceSparseTeacher, DeviceTeacher, DeviceTokens, Head, Kernels, Workspace,
 };
 use crate::head::Chunks;
-use crate::{Objective, Output};
+use crate::{Objective, Output, Tail};
 
 /// The kernels of a device, loaded once.
 fn kernels(stream: &CudaStream) -> Result<Arc<Kernels>> {
@@ -92,11 +92,19 @@ fn with_kept<T>(
     })
 }
 
-/// A batch on one device: the teacher's logits, and of each token the label and, if they have any, weight and
-/// temperature.
+/// The teacher of a batch.
+#[derive(Clone)]
+pub(super) enum Teacher {
+    /// Its logits.
+    Dense(Tensor),
+    /// The log-probabilities of some tokens of the vocabulary, and of each label.
+    Sparse { indices: Tensor, log_probs: Tensor, target_log_probs: Option<Tensor>, tail: Tail },
+}
+
+/// A batch on one device: the teacher, and of each token the label and, if they have any, weight and temperature.
 #[derive(Clone)]
 pub(super) struct Batch {
-    pub teacher: Tensor,
+    pub teacher: Teacher,
     pub labels: Tensor,
     pub values: [Option<Tensor>; 2],
 }
@@ -139,33 +147,69 @@ impl Batch {
         then: impl FnOnce(&mut Workspace) -> crate::Result<T>,
     ) -> Result<T> {
         let stream = student.tensor.device().as_cuda_device()?.cuda_stream();
-        let teacher = Rows::new("teacher's ", &self.teacher)?;
-        let (teacher_storage, _) = teacher.tensor.storage_and_layout();
         let (student_storage, _) = student.tensor.storage_and_layout();
         let student_logits = logits(student, &student_storage)?;
         let gradient = gradient.map(|gradient| gradient_logits(student, gradient)).transpose()?;
         let values = self.values.each_ref().map(Option::as_ref);
-        with_tokens(&self.labels, values, student.vocab, |tokens| {
-            let batch = DeviceBatch::of_tokens(logits(&teacher, &teacher_storage)?, tokens)
-                .map_err(Error::wrap)?;
-            with_workspace(&stream, student.tokens, |workspace| {
-                // A label that another step met, whose loss nobody read, is not this one's.
-                workspace.clear_faults(&stream)?;
-                match gradient {
-                    None => workspace.forward(&stream, objective, &batch, &student_logits)?,
-                    Some(gradient) => workspace.forward_backward(
-                        &stream,
-                        objective,
-                        &batch,
-                        &student_logits,
-                        gradient,
-                        upstream.as_ref(),
-                    )?,
-                }
-                then(workspace)
+        with_teacher(&self.teacher, student, |teacher| {
+            with_tokens(&self.labels, values, student.vocab, |tokens| {
+                let batch = DeviceBatch::of_tokens(teacher, tokens).map_err(Error::wrap)?;
+                with_workspace(&stream, student.tokens, |workspace| {
+                    // A label that another step met, whose loss nobody read, is not this one's.
+                    workspace.clear_faults(&stream)?;
+                    match gradient {
+                        None => workspace.forward(&stream, objective, &batch, &student_logits)?,
+                        Some(gradient) => workspace.forward_backward(
+                            &stream,
+                            objective,
+                            &batch,
+                            &student_logits,
+                            gradient,
+                            upstream.as_ref(),
+                        )?,
+                    }
+                    then(workspace)
+                })
             })
         })
     }
+}
+
+/// Does some work with a teacher of the student's tokens and vocabulary.
+fn with_teacher<T>(
+    teacher: &Teacher,
+    student: &Rows,
+    work: impl FnOnce(DeviceTeacher) -> Result<T>,
+) -> Result<T> {
+    let (indices, log_probs, target_log_probs, tail) = match teacher {
+        Teacher::Dense(tensor) => {
+            let teacher = Rows::new("teacher's ", tensor)?;
+            let (storage, _) = teacher.tensor.storage_and_layout();
+            return work(logits(&teacher, &storage)?.into());
+        }
+        Teacher::Sparse { indices, log_probs, target_log_probs, tail } => {
+            (indices, log_probs, target_log_probs, *tail)
+        }
+    };
+    let (count, top_k) = (indices.elem_count(), indices.dims()[indices.rank() - 1]);
+    let indices = indices.to_dtype(DType::I64)?.contiguous()?;
+    let (indices_storage, layout) = indices.storage_and_layout();
+    let indices = cuda_storage(&indices_storage)?.as_cuda_slice::<i64>()?;
+    let indices = indices.slice(layout.start_offset()..layout.start_offset() + count);
+    let log_probs = log_probs.contiguous()?;
+    let (storage, _) = log_probs.storage_and_layout();
+    let log_probs = elements("teacher's log-probabilities", &log_probs, &storage, count)?;
+    let (tokens, vocab) = (student.tokens, student.vocab);
+    let mut sparse = DeviceSparseTeacher::new(indices, log_probs, tokens, top_k, vocab)
+        .map_err(Error::wrap)?
+        .with_tail(tail);
+    let of_targets = target_log_probs.as_ref().map(Tensor::contiguous).transpose()?;
+    let of_targets = of_targets.as_ref().map(Tensor::storage_and_layout);
+    if let Some((storage, layout)) = &of_targets {
+        let of_targets = floats(storage, layout, tokens)?;
+        sparse = sparse.with_target_log_probs(of_targets).map_err(Error::wrap)?;
+    }
+    work(sparse.into())
 }
 
 /// Does some work with the labels of tokens, and their weights and temperatures where they have any.

@@ -201,7 +201,7 @@ fn loss_and_output(
         #[cfg(feature = "candle-cuda")]
         Device::Cuda(_) => {
             let batch = cuda::Batch {
-                teacher: teacher.detach(),
+                teacher: cuda::Teacher::Dense(teacher.detach()),
                 labels: tokens.labels.clone(),
                 values: tokens.values().map(|(_, tensor)| tensor.map(Tensor::detach)),
             };

@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Device, Error, Result, Tensor, bail};
 
-use super::{Rows, Tokens, check_device, check_tokens, cpu_loss, elements};
+#[cfg(feature = "candle-cuda")]
+use super::cuda;
+use super::{Rows, Tokens, check_device, check_tokens, cpu_loss, elements, not_here};
 use crate::{Objective, Output, SparseTeacher, Tail};
 
 /// The tensors of a [`SparseTeacher`], on the device of the student's logits.
@@ -62,7 +64,9 @@ impl<'a> KnownLogProbs<'a> {
     }
 }
 
-/// [`loss`](super::loss) with a [`SparseTeacher`], on CPU tensors. Nothing flows back to the teacher.
+/// [`loss`](super::loss) with a [`SparseTeacher`]. Nothing flows back to the teacher. On CUDA tensors, which have no
+/// [`Tail::Uniform`], a kernel checks the teacher's values, as it does labels: wrong ones make the loss NaN, and are an error of
+/// [`sparse_loss_with_output`], which waits.
 ///
 /// ```
 /// use atkd::{Objective, candle::{KnownLogProbs, sparse_loss}};
@@ -80,15 +84,14 @@ impl<'a> KnownLogProbs<'a> {
 /// ```
 ///
 /// # Errors
-/// Those of [`loss`](super::loss); if a value of the teacher's is none that it may be; on CUDA tensors, for which there is no
-/// kernel yet.
+/// Those of [`loss`](super::loss); if a value of the teacher's is none that it may be; for [`Tail::Uniform`] on CUDA tensors.
 pub fn sparse_loss<'a>(
     objective: &Objective,
     student: &Tensor,
     teacher: KnownLogProbs,
     tokens: impl Into<Tokens<'a>>,
 ) -> Result<Tensor> {
-    Ok(sparse_loss_with_output(objective, student, teacher, tokens)?.0)
+    Ok(sparse_loss_and_output(objective, student, teacher, &tokens.into(), false)?.0)
 }
 
 /// [`sparse_loss`], and the terms of each token, in the order of the labels' elements.
@@ -101,17 +104,52 @@ pub fn sparse_loss_with_output<'a>(
     teacher: KnownLogProbs,
     tokens: impl Into<Tokens<'a>>,
 ) -> Result<(Tensor, Output)> {
-    let tokens = tokens.into();
+    sparse_loss_and_output(objective, student, teacher, &tokens.into(), true)
+        .map(|(loss, output)| (loss, output.expect("it was asked for")))
+}
+
+fn sparse_loss_and_output(
+    objective: &Objective,
+    student: &Tensor,
+    teacher: KnownLogProbs,
+    tokens: &Tokens,
+    #[cfg_attr(not(feature = "candle-cuda"), expect(unused_variables))] want_output: bool,
+) -> Result<(Tensor, Option<Output>)> {
     let rows = Rows::new("student's ", student)?;
-    if !matches!(student.device(), Device::Cpu) {
-        bail!(
-            "the logits are on {:?}, but there is no kernel for sparse teachers yet: move them to the CPU, or \
-             use loss with the teacher's logits",
-            student.device().location()
-        )
-    }
     teacher.check(student)?;
     tokens.check("logits", student)?;
+    match student.device() {
+        Device::Cpu => {
+            let (loss, output) = on_cpu(objective, student, &rows, teacher, tokens)?;
+            Ok((loss, Some(output)))
+        }
+        #[cfg(feature = "candle-cuda")]
+        Device::Cuda(_) => {
+            let KnownLogProbs { indices, log_probs, target_log_probs, tail } = teacher;
+            let batch = cuda::Batch {
+                teacher: cuda::Teacher::Sparse {
+                    indices: indices.clone(),
+                    log_probs: log_probs.detach(),
+                    target_log_probs: target_log_probs.map(Tensor::detach),
+                    tail,
+                },
+                labels: tokens.labels.clone(),
+                values: tokens.values().map(|(_, tensor)| tensor.map(Tensor::detach)),
+            };
+            let (op, output) = batch.forward(objective, &rows, want_output)?;
+            Ok((student.apply_op1(op)?, output))
+        }
+        other => not_here("logits", other),
+    }
+}
+
+fn on_cpu(
+    objective: &Objective,
+    student: &Tensor,
+    rows: &Rows,
+    teacher: KnownLogProbs,
+    tokens: &Tokens,
+) -> Result<(Tensor, Output)> {
     let KnownLogProbs { indices, log_probs, target_log_probs, tail } = teacher;
     let top_k = indices.dims()[indices.rank() - 1];
     let indices: Vec<i64> = indices.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?;
@@ -127,5 +165,5 @@ pub fn sparse_loss_with_output<'a>(
     if let Some(of_targets) = &of_targets {
         known = known.with_target_log_probs(of_targets).map_err(Error::wrap)?;
     }
-    cpu_loss(objective, student, &rows, known.into(), &tokens)
+    cpu_loss(objective, student, rows, known.into(), tokens)
 }
