@@ -83,13 +83,15 @@ def test_settings_of_one_module_alone():
 
 
 def test_every_argument_is_documented():
+    # What indents all lines is not in the docstrings of Python 3.13, nor in those of inspect.
+    documents = lambda name, function: f"\n    {name}: " in inspect.getdoc(function)
     for name in inspect.signature(atkd.ATKDLoss).parameters:
-        assert f"        {name}: " in atkd.ATKDLoss.__doc__ or f"{name}" in "vocab_group, token_group, vocab_start", name
+        assert documents(name, atkd.ATKDLoss) or f"{name}" in "vocab_group, token_group, vocab_start", name
     for module in MODULES:
         for name in list(inspect.signature(module.forward).parameters)[1:]:
-            assert f"            {name}: " in module.forward.__doc__, (module, name)
+            assert documents(name, module.forward), (module, name)
     for name in list(inspect.signature(atkd.LinearATKDLoss).parameters)[1:-1]:
-        assert f"        {name}: " in atkd.LinearATKDLoss.__doc__, name
+        assert documents(name, atkd.LinearATKDLoss), name
 
 
 def test_version():

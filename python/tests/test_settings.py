@@ -73,7 +73,7 @@ def test_functions_show_their_settings():
     assert function.keys() >= module.keys() >= DEFAULTS.keys()
     for name, default in DEFAULTS.items():
         assert function[name].default == module[name].default == default
-        assert f"\n        {name}: " in atkd.atkd_loss.__doc__
+        assert f"\n    {name}: " in inspect.getdoc(atkd.atkd_loss)
     keywords = {name for name in function if function[name].kind == inspect.Parameter.KEYWORD_ONLY}
     assert keywords == {*Settings.__annotations__, *Keywords.__annotations__, "return_stats"}
     for name in keywords & module.keys():
