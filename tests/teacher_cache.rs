@@ -58,7 +58,8 @@ impl Given {
                 None => 0.0,
             };
             let others = there + usize::from(label >= 0 && among.is_none()) < vocab;
-            let tail = if others || there == 0 { 0.5 * random.f64() + 1e-3 } else { 0.0 };
+            let has_tail = others || (there == 0 && label < 0);
+            let tail = if has_tail { 0.5 * random.f64() + 1e-3 } else { 0.0 };
             let mut sum = weights.iter().sum::<f64>() + tail;
             if among.is_none() {
                 sum += target;

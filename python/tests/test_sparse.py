@@ -642,7 +642,9 @@ def test_margins_of_draws_end_where_float32_does():
     teacher = atkd.SparseTeacher.sample(logits, labels, 2)
     margins, exact = atkd.teacher_margins(teacher, labels), math.log(2) - gaps
     torch.testing.assert_close(margins[:2], exact[:2], rtol=1e-6, atol=0)
-    assert abs(margins[2] - exact[2]) < 0.2 and margins[3] == -math.inf
+    # A process may flush what is subnormal there to 0.
+    assert abs(margins[2] - exact[2]) < 0.2 or margins[2] == -math.inf
+    assert margins[3] == -math.inf
 
 
 def test_autocast_and_checkpointing():

@@ -63,9 +63,9 @@ class SparseTeacher(NamedTuple):
         drawn as often as its probability says, rounded down or up (systematic sampling). That has the expectation of
         independent draws, and a smaller variance.
 
-        `target_log_prob` is float32. Where the label has more than 1 - 1.2e-38, a margin below -87, it is subnormal and has
-        less digits (at -103 the margin is off by 0.1), and below -103.9 it is 0, and the margin -inf, where the logits' own
-        margins go on.
+        `target_log_prob` is float32. Where the label has more than 1 - 1.2e-38, a margin below -87, it is subnormal: it has
+        less digits (at -103 the margin is off by 0.1), and is 0 in a process that flushes such numbers. Below -103.9 it is 0
+        in any, and the margin -inf, where the logits' own margins go on.
 
         Args:
             teacher_logits: `[N, V]` or `[B, T, V]`, of a floating dtype; softmaxes are in float64, on their device.
